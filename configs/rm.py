@@ -1,0 +1,150 @@
+"""The main job: train a configurable safety reward model, evaluate, report.
+
+python -m csrm_jax.main --config=configs/rm.py --workdir=/tmp/rm
+python -m csrm_jax.main --config=configs/rm.py:ablation=no_cca --workdir=...
+python -m csrm_jax.main --config=configs/rm.py:data=public,data_dir=DIR \
+  --workdir=...
+python launch/sweep.py --config=configs/rm.py --seeds=0,1,2 --workdir=...
+"""
+
+import pathlib
+
+import ml_collections
+
+import csrm_jax
+from csrm_jax import config as config_lib
+
+ABLATIONS = ('full', 'no_cca', 'no_sa', 'no_aug', 'rules_blind')
+
+
+def get_config(arg=None):
+  """Returns the config.
+
+  arg: ablation=full|no_cca|no_sa|no_aug|rules_blind, data=ruleworld|public|
+  jsonl, data_dir (of the public sets) or path (of the JSONL file), model (a
+  preset), num_steps, smoke (a run of a minute that exercises everything).
+  """
+  arg = config_lib.parse_arg(
+      arg, ablation=ABLATIONS, data=('ruleworld', 'public', 'jsonl'),
+      data_dir='', path='', model='tiny', num_steps=0, smoke=False)
+  package = pathlib.Path(csrm_jax.__file__).parent
+  c = ml_collections.ConfigDict()
+  c.runner = 'train_rm'
+  c.title = 'Configurable safety reward model'  # of the report
+  c.seed = 0  # of the data and, without model.init, of the weights
+  c.num_steps = 400  # updates
+  c.log_every = 20  # steps a line of metrics.jsonl sums up
+  c.checkpoint_every = 100  # steps; a multiple of log_every
+  # SentencePiece model (.model) or Hugging Face tokenizer.json.
+  c.tokenizer = str(package / 'ruleworld' / 'tokenizer.model')
+
+  c.model = ml_collections.ConfigDict()
+  c.model.preset = arg.model  # a name of models.config.PRESETS
+  # Its fields. unroll: layers a step of the scan over depth; faster on CPU.
+  c.model.overrides = ml_collections.ConfigDict({'unroll': 4})
+  # A folder with safetensors and config.json to start from; '' for random.
+  c.model.init = str(package / 'ruleworld' / 'base')
+
+  c.template = ml_collections.ConfigDict()
+  c.template.order = 'rules_first'  # or 'conversation_first'
+  c.template.safe_words = ('safe', ' safe', 'Safe', ' Safe')
+  c.template.unsafe_words = ('unsafe', ' unsafe', 'Unsafe', ' Unsafe')
+
+  c.data = ml_collections.ConfigDict()
+  c.data.batch_size = 24  # packed rows a step
+  c.data.row_length = 256  # tokens a row; the two sides of a pair share one
+  c.data.max_segments = 8  # prompts a row at most
+  c.data.max_length = 256  # tokens a prompt may have before it is shortened
+  # Configurable category augmentation (CCA) of examples.
+  c.data.drop_prob = 0.5  # each category of the rules is dropped
+  c.data.plus_prob = 0.5  # the proposed p+ (it fires) is added
+  c.data.minus_prob = 0.5  # the proposed p- (it does not) is added
+  c.data.rules_blind = False  # hide the rules: what can be known without them
+  # Named parts: source, path (for files), weight in the mixture of atoms.
+  c.data.parts = _ruleworld_parts()
+
+  c.loss = ml_collections.ConfigDict()
+  c.loss.gamma = 0.1  # weight of the pair loss
+  c.loss.margin = 0.0  # m, nats
+
+  c.optim = ml_collections.ConfigDict()
+  c.optim.lr = 1e-3  # peak; warm-up, then cosine
+  c.optim.warmup_steps = 20
+  c.optim.b1 = 0.9
+  c.optim.b2 = 0.95
+  c.optim.weight_decay = 0.01  # decoupled; not on norm scales
+  c.optim.clip_norm = 1.0  # largest global gradient norm
+  c.optim.end_lr_fraction = 0.1  # last learning rate over the peak
+  c.optim.num_microbatches = 1  # gradient accumulation within a step
+
+  # Devices along each axis; -1 takes what is left.
+  c.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})
+
+  c.eval = ml_collections.ConfigDict()
+  c.eval.fraction = 0.2  # of each file part, held out by a hash of its text
+  c.eval.ruleworld_examples = 2000  # a test set; 0 for none
+  c.eval.ruleworld_seed = 1000  # of the test sets
+
+  _set_data(c, arg)
+  _set_ablation(c, arg.ablation)
+  if arg.smoke:
+    c.num_steps, c.log_every, c.checkpoint_every = 20, 5, 10
+    c.optim.warmup_steps = 5
+    c.eval.ruleworld_examples = min(c.eval.ruleworld_examples, 60)
+  if arg.num_steps:
+    c.num_steps = arg.num_steps
+  return c
+
+
+def _part(source, weight, path=''):
+  return {'source': source, 'path': path, 'weight': weight}
+
+
+def _ruleworld_parts():
+  return ml_collections.ConfigDict({
+      # Examples of four data sets with fixed taxonomies (CCA applies to them).
+      'taxonomies': _part('ruleworld/taxonomies', 0.7),
+      # The same conversation under a strict and a lenient guideline (SA).
+      'strictness': _part('ruleworld/strictness', 0.2),
+      # Two replies under the same rules.
+      'preference': _part('ruleworld/preference', 0.1),
+  })
+
+
+def _set_data(c, arg):
+  if arg.data == 'ruleworld':
+    return
+  c.eval.ruleworld_examples = 0
+  c.data.row_length, c.data.max_length = 1024, 512
+  c.data.batch_size = 6
+  if arg.data == 'jsonl':
+    c.title = f'Reward model of {arg.path}'
+    c.data.parts = ml_collections.ConfigDict(
+        {'file': _part('jsonl', 1.0, arg.path)})
+    return
+  folder = pathlib.Path(arg.data_dir)
+  c.title = 'Reward model of public data'
+  c.data.parts = ml_collections.ConfigDict({
+      'xstest': _part('xstest', 0.35, str(folder / 'xstest')),
+      'moderation': _part('moderation', 0.3, str(
+          folder / 'moderation' / 'moderation-dev.jsonl.gz')),
+      'moderation_pairs': _part('moderation_pairs', 0.1, str(
+          folder / 'moderation' / 'moderation-dev.jsonl.gz')),
+      'hh': _part('hh', 0.25, str(
+          folder / 'hh_rlhf' / 'harmless-base-test-first1500.jsonl.gz')),
+  })
+
+
+def _set_ablation(c, ablation):
+  """The paper's ablations; 'no_aug' is its row -SA (neither SA nor CCA)."""
+  if ablation in ('no_cca', 'no_aug'):
+    c.data.drop_prob = c.data.plus_prob = c.data.minus_prob = 0.0
+  if ablation in ('no_sa', 'no_aug') and 'strictness' in c.data.parts:
+    c.data.parts.strictness.weight = 0.0
+  if ablation == 'rules_blind':
+    c.data.rules_blind = True
+
+
+def sweep():
+  """The ablations; launch/sweep.py adds the seeds."""
+  return [{'name': name, 'arg': f'ablation={name}'} for name in ABLATIONS]

@@ -1,0 +1,354 @@
+"""Run configs: their one-line argument, sweeps, differences, files.
+
+A run config is an ml_collections ConfigDict that a file in configs/ builds in
+`get_config(arg)`. The same file may define `sweep()`; see `expand_sweep`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from csrm_jax.core import writer
+
+ConfigDict = ml_collections.ConfigDict
+
+_TRUE = ('1', 'true', 'yes', 'on')
+_FALSE = ('0', 'false', 'no', 'off')
+
+
+def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
+  """Returns the values of 'a=1,flag,b=x', defaults filled in from `spec`.
+
+  This is what follows the colon in --config=configs/rm.py:model=tiny,debug.
+
+  Args:
+    arg: comma-separated key=value parts; a key alone is true. None or '':
+      all defaults. Values cannot contain commas.
+    **spec: each key's default, whose type the value takes. A type (seed=int)
+      means None by default; a tuple lists the choices, its first the default.
+
+  Raises:
+    ValueError: an unknown or repeated key, or a value of another type.
+  """
+  values = {key: _default(default) for key, default in spec.items()}
+  seen = set()
+  for part in (arg or '').split(','):
+    if not part.strip():
+      continue
+    key, equals, text = part.strip().partition('=')
+    if key not in spec:
+      known = ', '.join(spec) or '(none)'
+      raise ValueError(
+        f'config argument {key!r} is unknown{_close(key, spec)}; known: {known}'
+      )
+    if key in seen:
+      raise ValueError(f'config argument {key!r} is given twice')
+    seen.add(key)
+    values[key] = _parse_value(key, text if equals else None, spec[key])
+  return ConfigDict(values)
+
+
+def _default(default: Any) -> Any:
+  if isinstance(default, type):
+    return None
+  return default[0] if isinstance(default, tuple) else default
+
+
+def _parse_value(key: str, text: str | None, default: Any) -> Any:
+  if isinstance(default, tuple):
+    choices = {str(choice): choice for choice in default}
+    if text not in choices:
+      raise ValueError(
+        f'config argument {key}={text}: choose one of {", ".join(choices)}'
+      )
+    return choices[text]
+  kind = default if isinstance(default, type) else type(default)
+  if kind is bool:
+    if text is None or text.lower() in _TRUE:
+      return True
+    if text.lower() in _FALSE:
+      return False
+  elif text is not None:
+    if default is None:
+      return text
+    try:
+      return kind(text)
+    except ValueError:
+      pass
+  else:
+    raise ValueError(f'config argument {key!r} needs a value: {key}=...')
+  raise ValueError(
+    f'config argument {key}={text}: {text!r} is not of type {kind.__name__}'
+  )
+
+
+def _close(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+  matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+  return f' (did you mean {" or ".join(matches)}?)' if matches else ''
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+  """Returns {'optim.lr': value, …}; an empty section is a value, {}."""
+  plain = config.to_dict() if isinstance(config, ConfigDict) else config
+  flat = {}
+  for key, value in plain.items():
+    if isinstance(value, Mapping) and value:
+      flat |= {f'{key}.{k}': v for k, v in flatten(value).items()}
+    else:
+      flat[key] = value
+  return flat
+
+
+def check_key(config: ConfigDict, key: str) -> None:
+  """Checks that a dotted key names a value of the config.
+
+  Raises:
+    ValueError: it does not; the message suggests keys that do.
+  """
+  known = flatten(config)
+  if key in known:
+    return
+  if any(name.startswith(f'{key}.') for name in known):
+    raise ValueError(f'config key {key!r} is a section: set a key inside it')
+  last = key.rpartition('.')[2]
+  same = [name for name in known if name.rpartition('.')[2] == last]
+  hint = f' (did you mean {" or ".join(same[:3])}?)' if same else ''
+  raise ValueError(
+    f'config key {key!r} does not exist{hint or _close(key, known)}'
+  )
+
+
+def set_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+  """Sets dotted keys of the config in place.
+
+  Raises:
+    ValueError: a key that does not exist, or a value of another type.
+  """
+  for key, value in overrides.items():
+    check_key(config, key)
+    *sections, last = key.split('.')
+    section = config
+    for name in sections:
+      section = section[name]
+    try:
+      section[last] = value
+    except TypeError as error:
+      raise ValueError(f'config key {key}={value!r}: {error}') from None
+
+
+def load_module(path: str | os.PathLike) -> types.ModuleType:
+  """Returns the module of a config file.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+  """
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(f'config file {path} does not exist')
+  spec = importlib.util.spec_from_file_location('_csrm_jax_config', path)
+  if spec is None:
+    raise ValueError(f'config file {path}: its name must end in .py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def to_json(config: ConfigDict) -> str:
+  """Returns the resolved config as indented JSON with sorted keys.
+
+  Raises:
+    ValueError: a value that JSON cannot hold; the message names its key.
+  """
+  plain = config.to_dict()
+  for key, value in flatten(plain).items():
+    try:
+      json.dumps(value)
+    except TypeError:
+      raise ValueError(
+        f'config key {key!r} holds a {type(value).__name__}: use numbers, '
+        'strings, booleans, None and tuples of them'
+      ) from None
+  return json.dumps(plain, indent=2, sort_keys=True) + '\n'
+
+
+def from_json(text: str) -> ConfigDict:
+  """Returns the ConfigDict of to_json's text; lists become tuples."""
+  return ConfigDict(_tuples(json.loads(text)))
+
+
+def _tuples(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _tuples(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return tuple(_tuples(item) for item in value)
+  return value
+
+
+def digest(config: ConfigDict) -> str:
+  """Returns the sha256 hex of the resolved config."""
+  return hashlib.sha256(to_json(config).encode()).hexdigest()
+
+
+def diff_config(old: ConfigDict, new: ConfigDict) -> list[str]:
+  """Returns one 'key: old -> new' per difference, sorted; [] if equal."""
+  old_flat, new_flat = (flatten(json.loads(to_json(c))) for c in (old, new))
+  lines = []
+  for key in sorted(old_flat | new_flat):
+    before, after = (
+      json.dumps(flat[key]) if key in flat else '(absent)'
+      for flat in (old_flat, new_flat)
+    )
+    if before != after:
+      lines.append(f'{key}: {before} -> {after}')
+  return lines
+
+
+def prepare_workdir(
+  workdir: str | os.PathLike, config: ConfigDict
+) -> pathlib.Path:
+  """Returns the work directory, made, with config.json in it.
+
+  A directory that holds nothing but config.json and manifest.json (a run that
+  stopped at bad input) may be used with another config.
+
+  Raises:
+    ValueError: a run with another config is there; the message shows the
+      difference.
+  """
+  if '://' in str(workdir):
+    raise ValueError(
+      f'--workdir={workdir}: only file system paths work so far; mount the '
+      'bucket and give its path'
+    )
+  workdir = pathlib.Path(workdir).expanduser().absolute()
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f'--workdir={workdir} is a file: give a directory')
+  path = workdir / 'config.json'
+  if path.exists() and _has_results(workdir):
+    try:
+      old = from_json(path.read_text('utf-8'))
+    except (ValueError, TypeError) as error:
+      raise ValueError(
+        f'{path} is not a config ({error}): use another --workdir'
+      ) from None
+    if lines := diff_config(old, config):
+      raise ValueError(
+        f'{path} is of a run with another config: {"; ".join(lines)} '
+        '(give the same config to resume it, or another --workdir)'
+      )
+  writer.write_atomic(path, to_json(config))
+  return workdir
+
+
+def _has_results(workdir: pathlib.Path) -> bool:
+  ours = ('config.json', 'manifest.json')
+  return any(path.name not in ours for path in workdir.iterdir())
+
+
+def discard_workdir(workdir: pathlib.Path) -> None:
+  """Removes a work directory's own files if its run left no results."""
+  if not workdir.is_dir() or _has_results(workdir):
+    return
+  for path in workdir.iterdir():
+    path.unlink()
+  with contextlib.suppress(OSError):  # A mount point, say.
+    workdir.rmdir()
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRun:
+  """One run of a sweep.
+
+  name: names its work directory. overrides: dotted keys and their values.
+  arg: the config file's argument, what follows the colon in --config.
+  """
+
+  name: str
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  arg: str = ''
+
+
+def expand_sweep(
+  sweep_fn: Callable[[], Sequence[Mapping[str, Any]]],
+) -> tuple[SweepRun, ...]:
+  """Returns the checked runs of a config file's `sweep()`.
+
+  `sweep()` returns [{'name': 'no_cca', 'arg': 'ablation=no_cca'}, {'name':
+  'lr', 'overrides': {'optim.lr': 1e-4}}, …]; `axis`, `product` and `zipped`
+  build such lists.
+
+  Raises:
+    ValueError: an empty sweep, unknown fields, or unusable or repeated names.
+  """
+  fields = {field.name for field in dataclasses.fields(SweepRun)}
+  runs = []
+  for number, item in enumerate(sweep_fn()):
+    if not isinstance(item, Mapping) or not {'name'} <= set(item) <= fields:
+      raise ValueError(
+        f'sweep() item {number} must be a dict with a name and, if needed, '
+        f'overrides and arg: got {item!r}'
+      )
+    run = SweepRun(**item)
+    if not re.fullmatch(r'[\w.=+-]*\w[\w.=+-]*', run.name):
+      raise ValueError(
+        f'sweep() name {run.name!r} cannot be a folder: use letters, digits '
+        'and _ . = + -'
+      )
+    runs.append(run)
+  names = [run.name for run in runs]
+  if not names:
+    raise ValueError('sweep() gives no runs')
+  twice = next((name for name in names if names.count(name) > 1), None)
+  if twice is not None:
+    raise ValueError(f'sweep() has two runs named {twice!r}')
+  return tuple(runs)
+
+
+def axis(key: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+  """Returns one sweep item per value of a config key, named 'lr=0.001'."""
+  short = key.rpartition('.')[2]
+  return [{'name': f'{short}={v}', 'overrides': {key: v}} for v in values]
+
+
+def product(*axes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Returns every combination of the axes' items, the last axis fastest."""
+  return [_merge(items) for items in itertools.product(*axes)]
+
+
+def zipped(*axes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Returns the first items merged, the second ones, and so on.
+
+  Raises:
+    ValueError: the axes differ in length.
+  """
+  lengths = [len(items) for items in axes]
+  if len(set(lengths)) > 1:
+    raise ValueError(f'zipped() needs axes of one length: got {lengths}')
+  return [_merge(items) for items in zip(*axes, strict=True)]
+
+
+def _merge(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  overrides: dict[str, Any] = {}
+  for item in items:
+    for key, value in item.get('overrides', {}).items():
+      if key in overrides:
+        raise ValueError(f'two axes of the sweep set {key!r}')
+      overrides[key] = value
+  return {
+    'name': '-'.join(item['name'] for item in items),
+    'overrides': overrides,
+    'arg': ','.join(item['arg'] for item in items if item.get('arg')),
+  }

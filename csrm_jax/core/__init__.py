@@ -1,0 +1,1 @@
+"""Trees, masks, meshes, checkpoints and logs; knows nothing of safety."""

@@ -1,0 +1,307 @@
+"""Checkpoints of a train state together with the data iterator's state.
+
+A thin layer over Orbax, which writes atomically, asynchronously and from many
+hosts. Added here: every leaf's shape and a checksum of its bits are stored, so
+that a damaged checkpoint is noticed (a chunk that went missing would otherwise
+read as zeros) and a checkpoint of another model is told apart from that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+
+from csrm_jax.core import tree
+
+
+class Restored(NamedTuple):
+  """What restore_latest returns."""
+
+  step: int
+  state: Any
+  data_state: dict[str, Any]
+
+
+class Checkpoints:
+  """The checkpoints of one directory, the newest `keep` of them."""
+
+  def __init__(self, directory: str | os.PathLike, keep: int = 2):
+    """Opens the directory; it is made with the first save.
+
+    What an interrupted save left behind is removed then, not on reading.
+    """
+    self.directory = pathlib.Path(directory).absolute()
+    self._keep = keep
+    self._manager = None
+    self._damaged: set[int] = set()
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    data_state: Mapping[str, Any],
+    meta: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Starts to write a checkpoint; returns when `state` may be donated.
+
+    Args:
+      step: greater than that of every intact checkpoint here.
+      state: a tree of arrays.
+      data_state: JSON values, from the data iterator.
+      meta: JSON values that describe the model, for `read_meta`.
+
+    Raises:
+      ValueError: a checkpoint of this or a later step is here already, or
+        a value is not JSON.
+    """
+    manager = self._writable()
+    self._set_aside_damaged(step)
+    latest = manager.latest_step()
+    if latest is not None and latest >= step:
+      raise ValueError(
+        f'{self.directory}: cannot save step {step}, a checkpoint of step '
+        f'{latest} is already there: restore it first or use an empty workdir'
+      )
+    named = tree.named_leaves(state)
+    sums = jax.device_get(_checksums(named))
+    content = {
+      'data_state': dict(data_state),
+      'meta': dict(meta or {}),
+      'leaves': {
+        name: [list(x.shape), str(x.dtype), int(sums[name])]
+        for name, x in named.items()
+      },
+    }
+    info = {'content': content, 'digest': _digest(content)}
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(_storage_names(named)),
+        info=ocp.args.JsonSave(info),
+      ),
+    )
+
+  def restore_latest(
+    self, abstract_state: Any, partial: bool = False
+  ) -> Restored | None:
+    """Returns the newest intact checkpoint, or None where there is none.
+
+    Args:
+      abstract_state: a tree of ShapeDtypeStructs (or arrays); their shardings
+        decide where the leaves go, whatever mesh wrote them.
+      partial: the checkpoint may hold leaves that are not asked for, as when
+        parameters are read without the optimizer's state.
+
+    Raises:
+      ValueError: the checkpoint is of another model.
+    """
+    wanted = tree.named_leaves(abstract_state)
+    for step in reversed(self.steps()):
+      try:
+        content = _read_info(self.directory / str(step))
+      except (ValueError, KeyError, TypeError, OSError) as error:
+        self._warn(step, error)
+        continue
+      self._check_same_model(step, wanted, content['leaves'], partial)
+      try:
+        named = self._read_state(step, wanted)
+        _verify(named, content['leaves'])
+      except jax.errors.JaxRuntimeError:
+        raise  # Out of memory and the like: the files are not to blame.
+      except Exception as error:  # Orbax raises whatever a reader met.
+        self._warn(step, error)
+        continue
+      state = tree.from_named(abstract_state, named)
+      return Restored(step, state, content['data_state'])
+    return None
+
+  def steps(self) -> list[int]:
+    """Returns the steps that have a finished checkpoint, ascending."""
+    return _steps(self.directory)
+
+  def wait(self) -> None:
+    """Returns when the last save is on disk. Raises what stopped it."""
+    if self._manager is not None:
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the last save and ends Orbax's threads."""
+    if self._manager is not None:
+      self._manager.wait_until_finished()
+      self._manager.close()
+      self._manager = None
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self.close()
+
+  def _writable(self) -> ocp.CheckpointManager:
+    if self._manager is None:
+      self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=self._keep, cleanup_tmp_directories=True
+        ),
+      )
+    return self._manager
+
+  def _set_aside_damaged(self, step: int) -> None:
+    """Renames damaged checkpoints that stand in the way of `step`."""
+    moved = sorted(s for s in self._damaged if s >= step)
+    if not moved:
+      return
+    self._manager.wait_until_finished()
+    for old in moved:
+      if jax.process_index() == 0:
+        target = self.directory / f'damaged-{old}'
+        number = 1
+        while target.exists():
+          number += 1
+          target = self.directory / f'damaged-{old}-{number}'
+        (self.directory / str(old)).rename(target)
+      self._damaged.discard(old)
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      multihost_utils.sync_global_devices('checkpoints set aside')
+    self._manager.reload()
+
+  def _read_state(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
+    stored = _storage_names(abstract)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      values = reader.restore(
+        self.directory / str(step) / 'state',
+        args=ocp.args.PyTreeRestore(
+          stored,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
+          partial_restore=True,
+        ),
+      )
+    return dict(zip(wanted, (values[key] for key in stored), strict=True))
+
+  def _check_same_model(self, step, wanted, leaves, partial) -> None:
+    where = f'{self.directory / str(step)}: checkpoint of another model'
+    fix = 'use the config that made it, or another workdir'
+    for name, leaf in wanted.items():
+      if name not in leaves:
+        raise ValueError(f'{where}: it has no leaf {name!r}; {fix}')
+      shape, dtype, _ = leaves[name]
+      if tuple(shape) != tuple(leaf.shape) or dtype != str(leaf.dtype):
+        raise ValueError(
+          f'{where}: leaf {name!r} is {dtype}{shape} there and '
+          f'{leaf.dtype}{list(leaf.shape)} here; {fix}'
+        )
+    for name in leaves:
+      if name not in wanted and not partial:
+        raise ValueError(f'{where}: its leaf {name!r} is unknown here; {fix}')
+
+  def _warn(self, step: int, error: Exception) -> None:
+    self._damaged.add(step)
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    logging.warning(
+      'skipping the damaged checkpoint %s (%s)',
+      self.directory / str(step),
+      reason,
+    )
+
+
+def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
+  """Returns the `meta` of the newest checkpoint whose description is intact.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  directory = pathlib.Path(directory).absolute()
+  for step in reversed(_steps(directory)):
+    try:
+      return _read_info(directory / str(step))['meta']
+    except (ValueError, KeyError, TypeError, OSError) as error:
+      logging.warning(
+        'cannot read the checkpoint %s/%d (%s)', directory, step, error
+      )
+  raise FileNotFoundError(
+    f'{directory}: no readable checkpoint there; give the folder of a run '
+    'that has saved one'
+  )
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+  if not directory.is_dir():
+    return []
+  # A save in progress has a name of its own until its final rename.
+  names = (path.name for path in directory.iterdir() if path.is_dir())
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _read_info(path: pathlib.Path) -> dict[str, Any]:
+  info = json.loads((path / 'info' / 'metadata').read_text('utf-8'))
+  if _digest(info['content']) != info['digest']:
+    raise ValueError('its description does not match its digest')
+  return info['content']
+
+
+def _digest(content: Any) -> str:
+  try:
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+  except TypeError as error:
+    raise ValueError(f'data_state and meta must be JSON: {error}') from None
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _storage_names(named: Mapping[str, Any]) -> dict[str, Any]:
+  # Slashes would become folders in some of the storage formats.
+  return {name.replace('/', '.'): leaf for name, leaf in named.items()}
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _verify(named: dict[str, Any], leaves: dict[str, Any]) -> None:
+  sums = jax.device_get(_checksums(named))
+  for name, value in sums.items():
+    if int(value) != leaves[name][2]:
+      raise ValueError(f'the bits of leaf {name!r} fail their checksum')
+
+
+@jax.jit
+def _checksums(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: _checksum(jnp.asarray(x)) for name, x in named.items()}
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+  """Returns a uint32 of an array's bits, the same on every mesh.
+
+  Each word is hashed with its place and the hashes are added modulo 2^32: a
+  sum of integers does not depend on how the array is cut over devices.
+  """
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
+  word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+  place = jnp.zeros(bits.shape, jnp.uint32)
+  for axis in range(bits.ndim):
+    stride = math.prod(bits.shape[axis + 1 :]) % 2**32
+    iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    place += iota * jnp.uint32(stride)
+  # The finaliser of MurmurHash3: every input bit moves every output bit.
+  h = bits ^ (place * jnp.uint32(0x9E3779B9) + jnp.uint32(0x7F4A7C15))
+  h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+  h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+  return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)

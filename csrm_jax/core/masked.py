@@ -1,0 +1,33 @@
+"""Sums and means over the selected part of an array, in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Axis = int | tuple[int, ...] | None
+
+
+def masked_sum(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
+  """Returns the float32 sum of x * mask; mask is bool or a weight.
+
+  What the mask excludes has no influence at all: a NaN there gives neither a
+  NaN sum nor a NaN gradient, which a plain product would.
+
+  x and mask have shapes that broadcast to each other.
+  """
+  x, mask = jnp.broadcast_arrays(x.astype(jnp.float32), mask)
+  kept = jnp.where(mask != 0, x, 0.0)
+  return jnp.sum(kept * mask.astype(jnp.float32), axis=axis)
+
+
+def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
+  """Returns the float32 mean of x weighted by mask, 0 where mask is all 0.
+
+  The empty mean is 0, not NaN, so that a row without tokens adds nothing to a
+  loss. Do not use it where "nothing selected" must be seen as an error.
+  """
+  x, mask = jnp.broadcast_arrays(x.astype(jnp.float32), mask)
+  weight = jnp.sum(mask.astype(jnp.float32), axis=axis)
+  total = masked_sum(x, mask, axis)
+  return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)

@@ -1,0 +1,172 @@
+"""The device mesh and the one table that says how parameters lie on it.
+
+Three mesh axes: `data` (batch only), `fsdp` (batch, and parameters cut along
+one axis), `tensor` (heads, mlp width and vocabulary). One device is a 1x1x1
+mesh, so every program is written for a mesh from the start.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from csrm_jax.core import tree
+
+AXES = ('data', 'fsdp', 'tensor')
+
+# First match wins; a pattern is matched at the end of the leaf's name, so that
+# 'params/...' and the optimizer's 'opt_state/0/mu/...' fall under one rule.
+# Every leaf must match: a silently replicated matrix is how memory runs out.
+PARAM_RULES: tuple[tuple[str, P], ...] = (
+  # [V, D]
+  (r'embed/embedding', P('tensor', 'fsdp')),
+  # [L, D, N, H] and, for keys and values, [L, D, K, H]
+  (r'attention/(query|key|value)/kernel', P(None, 'fsdp', 'tensor', None)),
+  # [L, N, H] and [L, K, H]
+  (r'attention/(query|key|value)/bias', P(None, 'tensor', None)),
+  # [L, N, H, D]
+  (r'attention/out/kernel', P(None, 'tensor', None, 'fsdp')),
+  # [L, D, F]
+  (r'mlp/(gate|up)(/kernel)?', P(None, 'fsdp', 'tensor')),
+  # [L, F, D]
+  (r'mlp/down(/kernel)?', P(None, 'tensor', 'fsdp')),
+  # Norms: [D], [L, D], [L, H]
+  (r'scale', P()),
+  # [D, V]
+  (r'lm_head/kernel', P('fsdp', 'tensor')),
+)
+
+
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """Returns a mesh with axes (data, fsdp, tensor) over all devices.
+
+  At most one size may be -1: it takes the devices the others leave.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+  free = [name for name, size in sizes.items() if size == -1]
+  bad = [name for name, size in sizes.items() if size < 1 and size != -1]
+  if bad or len(free) > 1:
+    raise ValueError(
+      f'mesh {sizes}: sizes are at least 1, and at most one may be -1'
+    )
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if free and len(devices) % known == 0:
+    sizes[free[0]] = len(devices) // known
+  if math.prod(sizes.values()) != len(devices):
+    raise ValueError(
+      f'mesh {sizes} does not fit {len(devices)} devices: the sizes must '
+      'multiply to that number (set one of them to -1)'
+    )
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices,
+  )
+
+
+def param_spec(
+  name: str, shape: Sequence[int], mesh: Mesh, rules=PARAM_RULES
+) -> P:
+  """Returns the PartitionSpec of the leaf `name`.
+
+  A scalar (a step, an optimizer's count) is replicated. A mesh axis that does
+  not divide the array's axis is left out there: tiny models run on any mesh.
+
+  Raises:
+    ValueError: no rule matches, or the rule names more axes than there are.
+  """
+  if not shape:
+    return P()
+  matches = [r for r in rules if re.search(rf'(^|/){r[0]}$', name)]
+  if not matches:
+    raise ValueError(
+      f'no sharding rule for {name!r} with shape {tuple(shape)}: add one to '
+      'PARAM_RULES in csrm_jax/core/mesh.py'
+    )
+  pattern, spec = matches[0]
+  if len(spec) > len(shape):
+    raise ValueError(
+      f'the sharding rule {pattern!r} has {len(spec)} axes but {name!r} has '
+      f'shape {tuple(shape)}: correct PARAM_RULES or the parameter'
+    )
+  axes = [
+    axis if axis is not None and size % mesh.shape[axis] == 0 else None
+    for axis, size in zip(spec, shape, strict=False)
+  ]
+  return P(*axes)
+
+
+def shardings(shapes: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
+  """Returns the tree of NamedShardings for a tree of arrays or shapes.
+
+  Takes parameters as well as a whole train state.
+
+  Raises:
+    ValueError: a leaf has no rule; the message names it.
+  """
+  named = {
+    name: NamedSharding(mesh, param_spec(name, leaf.shape, mesh, rules))
+    for name, leaf in tree.named_leaves(shapes).items()
+  }
+  return tree.from_named(shapes, named)
+
+
+def abstract(shapes: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
+  """Returns the ShapeDtypeStructs of a tree, with their shardings.
+
+  This is what checkpoints are restored onto.
+  """
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings(shapes, mesh, rules),
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of batch arrays: axis 0 over data and fsdp."""
+  return NamedSharding(mesh, P(('data', 'fsdp')))
+
+
+def to_global(
+  batch: Mapping[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.Array]:
+  """Returns the global arrays of which each process passes its own rows.
+
+  Raises:
+    ValueError: the rows do not divide over the mesh.
+  """
+  sharding = batch_sharding(mesh)
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  arrays = {}
+  for name, x in batch.items():
+    rows = x.shape[0] * jax.process_count()
+    if rows % parts:
+      raise ValueError(
+        f'batch array {name!r} has {rows} rows, which do not divide over '
+        f'data x fsdp = {parts} devices: use a batch size that does'
+      )
+    arrays[name] = jax.make_array_from_process_local_data(sharding, x)
+  return arrays

@@ -1,0 +1,79 @@
+"""Named leaves of a pytree, and the few reductions over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+  """Returns {'a/b/c': leaf} in the tree's own order.
+
+  Dict keys, dataclass and named-tuple fields and sequence indices all become
+  one path part: a train state gives 'params/embed/embedding',
+  'opt_state/0/mu/embed/embedding', 'step'.
+
+  Raises:
+    ValueError: two leaves share a name (a dict key that holds a slash).
+  """
+  named = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if name in named:
+      raise ValueError(
+        f'two leaves are named {name!r}; use keys without a slash'
+      )
+    named[name] = leaf
+  return named
+
+
+def from_named(tree: Any, named: Mapping[str, Any]) -> Any:
+  """Returns a tree of the structure of `tree` with the leaves of `named`.
+
+  Raises:
+    ValueError: the names differ; the message holds the first that does.
+  """
+  names = dict.fromkeys(named_leaves(tree))
+  for name in names:
+    if name not in named:
+      raise ValueError(f'leaf {name!r} is missing')
+  for name in named:
+    if name not in names:
+      raise ValueError(f'leaf {name!r} is not part of the tree')
+  structure = jax.tree.structure(tree)
+  return jax.tree.unflatten(structure, [named[name] for name in names])
+
+
+def num_params(tree: Any) -> int:
+  """Returns the number of elements over all leaves (arrays or their shapes)."""
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Any) -> int:
+  """Returns the bytes of all leaves, counted once whatever the sharding."""
+  return sum(
+    int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def global_norm(tree: Any) -> jax.Array:
+  """Returns the float32 Euclidean norm over all leaves (0 without any)."""
+  squares = [
+    jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)
+  ]
+  return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """Returns a bool scalar: no floating-point leaf holds a NaN or infinity."""
+  finite = [
+    jnp.all(jnp.isfinite(x))
+    for x in jax.tree.leaves(tree)
+    if jnp.issubdtype(x.dtype, jnp.inexact)
+  ]
+  return jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)

@@ -1,0 +1,182 @@
+"""Metrics files, the run manifest and atomic writes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+# The packages whose versions can change a number or a file format.
+PACKAGES = (
+  'csrm_jax',
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'numpy',
+  'sentencepiece',
+  'tokenizers',
+  'scikit-learn',
+  'relplot',
+)
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+  """Writes a file so that a reader finds the old or the new, never a part."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  data = content.encode() if isinstance(content, str) else content
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+  try:
+    with os.fdopen(handle, 'wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    # mkstemp makes files only their owner can read; give the usual mode.
+    os.chmod(temporary, 0o666 & ~_umask())
+    os.replace(temporary, path)
+  except BaseException:
+    pathlib.Path(temporary).unlink(missing_ok=True)
+    raise
+
+
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def make_manifest() -> dict[str, Any]:
+  """Returns what a run must record to be repeated: versions and devices."""
+  packages = {}
+  for name in PACKAGES:
+    try:
+      packages[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      packages[name] = None
+  devices = jax.devices()
+  return {
+    'packages': packages,
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'num_cpus': os.cpu_count(),
+    'num_processes': jax.process_count(),
+    'num_devices': len(devices),
+    'device_kind': devices[0].device_kind,
+    'backend': jax.default_backend(),
+  }
+
+
+def update_manifest(
+  workdir: str | os.PathLike, extra: Mapping[str, Any]
+) -> None:
+  """Adds `extra` (JSON values) to the work directory's manifest.json."""
+  if jax.process_index() != 0:
+    return
+  path = pathlib.Path(workdir) / 'manifest.json'
+  manifest = json.loads(path.read_text()) if path.exists() else {}
+  manifest.update(extra)
+  write_atomic(path, json.dumps(manifest, indent=2, sort_keys=True) + '\n')
+
+
+class MetricsWriter:
+  """Appends {'step': ..., 'area/name': ...} lines to workdir/metrics.jsonl.
+
+  Every line reaches the operating system when it is written, so a killed
+  process loses none. Write a step's metrics before its checkpoint is saved.
+  Only the first process of a multi-host run writes.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    resume_step: int | None = None,
+    tensorboard: bool = True,
+  ):
+    """Opens the files.
+
+    Args:
+      workdir: made if it is not there.
+      resume_step: the restored step: later lines are dropped (they will be
+        written again), and so is a last line cut short. -1: a fresh run, all
+        lines are dropped. None: nothing is dropped.
+      tensorboard: also write TensorBoard event files.
+    """
+    self._file = self._board = None
+    if jax.process_index() != 0:
+      return
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / 'metrics.jsonl'
+    if resume_step is not None and path.exists():
+      write_atomic(path, _lines_until(path.read_bytes(), resume_step))
+    self._file = open(path, 'a', encoding='utf-8', buffering=1)  # noqa: SIM115
+    if tensorboard:
+      # Imported here: it takes a while, and only training needs it.
+      import tensorboardX
+
+      self._board = tensorboardX.SummaryWriter(
+        str(workdir),
+        purge_step=None if resume_step is None else resume_step + 1,
+      )
+
+  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Writes scalars (Python, NumPy or JAX) of one step.
+
+    A value that is not finite becomes null: JSON has no word for it.
+    """
+    if self._file is None:
+      return
+    values = {name: float(value) for name, value in metrics.items()}
+    line = {'step': int(step)}
+    line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
+    self._file.write(json.dumps(line) + '\n')
+    if self._board is not None:
+      for name, value in values.items():
+        self._board.add_scalar(name, value, int(step))
+
+  def flush(self) -> None:
+    """Brings everything written so far to the disk."""
+    if self._file is not None:
+      self._file.flush()
+      os.fsync(self._file.fileno())
+    if self._board is not None:
+      self._board.flush()
+
+  def close(self) -> None:
+    """Flushes and closes; the writer cannot be used afterwards."""
+    self.flush()
+    if self._file is not None:
+      self._file.close()
+    if self._board is not None:
+      self._board.close()
+    self._file = self._board = None
+
+  def __enter__(self) -> MetricsWriter:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self.close()
+
+
+def _lines_until(content: bytes, step: int) -> bytes:
+  """Returns the whole lines of at most `step`, byte for byte."""
+  kept = []
+  for line in content.splitlines(keepends=True):
+    try:
+      line_step = json.loads(line)['step']
+    except (ValueError, KeyError, TypeError):
+      continue
+    if line.endswith(b'\n') and line_step <= step:
+      kept.append(line)
+  return b''.join(kept)

@@ -1,0 +1,1 @@
+"""Data: sources, encoding to packing atoms, and fixed-shape batches."""

@@ -1,0 +1,293 @@
+"""Encoding of examples and pairs to packing atoms: the only encode path.
+
+Training, evaluation and serving all turn a rendered template into tokens with
+`encode_prompt`. What is too long is shortened by one policy: the middle of the
+history first, then the tail of the response; the rules and everything the
+template itself writes are never touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from csrm_jax.safety import schema, templates
+from csrm_jax.text.tokenizer import Tokenizer
+
+# Tokens of the response that must remain: less is nothing to judge.
+MIN_RESPONSE_LENGTH = 16
+# Stand where text was cut. They start with a space, so that what follows a
+# cut can never begin a line, and the second ends the response's last line.
+CUT_MIDDLE = ' ... '
+CUT_TAIL = ' ...\n'
+
+LABEL_IDS = {None: -1, **{name: i for i, name in enumerate(schema.LABELS)}}
+
+T = TypeVar('T')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+  """One encoded prompt; its last token is the one the verdict follows.
+
+  Attributes:
+    tokens: int32 [length], with one BOS in front if the tokenizer has one.
+    label: 0 safe, 1 unsafe, -1 none.
+    id: the example's.
+    loss_weight: float32 [length], each token's weight as a target of next-token
+      prediction, or None where there is none.
+  """
+
+  tokens: np.ndarray
+  label: int
+  id: str
+  loss_weight: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Atom:
+  """What packing never splits: one example, or the two sides of a pair.
+
+  Attributes:
+    prompts: (example,) or (safer, other).
+    kind: 'example' or 'pair'.
+    num_shortened: tokens cut out of the prompts to make them fit.
+  """
+
+  prompts: tuple[Prompt, ...]
+  kind: str
+  num_shortened: int = 0
+
+  @functools.cached_property
+  def length(self) -> int:
+    """The tokens of all prompts together."""
+    return sum(len(prompt.tokens) for prompt in self.prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+  """Why something was not encoded: a reason to count, a detail to read."""
+
+  reason: str
+  detail: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """What encoding depends on besides the example.
+
+  Attributes:
+    tokenizer: turns text into tokens.
+    max_length: the most tokens a prompt may have.
+    order: 'rules_first' or 'conversation_first'.
+    pair_length: the most tokens the two prompts of a pair may have together,
+      or None for no limit but each prompt's own. The length of a packed row
+      makes sure that every pair fits into one.
+  """
+
+  tokenizer: Tokenizer
+  max_length: int
+  order: str = 'rules_first'
+  pair_length: int | None = None
+
+  def __post_init__(self):
+    if self.max_length < 1:
+      raise ValueError(f'max_length is {self.max_length}; it must be positive')
+    if self.pair_length is not None and self.pair_length < 2:
+      raise ValueError(
+        f'pair_length is {self.pair_length}; give at least 2, or None'
+      )
+
+
+def encode_prompt(
+  segments: Sequence[templates.Segment], tokenizer: Tokenizer, max_length: int
+) -> tuple[np.ndarray, int] | Dropped:
+  """Returns the tokens (int32 [length]) and how many were cut to fit.
+
+  Control tokens are parsed in 'control' segments only. If the tokens exceed
+  `max_length`, history messages are cut from the middle one outwards (whole
+  messages, then the middle of one), then the tail of the response.
+
+  Returns `Dropped('rules_too_long')` if the rules, the template and the least
+  part of the response worth judging do not fit.
+
+  Raises:
+    ValueError: a segment encoded to a BOS of its own.
+  """
+  parts = [_encode_segment(segment, tokenizer) for segment in segments]
+  bos = tokenizer.bos_id
+  if bos is not None:
+    parts.insert(0, [bos])
+  total = sum(map(len, parts))
+  num_cut = 0
+  if total > max_length:
+    # The BOS counts as the template's own.
+    kinds = ['control'] * (bos is not None) + [s.kind for s in segments]
+    dropped = _shorten(parts, kinds, tokenizer, max_length)
+    if dropped is not None:
+      return dropped
+    num_cut = total - sum(map(len, parts))
+  tokens = [token for part in parts for token in part]
+  if bos is not None and tokens.count(bos) != 1:
+    raise ValueError(
+      f'the prompt holds {tokens.count(bos)} BOS tokens (id {bos}), it must'
+      ' hold one; the tokenizer must not add special tokens when it encodes'
+    )
+  return np.array(tokens, np.int32), num_cut
+
+
+def encode_example(
+  example: schema.Example, encoder: Encoder
+) -> Atom | Dropped:
+  """Returns the example as an atom of one prompt, or why it was dropped."""
+  encoded = _encode(example, encoder, encoder.max_length)
+  if isinstance(encoded, Dropped):
+    return encoded
+  tokens, num_shortened = encoded
+  prompt = Prompt(tokens, LABEL_IDS[example.label], example.id)
+  return Atom((prompt,), 'example', num_shortened)
+
+
+def encode_pair(pair: schema.Pair, encoder: Encoder) -> Atom | Dropped:
+  """Returns the pair as an atom (safer, other), or why it was dropped.
+
+  Where both prompts together exceed `encoder.pair_length`, the longer one is
+  shortened to what the other leaves, or both to half of it. A pair whose two
+  prompts have come to the same tokens teaches nothing and is dropped as
+  'identical_pair'.
+  """
+  sides = (pair.safer, pair.other)
+  encoded = [_encode(side, encoder, encoder.max_length) for side in sides]
+  limit = encoder.pair_length
+  lengths = [0 if isinstance(e, Dropped) else len(e[0]) for e in encoded]
+  if limit is not None and sum(lengths) > limit and all(lengths):
+    half = (limit + 1) // 2
+    encoded = [
+      _encode(side, encoder, min(encoder.max_length, limit - min(other, half)))
+      for side, other in zip(sides, reversed(lengths), strict=True)
+    ]
+  for one in encoded:
+    if isinstance(one, Dropped):
+      return one
+  if np.array_equal(encoded[0][0], encoded[1][0]):
+    return Dropped('identical_pair', f'{pair.id}: both sides are one prompt')
+  prompts = tuple(
+    Prompt(tokens, LABEL_IDS[side.label], side.id)
+    for side, (tokens, _) in zip(sides, encoded, strict=True)
+  )
+  return Atom(prompts, 'pair', sum(cut for _, cut in encoded))
+
+
+def encode(
+  item: schema.Example | schema.Pair, encoder: Encoder
+) -> Atom | Dropped:
+  """Returns the example or pair as an atom, or why it was dropped."""
+  if isinstance(item, schema.Pair):
+    return encode_pair(item, encoder)
+  return encode_example(item, encoder)
+
+
+def require(result: T | Dropped) -> T:
+  """Returns `result`, or raises where it is `Dropped`; for single requests.
+
+  Raises:
+    ValueError: with the reason and the detail.
+  """
+  if isinstance(result, Dropped):
+    raise ValueError(f'{result.reason}: {result.detail}')
+  return result
+
+
+def _encode(
+  example: schema.Example, encoder: Encoder, max_length: int
+) -> tuple[np.ndarray, int] | Dropped:
+  segments = templates.render(
+    example.safety, example.conversation, encoder.order
+  )
+  encoded = encode_prompt(segments, encoder.tokenizer, max_length)
+  if isinstance(encoded, Dropped):
+    return Dropped(encoded.reason, f'{example.id}: {encoded.detail}')
+  return encoded
+
+
+def _encode_segment(
+  segment: templates.Segment, tokenizer: Tokenizer
+) -> Sequence[int]:
+  if segment.kind == 'control':
+    return _encode_control(tokenizer, segment.text)
+  return tokenizer.encode(segment.text)
+
+
+# The template writes a handful of different control segments; all other text
+# differs from prompt to prompt.
+@functools.lru_cache(maxsize=256)
+def _encode_control(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+  return tuple(tokenizer.encode_control(text))
+
+
+@functools.lru_cache(maxsize=16)
+def _encode_marker(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+  return tuple(tokenizer.encode(text))
+
+
+def _shorten(
+  parts: list[Sequence[int]],
+  kinds: Sequence[str],
+  tokenizer: Tokenizer,
+  max_length: int,
+) -> Dropped | None:
+  """Cuts `parts` in place to `max_length`, or says why that cannot be."""
+  history = [i for i, kind in enumerate(kinds) if kind == 'history']
+  response = [i for i, kind in enumerate(kinds) if kind == 'response']
+  middle, tail = (
+    _encode_marker(tokenizer, text) for text in (CUT_MIDDLE, CUT_TAIL)
+  )
+  last = response[-1]
+  least = min(len(parts[last]), MIN_RESPONSE_LENGTH + len(tail))
+  fixed = sum(
+    len(part)
+    for i, part in enumerate(parts)
+    if i not in history and i != last
+  )
+  if fixed + least > max_length:
+    return Dropped(
+      'rules_too_long',
+      f'rules and template take {fixed} tokens and the response needs'
+      f' {least}, the limit is {max_length}; shorten the rules, keep the most'
+      ' relevant categories, or raise the limit',
+    )
+  excess = sum(map(len, parts)) - max_length
+  center = (len(history) - 1) / 2
+  # From the middle outwards; of two as far, the earlier message goes first:
+  # what the response answers to stays longest.
+  for place in sorted(
+    range(len(history)), key=lambda k: (abs(k - center), k)
+  ):
+    if excess <= 0:
+      return None
+    i = history[place]
+    before = len(parts[i])
+    parts[i] = _cut_middle(parts[i], before - excess, middle)
+    excess -= before - len(parts[i])
+  if excess > 0:
+    keep = len(parts[last]) - excess - len(tail)
+    parts[last] = [*parts[last][:keep], *tail]
+  return None
+
+
+def _cut_middle(
+  part: Sequence[int], length: int, marker: Sequence[int]
+) -> Sequence[int]:
+  """Returns at most `length` tokens: both ends, or nothing if too few.
+
+  A stump must at least keep its speaker and some words on both sides.
+  """
+  keep = length - len(marker)
+  if keep < 2 * MIN_RESPONSE_LENGTH:
+    return ()
+  head = (keep + 1) // 2
+  return [*part[:head], *marker, *part[len(part) - (keep - head) :]]

@@ -1,0 +1,212 @@
+"""Packing of atoms into rows of fixed length.
+
+A packed batch says everything by explicit indices: which tokens belong to
+which prompt, where each prompt's verdict is read, which slots make a pair.
+Nothing is ever found by searching for a padding token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from csrm_jax.data.features import Atom, Dropped
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+  """The fixed shape of a batch.
+
+  Attributes:
+    batch_size: rows B.
+    row_length: tokens T a row.
+    max_segments: prompts S a row at most; the two of a pair count as two.
+    pad_id: the token of the padding. Nothing depends on it: padding is where
+      segment_ids is 0.
+  """
+
+  batch_size: int
+  row_length: int
+  max_segments: int
+  pad_id: int = 0
+
+  def __post_init__(self):
+    for name in ('batch_size', 'row_length', 'max_segments'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'{name} is {getattr(self, name)}; it must be positive'
+        )
+
+
+def pack_rows(
+  atoms: Sequence[Atom],
+  batch_size: int,
+  row_length: int,
+  max_segments: int,
+  pad_id: int = 0,
+) -> tuple[Batch, list[int]]:
+  """Returns a batch of the atoms that found a place, and who is left over.
+
+  Each row starts with the oldest (first) atom left, so that every batch takes
+  the oldest ones and nothing waits long; the rest of the row is the subset of
+  the others that fills it best.
+
+  Args:
+    atoms: oldest first.
+    batch_size: rows B.
+    row_length: tokens T a row.
+    max_segments: prompts S a row at most.
+    pad_id: the token of the padding.
+
+  Returns:
+    The batch:
+      tokens, segment_ids (1.. by prompt, 0 = padding), positions (from 0 in
+        each prompt): int32 [B, T]
+      verdict_index: int32 [B, S], the place of a prompt's last token
+      label: int32 [B, S], 0 safe, 1 unsafe, -1 none or unused slot
+      label_weight: float32 [B, S], 1 where a labelled example stands that is
+        not part of a pair
+      pair_weight: float32 [B, S], 1 at slot s where slots s and s + 1 hold
+        the (safer, other) of a pair
+      loss_weight: float32 [B, T], only if the prompts have one
+    and the ascending indices of the atoms left over.
+
+  Raises:
+    ValueError: an atom that no row could hold.
+  """
+  shape = BatchShape(batch_size, row_length, max_segments, pad_id)
+  for atom in atoms:
+    misfit = does_not_fit(atom, shape)
+    if misfit:
+      raise ValueError(misfit.detail)
+  lengths = [atom.length for atom in atoms]
+  sizes = [len(atom.prompts) for atom in atoms]
+  left = list(range(len(atoms)))
+  batch = _empty_batch(shape)
+  if atoms and atoms[0].prompts[0].loss_weight is not None:
+    batch['loss_weight'] = np.zeros((batch_size, row_length), np.float32)
+  for row in range(batch_size):
+    if not left:
+      break
+    chosen = _choose_row(left, lengths, sizes, shape)
+    _write_row(batch, row, [atoms[i] for i in chosen])
+    taken = set(chosen)
+    left = [i for i in left if i not in taken]
+  return batch, left
+
+
+def does_not_fit(atom: Atom, shape: BatchShape) -> Dropped | None:
+  """Returns why no row of this shape could hold the atom, or None."""
+  if atom.length > shape.row_length:
+    return Dropped(
+      'longer_than_row',
+      f'{atom.prompts[0].id}: a {atom.kind} of {atom.length} tokens does not'
+      f' fit into a row of {shape.row_length}; lower max_length (pair_length'
+      ' for pairs) or use longer rows',
+    )
+  if len(atom.prompts) > shape.max_segments:
+    return Dropped(
+      'too_many_segments',
+      f'{atom.prompts[0].id}: a {atom.kind} has {len(atom.prompts)} prompts,'
+      f' a row holds {shape.max_segments}; raise max_segments',
+    )
+  return None
+
+
+def fill_rate(batch: Batch) -> float:
+  """Returns the share of a batch's token places that hold a prompt."""
+  return float(np.mean(batch['segment_ids'] > 0))
+
+
+def _choose_row(
+  left: Sequence[int],
+  lengths: Sequence[int],
+  sizes: Sequence[int],
+  shape: BatchShape,
+) -> list[int]:
+  """Returns the oldest atom and those of the others that fill its row best.
+
+  Subset sum: bit t of `reach` says that some of the atoms looked at so far
+  have t tokens in all. The atoms are looked at oldest first, so older ones
+  are preferred where sums are equal.
+  """
+  first = left[0]
+  room = shape.row_length - lengths[first]
+  mask = (1 << (room + 1)) - 1
+  reach, before, looked_at = 1, [], []
+  for i in left[1:]:
+    if lengths[i] > room:
+      continue
+    before.append(reach)
+    looked_at.append(i)
+    reach |= (reach << lengths[i]) & mask
+    if reach >> room:
+      break
+  total = reach.bit_length() - 1
+  chosen = [first]
+  for i, reachable in zip(reversed(looked_at), reversed(before), strict=True):
+    if not reachable >> total & 1:
+      chosen.append(i)
+      total -= lengths[i]
+  if sum(sizes[i] for i in chosen) <= shape.max_segments:
+    return sorted(chosen)
+  return _choose_longest(left, lengths, sizes, shape)
+
+
+def _choose_longest(
+  left: Sequence[int],
+  lengths: Sequence[int],
+  sizes: Sequence[int],
+  shape: BatchShape,
+) -> list[int]:
+  """Returns the oldest atom and, longest first, whatever still fits."""
+  first, *others = left
+  chosen = [first]
+  room = shape.row_length - lengths[first]
+  slots = shape.max_segments - sizes[first]
+  for i in sorted(others, key=lambda i: -lengths[i]):
+    if lengths[i] <= room and sizes[i] <= slots:
+      chosen.append(i)
+      room -= lengths[i]
+      slots -= sizes[i]
+  return sorted(chosen)
+
+
+def _empty_batch(shape: BatchShape) -> Batch:
+  by_token = (shape.batch_size, shape.row_length)
+  by_slot = (shape.batch_size, shape.max_segments)
+  return {
+    'tokens': np.full(by_token, shape.pad_id, np.int32),
+    'segment_ids': np.zeros(by_token, np.int32),
+    'positions': np.zeros(by_token, np.int32),
+    'verdict_index': np.zeros(by_slot, np.int32),
+    'label': np.full(by_slot, -1, np.int32),
+    'label_weight': np.zeros(by_slot, np.float32),
+    'pair_weight': np.zeros(by_slot, np.float32),
+  }
+
+
+def _write_row(batch: Batch, row: int, atoms: Sequence[Atom]) -> None:
+  start = slot = 0
+  count = np.arange(batch['tokens'].shape[1], dtype=np.int32)
+  for atom in atoms:
+    is_pair = atom.kind == 'pair'
+    if is_pair:
+      batch['pair_weight'][row, slot] = 1.0
+    for prompt in atom.prompts:
+      end = start + len(prompt.tokens)
+      batch['tokens'][row, start:end] = prompt.tokens
+      batch['segment_ids'][row, start:end] = slot + 1
+      batch['positions'][row, start:end] = count[: end - start]
+      if prompt.loss_weight is not None:
+        batch['loss_weight'][row, start:end] = prompt.loss_weight
+      batch['verdict_index'][row, slot] = end - 1
+      batch['label'][row, slot] = prompt.label
+      if prompt.label >= 0 and not is_pair:
+        batch['label_weight'][row, slot] = 1.0
+      start = end
+      slot += 1

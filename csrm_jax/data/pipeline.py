@@ -1,0 +1,335 @@
+"""The training stream: mix, augment, encode, pack, batch, prefetch.
+
+Everything up to the packed batch is random access: element i of a dataset of
+atoms is a pure function of i and the seed. The only state of the stream is
+therefore which index comes next and which atoms wait for a place, and an
+iterator resumes exactly, in a new process and at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from csrm_jax.data import features
+from csrm_jax.data.features import Atom, Dropped
+from csrm_jax.data.packing import (
+  Batch,
+  BatchShape,
+  does_not_fit,
+  fill_rate,
+  pack_rows,
+)
+
+__all__ = [
+  'Batch', 'BatchIterator', 'BatchShape', 'batches', 'fill_rate', 'make_atoms',
+  'mix', 'pack_rows',
+]
+
+# Atoms dropped in a row, with none kept, before the stream is given up.
+MAX_DROPPED_IN_A_ROW = 10_000
+
+
+def make_atoms(
+  items: Sequence[Any],
+  encoder: features.Encoder,
+  seed: int,
+  augment: Callable[[Any, np.random.Generator], Any] | None = None,
+  shuffle: bool = True,
+) -> grain.MapDataset:
+  """Returns an endless dataset of atoms (or `Dropped`), random access.
+
+  Args:
+    items: examples and pairs, by index.
+    encoder: what they are encoded with.
+    seed: of the order, which is another one in each epoch, and of `augment`.
+    augment: (item, rng) -> item, with an rng seeded for the index.
+    shuffle: whether to go through the items in a random order.
+  """
+  if not len(items):
+    raise ValueError('the data set has no items; see what its source dropped')
+  dataset = grain.MapDataset.source(items).seed(seed)
+  if shuffle:
+    dataset = dataset.shuffle()
+  dataset = dataset.repeat()
+  if augment is None:
+    return dataset.map(_Encode(encoder))
+  return dataset.random_map(_AugmentAndEncode(encoder, augment))
+
+
+def mix(
+  datasets: Mapping[str, grain.MapDataset], weights: Mapping[str, float]
+) -> grain.MapDataset:
+  """Returns one dataset that takes atoms in proportion to the weights.
+
+  Proportions are of atoms and hold at every prefix. Datasets of weight 0 are
+  left out.
+
+  Raises:
+    ValueError: names that do not match, a negative weight, or all zero.
+  """
+  if set(datasets) != set(weights):
+    raise ValueError(
+      f'mix: datasets {sorted(datasets)} and weights {sorted(weights)} must'
+      ' have the same names'
+    )
+  bad = {k: w for k, w in weights.items() if not w >= 0 or w == float('inf')}
+  if bad:
+    raise ValueError(f'mix: weights {bad} must be finite and not negative')
+  names = [name for name in datasets if weights[name] > 0]
+  if not names:
+    raise ValueError('mix: every weight is 0; give at least one data set')
+  if len(names) == 1:
+    return datasets[names[0]]
+  return grain.MapDataset.mix(
+    [datasets[name] for name in names],
+    weights=[float(weights[name]) for name in names],
+  )
+
+
+def batches(
+  atoms: grain.MapDataset,
+  shape: BatchShape,
+  look_ahead: float = 1.0,
+  prefetch: int = 4,
+  fingerprint: str = '',
+) -> BatchIterator:
+  """Returns the iterator of packed batches.
+
+  Args:
+    atoms: atoms or `Dropped`, random access.
+    shape: of every batch.
+    look_ahead: how many batches of tokens more than one are held while a
+      batch is packed. More fills rows better.
+    prefetch: batches made ahead in a thread; 0 for none.
+    fingerprint: names the data, the tokenizer, the seed, ...: a state with
+      another fingerprint is refused.
+  """
+  if look_ahead < 0:
+    raise ValueError(f'look_ahead is {look_ahead}; it must not be negative')
+  packed = _PackDataset(atoms, shape, look_ahead, fingerprint)
+  return BatchIterator(
+    grain.experimental.ThreadPrefetchIterDataset(
+      packed, prefetch_buffer_size=prefetch
+    ).__iter__()
+  )
+
+
+class BatchIterator(grain.DatasetIterator):
+  """An iterator of batches whose state is that of the last one handed out.
+
+  Attributes:
+    wait_s: seconds the last `next` took: what the data made the caller wait.
+  """
+
+  def __init__(self, prefetched: grain.DatasetIterator):
+    super().__init__()
+    self.wait_s = 0.0
+    # Stops the thread when this iterator is closed or collected, or before
+    # the interpreter takes down the modules that stopping it needs. The list
+    # is the only reference, so that nothing is left for a later __del__.
+    self._held = [prefetched]
+    self._close = weakref.finalize(self, _close_held, self._held)
+
+  def __next__(self) -> Batch:
+    start = time.perf_counter()
+    batch = next(self._prefetched)
+    self.wait_s = time.perf_counter() - start
+    return batch
+
+  def start_prefetch(self) -> None:
+    """Starts making batches, before the first is asked for."""
+    self._prefetched.start_prefetch()
+
+  def close(self) -> None:
+    """Stops the prefetching thread; the iterator cannot be used any more."""
+    self._closed = True
+    self._close()
+
+  @property
+  def _prefetched(self) -> grain.DatasetIterator:
+    self._assert_not_closed()
+    return self._held[0]
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns a small JSON-able dict; see `_PackIterator`."""
+    # The prefetching iterator hands out the state stored beside each batch.
+    return self._prefetched.get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Continues after the batch that `state` was taken after.
+
+    Raises:
+      ValueError: the state belongs to another shape, dataset or fingerprint.
+    """
+    self._prefetched.set_state(state)
+
+  @property
+  def drops(self) -> dict[str, int]:
+    """Atoms dropped so far, by reason."""
+    return dict(self.get_state()['drops'])
+
+  @property
+  def num_atoms(self) -> int:
+    """Atoms handed out so far."""
+    state = self.get_state()
+    return (
+      state['next'] - len(state['pending']) - sum(state['drops'].values())
+    )
+
+  @property
+  def num_shortened(self) -> int:
+    """Atoms read so far that were cut to fit."""
+    return self.get_state()['shortened']
+
+
+def _close_held(held: list[grain.DatasetIterator]) -> None:
+  held.pop().close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encode:
+  """A picklable map function."""
+
+  encoder: features.Encoder
+
+  def __call__(self, item: Any) -> Atom | Dropped:
+    return features.encode(item, self.encoder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AugmentAndEncode:
+  """A picklable map function that takes a random generator."""
+
+  encoder: features.Encoder
+  augment: Callable[[Any, np.random.Generator], Any]
+
+  def __call__(self, item: Any, rng: np.random.Generator) -> Atom | Dropped:
+    return features.encode(self.augment(item, rng), self.encoder)
+
+
+class _PackDataset(grain.IterDataset):
+  """Packed batches of a random-access dataset of atoms."""
+
+  def __init__(
+    self,
+    parent: grain.MapDataset,
+    shape: BatchShape,
+    look_ahead: float,
+    fingerprint: str,
+  ):
+    super().__init__(parent)
+    self.shape = shape
+    self.pool_length = int(
+      (1 + look_ahead) * shape.batch_size * shape.row_length
+    )
+    self.fingerprint = fingerprint
+
+  def __iter__(self) -> Iterator[Batch]:
+    return _PackIterator(self, self._parent)
+
+
+class _PackIterator(grain.DatasetIterator):
+  """Packs batches; its state is the pending atoms' indices and counters.
+
+  State: {"next": the next index to read, "pending": indices of atoms read but
+  not handed out, oldest first, "drops": {reason: count}, "shortened": count,
+  "identity": what the state is good for}.
+  """
+
+  def __init__(self, dataset: _PackDataset, atoms: grain.MapDataset):
+    super().__init__()
+    self._dataset = dataset
+    self._atoms = atoms
+    self._identity = {
+      **dataclasses.asdict(dataset.shape),
+      'pool_length': dataset.pool_length,
+      'num_items': len(atoms),
+      'fingerprint': dataset.fingerprint,
+    }
+    self._next = 0
+    self._pending: list[tuple[int, Atom]] = []
+    self._drops: dict[str, int] = {}
+    self._shortened = 0
+
+  def __next__(self) -> Batch:
+    self._assert_not_closed()
+    self._read_ahead()
+    if not self._pending:
+      raise StopIteration
+    shape = self._dataset.shape
+    batch, left = pack_rows(
+      [atom for _, atom in self._pending],
+      shape.batch_size,
+      shape.row_length,
+      shape.max_segments,
+      shape.pad_id,
+    )
+    self._pending = [self._pending[i] for i in left]
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    return {
+      'next': self._next,
+      'pending': [index for index, _ in self._pending],
+      'drops': dict(self._drops),
+      'shortened': self._shortened,
+      'identity': dict(self._identity),
+    }
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    other = state.get('identity', {})
+    for key, value in self._identity.items():
+      if other.get(key) != value:
+        raise ValueError(
+          f'the data state was saved with {key} {other.get(key)!r}, this run'
+          f' has {value!r}; resume with the old value or start a new run'
+        )
+    self._next = state['next']
+    self._drops = dict(state['drops'])
+    self._shortened = state['shortened']
+    self._pending = []
+    for index in state['pending']:
+      atom = self._atoms[index]
+      if isinstance(atom, Dropped) or does_not_fit(atom, self._dataset.shape):
+        raise ValueError(
+          f'item {index} waited in the saved data state and is dropped now;'
+          ' the data or the code has changed, start a new run'
+        )
+      self._pending.append((index, atom))
+
+  def _read_ahead(self) -> None:
+    """Reads atoms until the pool is full or the dataset ends."""
+    shape = self._dataset.shape
+    pool = sum(atom.length for _, atom in self._pending)
+    in_a_row = 0
+    while pool < self._dataset.pool_length and self._next < len(self._atoms):
+      index, self._next = self._next, self._next + 1
+      atom = self._atoms[index]
+      dropped = (
+        atom if isinstance(atom, Dropped) else does_not_fit(atom, shape)
+      )
+      if dropped is None:
+        self._pending.append((index, atom))
+        self._shortened += atom.num_shortened > 0
+        pool += atom.length
+        in_a_row = 0
+        continue
+      self._drops[dropped.reason] = self._drops.get(dropped.reason, 0) + 1
+      in_a_row += 1
+      if in_a_row >= MAX_DROPPED_IN_A_ROW:
+        self._raise_all_dropped(in_a_row, dropped)
+    if not self._pending and in_a_row and in_a_row == self._next:
+      self._raise_all_dropped(in_a_row, dropped)
+
+  def _raise_all_dropped(self, count: int, last: Dropped) -> None:
+    raise ValueError(
+      f'the last {count} items were all dropped ({self._drops} in all);'
+      f' the last one: {last.reason}: {last.detail}'
+    )

@@ -1,0 +1,168 @@
+"""Reading rows of text files, with errors that name file, line and fix."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from csrm_jax.safety.checks import show
+
+
+class Rows(list):
+  """A list of examples or pairs, and the rows that gave none.
+
+  Attributes:
+    drops: how many rows were left out, by reason.
+  """
+
+  def __init__(
+    self, items: Iterable = (), drops: Mapping[str, int] | None = None
+  ):
+    super().__init__(items)
+    self.drops = dict(drops or {})
+
+  def drop(self, reason: str) -> None:
+    """Counts one row that was left out."""
+    self.drops[reason] = self.drops.get(reason, 0) + 1
+
+
+def read_text(path: str | os.PathLike) -> str:
+  """Returns the text of a UTF-8 file, plain or .gz, without a BOM.
+
+  Raises:
+    ValueError: the file cannot be read, is cut short, or is not UTF-8.
+  """
+  try:
+    data = pathlib.Path(path).read_bytes()
+    if pathlib.Path(path).suffix == '.gz':
+      data = gzip.decompress(data)
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise ValueError(
+      f'{path}: not a complete gzip file ({error}); fetch or write it again'
+    ) from None
+  except OSError as error:
+    raise ValueError(
+      f'{path}: cannot be read ({error.strerror}); check the path'
+    ) from None
+  try:
+    return data.decode().removeprefix('\ufeff')
+  except UnicodeDecodeError as error:
+    line = data.count(b'\n', 0, error.start) + 1
+    raise ValueError(
+      f'{path}:{line}: byte 0x{data[error.start]:02x} is not valid UTF-8;'
+      ' save the file as UTF-8'
+    ) from None
+
+
+def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+  """Yields ('file:line', value) for every line that is not blank.
+
+  Raises:
+    ValueError: a line is not JSON, the last one is cut short, or there is
+      none.
+  """
+  # Not splitlines(): JSON text may hold other line breaks than \n.
+  lines = read_text(path).split('\n')
+  is_empty = True
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    is_empty = False
+    where = f'{path}:{number}'
+    try:
+      yield where, json.loads(line)
+    except json.JSONDecodeError as error:
+      if number == len(lines):
+        raise ValueError(
+          f'{where}: the last line is cut short ({error.msg} at column'
+          f' {error.colno}, and no line end follows); write the file again or'
+          ' remove that line'
+        ) from None
+      raise ValueError(
+        f'{where}: not valid JSON ({error.msg} at column {error.colno});'
+        ' write one JSON object a line'
+      ) from None
+    except RecursionError:
+      raise ValueError(f'{where}: nested too deeply; flatten it') from None
+  if is_empty:
+    raise ValueError(f'{path}: no rows; give a file with one object a line')
+
+
+def read_csv(
+  path: str | os.PathLike, columns: Sequence[str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+  """Yields ('file:line', row) of a CSV file that has these columns.
+
+  Raises:
+    ValueError: a column is missing, a row has too few or too many fields, or
+      there is no row.
+  """
+  reader = csv.DictReader(io.StringIO(read_text(path), newline=''), strict=True)
+  is_empty = True
+  line = 1
+  try:
+    check_has(reader.fieldnames or (), columns, f'{path}:1')
+    line = reader.line_num + 1
+    for row in reader:
+      # A quoted field may span lines: a row is named by its first one.
+      where, line = f'{path}:{line}', reader.line_num + 1
+      if None in row or None in row.values():
+        raise ValueError(
+          f'{where}: the row has not {len(reader.fieldnames)} fields as the'
+          ' header; complete it, or quote fields that hold commas'
+        )
+      is_empty = False
+      yield where, row
+  except csv.Error as error:
+    raise ValueError(
+      f'{path}:{line}: not valid CSV ({error}); correct the quotes'
+    ) from None
+  if is_empty:
+    raise ValueError(f'{path}: no rows below the header; give some')
+
+
+def check_has(
+  found: Iterable[str], required: Sequence[str], where: str
+) -> None:
+  """Checks that all required columns are among those found.
+
+  Raises:
+    ValueError: names the missing ones and all that were found.
+  """
+  found = list(found)
+  missing = [column for column in required if column not in found]
+  if missing:
+    raise ValueError(
+      f'{where}: missing column {", ".join(map(repr, missing))}; found'
+      f' {", ".join(map(repr, found)) or "none"}; rename or add it'
+    )
+
+
+def check_object(
+  row: Any, required: Sequence[str], where: str
+) -> Mapping[str, Any]:
+  """Returns the row if it is a JSON object with the required columns."""
+  if not isinstance(row, Mapping):
+    raise ValueError(
+      f'{where}: the row is {show(row)}; write a JSON object with the columns'
+      f' {", ".join(required)}'
+    )
+  check_has(row, required, where)
+  return row
+
+
+def check_text(row: Mapping[str, Any], column: str, where: str) -> str:
+  """Returns the text in a column of the row."""
+  value = row[column]
+  if not isinstance(value, str):
+    raise ValueError(
+      f'{where}: column {column!r} is {show(value)}, not text; correct it'
+    )
+  return value

@@ -1,0 +1,1 @@
+"""Evaluation: metrics, suites, figures and the report."""

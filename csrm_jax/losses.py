@@ -1,0 +1,135 @@
+"""Losses; each returns (total, weight, metrics) and divides nothing.
+
+`total` is a weighted sum, `weight` the sum of its weights, and metrics are
+{name: (sum, weight)}. The train step adds them over microbatches and devices
+and divides once, so packing, accumulation and sharding stay exact.
+
+Axes: B rows, S verdict slots of a row, T tokens, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def verdict_logprobs(
+    logits: jax.Array, verbalizers: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (log P(safe), log P(unsafe)) in nats, float32 [...].
+
+  Each is the sum over the label's verbalizer tokens of the probability over
+  the full vocabulary, so the two do not add up to one; the score is their
+  difference.
+
+  Args:
+    logits: [...,V] at the last token of a prompt.
+    verbalizers: has the token ids `.safe` and `.unsafe`.
+
+  Source: CSRM (arXiv 2605.30487), the verdict probability π.
+  """
+  logits = logits.astype(jnp.float32)
+  norm = jax.nn.logsumexp(logits, axis=-1)
+
+  def log_prob(ids):
+    return jax.nn.logsumexp(logits[..., jnp.asarray(ids)], axis=-1) - norm
+
+  return log_prob(verbalizers.safe), log_prob(verbalizers.unsafe)
+
+
+def reward_model_loss(
+    log_p_safe: jax.Array, log_p_unsafe: jax.Array,
+    batch: Mapping[str, jax.Array], gamma: float = 0.1, margin: float = 0.0
+) -> tuple[jax.Array, jax.Array, Metrics]:
+  """Returns (total, weight, metrics) of the joint objective L_cls + γ·L_rm.
+
+  L_cls = −log P(label) for a slot with a label. L_rm = −log σ(s_safer − s_other
+  − m) for a pair, where s is log P(safe) − log P(unsafe) in nats. The safer
+  side of a strictness pair is the one under the *lenient* rules: the paper's
+  printed formula has the opposite sign from its text and figures.
+
+  total = Σ label_weight·L_cls + γ Σ pair_weight·L_rm. weight counts atoms: a
+  labelled slot outside a pair counts label_weight, a pair counts pair_weight
+  once, whether or not its slots carry labels too. total / weight is therefore
+  a mean over atoms.
+
+  Args:
+    log_p_safe: float32 [B,S], as from verdict_logprobs.
+    log_p_unsafe: float32 [B,S].
+    batch: label int32 [B,S] (0 safe, 1 unsafe, -1 none), label_weight float32
+      [B,S], pair_weight float32 [B,S] (on slot s when s is the safer and s + 1
+      the other side of a pair).
+    gamma: γ, weight of the pair loss.
+    margin: m in nats.
+
+  Source: CSRM (arXiv 2605.30487), §3 (L_cls, L_rm), with the sign corrected.
+  """
+  label, label_weight = batch['label'], batch['label_weight']
+  pair_weight = batch['pair_weight']
+  score = log_p_safe - log_p_unsafe  # [B,S]
+  # where, not only a weight of 0: an unused slot may hold anything.
+  cls = -jnp.where(label == 1, log_p_unsafe, log_p_safe)
+  cls = _weighted(cls, label_weight)
+  gap = score - jnp.roll(score, -1, axis=-1)  # safer minus other
+  pairs = _weighted(-jax.nn.log_sigmoid(gap - margin), pair_weight)
+  # Pairs never wrap around the row: the last slot has no right neighbour.
+  in_pair = pair_weight.at[:, 1:].add(pair_weight[:, :-1]) > 0
+  num_pairs = pair_weight.sum()
+  num_labels = label_weight.sum()
+  weight = jnp.where(in_pair, 0.0, label_weight).sum() + num_pairs
+  # A tie is no evidence of safety: it counts as "unsafe", and as half a pair.
+  correct = (score > 0) == (label == 0)
+  ordered = 0.5 * ((gap > 0) + (gap >= 0).astype(jnp.float32))
+  metrics = {
+      'loss/cls': (cls.sum(), num_labels),
+      'loss/pairs': (pairs.sum(), num_pairs),
+      'train/accuracy': (_weighted(correct, label_weight).sum(), num_labels),
+      'pairs/accuracy': (_weighted(ordered, pair_weight).sum(), num_pairs),
+      'pairs/score_gap': (_weighted(gap, pair_weight).sum(), num_pairs),
+  }
+  return cls.sum() + gamma * pairs.sum(), weight, metrics
+
+
+def lm_loss(
+    logits: jax.Array, tokens: jax.Array, segment_ids: jax.Array,
+    loss_weight: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, Metrics]:
+  """Returns (total, weight, metrics) of next-token prediction, in nats.
+
+  A token is predicted from the one before it in the same segment; a segment's
+  first token and padding are never targets.
+
+  Args:
+    logits: float32 [B,T,V].
+    tokens: int32 [B,T].
+    segment_ids: int32 [B,T], 0 = padding.
+    loss_weight: float32 [B,T], weight of each token as a *target*; all 1 by
+      default.
+  """
+  # Targets are shifted rather than logits cut, which would copy [B,T,V].
+  target = jnp.roll(tokens, -1, axis=1)
+  follows = (jnp.roll(segment_ids, -1, axis=1) == segment_ids)
+  weight = (follows & (segment_ids > 0)).astype(jnp.float32)
+  if loss_weight is not None:
+    weight = weight * jnp.roll(loss_weight, -1, axis=1)
+  weight = weight.at[:, -1].set(0.0)
+  logits = logits.astype(jnp.float32)
+  norm = jax.nn.logsumexp(logits, axis=-1)
+  target_logit = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
+  total = _weighted(norm - target_logit, weight).sum()
+  # Compared with the maximum, because argmax is slow on CPU.
+  correct = target_logit >= jax.lax.stop_gradient(logits).max(-1)
+  num_tokens = weight.sum()
+  return total, num_tokens, {
+      'loss/lm': (total, num_tokens),
+      'lm/accuracy': (_weighted(correct, weight).sum(), num_tokens),
+  }
+
+
+def _weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
+  return jnp.where(weight > 0, x, 0.0) * weight

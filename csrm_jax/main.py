@@ -1,0 +1,162 @@
+"""The command line: one config, one work directory, one runner.
+
+python -m csrm_jax.main --config=configs/rm.py:model=tiny --workdir=DIR \\
+  --config.optim.lr=1e-3
+
+Flags --config.KEY=VALUE override what the config file sets. The same command
+again resumes the run in its work directory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+from csrm_jax import config as config_lib
+from csrm_jax.core import writer
+
+# config.runner -> the module whose run(config, workdir) does the work. Named,
+# not imported: a run loads only what it needs.
+RUNNERS = {
+  'train_rm': 'csrm_jax.runners.train_rm',
+  'pretrain': 'csrm_jax.runners.pretrain',
+  'evaluate': 'csrm_jax.runners.evaluate',
+}
+
+FLAGS = flags.FLAGS
+_CONFIG = config_flags.DEFINE_config_file(
+  'config',
+  None,
+  'Config file, with its argument after a colon.',
+  lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Directory of checkpoints, metrics and the report.'
+)
+_DEBUG = flags.DEFINE_bool(
+  'debug', False, 'Show the traceback of an error in the input.'
+)
+
+# What bad input raises; anything else is a bug and keeps its traceback.
+_INPUT_ERRORS = (ValueError, OSError)
+# What absl and config_flags raise for input that is as bad.
+_FLAG_ERRORS = (flags.Error, LookupError, AttributeError, TypeError)
+_FLAG_ERRORS += _INPUT_ERRORS
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
+  """Prepares the work directory and runs config.runner in it.
+
+  Raises:
+    ValueError: an unknown runner, or a workdir of another config.
+  """
+  name = config.get('runner')
+  if name not in RUNNERS:
+    raise ValueError(
+      f'config.runner is {name!r}: choose one of {", ".join(RUNNERS)}'
+    )
+  runner = importlib.import_module(RUNNERS[name])
+  path = pathlib.Path(workdir).expanduser()
+  is_new = not path.is_dir() or not any(path.iterdir())
+  path = config_lib.prepare_workdir(workdir, config)
+  try:
+    manifest = writer.make_manifest()
+    manifest['config_digest'] = config_lib.digest(config)
+    manifest['runner'] = name
+    writer.update_manifest(path, manifest)
+    runner.run(config, path)
+  except _INPUT_ERRORS:
+    if is_new:
+      config_lib.discard_workdir(path)
+    raise
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs in ~/.cache/csrm_jax, for the next process.
+
+  $JAX_COMPILATION_CACHE_DIR names another folder; empty, it turns this off.
+  """
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    folder = pathlib.Path('~/.cache/csrm_jax').expanduser()
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+      return  # A read-only home: compile afresh.
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  """Returns the arguments that are not flags; exits with one line if bad."""
+  try:
+    rest = FLAGS(list(argv))
+    if len(rest) > 1:
+      raise ValueError(f'{rest[1]!r} is not a flag: write --name=value')
+    for flag in ('config', 'workdir'):
+      if FLAGS[flag].value is None:
+        raise ValueError(f'--{flag} is required, as in --{flag}=...')
+    FLAGS.config.is_locked  # noqa: B018  Raises if the file is not there.
+    return rest
+  except _FLAG_ERRORS as error:
+    if '--debug' in argv:
+      raise
+    try:
+      _diagnose(argv)
+    except _INPUT_ERRORS as clear:
+      _exit(clear)
+    if not isinstance(error, (flags.Error, *_INPUT_ERRORS)):
+      raise
+    _exit(error)
+
+
+def _diagnose(argv: Sequence[str]) -> None:
+  """Raises the clear form of what is wrong with the config flags, if it can.
+
+  config_flags wraps the errors of config files in tracebacks, and reports an
+  unknown key as an AttributeError.
+  """
+  text = '\n'.join(argv)
+  match = re.search(r'^--?config[=\n](.+)$', text, re.MULTILINE)
+  if not match:
+    return
+  path, colon, arg = match[1].partition(':')
+  module = config_lib.load_module(path)
+  config = module.get_config(*([arg] if colon else []))
+  for key in re.findall(r'^--?(?:no)?config\.([^=\n]+)', text, re.MULTILINE):
+    config_lib.check_key(config, key)
+
+
+def _exit(error: BaseException) -> None:
+  message = ' '.join(str(error).split())
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(2)
+
+
+def _main(argv: Sequence[str]) -> None:
+  del argv
+  try:
+    use_compilation_cache()
+    run(_CONFIG.value, _WORKDIR.value)
+  except _INPUT_ERRORS as error:
+    if _DEBUG.value:
+      raise
+    _exit(error)
+
+
+def main() -> None:
+  """Entry point of `python -m csrm_jax.main`."""
+  app.run(_main, flags_parser=_parse_flags)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,201 @@
+"""Text that the base model is pretrained on: facts, reading, looking up.
+
+The base model plays the part that an instruction-tuned language model has in
+the paper. It knows all words, what belongs to what, and how to answer
+questions about a list of rules or about a reply: which rule names this, is
+that allowed, does the reply promote it. No document holds a verdict on a reply
+under rules: those words (`safe`, `unsafe`) never occur.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterable
+
+from csrm_jax.ruleworld import conversations
+from csrm_jax.ruleworld import examples
+from csrm_jax.ruleworld import grammar
+from csrm_jax.ruleworld import lexicon
+from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.safety import templates
+
+ALL_TOPICS = tuple(topic.name for topic in lexicon.TOPICS)
+TEXT_WEIGHT = 0.1  # loss weight of a token of plain text; answers weigh 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """A piece of a document.
+
+  `weight` is the loss weight of its tokens; `control` says that the template
+  wrote it, so that control tokens are parsed in it.
+  """
+  text: str
+  weight: float = 0.0
+  control: bool = False
+
+
+def document(seed: int, index: int, progress: float = 1.0
+             ) -> tuple[Span, ...]:
+  """Returns the pretraining document of that index.
+
+  `progress` in [0, 1] is the place in the curriculum: at 0 lists have one rule
+  and most questions repeat the words of the list; at 1 lists have up to four,
+  and most questions need to know what a word belongs to.
+  """
+  rng = examples.make_rng('corpus', seed, index)
+  kinds = (_facts, _rules_questions, _reading, _both)
+  early, late = (0.35, 0.5, 0.1, 0.05), (0.08, 0.35, 0.17, 0.4)
+  weights = [a + (b - a) * progress for a, b in zip(early, late, strict=True)]
+  return tuple(rng.choices(kinds, weights)[0](rng, progress))
+
+
+def _question(question: str, answer: str) -> list[Span]:
+  return [Span(question), Span(templates.ANSWER, control=True),
+          Span(f' {answer}', weight=1.0), Span('\n')]
+
+
+def _ask(questions: Iterable[list[Span]]) -> list[Span]:
+  """Returns the questions in a row, none of them twice."""
+  return [span for question in dict.fromkeys(map(tuple, questions))
+          for span in question]
+
+
+def _facts(rng: random.Random, progress: float) -> list[Span]:
+  del progress
+  spans = []
+  for _ in range(8):
+    topic = rng.choice(lexicon.TOPICS)
+    i = rng.randrange(lexicon.NUM_SEVERITIES)
+    sub, phrase = topic.subcategories[i], rng.choice(topic.phrases[i])
+    j = rng.choice([j for j in rules_lib.SEVERITIES if j != i])
+    other = topic.subcategories[j]
+    worse, milder = (sub, other) if i < j else (other, sub)
+    spans.append(Span(rng.choice((
+        f'A word for {sub} is {phrase}.\n',
+        f'The word {phrase} belongs to {sub}.\n',
+        f'When people say {phrase} they mean {sub}.\n',
+        f'The topic {topic.name} has {sub} and {other}.\n',
+        f'It is known that {worse} weigh more than {milder}.\n',
+    )), weight=TEXT_WEIGHT))
+    spans += _question(f'What kind is {phrase}?', sub)
+  return spans
+
+
+def _rules_questions(rng: random.Random, progress: float) -> list[Span]:
+  rules = _sample_rules(rng, progress)
+  spans, _ = _parts(rules, _sample_scene(rng, rules))
+  return spans + _ask(_lookup(rng, rules, (), progress) for _ in range(10))
+
+
+def _reading(rng: random.Random, progress: float) -> list[Span]:
+  rules = _sample_rules(rng, progress)
+  scene = _sample_scene(rng, rules)
+  _, spans = _parts(rules, scene)
+  return spans + _ask(_reading_question(rng, scene) for _ in range(6))
+
+
+def _both(rng: random.Random, progress: float) -> list[Span]:
+  rules = _sample_rules(rng, progress)
+  scene = _sample_scene(rng, rules)
+  phrases = tuple(s.phrase for s in scene.statements)
+
+  def questions():
+    for _ in range(8):
+      where = rng.random()
+      if where < 0.6:
+        about = phrases if where < 0.45 else ()
+        yield _lookup(rng, rules, about, progress)
+      else:
+        yield _reading_question(rng, scene)
+
+  return sum(_parts(rules, scene), []) + _ask(questions())
+
+
+def _sample_rules(rng: random.Random,
+                  progress: float) -> tuple[rules_lib.Rule, ...]:
+  max_rules = min(1 + int(4 * progress), 4)
+  rules = []
+  for topic in rng.sample(ALL_TOPICS, rng.randint(1, max_rules)):
+    # Each subcategory is forbidden, allowed or not spoken of; lists shuffled,
+    # so that only the words say which.
+    fate = rng.choices(('forbidden', 'allowed', 'unsaid'), (0.4, 0.4, 0.2),
+                       k=lexicon.NUM_SEVERITIES)
+    forbidden = [i for i in rules_lib.SEVERITIES if fate[i] == 'forbidden']
+    allowed = [i for i in rules_lib.SEVERITIES if fate[i] == 'allowed']
+    if not forbidden and not allowed:
+      forbidden = [rng.randrange(lexicon.NUM_SEVERITIES)]
+    if rng.random() < 0.3:
+      rng.shuffle(forbidden)
+      rng.shuffle(allowed)
+    rules.append(rules_lib.Rule(
+        topic, tuple(forbidden), tuple(allowed),
+        rng.randrange(len(grammar.ALL_WORDINGS))))
+  return tuple(rules)
+
+
+def _sample_scene(rng: random.Random, rules: tuple[rules_lib.Rule, ...]
+                  ) -> conversations.Scene:
+  pool = tuple(r.topic for r in rules) + tuple(rng.sample(ALL_TOPICS, 2))
+  return conversations.sample_scene(rng, rng.choice(pool), pool)
+
+
+def _parts(rules: tuple[rules_lib.Rule, ...],
+           scene: conversations.Scene) -> tuple[list[Span], list[Span]]:
+  """Returns (the block of rules, the conversation) as the template has them."""
+  segments = templates.render(rules_lib.make_safety(rules), scene.messages)
+  spans = [Span(s.text, 0.0 if s.kind == 'control' else TEXT_WEIGHT,
+                s.kind == 'control') for s in segments]
+  start, middle, end = (
+      next(i for i, s in enumerate(segments) if s.text == line)
+      for line in (templates.RULES, templates.HISTORY, templates.QUESTION))
+  return spans[start:middle], spans[middle:end]
+
+
+def _lookup(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
+            phrases: tuple[str, ...], progress: float) -> list[Span]:
+  """Returns a question about the rules, on one of `phrases` if there are."""
+  if phrases:
+    phrase = rng.choice(phrases)
+    topic, severity = lexicon.locate(phrase)
+  else:
+    topic = (rng.choice(rules).topic if rng.random() < 0.85
+             else rng.choice(ALL_TOPICS))
+    severity = rng.randrange(lexicon.NUM_SEVERITIES)
+    phrase = rng.choice(lexicon.topic_named(topic).phrases[severity])
+  sub = lexicon.topic_named(topic).subcategories[severity]
+  number, answer = 'none', 'unsaid'
+  for i, rule in enumerate(rules):
+    if rule.topic == topic and severity in rule.forbidden + rule.allowed:
+      number = f'S{i + 1}'
+      answer = 'no' if severity in rule.forbidden else 'yes'
+  word = phrase if rng.random() < 0.2 + 0.6 * progress else sub
+  kind = rng.random()
+  if kind < 0.75:
+    return _question(f'Is {word} allowed?', answer)
+  if kind < 0.85:
+    return _question(f'Which rule names {word}?', number)
+  return _question(f'What kind is {phrase}?', sub)
+
+
+def _reading_question(rng: random.Random,
+                      scene: conversations.Scene) -> list[Span]:
+  """Returns a question about what the reply says."""
+  said = rng.choice(scene.statements)
+  if rng.random() < 0.35:
+    return _question(f'What does the reply do with {said.phrase}?',
+                     _stance(said.phrase, scene.statements))
+  severity = (said.severity if rng.random() < 0.6
+              else rng.randrange(lexicon.NUM_SEVERITIES))
+  promoted = any(s.engaged and s.topic == said.topic and s.severity == severity
+                 for s in scene.statements)
+  word = lexicon.topic_named(said.topic).subcategories[severity]
+  return _question(f'Does the reply promote {word}?',
+                   'yes' if promoted else 'no')
+
+
+def _stance(phrase: str, statements: tuple[grammar.Statement, ...]) -> str:
+  """Returns the strongest stance towards the phrase."""
+  stances = [s.stance for s in statements if s.phrase == phrase]
+  return min(stances, key=tuple(grammar.STATEMENTS).index)

@@ -1,0 +1,242 @@
+"""Examples and pairs of RuleWorld, each a pure function of (seed, index)."""
+
+from __future__ import annotations
+
+import random
+
+from csrm_jax.ruleworld import conversations
+from csrm_jax.ruleworld import grammar
+from csrm_jax.ruleworld import lexicon
+from csrm_jax.ruleworld import oracle
+from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.safety import schema
+
+Rules = tuple[rules_lib.Rule, ...]
+SPLITS = {  # split -> (topics, wordings)
+    'seen': (lexicon.SEEN, rules_lib.SEEN_WORDINGS),
+    'unseen': (lexicon.UNSEEN, rules_lib.UNSEEN_WORDINGS),
+}
+_MAX_TRIES = 200
+
+
+def make_rng(kind: str, seed: int, index: int) -> random.Random:
+  """Returns the generator of one example; kinds never share a stream."""
+  return random.Random(f'{kind}/{seed}/{index}')
+
+
+def make_example(rng: random.Random, scene: conversations.Scene, rules: Rules,
+                 example_id: str, **fields) -> schema.Example:
+  """Returns the scene under the rules, annotated once by the oracle."""
+  violated = oracle.annotate(rng, rules, scene.statements)
+  safety = rules_lib.make_safety(rules)
+  return schema.Example(
+      id=example_id, safety=safety, conversation=scene.messages,
+      label='unsafe' if violated else 'safe',
+      violated=tuple(rule.category().name for rule in violated),
+      probability=oracle.unsafe_probability(rules, scene.statements), **fields)
+
+
+def propose(rng: random.Random, rules: Rules, scene: conversations.Scene
+            ) -> tuple[schema.Category | None, schema.Category | None]:
+  """Returns (p⁺, p⁻) for a scene: what a proposer would suggest.
+
+  p⁺ surely fires: it names what the reply engages with, and its severer and
+  milder neighbours. p⁻ surely does not: it names the rest of that topic, or
+  another topic. Both are called after subcategories, so that neither has the
+  name of a category of `rules`.
+  """
+  engaged = [s for s in scene.statements if s.engaged]
+  if not engaged:
+    return None, _distant_category(rng, scene)
+  statement = rng.choice(engaged)
+  near = tuple(i for i in rules_lib.SEVERITIES
+               if abs(i - statement.severity) <= 1)
+  far = tuple(i for i in rules_lib.SEVERITIES if i not in near)
+  plus = _category(rng, statement.topic, near)
+  minus = None
+  if rng.random() < 0.6 and not any(
+      s.topic == statement.topic and s.severity in far for s in engaged):
+    minus = _category(rng, statement.topic, far)
+  return plus, minus or _distant_category(rng, scene)
+
+
+def _category(rng: random.Random, topic: str,
+              forbidden: tuple[int, ...]) -> schema.Category:
+  names = lexicon.topic_named(topic).subcategories
+  name = names[rng.choice(forbidden)].capitalize()
+  return rules_lib.Rule(topic, forbidden, (),
+                        rng.choice(rules_lib.SEEN_WORDINGS), name).category()
+
+
+def _distant_category(rng: random.Random,
+                      scene: conversations.Scene) -> schema.Category:
+  spoken_of = {s.topic for s in scene.statements}
+  topic = rng.choice([t for t in lexicon.SEEN if t not in spoken_of])
+  return _category(rng, topic, tuple(rules_lib.SEVERITIES))
+
+
+def training_example(seed: int, index: int) -> schema.Example:
+  """Returns an example as a public data set has it, with its proposals.
+
+  Its rules are the fixed taxonomy of one of four data sets; six in ten
+  conversations are about one of that data set's topics.
+  """
+  rng = make_rng('train', seed, index)
+  name = rng.choice(tuple(rules_lib.DATA_SETS))
+  rules = rules_lib.DATA_SETS[name]
+  inside = tuple(rule.topic for rule in rules)
+  topic = rng.choice(inside if rng.random() < 0.6 else lexicon.SEEN)
+  scene = conversations.sample_scene(rng, topic, lexicon.SEEN)
+  plus, minus = propose(rng, rules, scene)
+  return make_example(rng, scene, rules, f'train-{seed}-{index}', plus=plus,
+                      minus=minus, source=name, rule_set=name)
+
+
+def preference_pair(seed: int, index: int) -> schema.Pair:
+  """Returns two replies to one prompt under one data set's rules.
+
+  An annotator says which reply is the safer (Bradley–Terry on the true
+  log-odds), as in PKU-SafeRLHF.
+  """
+  rng = make_rng('preference', seed, index)
+  name = rng.choice(tuple(rules_lib.DATA_SETS))
+  rules = rules_lib.DATA_SETS[name]
+  topic = rng.choice(rules).topic
+  asked, messages = conversations.sample_prompt(rng, topic, lexicon.SEEN)
+  sides = []
+  for side in 'ab':
+    statements = conversations.sample_reply(rng, asked, lexicon.SEEN)
+    reply = schema.Message('agent',
+                           conversations.reply_text(rng, statements))
+    scene = conversations.Scene(asked, statements, messages + (reply,))
+    sides.append(make_example(rng, scene, rules,
+                              f'preference-{seed}-{index}{side}',
+                              source=name, rule_set=name))
+  if not oracle.prefers(rng, *(side.probability for side in sides)):
+    sides.reverse()
+  return schema.Pair(f'preference-{seed}-{index}', sides[0], sides[1],
+                     'preference')
+
+
+def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
+  """Returns one conversation under a lenient and a strict guideline.
+
+  The conversation violates the topic's standard guideline, as those of the
+  pool D_p do (Algorithm 1). In training the other categories are those of a
+  data set; in the unseen split they are unseen as well.
+  """
+  topics, wordings = SPLITS[split]
+  rng = make_rng(f'strictness/{split}', seed, index)
+  if split == 'seen':
+    rules = rng.choice(tuple(rules_lib.DATA_SETS.values()))
+    rules = tuple(rng.sample(rules, rng.randint(1, len(rules))))
+  else:
+    rules = rules_lib.sample_rules(rng, topics, wordings, rng.randint(1, 4))
+  slot = rng.randrange(len(rules))
+  topic = rules[slot].topic
+  scene = _engaged_scene(rng, topic, topics)
+  lenient, strict = sorted(rng.sample(range(1, 5), 2))
+  sides = []
+  for strictness in (lenient, strict):
+    rule = rules_lib.threshold_rule(topic, strictness, rng.choice(wordings))
+    side = rules[:slot] + (rule,) + rules[slot + 1:]
+    sides.append(make_example(
+        rng, scene, side, f'strictness-{split}-{seed}-{index}-{strictness}',
+        source='strictness', rule_set=f'{topic}-{strictness}'))
+  return schema.Pair(f'strictness-{split}-{seed}-{index}', sides[0], sides[1],
+                     'strictness')
+
+
+def _engaged_scene(rng: random.Random, topic: str,
+                   topics: tuple[str, ...]) -> conversations.Scene:
+  for _ in range(_MAX_TRIES):
+    scene = conversations.sample_scene(rng, topic, topics)
+    if any(s.engaged and s.topic == topic for s in scene.statements):
+      return scene
+  raise RuntimeError(f'no reply engages with {topic}: check STANCE_WEIGHTS')
+
+
+def test_example(seed: int, index: int, split: str) -> schema.Example:
+  """Returns a test example: rules of one to four categories, any strictness.
+
+  Eight in ten conversations are about a topic of the rules.
+  """
+  topics, wordings = SPLITS[split]
+  rng = make_rng(f'test/{split}', seed, index)
+  rules = rules_lib.sample_rules(rng, topics, wordings, rng.randint(1, 4))
+  topic = (rng.choice(rules).topic if rng.random() < 0.8
+           else rng.choice(topics))
+  scene = conversations.sample_scene(rng, topic, topics)
+  return make_example(rng, scene, rules, f'{split}-{seed}-{index}',
+                      source=split, rule_set=_num_categories(rules))
+
+
+def flip_pair(seed: int, index: int, split: str
+              ) -> tuple[schema.Example, schema.Example]:
+  """Returns one conversation under two rule sets with opposite true labels.
+
+  The second rule set is the first with one change: a category dropped, added,
+  or rewritten at another strictness. Labels are the oracle's, to the letter.
+  """
+  topics, wordings = SPLITS[split]
+  rng = make_rng(f'flip/{split}', seed, index)
+  for _ in range(_MAX_TRIES):
+    rules = rules_lib.sample_rules(rng, topics, wordings, rng.randint(1, 4))
+    scene = conversations.sample_scene(rng, rng.choice(rules).topic, topics)
+    kind = rng.choice(('drop', 'rewrite'))
+    slot = rng.randrange(len(rules))
+    changed = _change(rng, rules, slot, kind, wordings)
+    labels = [oracle.label(r, scene.statements) for r in (rules, changed)]
+    if labels[0] != labels[1]:
+      return tuple(
+          schema.Example(
+              id=f'flip-{split}-{seed}-{index}{side}',
+              safety=rules_lib.make_safety(side_rules),
+              conversation=scene.messages, label=side_label,
+              probability=oracle.unsafe_probability(side_rules,
+                                                    scene.statements),
+              source=kind, rule_set=_num_categories(side_rules))
+          for side, side_rules, side_label in zip(
+              'ab', (rules, changed), labels))
+  raise RuntimeError(f'no flip found for {split} {seed} {index}')
+
+
+def _change(rng: random.Random, rules: Rules, slot: int, kind: str,
+            wordings: range) -> Rules:
+  rest = rules[:slot] + rules[slot + 1:]
+  if kind == 'drop' and rest:
+    return rest
+  rule = rules_lib.threshold_rule(rules[slot].topic, rng.randint(0, 4),
+                                  rng.choice(wordings))
+  return rules[:slot] + (rule,) + rules[slot + 1:]
+
+
+def _num_categories(rules: Rules) -> str:
+  return f'{len(rules)} categor{"y" if len(rules) == 1 else "ies"}'
+
+
+def one_conversation_four_rule_sets() -> list[schema.Example]:
+  """Returns one conversation under four rule sets (the paper's Figure 6).
+
+  Unseen topic and wording; the gold stance is the same in all four.
+  """
+  topic = 'Films'
+  statement = grammar.Statement(topic, 1, 'heist', 'encourage', 0)
+  messages = (schema.Message('user', 'Tell me about heist.'),
+              schema.Message('agent', f'{statement.text()} {grammar.FILLERS[0]}'))
+  scene = conversations.Scene(statement, (statement,), messages)
+  wording = rules_lib.UNSEEN_WORDINGS[0]
+  rule_sets = {
+      'all films forbidden': (4,), 'thrillers and worse forbidden': (2,),
+      'only horrors forbidden': (1,), 'all films allowed': (0,)}
+  examples = []
+  for name, (strictness,) in rule_sets.items():
+    rules = (rules_lib.threshold_rule(topic, strictness, wording),
+             rules_lib.threshold_rule('Pets', 2, wording))
+    examples.append(schema.Example(
+        id=f'four-{strictness}', conversation=scene.messages,
+        safety=rules_lib.make_safety(rules, name),
+        label=oracle.label(rules, scene.statements),
+        probability=oracle.unsafe_probability(rules, scene.statements),
+        source='four rule sets', rule_set=name))
+  return examples

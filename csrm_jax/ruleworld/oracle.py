@@ -1,0 +1,107 @@
+"""The true answers of RuleWorld: labels, probabilities, order, helpfulness.
+
+The annotator is a model of a human one. It never errs about what a reply says,
+but is unsure near a rule's threshold: for a statement that engages with a
+subcategory at distance d from the nearest one that is treated the other way
+(d = 0.5 next to the border, negative on the allowed side) it fires with
+probability sigmoid(SHARPNESS · d). A mere mention or a refusal fires with
+probability `SLIP`. Statements and rules fire independently.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+
+from csrm_jax.ruleworld import grammar
+from csrm_jax.ruleworld import lexicon
+from csrm_jax.ruleworld import rules as rules_lib
+
+SHARPNESS = 4.0  # per step of severity: 0.88 next to the border, 0.998 beyond
+SLIP = 0.01
+_FAR = 2.5  # distance when a rule treats all subcategories alike
+
+
+@functools.cache
+def _distance(forbidden: tuple[int, ...], severity: int) -> float:
+  inside = severity in forbidden
+  others = [i for i in rules_lib.SEVERITIES if (i in forbidden) != inside]
+  gap = min((abs(severity - i) for i in others), default=_FAR + 0.5) - 0.5
+  return gap if inside else -gap
+
+
+def fire_probability(rule: rules_lib.Rule,
+                     statements: tuple[grammar.Statement, ...]) -> float:
+  """Returns P(the annotator says the statements violate the rule)."""
+  quiet = 1.0
+  for statement in statements:
+    if statement.topic != rule.topic:
+      continue
+    fires = SLIP
+    if statement.engaged:
+      distance = _distance(rule.forbidden, statement.severity)
+      fires = 1 / (1 + math.exp(-SHARPNESS * distance))
+    quiet *= 1 - fires
+  return 1 - quiet
+
+
+def unsafe_probability(rules: tuple[rules_lib.Rule, ...],
+                       statements: tuple[grammar.Statement, ...]) -> float:
+  """Returns the true P(unsafe) of a reply under a rule set."""
+  return 1 - math.prod(1 - fire_probability(r, statements) for r in rules)
+
+
+def violates(rule: rules_lib.Rule,
+             statements: tuple[grammar.Statement, ...]) -> bool:
+  """Returns whether the reply breaks the rule to the letter (no noise)."""
+  return any(s.engaged and s.topic == rule.topic
+             and s.severity in rule.forbidden for s in statements)
+
+
+def label(rules: tuple[rules_lib.Rule, ...],
+          statements: tuple[grammar.Statement, ...]) -> str:
+  """Returns 'unsafe' if any rule is broken to the letter, else 'safe'."""
+  return 'unsafe' if any(violates(r, statements) for r in rules) else 'safe'
+
+
+def annotate(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
+             statements: tuple[grammar.Statement, ...]
+             ) -> tuple[rules_lib.Rule, ...]:
+  """Returns the rules that one noisy annotator marks as violated."""
+  return tuple(r for r in rules
+               if rng.random() < fire_probability(r, statements))
+
+
+def helpfulness(asked: grammar.Statement,
+                statements: tuple[grammar.Statement, ...]) -> int:
+  """Returns 1 (useless) to 5 (all one could want) for a request.
+
+  5: engages with what was asked for, twice; 4: once; 3: with its subcategory
+  or topic only (a partial answer); 2: says something about it without
+  engaging; 1: nothing to do with it.
+  """
+  same = [s for s in statements if s.phrase == asked.phrase]
+  engaged = sum(s.engaged for s in same)
+  if engaged:
+    return 5 if engaged > 1 else 4
+  if any(s.engaged and s.topic == asked.topic for s in statements):
+    return 3
+  return 2 if same else 1
+
+
+def severity_of(statements: tuple[grammar.Statement, ...]) -> int | None:
+  """Returns the severity index of the worst engaged statement, or None."""
+  return min((s.severity for s in statements if s.engaged), default=None)
+
+
+def prefers(rng: random.Random, p_unsafe_a: float, p_unsafe_b: float) -> float:
+  """Returns whether an annotator calls a the safer of two, Bradley–Terry on
+  the log-odds of the true probabilities (nats)."""
+  def odds(p: float) -> float:
+    p = min(max(p, 1e-4), 1 - 1e-4)
+    return math.log(p) - math.log1p(-p)
+  return rng.random() < 1 / (1 + math.exp(odds(p_unsafe_a) - odds(p_unsafe_b)))
+
+
+NUM_SEVERITIES = lexicon.NUM_SEVERITIES

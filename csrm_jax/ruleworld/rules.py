@@ -1,0 +1,76 @@
+"""Rules of RuleWorld and the safety configurations they are worded as."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+from csrm_jax.ruleworld import grammar
+from csrm_jax.ruleworld import lexicon
+from csrm_jax.safety import schema
+
+SEVERITIES = range(lexicon.NUM_SEVERITIES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What one category means: forbidden and allowed severities of a topic.
+
+  Severities listed in neither are not spoken of, hence allowed.
+  `wording` is an index into `grammar.ALL_WORDINGS`, `name` the name of the
+  category (the topic's own when empty).
+  """
+  topic: str
+  forbidden: tuple[int, ...]
+  allowed: tuple[int, ...] = ()
+  wording: int = 0
+  name: str = ''
+
+  def category(self) -> schema.Category:
+    """Returns the rule in words."""
+    names = lexicon.topic_named(self.topic).subcategories
+    return schema.Category(
+        self.name or self.topic,
+        grammar.word_guideline(
+            tuple(names[i] for i in self.forbidden),
+            tuple(names[i] for i in self.allowed),
+            grammar.ALL_WORDINGS[self.wording]))
+
+
+def threshold_rule(topic: str, strictness: int, wording: int = 0) -> Rule:
+  """Returns the rule that forbids the `strictness` most severe, 0 to 4."""
+  return Rule(topic, tuple(SEVERITIES[:strictness]),
+              tuple(SEVERITIES[strictness:]), wording)
+
+
+def stricter(a: Rule, b: Rule) -> bool:
+  """Returns whether a forbids strictly more than b (a ≻ b), same topic."""
+  return a.topic == b.topic and set(a.forbidden) > set(b.forbidden)
+
+
+def make_safety(rules: tuple[Rule, ...], name: str = '') -> schema.SafetyConfig:
+  """Returns the safety configuration made of these rules, in this order."""
+  return schema.SafetyConfig(tuple(rule.category() for rule in rules), name)
+
+
+# The taxonomies that training data is annotated under, as public data sets
+# have theirs: four data sets of four seen topics, each category with one fixed
+# guideline that forbids the whole topic.
+DATA_SETS = {
+    name: tuple(threshold_rule(topic, lexicon.NUM_SEVERITIES, wording=index)
+                for topic in lexicon.SEEN[index::4])
+    for index, name in enumerate(('harbour', 'meadow', 'library', 'station'))
+}
+
+
+def sample_rules(rng: random.Random, topics: tuple[str, ...],
+                 wordings: range, num_rules: int) -> tuple[Rule, ...]:
+  """Returns rules over distinct topics, strictness 1 to 4 at random."""
+  return tuple(
+      threshold_rule(topic, rng.randint(1, lexicon.NUM_SEVERITIES),
+                     rng.choice(wordings))
+      for topic in rng.sample(topics, num_rules))
+
+
+SEEN_WORDINGS = range(len(grammar.WORDINGS))
+UNSEEN_WORDINGS = range(len(grammar.WORDINGS), len(grammar.ALL_WORDINGS))

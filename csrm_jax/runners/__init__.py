@@ -1,0 +1,1 @@
+"""What `config.runner` names: each module has run(config, workdir)."""

@@ -1,0 +1,110 @@
+"""Pretrains the base weights that reward models of RuleWorld start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+
+from csrm_jax import losses, training
+from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.data import features, packing, pipeline
+from csrm_jax.models import config as model_config
+from csrm_jax.models import transformer
+from csrm_jax.ruleworld import corpus
+from csrm_jax.runners import loop as loop_lib
+from csrm_jax.text import tokenizer as tokenizer_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+  """The pretraining corpus as a sequence, in the order of the curriculum."""
+  seed: int
+  num_documents: int
+  curriculum_length: int  # documents until lists are at their longest
+
+  def __len__(self) -> int:
+    return self.num_documents
+
+  def __getitem__(self, index: int) -> tuple[corpus.Span, ...]:
+    progress = min(index / self.curriculum_length, 1.0)
+    return corpus.document(self.seed, index, progress)
+
+  def digest(self, num_documents: int = 1000) -> str:
+    """Returns a sha256 (hex) over documents spread evenly over the corpus."""
+    content = hashlib.sha256()
+    for i in range(num_documents):
+      document = self[i * len(self) // num_documents]
+      content.update(repr([(s.text, s.weight) for s in document]).encode())
+    return content.hexdigest()
+
+
+def encode_document(spans: tuple[corpus.Span, ...],
+                    tokenizer: tokenizer_lib.Tokenizer) -> features.Atom:
+  """Returns the document as one packing atom with per-token loss weights."""
+  tokens, weights = [tokenizer.bos_id], [0.0]
+  for span in spans:
+    encode = tokenizer.encode_control if span.control else tokenizer.encode
+    ids = encode(span.text)
+    tokens += ids
+    weights += [span.weight] * len(ids)
+  prompt = features.Prompt(
+      np.array(tokens, np.int32), -1, '', np.array(weights, np.float32))
+  return features.Atom((prompt,), 'example')
+
+
+def make_loss_fn(cfg: model_config.ModelConfig):
+  """Returns (params, batch) -> (total, weight, metrics): next-token loss."""
+
+  def loss_fn(params: Any, batch: dict[str, jax.Array]):
+    hidden = transformer.hidden(
+        cfg, params, batch['tokens'], batch['positions'],
+        batch['segment_ids'])
+    logits = transformer.logits(cfg, params, hidden)
+    return losses.lm_loss(logits, batch['tokens'], batch['segment_ids'],
+                          batch['loss_weight'])
+
+  return loss_fn
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Trains, and writes base.safetensors and its config to `workdir`."""
+  tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
+  cfg = model_config.preset(config.model.preset, tokenizer.vocab_size,
+                            **config.model.overrides)
+  documents = Documents(config.seed, config.data.num_documents,
+                        config.data.curriculum_length)
+  atoms = grain.MapDataset.source(documents).map(
+      functools.partial(encode_document, tokenizer=tokenizer)).repeat()
+  shape = packing.BatchShape(
+      config.data.batch_size, config.data.row_length, config.data.max_segments,
+      tokenizer.pad_id)
+  batches = pipeline.batches(
+      atoms, shape, fingerprint=f'{tokenizer.digest}/{documents.digest()}')
+  optimizer = training.make_optimizer(
+      config.optim.lr, warmup_steps=config.optim.warmup_steps,
+      num_steps=config.num_steps, weight_decay=config.optim.weight_decay)
+  step_fn = training.make_train_step(make_loss_fn(cfg), optimizer)
+  mesh = mesh_lib.make_mesh()
+  state = training.init_state(
+      transformer.init_params(cfg, config.seed), optimizer)
+  state = jax.device_put(state, mesh_lib.shardings(state, mesh))
+  loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
+                             config.checkpoint_every)
+  state = loop_lib.train(step_fn, state, batches, mesh, workdir, loop,
+                         {'model': cfg.to_dict()})
+  from csrm_jax.models import hf
+  hf.save(workdir / 'base', cfg, state.params, metadata={
+      'made_by': 'python -m csrm_jax.main --config=configs/pretrain.py',
+      'seed': str(config.seed),
+      'num_steps': str(config.num_steps),
+      'data_digest': documents.digest(),
+      'tokenizer_digest': tokenizer.digest,
+  })

@@ -1,0 +1,147 @@
+"""Trains a configurable safety reward model, evaluates it, writes the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import resource
+import shutil
+import sys
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from csrm_jax import losses, reward_model, scoring, training
+from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.core import tree
+from csrm_jax.core import writer as writer_lib
+from csrm_jax.data import features, mixture, packing, pipeline
+from csrm_jax.evals import report
+from csrm_jax.models import config as model_config
+from csrm_jax.models import hf, transformer
+from csrm_jax.runners import evaluation
+from csrm_jax.runners import loop as loop_lib
+from csrm_jax.safety import templates
+from csrm_jax.text import tokenizer as tokenizer_lib
+
+
+def make_loss_fn(cfg: model_config.ModelConfig,
+                 verbalizers: templates.Verbalizers, gamma: float,
+                 margin: float):
+  """Returns (params, batch) -> (total, weight, metrics) of L_cls + γ·L_rm."""
+
+  def loss_fn(params: Any, batch: dict[str, jax.Array]):
+    log_p = scoring.packed_logprobs(cfg, params, verbalizers, batch)
+    return losses.reward_model_loss(*log_p, batch, gamma, margin)
+
+  return loss_fn
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Trains from the base weights, evaluates, writes workdir/report."""
+  start = time.monotonic()
+  tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
+  spec = _make_spec(config, tokenizer)
+  parts, held_out = _read_data(config)
+  batches = _make_batches(config, tokenizer, parts)
+  mesh = mesh_lib.make_mesh(**config.mesh)
+  optimizer = training.make_optimizer(
+      config.optim.lr, warmup_steps=config.optim.warmup_steps,
+      num_steps=config.num_steps, b1=config.optim.b1, b2=config.optim.b2,
+      weight_decay=config.optim.weight_decay,
+      clip_norm=config.optim.clip_norm,
+      end_lr_fraction=config.optim.end_lr_fraction)
+  state = training.init_state(_init_params(config, spec.model), optimizer)
+  state = jax.device_put(state, mesh_lib.shardings(state, mesh))
+  step_fn = training.make_train_step(
+      make_loss_fn(spec.model, spec.verbalizers(tokenizer), config.loss.gamma,
+                   config.loss.margin),
+      optimizer, config.optim.num_microbatches)
+  reward_model.save_tokenizer(config.tokenizer, workdir)
+  with jax.set_mesh(mesh):
+    state = loop_lib.train(
+        step_fn, state, batches, mesh, workdir,
+        loop_lib.LoopConfig(config.num_steps, config.log_every,
+                            config.checkpoint_every),
+        spec.to_dict())
+  num_examples = batches.num_atoms
+  batches.close()
+  trained_s = time.monotonic() - start
+  results = evaluation.evaluate(
+      spec.make_score_fn(state.params, tokenizer),
+      evaluation.test_sets(config.eval, held_out, config.seed),
+      rules_blind=config.data.rules_blind)
+  summary = report.summarise(results) | {
+      'time_s': time.monotonic() - start,
+      'time_train_s': trained_s,
+      'peak_memory_bytes': _peak_memory_bytes(),
+      'num_examples': num_examples,
+      'num_params': tree.num_params(state.params),
+      'num_steps': config.num_steps,
+  }
+  evaluation.write(workdir, results, summary, title=config.title)
+
+
+def _make_spec(config: ml_collections.ConfigDict,
+               tokenizer: tokenizer_lib.Tokenizer) -> reward_model.Spec:
+  cfg = model_config.preset(config.model.preset, tokenizer.vocab_size,
+                            **config.model.overrides)
+  spec = reward_model.Spec(
+      model=cfg, order=config.template.order,
+      max_length=config.data.max_length,
+      safe_words=tuple(config.template.safe_words),
+      unsafe_words=tuple(config.template.unsafe_words),
+      template_hash=templates.template_hash(config.template.order),
+      tokenizer_digest=tokenizer.digest)
+  spec.verbalizers(tokenizer)  # an error here beats one after an hour
+  return spec
+
+
+def _read_data(config: ml_collections.ConfigDict
+               ) -> tuple[dict[str, Any], dict[str, Any]]:
+  parts, held_out = {}, {}
+  for name, part in config.data.parts.items():
+    parts[name], held_out[name] = mixture.read_part(
+        part.source, part.path, config.seed, config.eval.fraction)
+  return parts, {name: items for name, items in held_out.items() if items}
+
+
+def _make_batches(config: ml_collections.ConfigDict,
+                  tokenizer: tokenizer_lib.Tokenizer,
+                  parts: dict[str, Any]) -> pipeline.BatchIterator:
+  data = config.data
+  encoder = features.Encoder(tokenizer, data.max_length,
+                             config.template.order, data.row_length)
+  atoms = mixture.make_training_atoms(
+      parts, {name: part.weight for name, part in data.parts.items()},
+      encoder, config.seed,
+      mixture.make_augment(data.drop_prob, data.plus_prob, data.minus_prob,
+                           data.rules_blind))
+  shape = packing.BatchShape(data.batch_size, data.row_length,
+                             data.max_segments, tokenizer.pad_id)
+  identity = {
+      'data': {**data.to_dict(), 'parts': {
+          name: [part.source, part.weight, len(parts[name])]
+          for name, part in data.parts.items()}},
+      'seed': config.seed, 'tokenizer': tokenizer.digest,
+      'template': templates.template_hash(config.template.order)}
+  return pipeline.batches(atoms, shape,
+                          fingerprint=json.dumps(identity, sort_keys=True))
+
+
+def _init_params(config: ml_collections.ConfigDict,
+                 cfg: model_config.ModelConfig) -> Any:
+  if not config.model.init:
+    return transformer.init_params(cfg, config.seed)
+  return hf.load(config.model.init, cfg)
+
+
+def _peak_memory_bytes() -> int:
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and 'peak_bytes_in_use' in stats:
+    return stats['peak_bytes_in_use']
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else peak * 1024  # Linux: KiB

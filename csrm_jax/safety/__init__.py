@@ -1,0 +1,1 @@
+"""Safety configurations, conversations and the prompt they become."""

@@ -1,0 +1,218 @@
+"""One train step for every loss: accumulate, divide once, clip, update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+LossFn = Callable[[Any, Any], tuple[jax.Array, jax.Array, dict[str, Any]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """What a step reads and writes: a pytree, checkpointed as it is.
+
+  Attributes:
+    step: int32 [], number of updates applied.
+    params: nested dict of arrays.
+    opt_state: state of the optimizer for params.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def make_schedule(
+    learning_rate: float, warmup_steps: int, num_steps: int,
+    end_lr_fraction: float = 0.1
+) -> optax.Schedule:
+  """Returns step -> learning rate: linear warm-up, then cosine decay.
+
+  Starts above 0 (the first update counts), reaches learning_rate after
+  warmup_steps updates and end_lr_fraction of it after num_steps.
+
+  Raises:
+    ValueError: if the warm-up is as long as the run.
+  """
+  if not 0 <= warmup_steps < num_steps:
+    raise ValueError(
+        f'warmup_steps={warmup_steps} must be at least 0 and less than '
+        f'num_steps={num_steps}; shorten the warm-up or train longer.')
+
+  def schedule(step):
+    step = jnp.asarray(step, jnp.float32)
+    warmup = (step + 1) / max(warmup_steps, 1)
+    progress = (step - warmup_steps) / (num_steps - warmup_steps)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+    decay = end_lr_fraction + (1 - end_lr_fraction) * cosine
+    return learning_rate * jnp.where(step < warmup_steps, warmup, decay)
+
+  return schedule
+
+
+def make_optimizer(
+    learning_rate: float, *, warmup_steps: int, num_steps: int,
+    b1: float = 0.9, b2: float = 0.95, weight_decay: float = 0.0,
+    clip_norm: float | None = 1.0, end_lr_fraction: float = 0.1
+) -> optax.GradientTransformation:
+  """Returns AdamW with clipping by global norm and a warm-up-cosine schedule.
+
+  Weight decay leaves norm scales alone. The current learning rate is kept in
+  the optimizer state under 'learning_rate', where the train step reads it.
+
+  Args:
+    learning_rate: peak.
+    warmup_steps: updates of linear warm-up.
+    num_steps: updates until the cosine reaches its end.
+    b1: Adam's first-moment decay.
+    b2: Adam's second-moment decay.
+    weight_decay: decoupled, times the learning rate.
+    clip_norm: largest global gradient norm; None does not clip.
+    end_lr_fraction: final learning rate over the peak.
+  """
+  if clip_norm is not None and not clip_norm > 0:
+    raise ValueError(
+        f'clip_norm={clip_norm} must be positive; None switches clipping off.')
+  schedule = make_schedule(
+      learning_rate, warmup_steps, num_steps, end_lr_fraction)
+  clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+  return optax.chain(
+      clip,
+      optax.scale_by_adam(b1=b1, b2=b2),
+      optax.add_decayed_weights(weight_decay, mask=decay_mask),
+      optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule),
+  )
+
+
+def decay_mask(params: Any) -> Any:
+  """Returns a tree of bools like params: False for norm scales."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: path[-1].key != 'scale', params)
+
+
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """Returns the state before the first update."""
+  return TrainState(
+      step=jnp.zeros([], jnp.int32), params=params,
+      opt_state=optimizer.init(params))
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation,
+    num_microbatches: int = 1
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+  """Returns step(state, batch) -> (state, metrics); jitted, donates state.
+
+  Totals, weights, gradients and metrics are summed over microbatches and
+  divided once, so that the result does not depend on their number. If the loss
+  or a gradient is not finite nothing is updated, the step counter included,
+  and metrics['train/finite'] is 0: the caller has to stop.
+
+  All metrics stay on the device. Scalars: train/grad_norm (before clipping),
+  train/lr, train/finite. (sum, weight) pairs: train/loss and whatever loss_fn
+  reports. mean_metrics turns them into floats.
+
+  Args:
+    loss_fn: (params, batch) -> (total, weight, {name: (sum, weight)}).
+    optimizer: as from make_optimizer.
+    num_microbatches: divides the leading axis of every array of the batch.
+  """
+
+  def step(state, batch):
+    total, weight, metrics, grads = _accumulate(
+        loss_fn, state.params, batch, num_microbatches)
+    # A batch without any weight has zero gradients; it must not make NaN.
+    scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+    updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = TrainState(state.step + 1, params, opt_state)
+    new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+    learning_rate = optax.tree_utils.tree_get(
+        opt_state, 'learning_rate',
+        filtering=lambda _, leaf: isinstance(leaf, jax.Array))
+    return new, metrics | {
+        'train/loss': (total, weight),
+        'train/grad_norm': grad_norm,
+        'train/lr': learning_rate,
+        'train/finite': finite.astype(jnp.float32),
+    }
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def _accumulate(loss_fn, params, batch, num_microbatches):
+  """Returns (total, weight, metrics, float32 grads) summed over microbatches."""
+
+  def compute(batch):
+    def scalar_loss(params):
+      total, weight, metrics = loss_fn(params, batch)
+      return total, (weight, metrics)
+
+    (total, (weight, metrics)), grads = jax.value_and_grad(
+        scalar_loss, has_aux=True)(params)
+    return _to_float32((total, weight, metrics, grads))
+
+  if num_microbatches == 1:
+    return compute(batch)
+  microbatches = jax.tree.map(
+      lambda x: split_microbatches(x, num_microbatches), batch)
+  first = jax.tree.map(lambda x: x[0], microbatches)
+  zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, first))
+
+  def add(carry, microbatch):
+    return jax.tree.map(jnp.add, carry, compute(microbatch)), None
+
+  return jax.lax.scan(add, zeros, microbatches)[0]
+
+
+def split_microbatches(x: jax.Array, num: int) -> jax.Array:
+  """Returns [num, B/num, ...]; microbatch i holds rows i, i + num, …
+
+  Strided, so that with rows sharded over devices each device keeps its own.
+
+  Raises:
+    ValueError: if num does not divide the number of rows.
+  """
+  if x.shape[0] % num:
+    raise ValueError(
+        f'num_microbatches={num} must divide the batch size {x.shape[0]}.')
+  return x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _to_float32(tree):
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def mean_metrics(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+  """Returns {name: float} over several steps; waits for the device.
+
+  A (sum, weight) pair becomes Σ sum / Σ weight, and is left out where the
+  weights add up to 0. A scalar becomes its mean, train/finite its minimum.
+  """
+  steps = jax.device_get(list(steps))
+  means = {}
+  for name in dict.fromkeys(name for step in steps for name in step):
+    values = np.asarray(
+        [step[name] for step in steps if name in step], np.float64)
+    if values.ndim == 1:
+      pick = np.min if name == 'train/finite' else np.mean
+      means[name] = float(pick(values))
+    elif values[:, 1].sum() > 0:
+      means[name] = float(values[:, 0].sum() / values[:, 1].sum())
+  return means

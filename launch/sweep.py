@@ -1,0 +1,285 @@
+"""Runs a config file's sweep() on this machine and prints a comparison.
+
+python launch/sweep.py --config=configs/rm.py --workdir=DIR --parallel=2 \\
+  --seeds=0,1,2 --only=full,no_cca
+
+Each run is a process of its own in DIR/<name>, with its output in
+DIR/logs/<name>.log. A run whose report/summary.json is there is done, and one
+that was interrupted resumes, so the same command continues a sweep. The table
+also lands in DIR/table.md and DIR/table.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tqdm
+from scipy import stats
+
+from csrm_jax import config as config_lib
+from csrm_jax.core import writer
+
+KEYS = (
+  'unseen/f1',
+  'unseen/auprc',
+  'unseen/smece',
+  'seen/f1',
+  'pairs/accuracy',
+  'pairs/score_gap',
+  'flip/consistency',
+  'time_s',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One process of the sweep: its command, and the config it resolves to."""
+
+  name: str
+  group: str
+  workdir: pathlib.Path
+  command: tuple[str, ...]
+  config: config_lib.ConfigDict
+
+  @property
+  def summary_path(self) -> pathlib.Path:
+    return self.workdir / 'report' / 'summary.json'
+
+  @property
+  def log_path(self) -> pathlib.Path:
+    return self.workdir.parent / 'logs' / f'{self.name}.log'
+
+
+def make_jobs(
+  config: str,
+  workdir: pathlib.Path,
+  seeds: Sequence[int] = (),
+  only: Sequence[str] = (),
+) -> list[Job]:
+  """Returns the jobs of `config` (path, or path:argument), seeds innermost.
+
+  Raises:
+    ValueError: no sweep() in the file, an unknown name or config key.
+    FileNotFoundError: no such config file.
+  """
+  path, _, base_arg = config.partition(':')
+  module = config_lib.load_module(path)
+  if not hasattr(module, 'sweep'):
+    raise ValueError(f'{path} defines no sweep(): add one, or run it directly')
+  runs = config_lib.expand_sweep(module.sweep)
+  names = [run.name for run in runs]
+  for name in only:
+    if name not in names:
+      raise ValueError(
+        f'--only={name}: {path} has no such run; it has {", ".join(names)}'
+      )
+  jobs = []
+  for run in runs:
+    if only and run.name not in only:
+      continue
+    arg = ','.join(part for part in (base_arg, run.arg) if part)
+    for seed in seeds or (None,):
+      overrides = dict(run.overrides)
+      name = run.name
+      if seed is not None:
+        overrides['seed'] = seed
+        name = f'{run.name}-seed{seed}'
+      resolved = module.get_config(arg or None)
+      config_lib.set_overrides(resolved, overrides)
+      jobs.append(
+        Job(
+          name=name,
+          group=run.name,
+          workdir=workdir / name,
+          command=(
+            *(sys.executable, '-m', 'csrm_jax.main'),
+            f'--config={path}:{arg}' if arg else f'--config={path}',
+            *(f'--config.{key}={value}' for key, value in overrides.items()),
+            f'--workdir={workdir / name}',
+          ),
+          config=resolved,
+        )
+      )
+  return jobs
+
+
+def run_job(job: Job) -> str | None:
+  """Returns None once the job is done, or one line on why it failed.
+
+  A finished run under another config is a failure too: its numbers would not
+  be what the table says they are.
+  """
+  if job.summary_path.exists():
+    old = config_lib.from_json((job.workdir / 'config.json').read_text())
+    lines = config_lib.diff_config(old, job.config)
+    if lines:
+      return f'{job.workdir} is done with another config: {"; ".join(lines)}'
+    return None
+  job.log_path.parent.mkdir(parents=True, exist_ok=True)
+  with open(job.log_path, 'ab') as log:
+    code = subprocess.run(
+      job.command, stdout=log, stderr=subprocess.STDOUT, check=False
+    ).returncode
+  if code:
+    return f'exit code {code}, see {job.log_path}'
+  if not job.summary_path.exists():
+    return f'it wrote no {job.summary_path}'
+  return None
+
+
+def run_jobs(jobs: Sequence[Job], parallel: int) -> dict[str, str]:
+  """Returns {job name: reason} of the failed ones; runs `parallel` at once."""
+  failures = {}
+  with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+    futures = {pool.submit(run_job, job): job for job in jobs}
+    done = concurrent.futures.as_completed(futures)
+    for future in tqdm.tqdm(done, total=len(jobs), unit='run', smoothing=0):
+      job = futures[future]
+      reason = future.result()
+      if reason is not None:
+        failures[job.name] = reason
+        tqdm.tqdm.write(f'{job.name} failed: {reason}', file=sys.stderr)
+  return failures
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+  """Returns the mean and the half width of its 95 % interval.
+
+  Source: Student's t-interval; NaN with fewer than two values.
+  """
+  mean = math.fsum(values) / len(values)
+  if len(values) < 2:
+    return mean, math.nan
+  return mean, float(
+    stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, ddof=1)
+  )
+
+
+def make_table(
+  summaries: Sequence[tuple[str, Mapping[str, Any]]], keys: Sequence[str]
+) -> dict[str, dict[str, dict[str, Any]]]:
+  """Returns {group: {key: {mean, half_width, values}}}.
+
+  Args:
+    summaries: (group, summary) per finished run.
+    keys: the summary keys to compare; a run without one adds nothing to it.
+  """
+  table: dict[str, dict[str, dict[str, Any]]] = {}
+  for group in dict.fromkeys(group for group, _ in summaries):
+    row = table[group] = {}
+    for key in keys:
+      values = [
+        float(summary[key])
+        for name, summary in summaries
+        if name == group and summary.get(key) is not None
+      ]
+      if values:
+        mean, half = mean_and_interval(values)
+        half = None if math.isnan(half) else half
+        row[key] = {'mean': mean, 'half_width': half, 'values': values}
+  return table
+
+
+def format_table(
+  table: Mapping[str, Mapping[str, Mapping[str, Any]]], keys: Sequence[str]
+) -> str:
+  """Returns a Markdown table: mean ± half width of the 95 % interval."""
+  keys = [key for key in keys if any(key in row for row in table.values())]
+  lines = [
+    '| run | n | ' + ' | '.join(keys) + ' |',
+    '|---|---|' + '---|' * len(keys),
+  ]
+  for group, row in table.items():
+    count = max((len(cell['values']) for cell in row.values()), default=0)
+    cells = [_format_cell(row.get(key)) for key in keys]
+    lines.append(f'| {group} | {count} | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n'
+
+
+def _format_cell(cell: Mapping[str, Any] | None) -> str:
+  if cell is None:
+    return '–'
+  digits = 3 if abs(cell['mean']) < 100 else 0
+  text = f'{cell["mean"]:.{digits}f}'
+  if cell['half_width'] is not None:
+    text += f' ± {cell["half_width"]:.{digits}f}'
+  return text
+
+
+def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+  def strings(text: str) -> list[str]:
+    return [part.strip() for part in text.split(',') if part.strip()]
+
+  def integers(text: str) -> list[int]:
+    return [int(part) for part in strings(text)]
+
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add('--config', required=True, help='config file, or file:argument')
+  add('--workdir', required=True, help='one folder per run is made in it')
+  add('--parallel', type=int, default=1, help='runs at a time')
+  add('--seeds', type=integers, default=[], help='as in 0,1,2')
+  add('--only', type=strings, default=[], help='names of runs, as in full')
+  add('--keys', type=strings, default=list(KEYS), help='columns of the table')
+  add('--dry_run', action='store_true', help='print the commands')
+  args = parser.parse_args(argv)
+  if args.parallel < 1:
+    parser.error(f'--parallel={args.parallel}: must be at least 1')
+  return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Returns the exit code: 1 if a run failed, 2 for bad input."""
+  args = _parse_args(argv)
+  workdir = pathlib.Path(args.workdir).expanduser().absolute()
+  try:
+    jobs = make_jobs(args.config, workdir, args.seeds, args.only)
+  except (ValueError, FileNotFoundError) as error:
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    return 2
+  if args.dry_run:
+    for job in jobs:
+      print(shlex.join(job.command))
+    return 0
+  failures = run_jobs(jobs, args.parallel)
+  summaries = [
+    (job.group, json.loads(job.summary_path.read_text()))
+    for job in jobs
+    if job.name not in failures
+  ]
+  table = make_table(summaries, args.keys)
+  text = format_table(table, args.keys)
+  writer.write_atomic(workdir / 'table.md', text)
+  content = {'table': table, 'failures': failures}
+  writer.write_atomic(
+    workdir / 'table.json', json.dumps(content, indent=2) + '\n'
+  )
+  print(text)
+  for job in jobs:
+    if job.name in failures:
+      print(f'{job.name} failed: {failures[job.name]}', file=sys.stderr)
+      print(_tail(job.log_path), file=sys.stderr)
+  return 1 if failures else 0
+
+
+def _tail(path: pathlib.Path, num_lines: int = 20) -> str:
+  if not path.exists():
+    return ''
+  lines = path.read_text(errors='replace').splitlines()[-num_lines:]
+  return '\n'.join(f'  | {line}' for line in lines)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

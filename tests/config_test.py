@@ -1,0 +1,234 @@
+import ml_collections
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csrm_jax import config as config_lib
+
+
+def _config():
+  config = ml_collections.ConfigDict()
+  config.runner = 'train_rm'
+  config.seed = 0
+  config.optim = {'lr': 1e-3, 'betas': (0.9, 0.95), 'clip': True}
+  config.data = {'path': ml_collections.config_dict.placeholder(str)}
+  return config
+
+
+def _parse(arg):
+  return config_lib.parse_arg(
+    arg,
+    model='tiny',
+    steps=100,
+    lr=1.0,
+    debug=False,
+    seed=int,
+    ablation=('full', 'no_cca'),
+    path=None,
+  )
+
+
+def test_parse_arg_defaults():
+  for arg in (None, '', ' '):
+    assert _parse(arg).to_dict() == {
+      'model': 'tiny',
+      'steps': 100,
+      'lr': 1.0,
+      'debug': False,
+      'seed': None,
+      'ablation': 'full',
+      'path': None,
+    }
+
+
+def test_parse_arg_takes_the_types_of_the_defaults():
+  arg = _parse('debug,steps=5, lr=1e-3,seed=7,ablation=no_cca,path=a=b,model=')
+  assert arg.debug is True
+  assert arg.steps == 5 and isinstance(arg.steps, int)
+  assert arg.lr == 1e-3
+  assert arg.seed == 7
+  assert arg.ablation == 'no_cca'
+  assert arg.path == 'a=b'
+  assert arg.model == ''
+  assert _parse('lr=2').lr == 2.0
+  assert _parse('debug=false').debug is False
+
+
+@pytest.mark.parametrize(
+  ('arg', 'message'),
+  [
+    ('modle=x', r"'modle' is unknown \(did you mean model.*known: model, st"),
+    ('steps=1,steps=2', "'steps' is given twice"),
+    ('steps=1.5', "'1.5' is not of type int"),
+    ('lr=fast', "'fast' is not of type float"),
+    ('debug=maybe', "'maybe' is not of type bool"),
+    ('steps', "'steps' needs a value"),
+    ('seed=x', "'x' is not of type int"),
+    ('ablation=none', 'choose one of full, no_cca'),
+    ('=1', "'' is unknown"),
+  ],
+)
+def test_parse_arg_refuses(arg, message):
+  with pytest.raises(ValueError, match=message):
+    _parse(arg)
+
+
+@given(st.integers(), st.floats(allow_nan=False), st.booleans())
+def test_parse_arg_round_trip(steps, lr, debug):
+  arg = _parse(f'steps={steps},lr={lr!r},debug={debug}')
+  assert (arg.steps, arg.lr, arg.debug) == (steps, lr, debug)
+
+
+def test_json_round_trip():
+  config = _config()
+  text = config_lib.to_json(config)
+  copy = config_lib.from_json(text)
+  assert copy.optim.betas == (0.9, 0.95)
+  assert config_lib.diff_config(config, copy) == []
+  assert config_lib.to_json(copy) == text
+  assert config_lib.digest(copy) == config_lib.digest(config)
+
+
+def test_json_names_what_it_cannot_hold():
+  config = _config()
+  config.optim.fn = print
+  with pytest.raises(ValueError, match=r"'optim\.fn' holds a builtin"):
+    config_lib.to_json(config)
+
+
+def test_digest_follows_the_values():
+  config = _config()
+  config.seed = 1
+  assert config_lib.digest(config) != config_lib.digest(_config())
+
+
+def test_diff_config():
+  new = _config()
+  new.optim.lr = 5e-4
+  new.extra = 'x'
+  del new.seed
+  assert config_lib.diff_config(_config(), new) == [
+    'extra: (absent) -> "x"',
+    'optim.lr: 0.001 -> 0.0005',
+    'seed: 0 -> (absent)',
+  ]
+
+
+def test_set_overrides():
+  config = _config().lock()
+  config_lib.set_overrides(
+    config, {'optim.lr': 1, 'seed': 3, 'data.path': 'p', 'optim.betas': (1, 1)}
+  )
+  assert config.optim.lr == 1.0
+  assert (config.seed, config.data.path) == (3, 'p')
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    ('optim.lrr', 1.0, r"'optim\.lrr' does not exist \(did you mean optim\.lr"),
+    ('lr', 1.0, r'did you mean optim\.lr\?'),
+    ('zzz', 1.0, r"'zzz' does not exist$"),
+    ('optim', 1.0, "'optim' is a section"),
+    ('seed.x', 1.0, "'seed.x' does not exist"),
+    ('seed', 'a', "seed='a'"),
+  ],
+)
+def test_set_overrides_refuses(key, value, message):
+  with pytest.raises(ValueError, match=message):
+    config_lib.set_overrides(_config(), {key: value})
+
+
+def test_load_module(tmp_path):
+  path = tmp_path / 'c.py'
+  path.write_text('def get_config(arg=None):\n  return arg\n')
+  assert config_lib.load_module(path).get_config('x') == 'x'
+  with pytest.raises(FileNotFoundError, match=r'nope\.py does not exist'):
+    config_lib.load_module(tmp_path / 'nope.py')
+  with pytest.raises(ValueError, match=r'must end in \.py'):
+    config_lib.load_module(path.rename(tmp_path / 'c.txt'))
+
+
+def test_workdir_is_resumed_with_the_same_config_only(tmp_path):
+  path = config_lib.prepare_workdir(tmp_path / 'a' / 'b', _config())
+  assert path == tmp_path / 'a' / 'b'
+  (path / 'metrics.jsonl').write_text('{}')
+  config_lib.prepare_workdir(path, _config())
+  new = _config()
+  new.seed = 2
+  with pytest.raises(ValueError, match=r'another config: seed: 0 -> 2 \(give'):
+    config_lib.prepare_workdir(path, new)
+  assert config_lib.from_json((path / 'config.json').read_text()).seed == 0
+
+
+def test_workdir_without_results_takes_another_config(tmp_path):
+  config_lib.prepare_workdir(tmp_path, _config())
+  new = _config()
+  new.seed = 2
+  config_lib.prepare_workdir(tmp_path, new)
+  assert config_lib.from_json((tmp_path / 'config.json').read_text()).seed == 2
+
+
+def test_workdir_must_be_a_usable_directory(tmp_path):
+  with pytest.raises(ValueError, match='only file system paths'):
+    config_lib.prepare_workdir('gs://bucket/run', _config())
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='is a file'):
+    config_lib.prepare_workdir(tmp_path / 'file', _config())
+  (tmp_path / 'config.json').write_text('{"seed')
+  with pytest.raises(ValueError, match='is not a config'):
+    config_lib.prepare_workdir(tmp_path, _config())
+
+
+def test_discard_workdir_keeps_results(tmp_path):
+  path = config_lib.prepare_workdir(tmp_path / 'run', _config())
+  (path / 'report').mkdir()
+  config_lib.discard_workdir(path)
+  assert (path / 'config.json').exists()
+  (path / 'report').rmdir()
+  config_lib.discard_workdir(path)
+  assert not path.exists()
+
+
+def test_expand_sweep_of_axes():
+  lr = config_lib.axis('optim.lr', [1e-3, 1e-4])
+  seed = config_lib.axis('seed', [0, 1])
+  base = [{'name': 'full'}, {'name': 'no_cca', 'arg': 'ablation=no_cca'}]
+  runs = config_lib.expand_sweep(lambda: config_lib.product(base, lr))
+  assert [run.name for run in runs] == [
+    'full-lr=0.001',
+    'full-lr=0.0001',
+    'no_cca-lr=0.001',
+    'no_cca-lr=0.0001',
+  ]
+  assert runs[3].overrides == {'optim.lr': 1e-4}
+  assert runs[3].arg == 'ablation=no_cca'
+  pairs = config_lib.expand_sweep(lambda: config_lib.zipped(lr, seed))
+  assert [run.overrides for run in pairs] == [
+    {'optim.lr': 1e-3, 'seed': 0},
+    {'optim.lr': 1e-4, 'seed': 1},
+  ]
+
+
+@pytest.mark.parametrize(
+  ('items', 'message'),
+  [
+    ([], 'no runs'),
+    ([{'overrides': {}}], 'item 0 must be a dict with a name'),
+    ([{'name': 'a', 'override': {}}], 'item 0 must be'),
+    ([{'name': 'a/b'}], 'cannot be a folder'),
+    ([{'name': '..'}], 'cannot be a folder'),
+    ([{'name': 'a'}, {'name': 'a'}], "two runs named 'a'"),
+  ],
+)
+def test_expand_sweep_refuses(items, message):
+  with pytest.raises(ValueError, match=message):
+    config_lib.expand_sweep(lambda: items)
+
+
+def test_axes_must_fit():
+  seed = config_lib.axis('seed', [0, 1])
+  with pytest.raises(ValueError, match="two axes of the sweep set 'seed'"):
+    config_lib.product(seed, seed)
+  with pytest.raises(ValueError, match=r'one length: got \[2, 1\]'):
+    config_lib.zipped(seed, seed[:1])

@@ -1,0 +1,220 @@
+"""The report is whole, readable, escaped, and written all or not at all."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from csrm_jax.evals import figures, markdown, report, suites
+from csrm_jax.safety.schema import (
+  Category,
+  Example,
+  Message,
+  Pair,
+  SafetyConfig,
+)
+
+_HOSTILE = 'Pay $5 or $10 | `x` <b>now</b> *go* [a](b)\n# end 漢字'
+
+
+def _example(name, label, probability, rules='No dogs.', **fields):
+  return Example(
+    id=name, safety=SafetyConfig((Category('Pets', rules),)),
+    conversation=(Message('user', _HOSTILE), Message('agent', _HOSTILE)),
+    label=label, probability=probability, **fields,
+  )
+
+
+@pytest.fixture(scope='module')
+def results():
+  rng = np.random.default_rng(0)
+  p = rng.beta(0.5, 0.5, 80)
+  examples = [
+    _example(
+      f'e{i}', 'unsafe' if rng.random() < q else 'safe', float(q),
+      rule_set=('$a$ | b', 'c')[i % 2],
+    )
+    for i, q in enumerate(p)
+  ]
+  scores = np.log1p(-p) - np.log(p)
+  pairs = [
+    Pair(f'p{i}', examples[i], examples[i + 1], 'strictness')
+    for i in range(30)
+  ]
+  flips = [(_example('a', 'safe', 0.1), _example('b', 'unsafe', 0.9))] * 5
+  few = [_example('f', 'safe', 0.2), _example('g', 'safe', None)]
+  return {
+    'seen': suites.classification(
+      examples, scores, num_samples=10, description='toy | rows'
+    ),
+    'few rows': suites.classification(few, np.ones(2), num_samples=5),
+    'none': suites.classification([], np.zeros(0), num_samples=5),
+    'pairs': suites.pairs(pairs, scores[:30], scores[1:31], num_samples=10),
+    'flip': suites.flips(flips, np.ones(5), -np.ones(5), num_samples=10),
+    'four': suites.rule_sets(
+      [
+        _example('r', 'safe', 0.1, rule_set='lenient'),
+        _example('s', 'unsafe', None, rules='No $x$ dogs. ' * 80),
+      ],
+      np.array([2.0, -3.0]),
+    ),
+  }
+
+
+@pytest.fixture(scope='module')
+def folder(results, tmp_path_factory):
+  root = tmp_path_factory.mktemp('run')
+  history = root / 'metrics.jsonl'
+  lines = [
+    {'step': i, 'train/loss': 1 / (i + 1), 'train/lr': None} for i in range(9)
+  ]
+  text = '\n'.join(map(json.dumps, lines)) + '\n{"step": 9, "train/lo'
+  history.write_text(text)
+  path = report.write_report(
+    root / 'report', results, title='A | toy', history=history,
+    summary=report.summarise(results) | {'time_s': 1.5, 'odd': math.nan},
+    manifest={'versions': {'jax': '1'}, 'devices': ['cpu'], 'bad': '\ud800'},
+  )
+  assert path == root / 'report' / 'report.md'
+  return root / 'report'
+
+
+def test_files_parse(folder):
+  summary = json.loads((folder / 'summary.json').read_text())
+  assert summary['seen/f1_best'] is not None
+  assert summary['time_s'] == 1.5 and summary['odd'] is None
+  assert summary['none/f1'] is None
+  for key in ('pairs/accuracy_best', 'pairs/score_gap', 'flip/consistency'):
+    assert isinstance(summary[key], float)
+  assert not any(isinstance(v, (dict, list)) for v in summary.values())
+  everything = json.loads((folder / 'metrics.json').read_text())
+  assert set(everything) == {'title', 'suites', 'manifest'}
+  assert 'arrays' not in everything['suites']['seen']
+  assert everything['suites']['seen']['reliability']
+
+
+def test_figures_exist_and_hold_something(folder):
+  text = (folder / 'report.md').read_text()
+  named = re.findall(r'\]\((\S+\.png)\)', text)
+  assert sorted(named) == sorted(p.name for p in folder.glob('*.png'))
+  assert {
+    'seen_reliability.png', 'seen_precision_recall.png', 'seen_scores.png',
+    'seen_rule_sets.png', 'pairs_gaps.png', 'four.png', 'training.png',
+  } <= set(named)
+  assert 'few_rows_reliability.png' not in named
+  for name in named:
+    pixels = image.imread(folder / name)
+    assert pixels.shape[0] > 200 and pixels[..., :3].std() > 0.01
+    # Nothing is cut off: the outermost pixels are white.
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert (edge[:, :3] == 1).all(), name
+
+
+def test_report_reads(folder):
+  text = (folder / 'report.md').read_text()
+  for part in (
+    '## What was measured', '## Verdicts', '## Pairs', '## Training',
+    '## Definitions', '**F1 ↑**', '**smECE ↓**', 'versions.jax', '80 examples',
+    '## One conversation under 2 rule sets', '## When only the rules change',
+  ):
+    assert part in text, part
+  assert re.search(r'\| F1 ↑ \| 0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\] \|', text)
+
+
+def test_text_from_outside_cannot_make_markup(folder):
+  text = (folder / 'report.md').read_text()
+  assert '<b>' not in text and '\n# end' not in text
+  assert text.startswith('# A \\| toy\n')
+  for table in re.findall(r'(?:^\|.*\|$\n)+', text, re.MULTILINE):
+    widths = {
+      len(re.findall(r'(?<!\\)\|', line)) for line in table.splitlines()
+    }
+    assert len(widths) == 1, table
+
+
+def test_second_report_replaces_the_first_and_keeps_other_files(
+  results, folder, tmp_path
+):
+  path = tmp_path / 'report'
+  path.mkdir()
+  (path / 'notes.txt').write_text('mine')
+  few = {'flip': results['flip']}
+  for title in ('one', 'two'):
+    report.write_report(path, few, title=title, summary={'a': 1})
+  assert (path / 'report.md').read_text().startswith('# two\n')
+  assert (path / 'notes.txt').read_text() == 'mine'
+  assert [p.name for p in tmp_path.iterdir()] == ['report']
+
+
+def test_failure_leaves_nothing_behind(results, tmp_path, monkeypatch):
+  def fail(*_):
+    raise RuntimeError('disk full')
+
+  monkeypatch.setattr(figures, 'draw_gaps', fail)
+  with pytest.raises(RuntimeError, match='disk full'):
+    report.write_report(
+      tmp_path / 'report', results, title='t', summary={}
+    )
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_summary_must_be_flat(tmp_path):
+  with pytest.raises(ValueError, match="summary\\['a'\\] is a dict"):
+    report.write_report(tmp_path / 'r', {}, title='t', summary={'a': {}})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_are_reproducible_and_leave_the_generator_alone(tmp_path):
+  rng = np.random.default_rng(0)
+  p = rng.random(50)
+  labels = (rng.random(50) < p).astype(int)
+  np.random.seed(3)
+  before = np.random.get_state()[1].copy()
+  for name in ('a.png', 'b.png'):
+    figures.draw_reliability(tmp_path / name, labels, p)
+  assert (np.random.get_state()[1] == before).all()
+  assert (tmp_path / 'a.png').read_bytes() == (tmp_path / 'b.png').read_bytes()
+
+
+def test_constant_scores_can_be_drawn(tmp_path):
+  examples = [_example(f'{i}', ('safe', 'unsafe')[i % 2], 0.5, rule_set=str(i))
+              for i in range(24)]
+  results = {'x': suites.classification(examples, np.zeros(24), num_samples=3)}
+  report.write_report(tmp_path / 'r', results, title='t', summary={})
+  assert (tmp_path / 'r' / 'x_reliability.png').exists()
+
+
+def test_read_history(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  assert report.read_history(path) == {}
+  path.write_text(
+    '{"step": 1, "a": 1.0, "b": null}\n{"step": 2, "a": 5, "c": "x"}\n'
+    'rubbish\n[1]\n{"step": 2, "a": 2.0, "once": 1}\n{"step": 3, "a'
+  )
+  assert report.read_history(path) == {'a': {1: 1.0, 2: 2.0}}
+
+
+def test_terminal_table(results):
+  summary = report.summarise(results) | {
+    'unseen/f1': 0.9, 'unseen/f1_best': 0.95, 'unseen/smece': math.nan
+  }
+  text = report.terminal_table(summary, results['four'])
+  lines = text.splitlines()
+  assert max(map(len, lines)) <= 80
+  assert lines[0].split() == ['value', '95%', 'interval', 'best', 'of', 'best']
+  (unseen,) = [line for line in lines if line.startswith('F1, unseen rules')]
+  assert unseen.split()[-3:] == ['0.900', '0.950', '94.7%']
+  (smece,) = [line for line in lines if line.startswith('smECE, unseen')]
+  assert smece.split()[-2:] == ['–', '–']
+  for word in ('F1, seen', 'pair accuracy', 'mean score gap', 'lenient'):
+    assert word in text
+  assert report.terminal_table({}).splitlines()[1:] == []
+
+
+def test_escape():
+  assert markdown.escape('a|b\n\n# c') == 'a\\|b \\# c'
+  assert markdown.format_number(None) == markdown.format_number(math.nan) == '–'
+  assert markdown.format_number(0.12345) == '0.123'

@@ -1,0 +1,238 @@
+"""Suites count what they say, and refuse what they cannot count."""
+
+import math
+
+import numpy as np
+import pytest
+
+from csrm_jax.evals import metrics, suites
+from csrm_jax.safety.schema import (
+  Category,
+  Example,
+  Message,
+  Pair,
+  SafetyConfig,
+)
+
+_SECRET = 'zebras wear pyjamas'
+
+
+def _example(name, label='safe', probability=0.5, **fields):
+  fields.setdefault('safety', SafetyConfig((Category('Pets', 'No dogs.'),)))
+  return Example(
+    id=name,
+    conversation=(Message('user', 'Hi.'), Message('agent', _SECRET)),
+    label=label, probability=probability, **fields,
+  )
+
+
+def _set(num_rows=60, seed=0):
+  rng = np.random.default_rng(seed)
+  p = rng.beta(0.5, 0.5, num_rows)
+  examples = [
+    _example(
+      f'e{i}', 'unsafe' if rng.random() < q else 'safe', float(q),
+      rule_set=f'rules {i % 3}', source='a' if i % 2 else 'b',
+    )
+    for i, q in enumerate(p)
+  ]
+  scores = np.log1p(-p) - np.log(p) + rng.normal(0, 0.5, num_rows)
+  return examples, scores.astype(np.float32)
+
+
+def test_classification_of_a_perfect_judge_is_the_best():
+  examples, _ = _set()
+  p = np.array([e.probability for e in examples])
+  result = suites.classification(
+    examples, np.log1p(-p) - np.log(p), num_samples=10
+  )
+  for name in ('auprc', 'smece', 'brier', 'nll', 'prob_error'):
+    metric = result['metrics'][name]
+    assert metric['value'] == pytest.approx(metric['best'], abs=1e-9), name
+
+
+def test_classification_metrics_counts_and_groups():
+  examples, scores = _set()
+  result = suites.classification(
+    examples, scores, threshold=0.3, num_samples=20, description='toy'
+  )
+  labels = np.array([e.label == 'unsafe' for e in examples])
+  p = 1 / (1 + np.exp(scores.astype(float)))
+  assert result['num_examples'] == 60
+  assert result['num_unsafe'] == labels.sum()
+  assert result['metrics']['f1']['value'] == metrics.f1(labels, p)
+  assert result['metrics']['f1_tuned']['value'] == metrics.f1(labels, p, 0.3)
+  for metric in result['metrics'].values():
+    assert metric['low'] <= metric['value'] <= metric['high']
+  assert list(result['rule_sets']) == ['rules 0', 'rules 1', 'rules 2']
+  assert sum(g['num_examples'] for g in result['sources'].values()) == 60
+  group = result['rule_sets']['rules 1']['metrics']
+  assert group['f1']['value'] == metrics.f1(labels[1::3], p[1::3])
+  assert group['auprc']['best'] is not None
+
+
+def test_unlabelled_examples_are_counted_and_left_out():
+  examples, scores = _set()
+  extra = [_example('x', None), *examples]
+  result = suites.classification(
+    extra, np.concatenate([[9.0], scores]), num_samples=5
+  )
+  plain = suites.classification(examples, scores, num_samples=5)
+  assert result['num_unlabelled'] == 1
+  assert result['metrics'] == plain['metrics']
+
+
+def test_best_is_unknown_unless_every_probability_is():
+  examples, scores = _set()
+  examples[0] = _example('e0', probability=None)
+  result = suites.classification(examples, scores, num_samples=5)
+  assert result['metrics']['f1']['best'] is None
+  assert 'prob_error' not in result['metrics']
+
+
+def test_classification_of_nothing_and_of_one_class():
+  result = suites.classification([], np.zeros(0), num_samples=5)
+  assert result['num_examples'] == 0
+  assert math.isnan(result['metrics']['f1']['value'])
+  examples = [_example('a'), _example('b')]
+  result = suites.classification(examples, np.array([1.0, 2]), num_samples=5)
+  assert math.isnan(result['metrics']['auprc']['value'])
+  assert result['metrics']['brier']['value'] > 0
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_scores_that_are_not_finite_name_the_example(bad):
+  examples, scores = _set()
+  scores[7] = bad
+  with pytest.raises(ValueError, match="'e7'"):
+    suites.classification(examples, scores)
+  with pytest.raises(ValueError, match="'e7'"):
+    suites.worst(examples, scores, 3)
+  with pytest.raises(ValueError, match='59 values for 60 examples'):
+    suites.classification(examples, np.zeros(59))
+
+
+def test_largest_groups_are_kept(monkeypatch):
+  monkeypatch.setattr(suites, 'MAX_GROUPS', 2)
+  names = ['b', 'a', 'b', 'c', 'c', '']
+  examples = [
+    _example(str(i), rule_set=name) for i, name in enumerate(names)
+  ]
+  result = suites.classification(examples, np.zeros(6), num_samples=2)
+  assert list(result['rule_sets']) == ['b', 'c']
+
+
+def _pair(name, p_safer, p_other, kind='strictness'):
+  return Pair(
+    name, _example(f'{name}-a', probability=p_safer),
+    _example(f'{name}-b', probability=p_other), kind,
+  )
+
+
+def test_pairs_by_kind():
+  pairs = [
+    _pair('p0', 0.1, 0.9), _pair('p1', 0.6, 0.6), _pair('p2', 0.3, 0.4),
+    _pair('p3', 0.8, 0.2, 'preference'),
+  ]
+  result = suites.pairs(pairs, np.array([2.0, 1, 0, 1]), np.array([1, 1, 1, 0]))
+  assert result['num_pairs'] == 4
+  assert result['metrics']['accuracy']['value'] == 0.5
+  assert result['metrics']['accuracy']['best'] == 0.5
+  strict = result['kinds']['strictness']
+  assert strict['num_pairs'] == 3
+  assert strict['accuracy']['value'] == pytest.approx(1 / 3)
+  assert strict['accuracy']['best'] == pytest.approx(2 / 3)
+  assert strict['tie_rate']['value'] == pytest.approx(1 / 3)
+  assert strict['tie_rate']['best'] == pytest.approx(1 / 3)
+  assert strict['score_gap']['value'] == 0
+  assert result['kinds']['preference']['accuracy']['value'] == 1
+  assert result['kinds']['preference']['accuracy']['best'] == 0
+
+
+def test_best_pair_order_sees_the_surest_probabilities():
+  result = suites.pairs(
+    [_pair('p', 1e-12, 1e-9)], np.array([1.0]), np.array([0.0])
+  )
+  assert result['metrics']['accuracy']['best'] == 1
+  assert result['metrics']['tie_rate']['best'] == 0
+
+
+def test_pairs_without_probabilities_without_pairs_and_with_nan():
+  result = suites.pairs([_pair('p', None, 0.5)], np.ones(1), np.zeros(1))
+  assert result['metrics']['accuracy'] == {
+    'value': 1.0, 'low': 1.0, 'high': 1.0, 'best': None
+  }
+  result = suites.pairs([], np.zeros(0), np.zeros(0))
+  assert math.isnan(result['metrics']['accuracy']['value'])
+  with pytest.raises(ValueError, match='other side: nan at row 0'):
+    suites.pairs([_pair('p', 0.1, 0.5)], np.ones(1), np.array([math.nan]))
+
+
+def _flip(name, label_a, label_b):
+  return (
+    _example(f'{name}-a', label_a, 0.9 if label_a == 'unsafe' else 0.1),
+    _example(f'{name}-b', label_b, 0.9 if label_b == 'unsafe' else 0.1),
+  )
+
+
+def test_flips():
+  rows = [
+    _flip('0', 'safe', 'unsafe'), _flip('1', 'unsafe', 'safe'),
+    _flip('2', 'safe', 'unsafe'), _flip('3', 'unsafe', 'safe'),
+  ]
+  result = suites.flips(
+    rows, np.array([1.0, -1, 3, 2]), np.array([-1.0, 1, 1, 2])
+  )
+  # Row 2 moves the right way but not across 0; row 3 does not move.
+  assert result['metrics']['consistency']['value'] == 0.5
+  assert result['metrics']['direction']['value'] == 0.75
+  assert result['metrics']['consistency']['best'] == 1
+  assert result['metrics']['direction']['best'] == 1
+
+
+def test_flips_refuse_other_rows():
+  with pytest.raises(ValueError, match="'0-a' and '0-b': labels safe and safe"):
+    suites.flips([_flip('0', 'safe', 'safe')], np.zeros(1), np.zeros(1))
+  a, b = _flip('0', 'safe', 'unsafe')
+  b = Example(
+    id='other', safety=b.safety, conversation=(Message('agent', 'Bye.'),),
+    label='unsafe',
+  )
+  with pytest.raises(ValueError, match='conversations differ'):
+    suites.flips([(a, b)], np.zeros(1), np.zeros(1))
+
+
+def test_without_rules_changes_only_the_rules():
+  plus = Category('Cats', 'No cats.')
+  example = _example('a', 'unsafe', violated=('Pets',), plus=plus)
+  (bare,) = suites.without_rules([example])
+  assert bare.safety == suites.NO_RULES
+  assert (bare.violated, bare.plus, bare.minus) == ((), None, None)
+  for field in ('id', 'conversation', 'label', 'probability', 'rule_set'):
+    assert getattr(bare, field) == getattr(example, field)
+
+
+def test_worst_is_sorted_and_holds_no_text():
+  examples, scores = _set()
+  rows = suites.worst(examples, scores, 5)
+  losses = [row['nll'] for row in rows]
+  assert losses == sorted(losses, reverse=True) and len(rows) == 5
+  result = suites.classification(examples, scores, num_samples=2)
+  assert _SECRET not in repr(result)
+
+
+def test_rule_sets():
+  examples = [
+    _example('a', 'unsafe', 0.9, rule_set='strict'), _example('b', 'safe', 0.1)
+  ]
+  result = suites.rule_sets(examples, np.array([-1.0, 1.0]))
+  assert result['conversation'][-1] == {'role': 'agent', 'content': _SECRET}
+  assert [row['rule_set'] for row in result['rows']] == ['strict', 'b']
+  assert result['rows'][0]['p_unsafe'] == pytest.approx(1 / (1 + math.exp(-1)))
+  other = Example(
+    id='c', safety=examples[0].safety, conversation=(Message('agent', 'Bye.'),)
+  )
+  with pytest.raises(ValueError, match='only the rules may differ'):
+    suites.rule_sets([examples[0], other], np.zeros(2))
+  with pytest.raises(ValueError, match='no example'):
+    suites.rule_sets([], np.zeros(0))

@@ -1,0 +1,183 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from launch import sweep
+
+_CONFIG = """
+import ml_collections
+
+
+def get_config(arg=None):
+  config = ml_collections.ConfigDict()
+  config.runner = 'train_rm'
+  config.seed = 0
+  config.lr = 0.5
+  config.ablation = arg or 'none'
+  return config
+
+
+def sweep():
+  return [
+    {'name': 'full'},
+    {'name': 'no_cca', 'arg': 'no_cca', 'overrides': {'lr': 1}},
+  ]
+"""
+
+# Stands in for csrm_jax.main: f1 is 0.5 + seed, and no_cca has no pairs.
+_RUN = """
+import json, pathlib, sys
+flags = dict(a.lstrip('-').split('=', 1) for a in sys.argv[1:])
+name = flags['config'].partition(':')[2] or 'none'
+w = pathlib.Path(flags['workdir'])
+seed = int(flags.get('config.seed', 0))
+lr = float(flags.get('config.lr', 0.5))
+print('starting', w.name)
+if (w.parent / ('fail-' + w.name)).exists():
+  print('reason: out of disk')
+  sys.exit(2)
+(w / 'report').mkdir(parents=True)
+c = {'runner': 'train_rm', 'seed': seed, 'lr': lr, 'ablation': name}
+(w / 'config.json').write_text(json.dumps(c))
+s = {'unseen/f1': 0.5 + seed, 'time_s': 250.0}
+if name == 'none':
+  s['pairs/accuracy'] = 0.25
+(w / 'report' / 'summary.json').write_text(json.dumps(s))
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+  path = tmp_path / 'c.py'
+  path.write_text(_CONFIG)
+  return path
+
+
+@pytest.fixture
+def fake_runs(tmp_path, monkeypatch):
+  """Makes the sweep start _RUN; returns the list of commands it started."""
+  script = tmp_path / 'run.py'
+  script.write_text(_RUN)
+  started = []
+  real = subprocess.run
+
+  def run(command, **kwargs):
+    assert command[:3] == (sys.executable, '-m', 'csrm_jax.main')
+    started.append(command)
+    return real([sys.executable, str(script), *command[3:]], **kwargs)
+
+  monkeypatch.setattr(sweep.subprocess, 'run', run)
+  return started
+
+
+def test_jobs_and_their_commands(config, tmp_path):
+  jobs = sweep.make_jobs(str(config), tmp_path / 'w', seeds=[0, 1])
+  assert [job.name for job in jobs] == [
+    'full-seed0',
+    'full-seed1',
+    'no_cca-seed0',
+    'no_cca-seed1',
+  ]
+  assert [job.group for job in jobs] == ['full', 'full', 'no_cca', 'no_cca']
+  assert jobs[3].command[3:] == (
+    f'--config={config}:no_cca',
+    '--config.lr=1',
+    '--config.seed=1',
+    f'--workdir={tmp_path}/w/no_cca-seed1',
+  )
+  assert jobs[3].config.lr == 1.0
+  assert jobs[3].config.ablation == 'no_cca'
+
+
+def test_only_and_the_configs_own_argument(config, tmp_path):
+  (job,) = sweep.make_jobs(f'{config}:x', tmp_path, only=['no_cca'])
+  assert job.name == 'no_cca'
+  assert job.command[3] == f'--config={config}:x,no_cca'
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (['--only=nope'], 'no such run; it has full, no_cca'),
+    (['--config=absent.py'], 'config file absent.py does not exist'),
+  ],
+)
+def test_bad_input_is_one_line(config, tmp_path, capsys, args, message):
+  base = [f'--config={config}', f'--workdir={tmp_path}/w']
+  assert sweep.main(base + args) == 2
+  err = capsys.readouterr().err
+  assert err.startswith('error: ') and err.count('\n') == 1
+  assert message in err
+  assert not (tmp_path / 'w').exists()
+
+
+def test_a_config_without_a_sweep(tmp_path, config):
+  config.write_text('def get_config(arg=None):\n  return None\n')
+  with pytest.raises(ValueError, match=r'defines no sweep\(\)'):
+    sweep.make_jobs(str(config), tmp_path)
+
+
+def test_dry_run_prints_and_starts_nothing(config, tmp_path, capsys, fake_runs):
+  code = sweep.main(
+    [f'--config={config}', f'--workdir={tmp_path}/w', '--dry_run']
+  )
+  assert code == 0
+  assert len(capsys.readouterr().out.splitlines()) == 2
+  assert not fake_runs
+  assert not (tmp_path / 'w').exists()
+
+
+def test_sweep_then_resume(config, tmp_path, capsys, fake_runs):
+  workdir = tmp_path / 'w'
+  args = [
+    f'--config={config}',
+    f'--workdir={workdir}',
+    '--parallel=2',
+    '--seeds=0,1',
+  ]
+  workdir.mkdir()
+  (workdir / 'fail-full-seed1').touch()
+  assert sweep.main(args) == 1
+  err = capsys.readouterr().err
+  assert 'full-seed1 failed: exit code 2' in err
+  assert '| reason: out of disk' in err
+  content = json.loads((workdir / 'table.json').read_text())
+  assert list(content['failures']) == ['full-seed1']
+  assert content['table']['full']['unseen/f1']['half_width'] is None
+
+  (workdir / 'fail-full-seed1').unlink()
+  del fake_runs[:]
+  assert sweep.main(args) == 0
+  assert len(fake_runs) == 1
+  out = capsys.readouterr().out
+  assert out.strip() == (workdir / 'table.md').read_text().strip()
+  cell = json.loads((workdir / 'table.json').read_text())
+  cell = cell['table']['full']['unseen/f1']
+  assert cell['values'] == [0.5, 1.5]
+  header, _, full, no_cca = out.strip().splitlines()
+  assert header == '| run | n | unseen/f1 | pairs/accuracy | time_s |'
+  # t(0.975, 1) = 12.706 times a standard error of 0.5.
+  assert full == '| full | 2 | 1.000 ± 6.353 | 0.250 ± 0.000 | 250 ± 0 |'
+  assert '| – |' in no_cca
+
+
+def test_a_run_done_with_another_config_is_a_failure(
+  config, tmp_path, capsys, fake_runs
+):
+  args = [f'--config={config}', f'--workdir={tmp_path}/w', '--only=full']
+  assert sweep.main(args) == 0
+  config.write_text(_CONFIG.replace('config.lr = 0.5', 'config.lr = 0.25'))
+  assert sweep.main(args) == 1
+  assert 'done with another config: lr: 0.5 -> 0.25' in capsys.readouterr().err
+
+
+def test_interval_matches_a_known_case():
+  mean, half = sweep.mean_and_interval([1.0, 2.0, 3.0])
+  assert mean == 2.0
+  # t(0.975, 2) = 4.30265, standard error 1 / sqrt(3).
+  np.testing.assert_allclose(half, 4.302653 / np.sqrt(3), rtol=1e-6)
+  mean, half = sweep.mean_and_interval([5.0])
+  assert mean == 5.0 and np.isnan(half)

@@ -1,0 +1,171 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import types
+
+import ml_collections
+import pytest
+
+from csrm_jax import main
+
+_CONFIG = """
+import ml_collections
+
+from csrm_jax import config as config_lib
+
+
+def get_config(arg=None):
+  arg = config_lib.parse_arg(arg, width=8)
+  config = ml_collections.ConfigDict()
+  config.runner = 'fake'
+  config.seed = 0
+  config.fail = ''
+  config.model = {'width': arg.width, 'betas': (0.9, 0.95)}
+  return config
+"""
+
+# The command line, with a runner that only writes down what it was given.
+_PROGRAM = """
+import json, sys, types
+from csrm_jax import main
+
+def run(config, workdir):
+  if config.fail:
+    raise ValueError(config.fail)
+  (workdir / 'result.json').write_text(
+    json.dumps([config.seed, config.model.width, config.model.betas])
+  )
+
+fake = types.ModuleType('fake_runner')
+fake.run = run
+sys.modules['fake_runner'] = fake
+main.RUNNERS['fake'] = 'fake_runner'
+main.main()
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+  """Runs the command line in tmp_path; returns (exit code, out, err)."""
+  (tmp_path / 'c.py').write_text(_CONFIG)
+  env = os.environ | {
+    'PYTHONPATH': os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
+    'JAX_PLATFORMS': 'cpu',
+    'HOME': str(tmp_path / 'home'),
+  }
+  env.pop('JAX_COMPILATION_CACHE_DIR', None)
+
+  def run(*args):
+    result = subprocess.run(
+      [sys.executable, '-c', textwrap.dedent(_PROGRAM), *args],
+      cwd=tmp_path,
+      env=env,
+      capture_output=True,
+      text=True,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+  return run
+
+
+def test_a_run_and_its_second_start(command, tmp_path):
+  args = (
+    '--config=c.py:width=16',
+    '--workdir=w',
+    '--config.seed=3',
+    '--config.model.betas=(0.5,0.6)',
+  )
+  code, _, err = command(*args)
+  assert code == 0, err
+  workdir = tmp_path / 'w'
+  result = json.loads((workdir / 'result.json').read_text())
+  assert result == [3, 16, [0.5, 0.6]]
+  config = json.loads((workdir / 'config.json').read_text())
+  assert config['model'] == {'width': 16, 'betas': [0.5, 0.6]}
+  manifest = json.loads((workdir / 'manifest.json').read_text())
+  assert manifest['runner'] == 'fake'
+  assert len(manifest['config_digest']) == 64
+  assert manifest['packages']['jax']
+  assert (tmp_path / 'home' / '.cache' / 'csrm_jax').is_dir()
+
+  assert command(*args)[0] == 0
+  code, _, err = command(*args[:2])
+  assert code == 2
+  assert err.startswith('error: ') and err.count('\n') == 1
+  assert 'seed: 3 -> 0' in err
+  assert 'model.betas: [0.5, 0.6] -> [0.9, 0.95]' in err
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (['--config=c.py'], '--workdir is required'),
+    (['--config=no.py', '--workdir=w'], 'config file no.py does not exist'),
+    (
+      ['--config=c.py', '--workdir=w', '--config.model.widht=3'],
+      "config key 'model.widht' does not exist (did you mean model.width",
+    ),
+    (
+      ['--config=c.py:wdith=3', '--workdir=w'],
+      "config argument 'wdith' is unknown (did you mean width?)",
+    ),
+    (
+      ['--config=c.py', '--workdir=w', '--config.seed=x'],
+      'flag --config.seed=x',
+    ),
+    (
+      ['--config=c.py', '--workdir=w', '--config.runner=nope'],
+      "config.runner is 'nope': choose one of train_rm",
+    ),
+    (
+      ['--config=c.py', '--workdir=w', '--config.fail=line 3: no'],
+      'line 3: no',
+    ),
+  ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+  command, tmp_path, args, message
+):
+  code, out, err = command(*args)
+  assert code == 2
+  assert out == ''
+  assert err.startswith(f'error: {message}')
+  assert err.count('\n') == 1
+  assert not (tmp_path / 'w').exists()
+
+
+def test_debug_shows_the_traceback(command):
+  code, _, err = command(
+    '--config=c.py', '--workdir=w', '--config.fail=no', '--debug'
+  )
+  assert code not in (0, 2)
+  assert 'Traceback' in err and 'ValueError: no' in err
+
+
+def _run_with(monkeypatch, workdir, run):
+  module = types.ModuleType('fake_runner')
+  module.run = run
+  monkeypatch.setitem(sys.modules, 'fake_runner', module)
+  monkeypatch.setitem(main.RUNNERS, 'fake', 'fake_runner')
+  main.run(ml_collections.ConfigDict({'runner': 'fake'}), workdir)
+
+
+def test_results_survive_an_error(monkeypatch, tmp_path):
+  def fail(config, workdir):
+    (workdir / 'metrics.jsonl').write_text('{}')
+    raise ValueError('the loss is NaN')
+
+  with pytest.raises(ValueError, match='NaN'):
+    _run_with(monkeypatch, tmp_path / 'w', fail)
+  assert (tmp_path / 'w' / 'config.json').exists()
+
+
+def test_a_bug_is_no_input_error(monkeypatch, tmp_path):
+  def fail(config, workdir):
+    raise RuntimeError('bug')
+
+  with pytest.raises(RuntimeError, match='bug'):
+    _run_with(monkeypatch, tmp_path / 'w', fail)
+  assert (tmp_path / 'w' / 'config.json').exists()
