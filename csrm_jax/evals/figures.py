@@ -230,14 +230,16 @@ def draw_rule_sets(
   )
   top = figure.add_subplot(grid[0, :])
   top.axis('off')
-  style = {'va': 'top', 'parse_math': False, 'linespacing': 1.25}
-  top.text(0, 1, '\n'.join(talk), fontsize=11, **style)
+  style = {'va': 'top', 'parse_math': False}
+  top.text(0, 1, '\n'.join(talk), fontsize=11, linespacing=1.25, **style)
   for i, (row, text) in enumerate(zip(rows, rules, strict=True)):
     left = figure.add_subplot(grid[i + 1, 0])
     left.axis('off')
     left.text(0, 1, _short(row['rule_set'], 60), weight='bold', **style)
-    text = '\n' + '\n'.join(text)
-    left.text(0, 1, text, fontsize=9.5, color='#333333', **style)
+    left.text(
+        0, 1, '\n' + '\n'.join(text), fontsize=9.5, color='#333333',
+        linespacing=1.25, **style,
+    )
     _reward_bar(figure.add_subplot(grid[i + 1, 1]), row, i == len(rows) - 1)
   _save(figure, path)
 

@@ -26,11 +26,6 @@ from csrm_jax.safety.schema import Category, Example, Pair, SafetyConfig
 ScoreFn = Callable[[Sequence[Example]], np.ndarray]
 Result = dict[str, Any]
 
-# What stands in for the rules in the ablation without them: it asks for a
-# verdict, and says nothing about what is allowed.
-NO_RULES = SafetyConfig(
-    (Category('Safety', 'The response is safe.'),), name='no rules'
-)
 # A breakdown lists this many of its largest groups.
 MAX_GROUPS = 40
 
@@ -64,8 +59,7 @@ def classification(
     threshold: on p_unsafe, fitted on *other* rows with
       `metrics.best_threshold`; adds `f1_tuned` beside F1 at 0.5.
     description: what these examples are, one line for the report.
-    num_samples: bootstrap draws an interval.
-    seed: of the draws.
+    num_samples, seed: bootstrap draws for each interval.
 
   Raises:
     ValueError: a score is nan or infinite; names the example's id.
@@ -78,13 +72,9 @@ def classification(
   labels = checks.labels_of(rows)
   p_unsafe = checks.p_unsafe_from_scores(scores)
   probability = checks.probability_of(rows)
-  interval = _interval(num_samples, seed)
-  measured = _classification_metrics(labels, p_unsafe, probability, interval)
-  if threshold is not None:
-    f1 = functools.partial(metrics.f1, threshold=threshold)
-    measured['f1_tuned'] = _metric(
-        f1, (labels, p_unsafe), interval, measured['f1']['best']
-    )
+  measured = _classification_metrics(
+      labels, p_unsafe, probability, _interval(num_samples, seed), threshold
+  )
   # There may be many groups: fewer draws, and an interval for F1 alone.
   group_by = functools.partial(
       _groups, labels, p_unsafe, probability,
@@ -102,10 +92,8 @@ def classification(
       'sources': group_by([example.source for example in rows]),
       'reliability': metrics.reliability_bins(labels, p_unsafe),
       'worst': worst(rows, scores, 10),
-      'arrays': {
-          'scores': scores, 'labels': labels, 'p_unsafe': p_unsafe,
-          'probability': probability,
-      },
+      'arrays': {'scores': scores, 'labels': labels, 'p_unsafe': p_unsafe,
+                 'probability': probability},
   }
 
 
@@ -240,20 +228,6 @@ def rule_sets(examples: Sequence[Example], scores: np.ndarray) -> Result:
   return {'suite': 'rule_sets', 'conversation': talk, 'rows': rows}
 
 
-def without_rules(examples: Iterable[Example]) -> list[Example]:
-  """Returns the same examples with their rules replaced by `NO_RULES`.
-
-  Labels and true probabilities stay: scored and passed to `classification`,
-  the difference to the scores with rules is what reading them is worth.
-  """
-  return [
-      dataclasses.replace(
-          example, safety=NO_RULES, violated=(), plus=None, minus=None
-      )
-      for example in examples
-  ]
-
-
 def worst(
     examples: Sequence[Example], scores: np.ndarray, n: int
 ) -> list[dict[str, Any]]:
@@ -290,7 +264,9 @@ def _metric(fn, arrays, interval, best=None) -> dict[str, float | None]:
   return {'value': fn(*arrays), 'low': low, 'high': high, 'best': best}
 
 
-def _classification_metrics(labels, p_unsafe, probability, interval):
+def _classification_metrics(
+    labels, p_unsafe, probability, interval, threshold=None
+):
   measured = {}
   for name, (fn, best_fn, centred) in _METRICS.items():
     best = None if probability is None else best_fn(labels, probability)
@@ -300,6 +276,10 @@ def _classification_metrics(labels, p_unsafe, probability, interval):
     measured['prob_error'] = _metric(
         metrics.prob_error, (probability, p_unsafe), interval, 0.0
     )
+  if threshold is not None:
+    f1 = functools.partial(metrics.f1, threshold=threshold)
+    best = measured['f1']['best']
+    measured['f1_tuned'] = _metric(f1, (labels, p_unsafe), interval, best)
   return measured
 
 

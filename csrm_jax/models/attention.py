@@ -12,7 +12,7 @@ import jax.numpy as jnp
 # Below every real score, yet finite.
 MASKED = -1e30
 # Tuned on CPU: shorter chunks skip more, but make products too small.
-MIN_CHUNK = 64
+MIN_CHUNK = 128
 MAX_CHUNKS = 8
 
 

@@ -29,6 +29,10 @@ class ModelConfig:
     remat: what the backward pass recomputes in each block: 'none' keeps all
       activations, 'dots' keeps the results of the dense products only, 'full'
       keeps the block's input only.
+    match_init: the first query head of each kv head starts equal to the key
+      head, so that a token attends to its like from the start. A small model
+      learns to look things up in a list much sooner so (after the mimetic
+      initialisation of Trockman & Kolter 2023).
     unroll: layers per step of the scan over depth. More is faster to run on
       CPU, slower to compile.
   """
@@ -46,6 +50,7 @@ class ModelConfig:
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   remat: str = 'none'
+  match_init: bool = False
   unroll: int = 1
 
   def __post_init__(self):
@@ -79,7 +84,7 @@ PRESETS = {
     # The CPU default: 0.8M parameters beside the embedding.
     'tiny': ModelConfig(
         vocab_size=0, num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=2,
-        head_dim=32, mlp_dim=384),
+        head_dim=32, mlp_dim=384, match_init=True, unroll=4),
 }
 
 

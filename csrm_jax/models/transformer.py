@@ -63,6 +63,9 @@ class Attention(nnx.Module):
     self.query = Dense('RD,DNH->RNH', (D, N, H), cfg, std=std, rngs=rngs)
     self.key = Dense('RD,DKH->RKH', (D, K, H), cfg, std=std, rngs=rngs)
     self.value = Dense('RD,DKH->RKH', (D, K, H), cfg, std=std, rngs=rngs)
+    if cfg.match_init:
+      query = self.query.kernel[...]
+      self.query.kernel.value = query.at[:, ::N // K].set(self.key.kernel[...])
     # Residual writes shrink with depth, so that the stream keeps its scale.
     std = (N * H * 2 * cfg.num_layers) ** -0.5
     self.out = Dense('RNH,NHD->RD', (N, H, D), cfg, std=std, rngs=rngs)
@@ -194,12 +197,17 @@ def init_params(cfg: ModelConfig, seed: int) -> dict:
   final_norm/scale [D]; lm_head/kernel [D,V] unless tied.
   """
   make_model(cfg)  # validates
+  return _make_init(cfg)(jax.random.key(seed))
 
-  @jax.jit
+
+@functools.lru_cache(maxsize=64)
+def _make_init(cfg: ModelConfig):
+  """Returns a jitted key -> params; compiled once per config."""
+
   def init(key):
     return nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(params=key))))
 
-  return init(jax.random.key(seed))
+  return jax.jit(init)
 
 
 def hidden(

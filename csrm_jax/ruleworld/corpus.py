@@ -45,8 +45,10 @@ def document(seed: int, index: int, progress: float = 1.0
   and most questions need to know what a word belongs to.
   """
   rng = examples.make_rng('corpus', seed, index)
-  kinds = (_facts, _rules_questions, _reading, _both)
-  early, late = (0.35, 0.5, 0.1, 0.05), (0.08, 0.35, 0.17, 0.4)
+  kinds = (_facts, _rules_table, _reply_table, _rules_questions, _reading,
+           _both)
+  early = (0.2, 0.55, 0.15, 0.05, 0.03, 0.02)
+  late = (0.05, 0.3, 0.15, 0.15, 0.1, 0.25)
   weights = [a + (b - a) * progress for a, b in zip(early, late, strict=True)]
   return tuple(rng.choices(kinds, weights)[0](rng, progress))
 
@@ -81,6 +83,36 @@ def _facts(rng: random.Random, progress: float) -> list[Span]:
     )), weight=TEXT_WEIGHT))
     spans += _question(f'What kind is {phrase}?', sub)
   return spans
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> list[Span]:
+  """Returns 'title: word answer, word answer.'; each answer is to be given
+  right at its word, the shortest form in which a lookup can be asked for."""
+  spans = [Span(f'{title}:')]
+  for word, answer in dict(rows).items():
+    spans += [Span(f' {word}'), Span(f' {answer}', weight=1.0), Span(',')]
+  return spans[:-1] + [Span('.\n')]
+
+
+def _rules_table(rng: random.Random, progress: float) -> list[Span]:
+  """Returns rules, and what is allowed by them word by word."""
+  rules = _sample_rules(rng, progress)
+  spans, _ = _parts(rules, _sample_scene(rng, rules))
+  return spans + _table('Allowed', (
+      _look_up(rng, rules, (), progress)[1:3] for _ in range(16)))
+
+
+def _reply_table(rng: random.Random, progress: float) -> list[Span]:
+  """Returns a reply, its stance word by word, and what it promotes."""
+  rules = _sample_rules(rng, progress)
+  scene = _sample_scene(rng, rules)
+  _, spans = _parts(rules, scene)
+  phrases = [s.phrase for s in scene.statements]
+  rng.shuffle(phrases)
+  spans += _table('Stance', ((phrase, _stance(phrase, scene.statements))
+                             for phrase in phrases))
+  return spans + _table('Promoted', (
+      _promoted(rng, scene) for _ in range(6)))
 
 
 def _rules_questions(rng: random.Random, progress: float) -> list[Span]:
@@ -153,9 +185,14 @@ def _parts(rules: tuple[rules_lib.Rule, ...],
   return spans[start:middle], spans[middle:end]
 
 
-def _lookup(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
-            phrases: tuple[str, ...], progress: float) -> list[Span]:
-  """Returns a question about the rules, on one of `phrases` if there are."""
+def _look_up(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
+             phrases: tuple[str, ...], progress: float
+             ) -> tuple[str, str, str, str, str]:
+  """Returns (phrase, word, is it allowed, number of its rule, subcategory).
+
+  The phrase is one of `phrases` if there are; the word is it, or its
+  subcategory. Allowed is 'yes', 'no' or 'unsaid', the number 'S2' or 'none'.
+  """
   if phrases:
     phrase = rng.choice(phrases)
     topic, severity = lexicon.locate(phrase)
@@ -171,6 +208,13 @@ def _lookup(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
       number = f'S{i + 1}'
       answer = 'no' if severity in rule.forbidden else 'yes'
   word = phrase if rng.random() < 0.2 + 0.6 * progress else sub
+  return phrase, word, answer, number, sub
+
+
+def _lookup(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
+            phrases: tuple[str, ...], progress: float) -> list[Span]:
+  """Returns a question about the rules, on one of `phrases` if there are."""
+  phrase, word, answer, number, sub = _look_up(rng, rules, phrases, progress)
   kind = rng.random()
   if kind < 0.75:
     return _question(f'Is {word} allowed?', answer)
@@ -179,20 +223,27 @@ def _lookup(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
   return _question(f'What kind is {phrase}?', sub)
 
 
-def _reading_question(rng: random.Random,
-                      scene: conversations.Scene) -> list[Span]:
-  """Returns a question about what the reply says."""
+def _promoted(rng: random.Random,
+              scene: conversations.Scene) -> tuple[str, str]:
+  """Returns (a subcategory, whether the reply promotes it: 'yes' or 'no')."""
   said = rng.choice(scene.statements)
-  if rng.random() < 0.35:
-    return _question(f'What does the reply do with {said.phrase}?',
-                     _stance(said.phrase, scene.statements))
   severity = (said.severity if rng.random() < 0.6
               else rng.randrange(lexicon.NUM_SEVERITIES))
   promoted = any(s.engaged and s.topic == said.topic and s.severity == severity
                  for s in scene.statements)
-  word = lexicon.topic_named(said.topic).subcategories[severity]
-  return _question(f'Does the reply promote {word}?',
-                   'yes' if promoted else 'no')
+  return (lexicon.topic_named(said.topic).subcategories[severity],
+          'yes' if promoted else 'no')
+
+
+def _reading_question(rng: random.Random,
+                      scene: conversations.Scene) -> list[Span]:
+  """Returns a question about what the reply says."""
+  if rng.random() < 0.35:
+    phrase = rng.choice(scene.statements).phrase
+    return _question(f'What does the reply do with {phrase}?',
+                     _stance(phrase, scene.statements))
+  word, answer = _promoted(rng, scene)
+  return _question(f'Does the reply promote {word}?', answer)
 
 
 def _stance(phrase: str, statements: tuple[grammar.Statement, ...]) -> str:

@@ -74,7 +74,7 @@ def evaluate(score_fn: scoring.ScoreFn, sets: Mapping[str, Sequence[Any]],
       results[name] = suites.classification(items, score(items), **text)
       if name in ('seen', 'unseen'):
         results[f'{name}_without_rules'] = suites.classification(
-            items, score_fn(suites.without_rules(items)),
+            items, score_fn([augment.hide_rules(item) for item in items]),
             description='The same examples with their rules hidden.')
   return results
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import resource
-import shutil
 import sys
 import time
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from csrm_jax import losses, reward_model, scoring, training
+from csrm_jax import reward_model, scoring, training
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import tree
 from csrm_jax.core import writer as writer_lib
@@ -26,18 +24,6 @@ from csrm_jax.runners import evaluation
 from csrm_jax.runners import loop as loop_lib
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
-
-
-def make_loss_fn(cfg: model_config.ModelConfig,
-                 verbalizers: templates.Verbalizers, gamma: float,
-                 margin: float):
-  """Returns (params, batch) -> (total, weight, metrics) of L_cls + γ·L_rm."""
-
-  def loss_fn(params: Any, batch: dict[str, jax.Array]):
-    log_p = scoring.packed_logprobs(cfg, params, verbalizers, batch)
-    return losses.reward_model_loss(*log_p, batch, gamma, margin)
-
-  return loss_fn
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -57,8 +43,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   state = training.init_state(_init_params(config, spec.model), optimizer)
   state = jax.device_put(state, mesh_lib.shardings(state, mesh))
   step_fn = training.make_train_step(
-      make_loss_fn(spec.model, spec.verbalizers(tokenizer), config.loss.gamma,
-                   config.loss.margin),
+      scoring.make_loss_fn(spec.model, spec.verbalizers(tokenizer),
+                           config.loss.gamma, config.loss.margin),
       optimizer, config.optim.num_microbatches)
   reward_model.save_tokenizer(config.tokenizer, workdir)
   with jax.set_mesh(mesh):
