@@ -32,7 +32,7 @@ setuptools.setup(
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['csrm_jax', 'csrm_jax.*']),
   package_data={
-    'csrm_jax.ruleworld': ['*.model', '*.safetensors', '*.json'],
+    'csrm_jax.ruleworld': ['*.model', 'base/*'],
   },
   install_requires=[
     'absl-py>=2.1',

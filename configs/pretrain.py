@@ -15,7 +15,7 @@ from csrm_jax import config as config_lib
 
 def get_config(arg=None):
   """Returns the config; arg: num_steps."""
-  arg = config_lib.parse_arg(arg, num_steps=9000)
+  arg = config_lib.parse_arg(arg, num_steps=6000)
   package = pathlib.Path(csrm_jax.__file__).parent
   c = ml_collections.ConfigDict()
   c.runner = 'pretrain'
@@ -32,7 +32,7 @@ def get_config(arg=None):
 
   c.data = ml_collections.ConfigDict()
   c.data.num_documents = 2_000_000  # the corpus repeats after these
-  c.data.curriculum_length = 40_000  # documents until lists are longest
+  c.data.curriculum_length = 90_000  # documents until lists are longest
   c.data.batch_size = 12  # rows a step
   c.data.row_length = 256  # tokens a row
   c.data.max_segments = 8  # documents a row at most

@@ -175,7 +175,8 @@ def load_params(
   """
   path = pathlib.Path(folder) / WEIGHTS_FILE
   run_time = {name: getattr(cfg, name)
-              for name in ('dtype', 'param_dtype', 'remat', 'unroll')}
+              for name in ('dtype', 'param_dtype', 'remat', 'match_init',
+                           'unroll')}
   stored = load_config(folder, **run_time)
   for name, value in stored.to_dict().items():
     if value != getattr(cfg, name):

@@ -17,7 +17,7 @@ from csrm_jax import losses, training
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features, packing, pipeline
 from csrm_jax.models import config as model_config
-from csrm_jax.models import transformer
+from csrm_jax.models import hf, transformer
 from csrm_jax.ruleworld import corpus
 from csrm_jax.runners import loop as loop_lib
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -100,7 +100,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                              config.checkpoint_every)
   state = loop_lib.train(step_fn, state, batches, mesh, workdir, loop,
                          {'model': cfg.to_dict()})
-  from csrm_jax.models import hf
   hf.save(workdir / 'base', cfg, state.params, metadata={
       'made_by': 'python -m csrm_jax.main --config=configs/pretrain.py',
       'seed': str(config.seed),

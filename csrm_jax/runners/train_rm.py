@@ -122,7 +122,7 @@ def _init_params(config: ml_collections.ConfigDict,
                  cfg: model_config.ModelConfig) -> Any:
   if not config.model.init:
     return transformer.init_params(cfg, config.seed)
-  return hf.load(config.model.init, cfg)
+  return hf.load_params(config.model.init, cfg)
 
 
 def _peak_memory_bytes() -> int:
