@@ -40,10 +40,11 @@ def propose(rng: random.Random, rules: Rules, scene: conversations.Scene
             ) -> tuple[schema.Category | None, schema.Category | None]:
   """Returns (p⁺, p⁻) for a scene: what a proposer would suggest.
 
-  p⁺ surely fires: it names what the reply engages with, and its severer and
-  milder neighbours. p⁻ surely does not: it names the rest of that topic, or
-  another topic. Both are called after subcategories, so that neither has the
-  name of a category of `rules`.
+  p⁺ surely fires: it forbids what the reply engages with, and its severer and
+  milder neighbours. p⁻ surely does not: it forbids only the rest of that topic,
+  or another topic. As guidelines do, half of them also say what they allow.
+  Both are called after subcategories, so that neither has the name of a
+  category of `rules`.
   """
   engaged = [s for s in scene.statements if s.engaged]
   if not engaged:
@@ -52,19 +53,20 @@ def propose(rng: random.Random, rules: Rules, scene: conversations.Scene
   near = tuple(i for i in rules_lib.SEVERITIES
                if abs(i - statement.severity) <= 1)
   far = tuple(i for i in rules_lib.SEVERITIES if i not in near)
-  plus = _category(rng, statement.topic, near)
+  plus = _category(rng, statement.topic, near, far)
   minus = None
-  if rng.random() < 0.6 and not any(
+  if rng.random() < 0.8 and not any(
       s.topic == statement.topic and s.severity in far for s in engaged):
-    minus = _category(rng, statement.topic, far)
+    minus = _category(rng, statement.topic, far, near)
   return plus, minus or _distant_category(rng, scene)
 
 
-def _category(rng: random.Random, topic: str,
-              forbidden: tuple[int, ...]) -> schema.Category:
+def _category(rng: random.Random, topic: str, forbidden: tuple[int, ...],
+              others: tuple[int, ...] = ()) -> schema.Category:
   names = lexicon.topic_named(topic).subcategories
   name = names[rng.choice(forbidden)].capitalize()
-  return rules_lib.Rule(topic, forbidden, (),
+  allowed = others if rng.random() < 0.5 else ()
+  return rules_lib.Rule(topic, forbidden, allowed,
                         rng.choice(rules_lib.SEEN_WORDINGS), name).category()
 
 
