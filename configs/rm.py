@@ -51,14 +51,17 @@ def get_config(arg=None):
   c.template.unsafe_words = ('unsafe', ' unsafe', 'Unsafe', ' Unsafe')
 
   c.data = ml_collections.ConfigDict()
-  c.data.batch_size = 24  # packed rows a step
-  c.data.row_length = 256  # tokens a row; the two sides of a pair share one
-  c.data.max_segments = 8  # prompts a row at most
+  c.data.batch_size = 16  # packed rows a step
+  c.data.row_length = 384  # tokens a row; the two sides of a pair share one
+  c.data.max_segments = 12  # prompts a row at most
   c.data.max_length = 256  # tokens a prompt may have before it is shortened
   # Configurable category augmentation (CCA) of examples.
   c.data.drop_prob = 0.5  # each category of the rules is dropped
   c.data.plus_prob = 0.5  # the proposed p+ (it fires) is added
   c.data.minus_prob = 0.5  # the proposed p- (it does not) is added
+  # The two prompts of a pair count as examples too where their labels are
+  # known. Without, nothing anchors their scores, and they drift.
+  c.data.label_pairs = True
   c.data.rules_blind = False  # hide the rules: what can be known without them
   # Named parts: source, path (for files), weight in the mixture of atoms.
   c.data.parts = _ruleworld_parts()

@@ -70,15 +70,19 @@ def reward_model_loss(
   Source: CSRM (arXiv 2605.30487), §3 (L_cls, L_rm), with the sign corrected.
   """
   label, label_weight = batch['label'], batch['label_weight']
-  pair_weight = batch['pair_weight']
+  pair_weight = jnp.asarray(batch['pair_weight'])
+  # Pairs never wrap around the row: the last slot has no right neighbour.
+  in_pair = pair_weight.at[:, 1:].add(pair_weight[:, :-1]) > 0
+  # An unused slot may hold anything. It is cleared first: a weight of 0 keeps
+  # a NaN out of the loss, but not out of the gradient.
+  used = in_pair | (label_weight > 0)
+  log_p_safe = jnp.where(used, log_p_safe, 0.0)
+  log_p_unsafe = jnp.where(used, log_p_unsafe, 0.0)
   score = log_p_safe - log_p_unsafe  # [B,S]
-  # where, not only a weight of 0: an unused slot may hold anything.
   cls = -jnp.where(label == 1, log_p_unsafe, log_p_safe)
   cls = _weighted(cls, label_weight)
   gap = score - jnp.roll(score, -1, axis=-1)  # safer minus other
   pairs = _weighted(-jax.nn.log_sigmoid(gap - margin), pair_weight)
-  # Pairs never wrap around the row: the last slot has no right neighbour.
-  in_pair = pair_weight.at[:, 1:].add(pair_weight[:, :-1]) > 0
   num_pairs = pair_weight.sum()
   num_labels = label_weight.sum()
   weight = jnp.where(in_pair, 0.0, label_weight).sum() + num_pairs

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 
 import jax
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from csrm_jax import config as config_lib
+from csrm_jax import training
 from csrm_jax.core import writer
 
 # config.runner -> the module whose run(config, workdir) does the work. Named,
@@ -43,11 +44,12 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of checkpoints, metrics and the report.'
 )
 _DEBUG = flags.DEFINE_bool(
-  'debug', False, 'Show the traceback of an error in the input.'
+  'debug', False, 'Show the traceback of an error in the input, and more logs.'
 )
 
 # What bad input raises; anything else is a bug and keeps its traceback.
-_INPUT_ERRORS = (ValueError, OSError)
+# ImportError: of an extra that the input needs.
+_INPUT_ERRORS = (ValueError, OSError, ImportError)
 # What absl and config_flags raise for input that is as bad.
 _FLAG_ERRORS = (flags.Error, LookupError, AttributeError, TypeError)
 _FLAG_ERRORS += _INPUT_ERRORS
@@ -94,6 +96,12 @@ def use_compilation_cache() -> None:
     jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
+
+
+def _quiet_logs() -> None:
+  # Warnings only: the libraries below tell of every file they write.
+  if not FLAGS['verbosity'].present and not _DEBUG.value:
+    logging.set_verbosity(logging.WARNING)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -144,6 +152,8 @@ def _exit(error: BaseException) -> None:
 
 def _main(argv: Sequence[str]) -> None:
   del argv
+  _quiet_logs()
+  training.keep_freed_memory()
   try:
     use_compilation_cache()
     run(_CONFIG.value, _WORKDIR.value)

@@ -49,7 +49,17 @@ class Spec:
 
   @classmethod
   def from_dict(cls, obj: Mapping[str, Any]) -> Spec:
-    """Returns the spec that to_dict wrote."""
+    """Returns the spec that to_dict wrote.
+
+    Raises:
+      ValueError: it was not written by this version, or not by a spec.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in sorted(known ^ set(obj)):
+      raise ValueError(
+          f'not the description of a reward model: {name!r} is '
+          f'{"missing" if name in known else "unknown"}; give what the same '
+          'version of csrm_jax trained with configs/rm.py')
     fields = {k: tuple(v) if isinstance(v, list) else v
               for k, v in obj.items()}
     fields['model'] = model_config.ModelConfig(**obj['model'])
@@ -104,7 +114,11 @@ def load(directory: str | pathlib.Path) -> RewardModel:
       backbone than it says.
   """
   directory = pathlib.Path(directory).expanduser().absolute()
-  spec = Spec.from_dict(checkpoint.read_meta(directory / 'checkpoints'))
+  meta = checkpoint.read_meta(directory / 'checkpoints')
+  try:
+    spec = Spec.from_dict(meta)
+  except ValueError as error:
+    raise ValueError(f'{directory}: {error}') from None
   tokenizer = tokenizer_lib.load_tokenizer(_tokenizer_path(directory))
   _check(directory, 'template', spec.template_hash,
          templates.template_hash(spec.order))

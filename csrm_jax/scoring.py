@@ -7,6 +7,7 @@ Training, evaluation, RL and serving all read a verdict through
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +25,13 @@ from csrm_jax.safety import schema
 from csrm_jax.safety.templates import Verbalizers
 from csrm_jax.text.tokenizer import Tokenizer
 
-ScoreFn = Callable[[Sequence[schema.Example]], np.ndarray]
+ScoreFn = Callable[..., np.ndarray]  # (examples[, progress]), see make_score_fn
 
-# Row lengths that are compiled: every step is at most half as long again.
+# Row lengths that are compiled; from 128 on about a third is padding at most.
 BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096,
            6144, 8192)
+# Batches in flight: enough to keep a device busy, and little memory.
+_MAX_PENDING = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +125,9 @@ def make_score_fn(
   them, so few shapes are ever compiled; padding and neighbours do not change a
   score. A prompt longer than max_length is shortened as in training.
 
-  The function raises ValueError, with the example's id, if rules do not fit
-  into max_length or a score is not finite.
+  The function may be given a second argument, which is called with the number
+  of examples in each batch that is done. It raises ValueError, with the
+  example's id, if rules do not fit into max_length or a score is not finite.
 
   Args:
     cfg: the model.
@@ -146,16 +150,24 @@ def make_score_fn(
   encoder = features.Encoder(tokenizer, max_length, order)
   compute = _compile(cfg, verbalizers)
 
-  def score(examples: Sequence[schema.Example]) -> np.ndarray:
+  def score(examples: Sequence[schema.Example],
+            progress: Callable[[int], Any] = lambda num: None) -> np.ndarray:
     prompts = [_encode(example, encoder) for example in examples]
     scores = np.zeros(len(prompts), np.float32)
-    # Every chunk is on its way before the first result is awaited.
-    pending = [
-        (chosen, compute(params, _pad([prompts[i] for i in chosen], shape)))
-        for chosen, shape in _plan(prompts, lengths, batch_tokens)
-    ]
-    for chosen, result in pending:
+    pending = collections.deque()
+
+    def settle():
+      chosen, result = pending.popleft()
       scores[chosen] = np.asarray(result)[:len(chosen)]
+      progress(len(chosen))
+
+    for chosen, shape in _plan(prompts, lengths, batch_tokens):
+      batch = _pad([prompts[i] for i in chosen], shape)
+      pending.append((chosen, compute(params, batch)))
+      if len(pending) > _MAX_PENDING:
+        settle()
+    while pending:
+      settle()
     for i in np.flatnonzero(~np.isfinite(scores))[:1]:
       raise ValueError(
           f'{examples[i].id}: its score is {scores[i]}, not a finite number; '

@@ -110,7 +110,7 @@ def init_state(
 
 def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation,
-    num_microbatches: int = 1
+    num_microbatches: int = 1, state_shardings: Any = None
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
   """Returns step(state, batch) -> (state, metrics); jitted, donates state.
 
@@ -127,6 +127,9 @@ def make_train_step(
     loss_fn: (params, batch) -> (total, weight, {name: (sum, weight)}).
     optimizer: as from make_optimizer.
     num_microbatches: divides the leading axis of every array of the batch.
+    state_shardings: of the state, given and returned: a tree like it, or None
+      to let the compiler choose. Where the returned state lay differently from
+      the first one, the second step would compile again.
   """
 
   def step(state, batch):
@@ -135,7 +138,7 @@ def make_train_step(
     # A batch without any weight has zero gradients; it must not make NaN.
     scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
     grads = jax.tree.map(lambda g: g * scale, grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
     updates, opt_state = optimizer.update(
@@ -143,7 +146,7 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     new = TrainState(state.step + 1, params, opt_state)
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
-    learning_rate = optax.tree_utils.tree_get(
+    learning_rate = optax.tree.get(
         opt_state, 'learning_rate',
         filtering=lambda _, leaf: isinstance(leaf, jax.Array))
     return new, metrics | {
@@ -153,7 +156,8 @@ def make_train_step(
         'train/finite': finite.astype(jnp.float32),
     }
 
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(
+      step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def _accumulate(loss_fn, params, batch, num_microbatches):

@@ -87,12 +87,15 @@ class Encoder:
     pair_length: the most tokens the two prompts of a pair may have together,
       or None for no limit but each prompt's own. The length of a packed row
       makes sure that every pair fits into one.
+    label_pairs: whether the two prompts of a pair keep their labels, so that
+      they count as examples too.
   """
 
   tokenizer: Tokenizer
   max_length: int
   order: str = 'rules_first'
   pair_length: int | None = None
+  label_pairs: bool = False
 
   def __post_init__(self):
     if self.max_length < 1:
@@ -176,7 +179,9 @@ def encode_pair(pair: schema.Pair, encoder: Encoder) -> Atom | Dropped:
   if np.array_equal(encoded[0][0], encoded[1][0]):
     return Dropped('identical_pair', f'{pair.id}: both sides are one prompt')
   prompts = tuple(
-    Prompt(tokens, LABEL_IDS[side.label], side.id)
+    Prompt(
+      tokens, LABEL_IDS[side.label if encoder.label_pairs else None], side.id
+    )
     for side, (tokens, _) in zip(sides, encoded, strict=True)
   )
   return Atom(prompts, 'pair', sum(cut for _, cut in encoded))

@@ -68,6 +68,10 @@ def read_part(source: str, path: str, seed: int, eval_fraction: float
     known = [f'ruleworld/{name}' for name in datasets.TRAINING] + list(READERS)
     raise ValueError(
         f'unknown data source {source!r}; use one of {", ".join(known)}')
+  if not path:
+    raise ValueError(
+        f'data source {source!r} has no path; give path=FILE after the colon '
+        'of --config, or data_dir=FOLDER for the public sets')
   return sources.split(READERS[source](path), eval_fraction, seed)
 
 
@@ -95,8 +99,8 @@ def make_training_atoms(
     augment_fn: Callable[[Any, np.random.Generator], Any]) -> grain.MapDataset:
   """Returns the endless mixture of the parts, augmented and encoded.
 
-  Each part gets a seed of its own, so that its elements do not depend on what
-  it is mixed with.
+  Each part gets a seed of its own, so that its elements do not depend on the
+  weights: a part of weight 0 leaves the others as they were.
   """
   atoms = {
       name: pipeline.make_atoms(

@@ -68,8 +68,7 @@ def pack_rows(
         each prompt): int32 [B, T]
       verdict_index: int32 [B, S], the place of a prompt's last token
       label: int32 [B, S], 0 safe, 1 unsafe, -1 none or unused slot
-      label_weight: float32 [B, S], 1 where a labelled example stands that is
-        not part of a pair
+      label_weight: float32 [B, S], 1 where a prompt with a label stands
       pair_weight: float32 [B, S], 1 at slot s where slots s and s + 1 hold
         the (safer, other) of a pair
       loss_weight: float32 [B, T], only if the prompts have one
@@ -194,8 +193,7 @@ def _write_row(batch: Batch, row: int, atoms: Sequence[Atom]) -> None:
   start = slot = 0
   count = np.arange(batch['tokens'].shape[1], dtype=np.int32)
   for atom in atoms:
-    is_pair = atom.kind == 'pair'
-    if is_pair:
+    if atom.kind == 'pair':
       batch['pair_weight'][row, slot] = 1.0
     for prompt in atom.prompts:
       end = start + len(prompt.tokens)
@@ -206,7 +204,7 @@ def _write_row(batch: Batch, row: int, atoms: Sequence[Atom]) -> None:
         batch['loss_weight'][row, start:end] = prompt.loss_weight
       batch['verdict_index'][row, slot] = end - 1
       batch['label'][row, slot] = prompt.label
-      if prompt.label >= 0 and not is_pair:
+      if prompt.label >= 0:
         batch['label_weight'][row, slot] = 1.0
       start = end
       slot += 1

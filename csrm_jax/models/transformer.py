@@ -65,7 +65,7 @@ class Attention(nnx.Module):
     self.value = Dense('RD,DKH->RKH', (D, K, H), cfg, std=std, rngs=rngs)
     if cfg.match_init:
       query = self.query.kernel[...]
-      self.query.kernel.value = query.at[:, ::N // K].set(self.key.kernel[...])
+      self.query.kernel[...] = query.at[:, ::N // K].set(self.key.kernel[...])
     # Residual writes shrink with depth, so that the stream keeps its scale.
     std = (N * H * 2 * cfg.num_layers) ** -0.5
     self.out = Dense('RNH,NHD->RD', (N, H, D), cfg, std=std, rngs=rngs)

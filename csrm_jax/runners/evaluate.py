@@ -12,6 +12,7 @@ from csrm_jax import reward_model, scoring
 from csrm_jax.core import writer as writer_lib
 from csrm_jax.data import sources
 from csrm_jax.evals import report, suites
+from csrm_jax.runners import evaluation
 from csrm_jax.safety import schema
 
 
@@ -34,7 +35,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         example if example.safety == safety else dataclasses.replace(
             example, safety=safety, label=None, violated=(), probability=None)
         for example in examples]
-  scores = reward_model.load(config.checkpoint).score_fn(examples)
+  scores = evaluation.score_with_progress(
+      reward_model.load(config.checkpoint).score_fn, examples)
   path = workdir / 'scored.jsonl'
   lines = [
       json.dumps({'id': example.id, **dataclasses.asdict(verdict)})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +19,9 @@ from csrm_jax.core import checkpoint
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import writer as writer_lib
 from csrm_jax.data import packing, pipeline
+
+# Between updates of a progress bar; a log file needs few of its lines.
+BAR_INTERVAL_S = 1.0 if sys.stderr.isatty() else 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,7 @@ def train(step_fn: Callable[[Any, Any], tuple[Any, dict[str, Any]]],
     ValueError: a loss or gradient is not finite; the message names the step
       and the file that holds its batch. Nothing of that step is applied.
   """
+  earlier_s = elapsed_s(workdir)
   with checkpoint.Checkpoints(workdir / 'checkpoints', loop.keep) as saved:
     restored = saved.restore_latest(mesh_lib.abstract(state, mesh))
     start = 0
@@ -77,37 +83,48 @@ def train(step_fn: Callable[[Any, Any], tuple[Any, dict[str, Any]]],
     with writer_lib.MetricsWriter(
         workdir, resume_step=start if restored else -1) as writer:
       return _run(step_fn, state, batches, mesh, saved, writer, loop, meta,
-                  start, workdir)
+                  start, workdir, earlier_s)
+
+
+def elapsed_s(workdir: pathlib.Path) -> float:
+  """Returns the seconds that training has taken so far, in all its starts."""
+  path = workdir / 'metrics.jsonl'
+  lines = path.read_bytes().splitlines() if path.exists() else []
+  for line in reversed(lines):
+    try:
+      return json.loads(line)['time/elapsed_s']
+    except (ValueError, KeyError):
+      continue  # cut short by a kill
+  return 0.0
 
 
 def _run(step_fn, state, batches, mesh, saved, writer, loop, meta, start,
-         workdir):
-  window = _Window(step_fn)
+         workdir, earlier_s):
+  window = _Window(step_fn, earlier_s)
   pending = None  # (step, batch, metrics) of the step still on the device
-  bar = tqdm.tqdm(total=loop.num_steps, initial=start, desc='train',
-                  unit='step', dynamic_ncols=True, mininterval=1.0)
-  for step in range(start + 1, loop.num_steps + 1):
-    batch = next(batches)
-    state, metrics = step_fn(state, mesh_lib.to_global(batch, mesh))
-    # One step late, so that the device is never waited for.
-    if pending is not None:
+  with tqdm.tqdm(total=loop.num_steps, initial=start, desc='train', unit='step',
+                 dynamic_ncols=True, mininterval=BAR_INTERVAL_S) as bar:
+    for step in range(start + 1, loop.num_steps + 1):
+      batch = next(batches)
+      state, metrics = step_fn(state, mesh_lib.to_global(batch, mesh))
+      # One step late, so that the device is never waited for.
+      if pending is not None:
+        _check_finite(*pending, workdir)
+      pending = (step, batch, metrics)
+      window.add(batch, metrics, batches.wait_s)
+      bar.update()
+      if step % loop.log_every and step != loop.num_steps:
+        continue
       _check_finite(*pending, workdir)
-    pending = (step, batch, metrics)
-    window.add(batch, metrics, batches.wait_s)
-    bar.update()
-    if step % loop.log_every and step != loop.num_steps:
-      continue
-    _check_finite(*pending, workdir)
-    pending = None
-    values = window.close()
-    values |= {f'data/dropped_{k}': v for k, v in batches.drops.items()}
-    values['data/shortened'] = batches.num_shortened
-    writer.write(step, values)
-    bar.set_postfix(loss=f'{values["train/loss"]:.4f}')
-    if step % loop.checkpoint_every == 0 or step == loop.num_steps:
-      writer.flush()
-      saved.save(step, state, batches.get_state(), meta)
-  bar.close()
+      pending = None
+      values = window.close()
+      values |= {f'data/dropped_{k}': v for k, v in batches.drops.items()}
+      values['data/shortened'] = batches.num_shortened
+      writer.write(step, values)
+      bar.set_postfix(loss=f'{values["train/loss"]:.4f}', refresh=False)
+      if step % loop.checkpoint_every == 0 or step == loop.num_steps:
+        writer.flush()
+        saved.save(step, state, batches.get_state(), meta)
   return state
 
 
@@ -126,8 +143,9 @@ def _check_finite(step: int, batch: packing.Batch, metrics: dict[str, Any],
 class _Window:
   """The metrics of the steps since the last log line."""
 
-  def __init__(self, step_fn: Callable[..., Any]):
+  def __init__(self, step_fn: Callable[..., Any], earlier_s: float):
     self._step_fn = step_fn
+    self._first_start = time.perf_counter() - earlier_s
     self._clear()
 
   def _clear(self) -> None:
@@ -147,6 +165,7 @@ class _Window:
     seconds = time.perf_counter() - self._start
     values |= {
         'data/fill_rate': self._filled / self._places,
+        'time/elapsed_s': time.perf_counter() - self._first_start,
         'time/step_s': seconds / len(self._metrics),
         'time/data_wait_frac': self._wait_s / seconds,
         'time/tokens_per_s': self._filled / seconds,

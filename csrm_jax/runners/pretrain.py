@@ -49,7 +49,8 @@ class Documents:
 def encode_document(spans: tuple[corpus.Span, ...],
                     tokenizer: tokenizer_lib.Tokenizer) -> features.Atom:
   """Returns the document as one packing atom with per-token loss weights."""
-  tokens, weights = [tokenizer.bos_id], [0.0]
+  tokens = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  weights = [0.0] * len(tokens)
   for span in spans:
     encode = tokenizer.encode_control if span.control else tokenizer.encode
     ids = encode(span.text)
@@ -91,11 +92,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   optimizer = training.make_optimizer(
       config.optim.lr, warmup_steps=config.optim.warmup_steps,
       num_steps=config.num_steps, weight_decay=config.optim.weight_decay)
-  step_fn = training.make_train_step(make_loss_fn(cfg), optimizer)
   mesh = mesh_lib.make_mesh()
   state = training.init_state(
       transformer.init_params(cfg, config.seed), optimizer)
-  state = jax.device_put(state, mesh_lib.shardings(state, mesh))
+  shardings = mesh_lib.shardings(state, mesh)
+  state = jax.device_put(state, shardings)
+  step_fn = training.make_train_step(
+      make_loss_fn(cfg), optimizer, state_shardings=shardings)
   loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
                              config.checkpoint_every)
   state = loop_lib.train(step_fn, state, batches, mesh, workdir, loop,

@@ -1,4 +1,4 @@
-"""Trains a configurable safety reward model, evaluates it, writes the report."""
+"""Trains a configurable safety reward model, evaluates it and reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import ml_collections
 from csrm_jax import reward_model, scoring, training
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import tree
-from csrm_jax.core import writer as writer_lib
 from csrm_jax.data import features, mixture, packing, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config
@@ -28,10 +27,14 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Trains from the base weights, evaluates, writes workdir/report."""
+  if evaluation.show_finished(workdir):
+    return
   start = time.monotonic()
   tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
   spec = _make_spec(config, tokenizer)
   parts, held_out = _read_data(config)
+  evaluation.check_lengths(
+      held_out, features.Encoder(tokenizer, spec.max_length, spec.order))
   batches = _make_batches(config, tokenizer, parts)
   mesh = mesh_lib.make_mesh(**config.mesh)
   optimizer = training.make_optimizer(
@@ -41,12 +44,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       clip_norm=config.optim.clip_norm,
       end_lr_fraction=config.optim.end_lr_fraction)
   state = training.init_state(_init_params(config, spec.model), optimizer)
-  state = jax.device_put(state, mesh_lib.shardings(state, mesh))
+  shardings = mesh_lib.shardings(state, mesh)
+  state = jax.device_put(state, shardings)
   step_fn = training.make_train_step(
       scoring.make_loss_fn(spec.model, spec.verbalizers(tokenizer),
                            config.loss.gamma, config.loss.margin),
-      optimizer, config.optim.num_microbatches)
+      optimizer, config.optim.num_microbatches, shardings)
   reward_model.save_tokenizer(config.tokenizer, workdir)
+  setup_s = time.monotonic() - start
   with jax.set_mesh(mesh):
     state = loop_lib.train(
         step_fn, state, batches, mesh, workdir,
@@ -55,13 +60,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         spec.to_dict())
   num_examples = batches.num_atoms
   batches.close()
-  trained_s = time.monotonic() - start
+  start = time.monotonic()
+  trained_s = setup_s + loop_lib.elapsed_s(workdir)
   results = evaluation.evaluate(
       spec.make_score_fn(state.params, tokenizer),
-      evaluation.test_sets(config.eval, held_out, config.seed),
+      evaluation.test_sets(config.eval, held_out),
       rules_blind=config.data.rules_blind)
   summary = report.summarise(results) | {
-      'time_s': time.monotonic() - start,
+      'time_s': trained_s + time.monotonic() - start,
       'time_train_s': trained_s,
       'peak_memory_bytes': _peak_memory_bytes(),
       'num_examples': num_examples,
@@ -100,7 +106,8 @@ def _make_batches(config: ml_collections.ConfigDict,
                   parts: dict[str, Any]) -> pipeline.BatchIterator:
   data = config.data
   encoder = features.Encoder(tokenizer, data.max_length,
-                             config.template.order, data.row_length)
+                             config.template.order, data.row_length,
+                             data.label_pairs)
   atoms = mixture.make_training_atoms(
       parts, {name: part.weight for name, part in data.parts.items()},
       encoder, config.seed,

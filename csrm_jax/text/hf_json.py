@@ -7,9 +7,10 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
+if TYPE_CHECKING:
+  import tokenizers
 
 # Looked for where neither the caller nor tokenizer_config.json names them.
 _EOS = (

@@ -16,11 +16,11 @@ import json
 import os
 import pathlib
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import sentencepiece
-import tokenizers
 
 from csrm_jax.text import hf_json
 
@@ -148,6 +148,7 @@ class HFTokenizer:
   ):
     data = model if isinstance(model, bytes) else _read_bytes(model)
     where = 'the model' if isinstance(model, bytes) else os.fspath(model)
+    tokenizers = _import_tokenizers(where)
     try:
       spec = json.loads(data)
       control = hf_json.mark_control(spec)
@@ -217,6 +218,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   """Returns the tokenizer in a .model (SentencePiece) or tokenizer.json file.
 
   Raises:
+    ImportError: a tokenizer.json, and no package `tokenizers`.
     ValueError: another suffix, or the file is not what its suffix says.
   """
   suffix = pathlib.Path(path).suffix
@@ -326,6 +328,18 @@ def _split_at(text: str, cuts: Sequence[int]) -> list[str]:
   ends = [0, *cuts, len(text)]
   parts = (text[a:b] for a, b in itertools.pairwise(ends))
   return [part for part in parts if part]
+
+
+def _import_tokenizers(where: str) -> types.ModuleType:
+  # Only these files need the package, so it is an extra.
+  try:
+    import tokenizers
+  except ImportError:
+    raise ImportError(
+      f'{where}: a Hugging Face tokenizer.json needs the package tokenizers;'
+      ' run "pip install tokenizers", or install csrm_jax with its extra "hf"'
+    ) from None
+  return tokenizers
 
 
 def _rebuild_hf(data: bytes, names: Mapping[str, str | None]) -> HFTokenizer:

@@ -202,16 +202,6 @@ def test_flips_refuse_other_rows():
     suites.flips([(a, b)], np.zeros(1), np.zeros(1))
 
 
-def test_without_rules_changes_only_the_rules():
-  plus = Category('Cats', 'No cats.')
-  example = _example('a', 'unsafe', violated=('Pets',), plus=plus)
-  (bare,) = suites.without_rules([example])
-  assert bare.safety == suites.NO_RULES
-  assert (bare.violated, bare.plus, bare.minus) == ((), None, None)
-  for field in ('id', 'conversation', 'label', 'probability', 'rule_set'):
-    assert getattr(bare, field) == getattr(example, field)
-
-
 def test_worst_is_sorted_and_holds_no_text():
   examples, scores = _set()
   rows = suites.worst(examples, scores, 5)

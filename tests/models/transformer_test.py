@@ -202,7 +202,7 @@ def _input_gradient(batch, position):
     hidden = transformer.hidden(cfg, tree, place, positions, segment_ids)
     return jnp.sin(hidden[0, position]).sum()
 
-  return np.abs(jax.grad(out)(table)).sum(-1)
+  return np.abs(jax.jit(jax.grad(out))(table)).sum(-1)
 
 
 def test_causal_and_no_leak_between_segments():
@@ -240,7 +240,7 @@ def test_all_padding_is_finite():
   def everything(params):
     return _logits(CFG, params, *batch).sum()
 
-  for grad in jax.tree.leaves(jax.grad(everything)(params)):
+  for grad in jax.tree.leaves(jax.jit(jax.grad(everything))(params)):
     assert np.all(np.isfinite(grad))
 
 
@@ -285,3 +285,11 @@ def test_bfloat16_is_close_and_logits_are_float32():
   assert transformer.hidden(cfg, params, *batch).dtype == jnp.bfloat16
   assert got.dtype == jnp.float32
   assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_match_init_starts_with_query_heads_equal_to_their_key_head():
+  cfg = dataclasses.replace(CFG, match_init=True)
+  heads = transformer.init_params(cfg, 0)['layers']['attention']
+  query, key = (np.asarray(heads[n]['kernel']) for n in ('query', 'key'))
+  np.testing.assert_array_equal(query[:, :, ::2], key)
+  assert not np.any(query[:, :, 1::2] == key)

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csrm_jax.safety import augment
-from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
+from csrm_jax.safety.schema import (
+  Category,
+  Example,
+  Message,
+  Pair,
+  SafetyConfig,
+)
 
 TALK = (Message('user', 'hello'), Message('agent', 'some answer'))
 
@@ -255,3 +261,14 @@ def test_strictness_pair_refuses(name, strict, lenient, message):
   with pytest.raises(ValueError, match=message) as error:
     augment.strictness_pair(example(), name, strict, lenient)
   assert '\n' not in str(error.value)
+
+
+def test_hiding_the_rules_changes_nothing_else():
+  shown = example('ab', violated='a', plus='c')
+  hidden = augment.hide_rules(shown)
+  assert hidden.safety == augment.NO_RULES
+  assert (hidden.violated, hidden.plus, hidden.minus) == ((), None, None)
+  for field in ('id', 'conversation', 'label', 'probability', 'rule_set'):
+    assert getattr(hidden, field) == getattr(shown, field)
+  pair = augment.hide_rules(Pair('p', shown, example('ab'), 'preference'))
+  assert pair.safer.safety == pair.other.safety == augment.NO_RULES

@@ -1,0 +1,142 @@
+import dataclasses
+import functools
+import json
+import pathlib
+
+import numpy as np
+import optax
+import pytest
+
+import csrm_jax
+from csrm_jax import reward_model, scoring, training
+from csrm_jax.core import checkpoint
+from csrm_jax.models import config, transformer
+from csrm_jax.ruleworld import examples
+from csrm_jax.safety import schema, templates
+from csrm_jax.text import tokenizer as tokenizer_lib
+
+PATH = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
+TOKENIZER = tokenizer_lib.load_tokenizer(PATH)
+SPEC = reward_model.Spec(
+    model=config.preset(
+        'tiny', TOKENIZER.vocab_size, num_layers=1, embed_dim=16, num_heads=2,
+        num_kv_heads=1, head_dim=8, mlp_dim=16, unroll=1),
+    order='rules_first', max_length=192, safe_words=('safe', ' safe'),
+    unsafe_words=('unsafe', ' unsafe'),
+    template_hash=templates.template_hash('rules_first'),
+    tokenizer_digest=TOKENIZER.digest)
+
+
+@functools.cache
+def _params(seed=0):
+  return transformer.init_params(SPEC.model, seed)
+
+
+def _save(folder, spec=SPEC, seed=0, step=3):
+  """Writes what a training run leaves in its work directory."""
+  folder.mkdir(exist_ok=True)
+  reward_model.save_tokenizer(str(PATH), folder)
+  state = training.init_state(_params(seed), optax.adam(1e-3))
+  with checkpoint.Checkpoints(folder / 'checkpoints') as saved:
+    saved.save(step, state, {'next': 0}, spec.to_dict())
+  return folder
+
+
+def test_spec_survives_json():
+  order = 'conversation_first'
+  spec = dataclasses.replace(
+      SPEC, order=order, template_hash=templates.template_hash(order),
+      model=dataclasses.replace(SPEC.model, rope_theta=5e5, remat='dots'))
+  again = reward_model.Spec.from_dict(json.loads(json.dumps(spec.to_dict())))
+  assert again == spec != SPEC
+  assert hash(again.model) == hash(spec.model)
+
+
+def test_spec_makes_the_score_function_it_describes():
+  example = examples.test_example(0, 1, 'seen')
+  other = dataclasses.replace(SPEC, order='conversation_first')
+  scores = [spec.make_score_fn(_params(), TOKENIZER)([example])
+            for spec in (SPEC, other)]
+  direct = scoring.make_score_fn(
+      SPEC.model, _params(), TOKENIZER,
+      templates.resolve_verbalizers(
+          TOKENIZER, SPEC.safe_words, SPEC.unsafe_words),
+      order='rules_first', max_length=192)([example])
+  np.testing.assert_array_equal(scores[0], direct)
+  assert abs(scores[1] - direct) > 1e-3
+  tight = dataclasses.replace(SPEC, max_length=32)
+  with pytest.raises(ValueError, match='rules_too_long'):
+    tight.make_score_fn(_params(), TOKENIZER)([example])
+
+
+def test_a_loaded_model_scores_as_its_parameters_do(tmp_path):
+  rm = reward_model.load(str(_save(tmp_path, seed=1)))
+  assert rm.spec == SPEC
+  found = [examples.test_example(0, i, 'seen') for i in range(4)]
+  want = SPEC.make_score_fn(_params(1), TOKENIZER)(found)
+  assert np.ptp(want) > 1e-3
+  np.testing.assert_array_equal(rm.score_fn(found), want)
+  for example, score in zip(found, want, strict=True):
+    verdict, = rm.score(example.safety, [example.conversation])
+    assert verdict.score == pytest.approx(score, abs=1e-5)
+    assert verdict.p_unsafe == pytest.approx(1 / (1 + np.exp(score)), abs=1e-5)
+    assert verdict.label == ('safe' if score > 0 else 'unsafe')
+  rules = found[0].safety
+  verdicts = rm.score(rules, [e.conversation for e in found])
+  assert [v.score for v in verdicts] == pytest.approx([
+      rm.score(rules, [e.conversation])[0].score for e in found], abs=1e-5)
+
+
+def test_the_newest_checkpoint_is_loaded(tmp_path):
+  _save(tmp_path, seed=0, step=3)
+  rm = reward_model.load(_save(tmp_path, seed=1, step=5))
+  example = examples.test_example(0, 0, 'seen')
+  np.testing.assert_array_equal(
+      rm.score_fn([example]),
+      SPEC.make_score_fn(_params(1), TOKENIZER)([example]))
+
+
+def test_a_conversation_must_end_with_the_agent(tmp_path):
+  rm = reward_model.load(_save(tmp_path))
+  rules = examples.test_example(0, 0, 'seen').safety
+  with pytest.raises(ValueError, match="ends with role 'user'"):
+    rm.score(rules, [(schema.Message('user', 'Hello.'),)])
+
+
+@pytest.mark.parametrize(('field', 'name'), [
+    ('template_hash', 'template'), ('tokenizer_digest', 'tokenizer')])
+def test_another_template_or_tokenizer_is_refused(tmp_path, field, name):
+  _save(tmp_path, dataclasses.replace(SPEC, **{field: '0123456789abcdef'}))
+  with pytest.raises(ValueError, match=f'with {name} 0123456789ab') as error:
+    reward_model.load(tmp_path)
+  message = str(error.value)
+  assert getattr(SPEC, field)[:12] in message and str(tmp_path) in message
+  assert '\n' not in message
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda meta: {'model': meta['model']}, "'max_length' is missing"),
+    (lambda meta: meta | {'flavour': 1}, "'flavour' is unknown")])
+def test_what_is_no_reward_model_is_refused(tmp_path, change, message):
+  class Other:
+    def to_dict(self):
+      return change(SPEC.to_dict())
+
+  with pytest.raises(ValueError, match=message) as error:
+    reward_model.load(_save(tmp_path, Other()))
+  assert str(tmp_path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_parameters_of_another_backbone_are_refused(tmp_path):
+  model = dataclasses.replace(SPEC.model, mlp_dim=24)
+  _save(tmp_path, dataclasses.replace(SPEC, model=model))
+  with pytest.raises(ValueError, match='checkpoint of another model'):
+    reward_model.load(tmp_path)
+
+
+def test_what_is_missing_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match='no readable checkpoint'):
+    reward_model.load(tmp_path)
+  (_save(tmp_path) / 'tokenizer.model').unlink()
+  with pytest.raises(FileNotFoundError, match=r'no tokenizer\.model'):
+    reward_model.load(tmp_path)

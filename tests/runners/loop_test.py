@@ -1,0 +1,219 @@
+import functools
+import json
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from csrm_jax import losses, training
+from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.data import features, packing, pipeline
+from csrm_jax.runners import loop as loop_lib
+
+NUM_TOKENS = 12
+POISON = 11  # a batch with this token has no finite loss
+SHAPE = packing.BatchShape(batch_size=2, row_length=16, max_segments=4)
+
+
+def _atoms(poisoned=None):
+  rng = np.random.default_rng(0)
+  prompts = []
+  for i in range(80):
+    tokens = rng.integers(1, POISON, rng.integers(3, 9)).astype(np.int32)
+    if i == poisoned:
+      tokens[1] = POISON
+    prompts.append(features.Prompt(tokens, -1, str(i)))
+  return grain.MapDataset.source(
+      [features.Atom((prompt,), 'example') for prompt in prompts]).repeat()
+
+
+def _batches(poisoned=None):
+  return pipeline.batches(_atoms(poisoned), SHAPE)
+
+
+def _loss_fn(params, batch):
+  """A bigram model; its weights differ from batch to batch."""
+  table = params['embed']['embedding']
+  logits = (table[batch['tokens']] * params['final_norm']['scale']) @ table.T
+  total, weight, metrics = losses.lm_loss(
+      logits, batch['tokens'], batch['segment_ids'])
+  poison = jnp.where(jnp.any(batch['tokens'] == POISON), jnp.nan, 0.0)
+  return total + poison, weight, metrics
+
+
+def _setup():
+  """Returns (step function, first state, mesh)."""
+  mesh = mesh_lib.make_mesh()
+  optimizer = training.make_optimizer(0.05, warmup_steps=2, num_steps=20)
+  params = {
+      'embed': {'embedding': jax.random.normal(
+          jax.random.key(0), (NUM_TOKENS, 4))},
+      'final_norm': {'scale': jnp.ones(4)},
+  }
+  state = training.init_state(params, optimizer)
+  shardings = mesh_lib.shardings(state, mesh)
+  step_fn = training.make_train_step(
+      _loss_fn, optimizer, state_shardings=shardings)
+  return step_fn, jax.device_put(state, shardings), mesh
+
+
+def _train(workdir, num_steps, log_every=2, checkpoint_every=4, poisoned=None,
+           step_fn=None):
+  """Returns (last state, step function) of a run in a new set of objects."""
+  own_step_fn, state, mesh = _setup()
+  step_fn = step_fn or own_step_fn
+  loop = loop_lib.LoopConfig(num_steps, log_every, checkpoint_every)
+  batches = _batches(poisoned)
+  try:
+    state = loop_lib.train(
+        step_fn, state, batches, mesh, workdir, loop, {'name': 'bigram'})
+  finally:
+    batches.close()
+  return state, step_fn
+
+
+def _lines(workdir):
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def _without_time(lines):
+  return [{k: v for k, v in line.items() if not k.startswith('time/')}
+          for line in lines]
+
+
+def _saved_steps(workdir):
+  return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+
+
+class _Killed(Exception):
+  pass
+
+
+class _KilledAt:
+  """A step function that dies when it is called for the num-th time."""
+
+  def __init__(self, step_fn, num):
+    self._step_fn, self._num = step_fn, num
+    self._cache_size = step_fn._cache_size
+
+  def __call__(self, state, batch):
+    self._num -= 1
+    if not self._num:
+      raise _Killed
+    return self._step_fn(state, batch)
+
+
+@functools.cache
+def _reference(num_steps):
+  """Returns (metrics of each step, fill rates) by a loop without the runner."""
+  step_fn, state, mesh = _setup()
+  batches, steps, fills = _batches(), [], []
+  for _ in range(num_steps):
+    batch = next(batches)
+    fills.append(packing.fill_rate(batch))
+    state, metrics = step_fn(state, mesh_lib.to_global(batch, mesh))
+    steps.append(jax.device_get(metrics))
+  batches.close()
+  return steps, fills
+
+
+def test_a_line_sums_up_the_steps_since_the_last_one(tmp_path):
+  _train(tmp_path, num_steps=7)
+  lines = _lines(tmp_path)
+  assert [line['step'] for line in lines] == [2, 4, 6, 7]
+  assert _saved_steps(tmp_path) == [4, 7]  # the last step always
+  steps, fills = _reference(7)
+  for line, window in zip(lines, ((0, 2), (2, 4), (4, 6), (6, 7)), strict=True):
+    cut = slice(*window)
+    want = training.mean_metrics(steps[cut])
+    assert {k: line[k] for k in want} == pytest.approx(want, rel=1e-6)
+    assert line['data/fill_rate'] == pytest.approx(np.mean(fills[cut]))
+    assert line['time/num_compilations'] == 1
+    assert line['time/step_s'] > 0 and line['time/tokens_per_s'] > 0
+    assert 0 <= line['time/data_wait_frac'] <= 1
+  assert lines[0]['train/loss'] > lines[-1]['train/loss']
+
+
+@functools.cache
+def _atom_of_step(step):
+  """Returns an atom that is handed out in the batch of that step."""
+  for poisoned in range(80):
+    batches = _batches(poisoned)
+    steps = [np.any(next(batches)['tokens'] == POISON) for _ in range(step)]
+    batches.close()
+    if steps[-1] and not any(steps[:-1]):
+      return poisoned
+  raise AssertionError(step)
+
+
+# The loop looks one step late, and at once where it logs (6) or saves (8).
+@pytest.mark.parametrize('step', [5, 6, 8])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, step):
+  poisoned = _atom_of_step(step)
+  with pytest.raises(ValueError, match=rf'^step {step}: .*nonfinite') as error:
+    _train(tmp_path, num_steps=16, poisoned=poisoned)
+  assert '\n' not in str(error.value)
+  path = tmp_path / f'nonfinite_step_{step}.npz'
+  assert str(path) in str(error.value)
+  with np.load(path) as saved:
+    assert np.any(saved['tokens'] == POISON)
+    assert set(saved) >= {'tokens', 'segment_ids', 'positions'}
+  lines = _lines(tmp_path)
+  assert [line['step'] for line in lines] == list(range(2, step, 2))
+  assert all(line['train/finite'] == 1 for line in lines)
+  assert _saved_steps(tmp_path) == [4]
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+  whole, step_fn = _train(tmp_path / 'whole', num_steps=10)
+  assert step_fn._cache_size() == 1
+  with pytest.raises(_Killed):
+    _train(tmp_path / 'cut', num_steps=10, step_fn=_KilledAt(_setup()[0], 8))
+  assert _saved_steps(tmp_path / 'cut') == [4]
+  assert [line['step'] for line in _lines(tmp_path / 'cut')] == [2, 4, 6]
+  resumed, step_fn = _train(tmp_path / 'cut', num_steps=10)
+  # A restored state lies where a fresh one does.
+  assert step_fn._cache_size() == 1
+  assert resumed.step == 10
+  jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+  assert _without_time(_lines(tmp_path / 'cut')) == _without_time(
+      _lines(tmp_path / 'whole'))
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+  first, _ = _train(tmp_path, num_steps=4)
+  lines = _lines(tmp_path)
+  again, step_fn = _train(tmp_path, num_steps=4)
+  assert step_fn._cache_size() == 0  # no step was taken
+  jax.tree.map(np.testing.assert_array_equal, again, first)
+  assert _lines(tmp_path) == lines
+
+
+def test_a_longer_run_continues_a_finished_one(tmp_path):
+  _train(tmp_path / 'a', num_steps=4)
+  continued, _ = _train(tmp_path / 'a', num_steps=8)
+  whole, _ = _train(tmp_path / 'b', num_steps=8)
+  jax.tree.map(np.testing.assert_array_equal, continued, whole)
+
+
+def test_old_lines_of_a_run_without_checkpoint_are_dropped(tmp_path):
+  with pytest.raises(_Killed):
+    _train(tmp_path, num_steps=4, step_fn=_KilledAt(_setup()[0], 4))
+  assert [line['step'] for line in _lines(tmp_path)] == [2]
+  _train(tmp_path, num_steps=4)
+  assert [line['step'] for line in _lines(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize(('fields', 'message'), [
+    ((10, 4, 6), 'checkpoint_every=6 must be a multiple of log_every=4'),
+    ((10, 4, 2), 'checkpoint_every=2 must be a multiple of log_every=4'),
+    ((0, 1, 1), 'num_steps=0 must be at least 1'),
+    ((10, 0, 1), 'log_every=0 must be at least 1'),
+    ((10, 1, 1, 0), 'keep=0 must be at least 1'),
+])
+def test_bad_lengths_are_named(fields, message):
+  with pytest.raises(ValueError, match=message):
+    loop_lib.LoopConfig(*fields)

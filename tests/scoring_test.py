@@ -1,0 +1,262 @@
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import csrm_jax
+from csrm_jax import scoring
+from csrm_jax.data import features, packing
+from csrm_jax.models import config, transformer
+from csrm_jax.ruleworld import examples as ruleworld
+from csrm_jax.safety import schema, templates
+from csrm_jax.text import tokenizer as tokenizer_lib
+
+PATH = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
+TOKENIZER = tokenizer_lib.load_tokenizer(PATH)
+VERBALIZERS = templates.resolve_verbalizers(TOKENIZER)
+CFG = config.preset(
+    'tiny', TOKENIZER.vocab_size, num_layers=1, embed_dim=32, num_heads=2,
+    num_kv_heads=1, head_dim=16, mlp_dim=64, unroll=1)
+ENCODER = features.Encoder(TOKENIZER, 256)
+
+
+@functools.cache
+def _params():
+  """Returns parameters with which everything in reach moves the score."""
+  return jax.tree.map(lambda x: 1.5 * x, transformer.init_params(CFG, 0))
+
+
+@functools.cache
+def _examples(num=9):
+  return [ruleworld.test_example(0, i, 'seen') for i in range(num)]
+
+
+def _score_fn(params=None, **kwargs):
+  settings = {'max_length': 256, 'buckets': (128,)} | kwargs
+  return scoring.make_score_fn(
+      CFG, _params() if params is None else params, TOKENIZER, VERBALIZERS,
+      **settings)
+
+
+@functools.cache
+def _scores():
+  return _score_fn()(_examples())
+
+
+def _encode(example):
+  return features.encode(example, ENCODER).prompts[0].tokens
+
+
+@jax.jit
+def _log_probs(params, tokens):
+  """Returns log P [V] after the last of tokens [T]: no padding at all."""
+  tokens = tokens[None]
+  hidden = transformer.hidden(
+      CFG, params, tokens, jnp.arange(tokens.shape[1])[None],
+      jnp.ones_like(tokens))
+  return jax.nn.log_softmax(transformer.logits(CFG, params, hidden)[0, -1])
+
+
+def test_score_is_the_log_ratio_of_the_verdict_words():
+  """No temperature, no length, no renormalisation over the two words."""
+  log_p = _log_probs(_params(), _encode(_examples()[0]))
+  want = (np.logaddexp.reduce(log_p[np.array(VERBALIZERS.safe)])
+          - np.logaddexp.reduce(log_p[np.array(VERBALIZERS.unsafe)]))
+  np.testing.assert_allclose(_scores()[0], want, atol=1e-5)
+  assert _scores().dtype == np.float32
+
+
+def test_scores_differ_between_examples_and_rules():
+  assert len(set(_scores().tolist())) == len(_scores())
+  first = _examples()[0]
+  other = dataclasses.replace(
+      first, safety=_examples()[1].safety, label=None, violated=())
+  assert abs(_score_fn()([other])[0] - _scores()[0]) > 1e-3
+
+
+@pytest.mark.parametrize('kwargs', [
+    {'buckets': ()}, {'buckets': (64, 192)}, {'batch_tokens': 1},
+    {'batch_tokens': 512}])
+def test_bucket_and_batch_do_not_change_a_score(kwargs):
+  np.testing.assert_allclose(
+      _score_fn(**kwargs)(_examples()), _scores(), atol=1e-5)
+
+
+def test_order_and_neighbours_do_not_change_a_score():
+  score_fn, order = _score_fn(), np.random.default_rng(0).permutation(9)
+  np.testing.assert_allclose(
+      score_fn([_examples()[i] for i in order]), _scores()[order], atol=1e-5)
+  for i in (0, 4):
+    np.testing.assert_allclose(
+        score_fn(_examples()[i:i + 1]), _scores()[i:i + 1], atol=1e-5)
+  np.testing.assert_allclose(
+      score_fn([*_examples(), *_examples()[:3]])[-3:], _scores()[:3], atol=1e-5)
+
+
+def test_no_examples_no_scores():
+  assert _score_fn()([]).shape == (0,)
+
+
+def test_order_of_the_template_reaches_the_score():
+  other = _score_fn(order='conversation_first')(_examples()[:1])
+  assert abs(other[0] - _scores()[0]) > 1e-3
+
+
+def _atoms():
+  """Returns examples and pairs; a row of 256 holds a pair, or one example."""
+  items = [_examples()[1], ruleworld.strictness_pair(0, 1), _examples()[2],
+           ruleworld.preference_pair(0, 0), _examples()[6]]
+  return [features.encode(item, ENCODER) for item in items]
+
+
+def _split(atom):
+  """Returns the prompts of an atom as atoms of their own."""
+  return [features.Atom((prompt,), 'example') for prompt in atom.prompts]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_and_grads(loss_fn, params, batch):
+  def total(params):
+    total, weight, metrics = loss_fn(params, batch)
+    return total, (weight, metrics)
+
+  return jax.value_and_grad(total, has_aux=True)(params)
+
+
+def _assert_close(got, want, tolerance=1e-5):
+  """Asserts that trees agree, relative to the largest of each leaf."""
+  def check(a, b):
+    scale = max(float(np.abs(b).max()), 1.0)
+    np.testing.assert_allclose(a, b, atol=tolerance * scale)
+
+  jax.tree.map(check, got, want)
+
+
+def test_packed_scores_equal_unpacked_scores():
+  batch, left = packing.pack_rows(_atoms(), 1, 768, 8)
+  assert not left
+  safe, unsafe = jax.jit(
+      lambda params, batch: scoring.verdict_logprobs(
+          CFG, params, batch, VERBALIZERS))(_params(), batch)
+  prompts = [p for atom in _atoms() for p in _split(atom)]
+  alone, left = packing.pack_rows(prompts, len(prompts), 256, 1)
+  assert not left
+  one_a_row = scoring.verdict_logprobs(CFG, _params(), alone, VERBALIZERS)
+  for got, want in zip((safe, unsafe), one_a_row, strict=True):
+    np.testing.assert_allclose(got[0, :len(prompts)], want[:, 0], atol=1e-5)
+  sides = [_examples()[1], ruleworld.strictness_pair(0, 1).safer]
+  np.testing.assert_allclose(
+      (safe - unsafe)[0, :2], _score_fn()(sides), atol=1e-5)
+
+
+def test_packed_loss_and_gradients_equal_unpacked():
+  loss_fn = scoring.make_loss_fn(CFG, VERBALIZERS, gamma=0.7, margin=0.1)
+  packed, left = packing.pack_rows(_atoms(), 1, 768, 8)
+  assert not left
+  (got, got_aux), got_grads = _loss_and_grads(loss_fn, _params(), packed)
+  assert got_aux[0] == 5  # atoms
+  total, aux, grads = 0.0, None, None
+  for atom in _atoms():
+    alone, _ = packing.pack_rows([atom], 1, 256, 3)
+    (one, one_aux), one_grads = _loss_and_grads(loss_fn, _params(), alone)
+    add = functools.partial(jax.tree.map, jnp.add)
+    total += one
+    aux = one_aux if aux is None else add(aux, one_aux)
+    grads = one_grads if grads is None else add(grads, one_grads)
+  np.testing.assert_allclose(got, total, rtol=1e-5)
+  _assert_close(got_aux, aux)
+  _assert_close(got_grads, grads)
+
+
+def test_no_gradient_crosses_packed_prompts():
+  batch, _ = packing.pack_rows(_atoms()[:3], 1, 512, 5)
+  ids, length = batch['segment_ids'][0], batch['tokens'].shape[1]
+  # One row of the embedding for each place: its gradient is the place's.
+  places = batch | {'tokens': np.arange(length, dtype=np.int32)[None]}
+  table = _params()['embed']['embedding']
+  cfg = dataclasses.replace(CFG, vocab_size=length, tie_embeddings=False)
+
+  @jax.jit
+  def gradients(inputs):
+    def score(inputs, slot):
+      params = _params() | {
+          'embed': {'embedding': inputs}, 'lm_head': {'kernel': table.T}}
+      safe, unsafe = scoring.verdict_logprobs(
+          cfg, params, places, VERBALIZERS)
+      return (safe - unsafe)[0, slot]
+
+    return jax.vmap(jax.grad(score), (None, 0))(inputs, jnp.arange(4))
+
+  size = np.abs(gradients(table[batch['tokens'][0]])).sum(-1)  # [slot,place]
+  for slot in range(4):
+    assert np.all(size[slot][ids == slot + 1] > 0)
+    assert np.all(size[slot][ids != slot + 1] == 0)
+
+
+def test_nan_parameters_raise_and_name_the_example():
+  params = jax.tree.map(lambda x: x, _params())
+  params['final_norm'] = {'scale': params['final_norm']['scale'].at[3].set(
+      jnp.nan)}
+  with pytest.raises(ValueError, match='seen-0-2: its score is nan') as error:
+    _score_fn(params)(_examples()[2:4])
+  assert '\n' not in str(error.value)
+
+
+def test_rules_too_long_raise_and_name_the_example():
+  rules = schema.SafetyConfig(tuple(
+      schema.Category(f'Rule {i}', 'Nothing that anybody could dislike.')
+      for i in range(60)))
+  long = dataclasses.replace(
+      _examples()[0], id='lawyer', safety=rules, label=None, violated=())
+  with pytest.raises(ValueError, match='rules_too_long: lawyer') as error:
+    _score_fn()([_examples()[1], long])
+  assert '\n' not in str(error.value)
+
+
+def test_a_long_conversation_is_shortened_and_scored():
+  talk = schema.Message('user', 'Tell me about heist. ' * 200)
+  long = dataclasses.replace(
+      _examples()[0], conversation=(talk, *_examples()[0].conversation))
+  assert np.isfinite(_score_fn()([long])[0])
+
+
+def test_a_larger_tokenizer_is_refused():
+  cfg = dataclasses.replace(CFG, vocab_size=100)
+  with pytest.raises(ValueError, match='the tokenizer has 2304 ids'):
+    scoring.make_score_fn(cfg, _params(), TOKENIZER, VERBALIZERS)
+
+
+def test_verdicts_direction():
+  scores = np.array([3.0, -3.0, 0.0, 0.2])
+  got = scoring.verdicts(scores)
+  assert [v.label for v in got] == ['safe', 'unsafe', 'unsafe', 'safe']
+  p_unsafe = np.array([v.p_unsafe for v in got])
+  np.testing.assert_allclose(p_unsafe, 1 / (1 + np.exp(scores)), rtol=1e-12)
+  np.testing.assert_allclose([v.reward for v in got], 1 - p_unsafe, rtol=1e-12)
+  np.testing.assert_array_equal([v.score for v in got], scores)
+  # Without a temperature the log-odds of the reward are the score.
+  np.testing.assert_allclose(
+      [np.log(v.reward / v.p_unsafe) for v in got], scores, atol=1e-12)
+
+
+def test_verdicts_keep_the_tails_without_overflow():
+  with np.errstate(all='raise', under='ignore'):
+    safe, unsafe = scoring.verdicts(np.array([100.0, -1000.0]))
+  assert safe.p_unsafe == pytest.approx(np.exp(-100.0), rel=1e-9)
+  assert (unsafe.p_unsafe, unsafe.reward) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_there_is_no_verdict_for_a_score_that_is_not_finite(bad):
+  with pytest.raises(ValueError, match=r'score 1 of 3 is -?(nan|inf)'):
+    scoring.verdicts(np.array([1.0, bad, 2.0]))
+
+
+def test_progress_counts_every_example_once():
+  done = []
+  _score_fn(batch_tokens=256)(_examples(), done.append)
+  assert sum(done) == len(_examples()) and len(done) > 1
