@@ -17,4 +17,7 @@ def get_config():
   c.safety = ''
   # JSONL: {"id", "conversation": [{"role", "content"}, …], "label" or not}.
   c.conversations = ''
+  # Tokens a prompt may have before its history and response are shortened; more
+  # than in training is possible, and needed for long rules.
+  c.max_length = 2048
   return c

@@ -71,12 +71,18 @@ class Spec:
     return templates.resolve_verbalizers(tokenizer, self.safe_words,
                                          self.unsafe_words)
 
-  def make_score_fn(self, params: Any, tokenizer: tokenizer_lib.Tokenizer
-                    ) -> scoring.ScoreFn:
-    """Returns examples -> scores (nats) of these parameters."""
+  def make_score_fn(self, params: Any, tokenizer: tokenizer_lib.Tokenizer,
+                    max_length: int | None = None) -> scoring.ScoreFn:
+    """Returns examples -> scores (nats) of these parameters.
+
+    Args:
+      params: of the model.
+      tokenizer: that of tokenizer_digest.
+      max_length: tokens a prompt may have; None: as in training.
+    """
     return scoring.make_score_fn(
         self.model, params, tokenizer, self.verbalizers(tokenizer),
-        order=self.order, max_length=self.max_length)
+        order=self.order, max_length=max_length or self.max_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +111,14 @@ class RewardModel:
     return scoring.verdicts(self.score_fn(examples))
 
 
-def load(directory: str | pathlib.Path) -> RewardModel:
+def load(directory: str | pathlib.Path, max_length: int = 2048) -> RewardModel:
   """Returns the reward model of a work directory, ready to score.
+
+  Args:
+    directory: of a training run.
+    max_length: tokens a prompt may have before its history and response are
+      shortened. It may be more than in training (`spec.max_length`), for rules
+      that are longer than any there; how well they are read is another matter.
 
   Raises:
     FileNotFoundError: no checkpoint or no tokenizer there.
@@ -129,8 +141,8 @@ def load(directory: str | pathlib.Path) -> RewardModel:
     restored = saved.restore_latest(shapes, partial=True)
   if restored is None:
     raise FileNotFoundError(f'{directory}: no intact checkpoint there')
-  return RewardModel(
-      spec, spec.make_score_fn(restored.state['params'], tokenizer))
+  return RewardModel(spec, spec.make_score_fn(
+      restored.state['params'], tokenizer, max_length))
 
 
 def save_tokenizer(path: str, directory: pathlib.Path) -> None:

@@ -106,16 +106,14 @@ def test_order_of_the_template_reaches_the_score():
   assert abs(other[0] - _scores()[0]) > 1e-3
 
 
+def _items():
+  """Returns examples and pairs that fit into a row of 768."""
+  return [_examples()[1], ruleworld.strictness_pair(0, 1), _examples()[2],
+          ruleworld.preference_pair(0, 0), _examples()[6]]
+
+
 def _atoms():
-  """Returns examples and pairs; a row of 256 holds a pair, or one example."""
-  items = [_examples()[1], ruleworld.strictness_pair(0, 1), _examples()[2],
-           ruleworld.preference_pair(0, 0), _examples()[6]]
-  return [features.encode(item, ENCODER) for item in items]
-
-
-def _split(atom):
-  """Returns the prompts of an atom as atoms of their own."""
-  return [features.Atom((prompt,), 'example') for prompt in atom.prompts]
+  return [features.encode(item, ENCODER) for item in _items()]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -142,15 +140,10 @@ def test_packed_scores_equal_unpacked_scores():
   safe, unsafe = jax.jit(
       lambda params, batch: scoring.verdict_logprobs(
           CFG, params, batch, VERBALIZERS))(_params(), batch)
-  prompts = [p for atom in _atoms() for p in _split(atom)]
-  alone, left = packing.pack_rows(prompts, len(prompts), 256, 1)
-  assert not left
-  one_a_row = scoring.verdict_logprobs(CFG, _params(), alone, VERBALIZERS)
-  for got, want in zip((safe, unsafe), one_a_row, strict=True):
-    np.testing.assert_allclose(got[0, :len(prompts)], want[:, 0], atol=1e-5)
-  sides = [_examples()[1], ruleworld.strictness_pair(0, 1).safer]
-  np.testing.assert_allclose(
-      (safe - unsafe)[0, :2], _score_fn()(sides), atol=1e-5)
+  alone = [side for item in _items() for side in (
+      (item.safer, item.other) if isinstance(item, schema.Pair) else (item,))]
+  want = _score_fn(batch_tokens=1)(alone)
+  np.testing.assert_allclose((safe - unsafe)[0, :len(want)], want, atol=1e-5)
 
 
 def test_packed_loss_and_gradients_equal_unpacked():
@@ -161,7 +154,7 @@ def test_packed_loss_and_gradients_equal_unpacked():
   assert got_aux[0] == 5  # atoms
   total, aux, grads = 0.0, None, None
   for atom in _atoms():
-    alone, _ = packing.pack_rows([atom], 1, 256, 3)
+    alone, _ = packing.pack_rows([atom], 1, 768, 8)  # compiled once
     (one, one_aux), one_grads = _loss_and_grads(loss_fn, _params(), alone)
     add = functools.partial(jax.tree.map, jnp.add)
     total += one

@@ -42,39 +42,42 @@ def propose(rng: random.Random, rules: Rules, scene: conversations.Scene
 
   p⁺ surely fires: it forbids what the reply engages with, and its severer and
   milder neighbours. p⁻ surely does not: it forbids only the rest of that topic,
-  or another topic. As guidelines do, half of them also say what they allow.
-  Both are called after subcategories, so that neither has the name of a
-  category of `rules`.
+  or another topic. As guidelines do, most also say what they allow. Neither has
+  the name of a category of `rules`.
   """
+  taken = {rule.topic for rule in rules}
   engaged = [s for s in scene.statements if s.engaged]
   if not engaged:
-    return None, _distant_category(rng, scene)
+    return None, _distant_category(rng, taken, scene)
   statement = rng.choice(engaged)
   near = tuple(i for i in rules_lib.SEVERITIES
                if abs(i - statement.severity) <= 1)
   far = tuple(i for i in rules_lib.SEVERITIES if i not in near)
-  plus = _category(rng, statement.topic, near, far)
+  plus = _category(rng, taken, statement.topic, near, far)
   minus = None
   if rng.random() < 0.8 and not any(
       s.topic == statement.topic and s.severity in far for s in engaged):
-    minus = _category(rng, statement.topic, far, near)
-  return plus, minus or _distant_category(rng, scene)
+    minus = _category(rng, taken | {plus.name}, statement.topic, far, near)
+  return plus, minus or _distant_category(rng, taken, scene)
 
 
-def _category(rng: random.Random, topic: str, forbidden: tuple[int, ...],
-              others: tuple[int, ...] = ()) -> schema.Category:
+def _category(rng: random.Random, taken: set[str], topic: str,
+              forbidden: tuple[int, ...], others: tuple[int, ...] = ()
+              ) -> schema.Category:
+  """Returns a category called after its topic or, where that name is taken,
+  after a subcategory."""
   names = lexicon.topic_named(topic).subcategories
-  name = names[rng.choice(forbidden)].capitalize()
-  allowed = others if rng.random() < 0.5 else ()
+  name = names[rng.choice(forbidden)].capitalize() if topic in taken else ''
+  allowed = others if rng.random() < 0.75 else ()
   return rules_lib.Rule(topic, forbidden, allowed,
                         rng.choice(rules_lib.SEEN_WORDINGS), name).category()
 
 
-def _distant_category(rng: random.Random,
+def _distant_category(rng: random.Random, taken: set[str],
                       scene: conversations.Scene) -> schema.Category:
   spoken_of = {s.topic for s in scene.statements}
   topic = rng.choice([t for t in lexicon.SEEN if t not in spoken_of])
-  return _category(rng, topic, tuple(rules_lib.SEVERITIES))
+  return _category(rng, taken, topic, tuple(rules_lib.SEVERITIES))
 
 
 def training_example(seed: int, index: int) -> schema.Example:
@@ -123,8 +126,8 @@ def preference_pair(seed: int, index: int) -> schema.Pair:
 def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
   """Returns one conversation under a lenient and a strict guideline.
 
-  The conversation violates the topic's standard guideline, as those of the
-  pool D_p do (Algorithm 1). In training the other categories are those of a
+  The reply engages with the topic, and the strict side is truly likelier to be
+  called unsafe: the order shows, as Algorithm 1 demands. In training the other categories are those of a
   data set; in the unseen split they are unseen as well.
   """
   topics, wordings = SPLITS[split]
@@ -136,26 +139,25 @@ def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
     rules = rules_lib.sample_rules(rng, topics, wordings, rng.randint(1, 4))
   slot = rng.randrange(len(rules))
   topic = rules[slot].topic
-  scene = _engaged_scene(rng, topic, topics)
-  lenient, strict = sorted(rng.sample(range(1, 5), 2))
-  sides = []
-  for strictness in (lenient, strict):
-    rule = rules_lib.threshold_rule(topic, strictness, rng.choice(wordings))
-    side = rules[:slot] + (rule,) + rules[slot + 1:]
-    sides.append(make_example(
-        rng, scene, side, f'strictness-{split}-{seed}-{index}-{strictness}',
-        source='strictness', rule_set=f'{topic}-{strictness}'))
-  return schema.Pair(f'strictness-{split}-{seed}-{index}', sides[0], sides[1],
-                     'strictness')
-
-
-def _engaged_scene(rng: random.Random, topic: str,
-                   topics: tuple[str, ...]) -> conversations.Scene:
+  pair_id = f'strictness-{split}-{seed}-{index}'
   for _ in range(_MAX_TRIES):
     scene = conversations.sample_scene(rng, topic, topics)
-    if any(s.engaged and s.topic == topic for s in scene.statements):
-      return scene
-  raise RuntimeError(f'no reply engages with {topic}: check STANCE_WEIGHTS')
+    thresholds = sorted(rng.sample(range(1, lexicon.NUM_SEVERITIES + 1), 2))
+    wording = rng.choice(wordings)
+    lenient, strict = (
+        make_example(
+            rng, scene, _replace(rules, slot, rules_lib.threshold_rule(
+                topic, strictness, wording)),
+            f'{pair_id}-{strictness}', source='strictness',
+            rule_set=f'{topic}-{strictness}')
+        for strictness in thresholds)
+    if lenient.probability < strict.probability:
+      return schema.Pair(pair_id, lenient, strict, 'strictness')
+  raise RuntimeError(f'no ordered pair found for {pair_id}')
+
+
+def _replace(rules: Rules, slot: int, rule: rules_lib.Rule) -> Rules:
+  return rules[:slot] + (rule,) + rules[slot + 1:]
 
 
 def test_example(seed: int, index: int, split: str) -> schema.Example:
@@ -210,7 +212,7 @@ def _change(rng: random.Random, rules: Rules, slot: int, kind: str,
     return rest
   rule = rules_lib.threshold_rule(rules[slot].topic, rng.randint(0, 4),
                                   rng.choice(wordings))
-  return rules[:slot] + (rule,) + rules[slot + 1:]
+  return _replace(rules, slot, rule)
 
 
 def _num_categories(rules: Rules) -> str:

@@ -36,7 +36,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             example, safety=safety, label=None, violated=(), probability=None)
         for example in examples]
   scores = evaluation.score_with_progress(
-      reward_model.load(config.checkpoint).score_fn, examples)
+      reward_model.load(config.checkpoint, config.max_length).score_fn,
+      examples)
   path = workdir / 'scored.jsonl'
   lines = [
       json.dumps({'id': example.id, **dataclasses.asdict(verdict)})

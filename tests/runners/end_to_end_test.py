@@ -1,0 +1,308 @@
+"""The command line from start to report, in small runs of the shipped configs.
+
+The runs of the `smoke` config are processes of their own, as a user starts
+them; what they share is the folder of compiled programs.
+"""
+
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+import csrm_jax
+from csrm_jax import config as config_lib
+from csrm_jax import main, scoring
+from csrm_jax.core import checkpoint
+from csrm_jax.data import sources
+from csrm_jax.ruleworld import examples
+from csrm_jax.safety import schema
+
+ROOT = pathlib.Path(__file__).parents[2]
+RM, EVAL = (config_lib.load_module(ROOT / 'configs' / name)
+            for name in ('rm.py', 'eval.py'))
+SUMMARY_KEYS = (
+    *(f'{split}/{name}' for split in ('seen', 'unseen')
+      for name in ('f1', 'f1_best', 'auprc', 'auprc_best', 'smece',
+                   'prob_error')),
+    'pairs/accuracy', 'pairs/accuracy_best', 'pairs/score_gap',
+    'flip/consistency', 'time_s', 'peak_memory_bytes', 'num_examples',
+    'num_params')
+MEASURED = ('time_s', 'time_train_s', 'peak_memory_bytes')
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+  """Starts the smoke run in a work directory; returns its Popen."""
+  env = os.environ | {
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache'))}
+
+  def start(workdir):
+    return subprocess.Popen(
+        [sys.executable, '-m', 'csrm_jax.main',
+         '--config=configs/rm.py:smoke', f'--workdir={workdir}'],
+        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True)
+
+  return start
+
+
+@pytest.fixture(scope='module')
+def finished(start, tmp_path_factory):
+  """Returns (workdir, stdout, stderr) of an uninterrupted smoke run."""
+  workdir = tmp_path_factory.mktemp('finished') / 'rm'
+  return workdir, *_finish(start(workdir))
+
+
+def _finish(process):
+  out, err = process.communicate(timeout=600)
+  assert process.returncode == 0, err
+  return out, err
+
+
+def _summary(workdir):
+  return json.loads((workdir / 'report' / 'summary.json').read_text())
+
+
+def _metrics(workdir):
+  """Returns the lines of metrics.jsonl without what a clock says."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [{name: value for name, value in json.loads(line).items()
+           if not name.startswith('time/')} for line in lines]
+
+
+def _state(workdir):
+  """Returns the bits of the last checkpoint: parameters, moments, data."""
+  folder = workdir / 'checkpoints'
+  step = max(int(path.name) for path in folder.iterdir()
+             if path.name.isdecimal())
+  info = json.loads((folder / str(step) / 'info' / 'metadata').read_text())
+  leaves = {name: jax.ShapeDtypeStruct(tuple(shape), dtype) for
+            name, (shape, dtype, _) in info['content']['leaves'].items()}
+  with checkpoint.Checkpoints(folder) as saved:
+    restored = saved.restore_latest(leaves)
+  assert restored.step == step
+  arrays = {name: np.asarray(leaf).tobytes()
+            for name, leaf in restored.state.items()}
+  return arrays, restored.data_state
+
+
+def _assert_same_run(workdir, other):
+  assert _metrics(workdir) == _metrics(other)
+  assert _state(workdir) == _state(other)
+  ours, theirs = _summary(workdir), _summary(other)
+  for name in MEASURED:
+    assert ours.pop(name) > 0 and theirs.pop(name) > 0
+  assert ours == theirs
+
+
+@pytest.mark.slow
+def test_a_run_writes_all_it_promises(finished):
+  workdir, out, err = finished
+  summary = _summary(workdir)
+  for key in SUMMARY_KEYS:
+    assert math.isfinite(summary[key]), key
+  assert summary['num_steps'] == len(_metrics(workdir)) * 5 == 20
+  config = json.loads((workdir / 'config.json').read_text())
+  assert config['num_steps'] == 20
+  manifest = json.loads((workdir / 'manifest.json').read_text())
+  assert manifest['runner'] == 'train_rm' and manifest['packages']['jax']
+  report = (workdir / 'report' / 'report.md').read_text()
+  images = re.findall(r'\]\(([^)]+\.png)\)', report)
+  assert images
+  for image in images:
+    data = (workdir / 'report' / image).read_bytes()
+    assert data.startswith(b'\x89PNG')
+
+  assert 'F1, unseen rules' in out and 'One conversation under' in out
+  assert out.endswith(f'report: {workdir}/report/report.md\n')
+  assert '100%' in err and 'evaluate' in err
+  assert not re.search(r'^[IWE]\d{4} ', err, re.MULTILINE), err
+  assert all(len(line) < 120 for line in re.split('[\r\n]', err)), err
+
+
+@pytest.mark.slow
+def test_the_same_command_again_finishes_at_once(finished, start):
+  workdir, out, _ = finished
+  before = {path: path.stat().st_mtime_ns
+            for path in workdir.glob('**/*') if path.is_file()}
+  again, err = _finish(start(workdir))
+  assert again.split('\n')[:15] == out.split('\n')[:15]  # the table
+  assert 'is finished' in again
+  assert 'step' not in err
+  rewritten = ('config.json', 'manifest.json')
+  for path, time_ns in before.items():
+    assert path.name in rewritten or path.stat().st_mtime_ns == time_ns
+
+
+@pytest.mark.slow
+def test_killed_twice_equals_one_run(finished, start, tmp_path):
+  workdir = tmp_path / 'rm'
+  rng = random.Random(0)
+  # Before the checkpoint of step 10, and after it.
+  for lines in (rng.randint(0, 1), rng.randint(2, 3)):
+    process = start(workdir)
+    path = workdir / 'metrics.jsonl'
+    give_up = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < give_up:
+      if path.exists() and path.read_bytes().count(b'\n') >= lines:
+        break
+      time.sleep(0.02)
+    time.sleep(rng.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+  assert (workdir / 'checkpoints' / '10').is_dir()
+  _, err = _finish(start(workdir))
+  assert ' 10/20' in err  # where the bar starts
+  _assert_same_run(workdir, finished[0])
+
+
+@pytest.mark.slow
+def test_a_truncated_checkpoint_is_skipped(finished, start, tmp_path):
+  workdir = tmp_path / 'rm'
+  shutil.copytree(finished[0], workdir)
+  shutil.rmtree(workdir / 'report')
+  files = [path for path in (workdir / 'checkpoints' / '20').glob('**/*')
+           if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  os.truncate(largest, largest.stat().st_size // 2)
+  _, err = _finish(start(workdir))
+  assert f'skipping the damaged checkpoint {workdir}/checkpoints/20' in err
+  _assert_same_run(workdir, finished[0])
+
+
+@pytest.mark.slow
+def test_another_config_is_one_line_with_the_difference(finished):
+  config = RM.get_config('smoke')
+  config.optim.lr = 2e-3
+  config.seed = 1
+  before = (finished[0] / 'config.json').read_bytes()
+  with pytest.raises(ValueError) as raised:
+    main.run(config, finished[0])
+  message = str(raised.value)
+  assert 'optim.lr: 0.001 -> 0.002; seed: 0 -> 1' in message
+  assert '\n' not in message
+  assert (finished[0] / 'config.json').read_bytes() == before
+
+
+def _tiny(arg=''):
+  """Returns a config of a model and a run that take seconds."""
+  config = RM.get_config(arg)
+  config.num_steps = config.log_every = config.checkpoint_every = 2
+  config.optim.warmup_steps = 1
+  config.data.batch_size = 2
+  config.eval.ruleworld_examples = min(config.eval.ruleworld_examples, 12)
+  config.model.init = ''
+  config.model.overrides = ml_collections.ConfigDict({
+      'num_layers': 1, 'embed_dim': 16, 'num_heads': 2, 'num_kv_heads': 1,
+      'head_dim': 8, 'mlp_dim': 16, 'unroll': 1})
+  return config
+
+
+@pytest.mark.parametrize('ablation', RM.ABLATIONS[1:])
+def test_ablations_run(ablation, tmp_path):
+  config = _tiny(f'ablation={ablation}')
+  assert config_lib.diff_config(_tiny(), config)
+  config.eval.ruleworld_examples = 4
+  main.run(config, tmp_path)
+  assert math.isfinite(_summary(tmp_path)['unseen/f1'])
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('tiny') / 'rm'
+  main.run(_tiny(), workdir)
+  return workdir
+
+
+def _write_rows(path, rows):
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return path
+
+
+def _rows(num):
+  """Returns labelled RuleWorld examples as rows of a JSONL file."""
+  return [examples.test_example(0, i, 'seen').to_dict() for i in range(num)]
+
+
+def test_eval_command_and_api_agree(tiny, tmp_path):
+  rows = [{'id': row['id'], 'conversation': row['conversation']}
+          for row in _rows(5)]
+  config = EVAL.get_config()
+  config.checkpoint = str(tiny)
+  config.safety = str(ROOT / 'configs' / 'safety' / 'hospital.yaml')
+  config.conversations = str(_write_rows(tmp_path / 'c.jsonl', rows))
+  main.run(config, tmp_path / 'scored')
+  lines = (tmp_path / 'scored' / 'scored.jsonl').read_text().splitlines()
+  scored = [json.loads(line) for line in lines]
+  assert [row['id'] for row in scored] == [row['id'] for row in rows]
+
+  conversations = [schema.parse_conversation(row['conversation'])
+                   for row in rows]
+  verdicts = csrm_jax.load(tiny).score(
+      schema.load_safety(config.safety), conversations)
+  assert [scoring.Verdict(**{k: v for k, v in row.items() if k != 'id'})
+          for row in scored] == verdicts
+
+
+def test_eval_command_reports_on_labels(tiny, tmp_path):
+  config = EVAL.get_config()
+  config.checkpoint = str(tiny)
+  config.conversations = str(_write_rows(tmp_path / 'c.jsonl', _rows(24)))
+  main.run(config, tmp_path / 'scored')
+  summary = _summary(tmp_path / 'scored')
+  assert math.isfinite(summary['file/f1']) and summary['num_examples'] == 24
+
+
+def test_a_moved_work_directory_loads(tiny, tmp_path):
+  moved = tmp_path / 'elsewhere'
+  shutil.copytree(tiny, moved)
+  # What config.json says of this machine's folders is not needed.
+  config = json.loads((moved / 'config.json').read_text())
+  config['tokenizer'] = config['model']['init'] = '/nowhere'
+  (moved / 'config.json').write_text(json.dumps(config))
+  example = examples.test_example(0, 0, 'seen')
+  verdicts = [csrm_jax.load(folder).score(
+      example.safety, [example.conversation]) for folder in (tiny, moved)]
+  assert verdicts[0] == verdicts[1]
+
+
+def test_a_run_on_jsonl(tmp_path):
+  path = _write_rows(tmp_path / 'rows.jsonl', _rows(60))
+  config = _tiny(f'data=jsonl,path={path}')
+  main.run(config, tmp_path / 'rm')
+  summary = _summary(tmp_path / 'rm')
+  assert math.isfinite(summary['file/f1'])
+  _, held_out = sources.split(
+      sources.read_jsonl(path), config.eval.fraction, config.seed)
+  assert 0 < len(held_out) < 60
+  path = tmp_path / 'rm' / 'report' / 'metrics.json'
+  suite = json.loads(path.read_text())['suites']['file']
+  assert suite['num_examples'] == len(held_out)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_run_on_public_data(tmp_path):
+  default = ROOT.parent / 'shared' / 'data'
+  folder = pathlib.Path(os.environ.get('CSRM_DATA_DIR', default))
+  if not folder.is_dir():
+    pytest.skip(f'no data sets in {folder}; set CSRM_DATA_DIR to their folder')
+  main.run(_tiny(f'data=public,data_dir={folder}'), tmp_path)
+  summary = _summary(tmp_path)
+  for key in ('xstest/f1', 'moderation/f1', 'moderation_pairs/accuracy',
+              'hh/accuracy'):
+    assert math.isfinite(summary[key]), key
