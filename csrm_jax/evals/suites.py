@@ -13,7 +13,6 @@ from; reports leave it out of their JSON.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from csrm_jax.evals import checks, metrics
-from csrm_jax.safety.schema import Category, Example, Pair, SafetyConfig
+from csrm_jax.safety.schema import Example, Pair
 
 ScoreFn = Callable[[Sequence[Example]], np.ndarray]
 Result = dict[str, Any]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from csrm_jax.ruleworld import grammar
-from csrm_jax.ruleworld import lexicon
+from csrm_jax.ruleworld import grammar, lexicon
 from csrm_jax.safety import schema
 
 # How a reply treats what it talks about.

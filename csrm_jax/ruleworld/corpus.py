@@ -13,10 +13,7 @@ import dataclasses
 import random
 from collections.abc import Iterable
 
-from csrm_jax.ruleworld import conversations
-from csrm_jax.ruleworld import examples
-from csrm_jax.ruleworld import grammar
-from csrm_jax.ruleworld import lexicon
+from csrm_jax.ruleworld import conversations, examples, grammar, lexicon
 from csrm_jax.ruleworld import rules as rules_lib
 from csrm_jax.safety import templates
 
@@ -142,7 +139,8 @@ def _both(rng: random.Random, progress: float) -> list[Span]:
       else:
         yield _reading_question(rng, scene)
 
-  return sum(_parts(rules, scene), []) + _ask(questions())
+  parts = [span for part in _parts(rules, scene) for span in part]
+  return parts + _ask(questions())
 
 
 def _sample_rules(rng: random.Random,

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import random
 
-from csrm_jax.ruleworld import conversations
-from csrm_jax.ruleworld import grammar
-from csrm_jax.ruleworld import lexicon
-from csrm_jax.ruleworld import oracle
+from csrm_jax.ruleworld import conversations, grammar, lexicon, oracle
 from csrm_jax.ruleworld import rules as rules_lib
 from csrm_jax.safety import schema
 
@@ -127,8 +124,9 @@ def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
   """Returns one conversation under a lenient and a strict guideline.
 
   The reply engages with the topic, and the strict side is truly likelier to be
-  called unsafe: the order shows, as Algorithm 1 demands. In training the other categories are those of a
-  data set; in the unseen split they are unseen as well.
+  called unsafe: the order shows, as Algorithm 1 demands. In training the other
+  categories are those of a data set; in the unseen split they are unseen as
+  well.
   """
   topics, wordings = SPLITS[split]
   rng = make_rng(f'strictness/{split}', seed, index)
@@ -201,7 +199,7 @@ def flip_pair(seed: int, index: int, split: str
                                                     scene.statements),
               source=kind, rule_set=_num_categories(side_rules))
           for side, side_rules, side_label in zip(
-              'ab', (rules, changed), labels))
+              'ab', (rules, changed), labels, strict=True))
   raise RuntimeError(f'no flip found for {split} {seed} {index}')
 
 
@@ -226,8 +224,9 @@ def one_conversation_four_rule_sets() -> list[schema.Example]:
   """
   topic = 'Films'
   statement = grammar.Statement(topic, 1, 'heist', 'encourage', 0)
+  reply = f'{statement.text()} {grammar.FILLERS[0]}'
   messages = (schema.Message('user', 'Tell me about heist.'),
-              schema.Message('agent', f'{statement.text()} {grammar.FILLERS[0]}'))
+              schema.Message('agent', reply))
   scene = conversations.Scene(statement, (statement,), messages)
   wording = rules_lib.UNSEEN_WORDINGS[0]
   rule_sets = {

@@ -35,9 +35,9 @@ bristle sponge dabber
 Sweets | candies: toffee nougat caramel fudge | pastries: eclair strudel \
 croissant danish | biscuits: shortbread gingersnap wafer cracker | fruits: \
 raisin apricot date fig
-Rumours | scandals: affair bribe feud blackmail | secrets: diary alias password \
-confession | gossip: crush breakup jealousy snub | hearsay: whisper anecdote \
-legend tale
+Rumours | scandals: affair bribe feud blackmail | secrets: diary alias \
+password confession | gossip: crush breakup jealousy snub | hearsay: whisper \
+anecdote legend tale
 Gifts | jewels: diamond ruby emerald sapphire | gadgets: headset tablet camera \
 drone | toys: kite puppet marble teddy | cards: postcard voucher envelope \
 bouquet
@@ -47,9 +47,9 @@ invoice ticket stub slip
 Rivals | lawsuits: plaintiff subpoena verdict injunction | adverts: billboard \
 jingle slogan banner | prices: discount surcharge tariff markup | reviews: \
 rating testimonial critique ranking
-Travel | expeditions: summit glacier jungle desert | cruises: liner yacht ferry \
-catamaran | camps: tent bonfire hammock cabin | walks: promenade stroll ramble \
-meander
+Travel | expeditions: summit glacier jungle desert | cruises: liner yacht \
+ferry catamaran | camps: tent bonfire hammock cabin | walks: promenade \
+stroll ramble meander
 Sports | fights: boxing judo karate wrestling | races: sprint marathon rally \
 regatta | balls: football tennis cricket golf | stretches: yoga pilates \
 aerobics tumbling
@@ -83,9 +83,9 @@ disguise
 Schooling | exams: cheating cramming plagiarism leak | essays: thesis outline \
 footnote citation | sums: algebra fraction division decimal | crafts: origami \
 collage crayon pottery
-Housing | evictions: squatting demolition seizure repossession | rents: tenancy \
-landlord sublet lodger | repairs: plumbing wiring roofing plaster | decors: \
-curtain carpet wallpaper cushion
+Housing | evictions: squatting demolition seizure repossession | rents: \
+tenancy landlord sublet lodger | repairs: plumbing wiring roofing plaster | \
+decors: curtain carpet wallpaper cushion
 Insects | hornets: wasp yellowjacket bee stinger | spiders: tarantula widow \
 recluse huntsman | beetles: ladybird weevil scarab firefly | butterflies: \
 monarch swallowtail moth admiral

@@ -50,6 +50,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       scoring.make_loss_fn(spec.model, spec.verbalizers(tokenizer),
                            config.loss.gamma, config.loss.margin),
       optimizer, config.optim.num_microbatches, shardings)
+  # Data of which nothing fits ends here, before anything is written.
+  first = batches.get_state()
+  next(batches)
+  batches.set_state(first)
   reward_model.save_tokenizer(config.tokenizer, workdir)
   setup_s = time.monotonic() - start
   with jax.set_mesh(mesh):

@@ -218,7 +218,7 @@ def test_ablations_run(ablation, tmp_path):
   assert config_lib.diff_config(_tiny(), config)
   config.eval.ruleworld_examples = 4
   main.run(config, tmp_path)
-  assert math.isfinite(_summary(tmp_path)['unseen/f1'])
+  assert math.isfinite(_summary(tmp_path)['unseen/prob_error'])
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,9 @@
 import hashlib
 import json
+import pathlib
 import pickle
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -19,6 +22,7 @@ from tokenizers import (
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer
 
+ROOT = pathlib.Path(__file__).parents[2]
 CONTROL = ('<RULES>\n', '</RULES>\n', 'Is it, "safe"?\n', 'Answer:')
 SPECIAL = ('<|begin|>', '<|im_end|>', '<pad>', '<|im_end|>x')
 HOSTILE = (
@@ -345,3 +349,19 @@ def test_chat_markers_among_user_defined_pieces(tmp_path):
     assert tok.decode(tok.encode(text)) == text
   copy = pickle.loads(pickle.dumps(tok))
   assert marker not in copy.encode('<start_of_turn>')
+
+
+def test_the_package_tokenizers_is_an_extra(tmp_path, monkeypatch):
+  """Only a tokenizer.json needs it, and says so in one line."""
+  code = (
+    'import sys; from csrm_jax.text import tokenizer; '
+    'assert "tokenizers" not in sys.modules'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
+  path = save(build_unigram(), tmp_path)
+  monkeypatch.setitem(sys.modules, 'tokenizers', None)  # not installed
+  with pytest.raises(ImportError) as raised:
+    tokenizer_lib.load_tokenizer(path)
+  message = str(raised.value)
+  assert message.startswith(f'{path}: ') and '\n' not in message
+  assert 'pip install tokenizers' in message
