@@ -40,8 +40,13 @@ def get_config(arg=None):
 
   c.model = ml_collections.ConfigDict()
   c.model.preset = arg.model  # a name of models.config.PRESETS
-  # Its fields. unroll: layers a step of the scan over depth; faster on CPU.
-  c.model.overrides = ml_collections.ConfigDict({'unroll': 4})
+  # Fields of the preset that are no property of the weights.
+  c.model.overrides = ml_collections.ConfigDict({
+      'dtype': 'float32',  # of activations; or bfloat16
+      'param_dtype': 'float32',  # of parameters; or bfloat16
+      'remat': 'none',  # recomputed in the backward pass: none, dots, full
+      'unroll': 4,  # layers a step of the scan over depth; more suits CPUs
+  })
   # A folder with safetensors and config.json to start from; '' for random.
   c.model.init = str(package / 'ruleworld' / 'base')
 

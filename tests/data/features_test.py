@@ -183,7 +183,9 @@ def test_pair_is_one_atom_safer_first(tokenizer):
   assert atom.length == sum(len(p.tokens) for p in atom.prompts)
   assert 'good' in text_of(atom, tokenizer, 0)
   assert 'bad' in text_of(atom, tokenizer, 1)
-  assert [p.label for p in atom.prompts] == [-1, 1]
+  assert [p.label for p in atom.prompts] == [-1, -1]
+  labelled = encode(item, tokenizer, label_pairs=True)
+  assert [p.label for p in labelled.prompts] == [-1, 1]
 
 
 def test_pair_that_became_identical_is_dropped(tokenizer):

@@ -101,7 +101,7 @@ def test_every_atom_is_whole_in_one_row_or_left(
     for prompt, slot in zip(atom.prompts, where, strict=True):
       assert np.array_equal(slot[2], prompt.tokens)
       assert slot[3] == label
-      assert slot[4] == (len(starts) == 1 and label >= 0)
+      assert slot[4] == (label >= 0)
     if len(starts) == 2:
       assert where[0][:2] == (where[1][0], where[1][1] - 1)
       assert (where[0][5], where[1][5]) == (1, 0)
