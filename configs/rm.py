@@ -127,6 +127,7 @@ def _set_data(c, arg):
   c.eval.ruleworld_examples = 0
   c.data.row_length, c.data.max_length = 1024, 512
   c.data.batch_size = 6
+  c.model.overrides.unroll = 1  # long rows take minutes to compile unrolled
   if arg.data == 'jsonl':
     c.title = f'Reward model of {arg.path}'
     c.data.parts = ml_collections.ConfigDict(
