@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import os
-import pathlib
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.safety.checks import show
+from csrm_jax.safety.checks import read_text, show
 
 
 class Rows(list):
@@ -31,34 +28,6 @@ class Rows(list):
   def drop(self, reason: str) -> None:
     """Counts one row that was left out."""
     self.drops[reason] = self.drops.get(reason, 0) + 1
-
-
-def read_text(path: str | os.PathLike) -> str:
-  """Returns the text of a UTF-8 file, plain or .gz, without a BOM.
-
-  Raises:
-    ValueError: the file cannot be read, is cut short, or is not UTF-8.
-  """
-  try:
-    data = pathlib.Path(path).read_bytes()
-    if pathlib.Path(path).suffix == '.gz':
-      data = gzip.decompress(data)
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise ValueError(
-      f'{path}: not a complete gzip file ({error}); fetch or write it again'
-    ) from None
-  except OSError as error:
-    raise ValueError(
-      f'{path}: cannot be read ({error.strerror}); check the path'
-    ) from None
-  try:
-    return data.decode().removeprefix('\ufeff')
-  except UnicodeDecodeError as error:
-    line = data.count(b'\n', 0, error.start) + 1
-    raise ValueError(
-      f'{path}:{line}: byte 0x{data[error.start]:02x} is not valid UTF-8;'
-      ' save the file as UTF-8'
-    ) from None
 
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:

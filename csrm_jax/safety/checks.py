@@ -6,9 +6,11 @@ Each error names the place, the value, the constraint and the fix.
 from __future__ import annotations
 
 import difflib
+import gzip
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,13 +86,19 @@ def check_columns(
 
 
 def read_text(path: str | os.PathLike) -> str:
-  """Returns the text of a UTF-8 file, without a byte order mark.
+  """Returns the text of a UTF-8 file (plain or .gz), without a byte order mark.
 
   Raises:
-    ValueError: the file cannot be read or is not UTF-8.
+    ValueError: the file cannot be read, is cut short, or is not UTF-8.
   """
   try:
     data = pathlib.Path(path).read_bytes()
+    if pathlib.Path(path).suffix == '.gz':
+      data = gzip.decompress(data)
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise ValueError(
+      f'{path}: not a complete gzip file ({error}); fetch or write it again'
+    ) from None
   except OSError as error:
     raise ValueError(
       f'{path}: cannot be read ({error.strerror}); check the path'
