@@ -127,7 +127,7 @@ def load_config(folder: str | os.PathLike, **overrides) -> ModelConfig:
   Args:
     folder: has config.json.
     **overrides: fields that are no property of the weights: dtype,
-      param_dtype, remat, unroll.
+      param_dtype, remat, match_init, unroll.
 
   Raises:
     ValueError: not a config of a model that this decoder computes.

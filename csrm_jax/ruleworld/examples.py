@@ -230,10 +230,10 @@ def one_conversation_four_rule_sets() -> list[schema.Example]:
   scene = conversations.Scene(statement, (statement,), messages)
   wording = rules_lib.UNSEEN_WORDINGS[0]
   rule_sets = {
-      'all films forbidden': (4,), 'thrillers and worse forbidden': (2,),
-      'only horrors forbidden': (1,), 'all films allowed': (0,)}
+      'all films forbidden': 4, 'thrillers and worse forbidden': 2,
+      'only horrors forbidden': 1, 'all films allowed': 0}
   examples = []
-  for name, (strictness,) in rule_sets.items():
+  for name, strictness in rule_sets.items():
     rules = (rules_lib.threshold_rule(topic, strictness, wording),
              rules_lib.threshold_rule('Pets', 2, wording))
     examples.append(schema.Example(

@@ -14,7 +14,7 @@ import functools
 import math
 import random
 
-from csrm_jax.ruleworld import grammar, lexicon
+from csrm_jax.ruleworld import grammar
 from csrm_jax.ruleworld import rules as rules_lib
 
 SHARPNESS = 4.0  # per step of severity: 0.88 next to the border, 0.998 beyond
@@ -89,18 +89,10 @@ def helpfulness(asked: grammar.Statement,
   return 2 if same else 1
 
 
-def severity_of(statements: tuple[grammar.Statement, ...]) -> int | None:
-  """Returns the severity index of the worst engaged statement, or None."""
-  return min((s.severity for s in statements if s.engaged), default=None)
-
-
-def prefers(rng: random.Random, p_unsafe_a: float, p_unsafe_b: float) -> float:
+def prefers(rng: random.Random, p_unsafe_a: float, p_unsafe_b: float) -> bool:
   """Returns whether an annotator calls a the safer of two, Bradley–Terry on
   the log-odds of the true probabilities (nats)."""
   def odds(p: float) -> float:
     p = min(max(p, 1e-4), 1 - 1e-4)
     return math.log(p) - math.log1p(-p)
   return rng.random() < 1 / (1 + math.exp(odds(p_unsafe_a) - odds(p_unsafe_b)))
-
-
-NUM_SEVERITIES = lexicon.NUM_SEVERITIES
