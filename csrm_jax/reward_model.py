@@ -62,7 +62,7 @@ class Spec:
           'version of csrm_jax trained with configs/rm.py')
     fields = {k: tuple(v) if isinstance(v, list) else v
               for k, v in obj.items()}
-    fields['model'] = model_config.ModelConfig(**obj['model'])
+    fields['model'] = model_config.ModelConfig.from_dict(obj['model'])
     return cls(**fields)
 
   def verbalizers(self, tokenizer: tokenizer_lib.Tokenizer
