@@ -52,6 +52,8 @@ def get_config(arg=None):
 
   c.template = ml_collections.ConfigDict()
   c.template.order = 'rules_first'  # or 'conversation_first'
+  c.template.words = ('safe', 'unsafe')  # that the question names
+  # Verdict words; those of one token count.
   c.template.safe_words = ('safe', ' safe', 'Safe', ' Safe')
   c.template.unsafe_words = ('unsafe', ' unsafe', 'Unsafe', ' Unsafe')
 

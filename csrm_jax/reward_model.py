@@ -28,15 +28,15 @@ class Spec:
 
   Attributes:
     model: the decoder's shape.
-    order: 'rules_first' or 'conversation_first'.
+    layout: of the prompts.
     max_length: tokens a prompt may have.
     safe_words: verdict words of "safe".
     unsafe_words: verdict words of "unsafe".
-    template_hash: of the layout that the model was trained with.
+    template_hash: of what the layout gave in the version that trained it.
     tokenizer_digest: sha256 of the tokenizer's file.
   """
   model: model_config.ModelConfig
-  order: str
+  layout: templates.Layout
   max_length: int
   safe_words: tuple[str, ...]
   unsafe_words: tuple[str, ...]
@@ -63,6 +63,7 @@ class Spec:
     fields = {k: tuple(v) if isinstance(v, list) else v
               for k, v in obj.items()}
     fields['model'] = model_config.ModelConfig.from_dict(obj['model'])
+    fields['layout'] = templates.Layout.from_dict(obj['layout'])
     return cls(**fields)
 
   def verbalizers(self, tokenizer: tokenizer_lib.Tokenizer
@@ -82,7 +83,7 @@ class Spec:
     """
     return scoring.make_score_fn(
         self.model, params, tokenizer, self.verbalizers(tokenizer),
-        order=self.order, max_length=max_length or self.max_length)
+        layout=self.layout, max_length=max_length or self.max_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def load(directory: str | pathlib.Path, max_length: int = 2048) -> RewardModel:
     raise ValueError(f'{directory}: {error}') from None
   tokenizer = tokenizer_lib.load_tokenizer(_tokenizer_path(directory))
   _check(directory, 'template', spec.template_hash,
-         templates.template_hash(spec.order))
+         templates.template_hash(spec.layout))
   _check(directory, 'tokenizer', spec.tokenizer_digest, tokenizer.digest)
   shapes = jax.eval_shape(
       lambda: {'params': transformer.init_params(spec.model, 0)})

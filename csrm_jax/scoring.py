@@ -22,6 +22,7 @@ from csrm_jax.data import features
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.safety import schema
+from csrm_jax.safety.layout import DEFAULT, Layout
 from csrm_jax.safety.templates import Verbalizers
 from csrm_jax.text.tokenizer import Tokenizer
 
@@ -115,7 +116,7 @@ def make_loss_fn(
 
 def make_score_fn(
     cfg: ModelConfig, params: Any, tokenizer: Tokenizer,
-    verbalizers: Verbalizers, *, order: str = 'rules_first',
+    verbalizers: Verbalizers, *, layout: Layout = DEFAULT,
     max_length: int = 2048, buckets: Sequence[int] = BUCKETS,
     batch_tokens: int = 8192
 ) -> ScoreFn:
@@ -134,7 +135,7 @@ def make_score_fn(
     params: its parameters.
     tokenizer: of the model.
     verbalizers: token ids of both labels.
-    order: of the template, as in training.
+    layout: of the prompts, as in training.
     max_length: the most tokens a prompt may have.
     buckets: row lengths; those above max_length are not used.
     batch_tokens: about how many tokens go through the model at once.
@@ -147,7 +148,7 @@ def make_score_fn(
         f'the tokenizer has {tokenizer.vocab_size} ids, the model '
         f'{cfg.vocab_size}; give the tokenizer of the model.')
   lengths = _usable_buckets(buckets, max_length)
-  encoder = features.Encoder(tokenizer, max_length, order)
+  encoder = features.Encoder(tokenizer, max_length, layout)
   compute = _compile(cfg, verbalizers)
 
   def score(examples: Sequence[schema.Example],

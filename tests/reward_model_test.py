@@ -21,9 +21,9 @@ SPEC = reward_model.Spec(
     model=config.preset(
         'tiny', TOKENIZER.vocab_size, num_layers=1, embed_dim=16, num_heads=2,
         num_kv_heads=1, head_dim=8, mlp_dim=16, unroll=1),
-    order='rules_first', max_length=192, safe_words=('safe', ' safe'),
+    layout=templates.Layout(), max_length=192, safe_words=('safe', ' safe'),
     unsafe_words=('unsafe', ' unsafe'),
-    template_hash=templates.template_hash('rules_first'),
+    template_hash=templates.template_hash(),
     tokenizer_digest=TOKENIZER.digest)
 
 
@@ -43,9 +43,11 @@ def _save(folder, spec=SPEC, seed=0, step=3):
 
 
 def test_spec_survives_json():
-  order = 'conversation_first'
+  layout = templates.Layout(
+      order='conversation_first', words=('Yes', 'No'),
+      chat_prefix='<user>', chat_suffix='<agent>')
   spec = dataclasses.replace(
-      SPEC, order=order, template_hash=templates.template_hash(order),
+      SPEC, layout=layout, template_hash=templates.template_hash(layout),
       model=dataclasses.replace(SPEC.model, rope_theta=5e5, remat='dots'))
   again = reward_model.Spec.from_dict(json.loads(json.dumps(spec.to_dict())))
   assert again == spec != SPEC
@@ -54,14 +56,15 @@ def test_spec_survives_json():
 
 def test_spec_makes_the_score_function_it_describes():
   example = examples.test_example(0, 1, 'seen')
-  other = dataclasses.replace(SPEC, order='conversation_first')
+  layout = templates.Layout(order='conversation_first')
+  other = dataclasses.replace(SPEC, layout=layout)
   scores = [spec.make_score_fn(_params(), TOKENIZER)([example])
             for spec in (SPEC, other)]
   direct = scoring.make_score_fn(
       SPEC.model, _params(), TOKENIZER,
       templates.resolve_verbalizers(
           TOKENIZER, SPEC.safe_words, SPEC.unsafe_words),
-      order='rules_first', max_length=192)([example])
+      layout=SPEC.layout, max_length=192)([example])
   np.testing.assert_array_equal(scores[0], direct)
   assert abs(scores[1] - direct) > 1e-3
   tight = dataclasses.replace(SPEC, max_length=32)
@@ -115,7 +118,7 @@ def test_another_template_or_tokenizer_is_refused(tmp_path, field, name):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda meta: {'model': meta['model']}, "'max_length' is missing"),
+    (lambda meta: {'model': meta['model']}, "'layout' is missing"),
     (lambda meta: meta | {'flavour': 1}, "'flavour' is unknown")])
 def test_what_is_no_reward_model_is_refused(tmp_path, change, message):
   class Other:

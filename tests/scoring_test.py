@@ -102,7 +102,8 @@ def test_no_examples_no_scores():
 
 
 def test_order_of_the_template_reaches_the_score():
-  other = _score_fn(order='conversation_first')(_examples()[:1])
+  layout = templates.Layout(order='conversation_first')
+  other = _score_fn(layout=layout)(_examples()[:1])
   assert abs(other[0] - _scores()[0]) > 1e-3
 
 

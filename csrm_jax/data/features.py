@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from csrm_jax.safety import schema, templates
+from csrm_jax.safety.layout import DEFAULT, Layout
 from csrm_jax.text.tokenizer import Tokenizer
 
 # Tokens of the response that must remain: less is nothing to judge.
@@ -83,7 +84,7 @@ class Encoder:
   Attributes:
     tokenizer: turns text into tokens.
     max_length: the most tokens a prompt may have.
-    order: 'rules_first' or 'conversation_first'.
+    layout: of the prompts.
     pair_length: the most tokens the two prompts of a pair may have together,
       or None for no limit but each prompt's own. The length of a packed row
       makes sure that every pair fits into one.
@@ -93,7 +94,7 @@ class Encoder:
 
   tokenizer: Tokenizer
   max_length: int
-  order: str = 'rules_first'
+  layout: Layout = DEFAULT
   pair_length: int | None = None
   label_pairs: bool = False
 
@@ -211,7 +212,7 @@ def _encode(
   example: schema.Example, encoder: Encoder, max_length: int
 ) -> tuple[np.ndarray, int] | Dropped:
   segments = templates.render(
-    example.safety, example.conversation, encoder.order
+    example.safety, example.conversation, encoder.layout
   )
   encoded = encode_prompt(segments, encoder.tokenizer, max_length)
   if isinstance(encoded, Dropped):

@@ -34,8 +34,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   spec = _make_spec(config, tokenizer)
   parts, held_out = _read_data(config)
   evaluation.check_lengths(
-      held_out, features.Encoder(tokenizer, spec.max_length, spec.order))
-  batches = _make_batches(config, tokenizer, parts)
+      held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
+  batches = _make_batches(config, tokenizer, spec.layout, parts)
   mesh = mesh_lib.make_mesh(**config.mesh)
   optimizer = training.make_optimizer(
       config.optim.lr, warmup_steps=config.optim.warmup_steps,
@@ -85,12 +85,14 @@ def _make_spec(config: ml_collections.ConfigDict,
                tokenizer: tokenizer_lib.Tokenizer) -> reward_model.Spec:
   cfg = model_config.preset(config.model.preset, tokenizer.vocab_size,
                             **config.model.overrides)
+  layout = templates.Layout(
+      order=config.template.order, words=tuple(config.template.words))
   spec = reward_model.Spec(
-      model=cfg, order=config.template.order,
+      model=cfg, layout=layout,
       max_length=config.data.max_length,
       safe_words=tuple(config.template.safe_words),
       unsafe_words=tuple(config.template.unsafe_words),
-      template_hash=templates.template_hash(config.template.order),
+      template_hash=templates.template_hash(layout),
       tokenizer_digest=tokenizer.digest)
   spec.verbalizers(tokenizer)  # an error here beats one after an hour
   return spec
@@ -107,11 +109,11 @@ def _read_data(config: ml_collections.ConfigDict
 
 def _make_batches(config: ml_collections.ConfigDict,
                   tokenizer: tokenizer_lib.Tokenizer,
+                  layout: templates.Layout,
                   parts: dict[str, Any]) -> pipeline.BatchIterator:
   data = config.data
-  encoder = features.Encoder(tokenizer, data.max_length,
-                             config.template.order, data.row_length,
-                             data.label_pairs)
+  encoder = features.Encoder(tokenizer, data.max_length, layout,
+                             data.row_length, data.label_pairs)
   atoms = mixture.make_training_atoms(
       parts, {name: part.weight for name, part in data.parts.items()},
       encoder, config.seed,
@@ -124,7 +126,7 @@ def _make_batches(config: ml_collections.ConfigDict,
           name: [part.source, part.weight, len(parts[name])]
           for name, part in data.parts.items()}},
       'seed': config.seed, 'tokenizer': tokenizer.digest,
-      'template': templates.template_hash(config.template.order)}
+      'template': templates.template_hash(layout)}
   return pipeline.batches(atoms, shape,
                           fingerprint=json.dumps(identity, sort_keys=True))
 

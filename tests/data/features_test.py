@@ -34,7 +34,9 @@ def example(turns=(), response='fine', safety=RULES, **fields):
   return Example('id', safety, tuple(conversation), **fields)
 
 
-def encode(item, tokenizer, max_length=10_000, **fields):
+def encode(item, tokenizer, max_length=10_000, order='', **fields):
+  if order:
+    fields['layout'] = templates.Layout(order=order)
   return features.encode(item, Encoder(tokenizer, max_length, **fields))
 
 
@@ -47,7 +49,9 @@ def test_short_prompt_is_the_template(tokenizer, order):
   item = example(['hi there'], 'well', label='unsafe')
   atom = encode(item, tokenizer, order=order)
   [prompt] = atom.prompts
-  segments = templates.render(item.safety, item.conversation, order)
+  segments = templates.render(
+    item.safety, item.conversation, templates.Layout(order=order)
+  )
   expected = ''.join(s.text for s in segments)
   assert text_of(atom, tokenizer) == '<bos>' + expected
   assert prompt.tokens.dtype == np.int32

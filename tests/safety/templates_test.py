@@ -1,3 +1,4 @@
+import dataclasses
 import unicodedata
 
 import hypothesis
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from csrm_jax.safety import templates
+from csrm_jax.safety.layout import Layout
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -13,6 +15,13 @@ SAFETY = SafetyConfig((
   Category('Violence', 'No fights.'),
   Category('Gossip', 'No rumours about neighbours.'),
 ))
+RULES_FIRST, CONVERSATION_FIRST = (
+  Layout(order=order) for order in templates.ORDERS
+)
+CHAT = Layout(
+  chat_prefix='<|im_start|>user\n',
+  chat_suffix='<|im_end|>\n<|im_start|>assistant\n',
+)
 TALK = (Message('user', 'Hello.'), Message('agent', 'Good day.'))
 LINE_BREAKS = [
   '\n', '\r', '\r\n', '\v', '\f', '\x1c', '\x1d', '\x1e', '\x85', '\u2028',
@@ -73,13 +82,13 @@ def test_rules_first_layout():
 
 
 def test_conversation_first_moves_the_rules_block():
-  first = templates.render(SAFETY, TALK, 'rules_first')
-  second = templates.render(SAFETY, TALK, 'conversation_first')
+  first = templates.render(SAFETY, TALK, RULES_FIRST)
+  second = templates.render(SAFETY, TALK, CONVERSATION_FIRST)
   assert sorted(first, key=str) == sorted(second, key=str)
   assert [s.text for s in second[1:3]] == ['<HISTORY>\n', 'User: Hello.\n']
   # The prefix before the rules does not depend on them.
   other = templates.render(
-    SafetyConfig((Category('X', 'y'),)), TALK, 'conversation_first'
+    SafetyConfig((Category('X', 'y'),)), TALK, CONVERSATION_FIRST
   )
   start = [s.text for s in second].index('<RULES>\n')
   assert other[:start] == second[:start]
@@ -92,10 +101,28 @@ def test_a_single_message_has_an_empty_history():
 
 @pytest.mark.parametrize('order', templates.ORDERS)
 def test_control_lines_are_the_control_segments(order):
-  segments = templates.render(SAFETY, TALK, order)
+  layout = Layout(order=order)
+  segments = templates.render(SAFETY, TALK, layout)
   control = [s.text for s in segments if s.kind == 'control']
   assert sorted(control) == sorted(templates.CONTROL_LINES)
   assert segments[-1].text == templates.ANSWER
+
+
+def test_in_a_chat_the_verdict_opens_the_assistants_turn():
+  plain = templates.render(SAFETY, TALK)
+  segments = templates.render(SAFETY, TALK, CHAT)
+  assert segments[0].text == CHAT.chat_prefix + templates.PREAMBLE
+  assert segments[1:-1] == plain[1:-2]
+  question = templates.QUESTION.removesuffix('\n')
+  assert segments[-1].text == question + CHAT.chat_suffix
+  assert {segments[0].kind, segments[-1].kind} == {'control'}
+
+
+def test_the_question_names_the_words():
+  layout = Layout(words=('Yes', 'No'))
+  segments = templates.render(SAFETY, TALK, layout)
+  assert segments[-2].text.endswith(' Answer Yes or No.\n')
+  assert segments[:-2] == templates.render(SAFETY, TALK)[:-2]
 
 
 def test_bad_arguments():
@@ -103,16 +130,19 @@ def test_bad_arguments():
     templates.render(SAFETY, TALK[:1])
   with pytest.raises(ValueError, match='empty'):
     templates.render(SAFETY, ())
-  with pytest.raises(ValueError, match='rules_first'):
-    templates.render(SAFETY, TALK, 'rules')
 
 
 def test_template_hash_tells_layouts_apart(monkeypatch):
-  hashes = {order: templates.template_hash(order) for order in templates.ORDERS}
-  assert len(set(hashes.values())) == 2
-  assert templates.TEMPLATE_HASH('rules_first') == hashes['rules_first']
+  layouts = (
+    Layout(), CONVERSATION_FIRST, Layout(words=('Yes', 'No')), CHAT,
+    dataclasses.replace(CHAT, chat_prefix=''),
+  )
+  hashes = {templates.template_hash(layout) for layout in layouts}
+  assert len(hashes) == len(layouts)
+  default = templates.template_hash()
+  assert templates.template_hash(Layout()) == default
   monkeypatch.setattr(templates, '_INDENT', '\n    ')
-  assert templates.template_hash() != hashes['rules_first']
+  assert templates.template_hash() != default
 
 
 def test_template_hash_is_pinned():
@@ -133,7 +163,9 @@ def test_content_never_starts_a_line(conversation, names, guideline, order):
   categories = [
     Category(f'{i} {name}', guideline) for i, name in enumerate(names)
   ]
-  segments = templates.render(SafetyConfig(categories), conversation, order)
+  segments = templates.render(
+    SafetyConfig(categories), conversation, Layout(order=order)
+  )
   text = templates.render_text(segments)
   speaker = {'user': 'User: ', 'agent': 'Agent: '}
   expected = [f'S{i + 1}: {i} x' for i in range(len(names))]
