@@ -12,7 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from csrm_jax.core import tree
+
 LossFn = Callable[[Any, Any], tuple[jax.Array, jax.Array, dict[str, Any]]]
+# (state, batch[, frozen]) -> (state, metrics), see make_train_step.
+StepFn = Callable[..., tuple['TrainState', dict[str, Any]]]
 
 
 @jax.tree_util.register_dataclass
@@ -111,8 +115,12 @@ def init_state(
 def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation,
     num_microbatches: int = 1, state_shardings: Any = None
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
-  """Returns step(state, batch) -> (state, metrics); jitted, donates state.
+) -> StepFn:
+  """Returns step(state, batch, frozen=None) -> (state, metrics), jitted.
+
+  The state is donated. `frozen` are parameters that are not trained, such as
+  the base of LoRA adapters: loss_fn gets them and state.params as one tree,
+  there are gradients and optimizer state for the latter only.
 
   Totals, weights, gradients and metrics are summed over microbatches and
   divided once, so that the result does not depend on their number. If the loss
@@ -132,9 +140,12 @@ def make_train_step(
       the first one, the second step would compile again.
   """
 
-  def step(state, batch):
+  def step(state, batch, frozen=None):
+    def whole_loss_fn(params, batch):
+      return loss_fn(tree.merge(frozen or {}, params), batch)
+
     total, weight, metrics, grads = _accumulate(
-        loss_fn, state.params, batch, num_microbatches)
+        whole_loss_fn, state.params, batch, num_microbatches)
     # A batch without any weight has zero gradients; it must not make NaN.
     scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
     grads = jax.tree.map(lambda g: g * scale, grads)
@@ -200,8 +211,8 @@ def split_microbatches(x: jax.Array, num: int) -> jax.Array:
   return x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _to_float32(tree):
-  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+def _to_float32(values):
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
 
 
 def mean_metrics(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:

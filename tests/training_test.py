@@ -48,6 +48,23 @@ def _assert_close(got, want, **kwargs):
       lambda a, b: np.testing.assert_allclose(a, b, **kwargs), got, want)
 
 
+def test_frozen_parameters_are_used_but_not_trained():
+  optimizer = _optimizer(clip_norm=None)
+  whole, batch = _params(), _batch()
+  frozen, trained = {'norm': whole['norm']}, {'dense': whole['dense']}
+  step = training.make_train_step(_loss_fn, optimizer)
+  state = training.init_state(trained, optimizer)
+  state, metrics = step(state, batch, frozen)
+  # Adam treats every element alone: the trained ones move as they would in a
+  # step that trains all.
+  want, want_metrics = training.make_train_step(_loss_fn, optimizer)(
+      training.init_state(_params(), optimizer), batch)
+  _assert_close(state.params, {'dense': want.params['dense']}, rtol=1e-6)
+  _assert_close(metrics['loss/error'], want_metrics['loss/error'], rtol=1e-6)
+  assert metrics['train/grad_norm'] < want_metrics['train/grad_norm']
+  _assert_close(frozen, {'norm': _params()['norm']}, rtol=0)
+
+
 @pytest.mark.parametrize('num_microbatches', [2, 4, 8])
 def test_accumulation_is_exact_with_uneven_weights(num_microbatches):
   optimizer = _optimizer()

@@ -48,6 +48,23 @@ def from_named(tree: Any, named: Mapping[str, Any]) -> Any:
   return jax.tree.unflatten(structure, [named[name] for name in names])
 
 
+def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns one nested dict with the leaves of both.
+
+  Raises:
+    ValueError: both have a leaf at the same place.
+  """
+  merged = dict(tree)
+  for key, value in other.items():
+    if key not in merged:
+      merged[key] = value
+    elif isinstance(value, Mapping) and isinstance(merged[key], Mapping):
+      merged[key] = merge(merged[key], value)
+    else:
+      raise ValueError(f'both trees have a leaf at {key!r}')
+  return merged
+
+
 def num_params(tree: Any) -> int:
   """Returns the number of elements over all leaves (arrays or their shapes)."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))

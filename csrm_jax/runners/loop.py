@@ -7,7 +7,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -50,10 +50,29 @@ class LoopConfig:
           f'log_every={self.log_every}.')
 
 
-def train(step_fn: Callable[[Any, Any], tuple[Any, dict[str, Any]]],
-          state: training.TrainState, batches: pipeline.BatchIterator,
-          mesh: jax.sharding.Mesh, workdir: pathlib.Path, loop: LoopConfig,
-          meta: dict[str, Any]) -> training.TrainState:
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What a training run works on.
+
+  Attributes:
+    step_fn: as from training.make_train_step.
+    batches: the data; its position is saved with the model.
+    mesh: what batches are spread over.
+    workdir: where checkpoints/ and metrics.jsonl go.
+    loop: lengths and intervals.
+    meta: JSON that describes the model, stored with each checkpoint.
+    frozen: parameters that are neither trained nor saved, on the mesh.
+  """
+  step_fn: training.StepFn
+  batches: pipeline.BatchIterator
+  mesh: jax.sharding.Mesh
+  workdir: pathlib.Path
+  loop: LoopConfig
+  meta: dict[str, Any]
+  frozen: Any = None
+
+
+def train(job: Job, state: training.TrainState) -> training.TrainState:
   """Returns the state after `loop.num_steps` updates, resuming if it can.
 
   The newest intact checkpoint in workdir/checkpoints is restored together with
@@ -61,29 +80,37 @@ def train(step_fn: Callable[[Any, Any], tuple[Any, dict[str, Any]]],
   last step is always saved.
 
   Args:
-    step_fn: as from training.make_train_step.
+    job: what to do.
     state: of a fresh run, laid out on the mesh.
-    batches: the data; its state is saved with the model's.
-    mesh: what batches are spread over.
-    workdir: where checkpoints/ and metrics.jsonl go.
-    loop: lengths and intervals.
-    meta: JSON that describes the model, stored with each checkpoint.
 
   Raises:
     ValueError: a loss or gradient is not finite; the message names the step
       and the file that holds its batch. Nothing of that step is applied.
   """
-  earlier_s = elapsed_s(workdir)
-  with checkpoint.Checkpoints(workdir / 'checkpoints', loop.keep) as saved:
-    restored = saved.restore_latest(mesh_lib.abstract(state, mesh))
+  earlier_s = elapsed_s(job.workdir)
+  with checkpoint.Checkpoints(
+      job.workdir / 'checkpoints', job.loop.keep) as saved:
+    restored = saved.restore_latest(mesh_lib.abstract(state, job.mesh))
     start = 0
     if restored is not None:
       start, state = restored.step, restored.state
-      batches.set_state(restored.data_state)
+      job.batches.set_state(restored.data_state)
+    window = _Window(job.step_fn, earlier_s)
     with writer_lib.MetricsWriter(
-        workdir, resume_step=start if restored else -1) as writer:
-      return _run(step_fn, state, batches, mesh, saved, writer, loop, meta,
-                  start, workdir, earlier_s)
+        job.workdir, resume_step=start if restored else -1) as writer:
+      for step, new_state in _steps(job, state, start, window):
+        state = new_state
+        if step % job.loop.log_every and step != job.loop.num_steps:
+          continue
+        values = window.close()
+        values |= {
+            f'data/dropped_{k}': v for k, v in job.batches.drops.items()}
+        values['data/shortened'] = job.batches.num_shortened
+        writer.write(step, values)
+        if step % job.loop.checkpoint_every == 0 or step == job.loop.num_steps:
+          writer.flush()
+          saved.save(step, state, job.batches.get_state(), job.meta)
+  return state
 
 
 def elapsed_s(workdir: pathlib.Path) -> float:
@@ -98,34 +125,32 @@ def elapsed_s(workdir: pathlib.Path) -> float:
   return 0.0
 
 
-def _run(step_fn, state, batches, mesh, saved, writer, loop, meta, start,
-         workdir, earlier_s):
-  window = _Window(step_fn, earlier_s)
+def _steps(job: Job, state: training.TrainState, start: int,
+           window: _Window) -> Iterator[tuple[int, training.TrainState]]:
+  """Yields (step, state) after each update, behind a progress bar.
+
+  Whether a step was finite is looked at one step late, so that the device is
+  never waited for; and before a step that is logged or saved is yielded.
+  """
   pending = None  # (step, batch, metrics) of the step still on the device
-  with tqdm.tqdm(total=loop.num_steps, initial=start, desc='train', unit='step',
-                 dynamic_ncols=True, mininterval=BAR_INTERVAL_S) as bar:
-    for step in range(start + 1, loop.num_steps + 1):
-      batch = next(batches)
-      state, metrics = step_fn(state, mesh_lib.to_global(batch, mesh))
-      # One step late, so that the device is never waited for.
+  with tqdm.tqdm(total=job.loop.num_steps, initial=start, desc='train',
+                 unit='step', dynamic_ncols=True,
+                 mininterval=BAR_INTERVAL_S) as bar:
+    for step in range(start + 1, job.loop.num_steps + 1):
+      batch = next(job.batches)
+      state, metrics = job.step_fn(
+          state, mesh_lib.to_global(batch, job.mesh), job.frozen)
       if pending is not None:
-        _check_finite(*pending, workdir)
+        _check_finite(*pending, job.workdir)
       pending = (step, batch, metrics)
-      window.add(batch, metrics, batches.wait_s)
+      window.add(batch, metrics, job.batches.wait_s)
+      if step % job.loop.log_every == 0 or step == job.loop.num_steps:
+        _check_finite(*pending, job.workdir)
+        pending = None
+        total, weight = jax.device_get(metrics['train/loss'])
+        bar.set_postfix(loss=f'{total / max(weight, 1e-9):.4f}', refresh=False)
       bar.update()
-      if step % loop.log_every and step != loop.num_steps:
-        continue
-      _check_finite(*pending, workdir)
-      pending = None
-      values = window.close()
-      values |= {f'data/dropped_{k}': v for k, v in batches.drops.items()}
-      values['data/shortened'] = batches.num_shortened
-      writer.write(step, values)
-      bar.set_postfix(loss=f'{values["train/loss"]:.4f}', refresh=False)
-      if step % loop.checkpoint_every == 0 or step == loop.num_steps:
-        writer.flush()
-        saved.save(step, state, batches.get_state(), meta)
-  return state
+      yield step, state
 
 
 def _check_finite(step: int, batch: packing.Batch, metrics: dict[str, Any],

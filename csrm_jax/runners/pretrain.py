@@ -101,8 +101,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       make_loss_fn(cfg), optimizer, state_shardings=shardings)
   loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
                              config.checkpoint_every)
-  state = loop_lib.train(step_fn, state, batches, mesh, workdir, loop,
-                         {'model': cfg.to_dict()})
+  state = loop_lib.train(
+      loop_lib.Job(step_fn, batches, mesh, workdir, loop,
+                   {'model': cfg.to_dict()}), state)
   hf.save(workdir / 'base', cfg, state.params, metadata={
       'made_by': 'python -m csrm_jax.main --config=configs/pretrain.py',
       'seed': str(config.seed),

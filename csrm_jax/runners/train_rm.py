@@ -57,11 +57,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   reward_model.save_tokenizer(config.tokenizer, workdir)
   setup_s = time.monotonic() - start
   with jax.set_mesh(mesh):
+    loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
+                               config.checkpoint_every)
     state = loop_lib.train(
-        step_fn, state, batches, mesh, workdir,
-        loop_lib.LoopConfig(config.num_steps, config.log_every,
-                            config.checkpoint_every),
-        spec.to_dict())
+        loop_lib.Job(step_fn, batches, mesh, workdir, loop, spec.to_dict()),
+        state)
   num_examples = batches.num_atoms
   batches.close()
   start = time.monotonic()

@@ -33,6 +33,16 @@ def test_named_leaves_refuse_ambiguous_names():
     tree.named_leaves({'a/b': 1, 'a': {'b': 2}})
 
 
+def test_merge_keeps_the_leaves_of_both():
+  a, b = {'x': {'y': 1}, 'z': 2}, {'x': {'w': 3}, 'v': {'u': 4}}
+  merged = tree.merge(a, b)
+  assert merged == {'x': {'y': 1, 'w': 3}, 'z': 2, 'v': {'u': 4}}
+  assert a == {'x': {'y': 1}, 'z': 2}  # not changed
+  for other in ({'x': {'y': 5}}, {'z': {'y': 5}}, {'x': 5}):
+    with pytest.raises(ValueError, match='both trees have a leaf'):
+      tree.merge(a, other)
+
+
 def test_from_named_inverts_named_leaves():
   state = _state()
   copy = tree.from_named(state, tree.named_leaves(state))

@@ -68,7 +68,8 @@ def _train(workdir, num_steps, log_every=2, checkpoint_every=4, poisoned=None,
   batches = _batches(poisoned)
   try:
     state = loop_lib.train(
-        step_fn, state, batches, mesh, workdir, loop, {'name': 'bigram'})
+        loop_lib.Job(step_fn, batches, mesh, workdir, loop,
+                     {'name': 'bigram'}), state)
   finally:
     batches.close()
   return state, step_fn
@@ -99,11 +100,11 @@ class _KilledAt:
     self._step_fn, self._num = step_fn, num
     self._cache_size = step_fn._cache_size
 
-  def __call__(self, state, batch):
+  def __call__(self, *args):
     self._num -= 1
     if not self._num:
       raise _Killed
-    return self._step_fn(state, batch)
+    return self._step_fn(*args)
 
 
 @functools.cache
