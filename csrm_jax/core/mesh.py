@@ -37,6 +37,13 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r'mlp/(gate|up)(/kernel)?', P(None, 'fsdp', 'tensor')),
   # [L, F, D]
   (r'mlp/down(/kernel)?', P(None, 'tensor', 'fsdp')),
+  # LoRA adapters are cut as their kernels are, and never along the rank:
+  # [L, D, r], [L, N, H, r], [L, F, r]
+  (r'(query|key|value|gate|up)/lora_a', P(None, 'fsdp', None)),
+  (r'(out|down)/lora_a', P(None, 'tensor')),
+  # [L, r, N, H], [L, r, K, H], [L, r, F], [L, r, D]
+  (r'(query|key|value|gate|up)/lora_b', P(None, None, 'tensor')),
+  (r'(out|down)/lora_b', P(None, None, 'fsdp')),
   # Norms: [D], [L, D], [L, H]
   (r'scale', P()),
   # [D, V]

@@ -6,8 +6,12 @@ K kv heads, G = N/K, H head dim.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+from csrm_jax.models.config import RopeScaling
 
 # Below every real score, yet finite.
 MASKED = -1e30
@@ -17,7 +21,8 @@ MAX_CHUNKS = 8
 
 
 def rope_angles(
-    positions: jax.Array, head_dim: int, theta: float
+    positions: jax.Array, head_dim: int, theta: float,
+    scaling: RopeScaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (sin, cos), float32 [B,T,H/2], of the rotation at each position.
 
@@ -25,13 +30,32 @@ def rope_angles(
     positions: int32 [B,T], counted from 0 within each segment.
     head_dim: H.
     theta: base of the wavelengths; angle = position * theta^(-2i/H).
+    scaling: stretches the long wavelengths; None leaves all as they are.
 
   Source: Su et al. 2021, RoFormer, eq. 34.
   """
   exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
   frequency = jnp.float32(theta) ** -exponent
+  if scaling is not None:
+    frequency = _scale_frequency(frequency, scaling)
   angle = positions[..., None].astype(jnp.float32) * frequency
   return jnp.sin(angle), jnp.cos(angle)
+
+
+def _scale_frequency(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
+  """Returns the frequencies [H/2] after Llama 3's scaling.
+
+  A frequency that turns less than low_freq_factor times within the original
+  context is divided by factor, one that turns more than high_freq_factor times
+  is kept, and between the two the share that is kept grows linearly.
+
+  Source: Llama 3.1's reference code, apply_scaling.
+  """
+  turns = scaling.original_length * frequency / (2 * math.pi)
+  kept = (turns - scaling.low_freq_factor) / (
+      scaling.high_freq_factor - scaling.low_freq_factor)
+  kept = jnp.clip(kept, 0.0, 1.0)
+  return frequency * (kept + (1 - kept) / scaling.factor)
 
 
 def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
@@ -43,58 +67,74 @@ def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
   return rotated.astype(x.dtype)
 
 
-def make_mask(segment_ids: jax.Array) -> jax.Array:
+def make_mask(segment_ids: jax.Array, window: int = 0) -> jax.Array:
   """Returns bool [B,T,S]: may query t attend to key s.
 
-  True where both lie in the same segment and s is not after t. Segment 0 is
-  padding: it attends to nothing and nothing attends to it.
+  True where both lie in the same segment and s is not after t, nor, given a
+  window, `window` or more before t. Segment 0 is padding: it attends to nothing
+  and nothing attends to it.
   """
   length = segment_ids.shape[-1]
   same = segment_ids[:, :, None] == segment_ids[:, None, :]
-  causal = jnp.tril(jnp.ones((length, length), bool))
-  return same & causal & (segment_ids > 0)[:, :, None]
+  near = jnp.tril(jnp.ones((length, length), bool))
+  if window:
+    near &= ~jnp.tril(near, -window)
+  return same & near & (segment_ids > 0)[:, :, None]
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+  """Returns cap·tanh(x/cap), or x itself where cap is 0.
+
+  Source: Gemma 2 (arXiv 2408.00118), §2.
+  """
+  return cap * jnp.tanh(x / cap) if cap else x
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *,
+    cap: float = 0.0, window: int = 0
 ) -> jax.Array:
-  """Returns softmax(query·key/√H)·value, [B,T,N,H], zero where mask is empty.
+  """Returns softmax(query·key)·value, [B,T,N,H], zero where mask is empty.
 
   Queries go in chunks, each against the keys up to its own end: the products
   above the diagonal are never computed, nor are [T,S] scores held at once.
 
   Args:
-    query: [B,T,N,H].
+    query: [B,T,N,H], scaled already.
     key: [B,T,K,H]; query head n reads kv head n // G.
     value: [B,T,K,H].
     mask: bool [B,T,S], causal, with S = T.
+    cap: of softcap on the scores.
+    window: promises that mask hides keys `window` or more before their query;
+      products that lie wholly outside are left out. 0 promises nothing.
   """
   B, T, N, H = query.shape
   K = key.shape[2]
   G = N // K
-  query = (query * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+  query = query.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
   key = key.transpose(0, 2, 3, 1)  # [B,K,H,S]
   value = value.transpose(0, 2, 1, 3)  # [B,K,S,H]
   bias = jnp.where(mask, 0.0, -jnp.inf)[:, None, None]  # [B,1,1,T,S]
   chunk = max(MIN_CHUNK, -(-T // MAX_CHUNKS))
   out = []
   for start in range(0, T, chunk):
-    rows, end = slice(start, start + chunk), min(start + chunk, T)
+    rows = slice(start, min(start + chunk, T))
+    seen = slice(max(0, start - window + 1) if window else 0, rows.stop)
     out.append(_attend_chunk(
-        query[:, :, :, rows], key[..., :end], value[:, :, :end],
-        bias[..., rows, :end]))
+        query[:, :, :, rows], key[..., seen], value[:, :, seen],
+        bias[..., rows, seen], cap))
   out = jnp.concatenate(out, axis=3)  # [B,K,G,T,H]
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _attend_chunk(query, key, value, bias):
+def _attend_chunk(query, key, value, bias, cap):
   """Returns [B,K,G,T,H] for query [B,K,G,T,H], key [B,K,H,S], bias float32."""
   B, K, G, T, H = query.shape
   # The queries of a group share their keys: one product [G·T,H]·[H,S].
   scores = jnp.einsum(
       'BKQH,BKHS->BKQS', query.reshape(B, K, G * T, H), key,
       preferred_element_type=jnp.float32)
-  scores = scores.reshape(B, K, G, T, -1) + bias
+  scores = softcap(scores.reshape(B, K, G, T, -1), cap) + bias
   # A query that may attend to nothing has a maximum of -inf.
   highest = jnp.maximum(scores.max(-1, keepdims=True), MASKED)
   probs = jnp.exp(scores - jax.lax.stop_gradient(highest))  # not normalised

@@ -1,4 +1,6 @@
-"""A Llama-style decoder in Flax NNX, used through plain nested dicts.
+"""One decoder in Flax NNX for all families, used through plain nested dicts.
+
+Llama, Mistral, Qwen3 and Gemma 2 differ in fields of ModelConfig only.
 
 Axes: B rows, T query length, S key length, D embed, F mlp, N query heads,
 K kv heads, G = N/K, H head dim, V vocab, L layers; R = B·T.
@@ -6,7 +8,7 @@ K kv heads, G = N/K, H head dim, V vocab, L layers; R = B·T.
 Everything but attention sees the residual stream as [R,D]: on CPU the gradient
 of a kernel is twice as fast when it contracts one axis instead of two.
 
-Flax stays inside this module: callers hold a ModelConfig and a nested dict of
+Flax stays inside these modules: callers hold a ModelConfig and a nested dict of
 arrays, so that sharding rules, masks, checkpoints and LoRA see plain names
 such as 'layers/attention/query/kernel'. The layers are stacked along a leading
 axis L and run by one lax.scan.
@@ -22,101 +24,68 @@ from flax import nnx
 
 from csrm_jax.models import attention as attention_lib
 from csrm_jax.models.config import ModelConfig
-
-
-class Dense(nnx.Module):
-  """A product with one kernel, without bias."""
-
-  def __init__(self, equation, shape, cfg: ModelConfig, *, std, rngs):
-    self.equation = equation
-    self.dtype = cfg.dtype
-    self.kernel = nnx.Param(
-        std * jax.random.normal(rngs.params(), shape, cfg.param_dtype))
-
-  def __call__(self, x):
-    return jnp.einsum(self.equation, x, self.kernel[...].astype(self.dtype))
-
-
-class RMSNorm(nnx.Module):
-  """x over its root mean square, times a learned scale; float32 statistics.
-
-  Source: Zhang & Sennrich 2019, eq. 4.
-  """
-
-  def __init__(self, cfg: ModelConfig):
-    self.eps = cfg.norm_eps
-    self.scale = nnx.Param(jnp.ones(cfg.embed_dim, cfg.param_dtype))
-
-  def __call__(self, x):
-    wide = x.astype(jnp.float32)
-    square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(square + self.eps)
-    return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+from csrm_jax.models.layers import MLP, Dense, Embed, RMSNorm
 
 
 class Attention(nnx.Module):
   """Grouped-query self-attention with rotary positions."""
 
   def __init__(self, cfg: ModelConfig, rngs):
+    self.cfg = cfg
     D, N, K, H = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    std = D**-0.5
-    self.query = Dense('RD,DNH->RNH', (D, N, H), cfg, std=std, rngs=rngs)
-    self.key = Dense('RD,DKH->RKH', (D, K, H), cfg, std=std, rngs=rngs)
-    self.value = Dense('RD,DKH->RKH', (D, K, H), cfg, std=std, rngs=rngs)
+    make = functools.partial(Dense, cfg, rngs=rngs)
+    self.query = make('query', (D,), (N, H), std=D**-0.5)
+    self.key = make('key', (D,), (K, H), std=D**-0.5)
+    self.value = make('value', (D,), (K, H), std=D**-0.5)
     if cfg.match_init:
       query = self.query.kernel[...]
       self.query.kernel[...] = query.at[:, ::N // K].set(self.key.kernel[...])
     # Residual writes shrink with depth, so that the stream keeps its scale.
     std = (N * H * 2 * cfg.num_layers) ** -0.5
-    self.out = Dense('RNH,NHD->RD', (N, H, D), cfg, std=std, rngs=rngs)
+    self.out = make('out', (N, H), (D,), std=std)
+    if cfg.qk_norm:
+      self.query_norm, self.key_norm = RMSNorm(cfg, H), RMSNorm(cfg, H)
 
   def __call__(self, x, sin, cos, mask):
-    def by_row(heads):  # [R,N,H] -> [B,T,N,H]
-      return heads.reshape(*mask.shape[:2], *heads.shape[1:])
-
-    query = attention_lib.apply_rope(by_row(self.query(x)), sin, cos)
-    key = attention_lib.apply_rope(by_row(self.key(x)), sin, cos)
-    value = by_row(self.value(x))
-    out = attention_lib.attend(query, key, value, mask)  # [B,T,N,H]
+    cfg = self.cfg
+    query, key, value = self._project(x, sin, cos)
+    out = attention_lib.attend(
+        query, key, value, mask, cap=cfg.attention_softcap,
+        window=cfg.sliding_window if cfg.window_period == 1 else 0)
     return self.out(out.reshape(-1, *out.shape[2:]))
 
-
-class MLP(nnx.Module):
-  """SwiGLU. Source: Shazeer 2020, eq. 6."""
-
-  def __init__(self, cfg: ModelConfig, rngs):
-    D, F = cfg.embed_dim, cfg.mlp_dim
-    self.gate = Dense('RD,DF->RF', (D, F), cfg, std=D**-0.5, rngs=rngs)
-    self.up = Dense('RD,DF->RF', (D, F), cfg, std=D**-0.5, rngs=rngs)
-    std = (F * 2 * cfg.num_layers) ** -0.5
-    self.down = Dense('RF,FD->RD', (F, D), cfg, std=std, rngs=rngs)
-
-  def __call__(self, x):
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+  def _project(self, x, sin, cos):
+    """Returns scaled query [B,T,N,H], key and value [B,T,K,H] of x [R,D]."""
+    query, key, value = (
+        heads.reshape(*sin.shape[:2], *heads.shape[1:])
+        for heads in (self.query(x), self.key(x), self.value(x)))
+    if self.cfg.qk_norm:
+      query, key = self.query_norm(query), self.key_norm(key)
+    # The scale rides on the angles: in float32, and at no cost.
+    scale = (self.cfg.query_scale or self.cfg.head_dim) ** -0.5
+    query = attention_lib.apply_rope(query, scale * sin, scale * cos)
+    return query, attention_lib.apply_rope(key, sin, cos), value
 
 
 class Block(nnx.Module):
-  """One pre-norm decoder layer."""
+  """One pre-norm decoder layer; Gemma 2 also norms what it adds."""
 
   def __init__(self, cfg: ModelConfig, rngs):
-    self.attention_norm = RMSNorm(cfg)
+    D = cfg.embed_dim
+    self.post_norms = cfg.post_norms
+    self.attention_norm = RMSNorm(cfg, D)
     self.attention = Attention(cfg, rngs)
-    self.mlp_norm = RMSNorm(cfg)
+    self.mlp_norm = RMSNorm(cfg, D)
     self.mlp = MLP(cfg, rngs)
+    if cfg.post_norms:
+      self.attention_post_norm = RMSNorm(cfg, D)
+      self.mlp_post_norm = RMSNorm(cfg, D)
 
   def __call__(self, x, sin, cos, mask):
-    x = x + self.attention(self.attention_norm(x), sin, cos, mask)
-    return x + self.mlp(self.mlp_norm(x))
-
-
-class Embed(nnx.Module):
-  """The token embedding [V,D]."""
-
-  def __init__(self, cfg: ModelConfig, rngs):
-    shape = (cfg.vocab_size, cfg.embed_dim)
-    self.embedding = nnx.Param(
-        cfg.embed_dim**-0.5
-        * jax.random.normal(rngs.params(), shape, cfg.param_dtype))
+    out = self.attention(self.attention_norm(x), sin, cos, mask)
+    x += self.attention_post_norm(out) if self.post_norms else out
+    out = self.mlp(self.mlp_norm(x))
+    return x + (self.mlp_post_norm(out) if self.post_norms else out)
 
 
 class Transformer(nnx.Module):
@@ -126,28 +95,30 @@ class Transformer(nnx.Module):
     self.cfg = cfg
     self.embed = Embed(cfg, rngs)
     make_block = nnx.vmap(
-        lambda key: Block(cfg, nnx.Rngs(params=key)), in_axes=0, out_axes=0)
+        lambda key: Block(cfg, _make_rngs(key)), in_axes=0, out_axes=0)
     self.layers = make_block(jax.random.split(rngs.params(), cfg.num_layers))
-    self.final_norm = RMSNorm(cfg)
+    self.final_norm = RMSNorm(cfg, cfg.embed_dim)
     if not cfg.tie_embeddings:
       self.lm_head = Dense(
-          'RD,DV->RV', (cfg.embed_dim, cfg.vocab_size), cfg,
+          cfg, 'lm_head', (cfg.embed_dim,), (cfg.vocab_size,),
           std=cfg.embed_dim**-0.5, rngs=rngs)
 
   def hidden(self, tokens, positions, segment_ids):
     cfg = self.cfg
     sin, cos = attention_lib.rope_angles(
-        positions, cfg.head_dim, cfg.rope_theta)
-    mask = attention_lib.make_mask(segment_ids)
-    x = self.embed.embedding[...][tokens.reshape(-1)]  # [R,D]
+        positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    mask_of = _make_mask_of(
+        cfg, functools.partial(attention_lib.make_mask, segment_ids))
     graphdef, stacked = nnx.split(self.layers)
 
-    def body(x, layer):
-      return nnx.merge(graphdef, layer)(x, sin, cos, mask), None
+    def body(x, xs):
+      layer, has_window = xs
+      return nnx.merge(graphdef, layer)(x, sin, cos, mask_of(has_window)), None
 
     body = with_remat(body, cfg.remat)
     x, _ = jax.lax.scan(
-        body, x.astype(cfg.dtype), stacked, unroll=cfg.unroll)
+        body, self.embed(tokens), (stacked, _has_window(cfg)),
+        unroll=cfg.unroll)
     return self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim)
 
   def logits(self, hidden):
@@ -158,7 +129,33 @@ class Transformer(nnx.Module):
     logits = jnp.einsum(
         'RD,DV->RV', hidden.reshape(-1, self.cfg.embed_dim),
         kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = attention_lib.softcap(logits, self.cfg.final_softcap)
     return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def _make_rngs(key) -> nnx.Rngs:
+  return nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1))
+
+
+def _has_window(cfg: ModelConfig) -> jax.Array | None:
+  """Returns bool [L], or None where all layers are alike."""
+  if not cfg.sliding_window or cfg.window_period == 1:
+    return None
+  return jnp.arange(cfg.num_layers) % cfg.window_period == 0
+
+
+def _make_mask_of(cfg: ModelConfig, make_mask):
+  """Returns a layer's entry of _has_window -> its mask.
+
+  Args:
+    cfg: the model.
+    make_mask: window (0 for none) -> mask.
+  """
+  if _has_window(cfg) is None:
+    mask = make_mask(cfg.sliding_window)
+    return lambda has_window: mask
+  masks = make_mask(cfg.sliding_window), make_mask(0)
+  return lambda has_window: jnp.where(has_window, *masks)
 
 
 def with_remat(body, remat: str):
@@ -184,7 +181,7 @@ def make_model(cfg: ModelConfig) -> nnx.GraphDef:
     raise ValueError(
         'vocab_size=0 in the model config; set it to the size of the '
         'tokenizer: preset(name, vocab_size=tokenizer.vocab_size).')
-  model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(params=0)))
+  model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0)))
   return nnx.split(model)[0]
 
 
@@ -195,6 +192,11 @@ def init_params(cfg: ModelConfig, seed: int) -> dict:
   value [L,D,K,H], out [L,N,H,D]}/kernel; layers/mlp/{gate, up [L,D,F],
   down [L,F,D]}/kernel; layers/{attention_norm, mlp_norm}/scale [L,D];
   final_norm/scale [D]; lm_head/kernel [D,V] unless tied.
+
+  With post_norms also layers/{attention_post_norm, mlp_post_norm}/scale [L,D],
+  with qk_norm layers/attention/{query_norm, key_norm}/scale [L,H]. Beside the
+  kernel [L, inputs, outputs] of a LoRA target lie lora_a [L, inputs, r] and
+  lora_b [L, r, outputs], float32.
   """
   make_model(cfg)  # validates
   return _make_init(cfg)(jax.random.key(seed))

@@ -70,6 +70,17 @@ def test_make_mesh_refuses(sizes, message):
     ('layers/mlp/down', (2, 128, 64), P(None, 'tensor', 'fsdp')),
     ('layers/attention_norm/scale', (2, 64), P()),
     ('final_norm/scale', (64,), P()),
+    ('layers/attention/query_norm/scale', (2, 16), P()),
+    ('layers/attention/key/lora_a', (2, 64, 8), P(None, 'fsdp', None)),
+    (
+      'layers/attention/key/lora_b',
+      (2, 8, 2, 16),
+      P(None, None, 'tensor'),
+    ),
+    ('layers/attention/out/lora_a', (2, 8, 16, 4), P(None, 'tensor')),
+    ('layers/attention/out/lora_b', (2, 4, 64), P(None, None, 'fsdp')),
+    ('layers/mlp/up/lora_b', (2, 4, 128), P(None, None, 'tensor')),
+    ('layers/mlp/down/lora_a', (2, 128, 4), P(None, 'tensor')),
     ('lm_head/kernel', (64, 256), P('fsdp', 'tensor')),
     ('lm_head/kernel', (63, 255), P(None, None)),
     # The optimizer's copies fall under the same rules.
@@ -91,14 +102,22 @@ def test_rules_cover_everything_or_say_what_is_missing():
     mesh_lib.param_spec('my_lm_head/kernel', (8, 8), POD)
 
 
-@pytest.mark.parametrize('tie_embeddings', [True, False])
-def test_rules_cover_the_decoder(tie_embeddings):
-  cfg = model_config.preset('tiny', 512, tie_embeddings=tie_embeddings)
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'tie_embeddings': True},
+    {'tie_embeddings': False, 'qk_norm': True, 'post_norms': True},
+    {'lora_rank': 8},
+  ],
+)
+def test_rules_cover_the_decoder(fields):
+  cfg = model_config.preset('tiny', 512, **fields)
   shapes = jax.eval_shape(lambda: transformer.init_params(cfg, 0))
   for name, leaf in tree.named_leaves(shapes).items():
     spec = mesh_lib.param_spec(name, leaf.shape, POD)
     # Whatever is large lies on both axes that parameters are cut over.
-    assert name.endswith('scale') or {'fsdp', 'tensor'} <= set(spec), name
+    axes = {'fsdp', 'tensor'} & set(spec)
+    assert name.endswith('scale') or len(axes) == 1 + ('lora' not in name), name
 
 
 def test_shardings_keep_the_tree():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from csrm_jax.models import attention
+from csrm_jax.models.config import RopeScaling
 
 B, T, N, K, H = 2, 12, 4, 2, 8
 
@@ -15,7 +16,7 @@ def _qkv(num_kv_heads=K, length=T, seed=0):
       for heads in (N, num_kv_heads, num_kv_heads)]
 
 
-def _reference(query, key, value, mask):
+def _reference(query, key, value, mask, cap=0.0):
   """Softmax attention one query and head at a time, in float64."""
   query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
   out = np.zeros_like(query)
@@ -23,7 +24,9 @@ def _reference(query, key, value, mask):
   for b, t, n in np.ndindex(*query.shape[:3]):
     seen = np.flatnonzero(mask[b, t])
     if seen.size:
-      scores = key[b, seen, n // group] @ query[b, t, n] / np.sqrt(H)
+      scores = key[b, seen, n // group] @ query[b, t, n]
+      if cap:
+        scores = cap * np.tanh(scores / cap)
       weights = np.exp(scores - scores.max())
       out[b, t, n] = weights @ value[b, seen, n // group] / weights.sum()
   return out
@@ -60,6 +63,66 @@ def test_mask_is_causal_and_within_segments():
       [0, 0, 1, 1, 0],
       [0, 0, 0, 0, 0],
   ]
+
+
+@pytest.mark.parametrize('window', [1, 3, 12])
+def test_mask_with_window_is_the_band_next_to_the_diagonal(window):
+  segment_ids = jnp.asarray([[1] * 7 + [2] * 5])
+  query, key = np.indices((T, T))
+  want = np.asarray(attention.make_mask(segment_ids))[0]
+  want = want & (query - key < window)
+  assert want.any()
+  np.testing.assert_array_equal(
+      attention.make_mask(segment_ids, window)[0], want)
+
+
+@pytest.mark.parametrize('chunk', [2, 4, 64])
+def test_a_promised_window_only_leaves_out_hidden_keys(chunk, monkeypatch):
+  monkeypatch.setattr(attention, 'MIN_CHUNK', chunk)
+  monkeypatch.setattr(attention, 'MAX_CHUNKS', T)
+  mask = attention.make_mask(jnp.asarray([[1] * 8 + [2] * 4, [1] * 12]), 3)
+  qkv = _qkv()
+  np.testing.assert_allclose(
+      attention.attend(*qkv, mask, window=3),
+      _reference(*qkv, np.asarray(mask)), atol=1e-5)
+  # Keys far outside are not even read.
+  poisoned = [x.at[:, :2].set(jnp.nan) for x in qkv[1:]]
+  out = attention.attend(qkv[0], *poisoned, mask, window=3)
+  if chunk < 64:
+    assert np.all(np.isfinite(out[:, 4:]))
+  else:
+    assert np.any(np.isnan(out))
+
+
+def test_softcap_bounds_scores():
+  mask = attention.make_mask(jnp.ones((B, T), jnp.int32))
+  qkv = _qkv()
+  got = attention.attend(*qkv, mask, cap=1.5)
+  np.testing.assert_allclose(
+      got, _reference(*qkv, np.asarray(mask), cap=1.5), atol=1e-5)
+  assert np.abs(got - attention.attend(*qkv, mask)).max() > 0.1
+
+
+def test_rope_scaling_is_llama_3s():
+  """The published piecewise form, one wavelength at a time."""
+  scaling = RopeScaling(8.0, 1.0, 4.0, 64)
+  head_dim, theta, position = 16, 500.0, 50
+  want = []
+  for i in range(0, head_dim, 2):
+    frequency = theta ** (-i / head_dim)
+    wavelength = 2 * np.pi / frequency
+    if wavelength > 64 / 1.0:
+      frequency /= 8.0
+    elif wavelength >= 64 / 4.0:
+      smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
+      frequency = (1 - smooth) * frequency / 8.0 + smooth * frequency
+    want.append(np.sin(position * frequency))
+  angles = jnp.asarray([[position]]), head_dim, theta
+  got, _ = attention.rope_angles(*angles, scaling)
+  np.testing.assert_allclose(got[0, 0], want, atol=1e-5)
+  plain, _ = attention.rope_angles(*angles)
+  assert got[0, 0, 0] == plain[0, 0, 0]  # the shortest wavelength stays
+  assert np.abs(got - plain).max() > 0.1
 
 
 def test_padding_gives_zero_with_finite_gradients():

@@ -38,11 +38,11 @@ def _logits(cfg, params, tokens, positions, segment_ids):
 
 @functools.lru_cache
 def _params(cfg=CFG, seed=0):
-  """Returns params whose norm scales are not all one."""
+  """Returns params whose norm scales are not all one, nor LoRA's b zero."""
   params = transformer.init_params(cfg, seed)
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   for i, (name, leaf) in enumerate(flat.items()):
-    if name.endswith('scale'):
+    if name.endswith(('scale', 'lora_b')):
       noise = jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype)
       flat[name] = leaf + 0.3 * noise
   return flax.traverse_util.unflatten_dict(flat, sep='/')
@@ -108,40 +108,157 @@ def test_split_once_per_config():
   assert transformer.make_model(CFG) is transformer.make_model(copy)
 
 
-def test_equals_plain_numpy():
-  """The whole decoder against a float64 reference written independently."""
-  params = _params()
-  tokens, positions, segment_ids = _row([7, 5], 14)
-  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+def _reference(cfg, params, tokens, positions, mask):
+  """One row through the decoder in float64 numpy, written independently.
 
-  def norm(x, scale):
-    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5) * scale
+  Takes mask[has_window] bool [T,S]; returns logits [T,V].
+  """
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  half = cfg.head_dim // 2
+
+  def norm(x, layer):
+    scale = layer['scale'] + cfg.norm_offset
+    mean = (x ** 2).mean(-1, keepdims=True)
+    return x / np.sqrt(mean + cfg.norm_eps) * scale
 
   def rope(x):
-    angle = positions[0][:, None] * 1e4 ** (-np.arange(0, 8, 2) / 8)
-    turn = np.exp(1j * angle)[:, None] * (x[..., :4] + 1j * x[..., 4:])
+    angle = positions[:, None] * cfg.rope_theta ** (-np.arange(half) / half)
+    turn = np.exp(1j * angle)[:, None] * (x[..., :half] + 1j * x[..., half:])
     return np.concatenate([turn.real, turn.imag], -1)
 
-  mask = np.asarray(attention.make_mask(segment_ids))[0]
-  x = p['embed']['embedding'][tokens[0]]
-  for i in range(CFG.num_layers):
+  def dense(x, layer, axes=1):
+    y = np.tensordot(x, layer['kernel'], axes)
+    if 'lora_a' in layer:
+      low = np.tensordot(x, layer['lora_a'], axes)
+      y += cfg.lora_alpha / cfg.lora_rank * np.tensordot(
+          low, layer['lora_b'], 1)
+    return y
+
+  def cap(x, limit):
+    return limit * np.tanh(x / limit) if limit else x
+
+  def gate(x):
+    if cfg.activation == 'silu':
+      return x / (1 + np.exp(-x))
+    cubic = np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)
+    return x * 0.5 * (1 + np.tanh(cubic))
+
+  x = p['embed']['embedding'][tokens]
+  if cfg.scale_embeddings:
+    x = x * np.sqrt(cfg.embed_dim)
+  for i in range(cfg.num_layers):
     layer = jax.tree.map(lambda leaf, i=i: leaf[i], p['layers'])
-    h = norm(x, layer['attention_norm']['scale'])
-    q, k, v = (np.einsum('td,dnh->tnh', h, layer['attention'][n]['kernel'])
-               for n in ('query', 'key', 'value'))
-    q, k = rope(q), rope(k)
-    k, v = np.repeat(k, 2, 1), np.repeat(v, 2, 1)
-    w = np.exp(np.einsum('tnh,snh->nts', q, k) / np.sqrt(8)) * mask
+    heads, mlp = layer['attention'], layer['mlp']
+    h = norm(x, layer['attention_norm'])
+    q, k, v = (dense(h, heads[n]) for n in ('query', 'key', 'value'))
+    if cfg.qk_norm:
+      q, k = norm(q, heads['query_norm']), norm(k, heads['key_norm'])
+    group = cfg.num_heads // cfg.num_kv_heads
+    q, k, v = rope(q), np.repeat(rope(k), group, 1), np.repeat(v, group, 1)
+    scores = np.einsum('tnh,snh->nts', q, k)
+    scores = cap(scores / np.sqrt(cfg.query_scale or cfg.head_dim),
+                 cfg.attention_softcap)
+    has_window = cfg.sliding_window > 0 and i % cfg.window_period == 0
+    w = np.exp(scores) * mask[has_window]
     w = w / np.maximum(w.sum(-1, keepdims=True), 1e-300)
-    out = np.einsum('nts,snh->tnh', w, v)
-    x = x + np.einsum('tnh,nhd->td', out, layer['attention']['out']['kernel'])
-    h = norm(x, layer['mlp_norm']['scale'])
-    gate = h @ layer['mlp']['gate']['kernel']
-    up = h @ layer['mlp']['up']['kernel']
-    x = x + (gate / (1 + np.exp(-gate)) * up) @ layer['mlp']['down']['kernel']
-  want = norm(x, p['final_norm']['scale']) @ p['embed']['embedding'].T
-  got = _logits(CFG, params, tokens, positions, segment_ids)[0]
+    h = dense(np.einsum('nts,snh->tnh', w, v), heads['out'], 2)
+    x = x + (norm(h, layer['attention_post_norm']) if cfg.post_norms else h)
+    h = norm(x, layer['mlp_norm'])
+    h = dense(gate(dense(h, mlp['gate'])) * dense(h, mlp['up']), mlp['down'])
+    x = x + (norm(h, layer['mlp_post_norm']) if cfg.post_norms else h)
+  x = norm(x, p['final_norm'])
+  if cfg.tie_embeddings:
+    kernel = p['embed']['embedding'].T
+  else:
+    kernel = p['lm_head']['kernel']
+  return cap(x @ kernel, cfg.final_softcap)
+
+
+VARIANTS = {
+    'llama': {},
+    'mistral': {'sliding_window': 3, 'tie_embeddings': False},
+    'qwen3': {'qk_norm': True, 'norm_eps': 1e-3, 'rope_theta': 100.0},
+    'gemma2': {
+        'norm_offset': 1.0, 'activation': 'gelu_tanh',
+        'scale_embeddings': True, 'query_scale': 5.0,
+        'attention_softcap': 0.5, 'final_softcap': 2.0, 'post_norms': True,
+        'sliding_window': 3, 'window_period': 2},
+    'lora': {'lora_rank': 3, 'lora_alpha': 6.0},
+}
+
+
+@pytest.mark.parametrize('unroll', [1, 2])
+@pytest.mark.parametrize('name', VARIANTS)
+def test_equals_plain_numpy(name, unroll):
+  cfg = dataclasses.replace(CFG, unroll=unroll, **VARIANTS[name])
+  params = _params(cfg)
+  tokens, positions, segment_ids = _row([7, 5], 14)
+  masks = [np.asarray(attention.make_mask(segment_ids, window))[0]
+           for window in (0, cfg.sliding_window)]
+  want = _reference(cfg, params, tokens[0], positions[0], masks)
+  got = _logits(cfg, params, tokens, positions, segment_ids)[0]
   np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize(('name', 'field'), [
+    (name, field) for name, fields in VARIANTS.items() for field in fields
+    if field not in ('tie_embeddings', 'qk_norm', 'post_norms', 'lora_rank')])
+def test_every_field_of_a_family_matters(name, field):
+  """So that the comparison above could fail for each of them."""
+  cfg = dataclasses.replace(CFG, **VARIANTS[name])
+  default = {f.name: f.default for f in dataclasses.fields(cfg)}[field]
+  without = dataclasses.replace(cfg, **{field: default})
+  tokens, positions, segment_ids = _row([7, 5], 14)
+  masks = {
+      c: [np.asarray(attention.make_mask(segment_ids, window))[0]
+          for window in (0, c.sliding_window)] for c in (cfg, without)}
+  a, b = (_reference(c, _params(cfg), tokens[0], positions[0], masks[c])
+          for c in (cfg, without))
+  assert np.abs(a - b)[:12].max() > 1e-2
+
+
+@pytest.mark.parametrize('name', ['mistral', 'gemma2'])
+def test_packed_equals_unpacked_with_windows(name):
+  cfg = dataclasses.replace(CFG, **VARIANTS[name])
+  params = _params(cfg)
+  tokens, positions, segment_ids = _row([7, 5], 14)
+  packed = _logits(cfg, params, tokens, positions, segment_ids)[0]
+  for start, length in ((0, 7), (7, 5)):
+    alone = _row([length], 14)
+    alone[0][0, :length] = tokens[0, start:start + length]
+    np.testing.assert_allclose(
+        _logits(cfg, params, *alone)[0, :length],
+        packed[start:start + length], atol=1e-5)
+
+
+def test_lora_starts_as_the_base_and_trains_every_target():
+  cfg = dataclasses.replace(
+      CFG, lora_rank=3, lora_targets=('query', 'out', 'down'),
+      param_dtype='bfloat16')
+  params = transformer.init_params(cfg, 0)
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  adapters = {name: leaf for name, leaf in flat.items() if '/lora_' in name}
+  assert {name: leaf.shape for name, leaf in adapters.items()} == {
+      'layers/attention/query/lora_a': (2, 32, 3),
+      'layers/attention/query/lora_b': (2, 3, 4, 8),
+      'layers/attention/out/lora_a': (2, 4, 8, 3),
+      'layers/attention/out/lora_b': (2, 3, 32),
+      'layers/mlp/down/lora_a': (2, 48, 3),
+      'layers/mlp/down/lora_b': (2, 3, 32),
+  }
+  assert {leaf.dtype for leaf in adapters.values()} == {jnp.dtype('float32')}
+  assert 0.8 < np.std(flat['layers/mlp/down/lora_a']) * 48**0.5 < 1.2
+  base_cfg = dataclasses.replace(cfg, lora_rank=0)
+  base = transformer.init_params(base_cfg, 0)
+  for name, leaf in flax.traverse_util.flatten_dict(base, sep='/').items():
+    np.testing.assert_array_equal(leaf, flat[name])
+  batch = _row([7, 5], 14)
+  np.testing.assert_array_equal(
+      _logits(cfg, params, *batch), _logits(base_cfg, base, *batch))
+  grads = flax.traverse_util.flatten_dict(
+      _grads(cfg, params, batch), sep='/')
+  for name in adapters:  # a has no gradient while b is 0
+    assert np.any(grads[name]) == name.endswith('lora_b'), name
 
 
 def test_scan_equals_loop():
