@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import sys
+import types
 from collections.abc import Sequence
 
 import jax
@@ -46,6 +47,11 @@ _WORKDIR = flags.DEFINE_string(
 _DEBUG = flags.DEFINE_bool(
   'debug', False, 'Show the traceback of an error in the input, and more logs.'
 )
+_SHOW_TOKENS = flags.DEFINE_bool(
+  'show_tokens', False,
+  'Print what the model sees of the first example, segment by segment, and'
+  ' exit; needs no --workdir.',
+)
 
 # What bad input raises; anything else is a bug and keeps its traceback.
 # ImportError: of an extra that the input needs.
@@ -61,25 +67,44 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
   Raises:
     ValueError: an unknown runner, or a workdir of another config.
   """
-  name = config.get('runner')
-  if name not in RUNNERS:
-    raise ValueError(
-      f'config.runner is {name!r}: choose one of {", ".join(RUNNERS)}'
-    )
-  runner = importlib.import_module(RUNNERS[name])
+  runner = _find_runner(config)
   path = pathlib.Path(workdir).expanduser()
   is_new = not path.is_dir() or not any(path.iterdir())
   path = config_lib.prepare_workdir(workdir, config)
   try:
     manifest = writer.make_manifest()
     manifest['config_digest'] = config_lib.digest(config)
-    manifest['runner'] = name
+    manifest['runner'] = config.runner
     writer.update_manifest(path, manifest)
     runner.run(config, path)
   except _INPUT_ERRORS:
     if is_new:
       config_lib.discard_workdir(path)
     raise
+
+
+def show_tokens(config: ml_collections.ConfigDict) -> None:
+  """Prints what the model sees of the first example; writes nothing.
+
+  Raises:
+    ValueError: an unknown runner, or one that has no prompts.
+  """
+  runner = _find_runner(config)
+  if not hasattr(runner, 'show_tokens'):
+    raise ValueError(
+      f'config.runner {config.runner!r} has no prompts to show; --show_tokens'
+      ' works with configs/rm.py and configs/eval.py'
+    )
+  runner.show_tokens(config)
+
+
+def _find_runner(config: ml_collections.ConfigDict) -> types.ModuleType:
+  name = config.get('runner')
+  if name not in RUNNERS:
+    raise ValueError(
+      f'config.runner is {name!r}: choose one of {", ".join(RUNNERS)}'
+    )
+  return importlib.import_module(RUNNERS[name])
 
 
 def use_compilation_cache() -> None:
@@ -110,7 +135,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     rest = FLAGS(list(argv))
     if len(rest) > 1:
       raise ValueError(f'{rest[1]!r} is not a flag: write --name=value')
-    for flag in ('config', 'workdir'):
+    needed = ('config',) if _SHOW_TOKENS.value else ('config', 'workdir')
+    for flag in needed:
       if FLAGS[flag].value is None:
         raise ValueError(f'--{flag} is required, as in --{flag}=...')
     FLAGS.config.is_locked  # noqa: B018  Raises if the file is not there.
@@ -155,6 +181,9 @@ def _main(argv: Sequence[str]) -> None:
   _quiet_logs()
   training.keep_freed_memory()
   try:
+    if _SHOW_TOKENS.value:
+      show_tokens(_CONFIG.value)
+      return
     use_compilation_cache()
     run(_CONFIG.value, _WORKDIR.value)
   except _INPUT_ERRORS as error:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,9 +23,11 @@ from csrm_jax.text.tokenizer import Tokenizer
 # Tokens of the response that must remain: less is nothing to judge.
 MIN_RESPONSE_LENGTH = 16
 # Stand where text was cut. They start with a space, so that what follows a
-# cut can never begin a line, and the second ends the response's last line.
+# cut can never begin a line. Behind the second come the line breaks that the
+# template puts behind the response.
 CUT_MIDDLE = ' ... '
-CUT_TAIL = ' ...\n'
+CUT_TAIL = ' ...'
+_LINE_BREAKS = re.compile(r'\n{0,2}\Z')
 
 LABEL_IDS = {None: -1, **{name: i for i, name in enumerate(schema.LABELS)}}
 
@@ -77,6 +80,16 @@ class Dropped:
   detail: str = ''
 
 
+class Parts(NamedTuple):
+  """The tokens of each segment, and how many were cut to make them fit.
+
+  The BOS is the first token of the first segment.
+  """
+
+  tokens: list[Sequence[int]]
+  num_cut: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
   """What encoding depends on besides the example.
@@ -122,26 +135,33 @@ def encode_prompt(
   Raises:
     ValueError: a segment encoded to a BOS of its own.
   """
-  parts = [_encode_segment(segment, tokenizer) for segment in segments]
+  parts = encode_segments(segments, tokenizer, max_length)
+  if isinstance(parts, Dropped):
+    return parts
+  tokens = [token for part in parts.tokens for token in part]
+  return np.array(tokens, np.int32), parts.num_cut
+
+
+def encode_segments(
+  segments: Sequence[templates.Segment], tokenizer: Tokenizer, max_length: int
+) -> Parts | Dropped:
+  """Returns the tokens of each segment; see encode_prompt."""
+  tokens = [_encode_segment(segment, tokenizer) for segment in segments]
   bos = tokenizer.bos_id
   if bos is not None:
-    parts.insert(0, [bos])
-  total = sum(map(len, parts))
-  num_cut = 0
+    tokens[0] = [bos, *tokens[0]]
+    count = sum(part.count(bos) for part in tokens)
+    if count != 1:
+      raise ValueError(
+        f'the prompt holds {count} BOS tokens (id {bos}), it must hold one;'
+        ' neither the tokenizer nor the template may write another'
+      )
+  total = sum(map(len, tokens))
   if total > max_length:
-    # The BOS counts as the template's own.
-    kinds = ['control'] * (bos is not None) + [s.kind for s in segments]
-    dropped = _shorten(parts, kinds, tokenizer, max_length)
+    dropped = _shorten(tokens, segments, tokenizer, max_length)
     if dropped is not None:
       return dropped
-    num_cut = total - sum(map(len, parts))
-  tokens = [token for part in parts for token in part]
-  if bos is not None and tokens.count(bos) != 1:
-    raise ValueError(
-      f'the prompt holds {tokens.count(bos)} BOS tokens (id {bos}), it must'
-      ' hold one; the tokenizer must not add special tokens when it encodes'
-    )
-  return np.array(tokens, np.int32), num_cut
+  return Parts(tokens, total - sum(map(len, tokens)))
 
 
 def encode_example(
@@ -242,17 +262,19 @@ def _encode_marker(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 def _shorten(
   parts: list[Sequence[int]],
-  kinds: Sequence[str],
+  segments: Sequence[templates.Segment],
   tokenizer: Tokenizer,
   max_length: int,
 ) -> Dropped | None:
   """Cuts `parts` in place to `max_length`, or says why that cannot be."""
+  kinds = [segment.kind for segment in segments]
   history = [i for i, kind in enumerate(kinds) if kind == 'history']
-  response = [i for i, kind in enumerate(kinds) if kind == 'response']
+  last = kinds.index('response')
+  line_breaks = _LINE_BREAKS.search(segments[last].text)[0]
   middle, tail = (
-    _encode_marker(tokenizer, text) for text in (CUT_MIDDLE, CUT_TAIL)
+    _encode_marker(tokenizer, text)
+    for text in (CUT_MIDDLE, CUT_TAIL + line_breaks)
   )
-  last = response[-1]
   least = min(len(parts[last]), MIN_RESPONSE_LENGTH + len(tail))
   fixed = sum(
     len(part)

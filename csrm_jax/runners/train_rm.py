@@ -7,8 +7,10 @@ import pathlib
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+import grain
 import jax
 import ml_collections
 
@@ -21,6 +23,7 @@ from csrm_jax.models import config as model_config
 from csrm_jax.models import hf, transformer
 from csrm_jax.runners import evaluation
 from csrm_jax.runners import loop as loop_lib
+from csrm_jax.runners import show_tokens as show_tokens_lib
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -81,6 +84,21 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   evaluation.write(workdir, results, summary, title=config.title)
 
 
+def show_tokens(config: ml_collections.ConfigDict) -> None:
+  """Prints the prompt of the first item that training would see."""
+  tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
+  layout = _make_spec(config, tokenizer).layout
+  encoder = _make_encoder(config, tokenizer, layout)
+  augment_fn, seen = _make_augment(config), []
+
+  def remember(item, rng):
+    seen.append(augment_fn(item, rng))
+    return seen[-1]
+
+  _make_atoms(config, encoder, _read_data(config)[0], remember)[0]
+  show_tokens_lib.show(seen[0], encoder)
+
+
 def _make_spec(config: ml_collections.ConfigDict,
                tokenizer: tokenizer_lib.Tokenizer) -> reward_model.Spec:
   cfg = model_config.preset(config.model.preset, tokenizer.vocab_size,
@@ -112,13 +130,8 @@ def _make_batches(config: ml_collections.ConfigDict,
                   layout: templates.Layout,
                   parts: dict[str, Any]) -> pipeline.BatchIterator:
   data = config.data
-  encoder = features.Encoder(tokenizer, data.max_length, layout,
-                             data.row_length, data.label_pairs)
-  atoms = mixture.make_training_atoms(
-      parts, {name: part.weight for name, part in data.parts.items()},
-      encoder, config.seed,
-      mixture.make_augment(data.drop_prob, data.plus_prob, data.minus_prob,
-                           data.rules_blind))
+  atoms = _make_atoms(config, _make_encoder(config, tokenizer, layout), parts,
+                      _make_augment(config))
   shape = packing.BatchShape(data.batch_size, data.row_length,
                              data.max_segments, tokenizer.pad_id)
   identity = {
@@ -129,6 +142,28 @@ def _make_batches(config: ml_collections.ConfigDict,
       'template': templates.template_hash(layout)}
   return pipeline.batches(atoms, shape,
                           fingerprint=json.dumps(identity, sort_keys=True))
+
+
+def _make_encoder(config: ml_collections.ConfigDict,
+                  tokenizer: tokenizer_lib.Tokenizer,
+                  layout: templates.Layout) -> features.Encoder:
+  data = config.data
+  return features.Encoder(tokenizer, data.max_length, layout, data.row_length,
+                          data.label_pairs)
+
+
+def _make_augment(config: ml_collections.ConfigDict) -> Callable[..., Any]:
+  data = config.data
+  return mixture.make_augment(data.drop_prob, data.plus_prob, data.minus_prob,
+                              data.rules_blind)
+
+
+def _make_atoms(config: ml_collections.ConfigDict, encoder: features.Encoder,
+                parts: dict[str, Any], augment_fn: Callable[..., Any]
+                ) -> grain.MapDataset:
+  weights = {name: part.weight for name, part in config.data.parts.items()}
+  return mixture.make_training_atoms(parts, weights, encoder, config.seed,
+                                     augment_fn)
 
 
 def _init_params(config: ml_collections.ConfigDict,

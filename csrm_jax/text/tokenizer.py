@@ -54,6 +54,9 @@ class Tokenizer(Protocol):
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of the ids; control ids count as no text."""
 
+  def piece(self, token: int) -> str:
+    """Returns what the vocabulary calls an id, for people to read."""
+
 
 class SentencePieceTokenizer:
   """A tokenizer from a SentencePiece .model file (its path or its bytes).
@@ -127,6 +130,10 @@ class SentencePieceTokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of the ids; control ids count as no text."""
     return self._sp.decode([int(i) for i in ids])
+
+  def piece(self, token: int) -> str:
+    """Returns what the vocabulary calls an id, for people to read."""
+    return self._sp.id_to_piece(int(token))
 
 
 class HFTokenizer:
@@ -212,6 +219,10 @@ class HFTokenizer:
     """Returns the text of the ids; control ids count as no text."""
     plain = [int(i) for i in ids if int(i) not in self._control_ids]
     return self._tok.decode(plain, skip_special_tokens=False)
+
+  def piece(self, token: int) -> str:
+    """Returns what the vocabulary calls an id, for people to read."""
+    return self._tok.id_to_token(int(token))
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

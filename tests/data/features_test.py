@@ -124,7 +124,7 @@ def test_response_tail_is_cut_last(tokenizer):
   assert atom.length == 80
   assert 'a0' not in text
   assert 'Agent: r0 r1 r2' in text and 'r99' not in text
-  assert f'{features.CUT_TAIL}{templates.END_RESPONSE}' in text
+  assert f'{features.CUT_TAIL}\n{templates.END_RESPONSE}' in text
   assert text.endswith(templates.ANSWER)
 
 
