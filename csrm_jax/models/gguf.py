@@ -1,0 +1,218 @@
+"""GGUF files, read as what they were made from: a Hugging Face folder.
+
+A .gguf file holds config, weights and tokenizer. Here each becomes what the
+folder has: the content of config.json, tensors under Hugging Face names
+(quantised ones as float32, and the rows of query and key in the order that
+llama.cpp changed them from), and the tokenizer's files.
+
+Source: the format is github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from csrm_jax.models.shards import Tensor
+
+# What the quantised types are read from; their values become float32.
+TYPES = (
+    'F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K',
+    'Q5_K', 'Q6_K',
+)
+
+# general.architecture -> the architecture in config.json, and whether the
+# rows of query and key were permuted.
+_ARCHITECTURES = {
+    'llama': ('LlamaForCausalLM', True),
+    'qwen3': ('Qwen3ForCausalLM', False),
+}
+# Keys of the metadata, below the architecture's name.
+_FIELDS = {
+    'block_count': 'num_hidden_layers',
+    'context_length': 'max_position_embeddings',
+    'embedding_length': 'hidden_size',
+    'feed_forward_length': 'intermediate_size',
+    'attention.head_count': 'num_attention_heads',
+    'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
+}
+# What a model may have and this decoder has not.
+_UNSUPPORTED = (
+    'expert_count', 'attention.sliding_window', 'rope.scaling.factor',
+    'attention.max_alibi_bias', 'logit_scale',
+)
+_TENSORS = {
+    'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm',
+    'output': 'lm_head',
+}
+_LAYER_TENSORS = {
+    'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm',
+    'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj',
+    'attn_v': 'self_attn.v_proj', 'attn_output': 'self_attn.o_proj',
+    'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm',
+    'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj',
+    'ffn_down': 'mlp.down_proj',
+}
+
+
+class _File(NamedTuple):
+  metadata: Mapping[str, Any]
+  tensors: tuple[Any, ...]  # gguf.ReaderTensor
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the content of config.json for the model in a .gguf file.
+
+  Raises:
+    ImportError: no package gguf.
+    ValueError: not a GGUF file, or a model that this decoder has not.
+  """
+  file = _read(path)
+  arch = file.metadata.get('general.architecture')
+  if arch not in _ARCHITECTURES:
+    raise ValueError(
+        f'{path}: general.architecture is {arch!r}, only '
+        f'{", ".join(_ARCHITECTURES)} is supported; convert the model to '
+        'safetensors elsewhere.')
+  own = {key.removeprefix(f'{arch}.'): value
+         for key, value in file.metadata.items() if key.startswith(f'{arch}.')}
+  names = {tensor.name: tensor for tensor in file.tensors}
+  bad = [f'{arch}.{key}' for key in _UNSUPPORTED if own.get(key)]
+  bad += ['rope_freqs.weight'] if 'rope_freqs.weight' in names else []
+  if bad:
+    raise ValueError(
+        f'{path}: has {bad[0]}, which is not supported in a GGUF file; use '
+        'the safetensors of the model.')
+  missing = [key for key in _FIELDS if not np.isscalar(own.get(key))]
+  if missing or 'token_embd.weight' not in names:
+    what = f'{arch}.{missing[0]}' if missing else 'token_embd.weight'
+    raise ValueError(
+        f'{path}: has no {what} or one for each layer; use another file.')
+  spec = {theirs: own[key] for key, theirs in _FIELDS.items()}
+  spec['rms_norm_eps'] = _decimal(spec['rms_norm_eps'])
+  heads = spec['num_attention_heads']
+  spec['head_dim'] = own.get(
+      'attention.key_length', spec['hidden_size'] // heads)
+  if own.get('rope.dimension_count', spec['head_dim']) != spec['head_dim']:
+    raise ValueError(
+        f'{path}: {arch}.rope.dimension_count is '
+        f'{own["rope.dimension_count"]}, only the whole head '
+        f'({spec["head_dim"]}) is supported; choose another model.')
+  return spec | {
+      'architectures': [_ARCHITECTURES[arch][0]],
+      'model_type': arch,
+      'num_key_value_heads': own.get('attention.head_count_kv', heads),
+      'rope_theta': _decimal(own.get('rope.freq_base', 10_000.0)),
+      'tie_word_embeddings': 'output.weight' not in names,
+      'torch_dtype': 'float32',
+      'vocab_size': int(names['token_embd.weight'].shape[-1]),
+      **{f'{name}_token_id': i for name, i in token_ids(path).items()},
+  }
+
+
+def open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
+  """Returns the tensors under their Hugging Face names, as float32, unread.
+
+  Raises:
+    ImportError: no package gguf.
+    ValueError: not a GGUF file, or a tensor of an unknown name or of a type
+      that is not supported.
+  """
+  spec, tensors = read_config(path), {}
+  heads = {}
+  if _ARCHITECTURES[spec['model_type']][1]:
+    heads = {'q_proj': spec['num_attention_heads'],
+             'k_proj': spec['num_key_value_heads']}
+  for tensor in _read(path).tensors:
+    kind = tensor.tensor_type.name
+    if kind not in TYPES:
+      raise ValueError(
+          f'{path}: {tensor.name} is stored as {kind}, only '
+          f'{", ".join(TYPES)} are supported; take a file of another '
+          'quantisation.')
+    name = _their_name(tensor.name, path)
+    tensors[name] = Tensor(
+        tuple(int(size) for size in reversed(tensor.shape)),
+        np.dtype(np.float32), str(path),
+        functools.partial(_dequantize, tensor,
+                          heads.get(name.split('.')[-2])))
+  return tensors
+
+
+def token_ids(path: pathlib.Path) -> dict[str, int]:
+  """Returns the ids of 'bos', 'eos' and 'pad', those that the file names."""
+  metadata = _read(path).metadata
+  keys = {'bos': 'bos', 'eos': 'eos', 'pad': 'padding'}
+  ids = {name: metadata.get(f'tokenizer.ggml.{key}_token_id')
+         for name, key in keys.items()}
+  return {name: int(i) for name, i in ids.items() if i is not None}
+
+
+def _their_name(name: str, path: pathlib.Path) -> str:
+  match = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.weight', name)
+  if match and match[1] is None and match[2] in _TENSORS:
+    return f'{_TENSORS[match[2]]}.weight'
+  if match and match[1] is not None and match[2] in _LAYER_TENSORS:
+    return f'model.layers.{match[1]}.{_LAYER_TENSORS[match[2]]}.weight'
+  raise ValueError(
+      f'{path}: the tensor {name} is of no use to the model; use the '
+      'safetensors of the model.')
+
+
+def _dequantize(tensor: Any, num_heads: int | None) -> np.ndarray:
+  """Returns float32 values; with num_heads, rows in Hugging Face's order."""
+  values = _package('').quants.dequantize(tensor.data, tensor.tensor_type)
+  values = np.asarray(values, np.float32)
+  if num_heads:
+    # Interleaved halves (2i, 2i + 1) back to (i, i + H/2).
+    pairs = values.reshape(num_heads, -1, 2, values.shape[-1])
+    values = pairs.swapaxes(1, 2).reshape(values.shape)
+  return values
+
+
+def _decimal(value: float) -> float:
+  """Returns the number that was meant: the file holds float32."""
+  return float(str(np.float32(value)))
+
+
+def _read(path: pathlib.Path) -> _File:
+  try:
+    stat = path.stat()
+  except OSError as error:
+    raise ValueError(
+        f'{path}: cannot be read ({error.strerror}); check the path.'
+    ) from None
+  return _parse(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _parse(path: pathlib.Path, size: int, mtime_ns: int) -> _File:
+  """Returns the parsed file; size and time tell a changed file apart."""
+  del size, mtime_ns
+  package = _package(str(path))
+  try:
+    reader = package.GGUFReader(path)
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+  except Exception as error:  # The parser runs into whatever a file holds.
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise ValueError(
+        f'{path}: cannot be read as GGUF ({reason}); copy the file again.'
+    ) from None
+  return _File(metadata, tuple(reader.tensors))
+
+
+def _package(where: str) -> types.ModuleType:
+  # Only these files need the package, so it is an extra.
+  try:
+    import gguf
+  except ImportError:
+    raise ImportError(
+        f'{where}: a .gguf file needs the package gguf; run "pip install '
+        'gguf", or install csrm_jax with its extra "hf"') from None
+  return gguf
