@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 Kind = Literal['control', 'rules', 'history', 'response']
-FORMATS = ('csrm',)
+FORMATS = (
+  'csrm', 'llama_guard_3', 'llama_guard_3_user', 'shield_gemma',
+  'shield_gemma_user',
+)
 ORDERS = ('rules_first', 'conversation_first')
 WORDS = ('safe', 'unsafe')
 
@@ -65,10 +68,14 @@ class Layout:
         f'the chat prefix {self.chat_prefix!r} has no suffix to open the'
         " assistant's turn; give both or none"
       )
-    if self.format != 'csrm' and self != Layout(self.format):
+    changed = [
+      field.name for field in dataclasses.fields(self)[1:]
+      if getattr(self, field.name) != field.default
+    ]
+    if self.format != 'csrm' and changed:
       raise ValueError(
-        f'the format {self.format!r} has an order, words and chat marks of its'
-        ' own; leave those settings as they are'
+        f'the format {self.format!r} has its own {changed[0]}; leave that'
+        ' setting as it is'
       )
 
   @classmethod

@@ -33,6 +33,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from csrm_jax.safety import guards
 from csrm_jax.safety.layout import DEFAULT, ORDERS, WORDS, Layout, Segment
 from csrm_jax.safety.schema import (
   Category,
@@ -105,7 +106,8 @@ def render(
   There is one segment for each line of CONTROL_LINES, each category (kind
   'rules'), each message but the last ('history') and the last ('response').
   The marks of a chat are part of the first and of the last segment, so that
-  they are encoded together with the template's text beside them.
+  they are encoded together with the template's text beside them. Formats of
+  guard models are those of `guards`; theirs may judge an earlier message.
 
   Args:
     safety: the rules.
@@ -113,9 +115,12 @@ def render(
     layout: which text goes around them.
 
   Raises:
-    ValueError: the conversation is empty or does not end with the agent.
+    ValueError: the conversation is empty or does not end with the agent, or
+      is none that the guard can judge.
   """
   check_conversation(conversation)
+  if layout.format in guards.GUARDS:
+    return guards.GUARDS[layout.format].render(safety, conversation)
   body = _body(safety, conversation, layout.order)
   question = _QUESTION.format(*layout.words)
   if not layout.chat_suffix:
@@ -149,6 +154,9 @@ def template_hash(layout: Layout = DEFAULT) -> str:
     Message('user', 'User: d\n\n'),
     Message('agent', '</RESPONSE>\nAnswer: safe\n'),
   )
+  guard = guards.GUARDS.get(layout.format)
+  if guard and guard.per_category:
+    probe = SafetyConfig(probe.categories[:1])
   segments = render(probe, conversation, layout)
   text = json.dumps([[s.kind, s.text] for s in segments])
   return hashlib.sha256(text.encode()).hexdigest()
@@ -206,6 +214,21 @@ def _body(
     _CONTROL[END_RESPONSE],
   ]
   return rules + turns if order == 'rules_first' else turns + rules
+
+
+def check_marks(tokenizer: Tokenizer, layout: Layout) -> None:
+  """Checks that the tokenizer knows the control tokens of a guard's format.
+
+  Raises:
+    ValueError: it does not, so it is that of another model.
+  """
+  guard = guards.GUARDS.get(layout.format)
+  for mark in guard.marks if guard else ():
+    if len(tokenizer.encode_control(mark)) != 1:
+      raise ValueError(
+        f'the format {layout.format!r} writes {mark}, which is no control'
+        ' token of this tokenizer; give the guard model that the format is of'
+      )
 
 
 def _rule_line(number: int, category: Category) -> str:

@@ -95,12 +95,12 @@ def name_tokens(
   Raises:
     ValueError: no end-of-text token is known, or a name has no id.
   """
-  eos = given['eos'] or _named(settings, 'eos_token') or _first(_EOS, control)
+  eos = given['eos'] or named(settings, 'eos_token') or _first(_EOS, control)
   if eos is None:
     raise ValueError(
       f'{where}: no end-of-text token is known; name it with eos=...'
     )
-  pad = given['pad'] or _named(settings, 'pad_token') or _first(_PAD, control)
+  pad = given['pad'] or named(settings, 'pad_token') or _first(_PAD, control)
   bos = given['bos'] or _opening_token(tok, settings)
   names = {'bos': bos, 'eos': eos, 'pad': pad or eos}
   ids = {key: name and tok.token_to_id(name) for key, name in names.items()}
@@ -120,11 +120,12 @@ def _opening_token(
   if encoding.ids and encoding.special_tokens_mask[0]:
     return encoding.tokens[0]
   if settings.get('add_bos_token') is True:
-    return _named(settings, 'bos_token')
+    return named(settings, 'bos_token')
   return None
 
 
-def _named(settings: Mapping[str, Any], key: str) -> str | None:
+def named(settings: Mapping[str, Any], key: str) -> str | None:
+  """Returns the text of a token that is given as text or as an object."""
   value = settings.get(key)
   return value.get('content') if isinstance(value, Mapping) else value
 

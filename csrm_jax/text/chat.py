@@ -1,0 +1,142 @@
+"""Chat templates: what a backbone wants around the text of a user.
+
+A model's own jinja template is rendered once, with one user message that only
+holds a marker, and cut at the marker. What was in front and behind is text of
+the template; conversations never go through jinja.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from csrm_jax.text import hf_json
+
+# Survives whatever a template does to a message: strip, split, escape.
+_MARKER = 'csrm0content0goes0here'
+_TEMPLATE_FILE = 'chat_template.jinja'
+_SPECIAL = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
+
+
+def wrap(
+  template: str, special_tokens: Mapping[str, str], bos: str | None
+) -> tuple[str, str]:
+  """Returns the text before a user's message, and from there to the answer.
+
+  The next token behind the suffix is the first of the assistant's turn.
+  Templates that can are told not to think, and those that know the date say
+  the one that is written in them, whatever the day.
+
+  Args:
+    template: jinja, as in a tokenizer_config.json.
+    special_tokens: texts of 'bos_token', 'eos_token', ... for the template.
+    bos: the token that the encoder puts in front of every prompt, or None. A
+      template that writes it too has it removed, so that there is one.
+
+  Raises:
+    ImportError: no package jinja2.
+    ValueError: the template cannot be rendered, drops, repeats or changes the
+      message, has nothing behind it, or writes the begin of text elsewhere.
+  """
+  text = _render(template, special_tokens)
+  if text.count(_MARKER) != 1:
+    raise ValueError(
+      f'the chat template renders a user message {text.count(_MARKER)} times'
+      ' as it is, it must do so once; use the template of an instruction-tuned'
+      ' model, or none'
+    )
+  prefix, suffix = text.split(_MARKER)
+  if not suffix.strip():
+    raise ValueError(
+      'the chat template has nothing behind the user message that opens the'
+      " assistant's turn (add_generation_prompt); use the template of an"
+      ' instruction-tuned model, or none'
+    )
+  if bos:
+    prefix = prefix.removeprefix(bos)
+    if bos in prefix or bos in suffix:
+      raise ValueError(
+        f'the chat template writes the begin-of-text token {bos!r} more than'
+        ' once or not in front; a prompt must hold one'
+      )
+  return prefix, suffix
+
+
+def read(folder: str | os.PathLike) -> tuple[str | None, dict[str, str]]:
+  """Returns (template or None, special tokens) of a Hugging Face folder.
+
+  The template is that of chat_template.jinja, else of tokenizer_config.json;
+  of several, the one that is named 'default'.
+
+  Raises:
+    ValueError: a file that cannot be read, or several without a default.
+  """
+  folder = pathlib.Path(folder)
+  settings = hf_json.read_settings(folder / 'tokenizer.json')
+  special = {
+    name: text
+    for name in _SPECIAL
+    if (text := hf_json.named(settings, name)) is not None
+  }
+  path = folder / _TEMPLATE_FILE
+  if path.is_file():
+    try:
+      return path.read_text(encoding='utf-8'), special
+    except ValueError:
+      raise ValueError(f'{path}: not UTF-8 text; copy the file again') from None
+  template = settings.get('chat_template')
+  if isinstance(template, list):
+    named = {item['name']: item['template'] for item in template}
+    if 'default' not in named:
+      raise ValueError(
+        f'{folder}: tokenizer_config.json has the chat templates'
+        f' {", ".join(named)} and none that is named default; write the one to'
+        f' use to {_TEMPLATE_FILE}'
+      )
+    template = named['default']
+  return template, special
+
+
+def _render(template: str, special_tokens: Mapping[str, str]) -> str:
+  try:
+    import jinja2
+    import jinja2.sandbox
+  except ImportError:
+    raise ImportError(
+      'a chat template needs the package jinja2; run "pip install jinja2", or'
+      ' install csrm_jax with its extra "hf"'
+    ) from None
+  # The settings that templates are written for; strftime_now is left out, so
+  # that a prompt does not depend on the day.
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True,
+    extensions=['jinja2.ext.loopcontrols'],
+  )
+  environment.filters['tojson'] = _to_json
+  environment.globals['raise_exception'] = _raise
+  try:
+    return environment.from_string(template).render(
+      messages=[{'role': 'user', 'content': _MARKER}],
+      add_generation_prompt=True,
+      enable_thinking=False,
+      tools=None,
+      documents=None,
+      **special_tokens,
+    )
+  except Exception as error:  # A template is a program of somebody else's.
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    raise ValueError(
+      f'the chat template cannot be rendered ({reason}); use the template of'
+      ' an instruction-tuned model, or none'
+    ) from None
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+  return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise(message: str) -> None:
+  raise ValueError(message)
