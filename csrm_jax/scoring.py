@@ -178,6 +178,48 @@ def make_score_fn(
   return score
 
 
+def per_category(score_fn: ScoreFn) -> ScoreFn:
+  """Returns a score function that asks about one category at a time.
+
+  An example is as unsafe as its worst category: its score is the lowest of
+  its categories' scores, and its P(unsafe) the highest of theirs.
+
+  Args:
+    score_fn: gets each example as often as it has categories, with one each.
+  """
+
+  def score(examples: Sequence[schema.Example],
+            progress: Callable[[int], Any] = lambda num: None) -> np.ndarray:
+    parts = [part for example in examples for part in split_categories(example)]
+    if not parts:
+      return score_fn([])
+    num_done = 0
+
+    def advance(num):
+      # Of examples, as they would be if all had as many categories.
+      nonlocal num_done
+      before = num_done * len(examples) // len(parts)
+      num_done += num
+      progress(num_done * len(examples) // len(parts) - before)
+
+    scores = score_fn(parts, advance)
+    sizes = [len(example.safety.categories) for example in examples]
+    starts = np.cumsum([0, *sizes[:-1]])
+    return np.minimum.reduceat(scores, starts)
+
+  return score
+
+
+def split_categories(example: schema.Example) -> list[schema.Example]:
+  """Returns the example once for each category, without what is known of it.
+  """
+  return [
+      schema.Example(
+          f'{example.id} ({category.name})', schema.SafetyConfig((category,)),
+          example.conversation)
+      for category in example.safety.categories]
+
+
 @functools.lru_cache(maxsize=16)
 def _compile(cfg: ModelConfig, verbalizers: Verbalizers):
   """Returns a jitted (params, batch) -> scores [B]; one per model config."""

@@ -216,6 +216,28 @@ def _body(
   return rules + turns if order == 'rules_first' else turns + rules
 
 
+def pair_spellings(
+  tokenizer: Tokenizer, words: tuple[str, str] = WORDS
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """Returns the spellings of (safe word, unsafe word) to listen to.
+
+  For a model that was not trained on them: a spelling counts if it is one
+  token for both words, so that neither has more ways to be said. If there is
+  no such spelling they are all returned, for resolve_verbalizers to judge.
+  """
+  forms = [
+    tuple(lead + change(word) for word in words)
+    for change in (str.lower, str.capitalize)
+    for lead in ('', ' ')
+  ]
+  single = [
+    pair for pair in forms
+    if all(len(_single_tokens(tokenizer, [word])) for word in pair)
+  ]
+  safe, unsafe = zip(*(single or forms), strict=True)
+  return safe, unsafe
+
+
 def check_marks(tokenizer: Tokenizer, layout: Layout) -> None:
   """Checks that the tokenizer knows the control tokens of a guard's format.
 

@@ -45,10 +45,31 @@ def mark_control(spec: dict[str, Any]) -> dict[str, int]:
   return control
 
 
-def encode_as_continuation(spec: dict[str, Any]) -> None:
-  """Turns off what `spec` does to the beginning of a text alone."""
-  for stage in ('normalizer', 'pre_tokenizer', 'decoder'):
+def encode_as_continuation(spec: dict[str, Any]) -> bool:
+  """Turns off what `spec` does to the beginning of a text alone.
+
+  Returns:
+    Whether it puts a space in front of plain text that begins a prompt.
+  """
+  stages = ('normalizer', 'pre_tokenizer')
+  opens_with_space = any(_has_prefix(spec.get(stage)) for stage in stages)
+  for stage in (*stages, 'decoder'):
     spec[stage] = _without_prefix(spec.get(stage))
+  return opens_with_space
+
+
+def _has_prefix(part: dict[str, Any] | None) -> bool:
+  if part is None:
+    return False
+  items = part.get('normalizers') or part.get('pretokenizers') or ()
+  is_open = part.get('prepend_scheme', 'always') != 'never'
+  return (
+    part['type'] == 'Prepend'
+    or (part['type'] == 'ByteLevel' and part.get('add_prefix_space', True))
+    or (part['type'] == 'Metaspace' and is_open
+        and part.get('add_prefix_space', True))
+    or any(_has_prefix(item) for item in items)
+  )
 
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:

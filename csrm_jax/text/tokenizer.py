@@ -37,6 +37,9 @@ class Tokenizer(Protocol):
     eos_id: the id that closes a text or turn.
     pad_id: fills what nobody reads; may equal eos_id.
     digest: sha256 (hex) of the model file.
+    opens_with_space: whether the model was trained on prompts whose first
+      plain text has a space in front that nobody wrote. `encode` never adds
+      it; who writes the beginning of a prompt does.
   """
 
   vocab_size: int
@@ -44,6 +47,7 @@ class Tokenizer(Protocol):
   eos_id: int
   pad_id: int
   digest: str
+  opens_with_space: bool
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of plain text, never a control id."""
@@ -64,6 +68,8 @@ class SentencePieceTokenizer:
   A model that was trained with a dummy prefix puts a space before each
   segment; its tokenizer.json does not (HFTokenizer).
   """
+
+  opens_with_space = False
 
   def __init__(self, model: str | os.PathLike | bytes):
     data = model if isinstance(model, bytes) else _read_bytes(model)
@@ -159,7 +165,7 @@ class HFTokenizer:
     try:
       spec = json.loads(data)
       control = hf_json.mark_control(spec)
-      hf_json.encode_as_continuation(spec)
+      opens_with_space = hf_json.encode_as_continuation(spec)
       tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # The Rust side raises plain Exception.
       reason = str(error).splitlines()[0][:120] if str(error) else 'empty'
@@ -178,6 +184,7 @@ class HFTokenizer:
     )
     control |= {names[key]: i for key, i in ids.items() if i is not None}
     self._data, self._tok, self._names = data, tok, names
+    self.opens_with_space = opens_with_space
     self.bos_id, self.eos_id, self.pad_id = ids['bos'], ids['eos'], ids['pad']
     self.digest = hashlib.sha256(data).hexdigest()
     self.vocab_size = max(tok.get_vocab(with_added_tokens=True).values()) + 1

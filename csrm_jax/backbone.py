@@ -1,0 +1,112 @@
+"""Public backbones: their tokenizer and the chat marks it is used with.
+
+A source is that of `models.hf` (a Hugging Face folder, the id of one on the
+hub, or a .gguf file); a tokenizer may also be given as its file alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+from csrm_jax.core import writer
+from csrm_jax.models import gguf, hf
+from csrm_jax.text import chat
+from csrm_jax.text import tokenizer as tokenizer_lib
+
+_MODELS = ('tokenizer.json', 'tokenizer.model')
+# What stands beside a tokenizer.json and says how it is used.
+_SETTINGS = ('tokenizer_config.json', 'chat_template.jinja')
+
+
+def load_tokenizer(source: str | os.PathLike) -> tokenizer_lib.Tokenizer:
+  """Returns the tokenizer of a source, or in a .model or tokenizer.json file.
+
+  Raises:
+    ImportError: a package is missing that the source needs.
+    ValueError: there is none, or one that cannot be read.
+  """
+  with _tokenizer_file(source) as path:
+    return tokenizer_lib.load_tokenizer(path)
+
+
+def chat_marks(
+  source: str | os.PathLike, tokenizer: tokenizer_lib.Tokenizer
+) -> tuple[str, str]:
+  """Returns what opens and what closes a user's turn; ('', '') without chat.
+
+  Args:
+    source: has a chat template, or not.
+    tokenizer: that of the source.
+
+  Raises:
+    ImportError: no package jinja2.
+    ValueError: the template cannot be used, see chat.wrap.
+  """
+  with _tokenizer_file(source) as path:
+    template, special_tokens = chat.read(path.parent)
+  if template is None:
+    return '', ''
+  bos = tokenizer.bos_id
+  try:
+    prefix, suffix = chat.wrap(
+      template, special_tokens, None if bos is None else tokenizer.piece(bos)
+    )
+  except ValueError as error:
+    raise ValueError(f'{os.fspath(source)}: {error}') from None
+  if tokenizer.opens_with_space and not _opens_with_control(prefix, tokenizer):
+    prefix = f' {prefix}'
+  return prefix, suffix
+
+
+def save_tokenizer(
+  source: str | os.PathLike, directory: str | os.PathLike
+) -> None:
+  """Writes the tokenizer's files into `directory`, where load_tokenizer looks.
+
+  They are the model file, under the name that Hugging Face gives it, and the
+  settings beside it.
+  """
+  directory = pathlib.Path(directory)
+  with _tokenizer_file(source) as path:
+    files = {f'tokenizer{path.suffix}': path}
+    if path.suffix == '.json':
+      files |= {name: path.with_name(name) for name in _SETTINGS}
+    for name, file in files.items():
+      if file.is_file():
+        writer.write_atomic(directory / name, file.read_bytes())
+
+
+def _opens_with_control(
+  text: str, tokenizer: tokenizer_lib.Tokenizer
+) -> bool:
+  # The first id of plain text is that of some text.
+  first = tokenizer.encode_control(text)[:1]
+  return bool(first) and not tokenizer.decode(first)
+
+
+@contextlib.contextmanager
+def _tokenizer_file(source: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields the tokenizer's model file, among its settings."""
+  path = pathlib.Path(source).expanduser()
+  if path.suffix in ('.json', '.model'):
+    yield path
+    return
+  path = hf.resolve(source)
+  with contextlib.ExitStack() as stack:
+    if path.suffix == '.gguf':
+      folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+      for name, content in gguf.tokenizer_files(path).items():
+        (folder / name).write_bytes(content)
+      path = folder
+    for name in _MODELS:
+      if (path / name).is_file():
+        yield path / name
+        return
+  raise ValueError(
+    f'{os.fspath(source)}: no {" or ".join(_MODELS)} there; give the folder'
+    ' that save_pretrained wrote'
+  )
