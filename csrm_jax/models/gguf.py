@@ -11,15 +11,17 @@ Source: the format is github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import functools
+import json
+import os
 import pathlib
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from csrm_jax.models.shards import Tensor
+from csrm_jax.models import shards
 
 # What the quantised types are read from; their values become float32.
 TYPES = (
@@ -59,6 +61,40 @@ _LAYER_TENSORS = {
     'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj',
     'ffn_down': 'mlp.down_proj',
 }
+
+# tokenizer.ggml.pre -> how text is cut before merging; each piece is bytes.
+_GPT2 = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+    r'|\s+(?!\S)|\s+')
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+
+
+class _Pre(NamedTuple):
+  """How a byte-level BPE cuts text.
+
+  Attributes:
+    pattern: what is one piece.
+    single_digits: digits are cut off one by one first.
+    normalizer: of Unicode text, None for none.
+    whole_words: a piece that is a token is never merged from parts.
+  """
+
+  pattern: str
+  single_digits: bool = False
+  normalizer: str | None = None
+  whole_words: bool = False
+
+
+_PRE = {
+    'gpt-2': _Pre(_GPT2),
+    'smollm': _Pre(_GPT2, single_digits=True),
+    'llama-bpe': _Pre(_LLAMA3, whole_words=True),
+    'qwen2': _Pre(_LLAMA3.replace('{1,3}', ''), normalizer='NFC'),
+}
+# tokenizer.ggml.token_type
+_CONTROL, _USER_DEFINED = 3, 4
 
 
 class _File(NamedTuple):
@@ -116,7 +152,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
+def open_tensors(path: pathlib.Path) -> dict[str, shards.Tensor]:
   """Returns the tensors under their Hugging Face names, as float32, unread.
 
   Raises:
@@ -137,7 +173,7 @@ def open_tensors(path: pathlib.Path) -> dict[str, Tensor]:
           f'{", ".join(TYPES)} are supported; take a file of another '
           'quantisation.')
     name = _their_name(tensor.name, path)
-    tensors[name] = Tensor(
+    tensors[name] = shards.Tensor(
         tuple(int(size) for size in reversed(tensor.shape)),
         np.dtype(np.float32), str(path),
         functools.partial(_dequantize, tensor,
@@ -152,6 +188,106 @@ def token_ids(path: pathlib.Path) -> dict[str, int]:
   ids = {name: metadata.get(f'tokenizer.ggml.{key}_token_id')
          for name, key in keys.items()}
   return {name: int(i) for name, i in ids.items() if i is not None}
+
+
+def tokenizer_files(path: pathlib.Path) -> dict[str, bytes]:
+  """Returns tokenizer.json and tokenizer_config.json, with the chat template.
+
+  Raises:
+    ImportError: no package gguf.
+    ValueError: not a byte-level BPE, or text is cut in an unknown way.
+  """
+  metadata = _read(path).metadata
+  kind = metadata.get('tokenizer.ggml.model')
+  pre = metadata.get('tokenizer.ggml.pre', 'gpt-2')
+  if kind != 'gpt2' or pre not in _PRE:
+    name, value = ('pre', pre) if kind == 'gpt2' else ('model', kind)
+    known = ', '.join(_PRE if kind == 'gpt2' else ['gpt2 (byte-level BPE)'])
+    raise ValueError(
+        f'{path}: tokenizer.ggml.{name} is {value!r}, only {known} is '
+        'supported; give the tokenizer.json of the model.')
+  tokens = metadata['tokenizer.ggml.tokens']
+  ids = token_ids(path)
+  spec = _tokenizer_json(
+      tokens, metadata['tokenizer.ggml.merges'],
+      metadata['tokenizer.ggml.token_type'], _PRE[pre])
+  if metadata.get('tokenizer.ggml.add_bos_token') and 'bos' in ids:
+    spec['post_processor'] = _prepend(tokens[ids['bos']], ids['bos'])
+  settings = {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      'clean_up_tokenization_spaces': False,
+      **{f'{name}_token': tokens[i] for name, i in ids.items()},
+  }
+  template = metadata.get('tokenizer.chat_template')
+  if template is not None:
+    settings['chat_template'] = template
+  return {
+      'tokenizer.json': json.dumps(spec, ensure_ascii=False).encode(),
+      'tokenizer_config.json': json.dumps(
+          settings, ensure_ascii=False, indent=2).encode(),
+  }
+
+
+def convert(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+  """Writes the Hugging Face folder of a .gguf file, weights in float32.
+
+  Raises:
+    ImportError: no package gguf.
+    ValueError: as read_config, open_tensors and tokenizer_files.
+  """
+  path, folder = pathlib.Path(path), pathlib.Path(folder)
+  spec, files = read_config(path), tokenizer_files(path)
+  tensors = open_tensors(path)
+  folder.mkdir(parents=True, exist_ok=True)
+  shards.write(folder, tensors, {'source': path.name})
+  for name, content in files.items():
+    shards.replace(
+        folder / name, lambda to, content=content: to.write_bytes(content))
+  shards.write_json(folder / 'config.json', spec)
+
+
+def _tokenizer_json(
+    tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int],
+    pre: _Pre
+) -> dict[str, Any]:
+  byte_level = {'type': 'ByteLevel', 'add_prefix_space': False,
+                'trim_offsets': True, 'use_regex': False}
+  steps = [{'type': 'Split', 'pattern': {'Regex': pre.pattern},
+            'behavior': 'Isolated', 'invert': False}, byte_level]
+  if pre.single_digits:
+    steps.insert(0, {'type': 'Digits', 'individual_digits': True})
+  added = [
+      {'id': i, 'content': tokens[i], 'single_word': False, 'lstrip': False,
+       'rstrip': False, 'normalized': False, 'special': kind == _CONTROL}
+      for i, kind in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED)]
+  return {
+      'version': '1.0', 'truncation': None, 'padding': None,
+      'added_tokens': added,
+      'normalizer': pre.normalizer and {'type': pre.normalizer},
+      'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': steps},
+      'post_processor': None,
+      'decoder': byte_level,
+      'model': {
+          'type': 'BPE', 'dropout': None, 'unk_token': None,
+          'continuing_subword_prefix': None, 'end_of_word_suffix': None,
+          'fuse_unk': False, 'byte_fallback': False,
+          'ignore_merges': pre.whole_words,
+          'vocab': {token: i for i, token in enumerate(tokens)},
+          'merges': list(merges),
+      },
+  }
+
+
+def _prepend(token: str, i: int) -> dict[str, Any]:
+  """Returns the post-processor that puts a token before each text."""
+  text = [{'Sequence': {'id': 'A', 'type_id': 0}}]
+  return {
+      'type': 'TemplateProcessing',
+      'single': [{'SpecialToken': {'id': token, 'type_id': 0}}, *text],
+      'pair': [{'SpecialToken': {'id': token, 'type_id': 0}}, *text,
+               {'Sequence': {'id': 'B', 'type_id': 1}}],
+      'special_tokens': {token: {'id': token, 'ids': [i], 'tokens': [token]}},
+  }
 
 
 def _their_name(name: str, path: pathlib.Path) -> str:

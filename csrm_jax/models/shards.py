@@ -132,8 +132,7 @@ def write(
   for file, names in zip(files, shards, strict=True):
     arrays = {name: np.ascontiguousarray(tensors[name].read())
               for name in names}
-    replace(folder / file, lambda path, arrays=arrays:
-            safetensors.numpy.save_file(arrays, path, metadata=header))
+    replace(folder / file, functools.partial(_save, arrays, header))
   if count > 1:
     index = {
         'metadata': {'total_size': sum(t.num_bytes for t in tensors.values())},
@@ -194,6 +193,15 @@ def _plan(
     shards[-1].append(name)
     size += tensor.num_bytes
   return shards
+
+
+def _save(
+    arrays: dict[str, np.ndarray], header: dict[str, str], path: pathlib.Path
+) -> None:
+  path.touch()  # with the usual permissions; the library gives narrower ones
+  mode = path.stat().st_mode
+  safetensors.numpy.save_file(arrays, path, metadata=header)
+  path.chmod(mode)
 
 
 def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
