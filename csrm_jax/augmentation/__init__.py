@@ -1,0 +1,1 @@
+"""Training data made from real conversations by changing the rules."""
