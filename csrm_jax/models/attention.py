@@ -67,18 +67,30 @@ def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
   return rotated.astype(x.dtype)
 
 
-def make_mask(segment_ids: jax.Array, window: int = 0) -> jax.Array:
+def make_mask(
+    segment_ids: jax.Array, window: int = 0,
+    key_segment_ids: jax.Array | None = None, start: jax.Array | int = 0
+) -> jax.Array:
   """Returns bool [B,T,S]: may query t attend to key s.
 
   True where both lie in the same segment and s is not after t, nor, given a
   window, `window` or more before t. Segment 0 is padding: it attends to nothing
   and nothing attends to it.
+
+  Args:
+    segment_ids: int32 [B,T], of the queries.
+    window: 0 for none.
+    key_segment_ids: int32 [B,S]; by default the queries' own.
+    start: place of the first query among the keys.
   """
-  length = segment_ids.shape[-1]
-  same = segment_ids[:, :, None] == segment_ids[:, None, :]
-  near = jnp.tril(jnp.ones((length, length), bool))
+  if key_segment_ids is None:
+    key_segment_ids = segment_ids
+  query_place = start + jnp.arange(segment_ids.shape[1])
+  distance = query_place[:, None] - jnp.arange(key_segment_ids.shape[1])
+  near = distance >= 0
   if window:
-    near &= ~jnp.tril(near, -window)
+    near &= distance < window
+  same = segment_ids[:, :, None] == key_segment_ids[:, None, :]
   return same & near & (segment_ids > 0)[:, :, None]
 
 
@@ -124,6 +136,27 @@ def attend(
         query[:, :, :, rows], key[..., seen], value[:, :, seen],
         bias[..., rows, seen], cap))
   out = jnp.concatenate(out, axis=3)  # [B,K,G,T,H]
+  return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def attend_cached(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array,
+    cap: float = 0.0
+) -> jax.Array:
+  """Returns what attend does, for few queries and a cache's layout.
+
+  Args:
+    query: [B,T,N,H], scaled already; T is small.
+    key: [B,K,H,S], as the product with a query wants it.
+    value: [B,K,S,H].
+    mask: bool [B,T,S].
+    cap: of softcap on the scores.
+  """
+  B, T, N, H = query.shape
+  K = key.shape[1]
+  query = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  bias = jnp.where(mask, 0.0, -jnp.inf)[:, None, None]  # [B,1,1,T,S]
+  out = _attend_chunk(query, key, value, bias, cap)  # [B,K,G,T,H]
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

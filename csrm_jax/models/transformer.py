@@ -46,13 +46,14 @@ class Attention(nnx.Module):
     if cfg.qk_norm:
       self.query_norm, self.key_norm = RMSNorm(cfg, H), RMSNorm(cfg, H)
 
-  def __call__(self, x, sin, cos, mask):
-    cfg = self.cfg
-    query, key, value = self._project(x, sin, cos)
-    out = attention_lib.attend(
-        query, key, value, mask, cap=cfg.attention_softcap,
-        window=cfg.sliding_window if cfg.window_period == 1 else 0)
-    return self.out(out.reshape(-1, *out.shape[2:]))
+  def __call__(self, x, sin, cos, attend):
+    """Returns (what is added to x [R,D], what attend keeps).
+
+    attend takes query [B,T,N,H], key and value [B,T,K,H] and returns the heads'
+    output [B,T,N,H] and anything else.
+    """
+    out, kept = attend(*self._project(x, sin, cos))
+    return self.out(out.reshape(-1, *out.shape[2:])), kept
 
   def _project(self, x, sin, cos):
     """Returns scaled query [B,T,N,H], key and value [B,T,K,H] of x [R,D]."""
@@ -81,11 +82,11 @@ class Block(nnx.Module):
       self.attention_post_norm = RMSNorm(cfg, D)
       self.mlp_post_norm = RMSNorm(cfg, D)
 
-  def __call__(self, x, sin, cos, mask):
-    out = self.attention(self.attention_norm(x), sin, cos, mask)
+  def __call__(self, x, sin, cos, attend):
+    out, kept = self.attention(self.attention_norm(x), sin, cos, attend)
     x += self.attention_post_norm(out) if self.post_norms else out
     out = self.mlp(self.mlp_norm(x))
-    return x + (self.mlp_post_norm(out) if self.post_norms else out)
+    return x + (self.mlp_post_norm(out) if self.post_norms else out), kept
 
 
 class Transformer(nnx.Module):
@@ -103,23 +104,75 @@ class Transformer(nnx.Module):
           cfg, 'lm_head', (cfg.embed_dim,), (cfg.vocab_size,),
           std=cfg.embed_dim**-0.5, rngs=rngs)
 
-  def hidden(self, tokens, positions, segment_ids):
+  def hidden(self, tokens, positions, segment_ids, keep=False):
+    """Returns hidden [B,T,D] and, to keep, keys and values as in a cache."""
     cfg = self.cfg
-    sin, cos = attention_lib.rope_angles(
-        positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     mask_of = _make_mask_of(
         cfg, functools.partial(attention_lib.make_mask, segment_ids))
-    graphdef, stacked = nnx.split(self.layers)
+    uniform = cfg.sliding_window if cfg.window_period == 1 else 0
+
+    def attend(query, key, value, has_window):
+      out = attention_lib.attend(
+          query, key, value, mask_of(has_window), cap=cfg.attention_softcap,
+          window=uniform)
+      return out, _to_cache(key, value) if keep else None
 
     def body(x, xs):
-      layer, has_window = xs
-      return nnx.merge(graphdef, layer)(x, sin, cos, mask_of(has_window)), None
+      return block(x, xs[0], functools.partial(attend, has_window=xs[1]))
 
-    body = with_remat(body, cfg.remat)
-    x, _ = jax.lax.scan(
-        body, self.embed(tokens), (stacked, _has_window(cfg)),
-        unroll=cfg.unroll)
-    return self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim)
+    block = self._make_block(positions)
+    x, kept = self._scan(with_remat(body, cfg.remat), self.embed(tokens))
+    return self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim), kept
+
+  def extend(self, tokens, positions, segment_ids, cache):
+    """Returns hidden [B,T,D] and the cache with T more slots in use."""
+    cfg, start = self.cfg, cache['length']
+    used = jax.lax.dynamic_update_slice(
+        cache['segment_ids'], segment_ids, (0, start))
+    mask_of = _make_mask_of(cfg, functools.partial(
+        attention_lib.make_mask, segment_ids, key_segment_ids=used,
+        start=start))
+
+    def attend(query, key, value, has_window, layer, keys, values):
+      key, value = _to_cache(key, value)
+      # Written in place: the whole cache is carried through all the layers.
+      keys = jax.lax.dynamic_update_slice(
+          keys, key[None], (layer, 0, 0, 0, start))
+      values = jax.lax.dynamic_update_slice(
+          values, value[None], (layer, 0, 0, start, 0))
+      out = attention_lib.attend_cached(
+          query, keys[layer], values[layer], mask_of(has_window),
+          cfg.attention_softcap)
+      return out, (keys, values)
+
+    def body(carry, xs):
+      x, layer, *cached = carry
+      x, cached = block(x, xs[0], lambda *heads: attend(
+          *heads, xs[1], layer, *cached))
+      return (x, layer + 1, *cached), None
+
+    block = self._make_block(positions)
+    (x, _, keys, values), _ = self._scan(
+        body, (self.embed(tokens), 0, cache['key'], cache['value']))
+    hidden = self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim)
+    return hidden, {
+        'key': keys, 'value': values, 'segment_ids': used,
+        'length': start + tokens.shape[1]}
+
+  def _make_block(self, positions):
+    """Returns (x, layer's parameters, attend) -> (x, what attend keeps)."""
+    cfg = self.cfg
+    graphdef, _ = nnx.split(self.layers)
+    sin, cos = attention_lib.rope_angles(
+        positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    return lambda x, layer, attend: nnx.merge(graphdef, layer)(
+        x, sin, cos, attend)
+
+  def _scan(self, body, carry):
+    """Runs body over (parameters, entry of _has_window) of each layer."""
+    _, stacked = nnx.split(self.layers)
+    return jax.lax.scan(
+        body, carry, (stacked, _has_window(self.cfg)), unroll=self.cfg.unroll)
 
   def logits(self, hidden):
     if self.cfg.tie_embeddings:
@@ -131,6 +184,11 @@ class Transformer(nnx.Module):
         kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
     logits = attention_lib.softcap(logits, self.cfg.final_softcap)
     return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def _to_cache(key, value):
+  """Returns key [B,K,H,T] and value [B,K,T,H], from [B,T,K,H] each."""
+  return key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
 
 
 def _make_rngs(key) -> nnx.Rngs:
@@ -225,10 +283,69 @@ def hidden(
     positions: int32 [B,T], restarting at 0 in every segment.
     segment_ids: int32 [B,T], 1.. for each prompt of a packed row, 0 = padding.
   """
-  model = nnx.merge(make_model(cfg), nnx.State(params))
-  return model.hidden(tokens, positions, segment_ids)
+  return _merge(cfg, params).hidden(tokens, positions, segment_ids)[0]
 
 
 def logits(cfg: ModelConfig, params: dict, hidden: jax.Array) -> jax.Array:
   """Returns float32 [...,V] for hidden [...,D], any leading shape."""
-  return nnx.merge(make_model(cfg), nnx.State(params)).logits(hidden)
+  return _merge(cfg, params).logits(hidden)
+
+
+def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> dict:
+  """Returns an empty cache of keys and values for `length` tokens a row.
+
+  It holds key [L,B,K,H,S] and value [L,B,K,S,H] in cfg.dtype, segment_ids int32
+  [B,S] (0 where nothing is to be attended to) and length int32 [], the number
+  of slots in use, which is the same in all rows: pad on the left.
+  """
+  L, K, H = cfg.num_layers, cfg.num_kv_heads, cfg.head_dim
+  return {
+      'key': jnp.zeros((L, batch_size, K, H, length), cfg.dtype),
+      'value': jnp.zeros((L, batch_size, K, length, H), cfg.dtype),
+      'segment_ids': jnp.zeros((batch_size, length), jnp.int32),
+      'length': jnp.zeros([], jnp.int32),
+  }
+
+
+def prefill(
+    cfg: ModelConfig, params: dict, tokens: jax.Array, positions: jax.Array,
+    segment_ids: jax.Array, length: int
+) -> tuple[jax.Array, dict]:
+  """Returns what hidden does, and a cache of `length` slots that begins with T.
+
+  Args as for hidden; a row's one prompt is segment 1, padded on the left.
+  """
+  out, (key, value) = _merge(cfg, params).hidden(
+      tokens, positions, segment_ids, keep=True)
+  cache = init_cache(cfg, tokens.shape[0], length)
+  return out, {
+      'key': cache['key'].at[..., :tokens.shape[1]].set(key),
+      'value': cache['value'].at[..., :tokens.shape[1], :].set(value),
+      'segment_ids':
+          cache['segment_ids'].at[:, :tokens.shape[1]].set(segment_ids),
+      'length': cache['length'] + tokens.shape[1],
+  }
+
+
+def extend(
+    cfg: ModelConfig, params: dict, tokens: jax.Array, positions: jax.Array,
+    segment_ids: jax.Array, cache: dict
+) -> tuple[jax.Array, dict]:
+  """Returns (hidden [B,T,D], cache) of T tokens after those in the cache.
+
+  The caller sees to it that T slots are free: beyond the end the last ones
+  would be overwritten.
+
+  Args:
+    cfg: static.
+    params: as from init_params.
+    tokens: int32 [B,T], any T; one token for each row is the usual.
+    positions: int32 [B,T], of the tokens in their own segment.
+    segment_ids: int32 [B,T]; 0 for a row that is done.
+    cache: as from prefill, extend or init_cache.
+  """
+  return _merge(cfg, params).extend(tokens, positions, segment_ids, cache)
+
+
+def _merge(cfg: ModelConfig, params: dict) -> Transformer:
+  return nnx.merge(make_model(cfg), nnx.State(params))

@@ -267,12 +267,16 @@ def test_scan_equals_loop():
   sin, cos = attention.rope_angles(
       positions, CFG.head_dim, CFG.rope_theta)
   mask = attention.make_mask(segment_ids)
+
+  def attend(*heads):
+    return attention.attend(*heads, mask), None
+
   x = params['embed']['embedding'][tokens[0]]
   blocks = nnx.eval_shape(lambda: transformer.Block(CFG, nnx.Rngs(params=0)))
   graphdef = nnx.split(blocks)[0]
   for i in range(CFG.num_layers):
     layer = jax.tree.map(lambda leaf, i=i: leaf[i], params['layers'])
-    x = nnx.merge(graphdef, nnx.State(layer))(x, sin, cos, mask)
+    x, _ = nnx.merge(graphdef, nnx.State(layer))(x, sin, cos, attend)
   model = nnx.merge(transformer.make_model(CFG), nnx.State(params))
   got = transformer.hidden(CFG, params, *batch)
   np.testing.assert_allclose(got[0], model.final_norm(x), atol=1e-5)
@@ -285,6 +289,42 @@ def test_remat_and_unroll_change_nothing(change):
   cfg = dataclasses.replace(CFG, **change)
   _assert_close(_logits(cfg, params, *batch), _logits(CFG, params, *batch))
   _assert_close(_grads(cfg, params, batch), _grads(CFG, params, batch))
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_cache_equals_one_pass(name):
+  """A prompt, four tokens at once, then one by one; rows padded on the left."""
+  cfg = dataclasses.replace(CFG, **VARIANTS[name])
+  params = _params(cfg)
+  rng = np.random.default_rng(0)
+  lengths, total = np.array([12, 9]), 12
+  place = np.arange(total) - (total - lengths)[:, None]
+  segment_ids = (place >= 0).astype(np.int32)
+  positions = np.maximum(place, 0).astype(np.int32)
+  tokens = rng.integers(0, cfg.vocab_size, place.shape, np.int32)
+  batch = tokens, positions, segment_ids
+  want = jax.jit(transformer.hidden, static_argnums=0)(cfg, params, *batch)
+
+  def cut(start, stop):
+    return [x[:, start:stop] for x in batch]
+
+  extend = jax.jit(transformer.extend, static_argnums=0)
+  prefill = jax.jit(
+      transformer.prefill, static_argnums=0, static_argnames='length')
+  out, cache = prefill(cfg, params, *cut(0, 5), length=total + 3)
+  outs = [out]
+  for start, stop in ((5, 9), (9, 10), (10, 11), (11, 12)):
+    out, cache = extend(cfg, params, *cut(start, stop), cache)
+    outs.append(out)
+  assert cache['length'] == total
+  got = np.concatenate(outs, axis=1)
+  gap = np.abs(got - want)[segment_ids > 0].max()
+  assert gap < 1e-5, gap
+  if name == 'gemma2':  # nor does it take a prefill
+    empty = transformer.init_cache(cfg, 2, total)
+    out, _ = extend(cfg, params, *batch, empty)
+    gap = np.abs(out - want)[segment_ids > 0].max()
+    assert gap < 1e-5, gap
 
 
 def test_packed_equals_unpacked():
