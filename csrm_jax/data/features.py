@@ -28,6 +28,7 @@ MIN_RESPONSE_LENGTH = 16
 CUT_MIDDLE = ' ... '
 CUT_TAIL = ' ...'
 _LINE_BREAKS = re.compile(r'\n{0,2}\Z')
+_SPACES = re.compile(r'\s\s\Z')
 
 LABEL_IDS = {None: -1, **{name: i for i, name in enumerate(schema.LABELS)}}
 
@@ -245,6 +246,12 @@ def _encode_segment(
 ) -> Sequence[int]:
   if segment.kind == 'control':
     return _encode_control(tokenizer, segment.text)
+  if _SPACES.search(segment.text):
+    # Some tokenizers cut white space by what follows it, and no segment starts
+    # with any: this way the tokens are those of the prompt as one text.
+    *ids, last = tokenizer.encode(f'{segment.text}x')
+    if [last] == tokenizer.encode('x'):
+      return ids
   return tokenizer.encode(segment.text)
 
 
