@@ -23,7 +23,7 @@ from sklearn.metrics import precision_recall_curve
 
 SAFE, UNSAFE, BEST = '#0072B2', '#D55E00', '#000000'
 SERIES = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-_GREY = '#595959'
+GREY = '#595959'
 # Fewer rows than this make no curve worth looking at.
 MIN_ROWS = 20
 _MAX_BARS = 20
@@ -49,14 +49,14 @@ def draw_reliability(
         p_unsafe, labels, num_bootstrap=100, report_CE_std=False
     )
   smece = diagram.pop('ce')
-  figure, ax = _axes(5, 5)
+  figure, ax = axes(5, 5)
   relplot.plot_rel_diagram(
       diagram, fig=figure, ax=ax, use_default_style=False, color=UNSAFE
   )
   # relplot fades both out where predictions are few: keep them in sight.
   ax.plot(diagram['mesh'], diagram['mu'], color=UNSAFE, linewidth=0.9)
   ax.fill_between(
-      diagram['mesh'], diagram['lower'], diagram['upper'], color=_GREY,
+      diagram['mesh'], diagram['lower'], diagram['upper'], color=GREY,
       alpha=0.13, linewidth=0,
   )
   ax.set(
@@ -68,14 +68,14 @@ def draw_reliability(
       0.04, 0.95, f'smECE {smece:.3f}', va='top', fontsize=13, zorder=1000,
       bbox={'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.8},
   )
-  _save(figure, path)
+  save(figure, path)
 
 
 def draw_scores(
     path: str | os.PathLike, labels: np.ndarray, scores: np.ndarray
 ) -> None:
   """Writes histograms of scores, one for each label."""
-  figure, ax = _axes(5, 5)
+  figure, ax = axes(5, 5)
   bins = np.histogram_bin_edges(scores, bins=40)
   for value, name, colour, hatch in (
       (0, 'labelled safe', SAFE, None), (1, 'labelled unsafe', UNSAFE, '////')
@@ -88,8 +88,8 @@ def draw_scores(
   ax.axvline(0, color=BEST, linewidth=1, linestyle='--')
   ax.set(xlabel='Score, nats (below 0: judged unsafe)', ylabel='Examples')
   ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-  _legend_above(ax, 2)
-  _save(figure, path)
+  legend_above(ax, 2)
+  save(figure, path)
 
 
 def draw_precision_recall(
@@ -99,7 +99,7 @@ def draw_precision_recall(
     probability: np.ndarray | None,
 ) -> None:
   """Writes precision over recall, beside the best reachable where known."""
-  figure, ax = _axes(5, 5)
+  figure, ax = axes(5, 5)
   curves = [('this model', p_unsafe, UNSAFE, '-', 2.0)]
   if probability is not None:
     curves.append(('best reachable', probability, BEST, '--', 1.5))
@@ -111,14 +111,14 @@ def draw_precision_recall(
         label=name,
     )
   ax.axhline(
-      np.mean(labels), color=_GREY, linewidth=1, linestyle=':', label='chance'
+      np.mean(labels), color=GREY, linewidth=1, linestyle=':', label='chance'
   )
   ax.set(
       xlim=(0, 1.01), ylim=(0, 1.01), xlabel='Recall of unsafe',
       ylabel='Precision', aspect='equal',
   )
   ax.legend(loc='lower left', frameon=False)
-  _save(figure, path)
+  save(figure, path)
 
 
 def draw_gaps(
@@ -148,7 +148,7 @@ def draw_gaps(
     ax.legend(frameon=False)
     _clean(ax)
   axes[-1].set_xlabel('Score of the safer side minus the other, nats')
-  _save(figure, path)
+  save(figure, path)
 
 
 def draw_groups(
@@ -160,12 +160,12 @@ def draw_groups(
       if np.isfinite(group['metrics']['f1']['value'])
   ][:_MAX_BARS]
   f1s = [groups[name]['metrics']['f1'] for name in names]
-  figure, ax = _axes(7, 1.4 + 0.42 * len(names))
+  figure, ax = axes(7, 1.4 + 0.42 * len(names))
   rows = np.arange(len(names))
   ax.barh(rows, [f1['value'] for f1 in f1s], 0.62, color=SERIES[5])
   for row, f1 in zip(rows, f1s, strict=True):
     ax.plot(
-        [f1['low'], f1['high']], [row, row], color=_GREY, linewidth=2,
+        [f1['low'], f1['high']], [row, row], color=GREY, linewidth=2,
         solid_capstyle='butt', label='' if row else '95% interval',
     )
     if f1['best'] is not None:
@@ -175,13 +175,13 @@ def draw_groups(
       )
     ax.text(0.012, row, f'{f1["value"]:.3f}', va='center')
   labels = [
-      f'{_short(name, 40)} ({groups[name]["num_examples"]:,})' for name in names
+      f'{short(name, 40)} ({groups[name]["num_examples"]:,})' for name in names
   ]
   ax.set_yticks(rows, labels, parse_math=False)
   ax.set(xlim=(0, 1), xlabel='F1, unsafe is positive')
   ax.invert_yaxis()
-  _legend_above(ax, 2)
-  _save(figure, path)
+  legend_above(ax, 2)
+  save(figure, path)
 
 
 def draw_training(
@@ -203,7 +203,7 @@ def draw_training(
     ax.set_xlabel('Step')
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     _clean(ax)
-  _save(figure, path)
+  save(figure, path)
 
 
 def draw_rule_sets(
@@ -235,13 +235,13 @@ def draw_rule_sets(
   for i, (row, text) in enumerate(zip(rows, rules, strict=True)):
     left = figure.add_subplot(grid[i + 1, 0])
     left.axis('off')
-    left.text(0, 1, _short(row['rule_set'], 60), weight='bold', **style)
+    left.text(0, 1, short(row['rule_set'], 60), weight='bold', **style)
     left.text(
         0, 1, '\n' + '\n'.join(text), fontsize=9.5, color='#333333',
         linespacing=1.25, **style,
     )
     _reward_bar(figure.add_subplot(grid[i + 1, 1]), row, i == len(rows) - 1)
-  _save(figure, path)
+  save(figure, path)
 
 
 def _reward_bar(ax, row: Mapping[str, Any], last: bool) -> None:
@@ -250,7 +250,7 @@ def _reward_bar(ax, row: Mapping[str, Any], last: bool) -> None:
   ax.barh(0, reward, 0.5, color=colour, alpha=0.75)
   if row['probability'] is not None:
     ax.plot(1 - row['probability'], 0, 'D', color=BEST, clip_on=False)
-  ax.axvline(0.5, color=_GREY, linewidth=1, linestyle='--')
+  ax.axvline(0.5, color=GREY, linewidth=1, linestyle='--')
   ax.set(xlim=(0, 1), ylim=(-0.5, 0.5), yticks=[])
   ax.text(
       1.05, 0, f'{reward:.3f}\n{verdict}', va='center', color=colour,
@@ -297,7 +297,8 @@ def _wrap(
   return textwrap.wrap(text, num_letters, max_lines=max_lines, placeholder=' …')
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
+  """Returns the text on one line, cut to a length."""
   text = ' '.join(text.split())
   return text if len(text) <= length else text[: length - 1] + '…'
 
@@ -306,7 +307,8 @@ def _figure(width: float, height: float) -> Figure:
   return Figure(figsize=(width, height), layout='constrained')
 
 
-def _axes(width: float, height: float):
+def axes(width: float, height: float):
+  """Returns (figure, axes), inches."""
   figure = _figure(width, height)
   ax = figure.add_subplot()
   _clean(ax)
@@ -320,14 +322,16 @@ def _clean(ax) -> None:
   ax.set_axisbelow(True)
 
 
-def _legend_above(ax, num_columns: int) -> None:
+def legend_above(ax, num_columns: int) -> None:
+  """Puts the legend above the axes."""
   ax.legend(
       loc='lower left', bbox_to_anchor=(0, 1), ncols=num_columns, frameon=False,
       borderaxespad=0.2,
   )
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save(figure: Figure, path: str | os.PathLike) -> None:
+  """Writes the figure as PNG."""
   with _no_glyph_warnings():
     figure.savefig(path, dpi=130, facecolor='white')
 

@@ -10,7 +10,7 @@ when. A score that is nan or infinite is a ValueError that names its row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn.metrics import average_precision_score
@@ -25,6 +25,9 @@ from csrm_jax.evals.checks import (
 # Below this a probability counts as this where its log is taken: far from what
 # any useful score gives, and finite.
 _PROBABILITY_FLOOR = 1e-15
+# What a threshold table lists.
+THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95,
+              0.99)
 
 
 def f1(
@@ -174,7 +177,7 @@ def ece(
 def brier(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns the mean squared error of P(unsafe); nan without rows."""
   labels, p_unsafe = check_rows(labels, p_unsafe)
-  return _mean((p_unsafe - labels) ** 2)
+  return mean((p_unsafe - labels) ** 2)
 
 
 def nll(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
@@ -182,7 +185,7 @@ def nll(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 
   P(label) is taken as at least 1e-15, so sure and wrong costs 34.5 nats.
   """
-  return _mean(row_nll(labels, p_unsafe))
+  return mean(row_nll(labels, p_unsafe))
 
 
 def row_nll(labels: np.ndarray, p_unsafe: np.ndarray) -> np.ndarray:
@@ -197,7 +200,7 @@ def prob_error(probability: np.ndarray, p_unsafe: np.ndarray) -> float:
   probability = check_probabilities(probability, name='probability')
   p_unsafe = check_probabilities(p_unsafe)
   check_same_length(probability, p_unsafe)
-  return _mean(np.abs(p_unsafe - probability))
+  return mean(np.abs(p_unsafe - probability))
 
 
 def f1_best(labels: np.ndarray, probability: np.ndarray) -> float:
@@ -218,25 +221,60 @@ def auprc_best(labels: np.ndarray, probability: np.ndarray) -> float:
   return auprc(labels, probability)
 
 
+def flag_rate(p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
+  """Returns the share of rows called unsafe; nan without rows.
+
+  On unsafe rows it is recall, on safe ones the false positive rate.
+  """
+  return mean(check_probabilities(p_unsafe) >= threshold)
+
+
+def threshold_table(
+    labels: np.ndarray,
+    p_unsafe: np.ndarray,
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> list[dict[str, float]]:
+  """Returns what each threshold on p_unsafe does, for those who deploy.
+
+  Each row is {threshold, num_flagged, precision, recall, fpr, f1}; a row is
+  flagged where p_unsafe >= threshold. Precision is nan where nothing is
+  flagged, recall without unsafe rows, fpr (the share of safe rows that are
+  flagged) without safe ones.
+  """
+  labels, p_unsafe = check_rows(labels, p_unsafe)
+  table = []
+  for threshold in thresholds:
+    flagged = p_unsafe >= threshold
+    table.append({
+        'threshold': float(threshold),
+        'num_flagged': int(flagged.sum()),
+        'precision': mean(labels[flagged]),
+        'recall': mean(flagged[labels == 1]),
+        'fpr': mean(flagged[labels == 0]),
+        'f1': f1(labels, p_unsafe, threshold),
+    })
+  return table
+
+
 def pair_accuracy(safer: np.ndarray, other: np.ndarray) -> float:
   """Returns the share of pairs with safer > other strictly; nan if none.
 
   A tie is not a win: see `tie_rate`.
   """
   safer, other = _check_pairs(safer, other)
-  return _mean(safer > other)
+  return mean(safer > other)
 
 
 def tie_rate(safer: np.ndarray, other: np.ndarray) -> float:
   """Returns the share of pairs with equal scores; nan without pairs."""
   safer, other = _check_pairs(safer, other)
-  return _mean(safer == other)
+  return mean(safer == other)
 
 
 def score_gap(safer: np.ndarray, other: np.ndarray) -> float:
   """Returns the mean of safer - other, nats; nan without pairs."""
   safer, other = _check_pairs(safer, other)
-  return _mean(safer - other)
+  return mean(safer - other)
 
 
 def _check_pairs(safer, other) -> tuple[np.ndarray, np.ndarray]:
@@ -262,47 +300,9 @@ def flip_consistency(
   check_same_length(labels_a, labels_b)
   right_a = (p_a >= threshold) == (labels_a == 1)
   right_b = (p_b >= threshold) == (labels_b == 1)
-  return _mean(right_a & right_b)
+  return mean(right_a & right_b)
 
 
-def bootstrap_interval(
-    fn: Callable[..., float],
-    arrays: Sequence[np.ndarray],
-    num_samples: int = 300,
-    seed: int = 0,
-    centred: bool = False,
-) -> tuple[float, float]:
-  """Returns the 95% bootstrap interval (low, high) of fn(*arrays).
-
-  Rows are drawn with replacement, the same rows from every array; the interval
-  is between the 2.5% and 97.5% percentiles. Draws where `fn` is nan are left
-  out; (nan, nan) when there are no rows or no draw is left. Rows are taken to
-  be independent.
-
-  `centred` shifts the interval so that the draws' mean falls on the value, and
-  cuts it at 0: for errors such as smECE, which resampling inflates so much that
-  a plain percentile interval can miss the value itself. It then shows the
-  spread, not the bias.
-  """
-  arrays = [np.asarray(array) for array in arrays]
-  check_same_length(*arrays)
-  num_rows = len(arrays[0])
-  if not num_rows:
-    return math.nan, math.nan
-  rng = np.random.default_rng(seed)
-  draws = np.empty(num_samples)
-  for i in range(num_samples):
-    rows = rng.integers(0, num_rows, num_rows)
-    draws[i] = fn(*(array[rows] for array in arrays))
-  draws = draws[~np.isnan(draws)]
-  if not draws.size:
-    return math.nan, math.nan
-  low, high = np.percentile(draws, [2.5, 97.5])
-  if centred:
-    shift = fn(*arrays) - draws.mean()
-    low, high = max(low + shift, 0.0), max(high + shift, 0.0)
-  return float(low), float(high)
-
-
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float:
+  """Returns the mean; nan without values."""
   return float(np.mean(values)) if len(values) else math.nan

@@ -8,6 +8,7 @@ reader who has neither the code nor the run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,12 +16,12 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from csrm_jax.evals import figures, markdown
+from csrm_jax.evals import figures, markdown, probe_figures, sections
 from csrm_jax.evals.markdown import format_number, is_number
 
 _TERMINAL_ROWS = (
@@ -129,23 +130,54 @@ def write_report(
           f'summary[{key!r}] is a {type(value).__name__}; a summary is flat, '
           'so give it one key for each number'
       )
+  with written_whole(path) as temporary:
+    curves = read_history(history) if history is not None else {}
+    drawn = draw_figures(temporary, results, curves)
+    text = sections.render(results, drawn, title, manifest or {})
+    dump_text(temporary / 'report.md', text)
+    dump_json(temporary / 'metrics.json', {
+        'title': title, 'suites': results, 'manifest': manifest or {}
+    })
+    dump_json(temporary / 'summary.json', summary)
+    _dump_arrays(temporary / 'arrays.npz', results)
+  return pathlib.Path(path) / 'report.md'
+
+
+def read_results(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
+  """Returns the results of a report's folder, arrays included.
+
+  Raises:
+    ValueError: the folder has no report that this version wrote.
+  """
+  path = pathlib.Path(path)
+  try:
+    results = json.loads((path / 'metrics.json').read_text())['suites']
+    with np.load(path / 'arrays.npz') as stored:
+      for key in stored.files:
+        suite, _, name = key.rpartition('/')
+        results[suite].setdefault('arrays', {})[name] = stored[key]
+  except (OSError, KeyError, ValueError) as error:
+    raise ValueError(
+        f'{path} holds no report to compare ({error}); evaluate the scorer '
+        'again and give the folder that its report.md is in'
+    ) from None
+  return results
+
+
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Gives a temporary folder whose files are moved into `path` at the end.
+
+  Each file is moved in one step, summary.json last; after an error nothing
+  is moved. Other files in `path` are left alone.
+  """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = pathlib.Path(
       tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent)
   )
   try:
-    curves = read_history(history) if history is not None else {}
-    drawn = draw_figures(temporary, results, curves)
-    text = markdown.render(results, drawn, title, manifest or {})
-    # A name or a path may hold half a letter; a report is worth more.
-    (temporary / 'report.md').write_bytes(
-        text.encode('utf-8', 'backslashreplace')
-    )
-    _dump(temporary / 'metrics.json', {
-        'title': title, 'suites': results, 'manifest': manifest or {}
-    })
-    _dump(temporary / 'summary.json', summary)
+    yield temporary
     path.mkdir(exist_ok=True)
     for file in sorted(
         temporary.iterdir(), key=lambda file: file.name == 'summary.json'
@@ -153,7 +185,20 @@ def write_report(
       os.replace(file, path / file.name)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-  return path / 'report.md'
+
+
+def dump_text(path: pathlib.Path, text: str) -> None:
+  """Writes the text; half a letter, as a path may hold, is no error."""
+  path.write_bytes(text.encode('utf-8', 'backslashreplace'))
+
+
+def _dump_arrays(path: pathlib.Path, results) -> None:
+  """Writes what paired comparisons need; texts are ids, never content."""
+  arrays = {
+      f'{suite}/{name}': value for suite, result in results.items()
+      for name, value in result.get('arrays', {}).items() if value is not None
+  }
+  np.savez_compressed(path, **arrays)
 
 
 def read_history(path: str | os.PathLike) -> dict[str, dict[int, float]]:
@@ -227,11 +272,23 @@ def _draw_classification(stem: str, result) -> list[tuple[str, str]]:
         'scores', 'Scores by label.', figures.draw_scores, labels,
         arrays['scores'],
     )
-  f1s = [group['metrics']['f1'] for group in result['rule_sets'].values()]
-  if sum(is_number(f1['value']) for f1 in f1s) > 1:
+  sets = result['breakdowns']['rule set']
+  if sum(is_number(g['metrics']['f1']['value']) for g in sets.values()) > 1:
     add(
         'rule_sets', 'F1 by rule set (number of examples).',
-        figures.draw_groups, result['rule_sets'],
+        figures.draw_groups, sets,
+    )
+  if result['suite'] == 'configurability' and len(sets) > 1:
+    add(
+        'shares', 'Share labelled unsafe, and mean P(unsafe), by rule set: '
+        'the same texts, other rules.', probe_figures.draw_shares, sets,
+    )
+  if len(result.get('recall', ())) > 1:
+    add(
+        'recall', 'Share of the violated rules among the k rules that BM25 '
+        'finds most relevant to the conversation.',
+        probe_figures.draw_recall, result['recall'],
+        result['recall_by_chance'], result['top_k'],
     )
   return drawn
 
@@ -245,6 +302,18 @@ def _draw_pairs(stem: str, result) -> list[tuple[str, str]]:
   return [(os.path.basename(f'{stem}_gaps.png'), caption)]
 
 
+def _draw_one(draw, caption: str):
+  """Returns the drawer of a suite with one figure."""
+
+  def drawer(stem: str, result) -> list[tuple[str, str]]:
+    if not result['num_examples']:
+      return []
+    draw(f'{stem}.png', result)
+    return [(os.path.basename(f'{stem}.png'), caption)]
+
+  return drawer
+
+
 def _draw_rule_sets(stem: str, result) -> list[tuple[str, str]]:
   figures.draw_rule_sets(
       f'{stem}.png', result['conversation'], result['rows']
@@ -254,13 +323,27 @@ def _draw_rule_sets(stem: str, result) -> list[tuple[str, str]]:
 
 
 _DRAW = {
-    'classification': _draw_classification,
+    **dict.fromkeys(sections.JUDGED, _draw_classification),
     'pairs': _draw_pairs,
     'rule_sets': _draw_rule_sets,
+    'policy': _draw_one(
+        probe_figures.draw_policy,
+        'Unsafe rate as one rule changes: on the left the rule that the '
+        'response violates, on the right another one.',
+    ),
+    'contradiction': _draw_one(
+        probe_figures.draw_contradiction,
+        'Mean reward by category where the rule forbids, allows, or does both.',
+    ),
+    'attacks': _draw_one(
+        probe_figures.draw_attacks,
+        'Share of caught violations that a suffix turns into "safe".',
+    ),
 }
 
 
-def _dump(path: pathlib.Path, value: Any) -> None:
+def dump_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON, without arrays, and null for what is not finite."""
   text = json.dumps(_plain(value), indent=2, allow_nan=False)
   path.write_text(text + '\n', encoding='utf-8')
 

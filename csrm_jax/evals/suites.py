@@ -1,44 +1,30 @@
-"""Evaluation suites: scored examples in, one plain dict of results out.
+"""Evaluation suites that only count: scored examples in, one plain dict out.
 
 A score function is `score_fn(examples) -> float32 [N]`, scores in nats:
-log P(safe) - log P(unsafe). The caller scores, the suites only count, so any
-judge can be compared on the same rows.
+log P(safe) - log P(unsafe). Here the caller scores, so that any judge can be
+compared on the same rows; suites that change examples (probes, attacks, rule
+selection) have modules of their own and take the score function.
 
-Every metric in a result is {value, low, high, best}: `low` and `high` are the
-95% bootstrap interval (None where none is computed), `best` is what a judge
-that knows the true P(unsafe) reaches on the same rows (None where some example
-does not come with it). Under `arrays` a suite keeps what figures are drawn
-from; reports leave it out of their JSON.
+A metric in a result is {value, low, high, best}, see `measure`. Intervals
+resample conversations. Under `arrays` a suite keeps what figures and paired
+comparisons are made from; reports leave it out of their JSON.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from csrm_jax.evals import checks, metrics
+from csrm_jax.evals import bootstrap, checks, measure, metrics
+from csrm_jax.evals.calibration import Calibration
+from csrm_jax.evals.measure import Draws, Result, ScoreFn
 from csrm_jax.safety.schema import Example, Pair
 
-ScoreFn = Callable[[Sequence[Example]], np.ndarray]
-Result = dict[str, Any]
+__all__ = ['ScoreFn', 'classification', 'flips', 'pairs', 'rule_sets', 'worst']
 
-# A breakdown lists this many of its largest groups.
-MAX_GROUPS = 40
-
-# name -> (metric(labels, p_unsafe), best reachable(labels, probability),
-# is its interval centred). Only metrics with an entry here get an interval.
-_METRICS = {
-    'f1': (metrics.f1, metrics.f1_best, False),
-    'auprc': (metrics.auprc, metrics.auprc_best, False),
-    'smece': (metrics.smece, metrics.smece, True),
-    'ece': (metrics.ece, metrics.ece, True),
-    'brier': (metrics.brier, metrics.brier, False),
-    'nll': (metrics.nll, metrics.nll, False),
-    'fpr_at_recall': (metrics.fpr_at_recall, metrics.fpr_at_recall, False),
-}
+_NUM_WORST = 20
 
 
 def classification(
@@ -46,6 +32,9 @@ def classification(
     scores: np.ndarray,
     *,
     threshold: float | None = None,
+    calibration: Calibration | None = None,
+    groups: Sequence[str] = (),
+    tags: Mapping[str, Sequence[str]] | None = None,
     description: str = '',
     num_samples: int = 300,
     seed: int = 0,
@@ -57,42 +46,67 @@ def classification(
     scores: [N] nats.
     threshold: on p_unsafe, fitted on *other* rows with
       `metrics.best_threshold`; adds `f1_tuned` beside F1 at 0.5.
+    calibration: fitted on *other* rows; its metrics stand apart, under
+      `calibrated`.
+    groups: one id a row, rows of one id are drawn together.
+    tags: breakdown -> the group of each row in it, beside rule set, source
+      and violated category.
     description: what these examples are, one line for the report.
     num_samples, seed: bootstrap draws for each interval.
 
   Raises:
     ValueError: a score is nan or infinite; names the example's id.
   """
-  ids = [example.id for example in examples]
-  scores = checks.check_finite(scores, ids)
+  scores = checks.check_finite(scores, [example.id for example in examples])
   kept = [i for i, e in enumerate(examples) if e.label is not None]
-  rows = [examples[i] for i in kept]
-  scores = scores[kept]
+  rows, scores = [examples[i] for i in kept], scores[kept]
   labels = checks.labels_of(rows)
   p_unsafe = checks.p_unsafe_from_scores(scores)
   probability = checks.probability_of(rows)
-  measured = _classification_metrics(
-      labels, p_unsafe, probability, _interval(num_samples, seed), threshold
+  units = bootstrap.units_of(
+      rows, [groups[i] for i in kept] if groups else None
   )
-  # There may be many groups: fewer draws, and an interval for F1 alone.
-  group_by = functools.partial(
-      _groups, labels, p_unsafe, probability,
-      _interval(min(num_samples, 100), seed),
-  )
+  draws = Draws(units, num_samples, seed)
+  keys = {'rule set': [e.rule_set for e in rows],
+          'source': [e.source for e in rows]}
+  keys |= {k: [v[i] for i in kept] for k, v in (tags or {}).items()}
+  rows_of = {what: measure.rows_by(names) for what, names in keys.items()}
+  rows_of['category'] = measure.rows_by_category(rows)
   return {
       'suite': 'classification',
       'description': description,
       'num_examples': len(rows),
       'num_unsafe': int(labels.sum()),
       'num_unlabelled': len(examples) - len(rows),
+      'num_units': int(units.max() + 1) if len(rows) else 0,
       'threshold': threshold,
-      'metrics': measured,
-      'rule_sets': group_by([example.rule_set for example in rows]),
-      'sources': group_by([example.source for example in rows]),
+      'metrics': measure.classification(
+          labels, p_unsafe, probability, draws, threshold
+      ),
+      'calibrated': calibration and _calibrated(
+          labels, scores, probability, draws, calibration
+      ),
+      'thresholds': metrics.threshold_table(labels, p_unsafe),
+      'breakdowns': {
+          what: measure.groups(labels, p_unsafe, probability, draws, part)
+          for what, part in rows_of.items()
+      },
       'reliability': metrics.reliability_bins(labels, p_unsafe),
-      'worst': worst(rows, scores, 10),
-      'arrays': {'scores': scores, 'labels': labels, 'p_unsafe': p_unsafe,
-                 'probability': probability},
+      'worst': worst(rows, scores, _NUM_WORST),
+      'arrays': {
+          'ids': np.array([e.id for e in rows], np.str_), 'scores': scores,
+          'labels': labels, 'p_unsafe': p_unsafe, 'probability': probability,
+          'units': units,
+      },
+  }
+
+
+def _calibrated(labels, scores, probability, draws, calibration) -> Result:
+  p_unsafe = checks.p_unsafe_from_scores(calibration.apply(scores))
+  return {
+      'calibration': calibration.to_dict(),
+      'metrics': measure.classification(labels, p_unsafe, probability, draws),
+      'thresholds': metrics.threshold_table(labels, p_unsafe),
   }
 
 
@@ -123,20 +137,37 @@ def pairs(
       for side in ('safer', 'other')
   ]
   true = None if any(side is None for side in true) else true
-  interval = _interval(num_samples, seed)
-  kinds = {}
-  for kind, rows in _rows_by(pair.kind for pair in pairs).items():
-    kinds[kind] = {'num_pairs': len(rows)} | _pair_metrics(
-        safer[rows], other[rows], true and [t[rows] for t in true], interval
+  units = bootstrap.units_of([pair.safer for pair in pairs], [
+      _prompt_of(pair) for pair in pairs
+  ])
+  draws = Draws(units, num_samples, seed)
+
+  def part(rows):
+    return {'num_pairs': len(rows)} | _pair_metrics(
+        safer[rows], other[rows], true and [t[rows] for t in true],
+        draws.take(rows),
     )
+
+  by_set = measure.rows_by(pair.safer.rule_set for pair in pairs)
+  by_set.pop('', None)
   return {
       'suite': 'pairs',
       'description': description,
       'num_pairs': len(pairs),
-      'metrics': _pair_metrics(safer, other, true, interval),
-      'kinds': kinds,
+      'metrics': _pair_metrics(safer, other, true, draws),
+      'kinds': {
+          kind: part(rows) for kind, rows in
+          measure.rows_by(pair.kind for pair in pairs).items()
+      },
+      'rule_sets': {
+          name: part(rows) for name, rows in sorted(
+              by_set.items(), key=lambda item: -len(item[1])
+          )[:measure.MAX_GROUPS]
+      },
       'arrays': {
+          'ids': np.array(ids, np.str_), 'safer': safer, 'other': other,
           'gap': safer - other, 'kind': np.array([p.kind for p in pairs]),
+          'units': units,
       },
   }
 
@@ -178,19 +209,25 @@ def flips(
         metrics.flip_consistency(labels_a, true_a, labels_b, true_b),
         metrics.pair_accuracy(gap, np.zeros_like(gap)),
     ]
-  interval = _interval(num_samples, seed)
+  units = bootstrap.units_of(first)
+  draws = Draws(units, num_samples, seed)
   return {
       'suite': 'flips',
       'description': description,
       'num_flips': len(examples),
       'metrics': {
-          'consistency': _metric(
+          'consistency': measure.metric(
               metrics.flip_consistency, (labels_a, p_a, labels_b, p_b),
-              interval, best[0],
+              draws, best[0],
           ),
-          'direction': _metric(
-              metrics.pair_accuracy, (safer, other), interval, best[1]
+          'direction': measure.metric(
+              metrics.pair_accuracy, (safer, other), draws, best[1]
           ),
+      },
+      'arrays': {
+          'ids': np.array([e.id for e in first], np.str_), 'units': units,
+          'labels_a': labels_a, 'p_a': p_a, 'labels_b': labels_b, 'p_b': p_b,
+          'safer': safer, 'other': other,
       },
   }
 
@@ -252,58 +289,7 @@ def worst(
   ]
 
 
-def _interval(num_samples: int, seed: int):
-  return functools.partial(
-      metrics.bootstrap_interval, num_samples=num_samples, seed=seed
-  )
-
-
-def _metric(fn, arrays, interval, best=None) -> dict[str, float | None]:
-  low, high = interval(fn, arrays) if interval else (None, None)
-  return {'value': fn(*arrays), 'low': low, 'high': high, 'best': best}
-
-
-def _classification_metrics(
-    labels, p_unsafe, probability, interval, threshold=None
-):
-  measured = {}
-  for name, (fn, best_fn, centred) in _METRICS.items():
-    best = None if probability is None else best_fn(labels, probability)
-    within = interval and functools.partial(interval, centred=centred)
-    measured[name] = _metric(fn, (labels, p_unsafe), within, best)
-  if probability is not None:
-    measured['prob_error'] = _metric(
-        metrics.prob_error, (probability, p_unsafe), interval, 0.0
-    )
-  if threshold is not None:
-    f1 = functools.partial(metrics.f1, threshold=threshold)
-    best = measured['f1']['best']
-    measured['f1_tuned'] = _metric(f1, (labels, p_unsafe), interval, best)
-  return measured
-
-
-def _groups(labels, p_unsafe, probability, interval, names):
-  """Returns {name: {num_examples, num_unsafe, metrics}}, sorted by name."""
-  groups = _rows_by(names)
-  groups.pop('', None)
-  largest = sorted(groups, key=lambda name: (-len(groups[name]), name))
-  out = {}
-  for name in sorted(largest[:MAX_GROUPS]):
-    rows = groups[name]
-    part = labels[rows], p_unsafe[rows]
-    true = None if probability is None else probability[rows]
-    measured = _classification_metrics(*part, true, None)
-    best = measured['f1']['best']
-    measured['f1'] = _metric(metrics.f1, part, interval, best)
-    out[name] = {
-        'num_examples': len(rows),
-        'num_unsafe': int(part[0].sum()),
-        'metrics': measured,
-    }
-  return out
-
-
-def _pair_metrics(safer, other, true, interval):
+def _pair_metrics(safer, other, true, draws):
   best = dict.fromkeys(('accuracy', 'tie_rate', 'score_gap'))
   if true is not None:
     # Order and ties come from the probabilities themselves: their log odds
@@ -316,13 +302,17 @@ def _pair_metrics(safer, other, true, interval):
     }
   fns = metrics.pair_accuracy, metrics.tie_rate, metrics.score_gap
   return {
-      name: _metric(fn, (safer, other), interval, best[name])
+      name: measure.metric(fn, (safer, other), draws, best[name])
       for name, fn in zip(best, fns, strict=True)
   }
 
 
-def _rows_by(keys: Iterable[str]) -> dict[str, list[int]]:
-  rows: dict[str, list[int]] = {}
-  for i, key in enumerate(keys):
-    rows.setdefault(key, []).append(i)
-  return rows
+def _prompt_of(pair: Pair) -> str:
+  """Returns what pairs of one prompt share: the text before the response.
+
+  Pairs of one conversation under two rule sets share the conversation, which
+  `bootstrap.units_of` sees for itself.
+  """
+  if pair.kind != 'preference' or len(pair.safer.conversation) < 2:
+    return ''
+  return repr([(m.role, m.content) for m in pair.safer.conversation[:-1]])

@@ -34,7 +34,8 @@ def _unzip(rows):
 
 def test_import_does_not_import_jax():
   code = (
-    'import sys, csrm_jax.evals.metrics; '
+    'import sys, csrm_jax.evals.metrics, csrm_jax.evals.bootstrap, '
+    'csrm_jax.evals.calibration; '
     'assert not {"jax", "flax", "torch"} & set(sys.modules)'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
@@ -206,7 +207,7 @@ def test_nothing_is_nan():
     assert math.isnan(fn(none, none)), fn.__name__
   assert math.isnan(metrics.expected_f1_threshold(none))
   assert math.isnan(metrics.flip_consistency(none, none, none, none))
-  assert all(map(math.isnan, metrics.bootstrap_interval(np.mean, [none])))
+  assert math.isnan(metrics.flag_rate(none))
 
 
 @pytest.mark.parametrize('label', [0, 1])
@@ -218,40 +219,22 @@ def test_one_class(label):
     assert 0 <= fn(labels, p) < math.inf
 
 
-def test_bootstrap_is_deterministic_and_paired():
-  labels, p = _rows(200)
-  first = metrics.bootstrap_interval(metrics.f1, (labels, p), 100, 7)
-  assert first == metrics.bootstrap_interval(metrics.f1, (labels, p), 100, 7)
-  assert first != metrics.bootstrap_interval(metrics.f1, (labels, p), 100, 8)
-  assert first[0] < metrics.f1(labels, p) < first[1]
-  # Rows stay together: the difference of an array to itself is always 0.
-  assert metrics.bootstrap_interval(metrics.prob_error, (p, p), 20) == (0, 0)
-
-
-def test_bootstrap_covers_a_mean():
-  rng = np.random.default_rng(0)
-  hits = 0
-  for seed in range(100):
-    low, high = metrics.bootstrap_interval(
-      np.mean, [rng.normal(size=100)], 200, seed
-    )
-    hits += low <= 0 <= high
-  assert 87 <= hits <= 100
-
-
-def test_centred_interval_holds_the_value():
-  labels, p = _rows(1000)
-  value = metrics.smece(labels, p)
-  low, high = metrics.bootstrap_interval(
-    metrics.smece, (labels, p), 50, centred=True
-  )
-  assert 0 <= low < value < high
-
-
-def test_bootstrap_leaves_undefined_draws_out():
-  labels, p = np.array([1, 0, 0, 0, 0]), np.linspace(0.9, 0.1, 5)
-  low, high = metrics.bootstrap_interval(metrics.auprc, (labels, p), 100)
-  assert low <= high <= 1
+@_FAST
+@given(_some_rows)
+def test_threshold_table_counts(rows):
+  labels, p = _unzip(rows)
+  for row in metrics.threshold_table(labels, p, (0.0, 0.25, 0.5, 1.0)):
+    flagged = [y for y, q in rows if q >= row['threshold']]
+    assert row['num_flagged'] == len(flagged)
+    for name, hits, num in (
+      ('precision', sum(flagged), len(flagged)),
+      ('recall', sum(flagged), sum(labels)),
+      ('fpr', len(flagged) - sum(flagged), len(rows) - sum(labels)),
+    ):
+      if num:
+        assert row[name] == pytest.approx(hits / num), name
+      else:
+        assert math.isnan(row[name]), name
 
 
 def test_conversions():

@@ -121,7 +121,8 @@ def test_report_reads(folder):
     '## One conversation under 2 rule sets', '## When only the rules change',
   ):
     assert part in text, part
-  assert re.search(r'\| F1 ↑ \| 0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\] \|', text)
+  assert re.search(r'\| seen \| 0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\] \|', text)
+  assert text.count('| \\*best\\* |') == 0 and text.count('| *best* |') >= 2
 
 
 def test_text_from_outside_cannot_make_markup(folder):

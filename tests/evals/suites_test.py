@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from csrm_jax.evals import metrics, suites
+from csrm_jax.evals import calibration, measure, metrics, suites
 from csrm_jax.safety.schema import (
   Category,
   Example,
@@ -21,7 +21,10 @@ def _example(name, label='safe', probability=0.5, **fields):
   fields.setdefault('safety', SafetyConfig((Category('Pets', 'No dogs.'),)))
   return Example(
     id=name,
-    conversation=(Message('user', 'Hi.'), Message('agent', _SECRET)),
+    # Rows of one conversation would be one unit of the bootstrap.
+    conversation=(
+      Message('user', f'Hi {name.split("-")[0]}.'), Message('agent', _SECRET)
+    ),
     label=label, probability=probability, **fields,
   )
 
@@ -64,9 +67,10 @@ def test_classification_metrics_counts_and_groups():
   assert result['metrics']['f1_tuned']['value'] == metrics.f1(labels, p, 0.3)
   for metric in result['metrics'].values():
     assert metric['low'] <= metric['value'] <= metric['high']
-  assert list(result['rule_sets']) == ['rules 0', 'rules 1', 'rules 2']
-  assert sum(g['num_examples'] for g in result['sources'].values()) == 60
-  group = result['rule_sets']['rules 1']['metrics']
+  sets, sources = (result['breakdowns'][k] for k in ('rule set', 'source'))
+  assert list(sets) == ['rules 0', 'rules 1', 'rules 2']
+  assert sum(g['num_examples'] for g in sources.values()) == 60
+  group = sets['rules 1']['metrics']
   assert group['f1']['value'] == metrics.f1(labels[1::3], p[1::3])
   assert group['auprc']['best'] is not None
 
@@ -113,13 +117,69 @@ def test_scores_that_are_not_finite_name_the_example(bad):
 
 
 def test_largest_groups_are_kept(monkeypatch):
-  monkeypatch.setattr(suites, 'MAX_GROUPS', 2)
+  monkeypatch.setattr(measure, 'MAX_GROUPS', 2)
   names = ['b', 'a', 'b', 'c', 'c', '']
   examples = [
     _example(str(i), rule_set=name) for i, name in enumerate(names)
   ]
   result = suites.classification(examples, np.zeros(6), num_samples=2)
-  assert list(result['rule_sets']) == ['b', 'c']
+  assert list(result['breakdowns']['rule set']) == ['b', 'c']
+
+
+def test_categories_hold_their_violations_and_the_safe_rows_they_judged():
+  both = SafetyConfig((Category('Pets', 'No dogs.'), Category('Food', 'No.')))
+  pets = SafetyConfig((Category('Pets', 'No dogs.'),))
+  rows = [
+    _example('a', 'unsafe', violated=('Pets',), safety=both),
+    _example('b', 'unsafe', violated=('Food', 'Pets'), safety=both),
+    _example('c', 'safe', safety=both),
+    _example('d', 'safe', safety=pets),
+    _example('e', 'unsafe', safety=both),  # nobody said which
+  ]
+  result = suites.classification(
+    rows, np.array([-1.0, 1, -1, 1, -1]), num_samples=3)
+  groups = result['breakdowns']['category']
+  assert {k: (g['num_examples'], g['num_unsafe']) for k, g in groups.items()
+          } == {'Food': (2, 1), 'Pets': (4, 2)}
+  assert groups['Pets']['metrics']['recall']['value'] == 0.5
+  assert groups['Pets']['metrics']['fpr']['value'] == 0.5
+  assert groups['Food']['metrics']['recall']['value'] == 0.0
+  assert groups['Food']['metrics']['fpr']['value'] == 1.0
+
+
+def test_tags_and_groups_go_with_their_rows():
+  examples, scores = _set()
+  examples.insert(3, _example('x', None))
+  scores = np.insert(scores, 3, 0)
+  letters = ['ab'[i % 2] for i in range(61)]
+  result = suites.classification(
+    examples, scores, tags={'letter': letters}, num_samples=5,
+    groups=['one'] * 61)
+  kept = [(e, s) for e, s, t in zip(examples, scores, letters, strict=True)
+          if t == 'b' and e.label]
+  found = result['breakdowns']['letter']['b']
+  assert found['num_examples'] == len(kept)
+  assert found['num_unsafe'] == sum(e.label == 'unsafe' for e, _ in kept)
+  # All rows are one unit: there is nothing to resample.
+  f1 = result['metrics']['f1']
+  assert f1['low'] == pytest.approx(f1['value']) == pytest.approx(f1['high'])
+  assert result['num_units'] == 1
+
+
+def test_calibrated_metrics_stand_apart():
+  examples, scores = _set()
+  found = calibration.Calibration(2.0, 0.5)
+  plain = suites.classification(examples, scores, num_samples=3)
+  both = suites.classification(
+    examples, scores, calibration=found, num_samples=3)
+  assert both['metrics'] == plain['metrics'] and plain['calibrated'] is None
+  moved = suites.classification(
+    examples, found.apply(scores.astype(float)), num_samples=3)
+  assert both['calibrated']['metrics'] == moved['metrics']
+  assert both['calibrated']['calibration']['temperature'] == 2.0
+  same = [both['calibrated']['metrics'][k]['value'] for k in ('auprc', 'nll')]
+  assert same[0] == pytest.approx(plain['metrics']['auprc']['value'])
+  assert same[1] != plain['metrics']['nll']['value']
 
 
 def _pair(name, p_safer, p_other, kind='strictness'):
@@ -147,6 +207,12 @@ def test_pairs_by_kind():
   assert strict['score_gap']['value'] == 0
   assert result['kinds']['preference']['accuracy']['value'] == 1
   assert result['kinds']['preference']['accuracy']['best'] == 0
+
+
+def test_pairs_of_one_prompt_are_one_unit():
+  rows = [_pair(name, 0.1, 0.2, 'preference') for name in ('p', 'p-2', 'q')]
+  result = suites.pairs(rows, np.ones(3), np.zeros(3))
+  assert result['arrays']['units'].tolist() == [0, 0, 1]
 
 
 def test_best_pair_order_sees_the_surest_probabilities():
@@ -213,11 +279,12 @@ def test_worst_is_sorted_and_holds_no_text():
 
 def test_rule_sets():
   examples = [
-    _example('a', 'unsafe', 0.9, rule_set='strict'), _example('b', 'safe', 0.1)
+    _example('x-a', 'unsafe', 0.9, rule_set='strict'),
+    _example('x-b', 'safe', 0.1),
   ]
   result = suites.rule_sets(examples, np.array([-1.0, 1.0]))
   assert result['conversation'][-1] == {'role': 'agent', 'content': _SECRET}
-  assert [row['rule_set'] for row in result['rows']] == ['strict', 'b']
+  assert [row['rule_set'] for row in result['rows']] == ['strict', 'x-b']
   assert result['rows'][0]['p_unsafe'] == pytest.approx(1 / (1 + math.exp(-1)))
   other = Example(
     id='c', safety=examples[0].safety, conversation=(Message('agent', 'Bye.'),)

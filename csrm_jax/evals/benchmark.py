@@ -1,0 +1,124 @@
+"""What is to be evaluated: named items, and the suite that they are for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from csrm_jax.safety.schema import Example
+
+TIES = 'Ties'  # the subset of RewardBench 2 that is scored by its own rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """Items of one suite; no items and a `command` where data is missing.
+
+  Attributes:
+    name: in the report and in the keys of its numbers.
+    suite: a key of `battery.SUITES`.
+    items: what that suite takes: examples, pairs, or variants of examples.
+    description: one line for the report.
+    groups: one id an item, items of one id are drawn together by the
+      bootstrap beside those of one conversation; empty for none.
+    tags: breakdown -> the group of each item in it.
+    validation: labelled examples, none of them among the items, that
+      thresholds and calibration are fitted on.
+    command: what would fetch the data, where it is not on disk.
+    drops: how many rows of the data were left out, by reason.
+    without_rules: also classify the examples with their rules hidden; the
+      difference is what reading them is worth.
+    options: further arguments of the suite.
+  """
+
+  name: str
+  suite: str
+  items: Sequence[Any] = ()
+  description: str = ''
+  groups: Sequence[str] = ()
+  tags: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+  validation: Sequence[Example] = ()
+  command: str = ''
+  drops: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  without_rules: bool = False
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    lengths = {'groups': self.groups} if self.groups else {}
+    for what, values in {**lengths, **self.tags}.items():
+      if len(values) != len(self.items):
+        raise ValueError(
+            f'benchmark {self.name}: {len(values)} values of {what!r} for '
+            f'{len(self.items)} items; give one for each'
+        )
+
+  @property
+  def is_skipped(self) -> bool:
+    """Whether its data is missing."""
+    return not self.items and bool(self.command)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One prompt with several responses, the correct ones first.
+
+  Attributes:
+    id: for items of the subset Ties 'ref:<n>' or 'tied:<n>'.
+    responses: one example each, under the same rules.
+    num_correct: how many of them, from the first on, are correct.
+    subset: what it is reported under.
+  """
+
+  id: str
+  responses: tuple[Example, ...]
+  num_correct: int
+  subset: str = ''
+
+  def __post_init__(self):
+    if not 0 < self.num_correct < len(self.responses):
+      raise ValueError(
+          f'{self.id}: {self.num_correct} correct of {len(self.responses)} '
+          'responses; at least one must be correct and one not'
+      )
+    kind, _, number = self.id.partition(':')
+    if self.subset == TIES and not (kind in ('ref', 'tied') and number):
+      raise ValueError(
+          f'{self.id}: items of the subset {TIES} have ids ref:<n> or tied:<n>'
+      )
+
+
+def limited(benchmark: Benchmark, max_items: int) -> Benchmark:
+  """Returns the benchmark with about `max_items`, evenly spread; 0: all.
+
+  Examples of one conversation, or of one group, stay together: at most one
+  such set more than fits is kept. Validation rows are limited in the same way.
+  """
+  validation = [benchmark.validation[i] for i in _spread(
+      benchmark.validation, (), max_items)]
+  rows = _spread(benchmark.items, benchmark.groups, max_items)
+  if len(rows) < len(benchmark.items):
+    benchmark = dataclasses.replace(
+        benchmark,
+        items=[benchmark.items[i] for i in rows],
+        groups=[benchmark.groups[i] for i in rows] if benchmark.groups else (),
+        tags={k: [v[i] for i in rows] for k, v in benchmark.tags.items()},
+        description=f'{benchmark.description} {len(rows):,} of '
+                    f'{len(benchmark.items):,} items.',
+    )
+  return dataclasses.replace(benchmark, validation=validation)
+
+
+def _spread(
+    items: Sequence[Any], groups: Sequence[str], max_items: int
+) -> list[int]:
+  if not max_items or len(items) <= max_items:
+    return list(range(len(items)))
+  sets: dict[Any, list[int]] = {}
+  for i, item in enumerate(items):
+    alone = item.conversation if isinstance(item, Example) else i
+    sets.setdefault((groups and groups[i]) or alone, []).append(i)
+  sizes = list(sets.values())
+  num = max(max_items * len(sizes) // len(items), 1)
+  chosen = [sizes[i * len(sizes) // num] for i in range(num)]
+  return sorted(i for rows in chosen for i in rows)

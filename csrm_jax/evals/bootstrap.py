@@ -1,0 +1,156 @@
+"""Bootstrap intervals and paired differences, over conversations.
+
+Rows are not independent where one conversation stands in several of them
+(under several rule sets, as both sides of a pair, turn by turn). A *unit* is
+such a set of rows: it is drawn, or not drawn, as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from csrm_jax.evals.checks import check_same_length
+from csrm_jax.safety.schema import Example
+
+
+def units_of(
+    examples: Sequence[Example], groups: Sequence[str] | None = None
+) -> np.ndarray:
+  """Returns the unit of each row, int64 [N], numbered as they first occur.
+
+  Rows are of one unit if they have the same conversation, or the same group
+  id that is not empty, or if a chain of such rows links them.
+
+  Args:
+    examples: the rows.
+    groups: one id a row, '' for none; for rows that depend on each other
+      although their text differs, such as several answers to one prompt.
+  """
+  if groups is not None:
+    check_same_length(examples, groups)
+  parent = list(range(len(examples)))
+
+  def root(row: int) -> int:
+    while parent[row] != row:
+      parent[row] = parent[parent[row]]
+      row = parent[row]
+    return row
+
+  first: dict[object, int] = {}
+  for row, example in enumerate(examples):
+    keys: list[object] = [example.conversation]
+    if groups is not None and groups[row]:
+      keys.append(groups[row])
+    for key in keys:
+      a, b = sorted((root(row), root(first.setdefault(key, row))))
+      parent[b] = a
+  roots = [root(row) for row in range(len(examples))]
+  number = {r: i for i, r in enumerate(dict.fromkeys(roots))}
+  return np.array([number[r] for r in roots], np.int64)
+
+
+def interval(
+    fn: Callable[..., float],
+    arrays: Sequence[np.ndarray],
+    units: np.ndarray | None = None,
+    *,
+    num_samples: int = 300,
+    seed: int = 0,
+    centred: bool = False,
+) -> tuple[float, float]:
+  """Returns the 95% bootstrap interval (low, high) of fn(*arrays).
+
+  Units are drawn with replacement, the same rows from every array; the
+  interval is between the 2.5% and 97.5% percentiles. Draws where `fn` is nan
+  are left out; (nan, nan) when there are no rows or no draw is left.
+
+  `centred` shifts the interval so that the draws' mean falls on the value, and
+  cuts it at 0: for errors such as smECE, which resampling inflates so much that
+  a plain percentile interval can miss the value itself. It then shows the
+  spread, not the bias.
+
+  Args:
+    fn: arrays of the same rows -> one number.
+    arrays: each [N, ...].
+    units: [N] integers, see `units_of`; None where each row is its own.
+    num_samples, seed: of the draws.
+  """
+  arrays = [np.asarray(array) for array in arrays]
+  values = _draws(lambda rows: fn(*(a[rows] for a in arrays)), arrays, units,
+                  num_samples, seed)
+  if not values.size:
+    return math.nan, math.nan
+  low, high = np.percentile(values, [2.5, 97.5])
+  if centred:
+    shift = fn(*arrays) - values.mean()
+    low, high = max(low + shift, 0.0), max(high + shift, 0.0)
+  return float(low), float(high)
+
+
+def difference(
+    fn: Callable[..., float],
+    arrays_a: Sequence[np.ndarray],
+    arrays_b: Sequence[np.ndarray],
+    units: np.ndarray | None = None,
+    *,
+    num_samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+  """Returns fn(a) - fn(b) on the same rows: value, low, high, p_value.
+
+  Every draw takes the same units from both, so that what makes a row hard
+  for both cancels. `p_value` is two-sided: twice the smaller share of draws
+  on one side of 0 (draws at 0 count on both, and one is added to each so that
+  it is never 0). All nan where the metric is not defined.
+
+  Args:
+    fn: arrays of the same rows -> one number.
+    arrays_a, arrays_b: each [N, ...], row by row the same examples.
+    units: [N] integers, see `units_of`; None where each row is its own.
+    num_samples, seed: of the draws.
+  """
+  arrays_a, arrays_b = ([np.asarray(x) for x in arrays]
+                        for arrays in (arrays_a, arrays_b))
+  check_same_length(*arrays_a, *arrays_b)
+  values = _draws(
+      lambda rows: (fn(*(x[rows] for x in arrays_a))
+                    - fn(*(x[rows] for x in arrays_b))),
+      arrays_a, units, num_samples, seed,
+  )
+  if not values.size:
+    return dict.fromkeys(('value', 'low', 'high', 'p_value'), math.nan)
+  low, high = np.percentile(values, [2.5, 97.5])
+  tail = min(np.sum(values <= 0), np.sum(values >= 0))
+  return {
+      'value': float(fn(*arrays_a) - fn(*arrays_b)),
+      'low': float(low),
+      'high': float(high),
+      'p_value': float(min(2 * (tail + 1) / (len(values) + 1), 1.0)),
+  }
+
+
+def _draws(fn, arrays, units, num_samples: int, seed: int) -> np.ndarray:
+  """Returns fn(rows) of each draw of units; those that are nan left out."""
+  check_same_length(*arrays, *([] if units is None else [units]))
+  num_rows = len(arrays[0])
+  if not num_rows:
+    return np.zeros(0)
+  if units is None:
+    units = np.arange(num_rows)
+  order = np.argsort(units, kind='stable')
+  _, starts, sizes = np.unique(
+      np.asarray(units)[order], return_index=True, return_counts=True
+  )
+  rng = np.random.default_rng(seed)
+  values = np.empty(num_samples)
+  for i in range(num_samples):
+    drawn = rng.integers(0, len(starts), len(starts))
+    size = sizes[drawn]
+    # Where the rows of each drawn unit begin in the draw.
+    begin = np.cumsum(size) - size
+    within = np.arange(size.sum()) - np.repeat(begin, size)
+    values[i] = fn(order[np.repeat(starts[drawn], size) + within])
+  return values[~np.isnan(values)]
