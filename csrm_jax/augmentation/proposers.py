@@ -18,8 +18,9 @@ from csrm_jax.safety.checks import show
 from csrm_jax.safety.schema import Category, Message
 
 Conversation = tuple[Message, ...]
-# (conversations, a category) -> whether each last response violates it.
-Judge = Callable[[Sequence[Conversation], Category], list[bool]]
+# (conversations, a category for each) -> whether each last response violates
+# its category.
+Judge = Callable[[Sequence[Conversation], Sequence[Category]], list[bool]]
 
 
 class NoReplyError(Exception):
@@ -128,8 +129,11 @@ class RuleWorldOracle:
     ).category()
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def read_rule(category: Category) -> rules_lib.Rule:
   """Returns what a category worded by RuleWorld means.
+
+  The name of the rule is the category's.
 
   Raises:
     ValueError: RuleWorld does not word any rule so.
@@ -146,7 +150,7 @@ def read_rule(category: Category) -> rules_lib.Rule:
 
 
 def ruleworld_judge(seed: int | None = None) -> Judge:
-  """Returns RuleWorld's classifier of a response under one category.
+  """Returns RuleWorld's classifier of responses under categories.
 
   Args:
     seed: None: to the letter. Else as one annotator with that seed calls it,
@@ -154,11 +158,11 @@ def ruleworld_judge(seed: int | None = None) -> Judge:
   """
 
   def judge(
-    conversations: Sequence[Conversation], category: Category
+    conversations: Sequence[Conversation], categories: Sequence[Category]
   ) -> list[bool]:
-    rule = read_rule(category)
     verdicts = []
-    for conversation in conversations:
+    for conversation, category in zip(conversations, categories, strict=True):
+      rule = read_rule(category)
       text = conversation[-1].content
       statements = _read_reply(text)
       if seed is None:

@@ -218,7 +218,7 @@ def find_subcategories(
   ))
   covered = np.zeros(len(talks), bool)
   for subcategory in found:
-    covered |= np.array(judge(talks, subcategory), bool)
+    covered |= _verdicts(judge, talks, subcategory)
   for index in range(len(talks)):
     if covered[index]:
       continue
@@ -236,7 +236,7 @@ def find_subcategories(
     found.append(new)
     # Only what has none yet need be judged.
     rest = np.flatnonzero(~covered)
-    covered[rest] |= np.array(judge([talks[i] for i in rest], new), bool)
+    covered[rest] |= _verdicts(judge, [talks[i] for i in rest], new)
     if not covered[index]:
       drops['conversation: uncovered'] += 1
   return found
@@ -342,9 +342,7 @@ def _write_and_test(
   if strict.guideline == lenient.guideline:
     drops['candidate: same_text'] += 1
     return None
-  verdicts = [
-    np.array(judge(talks, guideline), bool) for guideline in guidelines
-  ]
+  verdicts = [_verdicts(judge, talks, g) for g in guidelines]
   tested = test_order(*verdicts, settings)
   return Candidate(
     strict, lenient, j, i,
@@ -352,3 +350,9 @@ def _write_and_test(
     recall_lenient=float(verdicts[1].mean()),
     **tested,
   )
+
+
+def _verdicts(
+  judge: Judge, talks: Sequence[tuple], category: Category
+) -> np.ndarray:
+  return np.array(judge(talks, [category] * len(talks)), bool)

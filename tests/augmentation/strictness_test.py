@@ -23,8 +23,9 @@ def category(name):
 
 
 # A toy world: a response is a word, a guideline forbids the words in it.
-def word_judge(talks, rule):
-  return [talk[-1].content in rule.guideline.split() for talk in talks]
+def word_judge(talks, rules):
+  return [talk[-1].content in rule.guideline.split()
+          for talk, rule in zip(talks, rules, strict=True)]
 
 
 def example(name, word, label='unsafe'):

@@ -1,0 +1,167 @@
+"""Configurable category augmentation (CCA): proposals of p+ and p-, checked.
+
+A proposal is made once for a conversation and stored with the example
+(`plus`, `minus`); what is dropped, inserted and relabelled is drawn anew each
+epoch, by `safety.augment.cca`.
+
+Source: CSRM (arXiv 2605.30487), configurable category augmentation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from csrm_jax.augmentation import requests
+from csrm_jax.augmentation.proposers import Judge, NoReplyError, Proposer
+from csrm_jax.safety.schema import Category, Example
+
+# Words that a verdict is given in: a rule that holds one may give it away.
+VERDICT_WORDS = ('safe', 'unsafe')
+# Two guidelines with more of their words in common, in order, say the same.
+# The order matters: "cats, not dogs" and "dogs, not cats" have the same words.
+_SAME_TEXT = 0.85
+# As many words in a row, taken from the response, are a quotation.
+_QUOTED_WORDS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """A proposal after its checks.
+
+  Attributes:
+    plus: p+, or None if there is none, or none that passed.
+    minus: p-, likewise.
+    drops: why something is missing, one word each.
+  """
+
+  plus: Category | None
+  minus: Category | None
+  drops: tuple[str, ...] = ()
+
+
+def propose(
+  example: Example, proposer: Proposer
+) -> requests.Categories | NoReplyError:
+  """Returns the proposer's p+ and p-, not yet checked, or why there is none."""
+  try:
+    return proposer.ask(
+      requests.ProposeCategories(example.safety, example.conversation)
+    )
+  except NoReplyError as error:
+    return error
+
+
+def check_all(
+  examples: Sequence[Example],
+  proposed: Sequence[requests.Categories | NoReplyError],
+  judge: Judge | None = None,
+) -> list[Checked]:
+  """Returns each proposal with what fails a check taken out, and why.
+
+  Of the text: lengths, no verdict words, no quotation of the response, nothing
+  that stands in the rules already, and p- unlike p+. With a judge: p+ fires on
+  the response, and p- does not.
+
+  Args:
+    examples: what was proposed for.
+    proposed: one reply for each.
+    judge: the classifier; without one, what fires is taken on trust.
+  """
+  checked = [
+    check_text(example, reply)
+    for example, reply in zip(examples, proposed, strict=True)
+  ]
+  if judge is None:
+    return checked
+  asked = [
+    (number, side, category)
+    for number, item in enumerate(checked)
+    for side, category in (('plus', item.plus), ('minus', item.minus))
+    if category is not None
+  ]
+  verdicts = judge(
+    [examples[number].conversation for number, *_ in asked],
+    [category for *_, category in asked],
+  )
+  for (number, side, _), fires in zip(asked, verdicts, strict=True):
+    if fires != (side == 'plus'):
+      reason = 'minus_fires' if fires else 'plus_does_not_fire'
+      item = checked[number]
+      checked[number] = dataclasses.replace(
+        item, **{side: None}, drops=(*item.drops, reason)
+      )
+  return checked
+
+
+def check_text(
+  example: Example, reply: requests.Categories | NoReplyError
+) -> Checked:
+  """Returns the proposal with what its own words rule out taken out."""
+  if isinstance(reply, NoReplyError):
+    return Checked(None, None, (f'no_reply: {reply.reason}',))
+  drops, kept = [], []
+  others = list(example.safety.categories)
+  for side in ('plus', 'minus'):
+    category = getattr(reply, side)
+    if category is not None:
+      problem = _problem(category, example, others)
+      if problem:
+        drops.append(f'{side}_{problem}')
+        category = None
+      else:
+        others.append(category)  # p- must differ from p+ as well.
+    else:
+      drops.append(f'{side}_not_proposed')
+    kept.append(category)
+  return Checked(*kept, tuple(drops))
+
+
+def attach(example: Example, checked: Checked) -> Example:
+  """Returns the example with its proposals; its rules and label stay."""
+  return dataclasses.replace(
+    example, plus=checked.plus, minus=checked.minus
+  )
+
+
+def _problem(
+  category: Category, example: Example, others: Iterable[Category]
+) -> str | None:
+  length = requests.length_problem(category)
+  if length:
+    return length
+  words = _words(f'{category.name} {category.guideline}')
+  if not set(VERDICT_WORDS).isdisjoint(words):
+    return 'leaks_verdict'
+  if _is_quoted(words, _words(example.conversation[-1].content)):
+    return 'quotes_response'
+  for other in others:
+    if _words(category.name) == _words(other.name):
+      return 'name_taken'
+    if _overlap(category.guideline, other.guideline) >= _SAME_TEXT:
+      return 'covered'
+  return None
+
+
+def _words(text: str) -> list[str]:
+  # Any letters count as words; \w alone would join 'un_safe'.
+  return re.findall(r'[^\W_]+', text.casefold())
+
+
+def _overlap(a: str, b: str) -> float:
+  """Returns the share of words that two texts have in common, in order."""
+  return difflib.SequenceMatcher(
+    None, _words(a), _words(b), autojunk=False
+  ).ratio()
+
+
+def _is_quoted(words: Sequence[str], response: Sequence[str]) -> bool:
+  def runs(seq):
+    return {
+      tuple(seq[i : i + _QUOTED_WORDS])
+      for i in range(len(seq) - _QUOTED_WORDS + 1)
+    }
+
+  return not runs(words).isdisjoint(runs(response))
