@@ -1,4 +1,4 @@
-"""Weights in Hugging Face form: one table of names, in both directions.
+"""Weights in Hugging Face form, in and out (the names are in hf_table).
 
 A source is a folder as save_pretrained writes it (config.json, safetensors in
 one file or in shards), the id of such a folder on the Hugging Face hub
@@ -8,86 +8,27 @@ with, tensor by tensor: the host holds one tensor at a time, never a model.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from csrm_jax.models import gguf, hf_config, shards, transformer
+from csrm_jax.models import gguf, hf_config, hf_table, shards
 from csrm_jax.models.config import ModelConfig
 
 _HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?')
 _HUB_FILES = ('*.safetensors', '*.json', '*.jinja', 'tokenizer.model')
 
 
-class Entry(NamedTuple):
-  """A parameter's two names.
-
-  Attributes:
-    ours: path in the nested dict; under layers/ it has a leading axis L.
-    theirs: tensor name, with the number of the layer as {}.
-    num_in: leading axes of our kernel that are inputs. Theirs is [out, in],
-      each flattened. 0: stored as it is.
-    post_norms: the entry is of models whose config says so; None: of all.
-  """
-
-  ours: str
-  theirs: str
-  num_in: int
-  post_norms: bool | None = None
-
-
-_LAYER = 'model.layers.{}.'
-TABLE = (
-    Entry('embed/embedding', 'model.embed_tokens.weight', 0),
-    Entry('layers/attention_norm/scale', _LAYER + 'input_layernorm.weight', 0),
-    Entry('layers/attention/query/kernel',
-          _LAYER + 'self_attn.q_proj.weight', 1),
-    Entry('layers/attention/key/kernel', _LAYER + 'self_attn.k_proj.weight', 1),
-    Entry('layers/attention/value/kernel',
-          _LAYER + 'self_attn.v_proj.weight', 1),
-    Entry('layers/attention/out/kernel', _LAYER + 'self_attn.o_proj.weight', 2),
-    Entry('layers/attention/query_norm/scale',
-          _LAYER + 'self_attn.q_norm.weight', 0),
-    Entry('layers/attention/key_norm/scale',
-          _LAYER + 'self_attn.k_norm.weight', 0),
-    # One name, two places: before the MLP, and with post_norms after attention.
-    Entry('layers/mlp_norm/scale',
-          _LAYER + 'post_attention_layernorm.weight', 0, False),
-    Entry('layers/attention_post_norm/scale',
-          _LAYER + 'post_attention_layernorm.weight', 0, True),
-    Entry('layers/mlp_norm/scale',
-          _LAYER + 'pre_feedforward_layernorm.weight', 0, True),
-    Entry('layers/mlp_post_norm/scale',
-          _LAYER + 'post_feedforward_layernorm.weight', 0, True),
-    Entry('layers/mlp/gate/kernel', _LAYER + 'mlp.gate_proj.weight', 1),
-    Entry('layers/mlp/up/kernel', _LAYER + 'mlp.up_proj.weight', 1),
-    Entry('layers/mlp/down/kernel', _LAYER + 'mlp.down_proj.weight', 1),
-    Entry('final_norm/scale', 'model.norm.weight', 0),
-    Entry('lm_head/kernel', 'lm_head.weight', 1),
-    # [D, 1]; in place of the output layer in a sequence classifier.
-    Entry('score/kernel', 'score.weight', 1),
-)
 # Old files list these constants among the weights.
 _CONSTANTS = re.compile(r'.*\.rotary_emb\.inv_freq')
-
-
-class _Slot(NamedTuple):
-  """Where a tensor of theirs goes: an entry, its layer, and its shape."""
-
-  entry: Entry
-  layer: int | None
-  shape: tuple[int, ...]  # of theirs
 
 
 def resolve(source: str | os.PathLike) -> pathlib.Path:
@@ -173,24 +114,39 @@ def load_params(
   """
   path = resolve(source)
   _check_backbone(path, cfg)
-  slots = _slots(cfg, _form(path))
+  slots = hf_table.slots(cfg, _form(path))
   tensors = _check_tensors(open_tensors(path), slots, path)
-  stacks = _shapes(cfg)
-  places = {} if shardings is None else _flatten(shardings)
-  dtype, flat = jnp.dtype(cfg.param_dtype), {}
+  return place(tensors, slots, jnp.dtype(cfg.param_dtype), shardings)
+
+
+def place(
+    tensors: Mapping[str, shards.Tensor], slots: Mapping[str, hf_table.Slot],
+    dtype: jnp.dtype, shardings: Any = None
+) -> dict[str, Any]:
+  """Returns the nested dict that the tensors fill, read one by one.
+
+  Each goes to its devices at once; stacks of layers are filled in place there.
+
+  Args:
+    tensors: those of the slots.
+    slots: as from hf_table.
+    dtype: of the result.
+    shardings: as in load_params.
+  """
+  places = {} if shardings is None else hf_table.flatten(shardings)
+  flat = {}
   for name, tensor in tensors.items():
-    entry, layer, _ = slots[name]
-    array = _to_ours(tensor.read(), entry, stacks)
-    place = places.get(entry.ours)
-    if layer is None:
-      array = _put(array, place)
-      flat[entry.ours] = array.astype(dtype)
+    slot = slots[name]
+    ours, to = slot.entry.ours, places.get(slot.entry.ours)
+    array = hf_table.to_ours(tensor.read(), slot)
+    if slot.layer is None:
+      flat[ours] = _put(array, to).astype(dtype)
       continue
-    if entry.ours not in flat:
-      flat[entry.ours] = jnp.zeros(stacks[entry.ours], dtype, device=place)
-    flat[entry.ours] = _fill(place)(
-        flat[entry.ours], _put(array, _within_layer(place)), layer)
-  return flax.traverse_util.unflatten_dict(flat, sep='/')
+    if ours not in flat:
+      flat[ours] = jnp.zeros(slot.whole, dtype, device=to)
+    flat[ours] = _fill(to)(
+        flat[ours], _put(array, _within_layer(to)), slot.layer)
+  return hf_table.unflatten(flat)
 
 
 def load_metadata(folder: str | os.PathLike) -> dict[str, str]:
@@ -239,7 +195,7 @@ def save(
       the folder holds other weights.
   """
   folder = pathlib.Path(folder)
-  flat = _flatten(params)
+  flat = hf_table.flatten(params)
   if any(name.endswith(('/lora_a', '/lora_b')) for name in flat):
     raise ValueError(
         'params hold LoRA adapters, which have no place in a whole model; '
@@ -248,10 +204,10 @@ def save(
   if 'score/kernel' in flat:
     form = 'sequence_classification'
   spec = hf_config.to_hf(cfg, str(flat['embed/embedding'].dtype), form)
-  slots = _slots(cfg, form)
-  _check_names(set(flat), {slot.entry.ours for slot in slots.values()},
-               'params')
-  tensors = {name: _lazy(flat[slot.entry.ours], slot)
+  slots = hf_table.slots(cfg, form)
+  hf_table.check_names(
+      set(flat), {slot.entry.ours for slot in slots.values()}, 'params')
+  tensors = {name: hf_table.to_theirs(flat[slot.entry.ours], slot)
              for name, slot in slots.items()}
   folder.mkdir(parents=True, exist_ok=True)
   shards.write(folder, tensors, metadata or {}, max_shard_bytes)
@@ -273,107 +229,22 @@ def _check_backbone(path: pathlib.Path, cfg: ModelConfig) -> None:
           f'there and {value!r} in the model config; make them equal.')
 
 
-@functools.lru_cache(maxsize=16)
-def _shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Returns {our name: shape} of all forms of the model."""
-  cfg = dataclasses.replace(cfg, lora_rank=0)
-  params = jax.eval_shape(lambda: transformer.init_params(cfg, 0))
-  shapes = {name: leaf.shape for name, leaf in _flatten(params).items()}
-  return shapes | {'score/kernel': (cfg.embed_dim, 1)}
-
-
-def _slots(cfg: ModelConfig, form: str) -> dict[str, _Slot]:
-  """Returns {their name: slot} of a model, in the order of its layers."""
-  shapes = _shapes(cfg)
-  unused = {
-      'causal_lm': 'score/kernel',
-      'sequence_classification': 'lm_head/kernel',
-  }[form]
-  slots, layers = {}, [{} for _ in range(cfg.num_layers)]
-  for entry in TABLE:
-    if (entry.ours not in shapes or entry.ours == unused
-        or entry.post_norms not in (None, cfg.post_norms)):
-      continue
-    if not entry.ours.startswith('layers/'):
-      slots[entry.theirs] = _Slot(
-          entry, None, _their_shape(shapes[entry.ours], entry.num_in))
-      continue
-    shape = _their_shape(shapes[entry.ours][1:], entry.num_in)
-    for i, layer in enumerate(layers):
-      layer[entry.theirs.format(i)] = _Slot(entry, i, shape)
-  return functools.reduce(lambda a, b: a | b, layers, slots)
-
-
-def _their_shape(shape: tuple[int, ...], num_in: int) -> tuple[int, ...]:
-  if not num_in:
-    return shape
-  return math.prod(shape[num_in:]), math.prod(shape[:num_in])
-
-
-def _to_theirs(array: np.ndarray, entry: Entry) -> np.ndarray:
-  if not entry.num_in:
-    return array
-  num_inputs = math.prod(array.shape[:entry.num_in])
-  return array.reshape(num_inputs, -1).T
-
-
-def _to_ours(
-    array: np.ndarray, entry: Entry, shapes: Mapping[str, tuple[int, ...]]
-) -> np.ndarray:
-  """Returns the array (of one layer) in our axes, a view."""
-  if not entry.num_in:
-    return array
-  shape = shapes[entry.ours]
-  return array.T.reshape(
-      shape[1:] if entry.ours.startswith('layers/') else shape)
-
-
-def _lazy(param: Any, slot: _Slot) -> shards.Tensor:
-  def read() -> np.ndarray:
-    part = param if slot.layer is None else param[slot.layer]
-    return _to_theirs(np.asarray(part), slot.entry)
-
-  return shards.Tensor(slot.shape, np.dtype(param.dtype), 'params', read)
-
-
 def _check_tensors(
-    tensors: Mapping[str, shards.Tensor], slots: Mapping[str, _Slot],
+    tensors: Mapping[str, shards.Tensor], slots: Mapping[str, hf_table.Slot],
     path: pathlib.Path
 ) -> dict[str, shards.Tensor]:
   """Returns the tensors that the model needs, all of them of its shapes."""
-  have = {name for name in tensors if not _CONSTANTS.fullmatch(name)}
+  kept = {name: tensor for name, tensor in tensors.items()
+          if not _CONSTANTS.fullmatch(name)}
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
-  if head in have - set(slots) and embedding in have:
-    # Some write the output layer although it is tied; then it must be.
-    if not shards.equal(tensors[head], tensors[embedding]):
-      raise ValueError(
-          f'{tensors[head].where}: {head} differs from the embedding, but the '
-          'config ties them; set tie_word_embeddings to false in config.json.')
-    have.remove(head)
-  _check_names(have, set(slots), str(path))
-  for name in sorted(have):
-    if tensors[name].shape != slots[name].shape:
-      raise ValueError(
-          f'{tensors[name].where}: {name} has shape {tensors[name].shape}, the '
-          f'config makes it {slots[name].shape}; take weights and config.json '
-          'from the same model.')
-  return {name: tensor for name, tensor in tensors.items() if name in have}
-
-
-def _check_names(have: set[str], want: set[str], where: str) -> None:
-  if want - have:
+  # Some write the output layer although it is tied; then it must be.
+  if (head not in slots and {head, embedding} <= set(kept)
+      and not shards.equal(kept.pop(head), kept[embedding])):
     raise ValueError(
-        f'{where}: {min(want - have)} is missing ({len(want - have)} of '
-        f'{len(want)} are); the weights must be those of the model config.')
-  if have - want:
-    raise ValueError(
-        f'{where}: {min(have - want)} is of no use to the model '
-        f'({len(have - want)} such); the weights must be those of the model '
-        'config.')
-
-
-def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-  return flax.traverse_util.flatten_dict(dict(params), sep='/')
+        f'{tensors[head].where}: {head} differs from the embedding, but the '
+        'config ties them; set tie_word_embeddings to false in config.json.')
+  hf_table.check_tensors(kept, slots, str(path))
+  return kept
 
 
 def _put(array: np.ndarray, place: Sharding | None) -> jax.Array:

@@ -1,29 +1,44 @@
-"""LoRA adapters apart from the weights they adapt.
+"""LoRA adapters apart from the weights they adapt, and in PEFT's form.
 
 Source: Hu et al. 2021, LoRA (arXiv 2106.09685).
 """
 
 from __future__ import annotations
 
+import json
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import flax.traverse_util
 import jax
+import jax.numpy as jnp
 
-from csrm_jax.models import transformer
-from csrm_jax.models.config import ModelConfig
+from csrm_jax.models import hf, hf_table, shards, transformer
+from csrm_jax.models.config import LORA_TARGETS, ModelConfig
 
 NAMES = ('lora_a', 'lora_b')
+CONFIG_FILE = 'adapter_config.json'
+WEIGHTS_FILE = 'adapter_model.safetensors'
+# Hugging Face's names of the layers in LORA_TARGETS, in that order.
+_MODULES = dict(zip(
+    ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
+     'down_proj'), LORA_TARGETS, strict=True))
+# What an adapter of PEFT may have and ours has not; empty is fine.
+_UNSUPPORTED = (
+    'use_rslora', 'use_dora', 'fan_in_fan_out', 'lora_bias', 'rank_pattern',
+    'alpha_pattern', 'layers_to_transform', 'layer_replication',
+    'modules_to_save', 'trainable_token_indices', 'target_parameters',
+    'exclude_modules',
+)
 
 
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (adapters, base): two nested dicts whose merge is `params`."""
-  flat = flax.traverse_util.flatten_dict(dict(params))
   parts = ({}, {})
-  for path, leaf in flat.items():
-    parts[path[-1] not in NAMES][path] = leaf
-  adapters, base = map(flax.traverse_util.unflatten_dict, parts)
+  for name, leaf in hf_table.flatten(params).items():
+    parts[not _is_adapter(name)][name] = leaf
+  adapters, base = map(hf_table.unflatten, parts)
   return adapters, base
 
 
@@ -33,7 +48,161 @@ def init(cfg: ModelConfig, seed: int) -> dict[str, Any]:
   Raises:
     ValueError: cfg has no adapters.
   """
-  if not cfg.lora_rank:
-    raise ValueError('lora_rank=0: the model has no adapters; set a rank.')
+  _check_has_adapters(cfg)
   # What is not returned is never computed.
   return jax.jit(lambda: split(transformer.init_params(cfg, seed))[0])()
+
+
+def merge(cfg: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the params of the same model without adapters.
+
+  Kernels become kernel + alpha / rank · a·b, summed in float32 and rounded to
+  the kernel's dtype: in bfloat16, small adapters lose digits here.
+
+  Args:
+    cfg: of the model with adapters.
+    params: base and adapters in one tree.
+
+  Raises:
+    ValueError: the adapters are not those of cfg.
+  """
+  _check_has_adapters(cfg)
+  flat = hf_table.flatten(params)
+  want = {slot.entry.ours for slot in hf_table.lora_slots(cfg).values()}
+  hf_table.check_names(set(filter(_is_adapter, flat)), want, 'adapters')
+  merged = {}
+  for name, leaf in flat.items():
+    path = name.removesuffix('/kernel')
+    if f'{path}/lora_a' in want and name != path:
+      leaf = _merge_kernel(
+          leaf, flat[f'{path}/lora_a'], flat[f'{path}/lora_b'],
+          cfg.lora_alpha / cfg.lora_rank)
+    if not _is_adapter(name):
+      merged[name] = leaf
+  return hf_table.unflatten(merged)
+
+
+def save_peft(
+    folder: str | os.PathLike, cfg: ModelConfig, adapters: Mapping[str, Any],
+    base_name: str, metadata: Mapping[str, str] | None = None
+) -> None:
+  """Writes the adapters as PEFT reads them.
+
+  Args:
+    folder: made if absent.
+    cfg: of the model with adapters.
+    adapters: as from `split`.
+    base_name: folder or hub id of the weights that they belong to.
+    metadata: strings for the header of the weights.
+
+  Raises:
+    ValueError: the adapters are not those of cfg.
+  """
+  _check_has_adapters(cfg)
+  folder, flat = pathlib.Path(folder), hf_table.flatten(adapters)
+  slots = hf_table.lora_slots(cfg)
+  hf_table.check_names(
+      set(flat), {slot.entry.ours for slot in slots.values()}, 'adapters')
+  tensors = {name: hf_table.to_theirs(flat[slot.entry.ours], slot)
+             for name, slot in slots.items()}
+  folder.mkdir(parents=True, exist_ok=True)
+  shards.write_file(folder / WEIGHTS_FILE, tensors, metadata or {})
+  shards.write_json(folder / CONFIG_FILE, {
+      'peft_type': 'LORA',
+      'task_type': 'CAUSAL_LM',
+      'base_model_name_or_path': base_name,
+      'r': cfg.lora_rank,
+      'lora_alpha': cfg.lora_alpha,
+      'lora_dropout': 0.0,
+      'bias': 'none',
+      'target_modules': [theirs for theirs, ours in _MODULES.items()
+                         if ours in cfg.lora_targets],
+      'inference_mode': True,
+  })
+
+
+def read_peft(folder: str | os.PathLike) -> dict[str, Any]:
+  """Returns the fields lora_rank, lora_alpha and lora_targets of ModelConfig.
+
+  Raises:
+    ValueError: not a LoRA adapter, one of a kind that is not supported, or a
+      target that matches no layer.
+  """
+  path = pathlib.Path(folder) / CONFIG_FILE
+  try:
+    spec = json.loads(path.read_text(encoding='utf-8'))
+    kind, modules = spec['peft_type'], spec['target_modules']
+    rank, alpha = int(spec['r']), float(spec['lora_alpha'])
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise ValueError(
+        f'{path}: cannot be read as the config of a LoRA adapter ({error}); '
+        'give a folder that PEFT or csrm_jax wrote.') from None
+  found = {'peft_type': kind, 'bias': spec.get('bias', 'none')}
+  for name, value in {'peft_type': 'LORA', 'bias': 'none'}.items():
+    if found[name] != value:
+      raise ValueError(
+          f'{path}: {name} is {found[name]!r}, only {value!r} is supported; '
+          'give another adapter.')
+  for name in _UNSUPPORTED:
+    if spec.get(name):
+      raise ValueError(
+          f'{path}: {name} is {spec[name]!r}, which is not supported; give '
+          'another adapter.')
+  if isinstance(modules, str):
+    modules = [modules]
+  for module in modules:
+    if module not in _MODULES:
+      raise ValueError(
+          f'{path}: the LoRA target {module!r} matches no layer; choose from '
+          f'{", ".join(_MODULES)}.')
+  targets = {_MODULES[module] for module in modules}
+  return {'lora_rank': rank, 'lora_alpha': alpha,
+          'lora_targets': tuple(t for t in LORA_TARGETS if t in targets)}
+
+
+def load_peft(
+    folder: str | os.PathLike, cfg: ModelConfig, shardings: Any = None
+) -> dict[str, Any]:
+  """Returns the float32 adapters that PEFT or save_peft wrote.
+
+  Args:
+    folder: has adapter_config.json and adapter_model.safetensors.
+    cfg: of the model, with the fields that read_peft returns.
+    shardings: as in hf.load_params.
+
+  Raises:
+    ValueError: the adapters are not those of cfg; names what differs.
+  """
+  folder = pathlib.Path(folder)
+  for name, value in read_peft(folder).items():
+    ours = getattr(cfg, name)
+    if name == 'lora_targets':
+      ours = tuple(target for target in LORA_TARGETS if target in ours)
+    if ours != value:
+      raise ValueError(
+          f'{folder}: {name} is {value!r} there and {ours!r} in the model '
+          'config; make them equal.')
+  path, slots = folder / WEIGHTS_FILE, hf_table.lora_slots(cfg)
+  tensors = shards.open_file(path)
+  hf_table.check_tensors(tensors, slots, str(path))
+  return hf.place(tensors, slots, jnp.dtype(jnp.float32), shardings)
+
+
+def _is_adapter(name: str) -> bool:
+  return name.rpartition('/')[2] in NAMES
+
+
+def _check_has_adapters(cfg: ModelConfig) -> None:
+  if not cfg.lora_rank:
+    raise ValueError('lora_rank=0: the model has no adapters; set a rank.')
+
+
+@jax.jit
+def _merge_kernel(kernel, a, b, scale):
+  """Returns kernel [L,*in,*out] plus scale · a·b."""
+  L, r = a.shape[0], a.shape[-1]
+  product = jnp.einsum(
+      'LIR,LRO->LIO', a.reshape(L, -1, r), b.reshape(L, r, -1),
+      precision=jax.lax.Precision.HIGHEST)
+  merged = kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)
+  return merged.astype(kernel.dtype)

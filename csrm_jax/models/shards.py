@@ -59,7 +59,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
       the index, or a tensor of numbers that are not supported.
   """
   if (folder / WEIGHTS_FILE).is_file():
-    return _open_file(folder / WEIGHTS_FILE)
+    return open_file(folder / WEIGHTS_FILE)
   index = folder / INDEX_FILE
   if not index.is_file():
     raise ValueError(
@@ -77,7 +77,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
       raise ValueError(
           f'{index}: names the file {file!r} in another folder; copy the file '
           'again.')
-    shard = _open_file(folder / file)
+    shard = open_file(folder / file)
     wanted = {name for name, value in named.items() if value == file}
     for name in sorted(wanted ^ set(shard)):
       what = 'is missing' if name in wanted else 'is not in the index'
@@ -128,11 +128,8 @@ def write(
     if path.name not in known and path.suffix != '.tmp':
       raise ValueError(
           f'{path}: other weights are there already; give an empty folder.')
-  header = {'format': 'pt', **metadata}
   for file, names in zip(files, shards, strict=True):
-    arrays = {name: np.ascontiguousarray(tensors[name].read())
-              for name in names}
-    replace(folder / file, functools.partial(_save, arrays, header))
+    write_file(folder / file, {name: tensors[name] for name in names}, metadata)
   if count > 1:
     index = {
         'metadata': {'total_size': sum(t.num_bytes for t in tensors.values())},
@@ -141,6 +138,17 @@ def write(
                        for name in names},
     }
     write_json(folder / INDEX_FILE, index)
+
+
+def write_file(
+    path: pathlib.Path, tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str]
+) -> None:
+  """Writes the tensors as one safetensors file, which appears whole."""
+  arrays = {name: np.ascontiguousarray(tensor.read())
+            for name, tensor in tensors.items()}
+  header = {'format': 'pt', **metadata}
+  replace(path, functools.partial(_save, arrays, header))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -204,7 +212,12 @@ def _save(
   path.chmod(mode)
 
 
-def _open_file(path: pathlib.Path) -> dict[str, Tensor]:
+def open_file(path: pathlib.Path) -> dict[str, Tensor]:
+  """Returns the tensors of one safetensors file.
+
+  Raises:
+    ValueError: as open_folder.
+  """
   tensors = {}
   with _opened(path) as file:
     for name in file.keys():  # noqa: SIM118  not a dict
