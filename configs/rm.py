@@ -4,6 +4,8 @@ python -m csrm_jax.main --config=configs/rm.py --workdir=/tmp/rm
 python -m csrm_jax.main --config=configs/rm.py:ablation=no_cca --workdir=...
 python -m csrm_jax.main --config=configs/rm.py:data=public,data_dir=DIR \
   --workdir=...
+python -m csrm_jax.main --config=configs/rm.py:model=smollm2_135m,lora=16,\
+data=public,data_dir=DIR --workdir=...
 python launch/sweep.py --config=configs/rm.py --seeds=0,1,2 --workdir=...
 """
 
@@ -14,6 +16,15 @@ import ml_collections
 import csrm_jax
 from csrm_jax import config as config_lib
 
+# Public instruction-tuned models -> their weights on the hub.
+BACKBONES = {
+    'smollm2_135m': 'HuggingFaceTB/SmolLM2-135M-Instruct',
+    'llama3_8b': 'meta-llama/Llama-3.1-8B-Instruct',
+    'llama3_70b': 'meta-llama/Llama-3.1-70B-Instruct',
+    'mistral_7b': 'mistralai/Mistral-7B-Instruct-v0.1',
+    'qwen3_1b7': 'Qwen/Qwen3-1.7B',
+    'gemma2_9b': 'google/gemma-2-9b-it',
+}
 ABLATIONS = ('full', 'no_cca', 'no_sa', 'no_aug', 'rules_blind')
 
 
@@ -21,12 +32,15 @@ def get_config(arg=None):
   """Returns the config.
 
   arg: ablation=full|no_cca|no_sa|no_aug|rules_blind, data=ruleworld|public|
-  jsonl, data_dir (of the public sets) or path (of the JSONL file), model (a
-  preset), num_steps, smoke (a run of a minute that exercises everything).
+  jsonl, data_dir (of the public sets) or path (of the JSONL file), model (tiny
+  or a name of BACKBONES), init (its weights: a folder, a hub id or a .gguf
+  file; by default the hub's), lora (rank of adapters; 0 trains all weights),
+  num_steps, smoke (a run of a minute that exercises everything).
   """
   arg = config_lib.parse_arg(
       arg, ablation=ABLATIONS, data=('ruleworld', 'public', 'jsonl'),
-      data_dir='', path='', model='tiny', num_steps=0, smoke=False)
+      data_dir='', path='', model=('tiny', *BACKBONES), init='', lora=0,
+      num_steps=0, smoke=False)
   package = pathlib.Path(csrm_jax.__file__).parent
   c = ml_collections.ConfigDict()
   c.runner = 'train_rm'
@@ -35,7 +49,8 @@ def get_config(arg=None):
   c.num_steps = 500  # updates
   c.log_every = 20  # steps a line of metrics.jsonl sums up
   c.checkpoint_every = 100  # steps; a multiple of log_every
-  # SentencePiece model (.model) or Hugging Face tokenizer.json.
+  # SentencePiece model (.model) or Hugging Face tokenizer.json; '' takes the
+  # tokenizer, the chat template and the shape of model.init.
   c.tokenizer = str(package / 'ruleworld' / 'tokenizer.model')
 
   c.model = ml_collections.ConfigDict()
@@ -46,8 +61,12 @@ def get_config(arg=None):
       'param_dtype': 'float32',  # of parameters; or bfloat16
       'remat': 'none',  # recomputed in the backward pass: none, dots, full
       'unroll': 4,  # layers a step of the scan over depth; more suits CPUs
+      'lora_rank': arg.lora,  # of the adapters that are trained; 0 for none
+      'lora_alpha': 2.0 * arg.lora or 16.0,  # over the rank: their scale
+      'lora_targets': ('query', 'key', 'value', 'out', 'gate', 'up', 'down'),
   })
-  # A folder with safetensors and config.json to start from; '' for random.
+  # Weights to start from: a folder with safetensors and config.json, a hub id
+  # or a .gguf file; '' for random.
   c.model.init = str(package / 'ruleworld' / 'base')
 
   c.template = ml_collections.ConfigDict()
@@ -94,10 +113,14 @@ def get_config(arg=None):
 
   c.eval = ml_collections.ConfigDict()
   c.eval.fraction = 0.2  # of each file part, held out by a hash of its text
+  c.eval.max_examples = 0  # of each of them, a fixed sample; 0 for all
+  c.eval.zero_shot = False  # also before training
   c.eval.ruleworld_examples = 2000  # a test set; 0 for none
   c.eval.ruleworld_seed = 2000  # of the test sets
 
   _set_data(c, arg)
+  if arg.model != 'tiny':
+    _set_backbone(c, arg)
   _set_ablation(c, arg.ablation)
   if arg.smoke:
     c.num_steps, c.log_every, c.checkpoint_every = 20, 5, 10
@@ -146,6 +169,22 @@ def _set_data(c, arg):
       'hh': _part('hh', 0.25, str(
           folder / 'hh_rlhf' / 'harmless-base-test-first1500.jsonl.gz')),
   })
+
+
+def _set_backbone(c, arg):
+  """A public model, within its chat template, answers Yes or No: each is one
+  token of every tokenizer, and so is a sequence classifier's one logit."""
+  c.tokenizer = ''
+  c.model.init = arg.init or BACKBONES[arg.model]
+  c.template.words = ('Yes', 'No')
+  c.template.safe_words, c.template.unsafe_words = ('Yes',), ('No',)
+  c.model.overrides.unroll = 1
+  c.model.overrides.remat = 'dots'
+  c.optim.lr = 5e-4 if arg.lora else 1e-5
+  c.loss.gamma = 0.1  # the paper's
+  c.data.batch_size = 8
+  c.data.row_length, c.data.max_length = 768, 384
+  c.eval.zero_shot = True
 
 
 def _set_ablation(c, ablation):

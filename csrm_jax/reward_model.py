@@ -2,23 +2,29 @@
 
 rm = csrm_jax.load(workdir)
 verdicts = rm.score(safety, conversations)
+
+Public models that nobody trained for it judge as well: an instruction-tuned
+one zero-shot, a guard model in its own format.
+
+judge = csrm_jax.load('org/name')
+guard = csrm_jax.load('org/name', format='llama_guard_3')
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from csrm_jax import scoring
-from csrm_jax.core import checkpoint
+from csrm_jax import backbone, scoring
+from csrm_jax.core import checkpoint, tree
 from csrm_jax.models import config as model_config
-from csrm_jax.models import transformer
-from csrm_jax.safety import schema, templates
+from csrm_jax.models import hf, lora, transformer
+from csrm_jax.safety import guards, schema, templates
+from csrm_jax.safety.layout import WORDS
 from csrm_jax.text import tokenizer as tokenizer_lib
 
 
@@ -34,6 +40,9 @@ class Spec:
     unsafe_words: verdict words of "unsafe".
     template_hash: of what the layout gave in the version that trained it.
     tokenizer_digest: sha256 of the tokenizer's file.
+    base: source of the weights (see models.hf) that the checkpoint's adapters
+      belong to; '' where the checkpoint holds all weights.
+    base_digest: sha256 of those weights.
   """
   model: model_config.ModelConfig
   layout: templates.Layout
@@ -42,6 +51,8 @@ class Spec:
   unsafe_words: tuple[str, ...]
   template_hash: str
   tokenizer_digest: str
+  base: str = ''
+  base_digest: str = ''
 
   def to_dict(self) -> dict[str, Any]:
     """Returns JSON values; see from_dict."""
@@ -72,6 +83,30 @@ class Spec:
     return templates.resolve_verbalizers(tokenizer, self.safe_words,
                                          self.unsafe_words)
 
+  def abstract_params(self) -> Any:
+    """Returns the shapes of what a checkpoint holds of the parameters."""
+    params = jax.eval_shape(lambda: transformer.init_params(self.model, 0))
+    return lora.split(params)[0] if self.base else params
+
+  def load_base(self, shardings: Any = None) -> dict[str, Any]:
+    """Returns the weights under the adapters; {} where there are none.
+
+    Args:
+      shardings: a nested dict of Shardings; None: the default device.
+
+    Raises:
+      ValueError: the base is not there, or is not that of base_digest.
+    """
+    if not self.base:
+      return {}
+    digest = hf.digest(self.base)
+    if digest != self.base_digest:
+      raise ValueError(
+          f'{self.base}: the weights have digest {digest[:12]}, the adapters '
+          f'were trained on {self.base_digest[:12]}; give the weights they '
+          'were trained on')
+    return hf.load_params(self.base, self.model, shardings)
+
   def make_score_fn(self, params: Any, tokenizer: tokenizer_lib.Tokenizer,
                     max_length: int | None = None) -> scoring.ScoreFn:
     """Returns examples -> scores (nats) of these parameters.
@@ -81,9 +116,13 @@ class Spec:
       tokenizer: that of tokenizer_digest.
       max_length: tokens a prompt may have; None: as in training.
     """
-    return scoring.make_score_fn(
+    score_fn = scoring.make_score_fn(
         self.model, params, tokenizer, self.verbalizers(tokenizer),
         layout=self.layout, max_length=max_length or self.max_length)
+    guard = guards.GUARDS.get(self.layout.format)
+    if guard and guard.per_category:
+      return scoring.per_category(score_fn)
+    return score_fn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,21 +151,60 @@ class RewardModel:
     return scoring.verdicts(self.score_fn(examples))
 
 
-def load(directory: str | pathlib.Path, max_length: int = 2048) -> RewardModel:
-  """Returns the reward model of a work directory, ready to score.
+def load(source: str | pathlib.Path, max_length: int = 2048,
+         format: str = 'csrm', **options: Any) -> RewardModel:
+  """Returns the reward model of a work directory, or a public model as one.
 
   Args:
-    directory: of a training run.
+    source: work directory of a training run; or a Hugging Face folder, the id
+      of one on the hub ("org/name"), or a .gguf file.
     max_length: tokens a prompt may have before its history and response are
       shortened. It may be more than in training (`spec.max_length`), for rules
       that are longer than any there; how well they are read is another matter.
+    format: of a public model's prompts, see safety.layout.FORMATS: 'csrm' to
+      ask an instruction-tuned model in our words, within its chat template.
+    **options: of `describe`.
 
   Raises:
     FileNotFoundError: no checkpoint or no tokenizer there.
     ValueError: the checkpoint belongs to another template, tokenizer or
-      backbone than it says.
+      backbone than it says; or the public model is none that can be used so.
   """
-  directory = pathlib.Path(directory).expanduser().absolute()
+  spec, tokenizer = describe(source, format, **options)
+  if _is_run(source):
+    params = _restore(_directory(source), spec)
+  else:
+    params = hf.load_params(source, spec.model)
+  return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length))
+
+
+def describe(source: str | pathlib.Path, format: str = 'csrm',
+             words: tuple[str, str] = WORDS, **overrides: Any
+             ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
+  """Returns what `load` loads, but for the weights: spec and tokenizer.
+
+  Args:
+    source: as in `load`.
+    format: as in `load`.
+    words: for "safe" and "unsafe", in our words to a public model; some
+      tokenizers know Yes and No better.
+    **overrides: fields of a public model's config that say how it is computed,
+      such as dtype.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load` does.
+  """
+  if not _is_run(source):
+    return _describe_backbone(source, format, tuple(words), overrides)
+  if (format, tuple(words), overrides) != ('csrm', WORDS, {}):
+    raise ValueError(
+        f'{source}: a trained reward model knows its format, words and '
+        'numerics; leave those settings as they are')
+  return _describe_run(_directory(source))
+
+
+def _describe_run(directory: pathlib.Path
+                  ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
   meta = checkpoint.read_meta(directory / 'checkpoints')
   try:
     spec = Spec.from_dict(meta)
@@ -136,19 +214,64 @@ def load(directory: str | pathlib.Path, max_length: int = 2048) -> RewardModel:
   _check(directory, 'template', spec.template_hash,
          templates.template_hash(spec.layout))
   _check(directory, 'tokenizer', spec.tokenizer_digest, tokenizer.digest)
-  shapes = jax.eval_shape(
-      lambda: {'params': transformer.init_params(spec.model, 0)})
+  return spec, tokenizer
+
+
+def _restore(directory: pathlib.Path, spec: Spec) -> Any:
+  shapes = {'params': spec.abstract_params()}
   with checkpoint.Checkpoints(directory / 'checkpoints') as saved:
     restored = saved.restore_latest(shapes, partial=True)
   if restored is None:
     raise FileNotFoundError(f'{directory}: no intact checkpoint there')
-  return RewardModel(spec, spec.make_score_fn(
-      restored.state['params'], tokenizer, max_length))
+  return tree.merge(spec.load_base(), restored.state['params'])
+
+
+def _describe_backbone(
+    source: str | pathlib.Path, format: str, words: tuple[str, str],
+    overrides: Mapping[str, Any]) -> tuple[Spec, tokenizer_lib.Tokenizer]:
+  guard = guards.GUARDS.get(format)
+  tokenizer = backbone.load_tokenizer(source)
+  if guard:
+    # Words of ours with it are an error there.
+    layout = templates.Layout(format, words=words)
+    safe_words, unsafe_words = guard.safe_words, guard.unsafe_words
+  else:
+    prefix, suffix = backbone.chat_marks(source, tokenizer)
+    layout = templates.Layout(
+        format, words=words, chat_prefix=prefix, chat_suffix=suffix)
+    safe_words, unsafe_words = templates.pair_spellings(tokenizer, words)
+  templates.check_marks(tokenizer, layout)
+  cfg = hf.load_config(source, **overrides)
+  spec = Spec(
+      model=cfg, layout=layout, max_length=cfg.context_length,
+      safe_words=safe_words, unsafe_words=unsafe_words,
+      template_hash=templates.template_hash(layout),
+      tokenizer_digest=tokenizer.digest)
+  spec.verbalizers(tokenizer)
+  return spec, tokenizer
+
+
+def _is_run(source: str | pathlib.Path) -> bool:
+  """Returns whether a source is a work directory, not a public model."""
+  path = _directory(source)
+  if not path.exists():
+    # Then it is the id of a public model, or a folder that is missing.
+    name = str(source)
+    return name.count('/') != 1 or name[0] in './~'
+  if path.suffix == '.gguf':
+    return False
+  is_ours = any((path / name).exists()
+                for name in ('checkpoints', 'manifest.json'))
+  return is_ours or not (path / 'config.json').is_file()
+
+
+def _directory(source: str | pathlib.Path) -> pathlib.Path:
+  return pathlib.Path(source).expanduser().absolute()
 
 
 def save_tokenizer(path: str, directory: pathlib.Path) -> None:
-  """Copies the tokenizer beside the checkpoints, where `load` looks."""
-  shutil.copyfile(path, directory / f'tokenizer{pathlib.Path(path).suffix}')
+  """Writes the tokenizer beside the checkpoints, where `load` looks."""
+  backbone.save_tokenizer(path, directory)
 
 
 def _tokenizer_path(directory: pathlib.Path) -> pathlib.Path:

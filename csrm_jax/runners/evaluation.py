@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 import tqdm
 
 from csrm_jax import scoring
+from csrm_jax.core import writer
 from csrm_jax.data import features
 from csrm_jax.evals import report, suites
 from csrm_jax.ruleworld import datasets
@@ -38,13 +40,44 @@ def test_sets(config: ml_collections.ConfigDict,
               held_out: Mapping[str, Sequence[Any]]
               ) -> dict[str, Sequence[Any]]:
   """Returns the test sets by name: RuleWorld's if asked for, and held-out
-  parts of the training data."""
+  parts of the training data, of each a sample of config.max_examples."""
   sets = {}
+  if config.max_examples:
+    held_out = {name: _sample(items, config.max_examples)
+                for name, items in held_out.items()}
   if config.ruleworld_examples:
     # A seed of its own: runs with other seeds are tested on the same sets.
     sets |= datasets.test_sets(config.ruleworld_seed,
                                config.ruleworld_examples)
   return sets | dict(held_out)
+
+
+def _sample(items: Sequence[Any], num: int) -> Sequence[Any]:
+  # One seed for all runs, so that they are tested on the same rows.
+  chosen = np.random.default_rng(0).permutation(len(items))[:num]
+  return [items[i] for i in sorted(chosen)]
+
+
+def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path
+                ) -> scoring.ScoreFn:
+  """Returns a score function that keeps its answers in files of `folder`.
+
+  A resumed run has no untrained model to ask again.
+  """
+
+  def score(examples, progress=lambda num: None):
+    content = json.dumps([example.to_dict() for example in examples])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    path = folder / f'{digest}.json'
+    if path.is_file():
+      progress(len(examples))
+      return np.array(json.loads(path.read_text()), np.float32)
+    scores = score_fn(examples, progress)
+    folder.mkdir(exist_ok=True)
+    writer.write_atomic(path, json.dumps(scores.tolist()))
+    return scores
+
+  return score
 
 
 def check_lengths(sets: Mapping[str, Sequence[Any]],

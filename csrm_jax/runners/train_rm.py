@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import resource
@@ -20,7 +21,7 @@ from csrm_jax.core import tree
 from csrm_jax.data import features, mixture, packing, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config
-from csrm_jax.models import hf, transformer
+from csrm_jax.models import hf, lora, transformer
 from csrm_jax.runners import evaluation
 from csrm_jax.runners import loop as loop_lib
 from csrm_jax.runners import show_tokens as show_tokens_lib
@@ -33,52 +34,51 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   if evaluation.show_finished(workdir):
     return
   start = time.monotonic()
-  tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
-  spec = _make_spec(config, tokenizer)
+  spec, tokenizer = _describe(config)
   parts, held_out = _read_data(config)
+  sets = evaluation.test_sets(config.eval, held_out)
   evaluation.check_lengths(
       held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
   batches = _make_batches(config, tokenizer, spec.layout, parts)
-  mesh = mesh_lib.make_mesh(**config.mesh)
-  optimizer = training.make_optimizer(
-      config.optim.lr, warmup_steps=config.optim.warmup_steps,
-      num_steps=config.num_steps, b1=config.optim.b1, b2=config.optim.b2,
-      weight_decay=config.optim.weight_decay,
-      clip_norm=config.optim.clip_norm,
-      end_lr_fraction=config.optim.end_lr_fraction)
-  state = training.init_state(_init_params(config, spec.model), optimizer)
-  shardings = mesh_lib.shardings(state, mesh)
-  state = jax.device_put(state, shardings)
-  step_fn = training.make_train_step(
-      scoring.make_loss_fn(spec.model, spec.verbalizers(tokenizer),
-                           config.loss.gamma, config.loss.margin),
-      optimizer, config.optim.num_microbatches, shardings)
   # Data of which nothing fits ends here, before anything is written.
   first = batches.get_state()
   next(batches)
   batches.set_state(first)
-  reward_model.save_tokenizer(config.tokenizer, workdir)
+  mesh = mesh_lib.make_mesh(**config.mesh)
+  params, frozen = _init_params(config, spec, mesh)
+  reward_model.save_tokenizer(config.tokenizer or config.model.init, workdir)
+
+  def score_fn(params):
+    return spec.make_score_fn(tree.merge(frozen, params), tokenizer)
+
+  blind, before = config.data.rules_blind, {}
+  if config.eval.zero_shot:
+    before = evaluation.evaluate(
+        evaluation.keep_scores(score_fn(params), workdir / 'zero_shot'),
+        sets, blind)
+  step_fn, state = _make_step(config, spec, tokenizer, params, mesh)
   setup_s = time.monotonic() - start
+  loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
+                             config.checkpoint_every)
   with jax.set_mesh(mesh):
-    loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
-                               config.checkpoint_every)
     state = loop_lib.train(
-        loop_lib.Job(step_fn, batches, mesh, workdir, loop, spec.to_dict()),
-        state)
+        loop_lib.Job(step_fn, batches, mesh, workdir, loop, spec.to_dict(),
+                     frozen), state)
   num_examples = batches.num_atoms
   batches.close()
   start = time.monotonic()
   trained_s = setup_s + loop_lib.elapsed_s(workdir)
-  results = evaluation.evaluate(
-      spec.make_score_fn(state.params, tokenizer),
-      evaluation.test_sets(config.eval, held_out),
-      rules_blind=config.data.rules_blind)
+  results = evaluation.evaluate(score_fn(state.params), sets, blind) | {
+      f'{name}_zero_shot': result | {
+          'description': 'The same examples before training.'}
+      for name, result in before.items()}
   summary = report.summarise(results) | {
       'time_s': trained_s + time.monotonic() - start,
       'time_train_s': trained_s,
       'peak_memory_bytes': _peak_memory_bytes(),
       'num_examples': num_examples,
-      'num_params': tree.num_params(state.params),
+      'num_params': tree.num_params(frozen) + tree.num_params(state.params),
+      'num_trained_params': tree.num_params(state.params),
       'num_steps': config.num_steps,
   }
   evaluation.write(workdir, results, summary, title=config.title)
@@ -86,9 +86,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
   """Prints the prompt of the first item that training would see."""
-  tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
-  layout = _make_spec(config, tokenizer).layout
-  encoder = _make_encoder(config, tokenizer, layout)
+  spec, tokenizer = _describe(config)
+  encoder = _make_encoder(config, tokenizer, spec.layout)
   augment_fn, seen = _make_augment(config), []
 
   def remember(item, rng):
@@ -99,21 +98,63 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
   show_tokens_lib.show(seen[0], encoder)
 
 
-def _make_spec(config: ml_collections.ConfigDict,
-               tokenizer: tokenizer_lib.Tokenizer) -> reward_model.Spec:
-  cfg = model_config.preset(config.model.preset, tokenizer.vocab_size,
-                            **config.model.overrides)
-  layout = templates.Layout(
-      order=config.template.order, words=tuple(config.template.words))
-  spec = reward_model.Spec(
-      model=cfg, layout=layout,
-      max_length=config.data.max_length,
-      safe_words=tuple(config.template.safe_words),
-      unsafe_words=tuple(config.template.unsafe_words),
-      template_hash=templates.template_hash(layout),
-      tokenizer_digest=tokenizer.digest)
+def _make_step(config: ml_collections.ConfigDict, spec: reward_model.Spec,
+               tokenizer: tokenizer_lib.Tokenizer, params: Any,
+               mesh: jax.sharding.Mesh
+               ) -> tuple[training.StepFn, training.TrainState]:
+  """Returns the train step, and the first state on the mesh."""
+  optim = config.optim
+  optimizer = training.make_optimizer(
+      optim.lr, warmup_steps=optim.warmup_steps, num_steps=config.num_steps,
+      b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay,
+      clip_norm=optim.clip_norm, end_lr_fraction=optim.end_lr_fraction)
+  state = training.init_state(params, optimizer)
+  shardings = mesh_lib.shardings(state, mesh)
+  loss_fn = scoring.make_loss_fn(spec.model, spec.verbalizers(tokenizer),
+                                 config.loss.gamma, config.loss.margin)
+  step_fn = training.make_train_step(
+      loss_fn, optimizer, optim.num_microbatches, shardings)
+  return step_fn, jax.device_put(state, shardings)
+
+
+def _describe(config: ml_collections.ConfigDict
+              ) -> tuple[reward_model.Spec, tokenizer_lib.Tokenizer]:
+  """Returns what is trained: the backbone in our layout, and its tokenizer."""
+  model, template = config.model, config.template
+  if config.tokenizer:
+    tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
+    layout = templates.Layout(
+        order=template.order, words=tuple(template.words))
+    spec = reward_model.Spec(
+        model=model_config.preset(model.preset, tokenizer.vocab_size,
+                                  **model.overrides),
+        layout=layout, max_length=config.data.max_length,
+        safe_words=tuple(template.safe_words),
+        unsafe_words=tuple(template.unsafe_words),
+        template_hash=templates.template_hash(layout),
+        tokenizer_digest=tokenizer.digest)
+  else:
+    if not model.init:
+      raise ValueError(
+          'config.tokenizer and config.model.init are both empty: give the '
+          'weights of a public model as init=..., or a tokenizer')
+    spec, tokenizer = reward_model.describe(
+        model.init, words=tuple(template.words), **model.overrides)
+    layout = dataclasses.replace(spec.layout, order=template.order)
+    spec = dataclasses.replace(
+        spec, layout=layout, max_length=config.data.max_length,
+        safe_words=tuple(template.safe_words),
+        unsafe_words=tuple(template.unsafe_words),
+        template_hash=templates.template_hash(layout))
   spec.verbalizers(tokenizer)  # an error here beats one after an hour
-  return spec
+  if spec.model.lora_rank:
+    if not model.init:
+      raise ValueError(
+          f'config.model.overrides.lora_rank is {spec.model.lora_rank}, but '
+          'model.init is empty: adapters need weights; give them as init=...')
+    spec = dataclasses.replace(
+        spec, base=str(model.init), base_digest=hf.digest(model.init))
+  return spec, tokenizer
 
 
 def _read_data(config: ml_collections.ConfigDict
@@ -166,11 +207,17 @@ def _make_atoms(config: ml_collections.ConfigDict, encoder: features.Encoder,
                                      augment_fn)
 
 
-def _init_params(config: ml_collections.ConfigDict,
-                 cfg: model_config.ModelConfig) -> Any:
-  if not config.model.init:
-    return transformer.init_params(cfg, config.seed)
-  return hf.load_params(config.model.init, cfg)
+def _init_params(config: ml_collections.ConfigDict, spec: reward_model.Spec,
+                 mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+  """Returns (trained, frozen) parameters; with adapters the base is frozen."""
+  shapes = jax.eval_shape(
+      lambda: transformer.init_params(spec.model, config.seed))
+  shardings = mesh_lib.shardings(shapes, mesh)
+  if spec.base:
+    return (lora.init(spec.model, config.seed), spec.load_base(shardings))
+  if config.model.init:
+    return hf.load_params(config.model.init, spec.model, shardings), {}
+  return transformer.init_params(spec.model, config.seed), {}
 
 
 def _peak_memory_bytes() -> int:

@@ -4,6 +4,7 @@ The runs of the `smoke` config are processes of their own, as a user starts
 them; what they share is the folder of compiled programs.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -23,11 +24,14 @@ import pytest
 
 import csrm_jax
 from csrm_jax import config as config_lib
-from csrm_jax import main, scoring
-from csrm_jax.core import checkpoint
+from csrm_jax import main, reward_model, scoring
+from csrm_jax.core import checkpoint, tree
 from csrm_jax.data import sources
+from csrm_jax.models import config as model_config
+from csrm_jax.models import hf, lora, transformer
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety import schema
+from csrm_jax.text import tokenizer as tokenizer_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 RM, EVAL = (config_lib.load_module(ROOT / 'configs' / name)
@@ -219,6 +223,58 @@ def test_ablations_run(ablation, tmp_path):
   config.eval.ruleworld_examples = 4
   main.run(config, tmp_path)
   assert math.isfinite(_summary(tmp_path)['unseen/prob_error'])
+
+
+def test_lora_trains_and_saves_adapters_only(tmp_path):
+  config = _tiny()
+  tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
+  cfg = model_config.preset(
+      'tiny', tokenizer.vocab_size, **config.model.overrides)
+  base = transformer.init_params(cfg, 1)
+  hf.save(tmp_path / 'base', cfg, base)
+  config.model.init = str(tmp_path / 'base')
+  config.model.overrides.lora_rank = 2
+  config.optim.lr = 0.1
+  config.eval.ruleworld_examples = 2
+  config.eval.zero_shot = True
+  workdir = tmp_path / 'rm'
+  main.run(config, workdir)
+
+  meta = checkpoint.read_meta(workdir / 'checkpoints')
+  spec = reward_model.Spec.from_dict(meta)
+  adapters = lora.init(spec.model, config.seed)
+  with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
+    trained = saved.restore_latest(
+        {'params': adapters}, partial=True).state['params']
+  summary = _summary(workdir)
+  assert summary['num_trained_params'] == tree.num_params(trained)
+  assert summary['num_params'] == tree.num_params(base) + tree.num_params(
+      trained)
+  # What was evaluated before training is the base, to which new adapters add
+  # nothing; what was trained is not.
+  rows = [examples.test_example(2000, i, 'unseen') for i in range(2)]
+  loaded = csrm_jax.load(workdir).score_fn(rows)
+  before = dataclasses.replace(spec, model=cfg).make_score_fn(
+      base, tokenizer)(rows)
+  assert np.abs(loaded - before).max() > 0.01
+  for scores, name in ((loaded, 'unseen'), (before, 'unseen_zero_shot')):
+    p_unsafe = 1 / (1 + np.exp(scores))
+    np.testing.assert_allclose(
+        summary[f'{name}/prob_error'],
+        np.abs(p_unsafe - [row.probability for row in rows]).mean(), atol=1e-5)
+
+  # Other weights under the adapters would change every score.
+  hf.save(tmp_path / 'base', cfg, transformer.init_params(cfg, 2))
+  with pytest.raises(ValueError, match='were trained on') as raised:
+    csrm_jax.load(workdir)
+  assert '\n' not in str(raised.value)
+
+
+def test_lora_without_weights_to_adapt_is_an_error(tmp_path):
+  config = _tiny()
+  config.model.overrides.lora_rank = 2
+  with pytest.raises(ValueError, match='adapters need weights'):
+    main.run(config, tmp_path / 'rm')
 
 
 @pytest.fixture(scope='module')
