@@ -94,8 +94,11 @@ def limited(benchmark: Benchmark, max_items: int) -> Benchmark:
   Examples of one conversation, or of one group, stay together: at most one
   such set more than fits is kept. Validation rows are limited in the same way.
   """
-  validation = [benchmark.validation[i] for i in _spread(
-      benchmark.validation, (), max_items)]
+  held = _spread(benchmark.validation, (), max_items)
+  if len(held) < len(benchmark.validation):
+    benchmark = dataclasses.replace(
+        benchmark, validation=[benchmark.validation[i] for i in held]
+    )
   rows = _spread(benchmark.items, benchmark.groups, max_items)
   if len(rows) < len(benchmark.items):
     benchmark = dataclasses.replace(
@@ -106,7 +109,7 @@ def limited(benchmark: Benchmark, max_items: int) -> Benchmark:
         description=f'{benchmark.description} {len(rows):,} of '
                     f'{len(benchmark.items):,} items.',
     )
-  return dataclasses.replace(benchmark, validation=validation)
+  return benchmark
 
 
 def _spread(

@@ -1,0 +1,85 @@
+"""Differences have the scorer's sign, and need the same rows."""
+
+import numpy as np
+import pytest
+
+from csrm_jax.evals import compare, paper, suites
+from csrm_jax.safety.schema import (
+  Category,
+  Example,
+  Message,
+  Pair,
+  SafetyConfig,
+)
+
+SAFETY = SafetyConfig((Category('Pets', 'No dogs.'),))
+
+
+def _example(name, label='safe'):
+  return Example(id=name, safety=SAFETY, label=label,
+                 conversation=(Message('agent', f'Text {name}'),))
+
+
+def _results(scores):
+  rows = [_example(f'r{i}', ('safe', 'unsafe')[i % 2]) for i in range(40)]
+  pairs = [Pair(f'p{i}', rows[i], rows[i + 1], 'strictness')
+           for i in range(0, 40, 2)]
+  return {
+    'rows': suites.classification(rows, scores, num_samples=2),
+    'pairs': suites.pairs(pairs, scores[::2], scores[1::2], num_samples=2),
+    'gone': {'suite': 'skipped', 'description': '', 'metrics': {}},
+  }
+
+
+def test_differences_are_scorer_minus_reference():
+  rng = np.random.default_rng(0)
+  truth = np.where(np.arange(40) % 2, -1.0, 1.0)
+  good = _results(truth + rng.normal(0, 0.5, 40))
+  bad = _results(truth + rng.normal(0, 4, 40))
+  rows = compare.differences({'bad': bad, 'good': good}, num_samples=200)
+  assert {r['reference'] for r in rows} == {'bad'}
+  assert {r['benchmark'] for r in rows} == {'rows', 'pairs'}
+  found = {(r['benchmark'], r['metric']): r for r in rows}
+  for key, sign in ((('rows', 'f1'), 1), (('rows', 'nll'), -1),
+                    (('rows', 'smece'), -1), (('pairs', 'accuracy'), 1)):
+    benchmark, metric = key
+    expected = (good[benchmark]['metrics'][metric]['value']
+                - bad[benchmark]['metrics'][metric]['value'])
+    assert found[key]['value'] == pytest.approx(expected), key
+    assert sign * found[key]['value'] > 0, key
+  assert found['rows', 'f1']['p_value'] < 0.05
+  turned = compare.differences({'bad': bad, 'good': good}, 'good',
+                               num_samples=20)
+  assert turned[0]['value'] == pytest.approx(-rows[0]['value'])
+
+
+def test_other_rows_are_refused():
+  one = _results(np.linspace(-1, 1, 40))
+  other = _results(np.linspace(-1, 1, 40))
+  other['rows']['arrays']['ids'] = other['rows']['arrays']['ids'][::-1]
+  with pytest.raises(ValueError, match="rows: 'b' and 'a' were scored on diff"):
+    compare.differences({'a': one, 'b': other})
+  with pytest.raises(ValueError, match="no scorer is called 'c'"):
+    compare.differences({'a': one}, 'c')
+  assert compare.differences({'a': one}) == []
+
+
+def test_the_papers_figures_stand_where_it_has_them():
+  of = paper.PUBLISHED
+  # Row by row against the table in the paper's section 6 of the protocols.
+  assert of['beavertails']['CSRM'] == {'f1': 0.911, 'auprc': 0.965,
+                                       'smece': 0.017}
+  assert of['cosapien']['ShieldGemma-9B'] == {'f1': 0.869, 'auprc': 0.925,
+                                              'smece': 0.156}
+  assert of['wildguardmix']['DynaGuard-8B-CoT'] == {'f1': 0.793}
+  assert of['dynabench'] | {} == {
+    'LlamaGuard-3-8B': {'f1': 0.131}, 'Llama-3.1-8B-Inst': {'f1': 0.734},
+    'ShieldGemma-9B': {'f1': 0.382}, 'DynaGuard-8B-CoT': {'f1': 0.731},
+    'OSS-Safeguard-20B': {'f1': 0.664}, 'CSRM −SA': {'f1': 0.668},
+    'CSRM −CCA': {'f1': 0.692}, 'CSRM': {'f1': 0.758}}
+  assert of['safe_rlhf']['CSRM'] == {'accuracy': 0.763, 'score_gap': 1.705}
+  assert of['beavertails_policy']['CSRM']['shift_allow'] == -0.708
+  # Ours is not the paper's data: nothing of the paper stands beside it.
+  tables = paper.make_tables({'me': _results(np.zeros(40))})
+  assert [t['title'] for t in tables] == ['Table 2: Verdicts', 'Table 3: Pairs']
+  assert [row[:2] for row in tables[0]['rows']] == [['rows', 'me']]
