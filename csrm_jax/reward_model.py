@@ -254,12 +254,12 @@ def _describe_backbone(
 def _is_run(source: str | pathlib.Path) -> bool:
   """Returns whether a source is a work directory, not a public model."""
   path = _directory(source)
+  if path.suffix == '.gguf':
+    return False
   if not path.exists():
     # Then it is the id of a public model, or a folder that is missing.
     name = str(source)
     return name.count('/') != 1 or name[0] in './~'
-  if path.suffix == '.gguf':
-    return False
   is_ours = any((path / name).exists()
                 for name in ('checkpoints', 'manifest.json'))
   return is_ours or not (path / 'config.json').is_file()

@@ -44,7 +44,8 @@ def _write_tokenizer(folder, words=('safe', 'unsafe', 'Yes', 'No')):
   tok = tokenizers.Tokenizer(models.BPE())
   tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tok.decoder = decoders.ByteLevel()
-  tok.train_from_iterator([' '.join(words)] * 9, trainers.BpeTrainer(
+  texts = [*words, *(f' {word}' for word in words)]
+  tok.train_from_iterator(texts * 9, trainers.BpeTrainer(
       vocab_size=320, special_tokens=list(SPECIAL), show_progress=False,
       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
   tok.post_processor = processors.TemplateProcessing(
