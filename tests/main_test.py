@@ -38,8 +38,12 @@ def run(config, workdir):
     json.dumps([config.seed, config.model.width, config.model.betas])
   )
 
+def show_tokens(config):
+  print('tokens of', config.model.width)
+
 fake = types.ModuleType('fake_runner')
 fake.run = run
+fake.show_tokens = show_tokens
 sys.modules['fake_runner'] = fake
 main.RUNNERS['fake'] = 'fake_runner'
 main.main()
@@ -134,6 +138,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(
   assert err.startswith(f'error: {message}')
   assert err.count('\n') == 1
   assert not (tmp_path / 'w').exists()
+
+
+def test_show_tokens_needs_no_workdir_and_leaves_nothing(command, tmp_path):
+  before = sorted(tmp_path.iterdir())
+  code, out, err = command('--config=c.py:width=16', '--show_tokens')
+  assert (code, out) == (0, 'tokens of 16\n'), err
+  assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_runner_without_prompts_says_so(monkeypatch):
+  module = types.ModuleType('fake_runner')
+  monkeypatch.setitem(sys.modules, 'fake_runner', module)
+  monkeypatch.setitem(main.RUNNERS, 'fake', 'fake_runner')
+  with pytest.raises(ValueError, match="'fake' has no prompts to show"):
+    main.show_tokens(ml_collections.ConfigDict({'runner': 'fake'}))
 
 
 def test_debug_shows_the_traceback(command):

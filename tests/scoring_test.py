@@ -254,3 +254,46 @@ def test_progress_counts_every_example_once():
   done = []
   _score_fn(batch_tokens=256)(_examples(), done.append)
   assert sum(done) == len(_examples()) and len(done) > 1
+
+
+def _rules(*names):
+  return schema.SafetyConfig(tuple(
+      schema.Category(name, f'About {name}.') for name in names))
+
+
+def test_per_category_keeps_the_worst_of_an_example():
+  rows = [
+      dataclasses.replace(example, safety=_rules(*names), label=None,
+                          violated=(), probability=None)
+      for example, names in zip(
+          _examples(), (('a', 'b', 'c'), ('d',), ('e', 'f')), strict=False)]
+  worth = dict(zip('abcdef', (2.0, -3.0, 0.5, 4.0, -1.0, -1.5), strict=True))
+  asked = []
+
+  def score_fn(examples, progress=lambda num: None):
+    asked.extend(examples)
+    progress(2)
+    progress(len(examples) - 2)
+    return np.float32([worth[e.safety.names[0]] for e in examples])
+
+  done = []
+  scores = scoring.per_category(score_fn)(rows, done.append)
+  np.testing.assert_array_equal(scores, np.float32([-3.0, 4.0, -1.5]))
+  assert scores.dtype == np.float32 and sum(done) == len(rows)
+  assert [e.safety.names for e in asked] == [(name,) for name in 'abcdef']
+  assert asked[1].id == f'{rows[0].id} (b)'
+  assert asked[1].conversation == rows[0].conversation
+
+
+def test_per_category_equals_single_categories():
+  score_fn = _score_fn()
+  row = dataclasses.replace(
+      _examples()[0], safety=_rules('heists', 'cats'), label=None, violated=())
+  each = score_fn(scoring.split_categories(row))
+  assert abs(each[0] - each[1]) > 1e-4
+  np.testing.assert_allclose(
+      scoring.per_category(score_fn)([row]), [each.min()], atol=1e-5)
+
+
+def test_per_category_of_nothing():
+  assert scoring.per_category(_score_fn())([]).shape == (0,)

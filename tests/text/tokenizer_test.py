@@ -194,6 +194,24 @@ def test_decode_takes_arrays_and_skips_control(any_tokenizer):
   assert any_tokenizer.decode(np.array(ids, np.int32)) == 'No gifts.'
 
 
+def test_pieces_are_the_words_of_the_vocabulary(sp, hf):
+  assert sp.piece(sp.encode(' safe')[0]) == '\u2581safe'
+  assert sp.piece(sp.bos_id) == '<s>'
+  assert hf.piece(hf.bos_id) == '<|begin|>'
+  assert hf.piece(hf.encode(' a')[0]).startswith('Ġ')
+
+
+def test_who_opens_with_a_space(sp, hf, tmp_path):
+  # add_prefix_space; encode leaves it to who writes the prompt.
+  assert hf.opens_with_space and not sp.opens_with_space
+  tok = build_bpe()
+  tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  assert not HFTokenizer(save(tok, tmp_path)).opens_with_space
+  tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='never')
+  tok.normalizer = normalizers.Sequence([normalizers.Prepend('\u2581')])
+  assert HFTokenizer(save(tok, tmp_path)).opens_with_space
+
+
 def test_pickle(any_tokenizer, tmp_path):
   text = ''.join(HOSTILE) + ' safe'
   any_tokenizer.encode_control('Answer:')
