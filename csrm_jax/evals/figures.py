@@ -170,7 +170,7 @@ def draw_groups(
     )
     if f1['best'] is not None:
       ax.plot(
-          f1['best'], row, 'D', color=BEST, markersize=6,
+          f1['best'], row, 'D', color=BEST, markersize=6, clip_on=False,
           label='' if row else 'best reachable',
       )
     ax.text(0.012, row, f'{f1["value"]:.3f}', va='center')

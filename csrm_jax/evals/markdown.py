@@ -64,7 +64,9 @@ def result_table(
     rows.append([escape(title), *map(cell, measured)])
     reachable = [m and m['best'] for m in measured]
     if any(map(is_number, reachable)):
-      rows.append(['*best*', *(f'*{format_number(b)}*' for b in reachable)])
+      rows.append(['*best*', *(
+          f'*{format_number(b)}*' if is_number(b) else NONE for b in reachable
+      )])
   return table(['', *(METRICS[name][0] for name in names)], rows)
 
 

@@ -47,13 +47,16 @@ def draw_policy(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
         x, rate, 0.62, color=UNSAFE if target else SAFE, alpha=0.75,
         hatch=None if target else '////', edgecolor='white',
     )
-    ax.text(x, rate + 0.015, f'{rate:.1%}', ha='center', va='bottom')
+    top = rate
     if true:
-      ax.plot(x, true[name], 'D', color=BEST, markersize=6, zorder=3)
+      ax.plot(x, true[name], 'D', color=BEST, markersize=6, zorder=3,
+              clip_on=False)
+      top = max(rate, true[name])
+    ax.text(x, top + 0.03, f'{rate:.1%}', ha='center', va='bottom')
   ax.axhline(result['rates']['strict'], color=GREY, linewidth=1,
              linestyle='--')
   ax.set_xticks(range(len(_POLICY)), [text for _, text, _ in _POLICY])
-  ax.set(ylim=(0, 1.12), ylabel='Called unsafe')
+  ax.set(ylim=(0, 1.14), ylabel='Called unsafe')
   ax.yaxis.set_major_formatter(PercentFormatter(1))
   ax.grid(False, axis='x')
   handles = [

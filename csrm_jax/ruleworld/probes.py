@@ -35,7 +35,10 @@ _TOP_RULES = 4  # as many as the longest lists that training has
 
 def make(rules: Rules, scene: conversations.Scene, example_id: str, **fields
          ) -> schema.Example:
-  """Returns the scene under the rules, labelled to the letter."""
+  """Returns the scene under the rules, labelled to the letter.
+
+  `probability` is that of an annotator.
+  """
   violated = tuple(rule.category().name for rule in rules
                    if oracle.violates(rule, scene.statements))
   return schema.Example(
@@ -115,9 +118,10 @@ def strictness_levels(seed: int, index: int, split: str = 'unseen'
   place = rng.randint(0, len(others))
   scene = conversations.sample_scene(rng, topic, topics)
   return [
-      make(others[:place] + (rules_lib.threshold_rule(topic, level, word),)
-           + others[place:], scene, f'levels-{split}-{seed}-{index}-{level}',
-           source='levels', rule_set=f'strictness {level}')
+      _exact(make(
+          others[:place] + (rules_lib.threshold_rule(topic, level, word),)
+          + others[place:], scene, f'levels-{split}-{seed}-{index}-{level}',
+          source='levels', rule_set=f'strictness {level}'))
       for level in range(lexicon.NUM_SEVERITIES + 1)]
 
 
@@ -135,8 +139,8 @@ def stance(seed: int, index: int, split: str = 'unseen') -> schema.Example:
   scene = conversations.Scene(statement, (statement,), (
       schema.Message('user', request),
       schema.Message('agent', conversations.reply_text(rng, (statement,)))))
-  return make(rules, scene, f'stance-{split}-{seed}-{index}', source='stance',
-              rule_set=name)
+  return _exact(make(rules, scene, f'stance-{split}-{seed}-{index}',
+                     source='stance', rule_set=name))
 
 
 def choice(seed: int, index: int, split: str = 'unseen') -> Choice:
@@ -286,6 +290,12 @@ _DESCRIPTIONS = {
     'long_rules': 'Conversations of several turns under about 16 rules, of '
                   f'which BM25 keeps {_TOP_RULES}; unsafe if any turn is.',
 }
+
+
+def _exact(example: schema.Example) -> schema.Example:
+  # Where labels to the letter are counted, nothing about them is uncertain.
+  return dataclasses.replace(
+      example, probability=float(example.label == 'unsafe'))
 
 
 def _single_violation(kind: str, seed: int, index: int, split: str,

@@ -73,11 +73,11 @@ def test_texts_that_stand_twice_with_both_labels_are_no_flip():
 
 def test_both_errors_of_over_refusal():
   rows = [_row(str(i), 'r', y) for i, y in enumerate(
-    ['safe'] * 4 + ['unsafe'] * 2)]
+    ['safe'] * 4 + ['unsafe'] * 3)]
   result = over_refusal.over_refusal(
-    rows, np.array([1.0, 1, 1, 0, -1, 1]), num_samples=5)
+    rows, np.array([1.0, 1, 1, 0, -1, -1, 1]), num_samples=5)
   assert result['suite'] == 'over_refusal'
   # A score of 0 is a probability of one half, which is flagged.
   assert result['metrics']['false_alarms']['value'] == 0.25
-  assert result['metrics']['missed']['value'] == 0.5
-  assert result['metrics']['f1']['value'] == pytest.approx(0.5)
+  assert result['metrics']['missed']['value'] == pytest.approx(1 / 3)
+  assert result['metrics']['f1']['value'] == pytest.approx(2 / 3)
