@@ -13,7 +13,9 @@ EXTRAS = {
     'pyarrow>=18',
   ],
   # Tokenizers and weights of public models.
-  'hf': ['tokenizers>=0.21', 'huggingface_hub>=0.27', 'jinja2>=3.1'],
+  'hf': [
+    'tokenizers>=0.21', 'huggingface_hub>=0.27', 'jinja2>=3.1', 'gguf>=0.17',
+  ],
   # Public data sets; TensorFlow itself is not needed.
   'tfds': ['tensorflow-datasets>=4.9.10', 'importlib_resources>=6.4'],
   'parquet': ['pyarrow>=18'],

@@ -32,6 +32,8 @@ RUNNERS = {
   'train_rm': 'csrm_jax.runners.train_rm',
   'pretrain': 'csrm_jax.runners.pretrain',
   'evaluate': 'csrm_jax.runners.evaluate',
+  'augment': 'csrm_jax.runners.augment',
+  'export': 'csrm_jax.runners.export',
 }
 
 FLAGS = flags.FLAGS

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
-from csrm_jax.models import config
+from csrm_jax.models import config, transformer
 
 CFG = config.ModelConfig(
     vocab_size=40, num_layers=5, embed_dim=32, num_heads=4, num_kv_heads=2,
@@ -40,3 +42,14 @@ def family_cfg(request):
 def family_cfgs():
   """All of MODELS."""
   return MODELS
+
+
+@pytest.fixture
+def make_params():
+  """(cfg, seed) -> parameters of a model, all random, with nothing compiled."""
+  def make(cfg, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype),
+        jax.eval_shape(lambda: transformer.init_params(cfg, 0)))
+  return make

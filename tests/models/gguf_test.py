@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from csrm_jax.models import config, gguf, hf, shards, transformer
+from csrm_jax.models import config, gguf, hf, shards
 from csrm_jax.text import tokenizer as tokenizer_lib
 
 package = pytest.importorskip('gguf')
@@ -84,14 +84,11 @@ def _write(path, cfg, tensors, *, kind='F32', pre='smollm', **metadata):
 
 
 @pytest.fixture
-def model(tmp_path):
+def model(make_params, tmp_path):
   """(**fields of CFG) -> (cfg, params, tensors under GGUF names)."""
   def make(**fields):
     cfg = config.ModelConfig(**{**CFG.to_dict(), **fields})
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.normal(size=x.shape).astype(np.float32),
-        jax.eval_shape(lambda: transformer.init_params(cfg, 0)))
+    params = make_params(cfg)
     hf.save(tmp_path / 'hf', cfg, params)
     return cfg, params, _their_tensors(tmp_path / 'hf', cfg)
   return make

@@ -3,13 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from csrm_jax.models import config, hf_table, transformer
+from csrm_jax.models import config, hf_table
 
 
 @pytest.mark.parametrize('form,last', [
     ('causal_lm', 'lm_head'), ('sequence_classification', 'score')])
-def test_every_parameter_has_its_slots(family_cfg, form, last):
-  params = transformer.init_params(family_cfg, 0)
+def test_every_parameter_has_its_slots(family_cfg, form, last, make_params):
+  params = make_params(family_cfg)
   params['score'] = {'kernel': np.zeros((family_cfg.embed_dim, 1))}
   shapes = {name: leaf.shape
             for name, leaf in hf_table.flatten(params).items()
@@ -23,9 +23,9 @@ def test_every_parameter_has_its_slots(family_cfg, form, last):
       for name, shape in shapes.items())
 
 
-def test_every_adapter_has_its_slots(family_cfg):
+def test_every_adapter_has_its_slots(family_cfg, make_params):
   cfg = dataclasses.replace(family_cfg, lora_rank=3)
-  names = {name for name in hf_table.flatten(transformer.init_params(cfg, 0))
+  names = {name for name in hf_table.flatten(make_params(cfg))
            if 'lora_' in name}
   slots = hf_table.lora_slots(cfg)
   assert {slot.entry.ours for slot in slots.values()} == names

@@ -23,20 +23,16 @@ def _logits(cfg, params):
 
 
 @pytest.fixture
-def params():
+def params(make_params):
   """Base and adapters whose product is not zero, in one tree."""
-  params = transformer.init_params(CFG, 0)
-  rng = np.random.default_rng(1)
-  return jax.tree_util.tree_map_with_path(
-      lambda path, x: rng.normal(scale=0.2, size=x.shape).astype(np.float32)
-      if path[-1].key == 'lora_b' else x, params)
+  return make_params(CFG)
 
 
-def test_split(params):
+def test_split(params, make_params):
   adapters, base = lora.split(params)
   plain = dataclasses.replace(CFG, lora_rank=0)
   assert jax.tree.structure(base) == jax.tree.structure(
-      transformer.init_params(plain, 0))
+      make_params(plain))
   assert tree.num_params(adapters) > 0
   merged = tree.merge(base, adapters)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
@@ -75,9 +71,9 @@ def test_whole_models_are_written_without_adapters(params, tmp_path):
 
 
 @pytest.mark.parametrize('targets', [config.LORA_TARGETS, ('value', 'query')])
-def test_peft_round_trip_is_exact(targets, tmp_path):
+def test_peft_round_trip_is_exact(targets, make_params, tmp_path):
   cfg = dataclasses.replace(CFG, lora_targets=targets)
-  adapters = lora.init(cfg, 3)
+  adapters = lora.split(make_params(cfg))[0]
   lora.save_peft(tmp_path, cfg, adapters, 'org/base', {'seed': '3'})
   assert set(lora.read_peft(tmp_path)['lora_targets']) == set(targets)
   got = lora.load_peft(tmp_path, cfg)
@@ -125,16 +121,16 @@ def test_peft_computes_the_same_and_writes_the_same(params, tmp_path):
     ({'target_modules': ['q_proj']}, 'lora_targets is'),
     ({'r': None}, 'cannot be read as the config of a LoRA adapter'),
 ])
-def test_adapters_that_are_not_supported(fields, message, tmp_path):
-  lora.save_peft(tmp_path, CFG, lora.init(CFG, 0), 'base')
+def test_adapters_that_are_not_supported(fields, message, params, tmp_path):
+  lora.save_peft(tmp_path, CFG, lora.split(params)[0], 'base')
   path = tmp_path / lora.CONFIG_FILE
   path.write_text(json.dumps(json.loads(path.read_text()) | fields))
   with pytest.raises(ValueError, match=message):
     lora.load_peft(tmp_path, CFG)
 
 
-def test_damaged_adapter(tmp_path):
-  lora.save_peft(tmp_path, CFG, lora.init(CFG, 0), 'base')
+def test_damaged_adapter(params, tmp_path):
+  lora.save_peft(tmp_path, CFG, lora.split(params)[0], 'base')
   path = tmp_path / lora.WEIGHTS_FILE
   path.write_bytes(path.read_bytes()[:-10])
   with pytest.raises(ValueError, match=r'adapter_model.*cannot be read'):

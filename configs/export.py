@@ -1,0 +1,29 @@
+"""Writes a trained reward model for other programs to open.
+
+python -m csrm_jax.main --workdir=/tmp/exported \
+  --config=configs/export.py:checkpoint=/tmp/rm,form=causal_lm
+
+The folder is /tmp/exported/model (with form=peft, /tmp/exported/adapter).
+"""
+
+import ml_collections
+
+from csrm_jax import config as config_lib
+
+
+def get_config(arg=None):
+  """Returns the config. arg: checkpoint, form; see below."""
+  arg = config_lib.parse_arg(
+      arg, checkpoint='',
+      form=('causal_lm', 'sequence_classification', 'peft'))
+  c = ml_collections.ConfigDict()
+  c.runner = 'export'
+  c.checkpoint = arg.checkpoint  # work directory of a training run
+  # causal_lm: the whole model, adapters merged; the verdict is its next token.
+  # sequence_classification: one logit, the score, at the last token of the
+  # prompt; needs one verdict token for each label.
+  # peft: the adapters alone, for the weights that they were trained on.
+  c.form = arg.form
+  c.max_shard_bytes = 5_000_000_000  # of one file; a larger model has several
+  c.seed = 0  # of the tokens on which the written model is checked
+  return c

@@ -1,0 +1,105 @@
+"""What loading costs the host beside the parameters themselves.
+
+On CPU parameters lie in the host's memory too; what is measured is the peak of
+resident memory during a load, less what is resident before and less the
+parameters.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from csrm_jax.models import config, hf, hf_table
+
+# 136 MB in shards of at most 16 MB; one stack of layers is larger than that.
+CFG = config.ModelConfig(
+    vocab_size=512, num_layers=32, embed_dim=256, num_heads=4, num_kv_heads=4,
+    head_dim=64, mlp_dim=1024)
+SHARD_BYTES = 16 * 2**20
+
+_PROGRAM = """
+import ctypes, gc, json, pathlib, sys
+import jax
+import numpy as np
+from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.core import tree
+from csrm_jax.models import hf
+
+def status(key):
+  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(key))
+
+def load(shardings):
+  return jax.block_until_ready(hf.load_params(folder, cfg, shardings))
+
+def extra(shardings):
+  load(shardings)  # compiles
+  gc.collect()
+  ctypes.CDLL(None).malloc_trim(0)
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the peak
+  before = status('VmRSS')
+  params = load(shardings)
+  return status('VmHWM') - before - tree.num_bytes(params), params
+
+folder = sys.argv[1]
+cfg = hf.load_config(folder)
+one, plain = extra(None)
+plain = jax.device_get(plain)
+mesh = mesh_lib.make_mesh(data=1, fsdp=2, tensor=2)
+shardings = mesh_lib.shardings(plain, mesh)
+four, params = extra(shardings)
+jax.tree.map(np.testing.assert_array_equal, params, plain)
+placed = jax.tree.map(
+    lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), params, shardings)
+assert all(jax.tree.leaves(placed)), placed
+kernel = params['layers']['mlp']['up']['kernel']
+assert kernel.addressable_shards[0].data.shape == (32, 128, 512)
+print(json.dumps([one, four]))
+"""
+
+
+@pytest.mark.skipif(
+    not os.access('/proc/self/clear_refs', os.W_OK), reason='needs Linux')
+def test_host_holds_less_than_a_shard_beside_the_parameters(tmp_path):
+  slots = hf_table.slots(CFG)
+  shapes = {slot.entry.ours: slot.whole for slot in slots.values()}
+  rng = np.random.default_rng(0)
+  hf.save(tmp_path, CFG, hf_table.unflatten({
+      name: rng.normal(size=shape).astype(np.float32)
+      for name, shape in shapes.items()}), max_shard_bytes=SHARD_BYTES)
+  sizes = [path.stat().st_size for path in tmp_path.glob('*.safetensors')]
+  assert len(sizes) > 8 and max(sizes) <= 1.01 * SHARD_BYTES
+  environment = os.environ | {
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+      'PYTHONPATH': str(pathlib.Path(__file__).parents[2])}
+  result = subprocess.run(
+      [sys.executable, '-c', _PROGRAM, str(tmp_path)], env=environment,
+      capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr
+  for place, extra in zip(
+      ('one device', '2x2 mesh'), json.loads(result.stdout), strict=True):
+    print(f'{place}: {extra / 2**20:.1f} MiB beside {sum(sizes) / 2**20:.0f} '
+          f'MiB of parameters, largest shard {max(sizes) / 2**20:.0f} MiB')
+    assert extra < 1.2 * max(sizes)
+
+
+def test_stacks_of_any_layout_are_filled(tmp_path):
+  """bfloat16 in the file, float32 in memory."""
+  cfg = dataclasses.replace(CFG, num_layers=2, embed_dim=32, mlp_dim=48)
+  shapes = {slot.entry.ours: slot.whole
+            for slot in hf_table.slots(cfg).values()}
+  params = {name: np.full(shape, 1.5, np.float32)
+            for name, shape in shapes.items()}
+  half = {name: x.astype('bfloat16') for name, x in params.items()}
+  hf.save(tmp_path, cfg, hf_table.unflatten(half))
+  assert hf.load_config(tmp_path).param_dtype == 'bfloat16'
+  got = hf_table.flatten(hf.load_params(tmp_path, cfg))
+  assert {str(x.dtype) for x in got.values()} == {'float32'}
+  assert all((x == 1.5).all() for x in got.values())
