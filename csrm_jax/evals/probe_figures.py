@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from csrm_jax.evals.definitions import METRICS
 from csrm_jax.evals.figures import (
   BEST,
   GREY,
@@ -51,7 +52,8 @@ def draw_policy(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
     if true:
       ax.plot(x, true[name], 'D', color=BEST, markersize=6, zorder=3,
               clip_on=False)
-      top = max(rate, true[name])
+      # The number stands above its bar, clear of the diamond.
+      top = true[name] if rate <= true[name] < rate + 0.09 else rate
     ax.text(x, top + 0.03, f'{rate:.1%}', ha='center', va='bottom')
   ax.axhline(result['rates']['strict'], color=GREY, linewidth=1,
              linestyle='--')
@@ -221,7 +223,7 @@ def draw_comparison(
         ax.plot([found['low'], found['high']], [at, at], color=colour,
                 linewidth=2, alpha=0.5)
       ax.plot(found['value'], at, marker, color=colour, markersize=7,
-              label=label, linestyle='')
+              label=label, linestyle='', clip_on=False, zorder=3)
       label = ''
       if found['best'] is not None and i == 0:
         ax.plot([found['best']] * 2, [y - 0.4, y + 0.4], color=BEST,
@@ -230,9 +232,16 @@ def draw_comparison(
     ax.axhline(y - 0.5, color='#dddddd', linewidth=0.8)
   ax.set_yticks(range(len(names)), [short(n, 34) for n in names],
                 parse_math=False)
-  ax.set(ylim=(-0.5, len(names) - 0.5), xlabel=f'{metric}; bar: best reachable')
+  known = any(
+      found and found['best'] is not None for name in names
+      for found in [_value(next(iter(scorers.values())), name, metric)]
+  )
+  ax.set(
+      ylim=(-0.5, len(names) - 0.5),
+      xlabel=METRICS[metric][0] + ('; bar: best reachable' if known else ''),
+  )
   low, high = ax.get_xlim()
-  ax.set_xlim(max(low, 0) if low < 0.3 else low, min(high, 1.02))
+  ax.set_xlim(0 if low < 0.3 else low, min(high, 1.02))
   ax.invert_yaxis()
   ax.grid(False, axis='y')
   legend_above(ax, min(len(scorers), 2))

@@ -11,6 +11,7 @@ Hoover et al., DynaGuard, arXiv 2509.02563.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -190,4 +191,6 @@ def _import_bm25s():
     raise ImportError(
         'choosing rules needs bm25s; run "pip install csrm_jax[evals]"'
     ) from None
+  # It tells of every index it builds.
+  logging.getLogger('bm25s').setLevel(logging.WARNING)
   return bm25s

@@ -35,7 +35,8 @@ def _unzip(rows):
 def test_import_does_not_import_jax():
   code = (
     'import sys, csrm_jax.evals.metrics, csrm_jax.evals.bootstrap, '
-    'csrm_jax.evals.calibration; '
+    'csrm_jax.evals.calibration, csrm_jax.evals.comparison, '
+    'csrm_jax.evals.battery, csrm_jax.data.benchmarks; '
     'assert not {"jax", "flax", "torch"} & set(sys.modules)'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
