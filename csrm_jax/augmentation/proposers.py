@@ -188,14 +188,17 @@ def _rule_table() -> dict[str, rules_lib.Rule]:
   """Returns {guideline: rule}, for every guideline that RuleWorld words."""
   table = {}
   severities = tuple(rules_lib.SEVERITIES)
-  for topic, wording, size in itertools.product(
-    lexicon.TOPICS, range(len(grammar.ALL_WORDINGS)), range(len(severities) + 1)
+  # Each subcategory is forbidden, allowed, or not spoken of.
+  treatments = list(itertools.product('fa-', repeat=len(severities)))
+  for topic, wording, treated in itertools.product(
+    lexicon.TOPICS, range(len(grammar.ALL_WORDINGS)), treatments
   ):
-    for forbidden in itertools.combinations(severities, size):
-      rest = tuple(i for i in severities if i not in forbidden)
-      for allowed in {rest, ()} if forbidden else {rest}:
-        rule = rules_lib.Rule(topic.name, forbidden, allowed, wording)
-        table[rule.category().guideline] = rule
+    forbidden, allowed = (
+      tuple(i for i in severities if treated[i] == how) for how in 'fa'
+    )
+    if forbidden or allowed:
+      rule = rules_lib.Rule(topic.name, forbidden, allowed, wording)
+      table[rule.category().guideline] = rule
   return table
 
 

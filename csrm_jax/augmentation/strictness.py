@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,22 @@ class Outcome:
       'candidates': [c.to_dict() for c in self.candidates],
       'drops': dict(self.drops),
     }
+
+  @staticmethod
+  def from_dict(obj: Mapping[str, Any]) -> Outcome:
+    """Returns the outcome that `to_dict` gave."""
+    return Outcome(
+      Category(**obj['category']),
+      obj['pool_size'],
+      tuple(Category(**c) for c in obj['subcategories']),
+      tuple(
+        Candidate(**c | {
+          side: Category(**c[side]) for side in ('strict', 'lenient')
+        })
+        for c in obj['candidates']
+      ),
+      dict(obj['drops']),
+    )
 
 
 def lower_bound(k: int, n: int, alpha: float = 0.05) -> float:
@@ -277,12 +293,11 @@ def test_order(
   return {'n': n, 'k': k, 'extra': extra, 'bound': bound, 'kept': kept}
 
 
-def make_pairs(outcome: Outcome, pool: Sequence[Example]) -> list[Pair]:
-  """Returns a pair for each kept candidate and each conversation of the pool.
+def make_pairs(outcome: Outcome, pool: Sequence[Example]) -> Iterator[Pair]:
+  """Yields a pair for each kept candidate and each conversation of the pool.
 
   The safer side is the lenient one; see `augment.strictness_pair`.
   """
-  pairs = []
   for number, candidate in enumerate(outcome.candidates):
     if not candidate.kept:
       continue
@@ -291,8 +306,7 @@ def make_pairs(outcome: Outcome, pool: Sequence[Example]) -> list[Pair]:
         example, outcome.category.name, candidate.strict, candidate.lenient
       )
       name = f'{pair.id}/{outcome.category.name}/{number}'
-      pairs.append(dataclasses.replace(pair, id=name))
-  return pairs
+      yield dataclasses.replace(pair, id=name)
 
 
 def precision(

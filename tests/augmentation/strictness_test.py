@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -224,6 +225,19 @@ def _ruleworld(seed, **oracle):
       c, pool, proposers.RuleWorldOracle(seed, **oracle),
       proposers.ruleworld_judge(), settings)
           for c, pool in _pools().items()]
+
+
+def test_every_guideline_of_ruleworld_is_read_back():
+  rng = random.Random(0)
+  for _ in range(300):
+    wanted = rng.sample(rules_lib.SEVERITIES, 4)
+    cut, end = sorted(rng.sample(range(5), 2))
+    rule = rules_lib.Rule(
+        rng.choice(lexicon.TOPICS).name, tuple(sorted(wanted[:cut])),
+        tuple(sorted(wanted[cut:end])), rng.randrange(9), 'Any')
+    assert proposers.read_rule(rule.category()) == rule
+  with pytest.raises(ValueError, match='RuleWorld words no guideline'):
+    proposers.read_rule(Category('Pets', 'No pets, please.'))
 
 
 def test_an_obedient_oracle_writes_in_the_true_order():

@@ -1,0 +1,164 @@
+"""What is done, on disk: a journal of one run, and a cache of replies.
+
+Both survive a process that is killed anywhere: the journal loses at most the
+line that was being written, the cache no finished entry.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import threading
+from typing import Any
+
+from csrm_jax.core import writer
+
+_RESUME = 'free some space and run the same command again; nothing is lost'
+
+
+class Journal:
+  """A file of {"key", "value"} lines that only grows.
+
+  One process at a time has it open. Threads may share it.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    """Opens the file and reads what is there; a cut-short last line goes.
+
+    Raises:
+      ValueError: another process has it open, or a line is damaged.
+    """
+    self._path = pathlib.Path(path)
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._lock = threading.Lock()
+    # Unbuffered: what a full disk refused must not come again later.
+    self._file = open(self._path, 'ab+', buffering=0)  # noqa: SIM115
+    try:
+      self._values = self._read()
+    except BaseException:
+      self._file.close()
+      raise
+
+  def _read(self) -> dict[str, Any]:
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise ValueError(
+        f'{self._path}: another process writes to it; wait for its end, or'
+        ' give another --workdir'
+      ) from None
+    self._file.seek(0)
+    data = self._file.read()
+    whole = data.rfind(b'\n') + 1
+    if whole < len(data):
+      self._file.truncate(whole)
+    values = {}
+    for number, line in enumerate(data[:whole].splitlines(), start=1):
+      try:
+        entry = json.loads(line)
+        values[entry['key']] = entry['value']
+      except (ValueError, KeyError, TypeError):
+        raise ValueError(
+          f'{self._path}:{number}: not a line of a journal; remove that line'
+          ' and run the same command again: what it held is done anew'
+        ) from None
+    self._end = whole
+    return values
+
+  def __contains__(self, key: str) -> bool:
+    return key in self._values
+
+  def __getitem__(self, key: str) -> Any:
+    return self._values[key]
+
+  def __len__(self) -> int:
+    return len(self._values)
+
+  def put(self, key: str, value: Any) -> None:
+    """Adds a JSON value; it is with the operating system when this returns.
+
+    Raises:
+      OSError: it could not be written; the file is as it was.
+    """
+    line = json.dumps({'key': key, 'value': value}, ensure_ascii=False)
+    data = (line + '\n').encode()
+    with self._lock:
+      try:
+        self._write(data)
+      except OSError as error:
+        self._file.truncate(self._end)
+        raise OSError(
+          error.errno,
+          f'{self._path}: cannot be written ({error.strerror}); {_RESUME}',
+        ) from None
+      self._end += len(data)
+      self._values[key] = value
+
+  def _write(self, data: bytes) -> None:
+    while data:
+      data = data[self._file.write(data) :]
+
+  def close(self) -> None:
+    """Closes the file and lets other processes have it; an empty one goes."""
+    if not self._end:
+      self._path.unlink(missing_ok=True)
+    self._file.close()
+
+  def __enter__(self) -> Journal:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self.close()
+
+
+class Cache:
+  """Texts by content hash, one file each, checked when they are read."""
+
+  def __init__(self, folder: str | os.PathLike):
+    self._folder = pathlib.Path(folder)
+    self.num_corrupt = 0
+
+  def get(self, key: str) -> str | None:
+    """Returns the text stored under the key (hex), or None.
+
+    An entry that is damaged is counted in `num_corrupt` and is none.
+    """
+    try:
+      data = self._path(key).read_bytes()
+    except FileNotFoundError:
+      return None
+    try:
+      entry = json.loads(data)
+      text = entry['text']
+      if entry['key'] == key and entry['sha256'] == _sha256(text):
+        return text
+    except (ValueError, KeyError, TypeError, AttributeError):
+      pass
+    self.num_corrupt += 1
+    return None
+
+  def put(self, key: str, text: str) -> None:
+    """Stores the text, whole or not at all.
+
+    Raises:
+      OSError: it could not be written.
+    """
+    entry = {'key': key, 'sha256': _sha256(text), 'text': text}
+    path = self._path(key)
+    try:
+      writer.write_atomic(path, json.dumps(entry))
+    except OSError as error:
+      raise OSError(
+        error.errno,
+        f'{path}: cannot be written ({error.strerror}); {_RESUME}',
+      ) from None
+
+  def _path(self, key: str) -> pathlib.Path:
+    return self._folder / key[:2] / f'{key}.json'
+
+
+def _sha256(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,125 @@
+"""The TFDS builder of the public data sets; TensorFlow itself is not needed.
+
+builder = public_sets.make_builder('beavertails', path=..., data_dir=...)
+builder.download_and_prepare()
+source = builder.as_data_source(split='train')  # random access, for grain
+item = public_sets.parse(source[0])
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+try:
+  import tensorflow_datasets as tfds
+except ImportError:
+  raise ImportError(
+    'ArrayRecord files need tensorflow_datasets; run pip install'
+    ' "csrm_jax[tfds]"'
+  ) from None
+
+from csrm_jax.data.builders import catalogue
+from csrm_jax.safety.schema import Example, Pair
+
+VERSION = '1.0.0'
+
+
+class PublicSets(tfds.core.GeneratorBasedBuilder):
+  """Examples and pairs of one public data set, a config for each."""
+
+  VERSION = tfds.core.Version(VERSION)
+  BUILDER_CONFIGS = [  # noqa: RUF012
+    tfds.core.BuilderConfig(name=name, description=public_set.url)
+    for name, public_set in catalogue.SETS.items()
+  ]
+
+  def __init__(self, *, path: str = '', **kwargs: Any):
+    """See `make_builder`."""
+    self._path = path
+    super().__init__(**kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    public_set = catalogue.find(self.builder_config.name)
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=f'{self.builder_config.name} in the form of csrm_jax:'
+      ' one example or pair a row, as JSON.',
+      homepage=public_set.url,
+      license=public_set.licence or None,
+      metadata=tfds.core.MetadataDict(),
+      # Rules differ in number and conversations in turns: JSON keeps a row in
+      # one string, and the schema's own parser checks it.
+      features=tfds.features.FeaturesDict({
+        'id': tfds.features.Text(),
+        'kind': tfds.features.Text(),
+        'row': tfds.features.Text(),
+      }),
+    )
+
+  def _split_generators(
+    self, dl_manager: Any
+  ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+    del dl_manager  # The hub's client has a cache of its own.
+    name = self.builder_config.name
+    splits, drops = {}, {}
+    for split in catalogue.find(name).files:
+      if self._path and not _has_files(name, split, self._path):
+        continue
+      rows = catalogue.read(name, split, self._path)
+      drops[split] = rows.drops
+      # ArrayRecord's split names are words.
+      splits[split.replace('-', '_')] = self._generate_examples(rows)
+    if not splits:
+      catalogue.find_files(name, next(iter(catalogue.find(name).files)),
+                           self._path)  # Raises, with what is missing.
+    self.info.metadata['drops'] = drops
+    return splits
+
+  def _generate_examples(
+    self, rows: list[Example | Pair]
+  ) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, item in enumerate(rows):
+      yield number, {
+        'id': item.id,
+        'kind': 'pair' if isinstance(item, Pair) else 'example',
+        'row': json.dumps(item.to_dict()),
+      }
+
+
+def make_builder(
+  name: str, data_dir: str | os.PathLike, path: str | os.PathLike = ''
+) -> PublicSets:
+  """Returns the builder of a public data set, writing ArrayRecord files.
+
+  Args:
+    name: a key of `catalogue.SETS`.
+    data_dir: where prepared data sets are kept.
+    path: folder or file of the public format; '' fetches from the hub.
+
+  Raises:
+    ValueError: an unknown name; the rest when it is prepared.
+  """
+  catalogue.find(name)
+  return PublicSets(
+    config=name, data_dir=os.fspath(data_dir), path=os.fspath(path),
+    file_format='array_record',
+  )
+
+
+def parse(row: Mapping[str, Any]) -> Example | Pair:
+  """Returns the example or pair in a row of a prepared data set."""
+  text = row['row']
+  obj = json.loads(text)
+  kind = row['kind']
+  is_pair = (kind.decode() if isinstance(kind, bytes) else kind) == 'pair'
+  return (Pair if is_pair else Example).from_dict(obj, f'row {obj["id"]}')
+
+
+def _has_files(name: str, split: str, path: str | os.PathLike) -> bool:
+  try:
+    return bool(catalogue.find_files(name, split, path))
+  except ValueError:
+    return False
