@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from csrm_jax.ruleworld import corpus, examples, lexicon
 from csrm_jax.safety import schema, templates
-from csrm_jax.text import tokenizer
+from csrm_jax.text import train
 
 VOCAB_SIZE = 2304
 _NUM_SENTENCE_DOCUMENTS = 20_000
@@ -68,7 +68,7 @@ def main() -> None:
                       help='write the SentencePiece model there instead')
   args = parser.parse_args()
   if args.train_tokenizer:
-    tokenizer.train_sentencepiece(
+    train.train_sentencepiece(
         sentences(), args.train_tokenizer, VOCAB_SIZE,
         templates.CONTROL_LINES)
     return

@@ -20,6 +20,7 @@ from tokenizers import (
 )
 
 from csrm_jax.text import tokenizer as tokenizer_lib
+from csrm_jax.text import train
 from csrm_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def sp(folder):
   path = folder / 'small.model'
-  tokenizer_lib.train_sentencepiece(corpus(), path, 330, CONTROL)
+  train.train_sentencepiece(corpus(), path, 330, CONTROL)
   return tokenizer_lib.load_tokenizer(path)
 
 
@@ -226,7 +227,7 @@ def test_training_is_deterministic_and_free_of_paths(tmp_path):
   for name in ('a', 'b'):
     (tmp_path / name).mkdir()
     path = tmp_path / name / f'{name}.model'
-    tokenizer_lib.train_sentencepiece(iter(corpus()), path, 330, CONTROL)
+    train.train_sentencepiece(iter(corpus()), path, 330, CONTROL)
   a, b = tmp_path / 'a' / 'a.model', tmp_path / 'b' / 'b.model'
   assert a.read_bytes() == b.read_bytes()
   assert [p.name for p in a.parent.iterdir()] == ['a.model']
@@ -236,7 +237,7 @@ def test_training_is_deterministic_and_free_of_paths(tmp_path):
 def test_a_bad_vocabulary_size_leaves_no_file(tmp_path, size):
   path = tmp_path / 'x.model'
   message = error_of(
-    tokenizer_lib.train_sentencepiece, corpus(), path, size, CONTROL
+    train.train_sentencepiece, corpus(), path, size, CONTROL
   )
   assert f'vocab_size={size}' in message and 'change it' in message
   assert not list(tmp_path.iterdir())
@@ -357,7 +358,7 @@ def test_a_tokenizer_that_loses_line_breaks_is_refused(tmp_path):
 
 def test_chat_markers_among_user_defined_pieces(tmp_path):
   # Some published models list them so; SentencePiece then parses any text.
-  tok = tokenizer_lib.train_sentencepiece(
+  tok = train.train_sentencepiece(
     corpus(), tmp_path / 'x.model', 330, CONTROL,
     user_symbols=('\n', '<start_of_turn>'),
   )
