@@ -127,7 +127,8 @@ def run(
   A benchmark that is not on disk gives a result of suite 'skipped' with the
   command that would fetch it. A suite whose scores are not finite, or whose
   examples cannot be scored, gives one of suite 'failed' with the error, which
-  names the example; the others go on. See `failures`.
+  names the example (or the package that is missing); the others go on. See
+  `failures`.
 
   Args:
     score_fn: examples -> scores in nats.
@@ -155,7 +156,7 @@ def run(
         results[f'{name}_without_rules'] = _run_blind(
             score_fn, benchmark, options
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
       results[name] = {
           'suite': 'failed', 'description': benchmark.description,
           'error': str(error), 'metrics': {},

@@ -196,3 +196,15 @@ def test_a_metric_that_no_scorer_has_is_not_drawn(tmp_path):
   assert not probe_figures.draw_comparison(
     tmp_path / 'x.png', {'a': {'b': {'metrics': {}}}}, 'f1')
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_fails_its_suite_only(benchmarks, monkeypatch):
+  def missing():
+    raise ImportError('run "pip install csrm_jax[evals]"')
+
+  monkeypatch.setattr(battery.retrieval, '_import_bm25s', missing)
+  todo = [b for b in benchmarks if b.name in ('long_rules', 'flip')]
+  found = battery.run(_oracle(), todo, num_samples=2)
+  assert found['flip']['suite'] == 'flips'
+  (failure,) = battery.failures(found)
+  assert failure == 'long_rules: run "pip install csrm_jax[evals]"'
