@@ -19,6 +19,7 @@ from csrm_jax.augmentation.proposers import NoReplyError
 JSON_MODES = ('json_schema', 'json_object', 'text')
 # Reasons that a rerun may get past; whatever else failed would fail again.
 TRANSIENT = ('timeout', 'rate_limited', 'server_error', 'connection')
+_NOBODY = ('timeout', 'connection')
 # As many requests in a row that failed for such a reason stop the run.
 _MAX_FAILED = 10
 _MAX_WAIT_S = 60.0
@@ -259,7 +260,9 @@ class Endpoint:
     with self._lock:
       self._failed_in_a_row += 1
       failed = self._failed_in_a_row
-      is_down = not self._has_answered or failed >= _MAX_FAILED
+      # Nobody there from the start: no use in trying all.
+      is_absent = not self._has_answered and reason in _NOBODY
+      is_down = is_absent or failed >= _MAX_FAILED
     if is_down:
       self._stop(
         f'{self._settings.base_url} does not answer ({reason};'

@@ -1,0 +1,79 @@
+"""Makes training data from conversations by changing their rules.
+
+python -m csrm_jax.main --config=configs/augment.py --workdir=/tmp/aug
+python -m csrm_jax.main --workdir=/tmp/aug \
+  --config=configs/augment.py:proposer=endpoint,data=xstest,path=FOLDER \
+  --config.endpoint.base_url=http://localhost:8000/v1 \
+  --config.endpoint.model=NAME
+python -m csrm_jax.main --workdir=/tmp/rm \
+  --config=configs/rm.py:data=jsonl,path=/tmp/aug/data.jsonl
+"""
+
+import ml_collections
+
+from csrm_jax import config as config_lib
+
+
+def get_config(arg=None):
+  """Returns the config.
+
+  arg: proposer=oracle|endpoint, data (ruleworld, or a data set that comes from
+  files), path (of its file or folder), judge (see below), smoke (seconds).
+  """
+  arg = config_lib.parse_arg(
+      arg, proposer=('oracle', 'endpoint'), data='ruleworld', path='',
+      judge='', smoke=False)
+  is_oracle = arg.proposer == 'oracle'
+  c = ml_collections.ConfigDict()
+  c.runner = 'augment'
+  c.seed = 0  # of RuleWorld, of pools and of what is drawn at random
+
+  c.source = ml_collections.ConfigDict()
+  # ruleworld, jsonl, parquet, xstest, moderation, beavertails, wildguardmix
+  c.source.name = arg.data
+  c.source.path = arg.path
+  c.source.num_examples = 6000 if arg.data == 'ruleworld' else 0  # 0: all
+  c.source.licence = ''  # of the source; stands in the data card
+
+  # Who writes: the exact oracle of RuleWorld, or a language model.
+  c.proposer = arg.proposer
+  c.oracle = ml_collections.ConfigDict()
+  c.oracle.disobey = 0.0  # share of rewrites that do not heed their lists
+  c.oracle.slip = 'subset'  # how: 'subset' any other list, 'one' one item off
+  c.endpoint = ml_collections.ConfigDict()
+  c.endpoint.base_url = 'http://localhost:8000/v1'  # OpenAI-compatible
+  c.endpoint.model = ''  # the name that the endpoint knows
+  c.endpoint.key_variable = 'OPENAI_API_KEY'  # that holds the key, if any
+  c.endpoint.json_mode = 'json_schema'  # or json_object, or text (no request)
+  c.endpoint.temperature = 0.7
+  c.endpoint.max_tokens = 800  # a reply may have
+  c.endpoint.timeout_s = 60.0  # without a sign of the endpoint
+  c.endpoint.num_tries = 5  # of a request that fails on the way
+  c.endpoint.num_unparsable = 3  # replies that are none, before it is dropped
+  c.endpoint.backoff_s = 1.0  # before the second try; then doubles
+  c.endpoint.concurrency = 8  # requests at once
+  c.endpoint.price_in = 0.0  # of a million prompt tokens, for the cost count
+  c.endpoint.price_out = 0.0  # of a million reply tokens
+  c.cache = ''  # folder of replies; '': in the work directory
+
+  # The classifier: 'ruleworld' (to the letter), 'annotator' (RuleWorld's noisy
+  # one), a reward model (work directory, or public model), or '' for none.
+  c.judge = arg.judge or ('ruleworld' if is_oracle else '')
+
+  c.categories = ml_collections.ConfigDict({'enabled': True})  # CCA
+  c.strictness = ml_collections.ConfigDict()  # SA, Algorithm 1
+  c.strictness.enabled = bool(c.judge)
+  c.strictness.num_subcategories = 3 if is_oracle else 6  # asked for at first
+  c.strictness.max_subcategories = 15  # with those that conversations ask for
+  c.strictness.pool_size = 200  # violating conversations a category
+  c.strictness.alpha = 0.05  # of the one-sided Clopper–Pearson bound
+  c.strictness.threshold = 0.95  # that the bound must exceed
+  # Conversations that only the strict side catches, at least. The paper asks
+  # for none (0), but then two guidelines that mean the same pass.
+  c.strictness.min_extra = 1
+  c.strictness.max_pairs = 0  # written, drawn at random; 0: all
+
+  if arg.smoke:
+    c.source.num_examples = 200
+    c.strictness.max_pairs = 100
+  return c

@@ -1,0 +1,320 @@
+"""Makes training data from conversations by changing their rules.
+
+Writes workdir/data.jsonl, which configs/rm.py:data=jsonl,path=... trains on:
+examples with their p+ and p- (CCA), and strictness pairs (SA); with it a data
+card, and the report of strictness augmentation.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import tqdm
+
+from csrm_jax import reward_model
+from csrm_jax.augmentation import (
+  categories,
+  endpoint,
+  proposers,
+  report,
+  requests,
+  stages,
+  strictness,
+)
+from csrm_jax.augmentation import journal as journal_lib
+from csrm_jax.core import writer
+from csrm_jax.data import benchmark_readers, mixture, sources
+from csrm_jax.ruleworld import examples as ruleworld_examples
+from csrm_jax.runners import loop
+from csrm_jax.safety.schema import Example, Pair, SafetyConfig
+
+# config.source.name -> (path) -> examples. RuleWorld's need no path.
+READERS: dict[str, Callable[[str], Sequence[Any]]] = {
+  'jsonl': sources.read_jsonl,
+  'parquet': sources.read_parquet,
+  'xstest': mixture.READERS['xstest'],
+  'moderation': mixture.READERS['moderation'],
+  'beavertails': benchmark_readers.read_beavertails,
+  'wildguardmix': benchmark_readers.read_wildguard,
+}
+PROPOSERS = ('oracle', 'endpoint')
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Augments config.source into workdir; see the module."""
+  start = time.monotonic()
+  examples, drops = _read(config.source, config.seed)
+  proposer = _make_proposer(config, workdir)
+  judge = _make_judge(config)
+  if not (config.categories.enabled or config.strictness.enabled):
+    raise ValueError(
+      'config.categories.enabled and config.strictness.enabled are both false:'
+      ' nothing to do; set one'
+    )
+  if config.strictness.enabled and judge is None:
+    raise ValueError(
+      'strictness augmentation needs a classifier: give --config.judge=PATH of'
+      ' a reward model, or --config.strictness.enabled=false'
+    )
+  made, outcomes, pairs, num_pairs = examples, [], (), 0
+  log = _Log(workdir / 'log.jsonl')
+  with (
+    journal_lib.Journal(workdir / 'journal_categories.jsonl') as done,
+    journal_lib.Journal(workdir / 'journal_strictness.jsonl') as ordered,
+  ):
+    if config.categories.enabled:
+      with _progress(len(examples), 'categories', log) as progress:
+        checked = stages.propose_categories(
+          examples, proposer, judge, done, progress
+        )
+      made = list(map(categories.attach, examples, checked))
+      drops.update(reason for item in checked for reason in item.drops)
+    if config.strictness.enabled:
+      settings = _settings(config.strictness)
+      pools = strictness.make_pools(examples, settings.pool_size, config.seed)
+      with _progress(len(pools), 'strictness', log) as progress:
+        outcomes = stages.order_strictness(
+          pools, proposer, judge, settings, ordered, progress
+        )
+      _report(workdir, config, outcomes, settings)
+      drops.update(report.total_drops(outcomes))
+      pairs, num_pairs = _pairs(
+        outcomes, pools, config.strictness.max_pairs, config.seed
+      )
+    path = workdir / 'data.jsonl'
+    digest = _write_lines(path, itertools.chain(made, pairs))
+    card = _card(config, proposer, drops) | {
+      'digest': digest,
+      'counts': {
+        'examples': len(made),
+        'with_plus': sum(e.plus is not None for e in made),
+        'with_minus': sum(e.minus is not None for e in made),
+        'strictness_pairs': num_pairs,
+        'categories': len(outcomes),
+        'candidates_written': sum(len(o.candidates) for o in outcomes),
+        'candidates_kept': sum(len(o.kept) for o in outcomes),
+      },
+    }
+    _write_card(workdir, card)
+  seconds = time.monotonic() - start
+  log([{'event': 'done', 'time_s': round(seconds, 3), **card['counts']}])
+  print(
+    f'{len(made):,} examples and {num_pairs:,} pairs in {seconds:.1f} s: {path}'
+  )
+
+
+def _read(
+  source: ml_collections.ConfigDict, seed: int
+) -> tuple[list[Example], collections.Counter]:
+  """Returns the labelled examples of a source, and what was left out."""
+  if source.name == 'ruleworld':
+    return [
+      dataclasses.replace(
+        ruleworld_examples.training_example(seed, i), plus=None, minus=None
+      )
+      for i in range(source.num_examples)
+    ], collections.Counter()
+  if source.name not in READERS:
+    raise ValueError(
+      f'config.source.name is {source.name!r}; use one of ruleworld,'
+      f' {", ".join(READERS)}'
+    )
+  if not source.path:
+    raise ValueError(
+      f'source {source.name!r} has no path; give path=... after the colon of'
+      ' --config'
+    )
+  rows = READERS[source.name](source.path)
+  drops = collections.Counter(getattr(rows, 'drops', {}))
+  kept = []
+  for item in rows:
+    if isinstance(item, Pair):
+      drops['is_pair'] += 1
+    elif item.label is None:
+      drops['no_label'] += 1
+    else:
+      kept.append(item)
+  if not kept:
+    raise ValueError(
+      f'{source.path}: no labelled examples (left out: {dict(drops)}); give'
+      ' a file that has some'
+    )
+  return kept[: source.num_examples or None], drops
+
+
+def _make_proposer(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> proposers.Proposer:
+  if config.proposer == 'oracle':
+    return proposers.RuleWorldOracle(config.seed, **config.oracle)
+  if config.proposer == 'endpoint':
+    cache = journal_lib.Cache(config.cache or workdir / 'cache')
+    return endpoint.Endpoint(endpoint.Settings(**config.endpoint), cache)
+  raise ValueError(
+    f'config.proposer is {config.proposer!r}; use one of'
+    f' {", ".join(PROPOSERS)}'
+  )
+
+
+def _make_judge(config: ml_collections.ConfigDict) -> proposers.Judge | None:
+  if not config.judge:
+    return None
+  if config.judge == 'ruleworld':
+    return proposers.ruleworld_judge()
+  if config.judge == 'annotator':
+    return proposers.ruleworld_judge(config.seed)
+  model = reward_model.load(config.judge)
+
+  def judge(talks, rules):
+    asked = [
+      Example(f'{i}', SafetyConfig((category,)), talk)
+      for i, (talk, category) in enumerate(zip(talks, rules, strict=True))
+    ]
+    return [bool(score < 0) for score in model.score_fn(asked)]
+
+  return judge
+
+
+def _settings(section: ml_collections.ConfigDict) -> strictness.Settings:
+  names = [f.name for f in dataclasses.fields(strictness.Settings)]
+  return strictness.Settings(**{name: section[name] for name in names})
+
+
+def _report(workdir, config, outcomes, settings) -> None:
+  # What RuleWorld's oracle writes can be read back: the truth is known.
+  is_known = config.proposer == 'oracle'
+  path = report.write_report(
+    workdir / 'report', outcomes, settings,
+    proposers.truly_stricter if is_known else None,
+  )
+  print('report:', path)
+
+
+def _pairs(
+  outcomes: Sequence[strictness.Outcome],
+  pools: Mapping[Any, Sequence[Example]],
+  max_pairs: int,
+  seed: int,
+) -> tuple[Iterable[Pair], int]:
+  """Returns at most `max_pairs` pairs, drawn at random, and their number."""
+  total = sum(len(o.kept) * len(pools[o.category]) for o in outcomes)
+  every = (
+    pair for o in outcomes
+    for pair in strictness.make_pairs(o, pools[o.category])
+  )
+  if not max_pairs or total <= max_pairs:
+    return every, total
+  chosen = set(random.Random(seed).sample(range(total), max_pairs))
+  return (p for i, p in enumerate(every) if i in chosen), max_pairs
+
+
+def _write_lines(path: pathlib.Path, items: Iterable[Example | Pair]) -> str:
+  """Writes the rows, all or none; returns their sha256."""
+  digest = hashlib.sha256()
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+  try:
+    with os.fdopen(handle, 'wb') as file:
+      for item in items:
+        line = json.dumps(item.to_dict(), ensure_ascii=False) + '\n'
+        digest.update(line.encode())
+        file.write(line.encode())
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except BaseException:
+    pathlib.Path(temporary).unlink(missing_ok=True)
+    raise
+  return digest.hexdigest()
+
+
+def _card(
+  config: ml_collections.ConfigDict,
+  proposer: proposers.Proposer,
+  drops: Mapping[str, int],
+) -> dict[str, Any]:
+  """Returns what a user of the data must know of it."""
+  source = config.source
+  asked = {
+    kind.__name__: task.instructions for kind, task in requests.TASKS.items()
+  }
+  is_worded = config.proposer == 'endpoint'
+  return {
+    'source': source.name,
+    'path': source.path,
+    'source_digest': _digest(source.path) if source.path else '',
+    'licence': source.licence,
+    'proposer': config.proposer,
+    'model': proposer.name,
+    'judge': config.judge,
+    'seed': config.seed,
+    'prompts_digest': requests.prompts_digest() if is_worded else '',
+    'prompts': asked if is_worded else {},
+    'drops': dict(sorted(drops.items())),
+    'usage_of_last_run': proposer.usage(),
+  }
+
+
+def _digest(path: str) -> str:
+  """Returns the sha256 of a file, or of all files in a folder."""
+  root = pathlib.Path(path)
+  files = sorted(root.rglob('*')) if root.is_dir() else [root]
+  digest = hashlib.sha256()
+  for file in files:
+    if file.is_file():
+      digest.update(hashlib.sha256(file.read_bytes()).digest())
+  return digest.hexdigest()
+
+
+def _write_card(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:
+  writer.write_atomic(workdir / 'card.json', json.dumps(card, indent=1) + '\n')
+  lines = ['# Data card', '']
+  for key, value in card.items():
+    if isinstance(value, Mapping):
+      lines += ['', f'## {key.capitalize()}', '']
+      lines += [f'- {k}: {v}' for k, v in value.items()] or ['(none)']
+      lines.append('')
+    else:
+      lines.append(f'- {key}: {value if value != "" else "(not given)"}')
+  writer.write_atomic(workdir / 'card.md', '\n'.join(lines) + '\n')
+
+
+class _Log:
+  """Appends events to a JSONL file, which is there from the first one on."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+
+  def __call__(self, events: Sequence[Mapping[str, Any]]) -> None:
+    if events:
+      now = round(time.time(), 3)
+      lines = [json.dumps({'time': now, **event}) for event in events]
+      with open(self._path, 'a', encoding='utf-8') as file:
+        file.write('\n'.join(lines) + '\n')
+
+
+@contextlib.contextmanager
+def _progress(total: int, name: str, log: _Log) -> Iterator[stages.Progress]:
+  """Shows a progress bar; gives what moves it and passes events to the log."""
+  with tqdm.tqdm(
+    total=total, desc=name, mininterval=loop.BAR_INTERVAL_S, dynamic_ncols=True
+  ) as bar:
+
+    def update(num: int, events: Sequence[Mapping[str, Any]]) -> None:
+      log(events)
+      bar.update(num)
+
+    yield update

@@ -1,0 +1,187 @@
+"""The augmentation job: what it writes, and that it survives."""
+
+import collections
+import json
+import pathlib
+import zlib
+
+import pytest
+
+from csrm_jax import config as config_lib
+from csrm_jax import main
+from csrm_jax.augmentation import journal
+from csrm_jax.data import sources
+from csrm_jax.ruleworld import examples
+from csrm_jax.runners import augment
+from csrm_jax.safety.schema import Example, Pair
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = config_lib.load_module(ROOT / 'configs' / 'augment.py')
+FaultServer = config_lib.load_module(
+    ROOT / 'tests' / 'augmentation' / 'conftest.py').FaultServer
+PLUS = {'name': 'Fortune telling', 'guideline': 'No word about the future.'}
+MINUS = {'name': 'Deep seas', 'guideline': 'No word about deep oceans.'}
+GOOD = json.dumps({'plus': PLUS, 'minus': MINUS})
+
+
+def config(arg='smoke', **changes):
+  c = CONFIG.get_config(arg)
+  # Pools of so few conversations pass no serious test.
+  c.strictness.threshold, c.strictness.max_pairs = 0.5, 50
+  c.update_from_flattened_dict(changes)
+  return c
+
+
+def run(c, workdir):
+  workdir.mkdir(parents=True, exist_ok=True)
+  augment.run(c, workdir)
+  card = json.loads((workdir / 'card.json').read_text())
+  return sources.read_jsonl(workdir / 'data.jsonl', require_label=True), card
+
+
+def read(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """Returns (work directory, rows, card) of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp('finished')
+  return workdir, *run(config(), workdir)
+
+
+def test_data_is_what_a_reward_model_trains_on(finished):
+  workdir, rows, card = finished
+  kinds = collections.Counter(map(type, rows))
+  assert kinds[Example] == 200
+  assert 20 <= kinds[Pair] == card['counts']['strictness_pairs'] <= 50
+  assert card['counts']['with_plus'] == sum(
+      r.plus is not None for r in rows if isinstance(r, Example)) > 100
+  assert len({row.id for row in rows}) == len(rows)
+  # The conversations, rules and labels are those of the source.
+  for index, row in enumerate(rows[:200]):
+    source = examples.training_example(0, index)
+    assert (row.safety, row.conversation, row.label) == (
+        source.safety, source.conversation, source.label)
+  assert '1.000' in (workdir / 'report' / 'strictness.md').read_text()
+  assert card['drops']['plus_not_proposed'] > 0
+  events = read(workdir / 'log.jsonl')
+  assert events[-1]['event'] == 'done'
+
+
+@pytest.mark.parametrize('num_puts', [1, 150, 230])
+def test_a_killed_run_goes_on_where_it_was(
+    finished, tmp_path, monkeypatch, num_puts):
+  count = iter(range(num_puts))
+  put = journal.Journal.put
+
+  def dying(self, key, value):
+    if next(count, None) is None:
+      self._file.write(b'{"key": "cut sho')  # What a kill may leave.
+      raise KeyboardInterrupt
+    put(self, key, value)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(journal.Journal, 'put', dying)
+    with pytest.raises(KeyboardInterrupt):
+      run(config(), tmp_path)
+  assert not (tmp_path / 'data.jsonl').exists()
+  run(config(), tmp_path)
+  workdir = finished[0]
+  assert ((tmp_path / 'data.jsonl').read_bytes()
+          == (workdir / 'data.jsonl').read_bytes())
+  for name in ('journal_categories.jsonl', 'journal_strictness.jsonl'):
+    keys = [entry['key'] for entry in read(tmp_path / name)]
+    assert len(keys) == len(set(keys)) == len(read(workdir / name))
+
+
+def test_a_finished_run_asks_nothing_again(finished):
+  workdir, _, card = finished
+  before = (workdir / 'data.jsonl').read_bytes()
+  _, again = run(config(), workdir)
+  assert (workdir / 'data.jsonl').read_bytes() == before
+  assert again['usage_of_last_run'] == {'requests': 0}
+  assert again['digest'] == card['digest']
+
+
+@pytest.fixture
+def conversations(tmp_path):
+  """Returns a JSONL file of twenty labelled conversations."""
+  path = tmp_path / 'rows.jsonl'
+  items = [examples.training_example(5, i).to_dict() for i in range(20)]
+  path.write_text(''.join(
+      json.dumps(row | {'plus': None, 'minus': None}) + '\n' for row in items))
+  return path
+
+
+def endpoint_config(path, url, **changes):
+  return config(f'proposer=endpoint,data=jsonl,path={path}', **{
+      'endpoint.base_url': url, 'endpoint.model': 'm',
+      'endpoint.backoff_s': 0.01, 'endpoint.num_tries': 2,
+      'endpoint.num_unparsable': 2, 'endpoint.concurrency': 4} | changes)
+
+
+def test_an_endpoint_in_trouble_loses_nothing(conversations, tmp_path):
+  pytest.importorskip('openai')
+  seen = collections.Counter()
+
+  def script(number, body):
+    text = body['messages'][1]['content']
+    seen[text] += 1
+    kind = zlib.crc32(text.encode()) % 4
+    if kind == 1:
+      return ('status', 429, {})
+    return 'Prose.' if kind == 2 else GOOD
+
+  with FaultServer(script) as server:
+    c = endpoint_config(conversations, server.url)
+    rows, card = run(c, tmp_path / 'a')
+    assert len(rows) == 20
+    assert card['counts']['with_plus'] + sum(
+        n for reason, n in card['drops'].items()
+        if reason.startswith('no_reply')) == 20
+    # Asked again: those that failed for a passing reason, and no other.
+    passing = card['drops']['no_reply: rate_limited']
+    assert passing > 0 and card['drops']['no_reply: unparsable'] > 0
+    server.script = lambda number, body: GOOD
+    before = server.num_requests
+    rows, card = run(c, tmp_path / 'a')
+    assert server.num_requests - before == passing
+    assert 'no_reply: rate_limited' not in card['drops']
+    assert card['model'] == 'm' and 'guideline' in str(card['prompts'])
+
+
+def test_the_cache_serves_another_run(conversations, tmp_path):
+  pytest.importorskip('openai')
+  with FaultServer(lambda number, body: GOOD) as server:
+    cache = {'cache': str(tmp_path / 'cache')}
+    c = endpoint_config(conversations, server.url, **cache)
+    rows, _ = run(c, tmp_path / 'a')
+    assert server.num_requests == 20
+    assert {row.plus.name for row in rows} == {PLUS['name']}
+    again, card = run(c, tmp_path / 'b')
+    assert server.num_requests == 20 and again == rows
+    assert card['usage_of_last_run']['cache_hits'] == 20
+
+
+def test_an_endpoint_that_is_down_leaves_no_work_directory(
+    conversations, tmp_path):
+  pytest.importorskip('openai')
+  c = endpoint_config(conversations, 'http://127.0.0.1:9/v1')
+  with pytest.raises(ValueError, match='does not answer'):
+    main.run(c, tmp_path / 'work')
+  assert not (tmp_path / 'work').exists()
+
+
+@pytest.mark.parametrize('changes, said', [
+    ({'source.name': 'cats'}, 'use one of ruleworld, jsonl'),
+    ({'source.name': 'jsonl'}, 'has no path'),
+    ({'proposer': 'me'}, 'use one of oracle, endpoint'),
+    ({'judge': ''}, 'needs a classifier'),
+    ({'categories.enabled': False, 'strictness.enabled': False}, 'nothing to'),
+])
+def test_a_bad_config_is_one_line(tmp_path, changes, said):
+  with pytest.raises(ValueError, match=said) as error:
+    main.run(config(**changes), tmp_path / 'work')
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'work').exists()
