@@ -29,11 +29,13 @@ def get_config(arg=None):
   c.seed = 0  # of RuleWorld, of pools and of what is drawn at random
 
   c.source = ml_collections.ConfigDict()
-  # ruleworld, jsonl, parquet, xstest, moderation, beavertails, wildguardmix
+  # ruleworld, jsonl, parquet, xstest (completions), moderation, or a public
+  # set: beavertails, pku_safe_rlhf, wildguardmix, aegis, dynabench, ...
   c.source.name = arg.data
-  c.source.path = arg.path
+  c.source.path = arg.path  # file or folder; '': public sets from the hub
   c.source.num_examples = 6000 if arg.data == 'ruleworld' else 0  # 0: all
-  c.source.licence = ''  # of the source; stands in the data card
+  c.source.licence = ''  # of the source, for the data card; '': if it is known
+  c.array_record = False  # also write ArrayRecord files (extra [tfds])
 
   # Who writes: the exact oracle of RuleWorld, or a language model.
   c.proposer = arg.proposer

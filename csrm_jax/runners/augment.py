@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,20 +37,22 @@ from csrm_jax.augmentation import (
 )
 from csrm_jax.augmentation import journal as journal_lib
 from csrm_jax.core import writer
-from csrm_jax.data import benchmark_readers, mixture, sources
+from csrm_jax.data import mixture, sources
+from csrm_jax.data.builders import catalogue
 from csrm_jax.ruleworld import examples as ruleworld_examples
 from csrm_jax.runners import loop
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
 
-# config.source.name -> (path) -> examples. RuleWorld's need no path.
+# config.source.name -> (path) -> examples. RuleWorld's need no path, and the
+# public sets are fetched without one. The reader of 'xstest' takes completions.
 READERS: dict[str, Callable[[str], Sequence[Any]]] = {
+  **catalogue.READERS,
   'jsonl': sources.read_jsonl,
   'parquet': sources.read_parquet,
   'xstest': mixture.READERS['xstest'],
   'moderation': mixture.READERS['moderation'],
-  'beavertails': benchmark_readers.read_beavertails,
-  'wildguardmix': benchmark_readers.read_wildguard,
 }
+_ON_HUB = set(catalogue.READERS) - {'xstest', 'augmented'}
 PROPOSERS = ('oracle', 'endpoint')
 
 
@@ -109,6 +112,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       },
     }
     _write_card(workdir, card)
+    if config.array_record:
+      _prepare(workdir, path)
   seconds = time.monotonic() - start
   log([{'event': 'done', 'time_s': round(seconds, 3), **card['counts']}])
   print(
@@ -132,7 +137,7 @@ def _read(
       f'config.source.name is {source.name!r}; use one of ruleworld,'
       f' {", ".join(READERS)}'
     )
-  if not source.path:
+  if not source.path and source.name not in _ON_HUB:
     raise ValueError(
       f'source {source.name!r} has no path; give path=... after the colon of'
       ' --config'
@@ -149,8 +154,8 @@ def _read(
       kept.append(item)
   if not kept:
     raise ValueError(
-      f'{source.path}: no labelled examples (left out: {dict(drops)}); give'
-      ' a file that has some'
+      f'{source.path or source.name}: no labelled examples (left out:'
+      f' {dict(drops)}); give a file that has some'
     )
   return kept[: source.num_examples or None], drops
 
@@ -256,7 +261,7 @@ def _card(
     'source': source.name,
     'path': source.path,
     'source_digest': _digest(source.path) if source.path else '',
-    'licence': source.licence,
+    'licence': source.licence or _licence(source.name),
     'proposer': config.proposer,
     'model': proposer.name,
     'judge': config.judge,
@@ -268,6 +273,10 @@ def _card(
   }
 
 
+def _licence(name: str) -> str:
+  return catalogue.SETS[name].licence if name in _ON_HUB else ''
+
+
 def _digest(path: str) -> str:
   """Returns the sha256 of a file, or of all files in a folder."""
   root = pathlib.Path(path)
@@ -277,6 +286,15 @@ def _digest(path: str) -> str:
     if file.is_file():
       digest.update(hashlib.sha256(file.read_bytes()).digest())
   return digest.hexdigest()
+
+
+def _prepare(workdir: pathlib.Path, path: pathlib.Path) -> None:
+  # Imported here: it takes a while, and needs an extra.
+  from csrm_jax.data.builders import public_sets
+
+  folder = workdir / 'tfds'
+  shutil.rmtree(folder, ignore_errors=True)  # Of an earlier run.
+  public_sets.make_builder('augmented', folder, path).download_and_prepare()
 
 
 def _write_card(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping
 
-from csrm_jax.data import benchmark_readers, public, tables
+from csrm_jax.data import benchmark_readers, public, sources, tables
 from csrm_jax.data.builders import parsers
 from csrm_jax.data.rows import Rows
 from csrm_jax.safety.schema import Pair
@@ -36,8 +36,8 @@ class PublicSet:
 
   @property
   def url(self) -> str:
-    """The data set's page."""
-    return f'https://huggingface.co/datasets/{self.repo}'
+    """The data set's page; '' where it has none."""
+    return self.repo and f'https://huggingface.co/datasets/{self.repo}'
 
 
 def _read_xstest(path: str | os.PathLike) -> Rows:
@@ -134,6 +134,10 @@ SETS = {
     'allenai/reward-bench-2', 'odc-by',
     {'test': _TEST}, _read_reward_bench_2,
   ),
+  # What configs/augment.py writes; on no hub.
+  'augmented': PublicSet(
+    '', '', {'train': ('data.jsonl', '**/*.jsonl')}, sources.read_jsonl
+  ),
 }
 
 
@@ -205,6 +209,8 @@ def fetch(name: str, split: str) -> pathlib.Path:
     ValueError: it cannot be fetched; a gated set says what to do.
   """
   public_set = find(name)
+  if not public_set.repo:
+    raise ValueError(f'{name} is on no hub; give path= of its file')
   try:
     import huggingface_hub
     from huggingface_hub import errors

@@ -2,15 +2,14 @@
 
 builder = public_sets.make_builder('beavertails', path=..., data_dir=...)
 builder.download_and_prepare()
-source = builder.as_data_source(split='train')  # random access, for grain
-item = public_sets.parse(source[0])
+items = public_sets.Prepared('beavertails', 'train', data_dir)  # for grain
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 try:
@@ -47,7 +46,7 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
       builder=self,
       description=f'{self.builder_config.name} in the form of csrm_jax:'
       ' one example or pair a row, as JSON.',
-      homepage=public_set.url,
+      homepage=public_set.url or None,
       license=public_set.licence or None,
       metadata=tfds.core.MetadataDict(),
       # Rules differ in number and conversations in turns: JSON keeps a row in
@@ -107,6 +106,33 @@ def make_builder(
     config=name, data_dir=os.fspath(data_dir), path=os.fspath(path),
     file_format='array_record',
   )
+
+
+class Prepared(Sequence):
+  """A split of a prepared data set: examples and pairs by index, from disk."""
+
+  def __init__(self, name: str, split: str, data_dir: str | os.PathLike):
+    """Opens the files.
+
+    Raises:
+      ValueError: they are not there.
+    """
+    try:
+      self._rows = make_builder(name, data_dir).as_data_source(split=split)
+    except (AssertionError, FileNotFoundError, KeyError) as error:
+      reason = ' '.join(str(error).split())[:200]
+      raise ValueError(
+        f'{data_dir}: {name}/{split} is not prepared there ({reason}); call'
+        ' make_builder(...).download_and_prepare() first'
+      ) from None
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> Example | Pair:
+    if not 0 <= index < len(self):
+      raise IndexError(f'row {index} of {len(self)}')
+    return parse(self._rows[index])
 
 
 def parse(row: Mapping[str, Any]) -> Example | Pair:

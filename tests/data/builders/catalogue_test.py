@@ -38,6 +38,9 @@ def pku(**fields):
           'better_response_id': 1, 'safer_response_id': 1} | fields
 
 
+OWN = {'id': '1', 'safety': {'categories': [
+    {'name': 'Cats', 'guideline': 'No cats.'}]}, 'label': 'safe',
+       'conversation': [{'role': 'agent', 'content': 'a dog'}]}
 BENCH_2 = {'id': 7, 'prompt': 'hi', 'chosen': ['no'],
            'rejected': ['yes', 'sure', 'ok'], 'subset': 'Safety'}
 # name -> (split, file name, rows): a row or two in the set's own schema.
@@ -74,6 +77,7 @@ ROWS = {
          'rejected': '\n\nHuman: hi\n\nAssistant: yes'}]),
     'reward_bench_2': ('test', 'data/test.jsonl', [
         BENCH_2, BENCH_2 | {'id': 8, 'subset': 'Math'}]),
+    'augmented': ('train', 'data.jsonl', [OWN]),
 }
 
 

@@ -25,8 +25,7 @@ def test_what_is_prepared_is_read_back(tmp_path):
   builder = public_sets.make_builder(
       'dynabench', tmp_path / 'tfds', tmp_path / 'files')
   builder.download_and_prepare()
-  source = builder.as_data_source(split='test')
-  items = sorted((public_sets.parse(source[i]) for i in range(len(source))),
+  items = sorted(public_sets.Prepared('dynabench', 'test', tmp_path / 'tfds'),
                  key=lambda item: item.id)
   assert items == catalogue.read('dynabench', 'test', tmp_path / 'files')
   again = public_sets.make_builder('dynabench', tmp_path / 'tfds')
@@ -38,3 +37,9 @@ def test_a_folder_without_files_is_one_line(tmp_path):
   builder = public_sets.make_builder('aegis', tmp_path / 'tfds', tmp_path)
   with pytest.raises(ValueError, match='no file of aegis/train there'):
     builder.download_and_prepare()
+
+
+def test_what_is_not_prepared_is_one_line(tmp_path):
+  with pytest.raises(ValueError, match='aegis/train is not prepared') as error:
+    public_sets.Prepared('aegis', 'train', tmp_path)
+  assert '\n' not in str(error.value)
