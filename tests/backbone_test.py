@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import csrm_jax
 from csrm_jax import backbone, reward_model, scoring
-from csrm_jax.data import features
+from csrm_jax.data import features, mixture
 from csrm_jax.models import config, hf, transformer
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety import guards, templates
@@ -219,6 +219,18 @@ def test_a_sentencepiece_tokenizer_is_saved_too(tmp_path):
   assert again.digest == backbone.load_tokenizer(path).digest
 
 
+def _real_rows(num):
+  """Returns rows of the public data sets; of RuleWorld where they are not."""
+  default = pathlib.Path(__file__).parents[2] / 'shared' / 'data'
+  folder = pathlib.Path(os.environ.get('CSRM_DATA_DIR', default))
+  if not folder.is_dir():
+    return [examples.test_example(0, i, 'seen') for i in range(num)]
+  rows = mixture.READERS['xstest'](folder / 'xstest')
+  rows += mixture.READERS['moderation'](
+      folder / 'moderation' / 'moderation-dev.jsonl.gz')
+  return rows[::len(rows) // num][:num]
+
+
 @pytest.mark.real
 def test_smollm2_reads_what_transformers_reads():
   """Same tokens and, within float32, the same P(unsafe)."""
@@ -232,7 +244,7 @@ def test_smollm2_reads_what_transformers_reads():
   model = transformers.AutoModelForCausalLM.from_pretrained(
       REAL, dtype=torch.float32)
   verbalizers = rm.spec.verbalizers(tokenizer)
-  items = [examples.test_example(0, i, 'seen') for i in range(4)]
+  items = _real_rows(int(os.environ.get('CSRM_NUM_CONVERSATIONS', '8')))
   want = []
   for item in items:
     segments = templates.render(

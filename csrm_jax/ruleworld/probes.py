@@ -216,30 +216,36 @@ def validation(seed: int, num_examples: int) -> list[schema.Example]:
           for i in range(num_examples)]
 
 
-def benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
-  """Returns everything that RuleWorld can test, pairs and flips included.
+def basic_benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
+  """Returns what every run is tested on: examples, pairs and flips.
 
   Args:
     seed: of the test sets; the same for all models that are compared.
     num_examples: of the two classification sets; the others follow from it.
   """
   sets = datasets.test_sets(seed, num_examples)
-  fitted_on = validation(seed, num_examples)
+  fitted_on = validation(seed, num_examples // 2)
+  suites = {
+      'seen': 'classification', 'unseen': 'classification', 'pairs': 'pairs',
+      'seen_pairs': 'pairs', 'flip': 'flips', 'one_conversation': 'rule_sets'}
+  return [
+      Benchmark(name, suite, sets[name], _DESCRIPTIONS[name],
+                validation=fitted_on if suite == 'classification' else (),
+                without_rules=suite == 'classification')
+      for name, suite in suites.items()]
+
+
+def benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
+  """Returns everything that RuleWorld can test; args as basic_benchmarks."""
+  basic = basic_benchmarks(seed, num_examples)
+  by_name = {benchmark.name: benchmark for benchmark in basic}
+  unseen, fitted_on = by_name['unseen'].items, by_name['unseen'].validation
   half, quarter = max(num_examples // 2, 1), max(num_examples // 4, 1)
 
   def take(function: Callable[..., Any], num: int) -> list[Any]:
     return [function(seed, index) for index in range(num)]
 
   levels = [row for rows in take(strictness_levels, quarter) for row in rows]
-  suites = {
-      'seen': 'classification', 'unseen': 'classification', 'pairs': 'pairs',
-      'seen_pairs': 'pairs', 'flip': 'flips', 'one_conversation': 'rule_sets'}
-  basic = [
-      Benchmark(name, suite, sets[name], _DESCRIPTIONS[name],
-                validation=fitted_on if suite == 'classification' else (),
-                without_rules=suite == 'classification')
-      for name, suite in suites.items()]
-  unseen = sets['unseen']
   made = {
       'levels': ('configurability', levels),
       'stance': ('over_refusal', take(stance, half)),

@@ -7,7 +7,7 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -16,46 +16,35 @@ import tqdm
 
 from csrm_jax import scoring
 from csrm_jax.core import writer
-from csrm_jax.data import features
-from csrm_jax.evals import report, suites
-from csrm_jax.ruleworld import datasets
+from csrm_jax.data import features, sources
+from csrm_jax.evals import battery, benchmark, report
+from csrm_jax.evals.benchmark import Benchmark
+from csrm_jax.evals.calibration import Calibration
+from csrm_jax.ruleworld import probes
 from csrm_jax.runners import loop
-from csrm_jax.safety import augment, schema
+from csrm_jax.safety import schema
 
-# What the report says of each RuleWorld test set.
-DESCRIPTIONS = {
-    'seen': 'Topics and wordings that training has seen; new conversations '
-            'and new combinations of rules, at any strictness.',
-    'unseen': 'Topics and wordings that no reward-model training has seen.',
-    'pairs': 'One conversation under a lenient and a strict guideline of an '
-             'unseen topic; the lenient one must score higher.',
-    'seen_pairs': 'The same for seen topics and wordings.',
-    'flip': 'One conversation under two unseen rule sets with opposite labels.',
-    'one_conversation': 'One conversation under four rule sets.',
-}
-_ALSO_WITHOUT_RULES = ('seen', 'unseen')
+# Of held-out rows, the share that thresholds and calibration are fitted on.
+_VALIDATION_FRACTION = 0.25
 
 
-def test_sets(config: ml_collections.ConfigDict,
-              held_out: Mapping[str, Sequence[Any]]
-              ) -> dict[str, Sequence[Any]]:
-  """Returns the test sets by name: RuleWorld's if asked for, and held-out
-  parts of the training data, of each a sample of config.max_examples."""
-  sets = {}
-  if config.max_examples:
-    held_out = {name: _sample(items, config.max_examples)
-                for name, items in held_out.items()}
+def benchmarks(config: ml_collections.ConfigDict,
+               held_out: Mapping[str, Sequence[Any]]) -> list[Benchmark]:
+  """Returns what a run is tested on: RuleWorld's sets if asked for, and
+  held-out parts of the training data, of each a sample."""
+  todo = []
   if config.ruleworld_examples:
     # A seed of its own: runs with other seeds are tested on the same sets.
-    sets |= datasets.test_sets(config.ruleworld_seed,
-                               config.ruleworld_examples)
-  return sets | dict(held_out)
-
-
-def _sample(items: Sequence[Any], num: int) -> Sequence[Any]:
-  # One seed for all runs, so that they are tested on the same rows.
-  chosen = np.random.default_rng(0).permutation(len(items))[:num]
-  return [items[i] for i in sorted(chosen)]
+    todo = probes.basic_benchmarks(
+        config.ruleworld_seed, config.ruleworld_examples)
+  for name, items in held_out.items():
+    if isinstance(items[0], schema.Pair):
+      made = Benchmark(name, 'pairs', items)
+    else:
+      test, validation = sources.split(items, _VALIDATION_FRACTION, seed=1)
+      made = Benchmark(name, 'classification', test, validation=validation)
+    todo.append(benchmark.limited(made, config.max_examples))
+  return battery.prepare(todo)
 
 
 def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path
@@ -93,48 +82,56 @@ def check_lengths(sets: Mapping[str, Sequence[Any]],
       features.require(features.encode_example(example, encoder))
 
 
-def evaluate(score_fn: scoring.ScoreFn, sets: Mapping[str, Sequence[Any]],
-             rules_blind: bool = False) -> dict[str, dict[str, Any]]:
-  """Returns {set: result}; what a set holds decides its suite.
-
-  Examples are classified, with and without their rules; pairs ranked; tuples
-  of two examples are flips; the set 'one_conversation' is shown in full.
+def run(score_fn: scoring.ScoreFn, todo: Sequence[Benchmark],
+        calibration: Calibration | None = None, rules_blind: bool = False
+        ) -> dict[str, dict[str, Any]]:
+  """Returns {benchmark: result} of prepared benchmarks, behind a progress bar.
 
   Args:
     score_fn: examples -> scores in nats.
-    sets: test sets by name.
+    todo: as from battery.prepare.
+    calibration: of the scorer; its figures stand apart from the raw ones.
     rules_blind: the scorer was trained without rules and is given none.
   """
-  results = {}
-  with _progress_bar('evaluate', _num_scores(sets)) as bar:
-
-    def score(examples, hide=rules_blind):
-      if hide:
-        examples = [augment.hide_rules(example) for example in examples]
-      return score_fn(examples, bar.update)
-
-    for name, items in sets.items():
-      bar.set_postfix_str(name)
-      text = {'description': DESCRIPTIONS.get(name, '')}
-      if name == 'one_conversation':
-        results[name] = suites.rule_sets(items, score(items))
-      elif isinstance(items[0], schema.Pair):
-        safer, other = ([getattr(pair, side) for pair in items]
-                        for side in ('safer', 'other'))
-        results[name] = suites.pairs(
-            items, score(safer), score(other), **text)
-      elif isinstance(items[0], tuple):
-        first, second = zip(*items, strict=True)
-        results[name] = suites.flips(
-            items, score(first), score(second), **text)
-      else:
-        results[name] = suites.classification(items, score(items), **text)
-        if name in _ALSO_WITHOUT_RULES:
-          results[f'{name}_without_rules'] = suites.classification(
-              items, score(items, hide=True),
-              description='The same examples with their rules hidden.')
+  with _progress_bar('evaluate', battery.num_scores(todo)) as bar:
+    score = _score_once(score_fn, bar.update)
+    results = battery.run(
+        battery.blind(score) if rules_blind else score, todo,
+        fitted=calibration, on_start=bar.set_postfix_str)
     bar.set_postfix_str('')
   return results
+
+
+def _score_once(score_fn: scoring.ScoreFn, progress: Callable[[int], Any]
+                ) -> Callable[..., np.ndarray]:
+  """Returns a score function that computes each example once: test sets share
+  validation rows."""
+  known: dict[schema.Example, float] = {}
+
+  def score(examples):
+    new = [e for e in dict.fromkeys(examples) if e not in known]
+    progress(len(examples) - len(new))
+    known.update(zip(new, score_fn(new, progress).tolist(), strict=True))
+    return np.array([known[example] for example in examples], np.float32)
+
+  return score
+
+
+def fit_calibration(score_fn: scoring.ScoreFn, todo: Sequence[Benchmark],
+                    workdir: pathlib.Path, rules_blind: bool = False
+                    ) -> Calibration | None:
+  """Returns temperature and bias, fitted on validation rows, and writes them
+  to workdir/calibration.json; None without rows of both labels."""
+  rows = dict.fromkeys(row for b in todo for row in b.validation)
+  if {row.label for row in rows} < set(schema.LABELS):
+    return None
+  with _progress_bar('calibrate', len(rows)) as bar:
+    score = _score_once(score_fn, bar.update)
+    fitted = battery.fit_calibration(
+        battery.blind(score) if rules_blind else score, list(rows))
+  writer.write_atomic(
+      workdir / 'calibration.json', json.dumps(fitted.to_dict()))
+  return fitted
 
 
 def score_with_progress(score_fn: scoring.ScoreFn, examples: Sequence[Any]
@@ -149,15 +146,6 @@ def _progress_bar(name: str, total: int) -> tqdm.tqdm:
                    mininterval=loop.BAR_INTERVAL_S)
 
 
-def _num_scores(sets: Mapping[str, Sequence[Any]]) -> int:
-  num = 0
-  for name, items in sets.items():
-    twice = (name in _ALSO_WITHOUT_RULES
-             or isinstance(items[0], (schema.Pair, tuple)))
-    num += len(items) * (1 + twice)
-  return num
-
-
 def show_finished(workdir: pathlib.Path) -> bool:
   """Returns whether the report is there; if so prints its table."""
   folder = workdir / 'report'
@@ -170,6 +158,12 @@ def show_finished(workdir: pathlib.Path) -> bool:
   print(f'{workdir} is finished; remove its report/ to evaluate again')
   print(f'report: {folder / "report.md"}')
   return True
+
+
+def check(results: Mapping[str, Any]) -> None:
+  """Raises ValueError if a suite failed; after the report is written."""
+  for failure in battery.failures(results):
+    raise ValueError(f'{failure}; the report has what could be evaluated')
 
 
 def write(workdir: pathlib.Path, results: Mapping[str, Any],

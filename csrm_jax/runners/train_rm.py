@@ -36,7 +36,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   start = time.monotonic()
   spec, tokenizer = _describe(config)
   parts, held_out = _read_data(config)
-  sets = evaluation.test_sets(config.eval, held_out)
+  todo = evaluation.benchmarks(config.eval, held_out)
   evaluation.check_lengths(
       held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
   batches = _make_batches(config, tokenizer, spec.layout, parts)
@@ -53,9 +53,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
   blind, before = config.data.rules_blind, {}
   if config.eval.zero_shot:
-    before = evaluation.evaluate(
+    before = evaluation.run(
         evaluation.keep_scores(score_fn(params), workdir / 'zero_shot'),
-        sets, blind)
+        todo, rules_blind=blind)
   step_fn, state = _make_step(config, spec, tokenizer, params, mesh)
   setup_s = time.monotonic() - start
   loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
@@ -68,7 +68,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   batches.close()
   start = time.monotonic()
   trained_s = setup_s + loop_lib.elapsed_s(workdir)
-  results = evaluation.evaluate(score_fn(state.params), sets, blind) | {
+  score = score_fn(state.params)
+  calibration = evaluation.fit_calibration(score, todo, workdir, blind)
+  results = evaluation.run(score, todo, calibration, blind) | {
       f'{name}_zero_shot': result | {
           'description': 'The same examples before training.'}
       for name, result in before.items()}
@@ -82,6 +84,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       'num_steps': config.num_steps,
   }
   evaluation.write(workdir, results, summary, title=config.title)
+  evaluation.check(results)
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
