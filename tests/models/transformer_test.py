@@ -263,23 +263,26 @@ def test_lora_starts_as_the_base_and_trains_every_target():
 
 def test_scan_equals_loop():
   params, batch = _params(), _row([7, 5], 14)
-  tokens, positions, segment_ids = batch
-  sin, cos = attention.rope_angles(
-      positions, CFG.head_dim, CFG.rope_theta)
-  mask = attention.make_mask(segment_ids)
-
-  def attend(*heads):
-    return attention.attend(*heads, mask), None
-
-  x = params['embed']['embedding'][tokens[0]]
   blocks = nnx.eval_shape(lambda: transformer.Block(CFG, nnx.Rngs(params=0)))
   graphdef = nnx.split(blocks)[0]
-  for i in range(CFG.num_layers):
-    layer = jax.tree.map(lambda leaf, i=i: leaf[i], params['layers'])
-    x, _ = nnx.merge(graphdef, nnx.State(layer))(x, sin, cos, attend)
-  model = nnx.merge(transformer.make_model(CFG), nnx.State(params))
-  got = transformer.hidden(CFG, params, *batch)
-  np.testing.assert_allclose(got[0], model.final_norm(x), atol=1e-5)
+
+  @jax.jit
+  def loop(params, tokens, positions, segment_ids):
+    angles = attention.rope_angles(positions, CFG.head_dim, CFG.rope_theta)
+    mask = attention.make_mask(segment_ids)
+
+    def attend(*heads):
+      return attention.attend(*heads, mask), None
+
+    x = params['embed']['embedding'][tokens[0]]
+    for i in range(CFG.num_layers):
+      layer = jax.tree.map(lambda leaf, i=i: leaf[i], params['layers'])
+      x, _ = nnx.merge(graphdef, nnx.State(layer))(x, *angles, attend)
+    return nnx.merge(
+        transformer.make_model(CFG), nnx.State(params)).final_norm(x)
+
+  got = jax.jit(transformer.hidden, static_argnums=0)(CFG, params, *batch)
+  np.testing.assert_allclose(got[0], loop(params, *batch), atol=1e-5)
 
 
 @pytest.mark.parametrize('change', [

@@ -1,0 +1,386 @@
+"""Completions from a decoder, and the log-probabilities of tokens.
+
+`generate` fills a key-value cache with the prompts of a batch at once, padded
+on the left, and then adds one token a row and step. Shapes come from a few
+buckets, so that nothing is compiled after the first calls.
+
+Axes: B rows, T tokens, D embed, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from csrm_jax.models import transformer
+from csrm_jax.models.config import ModelConfig
+
+# Lengths that prompts are padded to; each is compiled once.
+PROMPT_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072,
+                  4096, 6144, 8192)
+# Tokens whose logits completion_logprobs holds at once.
+LOGPROB_CHUNK = 2048
+# A row's probabilities are added up in blocks of this many.
+_BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are chosen; hashable, compiled once for each value.
+
+  Attributes:
+    max_completion_length: the most tokens of a completion.
+    temperature: logits are divided by it; 0 takes the likeliest token.
+    top_k: only the k likeliest tokens are drawn, and ties with the last of
+      them; 0 for all.
+    top_p: of these, only the likeliest tokens that together reach this
+      probability, and ties with the last of them.
+    stop_ids: a completion ends with the first of these, which belongs to it.
+  """
+
+  max_completion_length: int = 512
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  stop_ids: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if self.max_completion_length < 1:
+      raise ValueError(
+          f'max_completion_length={self.max_completion_length} must be at '
+          'least 1.')
+    if not 0 <= self.temperature < float('inf'):
+      raise ValueError(
+          f'temperature={self.temperature} must be at least 0 and finite.')
+    if self.top_k < 0:
+      raise ValueError(f'top_k={self.top_k} must be at least 0 (0 is all).')
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f'top_p={self.top_p} must lie in (0, 1].')
+    if not self.temperature and (self.top_k or self.top_p < 1):
+      raise ValueError(
+          f'top_k={self.top_k} and top_p={self.top_p} do nothing at '
+          'temperature=0; leave them out or raise the temperature.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+  """What generate returns for N prompts; C = max_completion_length.
+
+  Attributes:
+    tokens: int32 [N,C]; 0 from a completion's length on.
+    lengths: int32 [N], in tokens, the stop token included.
+    logprobs: float32 [N,C], token_logprobs of each token; 0 past the length.
+    stopped: bool [N]; False where max_completion_length cut it off.
+  """
+
+  tokens: np.ndarray
+  lengths: np.ndarray
+  logprobs: np.ndarray
+  stopped: np.ndarray
+
+
+def token_logprobs(
+    logits: jax.Array, tokens: jax.Array, temperature: float
+) -> jax.Array:
+  """Returns log softmax(logits / temperature) at tokens, float32 [...], nats.
+
+  Over the whole vocabulary, whatever top-k and top-p left out when the token
+  was drawn. Temperature 0, which has no distribution, counts as 1.
+
+  Args:
+    logits: [...,V].
+    tokens: int32 [...].
+    temperature: static.
+  """
+  logits = logits.astype(jnp.float32) / (temperature or 1.0)
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def completion_logprobs(
+    cfg: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array,
+    segment_ids: jax.Array, temperature: float
+) -> jax.Array:
+  """Returns token_logprobs of given tokens, float32 [B,T].
+
+  Each token is read off the one before it in the same segment; a segment's
+  first token and padding have 0. Logits exist for LOGPROB_CHUNK tokens or one
+  column at a time, in the backward pass too, never for [B,T,V].
+
+  Args:
+    cfg: static.
+    params: as from transformer.init_params.
+    tokens: int32 [B,T].
+    positions: int32 [B,T].
+    segment_ids: int32 [B,T].
+    temperature: static.
+  """
+  B, T = tokens.shape
+  hidden = transformer.hidden(cfg, params, tokens, positions, segment_ids)
+  width = max(1, min(T - 1, LOGPROB_CHUNK // B))
+  num = -(-(T - 1) // width)
+
+  def chunks(x):  # [B,T-1,...] -> [num,B,width,...]
+    pad = [(0, 0), (0, num * width - (T - 1))] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, pad).reshape(B, num, width, *x.shape[2:])
+    return x.swapaxes(0, 1)
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def score(params, chunk):
+    logits = transformer.logits(cfg, params, chunk[0])
+    return token_logprobs(logits, chunk[1], temperature)
+
+  _, scores = jax.lax.scan(
+      lambda _, chunk: (None, score(params, chunk)), None,
+      (chunks(hidden[:, :-1]), chunks(tokens[:, 1:])))
+  scores = scores.swapaxes(0, 1).reshape(B, num * width)[:, :T - 1]
+  scores = jnp.pad(scores, ((0, 0), (1, 0)))  # the first token has no other
+  before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+  return jnp.where((segment_ids > 0) & (segment_ids == before), scores, 0.0)
+
+
+def generate(
+    cfg: ModelConfig, params: Any, prompts: Sequence[Sequence[int]],
+    sampling: Sampling, *, seed: int = 0, batch_size: int = 64,
+    progress: Callable[[int], Any] = lambda num: None
+) -> Completions:
+  """Returns a completion of each prompt, in their order.
+
+  Prompts of similar length go together, batch_size at a time. What is drawn
+  for prompt i depends on the prompt, seed and i only, not on its batch (up to
+  rounding). To get several completions, give a prompt several times.
+
+  Args:
+    cfg: the model.
+    params: its parameters.
+    prompts: token ids; at least one each.
+    sampling: how tokens are chosen.
+    seed: of the draws.
+    batch_size: rows of a batch; fewer prompts make a power of two of rows.
+    progress: called with the number of prompts in each batch that is done.
+
+  Raises:
+    ValueError: a prompt is empty, does not leave room for the completion
+      within the model's context, or has an id outside the vocabulary; or a
+      log-probability is not finite.
+  """
+  lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+  _check_prompts(cfg, prompts, lengths, sampling)
+  shape = (len(prompts), sampling.max_completion_length)
+  result = Completions(
+      tokens=np.zeros(shape, np.int32), logprobs=np.zeros(shape, np.float32),
+      lengths=np.zeros(len(prompts), np.int32),
+      stopped=np.zeros(len(prompts), bool))
+  rows = min(batch_size, 1 << max(len(prompts) - 1, 0).bit_length())
+  compute = _compile(cfg, sampling)
+  order = np.argsort(lengths, kind='stable')
+  for start in range(0, len(prompts), rows):
+    chosen = order[start:start + rows]
+    batch = _pad([prompts[i] for i in chosen], chosen, rows, cfg)
+    out = jax.device_get(compute(params, batch, jnp.uint32(seed)))
+    for name, values in out.items():
+      getattr(result, name)[chosen] = values[:len(chosen)]
+    progress(len(chosen))
+  for i in np.flatnonzero(~np.isfinite(result.logprobs).all(axis=1))[:1]:
+    raise ValueError(
+        f'prompt {i}: a token of its completion has a log-probability that is '
+        'not finite; look for weights of the model that are not finite.')
+  return result
+
+
+def _check_prompts(cfg, prompts, lengths, sampling) -> None:
+  most = cfg.context_length - sampling.max_completion_length
+  for i in np.flatnonzero((lengths < 1) | (lengths > most))[:1]:
+    if not lengths[i]:
+      raise ValueError(f'prompt {i} is empty; begin it with a BOS token.')
+    raise ValueError(
+        f'prompt {i} has {lengths[i]} tokens, which with '
+        f'max_completion_length={sampling.max_completion_length} are more than '
+        f'context_length={cfg.context_length}; shorten either.')
+  for i, prompt in enumerate(prompts):
+    if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
+      raise ValueError(
+          f'prompt {i} has an id outside of vocab_size={cfg.vocab_size}; '
+          "encode it with the model's own tokenizer.")
+
+
+def _pad(
+    prompts: Sequence[Sequence[int]], indices: np.ndarray, rows: int,
+    cfg: ModelConfig
+) -> dict[str, np.ndarray]:
+  """Returns tokens, segment_ids int32 [rows,T] and index uint32 [rows].
+
+  Prompts end where the row ends, so that all go on in the same slot of the
+  cache. Rows left over are all padding.
+  """
+  longest = max(len(prompt) for prompt in prompts)
+  length = min(b for b in (*PROMPT_BUCKETS, cfg.context_length) if b >= longest)
+  batch = {name: np.zeros((rows, length), np.int32)
+           for name in ('tokens', 'segment_ids')}
+  batch['index'] = np.zeros(rows, np.uint32)
+  for row, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
+    batch['tokens'][row, length - len(prompt):] = prompt
+    batch['segment_ids'][row, length - len(prompt):] = 1
+    batch['index'][row] = index
+  return batch
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(cfg: ModelConfig, sampling: Sampling):
+  """Returns a jitted (params, batch, seed) -> the fields of Completions."""
+
+  def compute(params, batch, seed):
+    keys = jax.vmap(functools.partial(
+        jax.random.fold_in, jax.random.key(seed)))(batch['index'])
+    return _generate(cfg, params, batch, keys, sampling)
+
+  return jax.jit(compute)
+
+
+def _generate(cfg, params, batch, keys, sampling) -> dict[str, jax.Array]:
+  """Runs the loop over tokens; keys [B] belong to the rows."""
+  B, T = batch['tokens'].shape
+  C = sampling.max_completion_length
+  positions = jnp.maximum(jnp.cumsum(batch['segment_ids'], axis=1) - 1, 0)
+  hidden, cache = transformer.prefill(
+      cfg, params, batch['tokens'], positions, batch['segment_ids'],
+      length=T + C - 1)  # the last token's keys are never needed
+  stop_ids = jnp.asarray(sampling.stop_ids, jnp.int32)
+
+  def choose(state, last):
+    """Adds a token a row, given the hidden state [B,D] of the one before."""
+    step, active = state['step'], state['active']
+    logits = transformer.logits(cfg, params, last)
+    uniform = jax.vmap(
+        lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
+    token = jnp.where(active, choose_tokens(logits, uniform, sampling), 0)
+    logprob = token_logprobs(logits, token, sampling.temperature)
+    stops = active & jnp.isin(token, stop_ids)
+    return state | {
+        'step': step + 1,
+        'tokens': state['tokens'].at[:, step].set(token),
+        'logprobs': state['logprobs'].at[:, step].set(
+            jnp.where(active, logprob, 0.0)),
+        'lengths': state['lengths'] + active,
+        'active': active & ~stops,
+        'stopped': state['stopped'] | stops,
+    }
+
+  def body(state):
+    active = state['active'].astype(jnp.int32)[:, None]
+    token = jax.lax.dynamic_slice_in_dim(
+        state['tokens'], state['step'] - 1, 1, axis=1)
+    hidden, cache = transformer.extend(
+        cfg, params, token, positions[:, -1:] + state['step'], active,
+        state['cache'])
+    return choose(state | {'cache': cache}, hidden[:, -1])
+
+  state = {
+      'step': jnp.int32(0),
+      'tokens': jnp.zeros((B, C), jnp.int32),
+      'logprobs': jnp.zeros((B, C), jnp.float32),
+      'lengths': jnp.zeros(B, jnp.int32),
+      'active': batch['segment_ids'][:, -1] > 0,
+      'stopped': jnp.zeros(B, bool),
+      'cache': cache,
+  }
+  state = jax.lax.while_loop(
+      lambda state: (state['step'] < C) & jnp.any(state['active']),
+      body, choose(state, hidden[:, -1]))
+  return {field.name: state[field.name]
+          for field in dataclasses.fields(Completions)}
+
+
+def choose_tokens(
+    logits: jax.Array, uniform: jax.Array, sampling: Sampling
+) -> jax.Array:
+  """Returns a token id for each row, int32 [B].
+
+  Inverts the cumulative distribution: one random number a row instead of one a
+  logit, and no sorting.
+
+  Args:
+    logits: float32 [B,V].
+    uniform: float32 [B] in [0, 1).
+    sampling: its temperature, top_k and top_p.
+  """
+  highest = logits.max(-1, keepdims=True)
+  if not sampling.temperature:
+    return _first(logits == highest)
+  probs = jnp.exp((logits - highest) / sampling.temperature)  # not normalised
+  if 0 < sampling.top_k < logits.shape[-1]:
+    ones = jnp.ones_like(probs)
+    probs = _keep_highest(probs, ones, jnp.float32(sampling.top_k))
+  if sampling.top_p < 1:
+    total = probs.sum(-1, keepdims=True)
+    probs = _keep_highest(probs, probs, sampling.top_p * total)
+  return _invert(probs, uniform)
+
+
+def _first(hits: jax.Array) -> jax.Array:
+  """Returns the first True of each row of [B,V]; argmax is slow on CPU."""
+  ids = jnp.arange(hits.shape[-1], dtype=jnp.int32)
+  # A row without any has a NaN; its last id keeps the log-prob NaN as well.
+  return jnp.where(hits, ids, hits.shape[-1] - 1).min(-1)
+
+
+def _keep_highest(
+    probs: jax.Array, weights: jax.Array, target: jax.Array
+) -> jax.Array:
+  """Returns probs, 0 but for the highest whose weights reach the target.
+
+  Finds the largest threshold for which Σ weights[probs >= threshold] is at
+  least the target, by bisection over the bits of a float, which are ordered as
+  the numbers are. 31 passes over [B,V] instead of a sort.
+
+  Args:
+    probs: float32 [B,V] in [0, 1].
+    weights: float32 [B,V], not negative.
+    target: float32 [B,1] or [].
+  """
+  def as_float(bits):
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = low + (high - low) // 2
+    mass = jnp.where(probs >= as_float(middle), weights, 0.0)
+    enough = mass.sum(-1, keepdims=True) >= target
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+  low = jnp.zeros((probs.shape[0], 1), jnp.int32)
+  one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
+  low, _ = jax.lax.fori_loop(
+      0, 31, halve, (low, jnp.full_like(low, one + 1)))
+  return jnp.where(probs >= as_float(low), probs, 0.0)
+
+
+def _invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
+  """Returns ids drawn with probabilities proportional to probs [B,V].
+
+  Two levels, blocks and within the block, because a cumulative sum over a
+  whole vocabulary is slow and less exact.
+  """
+  B, V = probs.shape
+  blocks = jnp.pad(probs, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
+
+  def find(weights, goal):
+    """Returns (place where the sum of weights [B,n] exceeds goal, rest)."""
+    ends = jnp.cumsum(weights, axis=-1)
+    # Rounding may put the goal at the very end, where no weight is left.
+    goal = jnp.minimum(goal, ends[:, -1] * (1 - 2.0**-23))
+    place = _first(ends > goal[:, None])
+    start = jnp.take_along_axis(
+        jnp.pad(ends, ((0, 0), (1, 0))), place[:, None], axis=1)[:, 0]
+    return place, goal - start
+
+  sums = blocks.sum(-1)
+  block, rest = find(sums, uniform * sums.sum(-1))
+  inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  return jnp.minimum(block * _BLOCK + find(inside, rest)[0], V - 1)

@@ -1,0 +1,317 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from csrm_jax import sampling as sampling_lib
+from csrm_jax.models import config, transformer
+from csrm_jax.sampling import Sampling, generate
+
+CFG = config.ModelConfig(
+    vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
+    head_dim=8, mlp_dim=48, context_length=64, tie_embeddings=False)
+VARIANTS = {
+    'llama': {},
+    'gemma2': {
+        'norm_offset': 1.0, 'scale_embeddings': True, 'attention_softcap': 5.0,
+        'final_softcap': 9.0, 'post_norms': True, 'sliding_window': 4,
+        'window_period': 2},
+    'mistral': {'sliding_window': 4, 'tie_embeddings': True},
+}
+PROMPTS = [[1, 2, 3], [7], list(range(4, 24)), [5] * 9, [39, 0, 8, 8]]
+
+
+@functools.lru_cache
+def _params(cfg=CFG):
+  # Far from uniform, so that the likeliest token is never a near tie.
+  return jax.tree.map(lambda x: 3.0 * x, transformer.init_params(cfg, 0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _full_logits(cfg, params, tokens):
+  """Returns logits [T,V] of one row [T] of a single segment."""
+  tokens = tokens[None]
+  positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+  hidden = transformer.hidden(
+      cfg, params, tokens, positions, jnp.ones_like(tokens))
+  return transformer.logits(cfg, params, hidden)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _score(*args):
+  return sampling_lib.completion_logprobs(*args)
+
+
+def _padded_logits(cfg, row):
+  """As _full_logits; zeros after the row, which is causal, save compiling."""
+  tokens = np.zeros(64, np.int32)
+  tokens[:len(row)] = row
+  return np.asarray(_full_logits(cfg, _params(cfg), tokens))[:len(row)]
+
+
+def _log_softmax(logits):
+  logits = np.asarray(logits, np.float64)
+  logits = logits - logits.max(-1, keepdims=True)
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_greedy_equals_the_full_forward_pass_token_by_token(name):
+  cfg = dataclasses.replace(CFG, **VARIANTS[name])
+  out = generate(cfg, _params(cfg), PROMPTS, Sampling(12, temperature=0.0))
+  assert out.tokens.shape == (5, 12) and out.tokens.dtype == np.int32
+  assert not out.stopped.any() and (out.lengths == 12).all()
+  assert len(np.unique(out.tokens)) > 5
+  for i, prompt in enumerate(PROMPTS):
+    row = list(prompt)
+    for step in range(12):
+      logits = _padded_logits(cfg, row)[-1]
+      assert out.tokens[i, step] == np.argmax(logits), (i, step)
+      row.append(out.tokens[i, step])
+    want = _log_softmax(_padded_logits(cfg, row))[len(prompt) - 1:-1]
+    want = want[np.arange(12), out.tokens[i]]
+    gap = np.abs(out.logprobs[i] - want).max()
+    assert gap < 1e-4, gap
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_logprobs_equal_teacher_forced_ones(name):
+  """At a temperature; over the whole vocabulary in spite of top_k."""
+  cfg = dataclasses.replace(CFG, **VARIANTS[name])
+  out = generate(
+      cfg, _params(cfg), PROMPTS, Sampling(12, temperature=1.7, top_k=9))
+  shape = (len(PROMPTS), 32)
+  tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in '123')
+  for i, prompt in enumerate(PROMPTS):
+    row = [*prompt, *out.tokens[i]]
+    tokens[i, :len(row)] = row
+    positions[i, :len(row)] = np.arange(len(row))
+    segment_ids[i, :len(row)] = 1
+  got = _score(cfg, _params(cfg), tokens, positions, segment_ids, 1.7)
+  assert got.dtype == jnp.float32
+  for i, prompt in enumerate(PROMPTS):
+    forced = got[i, len(prompt):len(prompt) + 12]
+    gap = np.abs(forced - out.logprobs[i]).max()
+    assert gap < 1e-4, gap
+    assert not np.any(got[i, len(prompt) + 12:]) and got[i, 0] == 0
+
+
+@pytest.mark.parametrize('chunk', [1, 7, 2048])
+def test_completion_logprobs_of_packed_rows(chunk, monkeypatch):
+  monkeypatch.setattr(sampling_lib, 'LOGPROB_CHUNK', chunk)
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 40, (2, 12)).astype(np.int32)
+  segment_ids = np.array([[1] * 7 + [2] * 5, [1] * 4 + [0] * 8], np.int32)
+  positions = np.array([[*range(7), *range(5)], [*range(4)] + [0] * 8])
+
+  def total(params):
+    scores = sampling_lib.completion_logprobs(
+        CFG, params, tokens, positions, segment_ids, 0.5)
+    return scores.sum(), scores
+
+  (_, got), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(_params())
+  want = np.zeros((2, 12))
+  for row, start, length in ((0, 0, 7), (0, 7, 5), (1, 0, 4)):
+    ids = tokens[row, start:start + length]
+    scores = _log_softmax(_padded_logits(CFG, ids) / 0.5)
+    want[row, start + 1:start + length] = scores[
+        np.arange(length - 1), ids[1:]]
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+  def plain(params):
+    hidden = transformer.hidden(CFG, params, tokens, positions, segment_ids)
+    logits = transformer.logits(CFG, params, hidden[:, :-1]) / 0.5
+    scores = jax.nn.log_softmax(logits)
+    scores = jnp.take_along_axis(scores, tokens[:, 1:, None], -1)[..., 0]
+    return jnp.where(want[:, 1:] != 0, scores, 0).sum()
+
+  def check(a, b):
+    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+  jax.tree.map(check, grads, jax.jit(jax.grad(plain))(_params()))
+
+
+def test_stop_tokens_end_a_completion_and_belong_to_it():
+  free = generate(CFG, _params(), PROMPTS, Sampling(12, temperature=0.0))
+  stop = int(free.tokens[0, 4]), int(free.tokens[1, 2])
+  out = generate(
+      CFG, _params(), PROMPTS, Sampling(12, temperature=0.0, stop_ids=stop))
+  for i, row in enumerate(free.tokens):
+    hits = np.flatnonzero(np.isin(row, stop))
+    length = hits[0] + 1 if hits.size else 12
+    assert out.lengths[i] == length and out.stopped[i] == bool(hits.size)
+    np.testing.assert_array_equal(out.tokens[i, :length], row[:length])
+    np.testing.assert_array_equal(
+        out.logprobs[i, :length], free.logprobs[i, :length])
+    assert not out.tokens[i, length:].any()
+    assert not out.logprobs[i, length:].any()
+  assert out.stopped[:2].all() and out.lengths.min() < 12
+
+
+def test_a_completion_does_not_depend_on_its_batch():
+  sampling = Sampling(12, temperature=4.0)
+  together = generate(CFG, _params(), PROMPTS, sampling, seed=3)
+  apart = generate(CFG, _params(), PROMPTS, sampling, seed=3, batch_size=2)
+  np.testing.assert_array_equal(together.tokens, apart.tokens)
+  np.testing.assert_allclose(together.logprobs, apart.logprobs, atol=1e-5)
+  other = generate(CFG, _params(), PROMPTS, sampling, seed=4)
+  assert (other.tokens != together.tokens).any(axis=1).all()
+  same = generate(CFG, _params(), [PROMPTS[0]] * 4, sampling)
+  assert len({tuple(row) for row in same.tokens.tolist()}) == 4
+
+
+def test_nothing_is_compiled_after_warm_up(monkeypatch):
+  sampling = Sampling(6, temperature=0.9, stop_ids=(3,))
+  rng = np.random.default_rng(0)
+
+  def prompts(num, lengths):
+    return [rng.integers(0, 40, rng.integers(*lengths)).tolist()
+            for _ in range(num)]
+
+  compiled = []
+  generate(CFG, _params(), prompts(4, (1, 32)), sampling, batch_size=4)
+  generate(CFG, _params(), prompts(4, (33, 58)), sampling, batch_size=4)
+  with monkeypatch.context() as patch:
+    patch.setattr(
+        sampling_lib, '_generate',
+        lambda *args: compiled.append(args) or pytest.fail('compiled again'))
+    for num in (3, 4, 9):
+      generate(CFG, _params(), prompts(num, (1, 58)), sampling, batch_size=4)
+  assert not compiled
+  # The same check sees a shape that is new.
+  with monkeypatch.context() as patch, pytest.raises(AssertionError):
+    patch.setattr(
+        sampling_lib, '_generate', lambda *args: (_ for _ in ()).throw(
+            AssertionError))
+    generate(CFG, _params(), prompts(2, (1, 9)), sampling, batch_size=2)
+
+
+def test_progress_counts_prompts():
+  done = []
+  generate(CFG, _params(), PROMPTS, Sampling(1), batch_size=2,
+           progress=done.append)
+  assert done == [2, 2, 1]
+
+
+def test_no_prompts_give_no_completions():
+  out = generate(CFG, _params(), [], Sampling(3))
+  assert out.tokens.shape == (0, 3) and out.lengths.shape == (0,)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _choose(logits, uniform, sampling):
+  return sampling_lib.choose_tokens(logits, uniform, sampling)
+
+
+def _frequencies(logits, sampling, num=20_000):
+  """Returns how often each token is chosen for evenly spread numbers."""
+  uniform = (np.arange(num, dtype=np.float32) + 0.5) / num
+  chosen = _choose(jnp.tile(logits, (num, 1)), uniform, sampling)
+  return np.bincount(chosen, minlength=len(logits)) / num
+
+
+@pytest.mark.parametrize('size', [11, 300])
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
+def test_tokens_follow_the_distribution(size, temperature):
+  logits = np.random.default_rng(0).normal(size=size).astype(np.float32) * 2
+  got = _frequencies(logits, Sampling(temperature=temperature))
+  want = np.exp(_log_softmax(logits / temperature))
+  # Evenly spread numbers leave an error of 1 / num, not of chance.
+  assert np.abs(got - want).max() < 2e-4
+
+
+@pytest.mark.parametrize('top_k', [1, 3, 50])
+def test_top_k(top_k):
+  logits = np.random.default_rng(1).normal(size=40).astype(np.float32)
+  want = np.exp(_log_softmax(logits))
+  want[np.argsort(-logits)[top_k:]] = 0
+  got = _frequencies(logits, Sampling(top_k=top_k))
+  assert np.abs(got - want / want.sum()).max() < 2e-4
+
+
+@pytest.mark.parametrize('top_k', [0, 6])
+@pytest.mark.parametrize('top_p', [1e-6, 0.5, 0.9, 0.999])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, top_k):
+  logits = 2 * np.random.default_rng(2).normal(size=40).astype(np.float32)
+  want = np.exp(_log_softmax(logits))
+  order = np.argsort(-logits)
+  want[order[top_k or 40:]] = 0
+  want /= want.sum()
+  num = 1 + np.flatnonzero(np.cumsum(want[order]) >= top_p)[0]
+  want[order[num:]] = 0
+  got = _frequencies(logits, Sampling(top_k=top_k, top_p=top_p))
+  assert np.abs(got - want / want.sum()).max() < 2e-4
+
+
+def test_ties_at_the_edge_are_kept():
+  logits = np.array([0.0, 2.0, 1.0, 1.0, -1.0], np.float32)
+  assert np.flatnonzero(
+      _frequencies(logits, Sampling(top_k=2))).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize('sampling', [
+    Sampling(), Sampling(top_k=5), Sampling(top_p=0.9), Sampling(
+        temperature=0.0)])
+@pytest.mark.parametrize('size', [40, 256, 700])
+def test_a_token_without_probability_is_never_chosen(sampling, size):
+  rng = np.random.default_rng(3)
+  logits = rng.normal(size=(64, size)).astype(np.float32)
+  # Impossible at both ends and in most places between.
+  logits[:, rng.random(size) < 0.9] = -np.inf
+  logits[:, [0, -1]] = -np.inf
+  logits[:, size // 2] = 1.0
+  for uniform in (0.0, 0.5, 1 - 2.0**-24):
+    chosen = _choose(logits, np.full(64, uniform, np.float32), sampling)
+    assert np.all(np.isfinite(logits[np.arange(64), chosen])), uniform
+
+
+def test_greedy_takes_the_first_of_equals():
+  logits = jnp.asarray([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
+  chosen = _choose(logits, jnp.zeros(2), Sampling(temperature=0.0))
+  assert chosen.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize('temperature', [0.0, 0.5, 1.0])
+def test_token_logprobs(temperature):
+  logits = np.random.default_rng(4).normal(size=(3, 2, 9)).astype(np.float32)
+  tokens = np.array([[0, 1], [2, 8], [4, 4]])
+  want = np.take_along_axis(
+      _log_softmax(logits / (temperature or 1.0)), tokens[..., None], -1)
+  got = sampling_lib.token_logprobs(
+      jnp.asarray(logits, jnp.bfloat16), tokens, temperature)
+  assert got.dtype == jnp.float32
+  got = sampling_lib.token_logprobs(jnp.asarray(logits), tokens, temperature)
+  np.testing.assert_allclose(got, want[..., 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(('prompts', 'message'), [
+    ([[1], []], 'prompt 1 is empty; begin it with a BOS'),
+    ([[1] * 60], r'prompt 0 has 60 tokens, .*=8 are more than .*=64; shorten'),
+    ([[1, 40]], 'prompt 0 has an id outside of vocab_size=40'),
+    ([[-1]], 'prompt 0 has an id outside'),
+])
+def test_bad_prompts(prompts, message):
+  with pytest.raises(ValueError, match=message):
+    generate(CFG, _params(), prompts, Sampling(8))
+
+
+@pytest.mark.parametrize(('fields', 'message'), [
+    ({'max_completion_length': 0}, 'max_completion_length=0 must be at least'),
+    ({'temperature': -1.0}, 'temperature=-1.0 must be'),
+    ({'temperature': float('nan')}, 'temperature=nan must be'),
+    ({'top_k': -1}, 'top_k=-1'),
+    ({'top_p': 0.0}, r'top_p=0.0 must lie in \(0, 1\]'),
+    ({'temperature': 0.0, 'top_k': 3}, 'do nothing at temperature=0'),
+])
+def test_bad_sampling(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Sampling(**fields)
+
+
+def test_weights_that_are_not_finite_are_an_error():
+  params = jax.tree.map(lambda x: x * jnp.nan, _params())
+  with pytest.raises(ValueError, match=r'prompt 0: .*not finite'):
+    generate(CFG, params, [[1, 2]], Sampling(3))
