@@ -85,11 +85,10 @@ def training_example(seed: int, index: int) -> schema.Example:
   """
   rng = make_rng('train', seed, index)
   name = rng.choice(tuple(rules_lib.DATA_SETS))
-  data_set = rules_lib.DATA_SETS[name]
-  rules = data_set.all_rules
-  inside = tuple(rule.topic for rule in data_set.rules)
-  topic = rng.choice(inside if rng.random() < 0.6 else data_set.topics)
-  scene = conversations.sample_scene(rng, topic, data_set.topics)
+  rules = rules_lib.DATA_SETS[name]
+  inside = tuple(rule.topic for rule in rules)
+  topic = rng.choice(inside if rng.random() < 0.6 else lexicon.SEEN)
+  scene = conversations.sample_scene(rng, topic, lexicon.SEEN)
   plus, minus = propose(rng, rules, scene)
   return make_example(rng, scene, rules, f'train-{seed}-{index}', plus=plus,
                       minus=minus, source=name, rule_set=name)
@@ -103,13 +102,12 @@ def preference_pair(seed: int, index: int) -> schema.Pair:
   """
   rng = make_rng('preference', seed, index)
   name = rng.choice(tuple(rules_lib.DATA_SETS))
-  data_set = rules_lib.DATA_SETS[name]
-  rules = data_set.all_rules
-  topic = rng.choice(data_set.rules).topic
-  asked, messages = conversations.sample_prompt(rng, topic, data_set.topics)
+  rules = rules_lib.DATA_SETS[name]
+  topic = rng.choice(rules).topic
+  asked, messages = conversations.sample_prompt(rng, topic, lexicon.SEEN)
   sides = []
   for side in 'ab':
-    statements = conversations.sample_reply(rng, asked, data_set.topics)
+    statements = conversations.sample_reply(rng, asked, lexicon.SEEN)
     reply = schema.Message('agent',
                            conversations.reply_text(rng, statements))
     scene = conversations.Scene(asked, statements, messages + (reply,))
@@ -133,15 +131,11 @@ def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
   topics, wordings = SPLITS[split]
   rng = make_rng(f'strictness/{split}', seed, index)
   if split == 'seen':
-    data_set = rng.choice(tuple(rules_lib.DATA_SETS.values()))
-    topics, rewritten = data_set.topics, rng.choice(data_set.rules)
-    others = [rule for rule in data_set.all_rules if rule != rewritten]
-    rules = (*rng.sample(others, rng.randint(0, 3)), rewritten)
-    rules = tuple(rng.sample(rules, len(rules)))  # in any order
-    slot = rules.index(rewritten)
+    rules = rng.choice(tuple(rules_lib.DATA_SETS.values()))
+    rules = tuple(rng.sample(rules, rng.randint(1, len(rules))))
   else:
     rules = rules_lib.sample_rules(rng, topics, wordings, rng.randint(1, 4))
-    slot = rng.randrange(len(rules))
+  slot = rng.randrange(len(rules))
   topic = rules[slot].topic
   pair_id = f'strictness-{split}-{seed}-{index}'
   for _ in range(_MAX_TRIES):

@@ -52,46 +52,14 @@ def make_safety(rules: tuple[Rule, ...], name: str = '') -> schema.SafetyConfig:
   return schema.SafetyConfig(tuple(rule.category() for rule in rules), name)
 
 
-@dataclasses.dataclass(frozen=True)
-class DataSet:
-  """A taxonomy that training data is annotated under, as public sets have.
-
-  Attributes:
-    rules: of the topics that its conversations are about, one fixed guideline
-      each. All but the last forbid the whole topic.
-    unused: guidelines with lists of what is allowed, on topics that none of
-      its conversations touches. Without them a list of what is allowed would
-      only ever stand where an answer depends on it.
-  """
-  rules: tuple[Rule, ...]
-  unused: tuple[Rule, ...]
-
-  @property
-  def all_rules(self) -> tuple[Rule, ...]:
-    """The whole taxonomy."""
-    return self.rules + self.unused
-
-  @property
-  def topics(self) -> tuple[str, ...]:
-    """The topics that its conversations may touch."""
-    unused = {rule.topic for rule in self.unused}
-    return tuple(t for t in lexicon.SEEN if t not in unused)
-
-
-def _data_set(index: int) -> DataSet:
-  def fixed_rules(topics, strictnesses):
-    return tuple(threshold_rule(topic, strictness, index)
-                 for topic, strictness in zip(topics, strictnesses,
-                                              strict=True))
-
-  own, others = lexicon.SEEN[index::4], lexicon.SEEN[(index + 1) % 4::4]
-  return DataSet(fixed_rules(own, (4, 4, 4, 3)),
-                 fixed_rules(others[:2], (3, 2)))
-
-
-# Four data sets of four seen topics each.
-DATA_SETS = {name: _data_set(index) for index, name in enumerate(
-    ('harbour', 'meadow', 'library', 'station'))}
+# The taxonomies that training data is annotated under, as public data sets
+# have theirs: four data sets of four seen topics, each category with one fixed
+# guideline that forbids the whole topic.
+DATA_SETS = {
+    name: tuple(threshold_rule(topic, lexicon.NUM_SEVERITIES, wording=index)
+                for topic in lexicon.SEEN[index::4])
+    for index, name in enumerate(('harbour', 'meadow', 'library', 'station'))
+}
 
 
 def sample_rules(rng: random.Random, topics: tuple[str, ...],
