@@ -11,13 +11,34 @@ EXTRAS = {
     'ruff>=0.9',
     'tokenizers>=0.21',
     'pyarrow>=18',
+    'huggingface_hub>=0.27',
+    'jinja2>=3.1',
+    'gguf>=0.19,<1',
+    'bm25s>=0.3.16,<0.4',
+    'openai>=3.52,<4',
+    'tensorflow-datasets>=4.9.10',
+    'importlib_resources>=6.4',
+    'array-record>=0.8',
   ],
-  # Tokenizers and weights of public models.
+  # What the tests compare with; without it those tests skip.
+  'parity': ['torch>=2.15,<3', 'transformers>=5.23,<6', 'peft>=0.21,<1'],
+  # Tokenizers, chat templates and weights of public models.
   'hf': [
-    'tokenizers>=0.21', 'huggingface_hub>=0.27', 'jinja2>=3.1', 'gguf>=0.17',
+    'tokenizers>=0.21',
+    'huggingface_hub>=0.27',
+    'jinja2>=3.1',
+    'gguf>=0.19,<1',
   ],
+  # Rule retrieval of the DynaBench protocol.
+  'evals': ['bm25s>=0.3.16,<0.4'],
+  # Proposals from an OpenAI-compatible endpoint.
+  'openai': ['openai>=3.52,<4'],
   # Public data sets; TensorFlow itself is not needed.
-  'tfds': ['tensorflow-datasets>=4.9.10', 'importlib_resources>=6.4'],
+  'tfds': [
+    'tensorflow-datasets>=4.9.10',
+    'importlib_resources>=6.4',
+    'array-record>=0.8',
+  ],
   'parquet': ['pyarrow>=18'],
   # Accelerators. Plain `jax` is the CPU version, and no extra changes what is
   # already installed for another backend.

@@ -6,15 +6,33 @@ python -m csrm_jax.main --config=configs/eval.py --workdir=/tmp/scored \
 
 The model is a trained reward model, an instruction-tuned model as it is, or a
 guard model: --config.checkpoint=org/name --config.format=llama_guard_3
+
+All benchmarks on one model, and the reports of several side by side:
+
+python -m csrm_jax.main --config=configs/eval.py:benchmarks \\
+  --workdir=/tmp/full --config.checkpoint=/tmp/rm \\
+  --config.benchmarks.data_dir=DATA
+python -m csrm_jax.main --config=configs/eval.py:compare --workdir=/tmp/both \\
+  --config.compare="('/tmp/full', '/tmp/no_cca')"
 """
 
 import ml_collections
 
+from csrm_jax import config as config_lib
 
-def get_config():
-  """Returns the config."""
+
+def get_config(arg=None):
+  """Returns the config; arg: benchmarks, compare, or nothing for a file."""
+  arg = config_lib.parse_arg(arg, benchmarks=False, compare=False)
   c = ml_collections.ConfigDict()
-  c.runner = 'evaluate'
+  if arg.compare:
+    c.runner = 'compare'
+    c.title = ''  # of the report
+    c.compare = ()  # work directories of configs/eval.py:benchmarks
+    c.reference = ''  # the name of the one the others are compared with
+    c.num_samples = 1000  # of the paired bootstrap
+    return c
+  c.runner = 'benchmark' if arg.benchmarks else 'evaluate'
   # Work directory of a training run; or a Hugging Face folder, a hub id
   # (org/name) or a .gguf file.
   c.checkpoint = ''
@@ -29,11 +47,21 @@ def get_config():
       'dtype': '',  # of activations: float32 or bfloat16; '' for float32
       'param_dtype': '',  # of parameters; '' for that of the file
   })
+  # Tokens a prompt may have before its history and response are shortened; more
+  # than in training is possible, and needed for long rules.
+  c.max_length = 2048
+  if arg.benchmarks:
+    c.title = ''  # of the report; '' names the model
+    c.benchmarks = ml_collections.ConfigDict({
+        'ruleworld_examples': 1000,  # of the two largest sets; 0 for none
+        'ruleworld_seed': 2000,  # the same for all that is compared
+        'data_dir': '',  # a folder for each public set; '' for none
+        'names': (),  # of public sets; () for all
+        'max_items': 0,  # of each benchmark, evenly spread; 0 for all
+    })
+    return c
   # Rules for all rows (YAML or JSON); empty: each row brings its own `safety`.
   c.safety = ''
   # JSONL: {"id", "conversation": [{"role", "content"}, …], "label" or not}.
   c.conversations = ''
-  # Tokens a prompt may have before its history and response are shortened; more
-  # than in training is possible, and needed for long rules.
-  c.max_length = 2048
   return c

@@ -32,6 +32,8 @@ RUNNERS = {
   'train_rm': 'csrm_jax.runners.train_rm',
   'pretrain': 'csrm_jax.runners.pretrain',
   'evaluate': 'csrm_jax.runners.evaluate',
+  'benchmark': 'csrm_jax.runners.benchmark',
+  'compare': 'csrm_jax.runners.compare',
   'augment': 'csrm_jax.runners.augment',
   'export': 'csrm_jax.runners.export',
 }

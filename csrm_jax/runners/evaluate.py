@@ -6,7 +6,6 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import ml_collections
 
@@ -22,8 +21,7 @@ from csrm_jax.safety import guards, schema
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Writes workdir/scored.jsonl, and a report where the rows have labels."""
   examples = _read_examples(config)
-  rm = reward_model.load(
-      config.checkpoint, config.max_length, **_options(config))
+  rm = evaluation.load_model(config)
   scores = evaluation.score_with_progress(rm.score_fn, examples)
   path = workdir / 'scored.jsonl'
   lines = [
@@ -49,7 +47,7 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
   reads one at a time."""
   example = _read_examples(config)[0]
   spec, tokenizer = reward_model.describe(
-      config.checkpoint, **_options(config))
+      config.checkpoint, **evaluation.model_options(config))
   guard = guards.GUARDS.get(spec.layout.format)
   if guard and guard.per_category:
     example = scoring.split_categories(example)[0]
@@ -57,19 +55,12 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
       example, features.Encoder(tokenizer, config.max_length, spec.layout))
 
 
-def _options(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the options of reward_model.load that a trained model lacks."""
-  options = {'format': config.format, 'words': tuple(config.words)}
-  overrides = {name: value for name, value in config.numerics.items() if value}
-  return options | overrides
-
-
 def _read_examples(config: ml_collections.ConfigDict
                    ) -> Sequence[schema.Example]:
   """Returns the rows, under the rules that are asked for."""
-  for key in ('checkpoint', 'conversations'):
-    if not config[key]:
-      raise ValueError(f'config.{key} is empty: give --config.{key}=PATH')
+  if not config.conversations:
+    raise ValueError(
+        'config.conversations is empty: give --config.conversations=PATH')
   safety = schema.load_safety(config.safety) if config.safety else None
   examples = sources.read_jsonl(config.conversations, safety)
   if not examples:

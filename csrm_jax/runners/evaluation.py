@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from csrm_jax import scoring
+from csrm_jax import reward_model, scoring
 from csrm_jax.core import writer
 from csrm_jax.data import features, sources
 from csrm_jax.evals import battery, benchmark, report
@@ -26,6 +26,26 @@ from csrm_jax.safety import schema
 
 # Of held-out rows, the share that thresholds and calibration are fitted on.
 _VALIDATION_FRACTION = 0.25
+
+
+def load_model(config: ml_collections.ConfigDict) -> reward_model.RewardModel:
+  """Returns the model that configs/eval.py names."""
+  return reward_model.load(
+      config.checkpoint, config.max_length, **model_options(config))
+
+
+def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the options of reward_model.load for the model that is named.
+
+  Raises:
+    ValueError: none is.
+  """
+  if not config.checkpoint:
+    raise ValueError(
+        'config.checkpoint is empty: give --config.checkpoint=PATH')
+  options = {'format': config.format, 'words': tuple(config.words)}
+  overrides = {name: value for name, value in config.numerics.items() if value}
+  return options | overrides
 
 
 def benchmarks(config: ml_collections.ConfigDict,

@@ -323,6 +323,28 @@ def test_eval_command_reports_on_labels(tiny, tmp_path):
   assert math.isfinite(summary['file/f1']) and summary['num_examples'] == 24
 
 
+@pytest.mark.slow
+def test_all_benchmarks_and_their_comparison(tiny, tmp_path):
+  other = _tiny()
+  other.seed = 1
+  main.run(other, tmp_path / 'other')
+  for name, checkpoint_dir in (('a', tiny), ('b', tmp_path / 'other')):
+    config = EVAL.get_config('benchmarks')
+    config.checkpoint = str(checkpoint_dir)
+    config.benchmarks.ruleworld_examples = 12
+    config.benchmarks.data_dir = str(tmp_path / 'nothing')
+    main.run(config, tmp_path / name)
+  report = (tmp_path / 'a' / 'report' / 'report.md').read_text()
+  assert 'Skipped' in report and 'Sure. {prompt}' in report
+  for key in ('unseen/f1', 'policy/strict', 'attacks/any_flip'):
+    found = [k for k in _summary(tmp_path / 'a') if k.startswith(key[:6])]
+    assert found, key
+  config = EVAL.get_config('compare')
+  config.compare = (str(tmp_path / 'a'), str(tmp_path / 'b'))
+  main.run(config, tmp_path / 'both')
+  assert (tmp_path / 'both' / 'report' / 'report.md').is_file()
+
+
 def test_a_moved_work_directory_loads(tiny, tmp_path):
   moved = tmp_path / 'elsewhere'
   shutil.copytree(tiny, moved)
