@@ -172,7 +172,7 @@ def load(source: str | pathlib.Path, max_length: int = 2048,
   """
   spec, tokenizer = describe(source, format, **options)
   if _is_run(source):
-    params = _restore(_directory(source), spec)
+    params = restore_params(source, spec)
   else:
     params = hf.load_params(source, spec.model)
   return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length))
@@ -217,7 +217,14 @@ def _describe_run(directory: pathlib.Path
   return spec, tokenizer
 
 
-def _restore(directory: pathlib.Path, spec: Spec) -> Any:
+def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
+  """Returns all parameters of a training run: with adapters, base and these.
+
+  Raises:
+    FileNotFoundError: no intact checkpoint there.
+    ValueError: the base is not there, or another one.
+  """
+  directory = _directory(source)
   shapes = {'params': spec.abstract_params()}
   with checkpoint.Checkpoints(directory / 'checkpoints') as saved:
     restored = saved.restore_latest(shapes, partial=True)

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from csrm_jax import backbone, reward_model
-from csrm_jax.core import checkpoint, tree
+from csrm_jax.core import tree
 from csrm_jax.models import hf, hf_config, lora, shards, transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.safety import schema, templates
@@ -39,7 +39,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         'checkpoint=DIR')
   source = pathlib.Path(config.checkpoint).expanduser().absolute()
   spec, tokenizer = reward_model.describe(source)
-  params = _restore(source, spec)
+  params = reward_model.restore_params(source, spec)
   folder = workdir / ('adapter' if config.form == 'peft' else 'model')
   _write(config, spec, tokenizer, params, folder)
   _write_tokenizer(source, tokenizer, folder)
@@ -59,16 +59,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     raise ValueError(
         f'{folder}: what was written computes other outputs than the trained '
         'model; do not use it, and report this')
-
-
-def _restore(source: pathlib.Path, spec: reward_model.Spec) -> Any:
-  """Returns base and adapters, or all weights, of a training run."""
-  with checkpoint.Checkpoints(source / 'checkpoints') as saved:
-    restored = saved.restore_latest(
-        {'params': spec.abstract_params()}, partial=True)
-  if restored is None:
-    raise FileNotFoundError(f'{source}: no intact checkpoint there')
-  return tree.merge(spec.load_base(), restored.state['params'])
 
 
 def _write(
