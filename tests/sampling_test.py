@@ -156,7 +156,7 @@ def test_a_completion_does_not_depend_on_its_batch():
   together = generate(CFG, _params(), PROMPTS, sampling, seed=3)
   apart = generate(CFG, _params(), PROMPTS, sampling, seed=3, batch_size=2)
   np.testing.assert_array_equal(together.tokens, apart.tokens)
-  np.testing.assert_allclose(together.logprobs, apart.logprobs, atol=1e-5)
+  np.testing.assert_allclose(together.logprobs, apart.logprobs, atol=1e-4)
   other = generate(CFG, _params(), PROMPTS, sampling, seed=4)
   assert (other.tokens != together.tokens).any(axis=1).all()
   same = generate(CFG, _params(), [PROMPTS[0]] * 4, sampling)
