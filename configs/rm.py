@@ -161,7 +161,7 @@ def _set_data(c, arg):
   folder = pathlib.Path(arg.data_dir)
   c.title = 'Reward model of public data'
   c.data.parts = ml_collections.ConfigDict({
-      'xstest': _part('xstest', 0.35, str(folder / 'xstest')),
+      'xstest_completions': _part('xstest', 0.35, str(folder / 'xstest')),
       'moderation': _part('moderation', 0.3, str(
           folder / 'moderation' / 'moderation-dev.jsonl.gz')),
       'moderation_pairs': _part('moderation_pairs', 0.1, str(

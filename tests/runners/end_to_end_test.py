@@ -383,6 +383,6 @@ def test_a_run_on_public_data(tmp_path):
     pytest.skip(f'no data sets in {folder}; set CSRM_DATA_DIR to their folder')
   main.run(_tiny(f'data=public,data_dir={folder}'), tmp_path)
   summary = _summary(tmp_path)
-  for key in ('xstest/f1', 'moderation/f1', 'moderation_pairs/accuracy',
-              'hh/accuracy'):
+  for key in ('xstest_completions/f1', 'moderation/f1',
+              'moderation_pairs/accuracy', 'hh/accuracy'):
     assert math.isfinite(summary[key]), key
