@@ -252,7 +252,7 @@ BAD_FLAGS = {
     'no such tokenizer': (
         ['{config}', '--config.tokenizer=no.model'], ['no.model', 'check']),
     'no such base weights': (
-        ['{config}', '--config.model.init=no'], ['no/config.json', 'folder']),
+        ['{config}', '--config.model.init=no'], ['no: does not exist', 'folder']),
     'base weights of another backbone': (
         ['{config}', '--config.model.init={base}'],
         ['weights of another backbone', 'make them equal']),
