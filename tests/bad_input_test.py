@@ -252,7 +252,8 @@ BAD_FLAGS = {
     'no such tokenizer': (
         ['{config}', '--config.tokenizer=no.model'], ['no.model', 'check']),
     'no such base weights': (
-        ['{config}', '--config.model.init=no'], ['no: does not exist', 'folder']),
+        ['{config}', '--config.model.init=no'],
+        ['no: does not exist', 'folder']),
     'base weights of another backbone': (
         ['{config}', '--config.model.init={base}'],
         ['weights of another backbone', 'make them equal']),

@@ -224,7 +224,7 @@ def basic_benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
     num_examples: of the two classification sets; the others follow from it.
   """
   sets = datasets.test_sets(seed, num_examples)
-  fitted_on = validation(seed, num_examples // 2)
+  fitted_on = validation(seed, num_examples)
   suites = {
       'seen': 'classification', 'unseen': 'classification', 'pairs': 'pairs',
       'seen_pairs': 'pairs', 'flip': 'flips', 'one_conversation': 'rule_sets'}

@@ -156,7 +156,7 @@ def test_pairs_have_the_lenient_side_as_the_safer(scripted):
           for i in range(60)]
   outcome = strictness.run(category('Pets'), pool, scripted(_toy_reply),
                            word_judge, SETTINGS)
-  pairs = strictness.make_pairs(outcome, pool)
+  pairs = list(strictness.make_pairs(outcome, pool))
   assert len(pairs) == len(outcome.kept) * len(pool) > 0
   assert len({pair.id for pair in pairs}) == len(pairs)
   for pair in pairs:

@@ -17,11 +17,12 @@ import pytest
 
 from csrm_jax.models import config, hf, hf_table
 
-# 136 MB in shards of at most 16 MB; one stack of layers is larger than that.
+# 136 MB in shards of at most 32 MB: small beside the whole, and large beside
+# what threads and allocators add at random (up to about 20 MB were seen).
 CFG = config.ModelConfig(
     vocab_size=512, num_layers=32, embed_dim=256, num_heads=4, num_kv_heads=4,
     head_dim=64, mlp_dim=1024)
-SHARD_BYTES = 16 * 2**20
+SHARD_BYTES = 32 * 2**20
 
 _PROGRAM = """
 import ctypes, gc, json, pathlib, sys
@@ -74,7 +75,7 @@ def test_host_holds_less_than_a_shard_beside_the_parameters(tmp_path):
       name: rng.normal(size=shape).astype(np.float32)
       for name, shape in shapes.items()}), max_shard_bytes=SHARD_BYTES)
   sizes = [path.stat().st_size for path in tmp_path.glob('*.safetensors')]
-  assert len(sizes) > 8 and max(sizes) <= 1.01 * SHARD_BYTES
+  assert len(sizes) > 3 and max(sizes) <= 1.01 * SHARD_BYTES
   environment = os.environ | {
       'JAX_PLATFORMS': 'cpu',
       'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
