@@ -121,8 +121,17 @@ def completion_logprobs(
     segment_ids: int32 [B,T].
     temperature: static.
   """
-  B, T = tokens.shape
   hidden = transformer.hidden(cfg, params, tokens, positions, segment_ids)
+  return hidden_logprobs(
+      cfg, params, hidden, tokens, segment_ids, temperature)
+
+
+def hidden_logprobs(
+    cfg: ModelConfig, params: Any, hidden: jax.Array, tokens: jax.Array,
+    segment_ids: jax.Array, temperature: float
+) -> jax.Array:
+  """Returns completion_logprobs, given the hidden states [B,T,D]."""
+  B, T = tokens.shape
   width = max(1, min(T - 1, LOGPROB_CHUNK // B))
   num = -(-(T - 1) // width)
 
