@@ -1,0 +1,217 @@
+"""Completions of prompts: samples for the rewards, rows for the train step.
+
+Axes: N samples (prompts x num_generations, a prompt's samples side by side),
+T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from csrm_jax import sampling as sampling_lib
+from csrm_jax.models import lora, transformer
+from csrm_jax.models.config import DTYPES, ModelConfig
+from csrm_jax.rl.types import Prompt, Sample
+from csrm_jax.sampling import Completions, Sampling
+from csrm_jax.text.tokenizer import Tokenizer
+
+# Lengths that rows are padded to; the train step is compiled once for each.
+BUCKETS = tuple(sorted({96, 160, 448, *sampling_lib.PROMPT_BUCKETS}))
+# Beside the decoder's parameters: reads a value off the final hidden state.
+VALUE_HEAD = 'value_head'
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """What completions come from, but for its parameters.
+
+  Attributes:
+    model: the decoder.
+    tokenizer: its own.
+    marks: what opens a user's turn, and what closes it and opens the answer;
+      template text, whose control tokens count.
+    stop_ids: a completion ends with the first of these.
+  """
+  model: ModelConfig
+  tokenizer: Tokenizer
+  marks: tuple[str, str]
+  stop_ids: tuple[int, ...]
+
+  def encode(self, prompt: Prompt) -> list[int]:
+    """Returns the ids that a completion of the prompt continues.
+
+    Raises:
+      ValueError: not exactly one turn, of the user.
+    """
+    roles = [message.role for message in prompt.messages]
+    if roles != ['user']:
+      raise ValueError(
+          f'prompt {prompt.id}: its turns are {", ".join(roles) or "none"}; a '
+          'policy is asked with one turn of the user')
+    tokenizer, (prefix, suffix) = self.tokenizer, self.marks
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [*bos, *tokenizer.encode_control(prefix),
+            *tokenizer.encode(prompt.messages[0].content),
+            *tokenizer.encode_control(suffix)]
+
+  def encode_all(self, prompts: Sequence[Prompt],
+                 max_completion_length: int) -> list[list[int]]:
+    """Returns the ids of each prompt, all of which leave room for an answer.
+
+    Raises:
+      ValueError: names the prompt that does not, or has several turns.
+    """
+    encoded = [self.encode(prompt) for prompt in prompts]
+    most = self.model.context_length - max_completion_length
+    for prompt, ids in zip(prompts, encoded, strict=True):
+      if len(ids) > most:
+        raise ValueError(
+            f'prompt {prompt.id} has {len(ids)} tokens, which with '
+            f'max_completion_length={max_completion_length} are more than '
+            f'context_length={self.model.context_length}; shorten either')
+    return encoded
+
+
+def rollout(
+    policy: Policy, params: Any, prompts: Sequence[Prompt], sampling: Sampling,
+    num_generations: int = 1, seed: int = 0
+) -> tuple[list[Sample], dict[str, np.ndarray]]:
+  """Returns (samples, rows) of num_generations completions of each prompt.
+
+  Rows: tokens, positions, segment_ids int32 [N,T], padded on the right;
+  completion_mask float32 [N,T], 1 on the completion, its stop token included;
+  rollout_logprobs float32 [N,T], what the sampler says of these tokens, which
+  is sampling.token_logprobs. All are 0 elsewhere.
+
+  Args:
+    policy: what is asked.
+    params: its parameters; a value head among them is left out.
+    prompts: at least one.
+    sampling: how; its stop_ids should be the policy's.
+    num_generations: G.
+    seed: of the draws, in [0, 2**32).
+
+  Raises:
+    ValueError: a prompt that cannot be encoded or is too long, with its id;
+      or parameters that are not finite.
+  """
+  encoded = policy.encode_all(prompts, sampling.max_completion_length)
+  asked = [ids for ids in encoded for _ in range(num_generations)]
+  done = sampling_lib.generate(
+      policy.model, decoder_params(params), asked, sampling, seed=seed,
+      batch_size=max(len(asked), 1))
+  samples = [
+      Sample(prompts[i // num_generations], i % num_generations,
+             _decode(policy, done, i), int(done.lengths[i]),
+             bool(done.stopped[i]))
+      for i in range(len(asked))]
+  return samples, make_rows(policy, asked, done)
+
+
+def make_rows(policy: Policy, asked: Sequence[Sequence[int]],
+              done: Completions) -> dict[str, np.ndarray]:
+  """Returns the rows of `rollout` for prompts' ids and their completions."""
+  starts = np.array([len(ids) for ids in asked], np.int64)
+  ends = starts + done.lengths
+  limit = policy.model.context_length
+  width = min(b for b in (*BUCKETS, limit) if b >= ends.max())
+  shape = (len(asked), width)
+  tokens = np.zeros(shape, np.int32)
+  logprobs = np.zeros(shape, np.float32)
+  for i, ids in enumerate(asked):
+    tokens[i, :starts[i]] = ids
+    tokens[i, starts[i]:ends[i]] = done.tokens[i, :done.lengths[i]]
+    logprobs[i, starts[i]:ends[i]] = done.logprobs[i, :done.lengths[i]]
+  place = np.arange(width)
+  inside = place < ends[:, None]
+  completion = inside & (place >= starts[:, None])
+  return {
+      'tokens': tokens,
+      'positions': np.where(inside, place, 0).astype(np.int32),
+      'segment_ids': inside.astype(np.int32),
+      'completion_mask': completion.astype(np.float32),
+      'rollout_logprobs': logprobs,
+  }
+
+
+def _decode(policy: Policy, done: Completions, i: int) -> str:
+  length = done.lengths[i] - done.stopped[i]  # without the stop token
+  return policy.tokenizer.decode(done.tokens[i, :length].tolist()).strip()
+
+
+def decoder_params(params: Any) -> Any:
+  """Returns the parameters without the value head."""
+  return {name: leaf for name, leaf in params.items() if name != VALUE_HEAD}
+
+
+def init_value_head(cfg: ModelConfig) -> dict[str, Any]:
+  """Returns a float32 value head, which says 0 until it is trained."""
+  return {VALUE_HEAD: {
+      'kernel': jnp.zeros((cfg.embed_dim,), jnp.float32),
+      'bias': jnp.zeros((), jnp.float32)}}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def logprobs(cfg: ModelConfig, params: Any, rows: dict[str, jax.Array],
+             temperature: float) -> dict[str, jax.Array]:
+  """Returns logprobs and, with a value head, values, float32 [N,T].
+
+  Both are 0 outside of the completion. A value belongs to the token behind the
+  state it is read off, as the log-probability does.
+
+  Args:
+    cfg: static.
+    params: of the decoder, with or without a value head.
+    rows: as from `rollout`.
+    temperature: static, as in sampling.
+  """
+  decoder, mask = decoder_params(params), rows['completion_mask']
+  hidden = transformer.hidden(
+      cfg, decoder, rows['tokens'], rows['positions'], rows['segment_ids'])
+  scores = sampling_lib.hidden_logprobs(
+      cfg, decoder, hidden, rows['tokens'], rows['segment_ids'], temperature)
+  result = {'logprobs': scores * mask}
+  if VALUE_HEAD in params:
+    head = params[VALUE_HEAD]
+    values = hidden.astype(jnp.float32) @ head['kernel'] + head['bias']
+    values = jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+    result['values'] = values * mask
+  return result
+
+
+def sampling_copy(
+    cfg: ModelConfig, params: Any, dtype: str
+) -> tuple[ModelConfig, Any]:
+  """Returns what to sample from: without adapters, and in `dtype`.
+
+  Args:
+    cfg: the policy's model.
+    params: all of its parameters, adapters included.
+    dtype: of weights and activations; '' leaves them as they are.
+
+  Raises:
+    ValueError: an unknown dtype.
+  """
+  params = decoder_params(params)
+  if cfg.lora_rank:
+    params = lora.merge(cfg, params)
+    cfg = dataclasses.replace(cfg, lora_rank=0)
+  if not dtype:
+    return cfg, params
+  if dtype not in DTYPES:
+    raise ValueError(
+        f'rollout dtype {dtype!r} must be empty or one of {", ".join(DTYPES)}')
+  cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype)
+  return cfg, _cast(params, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(params, dtype):
+  return jax.tree.map(lambda x: x.astype(dtype), params)
