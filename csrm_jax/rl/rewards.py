@@ -1,0 +1,225 @@
+"""Rewards of completions: what they are made of, combined, checked.
+
+A reward function takes samples and returns float32 [N]. A missing value, one
+that is not finite, or a wrong number of them stops with the sample's id: what
+cannot be scored is never worth 0. Lengths and penalties are in tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from csrm_jax import scoring
+from csrm_jax.rl import http_scorer, verifiers
+from csrm_jax.rl.types import RewardFn, Sample
+from csrm_jax.safety import schema
+
+MODES = ('product', 'sum')
+# samples -> (total float32 [N], {name of a part: float32 [N]})
+TotalFn = Callable[[Sequence[Sample]],
+                   tuple[np.ndarray, dict[str, np.ndarray]]]
+
+# The least that a sigmoid gives: reward distillation takes its log.
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+def safety_reward(
+    score_fn: scoring.ScoreFn, a: float = 1.0, b: float = 0.0,
+    safety: schema.SafetyConfig | None = None
+) -> RewardFn:
+  """Returns R = sigmoid(a * score + b), in (0, 1].
+
+  Args:
+    score_fn: examples -> scores, nats.
+    a: slope; below 0 the reward would prefer violations.
+    b: offset, nats.
+    safety: rules to judge all samples by; None: each by its prompt's.
+
+  Source: CSRM (arXiv 2605.30487), the reward and its Pareto sweep.
+  """
+  _check_slope(a, b)
+
+  def reward(samples: Sequence[Sample]) -> np.ndarray:
+    return _sigmoid(a * _scores(score_fn, samples, safety) + b)
+
+  return reward
+
+
+def helpfulness_reward(
+    score_fn: scoring.ScoreFn, a: float = 1.0, b: float = 0.0,
+    safety: schema.SafetyConfig | None = None
+) -> RewardFn:
+  """Returns H = 1 + 4 * sigmoid(a * score + b), in (1, 5].
+
+  Args:
+    score_fn: of a reward model that was trained on preference pairs.
+    a: slope.
+    b: offset, nats.
+    safety: the rules that model was trained under (with rules_blind
+      safety.augment.NO_RULES); None: each sample's prompt's.
+
+  Source: CSRM (arXiv 2605.30487), which has helpfulness from 1 to 5.
+  """
+  inner = safety_reward(score_fn, a, b, safety)
+  return lambda samples: np.float32(1) + np.float32(4) * inner(samples)
+
+
+def format_reward(samples: Sequence[Sample]) -> np.ndarray:
+  """Returns 1 where the output is well formed (AlphaAlign's V_f), else 0."""
+  return np.array(
+      [verifiers.is_well_formed(s.text) for s in samples], np.float32)
+
+
+def overlong_penalty(buffer: int, penalty: float, max_length: int) -> RewardFn:
+  """Returns 0 down to -penalty, as a completion nears the length limit.
+
+  0 up to max_length - buffer tokens, then linear, -penalty at max_length and
+  where the limit cut the completion off.
+
+  Args:
+    buffer: tokens.
+    penalty: at least 0.
+    max_length: tokens a completion may have.
+
+  Source: DAPO (arXiv 2503.14476), eq. 13.
+  """
+  if not 0 < buffer <= max_length:
+    raise ValueError(
+        f'the over-long buffer is {buffer} tokens; it must be from 1 to the '
+        f'{max_length} that a completion may have, or leave the penalty out')
+  if not (math.isfinite(penalty) and penalty > 0):
+    raise ValueError(
+        f'the over-long penalty is {penalty}; it must be a number above 0')
+
+  def reward(samples: Sequence[Sample]) -> np.ndarray:
+    over = np.array([
+        buffer if not s.stopped else s.num_tokens - (max_length - buffer)
+        for s in samples], np.float32)
+    return np.float32(-penalty) * np.clip(over / buffer, 0, 1)
+
+  return reward
+
+
+def from_callable(
+    fn: Callable[[Sequence[Sample]], Sequence[float]], name: str = 'callable'
+) -> RewardFn:
+  """Returns a reward from a function of samples to as many finite numbers.
+
+  Args:
+    fn: samples -> one number each, in their order.
+    name: for messages.
+  """
+  return lambda samples: check_rewards(fn(samples), samples, name)
+
+
+def from_each(fn: Callable[[Sample], float], name: str) -> RewardFn:
+  """Returns a reward from a function of one sample, such as an oracle."""
+  return from_callable(lambda samples: [fn(s) for s in samples], name)
+
+
+def from_http(settings: http_scorer.Settings) -> RewardFn:
+  """Returns a reward from a scorer behind HTTP; see `http_scorer`.
+
+  Raises:
+    ValueError: nobody answers there now.
+  """
+  http_scorer.check_reachable(settings)
+  return from_callable(
+      lambda samples: http_scorer.ask(settings, samples), settings.url)
+
+
+def combine(
+    parts: Mapping[str, tuple[RewardFn, float]], mode: str = 'product',
+    added: Mapping[str, tuple[RewardFn, float]] | None = None,
+    clip: tuple[float, float] | None = None
+) -> TotalFn:
+  """Returns a function: samples -> (total, {part: its own reward}).
+
+  Args:
+    parts: name -> (reward, weight).
+    mode: 'product' multiplies the parts, each to the power of its weight, as
+      in R * H; 'sum' adds weight times part.
+    added: further parts, added with their weights to the product (a format
+      reward, an over-long penalty); with 'sum' put them among the parts.
+    clip: (low, high) of the total.
+  """
+  del parts, mode, added, clip
+  raise NotImplementedError
+
+
+def check_rewards(
+    values: Any, samples: Sequence[Sample], name: str
+) -> np.ndarray:
+  """Returns rewards as float32 [N].
+
+  Args:
+    values: a list or array of numbers; None is a missing one.
+    samples: what they belong to.
+    name: of the reward.
+
+  Raises:
+    ValueError: not as many as samples, or one is missing or not finite.
+  """
+  del values, samples, name
+  raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Normaliser:
+  """Mean and spread of all rewards so far; stored with the run.
+
+  Attributes:
+    count: rewards seen.
+    mean: of them.
+    m2: sum of their squared distances from the mean.
+  """
+  count: int = 0
+  mean: float = 0.0
+  m2: float = 0.0
+
+  @property
+  def std(self) -> float:
+    """Of all rewards seen (not of a sample of them)."""
+    return math.sqrt(self.m2 / self.count) if self.count else 0.0
+
+  def update(self, rewards: np.ndarray) -> Normaliser:
+    """Returns the normaliser that has also seen these [N]."""
+    raise NotImplementedError
+
+  def apply(self, rewards: np.ndarray) -> np.ndarray:
+    """Returns (rewards - mean) / std, float32; 0 where all were equal."""
+    raise NotImplementedError
+
+  def to_dict(self) -> dict[str, float]:
+    """Returns what `from_dict` reads."""
+    return dataclasses.asdict(self)
+
+  @staticmethod
+  def from_dict(obj: Mapping[str, Any]) -> Normaliser:
+    """Returns the normaliser of `to_dict`."""
+    return Normaliser(int(obj['count']), float(obj['mean']), float(obj['m2']))
+
+
+def _scores(score_fn, samples, safety) -> np.ndarray:
+  examples = [s.example() for s in samples]
+  if safety is not None:
+    examples = [dataclasses.replace(e, safety=safety) for e in examples]
+  return check_rewards(score_fn(examples), samples, 'score').astype(np.float64)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+  with np.errstate(over='ignore'):
+    value = 1 / (1 + np.exp(-x))
+  return np.maximum(value, _TINY).astype(np.float32)
+
+
+def _check_slope(a: float, b: float) -> None:
+  if not (math.isfinite(a) and math.isfinite(b) and a > 0):
+    raise ValueError(
+        f'the transform sigmoid({a} * score + {b}) must have finite numbers '
+        'and a slope above 0')
