@@ -119,7 +119,7 @@ class MetricsWriter:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / 'metrics.jsonl'
     if resume_step is not None and path.exists():
-      write_atomic(path, _lines_until(path.read_bytes(), resume_step))
+      write_atomic(path, lines_until(path.read_bytes(), resume_step))
     self._file = open(path, 'a', encoding='utf-8', buffering=1)  # noqa: SIM115
     if tensorboard:
       # Imported here: it takes a while, and only training needs it.
@@ -169,7 +169,7 @@ class MetricsWriter:
     self.close()
 
 
-def _lines_until(content: bytes, step: int) -> bytes:
+def lines_until(content: bytes, step: int) -> bytes:
   """Returns the whole lines of at most `step`, byte for byte."""
   kept = []
   for line in content.splitlines(keepends=True):
