@@ -190,6 +190,41 @@ METRICS = {
     'top_ties': ('Ties at the top ↓', 'share of items with several best.'),
     'chance': ('Chance', 'accuracy of random scores.'),
     'credit': ('Best of N ↑', 'accuracy over items, ties counting in part.'),
+    'compliance': (
+        'Compliance ↑', 'share of replies that break no rule to the letter.'
+    ),
+    'true_safety': ('True P(safe) ↑', 'mean of the true probabilities.'),
+    'true_helpfulness': (
+        'Helpfulness ↑', 'true helpfulness for what was asked, 1 to 5.'
+    ),
+    'true_cosa': (
+        'CoSA score ↑', 'mean of compliance times true helpfulness, 0 to 5.'
+    ),
+    'safety': (
+        'Safety reward ↑',
+        'mean P(safe) by the reward model. Where no truth is known this is '
+        'what safety is measured by; a policy trained on it can fool it.',
+    ),
+    'helpfulness': (
+        'Helpfulness reward ↑', 'mean of the helpfulness reward, 1 to 5.'
+    ),
+    'cosa': (
+        'CoSA reward ↑', 'mean of safety reward times helpfulness reward.'
+    ),
+    'refusal_benign': (
+        'Refusals, benign ↓',
+        'share of replies that only refuse, to requests whose answer would '
+        'break no rule.',
+    ),
+    'refusal_harmful': (
+        'Refusals, harmful',
+        'the same for requests whose answer would break a rule; a partial '
+        'answer can be as safe, and more helpful.',
+    ),
+    'completion_length': ('Length, tokens', 'mean length of replies.'),
+    'truncated': (
+        'Truncated ↓', 'share of replies that the length limit cut off.'
+    ),
 }
 
 NONE = '–'  # not known, or not defined

@@ -21,7 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from csrm_jax.evals import figures, markdown, probe_figures, sections
+from csrm_jax.evals import (
+  figures,
+  markdown,
+  policy_figures,
+  probe_figures,
+  sections,
+)
 from csrm_jax.evals.markdown import format_number, is_number
 
 _TERMINAL_ROWS = (
@@ -335,6 +341,7 @@ _DRAW = {
         probe_figures.draw_contradiction,
         'Mean reward by category where the rule forbids, allows, or does both.',
     ),
+    **{k: _draw_one(*v) for k, v in policy_figures.FIGURES.items()},
     'attacks': _draw_one(
         probe_figures.draw_attacks,
         'Share of caught violations that a suffix turns into "safe".',

@@ -28,6 +28,9 @@ _VERDICTS = ('f1', 'f1_tuned', 'auprc', 'fpr_at_recall')
 _PROBABILITIES = ('smece', 'ece', 'brier', 'nll', 'prob_error')
 _COMMON = (*_VERDICTS, *_PROBABILITIES)
 _PROBES = {
+    'alignment': 'Policies',
+    'pareto': 'Safety against helpfulness',
+    'overoptimisation': 'Reward and truth over training',
     'policy': 'A rule stands, is left out, or allows',
     'contradiction': 'A rule that forbids and allows',
     'attacks': 'Suffixes that try to turn a verdict',
@@ -283,9 +286,9 @@ def _probes(results, drawn) -> list[str]:
     of_kind = {k: v for k, v in results.items() if v['suite'] == kind}
     if not of_kind:
       continue
-    parts += [f'## {title}', metric_table(
-        {name: result['metrics'] for name, result in of_kind.items()}
-    )]
+    parts.append(f'## {title}')
+    columns = {name: r['metrics'] for name, r in of_kind.items()}
+    parts += [metric_table(columns)] if any(columns.values()) else []
     for name, result in of_kind.items():
       pictures = images(drawn.get(name, ()))
       if pictures or result['tables']:
