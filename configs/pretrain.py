@@ -1,8 +1,10 @@
-"""Makes the base weights of the default backbone (shipped in the package).
+"""Makes the weights that the package ships: ruleworld/base, policy_base.
 
 python -m csrm_jax.main --config=configs/pretrain.py --workdir=/tmp/pretrain
+python -m csrm_jax.main --config=configs/pretrain.py:task=policy --workdir=...
 
-A language model of RuleWorld text and of questions about it; no verdicts.
+base: a language model of RuleWorld text and of questions about it; no verdicts.
+policy: that model, taught to answer requests; it knows no rules.
 """
 
 import pathlib
@@ -14,13 +16,14 @@ from csrm_jax import config as config_lib
 
 
 def get_config(arg=None):
-  """Returns the config; arg: num_steps."""
-  arg = config_lib.parse_arg(arg, num_steps=6000)
+  """Returns the config; arg: task (base, policy), num_steps."""
+  arg = config_lib.parse_arg(arg, task=('base', 'policy'), num_steps=int)
   package = pathlib.Path(csrm_jax.__file__).parent
   c = ml_collections.ConfigDict()
   c.runner = 'pretrain'
   c.seed = 0  # of the weights and of the corpus
-  c.num_steps = arg.num_steps  # updates
+  c.task = arg.task  # the weights are written to a folder of this name
+  c.num_steps = 6000 if arg.num_steps is None else arg.num_steps  # updates
   c.log_every = 100  # steps a line of metrics.jsonl sums up
   c.checkpoint_every = 500  # steps; a multiple of log_every
   # SentencePiece model (.model) or Hugging Face tokenizer.json.
@@ -29,6 +32,7 @@ def get_config(arg=None):
   c.model = ml_collections.ConfigDict()
   c.model.preset = 'tiny'  # a name of models.config.PRESETS
   c.model.overrides = ml_collections.ConfigDict({'unroll': 4})  # its fields
+  c.model.saved_dtype = 'float32'  # of the weights that are written
 
   c.data = ml_collections.ConfigDict()
   c.data.num_documents = 2_000_000  # the corpus repeats after these
@@ -41,4 +45,16 @@ def get_config(arg=None):
   c.optim.lr = 2e-3  # peak; warm-up, then cosine to a tenth
   c.optim.warmup_steps = 200
   c.optim.weight_decay = 0.05  # decoupled; not on norm scales
+  if arg.task == 'policy':
+    _policy(c, arg, package)
   return c
+
+
+def _policy(c, arg, package):
+  """Changes what is another way for the policy."""
+  c.num_steps = 1500 if arg.num_steps is None else arg.num_steps
+  del c.model.preset, c.data.curriculum_length
+  c.model.weights = str(package / 'ruleworld' / 'base')  # to start from
+  c.model.saved_dtype = 'bfloat16'
+  c.optim.lr = 1e-3
+  c.optim.warmup_steps = 50

@@ -1,4 +1,8 @@
-"""Pretrains the base weights that reward models of RuleWorld start from."""
+"""Makes the weights that RuleWorld ships: of its base model, and of its policy.
+
+Reward models start from the base model, which is trained from scratch; policies
+from the policy, which is the base model taught to answer requests.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features, packing, pipeline
 from csrm_jax.models import config as model_config
 from csrm_jax.models import hf, transformer
-from csrm_jax.ruleworld import corpus
+from csrm_jax.ruleworld import corpus, dialogues
 from csrm_jax.runners import loop as loop_lib
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -39,11 +43,32 @@ class Documents:
 
   def digest(self, num_documents: int = 1000) -> str:
     """Returns a sha256 (hex) over documents spread evenly over the corpus."""
-    content = hashlib.sha256()
-    for i in range(num_documents):
-      document = self[i * len(self) // num_documents]
-      content.update(repr([(s.text, s.weight) for s in document]).encode())
-    return content.hexdigest()
+    return _digest(self, num_documents)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogues:
+  """The requests and replies that a policy learns from, as a sequence."""
+  seed: int
+  num_documents: int
+
+  def __len__(self) -> int:
+    return self.num_documents
+
+  def __getitem__(self, index: int) -> tuple[corpus.Span, ...]:
+    return dialogues.dialogue(self.seed, index)
+
+  def digest(self, num_documents: int = 1000) -> str:
+    """Returns a sha256 (hex) over dialogues spread evenly over them all."""
+    return _digest(self, num_documents)
+
+
+def _digest(documents: Documents | Dialogues, num_documents: int) -> str:
+  content = hashlib.sha256()
+  for i in range(num_documents):
+    document = documents[i * len(documents) // num_documents]
+    content.update(repr([(s.text, s.weight) for s in document]).encode())
+  return content.hexdigest()
 
 
 def encode_document(spans: tuple[corpus.Span, ...],
@@ -76,12 +101,9 @@ def make_loss_fn(cfg: model_config.ModelConfig):
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Trains, and writes base.safetensors and its config to `workdir`."""
+  """Trains, and writes weights and their config to the task's folder."""
   tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
-  cfg = model_config.preset(config.model.preset, tokenizer.vocab_size,
-                            **config.model.overrides)
-  documents = Documents(config.seed, config.data.num_documents,
-                        config.data.curriculum_length)
+  cfg, params, documents = _START[config.task](config, tokenizer)
   atoms = grain.MapDataset.source(documents).map(
       functools.partial(encode_document, tokenizer=tokenizer)).repeat()
   shape = packing.BatchShape(
@@ -93,8 +115,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       config.optim.lr, warmup_steps=config.optim.warmup_steps,
       num_steps=config.num_steps, weight_decay=config.optim.weight_decay)
   mesh = mesh_lib.make_mesh()
-  state = training.init_state(
-      transformer.init_params(cfg, config.seed), optimizer)
+  state = training.init_state(params, optimizer)
   shardings = mesh_lib.shardings(state, mesh)
   state = jax.device_put(state, shardings)
   step_fn = training.make_train_step(
@@ -104,10 +125,32 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   state = loop_lib.train(
       loop_lib.Job(step_fn, batches, mesh, workdir, loop,
                    {'model': cfg.to_dict()}), state)
-  hf.save(workdir / 'base', cfg, state.params, metadata={
-      'made_by': 'python -m csrm_jax.main --config=configs/pretrain.py',
+  params = jax.tree.map(
+      lambda x: x.astype(config.model.saved_dtype), state.params)
+  hf.save(workdir / config.task, cfg, params, metadata={
+      'made_by': f'python -m csrm_jax.main --config={_CONFIGS[config.task]}',
       'seed': str(config.seed),
       'num_steps': str(config.num_steps),
       'data_digest': documents.digest(),
       'tokenizer_digest': tokenizer.digest,
-  })
+  }, extra={'torch_dtype': cfg.param_dtype})  # to be trained in, not stored
+
+
+def _start_base(config, tokenizer):
+  cfg = model_config.preset(config.model.preset, tokenizer.vocab_size,
+                            **config.model.overrides)
+  documents = Documents(config.seed, config.data.num_documents,
+                        config.data.curriculum_length)
+  return cfg, transformer.init_params(cfg, config.seed), documents
+
+
+def _start_policy(config, tokenizer):
+  del tokenizer  # The weights say how many words there are.
+  cfg, params = hf.load(config.model.weights, **config.model.overrides)
+  return cfg, params, Dialogues(config.seed, config.data.num_documents)
+
+
+_CONFIGS = {'base': 'configs/pretrain.py',
+            'policy': 'configs/pretrain.py:task=policy'}
+# task -> (config, tokenizer) -> (cfg, params, documents).
+_START = {'base': _start_base, 'policy': _start_policy}
