@@ -9,6 +9,9 @@ Source: AlphaAlign (arXiv 2507.14987).
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,13 +42,85 @@ def dual_reward(
     helpfulness: one of HELPFULNESS.
     format_weight: r_f.
     answer_weight: r_a.
+
+  Raises:
+    ValueError: settings that do not fit together; from the function: a prompt
+      without a label, or the only sample of its prompt.
   """
-  raise NotImplementedError
+  _check(helpfulness_fn, helpfulness, format_weight, answer_weight)
+
+  def score(samples: Sequence[Sample]
+            ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    benign = np.array([_is_benign(s) for s in samples], bool)
+    answers = [dataclasses.replace(s, text=verifiers.answer_of(s.text))
+               for s in samples]
+    form = rewards.format_reward(samples)
+    refuses = np.asarray(refusal_fn(answers))
+    if refuses.shape != benign.shape or refuses.dtype != bool:
+      raise ValueError(
+          f'V_r gives {refuses.dtype} {list(refuses.shape)} for {len(samples)} '
+          'samples; it must give one bool each')
+    refusal = refuses.astype(np.float32)
+    safety = (np.float32(format_weight) * form
+              + np.float32(answer_weight) * np.where(benign, -refusal, refusal))
+    parts = {'format': form, 'refusal': refusal, 'safety': safety}
+    if helpfulness == 'none':
+      return safety, parts
+    chosen = np.flatnonzero(benign)
+    asked = [answers[i] for i in chosen]
+    help_ = rewards.check_rewards(helpfulness_fn(asked), asked, 'helpfulness')
+    if helpfulness == 'standardised':
+      help_ = np.maximum(standardise(help_, asked), 0)
+    parts['helpfulness'] = np.zeros(len(samples), np.float32)
+    parts['helpfulness'][chosen] = help_ * (1 - refusal[chosen])
+    return safety + parts['helpfulness'], parts
+
+  return score
 
 
 def standardise(values: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
   """Returns (value - mean) / std within each prompt's samples, float32 [N].
 
   0 where all values of a group are equal.
+
+  Raises:
+    ValueError: a prompt has one sample only.
   """
-  raise NotImplementedError
+  values = np.asarray(values, np.float64)
+  result = np.zeros(len(samples), np.float32)
+  groups = collections.defaultdict(list)
+  for row, sample in enumerate(samples):
+    groups[sample.prompt.id].append(row)
+  for name, rows in groups.items():
+    if len(rows) == 1:
+      raise ValueError(
+          f'prompt {name} has one sample, and nothing to standardise its '
+          'helpfulness with; set num_generations to 2 or more')
+    group = values[rows]
+    if np.ptp(group) > 0:
+      result[rows] = (group - group.mean()) / group.std()
+  return result
+
+
+def _is_benign(sample: Sample) -> bool:
+  if not sample.prompt.label:
+    raise ValueError(
+        f'prompt {sample.prompt.id} has no label; AlphaAlign needs "harmful" '
+        'or "benign" on every prompt')
+  return sample.prompt.label == 'benign'
+
+
+def _check(helpfulness_fn, helpfulness, format_weight, answer_weight) -> None:
+  if helpfulness not in HELPFULNESS:
+    raise ValueError(
+        f'unknown helpfulness {helpfulness!r}; use one of '
+        f'{", ".join(HELPFULNESS)}')
+  if (helpfulness == 'none') != (helpfulness_fn is None):
+    raise ValueError(
+        f'helpfulness is {helpfulness!r}, and '
+        + ('there is no' if helpfulness_fn is None else 'there is a')
+        + ' helpfulness reward; give one, or "none" without')
+  for name, weight in (('format', format_weight), ('answer', answer_weight)):
+    if not (math.isfinite(weight) and weight > 0):
+      raise ValueError(
+          f'the {name} weight of AlphaAlign is {weight}; it must be above 0')

@@ -17,7 +17,7 @@ import numpy as np
 from csrm_jax import scoring
 from csrm_jax.rl import http_scorer, verifiers
 from csrm_jax.rl.types import RewardFn, Sample
-from csrm_jax.safety import schema
+from csrm_jax.safety import checks, schema
 
 MODES = ('product', 'sum')
 # samples -> (total float32 [N], {name of a part: float32 [N]})
@@ -143,13 +143,35 @@ def combine(
   Args:
     parts: name -> (reward, weight).
     mode: 'product' multiplies the parts, each to the power of its weight, as
-      in R * H; 'sum' adds weight times part.
+      in R * H; 'sum' adds weight times part. Weight 0: only logged.
     added: further parts, added with their weights to the product (a format
       reward, an over-long penalty); with 'sum' put them among the parts.
     clip: (low, high) of the total.
+
+  Raises:
+    ValueError: nothing to combine, an unknown mode, or numbers that mean
+      nothing; from the function: a part or the total is not finite.
   """
-  del parts, mode, added, clip
-  raise NotImplementedError
+  added = added or {}
+  _check_parts(parts, mode, added, clip)
+
+  def score(samples: Sequence[Sample]
+            ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    values = {name: _part(fn, samples, name)
+              for name, (fn, _) in {**parts, **added}.items()}
+    wide = {name: value.astype(np.float64) for name, value in values.items()}
+    if mode == 'product':
+      with np.errstate(all='ignore'):
+        total = math.prod(wide[name] ** weight
+                          for name, (_, weight) in parts.items())
+      total = total + sum(weight * wide[name]
+                          for name, (_, weight) in added.items())
+    else:
+      total = sum(weight * wide[name] for name, (_, weight) in parts.items())
+    total = check_rewards(total, samples, 'total')
+    return (np.clip(total, *map(np.float32, clip)) if clip else total), values
+
+  return score
 
 
 def check_rewards(
@@ -165,8 +187,23 @@ def check_rewards(
   Raises:
     ValueError: not as many as samples, or one is missing or not finite.
   """
-  del values, samples, name
-  raise NotImplementedError
+  if hasattr(values, '__array__'):
+    values = np.asarray(values).tolist()
+  if isinstance(values, (str, Mapping)) or not isinstance(values, Sequence):
+    raise ValueError(
+        f'reward {name} gives {checks.show(values)}; return a list of one '
+        'number a sample')
+  if len(values) != len(samples):
+    raise ValueError(
+        f'reward {name} gives {len(values)} numbers for {len(samples)} samples '
+        f'(the first is {samples[0].id if samples else "none"}); return one '
+        'for each, in their order')
+  for value, sample in zip(values, samples, strict=True):
+    if not _is_finite(value):
+      raise ValueError(
+          f'{sample.id}: reward {name} is {checks.show(value)}, not a finite '
+          'number; what cannot be scored has no reward')
+  return np.array(values, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,12 +225,29 @@ class Normaliser:
     return math.sqrt(self.m2 / self.count) if self.count else 0.0
 
   def update(self, rewards: np.ndarray) -> Normaliser:
-    """Returns the normaliser that has also seen these [N]."""
-    raise NotImplementedError
+    """Returns the normaliser that has also seen these [N].
+
+    With several processes: those of all, so that each has the same.
+
+    Source: Chan et al. (1983), the pairwise update of mean and m2.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if not rewards.size:
+      return self
+    count = self.count + rewards.size
+    delta = rewards.mean() - self.mean
+    m2 = np.sum((rewards - rewards.mean()) ** 2)
+    return Normaliser(
+        count, float(self.mean + delta * rewards.size / count),
+        float(self.m2 + m2 + delta**2 * self.count * rewards.size / count))
 
   def apply(self, rewards: np.ndarray) -> np.ndarray:
     """Returns (rewards - mean) / std, float32; 0 where all were equal."""
-    raise NotImplementedError
+    distance = np.asarray(rewards, np.float64) - self.mean
+    # A spread that only rounding made is none.
+    if self.std <= 1e-7 * max(abs(self.mean), 1e-30):
+      return np.zeros(distance.shape, np.float32)
+    return (distance / self.std).astype(np.float32)
 
   def to_dict(self) -> dict[str, float]:
     """Returns what `from_dict` reads."""
@@ -216,6 +270,41 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
   with np.errstate(over='ignore'):
     value = 1 / (1 + np.exp(-x))
   return np.maximum(value, _TINY).astype(np.float32)
+
+
+def _is_finite(value: Any) -> bool:
+  is_number = isinstance(value, (int, float, np.number))
+  return is_number and abs(value) <= np.finfo(np.float32).max
+
+
+def _part(fn: RewardFn, samples: Sequence[Sample], name: str) -> np.ndarray:
+  value = fn(samples)
+  if getattr(value, 'dtype', None) != np.float32:
+    raise ValueError(
+        f'reward {name} gives {getattr(value, "dtype", type(value).__name__)}, '
+        'not float32, which may have lost fractions; make the reward with '
+        'rewards.from_callable')
+  return check_rewards(value, samples, name)
+
+
+def _check_parts(parts, mode, added, clip) -> None:
+  if mode not in MODES:
+    raise ValueError(
+        f'unknown reward mode {mode!r}; use one of {", ".join(MODES)}')
+  if not parts:
+    raise ValueError('no reward is given; name at least one part')
+  if mode == 'sum' and added:
+    raise ValueError(
+        f'reward {next(iter(added))} is added to a sum; put it among the parts')
+  for name, (_, weight) in [*parts.items(), *added.items()]:
+    if not math.isfinite(weight):
+      raise ValueError(f'reward {name} has weight {weight}; give a number')
+    if name in parts and name in added:
+      raise ValueError(f'reward {name} is given twice; rename one')
+  if clip is not None and not clip[0] < clip[1]:
+    raise ValueError(
+        f'the reward clip is from {clip[0]} to {clip[1]}; the first must be '
+        'less than the second')
 
 
 def _check_slope(a: float, b: float) -> None:

@@ -1,0 +1,214 @@
+"""How often V_r is right: against people who labelled XSTest's completions.
+
+python -m csrm_jax.rl.refusals DIR [--checkpoint=MODEL --safety=FILE]
+
+DIR holds xstest_v2_completions_*.csv with the labels of two annotators. The
+patterns were written while looking at one half of the prompts; what is printed
+is of the other half. With a reward model and rules that forbid to refuse
+(configs/safety/refusal.yaml) it is measured beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from csrm_jax import reward_model
+from csrm_jax.data import public, rows
+from csrm_jax.evals import bootstrap, markdown
+from csrm_jax.rl import verifiers
+from csrm_jax.rl.types import Prompt, Sample
+from csrm_jax.safety import checks, schema
+
+_FULL, _PARTIAL = public.XSTEST_LABELS[1:]
+# name -> the labels that count as a refusal
+POSITIVE = {'full': (_FULL,), 'full or partial': (_FULL, _PARTIAL)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """One completion and what people called it; labels: public.XSTEST_LABELS.
+
+  Attributes:
+    sample: prompt and completion.
+    first: the first annotator's label.
+    second: the second annotator's.
+    final: what was agreed on.
+  """
+  sample: Sample
+  first: str
+  second: str
+  final: str
+
+
+def read(folder: str | os.PathLike) -> list[Judged]:
+  """Returns the completions of all models, with their labels.
+
+  Raises:
+    FileNotFoundError: no completions there.
+    ValueError: a missing column, or an unknown label.
+  """
+  files = sorted(pathlib.Path(folder).glob('*completions*.csv'))
+  if not files:
+    raise FileNotFoundError(
+        f'{folder}: no *completions*.csv there; give the folder of XSTest')
+  safety = schema.SafetyConfig((public.XSTEST_RULES['refusal'],))
+  labels = ('annotation_1', 'annotation_2', 'final_label')
+  judged = []
+  for path in files:
+    for where, row in rows.read_csv(
+        path, ('id', 'prompt', 'completion', *labels)):
+      for column in labels:
+        if row[column] not in public.XSTEST_LABELS:
+          raise ValueError(
+              f'{where}: unknown {column} {checks.show(row[column])}; it must '
+              f'be one of {", ".join(public.XSTEST_LABELS)}')
+      prompt = Prompt(f'{path.stem}/{row["id"]}',
+                      (schema.Message('user', row['prompt']),), safety)
+      judged.append(Judged(
+          Sample(prompt, 0, row['completion'], 0, True),
+          *(row[column] for column in labels)))
+  return judged
+
+
+def halves(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
+  """Returns (what patterns may be tuned on, what is reported).
+
+  By a hash of the prompt's text: no prompt is in both, under any model.
+  """
+  result = ([], [])
+  for item in judged:
+    digest = hashlib.sha256(_prompt_text(item).encode()).digest()
+    result[digest[0] % 2].append(item)
+  return result
+
+
+def accuracy(labels: np.ndarray, refuses: np.ndarray) -> float:
+  """Returns the share of rows on which both agree; all arrays bool [N]."""
+  return float(np.mean(labels == refuses)) if len(labels) else math.nan
+
+
+def precision(labels: np.ndarray, refuses: np.ndarray) -> float:
+  """Returns the share of predicted refusals that are some; nan without any."""
+  return float(np.mean(labels[refuses])) if refuses.any() else math.nan
+
+
+def recall(labels: np.ndarray, refuses: np.ndarray) -> float:
+  """Returns the share of refusals that are found; nan without any."""
+  return float(np.mean(refuses[labels])) if labels.any() else math.nan
+
+
+def f1(labels: np.ndarray, refuses: np.ndarray) -> float:
+  """Returns F1 of "refuses"; nan where nothing is and nothing is called one."""
+  size = labels.sum() + refuses.sum()
+  return float(2 * np.sum(labels & refuses) / size) if size else math.nan
+
+
+def kappa(labels: np.ndarray, refuses: np.ndarray) -> float:
+  """Returns Cohen's kappa; nan where both are all one class.
+
+  Source: Cohen (1960), A coefficient of agreement for nominal scales.
+  """
+  by_chance = (labels.mean() * refuses.mean()
+               + (1 - labels.mean()) * (1 - refuses.mean()))
+  if by_chance == 1:
+    return math.nan
+  return float((accuracy(labels, refuses) - by_chance) / (1 - by_chance))
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    'accuracy': accuracy, 'precision': precision, 'recall': recall, 'f1': f1,
+    'kappa': kappa,
+}
+
+
+def measure(
+    labels: np.ndarray, refuses: np.ndarray, units: np.ndarray,
+    num_samples: int = 1000
+) -> dict[str, tuple[float, float, float]]:
+  """Returns {metric: (value, low, high)}, with 95% bootstrap intervals.
+
+  Args:
+    labels: bool [N], what is a refusal.
+    refuses: bool [N], what is called one.
+    units: int [N]; rows of one number are drawn together.
+    num_samples: draws.
+  """
+  return {
+      name: (fn(labels, refuses), *bootstrap.interval(
+          fn, (labels, refuses), units, num_samples=num_samples))
+      for name, fn in METRICS.items()}
+
+
+def compare(
+    judged: Sequence[Judged], verdicts: dict[str, np.ndarray], kind: str
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+  """Returns {V_r's name: its metrics}, and those of the annotators.
+
+  V_r is held against the final label, the second annotator against the first:
+  as well as people agree with each other is as well as a verifier can do.
+
+  Args:
+    judged: N completions.
+    verdicts: name -> bool [N].
+    kind: of POSITIVE.
+  """
+  positive = POSITIVE[kind]
+  first, second, final = (
+      np.array([getattr(item, name) in positive for item in judged])
+      for name in ('first', 'second', 'final'))
+  # Completions of several models to one prompt depend on each other.
+  units = np.unique([_prompt_text(item) for item in judged],
+                    return_inverse=True)[1]
+  return {
+      **{name: measure(final, refuses, units)
+         for name, refuses in verdicts.items()},
+      'second annotator': measure(first, second, units)}
+
+
+def main() -> None:
+  """Prints the tables."""
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument('folder', help='of XSTest')
+  parser.add_argument('--checkpoint', default='',
+                      help='a reward model, or a public model')
+  parser.add_argument('--words', nargs=2, default=reward_model.WORDS,
+                      help='for "safe" and "unsafe", to a public model')
+  parser.add_argument('--safety', default='',
+                      help='rules that forbid to refuse, for --checkpoint')
+  args = parser.parse_args()
+  if bool(args.checkpoint) != bool(args.safety):
+    parser.error('--checkpoint and --safety belong together; give both')
+  tuned, judged = halves(read(args.folder))
+  samples = [item.sample for item in judged]
+  found = {'V_r, patterns': verifiers.REFUSALS['patterns'](samples)}
+  if args.checkpoint:
+    model = reward_model.load(args.checkpoint, words=tuple(args.words))
+    found['V_r, reward model'] = verifiers.by_score(
+        model.score_fn, schema.load_safety(args.safety))(samples)
+  print(f'{len(judged)} completions; {len(tuned)} others were looked at while '
+        'the patterns were written.')
+  for kind in POSITIVE:
+    print(f'\nA refusal is a {kind} refusal:\n')
+    table = compare(judged, found, kind)
+    print(markdown.table(
+        ('', *METRICS),
+        [(name, *(f'{value:.3f} [{low:.3f}, {high:.3f}]'
+                  for value, low, high in metrics.values()))
+         for name, metrics in table.items()]))
+
+
+def _prompt_text(item: Judged) -> str:
+  return ' '.join(item.sample.prompt.messages[-1].content.casefold().split())
+
+
+if __name__ == '__main__':
+  main()
