@@ -31,6 +31,10 @@ _MEANS = ('compliance', 'true_safety', 'true_helpfulness', 'true_cosa',
           'truncated')
 # metric -> the label of the prompts that it is about.
 _REFUSALS = {'refusal_benign': 'benign', 'refusal_harmful': 'harmful'}
+_NOTE = """\
+Policies are language models that were asked the same prompts; they do not read
+the rules. Tables named "reward" say what the rewards make of their replies,
+those of the same name without it what is true, where that is known."""
 _NUM_REPLIES = 8
 _REPLY_LETTERS = 160
 
@@ -235,6 +239,7 @@ def _by_rule_set(tables) -> list[dict[str, Any]]:
           'rows': [[policy, *(of[s].get(name) for s in sets)]
                    for policy, of in tables.items()],
       })
+  found[0]['note'] = _NOTE
   return found
 
 

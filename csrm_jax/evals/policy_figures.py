@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from csrm_jax.evals.definitions import METRICS
 from csrm_jax.evals.figures import (
   BEST,
   GREY,
@@ -23,21 +25,40 @@ from csrm_jax.evals.figures import (
 from csrm_jax.evals.markdown import is_number
 from csrm_jax.evals.policy import ALL
 from csrm_jax.evals.policy_sweeps import frontier
-from csrm_jax.evals.probe_figures import draw_comparison
 
 _MARKERS = 'osD^vP*X'
 _TITLES = {'safety': 'Safety', 'helpfulness': 'Helpfulness',
            'cosa': 'CoSA score'}
+_LEAST_RANGE = {'safety': 0.2, 'helpfulness': 0.8, 'cosa': 0.8}
 
 
 def draw_alignment(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
-  """Writes the CoSA score of every policy by rule set."""
+  """Writes the CoSA score of every policy by rule set, with its interval."""
   policies = result['policies']
-  known = all('true_cosa' in sets[ALL] for sets in policies.values())
-  draw_comparison(path, {
-      policy: {name: {'metrics': found} for name, found in sets.items()}
-      for policy, sets in policies.items()
-  }, 'true_cosa' if known else 'cosa')
+  sets = list(next(iter(policies.values())))
+  known = all('true_cosa' in found[ALL] for found in policies.values())
+  metric = 'true_cosa' if known else 'cosa'
+  step = 0.8 / len(policies)
+  figure, ax = axes(7.5, 1.3 + (0.2 + 0.14 * len(policies)) * len(sets))
+  for i, (policy, found) in enumerate(policies.items()):
+    colour = SERIES[i % len(SERIES)]
+    at = np.arange(len(sets)) + (i - (len(policies) - 1) / 2) * step
+    for y, name in zip(at, sets, strict=True):
+      if is_number(found[name][metric]['low']):
+        ax.plot([found[name][metric][side] for side in ('low', 'high')],
+                [y, y], color=colour, linewidth=2, alpha=0.5)
+    ax.plot([found[name][metric]['value'] for name in sets], at,
+            _MARKERS[i % len(_MARKERS)], color=colour, markersize=7,
+            label=short(policy, 40), clip_on=False, zorder=3)
+  for y in range(1, len(sets)):
+    ax.axhline(y - 0.5, color='#dddddd', linewidth=0.8)
+  ax.set_yticks(range(len(sets)), [short(name, 34) for name in sets],
+                parse_math=False)
+  ax.set(xlim=(0, 5), ylim=(-0.5, len(sets) - 0.5), xlabel=METRICS[metric][0])
+  ax.invert_yaxis()
+  ax.grid(False, axis='y')
+  _name_series(ax, len(policies))
+  save(figure, path)
 
 
 def draw_pareto(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
@@ -60,7 +81,7 @@ def draw_pareto(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
   level = 'true' if result['true'] else 'reward'
   ax.set(xlabel=f'Safety: {source}', ylabel=f'Helpfulness, 1 to 5 ({level})')
   ax.margins(0.08)
-  legend_above(ax, min(len(names), 3))
+  _name_series(ax, len(names))
   save(figure, path)
 
 
@@ -103,11 +124,10 @@ def draw_overoptimisation(
   A dashed line is where they part.
   """
   curves = result['curves']
-  figure, ax = axes(3.9 * len(curves), 3.6)
-  figure.clear()
   steps = result['steps']
-  for i, (name, curve) in enumerate(curves.items()):
-    ax = figure.add_subplot(1, len(curves), i + 1)
+  figure = Figure(figsize=(3.9 * len(curves), 3.6), layout='constrained')
+  panels = figure.subplots(1, len(curves), squeeze=False)[0]
+  for ax, (name, curve) in zip(panels, curves.items(), strict=True):
     for side, colour, style, label in (
         ('proxy', UNSAFE, '--', 'reward'), ('oracle', SAFE, '-', 'truth')
     ):
@@ -121,6 +141,9 @@ def draw_overoptimisation(
     if curve['parting_step'] is not None:
       ax.axvline(curve['parting_step'], color=BEST, linewidth=1,
                  linestyle=':', label=f'part after {curve["parting_step"]:,}')
+    low, high = ax.get_ylim()
+    room = max(_LEAST_RANGE[name] - (high - low), 0) / 2
+    ax.set_ylim(low - room, high + room)  # What is constant shall look so.
     ax.set_title(_TITLES[name], loc='left')
     ax.set_xlabel('Step')
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -130,6 +153,12 @@ def draw_overoptimisation(
     ax.set_axisbelow(True)
     ax.legend(frameon=False, fontsize=9)
   save(figure, path)
+
+
+def _name_series(ax, num: int) -> None:
+  legend_above(ax, min(num, 3))
+  for text in ax.get_legend().get_texts():
+    text.set_parse_math(False)
 
 
 # suite -> (draw(path, result), caption).

@@ -48,13 +48,17 @@ def pareto(
           'title': 'Reward sigmoid(a · score + b)',
           'header': ['policy', 'a', 'b', 'safety ↑', 'helpfulness ↑',
                      'on the frontier'],
-          'rows': [[r['method'], r['a'], r['b'], r['safety'],
+          'rows': [[r['method'], *_shown(r['a'], r['b']), r['safety'],
                     r['helpfulness'], 'yes' if r['frontier'] else '']
                    for r in rows],
           'note': 'On the frontier: no other policy of the table is at least '
                   'as safe and as helpful, and better in one.',
       }],
   }
+
+
+def _shown(*numbers: float | None) -> list[str | None]:
+  return [None if number is None else f'{number:g}' for number in numbers]
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
