@@ -1,4 +1,7 @@
-"""Sums and means over the selected part of an array, in float32."""
+"""Sums and means over the selected part of an array, in float32.
+
+float64 stays float64; it exists only where jax_enable_x64 is on, as in tests.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ def masked_sum(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
 
   x and mask have shapes that broadcast to each other.
   """
-  x, mask = jnp.broadcast_arrays(x.astype(jnp.float32), mask)
+  x, mask = jnp.broadcast_arrays(x.astype(_dtype(x)), mask)
   kept = jnp.where(mask != 0, x, 0.0)
-  return jnp.sum(kept * mask.astype(jnp.float32), axis=axis)
+  return jnp.sum(kept * mask.astype(x.dtype), axis=axis)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
@@ -27,7 +30,11 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
   The empty mean is 0, not NaN, so that a row without tokens adds nothing to a
   loss. Do not use it where "nothing selected" must be seen as an error.
   """
-  x, mask = jnp.broadcast_arrays(x.astype(jnp.float32), mask)
-  weight = jnp.sum(mask.astype(jnp.float32), axis=axis)
+  x, mask = jnp.broadcast_arrays(x.astype(_dtype(x)), mask)
+  weight = jnp.sum(mask.astype(x.dtype), axis=axis)
   total = masked_sum(x, mask, axis)
   return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+
+def _dtype(x: jax.Array) -> jnp.dtype:
+  return jnp.promote_types(x.dtype, jnp.float32)
