@@ -1,0 +1,350 @@
+"""Losses of a policy; each returns (total, weight, metrics), divides nothing.
+
+As in csrm_jax.losses the train step divides once by the global weight, so that
+the loss does not depend on how a batch is cut into microbatches.
+
+Batches of sampled completions, one a row:
+  completion_mask [B,T]: 1 on the completion's tokens, stop token included;
+  old_logprobs float32 [B,T]: of the policy at the start of the update;
+  ref_logprobs float32 [B,T]: of the reference model;
+  advantages float32 [B,T]; for a critic also returns, old_values float32 [B,T].
+The value at position t is about token t. Off the completion any value may
+stand, NaN too: it reaches neither a loss nor a gradient. A row without
+completion tokens has no weight.
+
+Log-probabilities are in nats, all of one function and one temperature.
+
+Axes: B rows, T tokens, P preference pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from csrm_jax.core import masked
+from csrm_jax.losses import Metrics
+
+RATIOS = ('token', 'sequence')
+AGGREGATIONS = 'token-mean', 'seq-mean-token-mean', 'seq-mean-token-sum-norm'
+# The estimators that are right in each place: k1 in a loss has an expected
+# gradient of 0, and k2, k3 in a reward are not the KL's.
+KL_ESTIMATORS = {'none': ('k1', 'k2', 'k3'), 'reward': ('k1',),
+                 'loss': ('k2', 'k3')}
+# Log ratios are cut off here before exp, which would overflow at 88.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """The clipped policy-gradient objective; hashable.
+
+  Attributes:
+    epsilon: ratios below 1 − epsilon are clipped.
+    epsilon_high: ratios above 1 + epsilon_high are clipped; clip-higher where
+      it is larger than epsilon.
+    dual_clip: largest ratio that counts for a negative advantage, above 1;
+      None for no limit.
+    ratio: of each 'token', or one of the 'sequence' (GSPO): the geometric mean
+      of its tokens' ratios.
+    loss_aggregation: 'token-mean' over all tokens of the batch;
+      'seq-mean-token-mean' over rows of the mean over their tokens;
+      'seq-mean-token-sum-norm' over rows of the sum over their tokens divided
+      by max_completion_length.
+    kl_place: where the KL to the reference is penalised: 'reward' (the caller
+      hands kl_coef times the estimate to the advantages), 'loss' or 'none'.
+    kl_estimator: k1 in the reward, k2 or k3 in the loss.
+    kl_coef: weight of the KL; 0 where kl_place is 'none'.
+    max_completion_length: in tokens, for 'seq-mean-token-sum-norm'.
+  """
+
+  epsilon: float = 0.2
+  epsilon_high: float = 0.2
+  dual_clip: float | None = None
+  ratio: str = 'token'
+  loss_aggregation: str = 'token-mean'
+  kl_place: str = 'reward'
+  kl_estimator: str = 'k1'
+  kl_coef: float = 0.01
+  max_completion_length: int | None = None
+
+  def __post_init__(self):
+    for name, allowed in (('ratio', RATIOS), ('kl_place', KL_ESTIMATORS),
+                          ('loss_aggregation', AGGREGATIONS)):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+            f'{name}={getattr(self, name)!r} must be one of '
+            f'{", ".join(allowed)}.')
+    _check_clipping(self)
+    _check_kl(self)
+    if (self.ratio == 'sequence'
+        and self.loss_aggregation != 'seq-mean-token-mean'):
+      raise ValueError(
+          f"ratio='sequence' with loss_aggregation={self.loss_aggregation!r} "
+          'would weigh a sequence by its length; take seq-mean-token-mean.')
+    if self.loss_aggregation == 'seq-mean-token-sum-norm' and not (
+        self.max_completion_length and self.max_completion_length > 0):
+      raise ValueError(
+          f'max_completion_length={self.max_completion_length} must be at '
+          "least 1 with loss_aggregation='seq-mean-token-sum-norm', which "
+          'divides by it.')
+
+
+def _check_clipping(objective: Objective) -> None:
+  epsilon, epsilon_high = objective.epsilon, objective.epsilon_high
+  if not (0 < epsilon < 1 and 0 < epsilon_high < float('inf')):
+    raise ValueError(
+        f'epsilon={epsilon} must lie in (0, 1) and epsilon_high={epsilon_high} '
+        'be positive and finite.')
+  if objective.dual_clip is not None and not objective.dual_clip > 1:
+    raise ValueError(
+        f'dual_clip={objective.dual_clip} must be above 1; None is no limit.')
+
+
+def _check_kl(objective: Objective) -> None:
+  place, estimator = objective.kl_place, objective.kl_estimator
+  if estimator not in KL_ESTIMATORS[place]:
+    why = {'loss': "k1's expected gradient there is 0",
+           'reward': 'only k1 penalises the KL there'}.get(place, 'unknown')
+    raise ValueError(
+        f'kl_estimator={estimator!r} does not go with kl_place={place!r} '
+        f'({why}); take {" or ".join(KL_ESTIMATORS[place])}.')
+  if not 0 <= objective.kl_coef < float('inf'):
+    raise ValueError(
+        f'kl_coef={objective.kl_coef} must be at least 0 and finite.')
+  if place == 'none' and objective.kl_coef:
+    raise ValueError(
+        f"kl_coef={objective.kl_coef} does nothing at kl_place='none'; set it "
+        "to 0 or put the KL into 'reward' or 'loss'.")
+
+
+def kl_estimate(
+    logprobs: jax.Array, ref_logprobs: jax.Array, estimator: str
+) -> jax.Array:
+  """Returns an estimate of KL(policy ‖ reference) from each token, in nats.
+
+  With d = logprobs − ref_logprobs: k1 = d, k2 = d²/2, k3 = e^−d − 1 + d. For
+  tokens drawn from the policy k1 and k3 have the KL as their mean, k2 nearly;
+  but as a *loss* k1's expected gradient is 0, k2's is the KL's, and k3's that
+  of KL(reference ‖ policy).
+
+  Args:
+    logprobs: of the drawn tokens, any shape.
+    ref_logprobs: of the same tokens under the reference.
+    estimator: 'k1', 'k2' or 'k3'.
+
+  Source: Schulman, "Approximating KL divergence" (2020).
+  """
+  gap = _float(logprobs) - ref_logprobs
+  if estimator == 'k1':
+    return gap
+  if estimator == 'k2':
+    return 0.5 * jnp.square(gap)
+  if estimator == 'k3':
+    return _exp(-gap) - 1 + gap
+  raise ValueError(f'kl_estimator={estimator!r} must be k1, k2 or k3.')
+
+
+def policy_loss(
+    logprobs: jax.Array, batch: Mapping[str, jax.Array], objective: Objective
+) -> tuple[jax.Array, jax.Array, Metrics]:
+  """Returns (total, weight, metrics) of the clipped policy objective.
+
+  A token's loss is −min(r·A, clip(r, 1 − ε, 1 + ε_high)·A) with r = e^(logprobs
+  − old_logprobs) or the sequence's ratio, for A < 0 at most −dual_clip·A; plus
+  kl_coef times the KL estimate where the KL is in the loss.
+
+  Metrics, token means but for the first: policy/loss (without the KL, as
+  aggregated), policy/clip_frac_low and policy/clip_frac_high (where the clip
+  stops the gradient), policy/dual_clip_frac, policy/ratio_mean,
+  policy/ratio_max (mean over rows of a row's largest), policy/entropy (from the
+  drawn tokens: −logprobs), kl/ref and kl/old (k3).
+
+  Args:
+    logprobs: float32 [B,T] of the policy that is trained.
+    batch: see the top of the file.
+    objective: static.
+
+  Source: PPO (arXiv 1707.06347), eq. 7; dual clip (arXiv 1912.09729), eq. 5;
+    clip-higher (DAPO, arXiv 2503.14476), eq. 10; GSPO (2507.18071), eq. 5.
+  """
+  mask = batch['completion_mask'] > 0
+  # Cleared first: a weight of 0 keeps a NaN out of the loss, but not out of
+  # the gradient.
+  logprobs, old, ref, advantages = (
+      jnp.where(mask, _float(x), 0.0) for x in (
+          logprobs, batch['old_logprobs'], batch['ref_logprobs'],
+          batch['advantages']))
+  log_ratio = logprobs - old
+  if objective.ratio == 'sequence':
+    log_ratio = jnp.where(
+        mask, masked.masked_mean(log_ratio, mask, axis=1)[:, None], 0.0)
+  ratio = _exp(log_ratio)
+  surrogate, clips = _clipped(ratio, advantages, objective)
+  total, weight = _aggregate(-surrogate, mask, objective)
+  metrics = {'policy/loss': (total, weight)}
+  if objective.kl_place == 'loss':
+    kl = kl_estimate(logprobs, ref, objective.kl_estimator)
+    total += objective.kl_coef * _aggregate(kl, mask, objective)[0]
+  tokens = {
+      **{f'policy/{name}': hits for name, hits in clips.items()},
+      'policy/ratio_mean': ratio,
+      'policy/entropy': -logprobs,
+      'kl/ref': kl_estimate(logprobs, ref, 'k3'),
+      'kl/old': kl_estimate(logprobs, old, 'k3'),
+  }
+  metrics |= {name: _token_sum(x, mask) for name, x in tokens.items()}
+  highest = jnp.where(mask, ratio, 0.0).max(1)
+  metrics['policy/ratio_max'] = (highest.sum(), mask.any(1).sum())
+  return total, weight, jax.lax.stop_gradient(metrics)
+
+
+def value_loss(
+    values: jax.Array, batch: Mapping[str, jax.Array],
+    value_clip: float | None = 0.2, objective: Objective | None = None
+) -> tuple[jax.Array, jax.Array, Metrics]:
+  """Returns (total, weight, metrics) of the critic's squared error, halved.
+
+  With value_clip the larger of the errors of the value and of the value held
+  within value_clip of old_values. Metrics: value/loss, value/clip_frac.
+
+  Args:
+    values: float32 [B,T], of what precedes token t.
+    batch: see the top of the file.
+    value_clip: in units of the reward; None does not clip.
+    objective: for its aggregation; None is a mean over tokens.
+
+  Source: PPO's reference implementation; see arXiv 2005.12729, §2.
+  """
+  if value_clip is not None and not value_clip > 0:
+    raise ValueError(
+        f'value_clip={value_clip} must be positive; None switches it off.')
+  mask = batch['completion_mask'] > 0
+  values, old, returns = (
+      jnp.where(mask, _float(x), 0.0)
+      for x in (values, batch['old_values'], batch['returns']))
+  error = jnp.square(values - returns)
+  clipped = jnp.zeros_like(mask)
+  if value_clip is not None:
+    held = jnp.clip(values, old - value_clip, old + value_clip)
+    held_error = jnp.square(held - returns)
+    clipped = held_error > error
+    error = jnp.maximum(error, held_error)
+  total, weight = _aggregate(0.5 * error, mask, objective or Objective())
+  return total, weight, jax.lax.stop_gradient({
+      'value/loss': (total, weight),
+      'value/clip_frac': _token_sum(clipped, mask)})
+
+
+def distillation_loss(
+    logprob_sums: jax.Array, batch: Mapping[str, jax.Array], beta: float
+) -> tuple[jax.Array, jax.Array, Metrics]:
+  """Returns (total, weight, metrics) of reward distillation.
+
+  A pair's loss is (log(R⁺/R⁻) − β·log(π(y⁺)π_ref(y⁻) / π(y⁻)π_ref(y⁺)))². The
+  paper prints a product of rewards; the method it cites has this difference.
+
+  Metrics: policy/loss, pairs/accuracy (π prefers the better more than π_ref
+  does; a tie is half), pairs/margin and pairs/target (β·log(…) and log(R⁺/R⁻)).
+
+  Args:
+    logprob_sums: float32 [P,2], log π of each completion; side 0 the better.
+    batch: reward float32 [P,2], above 0, the product of all rewards;
+      ref_logprob float32 [P,2]; pair_weight float32 [P] where some are
+      padding.
+    beta: β.
+
+  Source: CSRM (arXiv 2605.30487), RL alignment; Fisch et al. (arXiv
+    2405.19316), eq. 7.
+  """
+  weight = _pair_weight(batch)
+  margin = _margin(logprob_sums, batch, beta, weight)
+  reward = jnp.where(weight[:, None] > 0, _float(batch['reward']), 1.0)
+  target = jnp.log(reward[:, 0]) - jnp.log(reward[:, 1])
+  return _pair_loss(jnp.square(target - margin), margin, weight, {
+      'pairs/target': target})
+
+
+def dpo_loss(
+    logprob_sums: jax.Array, batch: Mapping[str, jax.Array], beta: float
+) -> tuple[jax.Array, jax.Array, Metrics]:
+  """Returns (total, weight, metrics) of direct preference optimisation.
+
+  A pair's loss is −log σ(β·log(π(y⁺)π_ref(y⁻) / π(y⁻)π_ref(y⁺))). Arguments and
+  metrics are those of distillation_loss; the rewards only order the pair.
+
+  Source: DPO (arXiv 2305.18290), eq. 7.
+  """
+  weight = _pair_weight(batch)
+  margin = _margin(logprob_sums, batch, beta, weight)
+  return _pair_loss(-jax.nn.log_sigmoid(margin), margin, weight, {})
+
+
+def _float(x: jax.Array) -> jax.Array:
+  """Returns x in float32, or in float64 where it is that."""
+  x = jnp.asarray(x)
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _exp(x: jax.Array) -> jax.Array:
+  return jnp.exp(jnp.clip(x, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def _clipped(ratio, advantages, objective):
+  """Returns the objective of each token and {name: where it is clipped}."""
+  low, high = 1 - objective.epsilon, 1 + objective.epsilon_high
+  surrogate = jnp.minimum(
+      ratio * advantages, jnp.clip(ratio, low, high) * advantages)
+  clips = {'clip_frac_low': (ratio < low) & (advantages < 0),
+           'clip_frac_high': (ratio > high) & (advantages > 0)}
+  if objective.dual_clip is not None:
+    bound = objective.dual_clip * advantages
+    surrogate = jnp.where(
+        advantages < 0, jnp.maximum(surrogate, bound), surrogate)
+    clips['dual_clip_frac'] = (ratio > objective.dual_clip) & (advantages < 0)
+  return surrogate, clips
+
+
+def _aggregate(x, mask, objective) -> tuple[jax.Array, jax.Array]:
+  """Returns (total, weight) of x [B,T] under objective.loss_aggregation."""
+  if objective.loss_aggregation == 'token-mean':
+    return _token_sum(x, mask)
+  num_rows = mask.any(1).sum().astype(x.dtype)
+  if objective.loss_aggregation == 'seq-mean-token-mean':
+    return masked.masked_mean(x, mask, axis=1).sum(), num_rows
+  total = masked.masked_sum(x, mask) / objective.max_completion_length
+  return total, num_rows
+
+
+def _token_sum(x, mask) -> tuple[jax.Array, jax.Array]:
+  total = masked.masked_sum(x, mask)
+  return total, mask.sum().astype(total.dtype)
+
+
+def _pair_weight(batch) -> jax.Array:
+  return _float(batch.get(
+      'pair_weight', jnp.ones(batch['ref_logprob'].shape[0])))
+
+
+def _margin(logprob_sums, batch, beta, weight) -> jax.Array:
+  """Returns β times the difference of the sides' log-ratios, [P]."""
+  if not 0 < beta < float('inf'):
+    raise ValueError(f'beta={beta} must be positive and finite.')
+  used = weight[:, None] > 0
+  log_ratio = (jnp.where(used, _float(logprob_sums), 0.0)
+               - jnp.where(used, batch['ref_logprob'], 0.0))
+  return beta * (log_ratio[:, 0] - log_ratio[:, 1])
+
+
+def _pair_loss(loss, margin, weight, extra):
+  """Returns (total, weight, metrics); all but weight are cleared [P]."""
+  total, num_pairs = masked.masked_sum(loss, weight), weight.sum()
+  ordered = 0.5 * ((margin > 0) + (margin >= 0).astype(weight.dtype))
+  values = {'pairs/accuracy': ordered, 'pairs/margin': margin, **extra}
+  metrics = {name: (masked.masked_sum(x, weight), num_pairs)
+             for name, x in values.items()}
+  metrics['policy/loss'] = (total, num_pairs)
+  return total, num_pairs, jax.lax.stop_gradient(metrics)
