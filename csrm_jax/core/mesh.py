@@ -44,6 +44,8 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   # [L, r, N, H], [L, r, K, H], [L, r, F], [L, r, D]
   (r'(query|key|value|gate|up)/lora_b', P(None, None, 'tensor')),
   (r'(out|down)/lora_b', P(None, None, 'fsdp')),
+  # The critic of PPO, read off the final hidden state: [D]
+  (r'value_head/kernel', P()),
   # Norms: [D], [L, D], [L, H]
   (r'scale', P()),
   # [D, V]
