@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.safety.checks import show
+from csrm_jax.safety.checks import show, unique_keys
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
 
 MAX_NAME_LENGTH = 80  # characters
@@ -143,7 +143,7 @@ def parse(request: Request, text: str) -> Any:
   if body.count('```') == 2:
     body = body.split('```')[1].removeprefix('json').strip()
   try:
-    obj = json.loads(body)
+    obj = json.loads(body, object_pairs_hook=unique_keys('the reply'))
   except (json.JSONDecodeError, RecursionError):
     raise ValueError(f'the reply is no JSON object: {show(body)}') from None
   if not isinstance(obj, Mapping):

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.safety.checks import read_text, show
+from csrm_jax.safety.checks import read_text, show, unique_keys
 
 
 class Rows(list):
@@ -34,8 +34,8 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
   """Yields ('file:line', value) for every line that is not blank.
 
   Raises:
-    ValueError: a line is not JSON, the last one is cut short, or there is
-      none.
+    ValueError: a line is not JSON, an object in it gives a key twice, the
+      last line is cut short, or there is none.
   """
   # Not splitlines(): JSON text may hold other line breaks than \n.
   lines = read_text(path).split('\n')
@@ -46,7 +46,7 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     is_empty = False
     where = f'{path}:{number}'
     try:
-      yield where, json.loads(line)
+      value = json.loads(line, object_pairs_hook=unique_keys(where))
     except json.JSONDecodeError as error:
       if number == len(lines):
         raise ValueError(
@@ -60,6 +60,7 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
       ) from None
     except RecursionError:
       raise ValueError(f'{where}: nested too deeply; flatten it') from None
+    yield where, value
   if is_empty:
     raise ValueError(f'{path}: no rows; give a file with one object a line')
 

@@ -25,6 +25,7 @@ from csrm_jax.data.public import (
   read_xstest,
 )
 from csrm_jax.data.rows import Rows
+from csrm_jax.safety.checks import unique_keys
 from csrm_jax.safety.schema import Example, Message, Pair, SafetyConfig
 
 __all__ = [
@@ -148,7 +149,9 @@ def _parse_row(
 def _parse_cell(column: str, value: Any, where: str) -> Any:
   if column in _NESTED and isinstance(value, str) and value[:1] in ('{', '['):
     try:
-      return json.loads(value)
+      return json.loads(
+        value, object_pairs_hook=unique_keys(f'{where}: column {column!r}')
+      )
     except json.JSONDecodeError as error:
       raise ValueError(
         f'{where}: column {column!r} is not valid JSON ({error.msg});'

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from csrm_jax.data import rows
+from csrm_jax.safety.checks import unique_keys
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.jsonl.xz', '.json', '.csv', '.parquet')
 
@@ -84,12 +85,14 @@ def _xz_lines(path) -> Iterator[tuple[str, Any]]:
     ) from None
   for number, line in enumerate(io.StringIO(text), start=1):
     if line.strip():
+      where = f'{path}:{number}'
       try:
-        yield f'{path}:{number}', json.loads(line)
+        value = json.loads(line, object_pairs_hook=unique_keys(where))
       except json.JSONDecodeError as error:
         raise ValueError(
-          f'{path}:{number}: not valid JSON ({error.msg}); fetch it again'
+          f'{where}: not valid JSON ({error.msg}); fetch it again'
         ) from None
+      yield where, value
 
 
 def _json_list(path) -> Iterator[tuple[str, Any]]:
@@ -98,7 +101,7 @@ def _json_list(path) -> Iterator[tuple[str, Any]]:
     yield from rows.read_json_lines(path)
     return
   try:
-    values = json.loads(text)
+    values = json.loads(text, object_pairs_hook=unique_keys(str(path)))
   except json.JSONDecodeError as error:
     raise ValueError(
       f'{path}: not valid JSON ({error.msg} at line {error.lineno}); fetch it'

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -115,19 +115,8 @@ def read_text(path: str | os.PathLike) -> str:
 
 def load_json(text: str, where: str) -> Any:
   """Returns the JSON value; a repeated key is an error, not an override."""
-
-  def unique(items):
-    keys = [key for key, _ in items]
-    if len(set(keys)) < len(keys):
-      repeated = next(k for i, k in enumerate(keys) if k in keys[:i])
-      raise ValueError(
-        f'{where}: the key {show(repeated)} is given twice in one object;'
-        ' remove one'
-      )
-    return dict(items)
-
   try:
-    return json.loads(text, object_pairs_hook=unique)
+    return json.loads(text, object_pairs_hook=unique_keys(where))
   except json.JSONDecodeError as error:
     raise ValueError(
       f'{where}:{error.lineno}: not valid JSON ({error.msg} at column'
@@ -135,6 +124,29 @@ def load_json(text: str, where: str) -> Any:
     ) from None
   except RecursionError:
     raise ValueError(f'{where}: nested too deeply; flatten it') from None
+
+
+def unique_keys(
+  where: str,
+) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+  """Returns an object_pairs_hook of json.loads that refuses repeated keys.
+
+  json keeps the last of two equal keys: a rule or a label would vanish in
+  silence.
+  """
+
+  def make(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    obj = dict(items)
+    if len(obj) < len(items):
+      keys = [key for key, _ in items]
+      repeated = next(k for i, k in enumerate(keys) if k in keys[:i])
+      raise ValueError(
+        f'{where}: the key {show(repeated)} is given twice in one object;'
+        ' remove one'
+      )
+    return obj
+
+  return make
 
 
 def load_yaml(text: str, where: str, items: str) -> tuple[Any, list[int]]:

@@ -104,6 +104,7 @@ def test_waits_grow_and_heed_the_server(make, fault_server):
     '{"guideline": ""}', '{"rule": "No word about cats."}',
     f'Of course. {GOOD}', '{"guideline": "No word about ca', '[' * 9999,
     '{"guideline": "short"}',
+    '{"guideline": "No word about cats.", "guideline": "Cats are fine."}',
 ])
 def test_prose_is_asked_again_then_dropped_never_guessed(
     make, fault_server, text):

@@ -86,6 +86,10 @@ ROW = example().to_dict()
     (ROW | {'violated': ['Cars'], 'label': 'unsafe'}, ['Cars']),
     ('[1, 2]', ['object']),
     ('{"id": ', ['JSON']),
+    # Whichever of the two counted, a reader might have meant the other.
+    (json.dumps(ROW)[:-1] + ', "label": "safe"}', ["'label'", 'given twice']),
+    (json.dumps(ROW).replace('"guideline"', '"name": "Other", "guideline"', 1),
+     ["'name'", 'given twice']),
     (ROW | {'safety': {'categories': [{'name': 'A', 'guideline': 'b'},
                                       {'name': 'a ', 'guideline': 'c'}]}},
      ['twice']),

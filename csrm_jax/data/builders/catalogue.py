@@ -190,6 +190,8 @@ def find_files(
   path = pathlib.Path(path)
   if path.is_file():
     return [path]
+  if not path.exists():
+    raise ValueError(f'{path}: does not exist; check the path')
   patterns = find(name).files[split]
   found = tables.find(path, patterns)
   if not found:
@@ -241,7 +243,7 @@ def fetch(name: str, split: str) -> pathlib.Path:
     ) from None
 
 
-# name -> (path) -> rows of its first split; what a data mixture reads from.
+# name -> (path) -> rows of its first split; `data.mixture` reads from these.
 READERS = {
   name: functools.partial(read, name, next(iter(public_set.files)))
   for name, public_set in SETS.items()

@@ -213,6 +213,20 @@ def test_every_guideline_is_ours_and_distinct():
   assert (len(taxonomies.AEGIS.names), len(taxonomies.PKU.names)) == (21, 19)
 
 
+@pytest.mark.parametrize(
+    'name', ['train.jsonl.xz', 'train.json', 'train.jsonl'])
+def test_a_key_that_is_given_twice_is_one_line(tmp_path, name):
+  text = json.dumps(aegis())[:-1] + ', "response_label": "unsafe"}\n'
+  if name.endswith('.json'):
+    text = f'[{text}]'
+  data = text.encode()
+  (tmp_path / name).write_bytes(
+      lzma.compress(data) if name.endswith('.xz') else data)
+  with pytest.raises(ValueError, match="'response_label' is given twice") as e:
+    catalogue.read('aegis', 'train', tmp_path)
+  assert name in str(e.value) and '\n' not in str(e.value)
+
+
 @pytest.mark.parametrize('name, split, said', [
     ('cats', 'train', 'unknown public data set'),
     ('aegis', 'dev', 'has no split'),
