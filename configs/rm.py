@@ -4,6 +4,8 @@ python -m csrm_jax.main --config=configs/rm.py --workdir=/tmp/rm
 python -m csrm_jax.main --config=configs/rm.py:ablation=no_cca --workdir=...
 python -m csrm_jax.main --config=configs/rm.py:data=public,data_dir=DIR \
   --workdir=...
+python -m csrm_jax.main --config=configs/rm.py:data=augmented,path=AUG \
+  --workdir=...
 python -m csrm_jax.main --config=configs/rm.py:model=smollm2_135m,lora=16,\
 data=public,data_dir=DIR --workdir=...
 python launch/sweep.py --config=configs/rm.py --seeds=0,1,2 --workdir=...
@@ -15,6 +17,7 @@ import ml_collections
 
 import csrm_jax
 from csrm_jax import config as config_lib
+from csrm_jax.core import topology
 
 # Public instruction-tuned models -> their weights on the hub.
 BACKBONES = {
@@ -31,15 +34,18 @@ ABLATIONS = ('full', 'no_cca', 'no_sa', 'no_aug', 'rules_blind')
 def get_config(arg=None):
   """Returns the config.
 
-  arg: ablation=full|no_cca|no_sa|no_aug|rules_blind, data=ruleworld|public|
-  jsonl, data_dir (of the public sets) or path (of the JSONL file), model (tiny
-  or a name of BACKBONES), init (its weights: a folder, a hub id or a .gguf
-  file; by default the hub's), lora (rank of adapters; 0 trains all weights),
-  num_steps, smoke (a run of a minute that exercises everything).
+  arg: ablation=full|no_cca|no_sa|no_aug|rules_blind; data=ruleworld, public (a
+  mixture of three sets in data_dir), or a source of csrm_jax.data.mixture with
+  its path: jsonl, parquet, augmented (what configs/augment.py wrote),
+  array_record, beavertails, wildguardmix, ...; model (tiny or a name of
+  BACKBONES), init (its weights: a folder, a hub id or a .gguf file; by default
+  the hub's), lora (rank of adapters; 0 trains all weights), mesh (a slice of
+  TPUs: v5e-64, v5p-16, 2xv5e-256), num_steps, smoke (a run of a minute that
+  exercises everything).
   """
   arg = config_lib.parse_arg(
-      arg, ablation=ABLATIONS, data=('ruleworld', 'public', 'jsonl'),
-      data_dir='', path='', model=('tiny', *BACKBONES), init='', lora=0,
+      arg, ablation=ABLATIONS, data='ruleworld', data_dir='', path='',
+      model=('tiny', *BACKBONES), init='', lora=0, mesh='',
       num_steps=0, smoke=False)
   package = pathlib.Path(csrm_jax.__file__).parent
   c = ml_collections.ConfigDict()
@@ -121,6 +127,8 @@ def get_config(arg=None):
   _set_data(c, arg)
   if arg.model != 'tiny':
     _set_backbone(c, arg)
+  if arg.mesh:
+    _set_slice(c, arg.mesh)
   _set_ablation(c, arg.ablation)
   if arg.smoke:
     c.num_steps, c.log_every, c.checkpoint_every = 20, 5, 10
@@ -153,20 +161,21 @@ def _set_data(c, arg):
   c.data.row_length, c.data.max_length = 1024, 512
   c.data.batch_size = 6
   c.model.overrides.unroll = 1  # long rows take minutes to compile unrolled
-  if arg.data == 'jsonl':
-    c.title = f'Reward model of {arg.path}'
+  if arg.data != 'public':
+    c.title = f'Reward model of {arg.path or arg.data}'
     c.data.parts = ml_collections.ConfigDict(
-        {'file': _part('jsonl', 1.0, arg.path)})
+        {'file': _part(arg.data, 1.0, arg.path)})
     return
   folder = pathlib.Path(arg.data_dir)
   c.title = 'Reward model of public data'
   c.data.parts = ml_collections.ConfigDict({
-      'xstest_completions': _part('xstest', 0.35, str(folder / 'xstest')),
+      'xstest_completions': _part(
+          'xstest_completions', 0.35, str(folder / 'xstest')),
       'moderation': _part('moderation', 0.3, str(
           folder / 'moderation' / 'moderation-dev.jsonl.gz')),
       'moderation_pairs': _part('moderation_pairs', 0.1, str(
           folder / 'moderation' / 'moderation-dev.jsonl.gz')),
-      'hh': _part('hh', 0.25, str(
+      'hh': _part('hh_rlhf', 0.25, str(
           folder / 'hh_rlhf' / 'harmless-base-test-first1500.jsonl.gz')),
   })
 
@@ -185,6 +194,16 @@ def _set_backbone(c, arg):
   c.data.batch_size = 8
   c.data.row_length, c.data.max_length = 768, 384
   c.eval.zero_shot = True
+
+
+def _set_slice(c, name):
+  """The paper's batch and precision on a slice of TPUs."""
+  c.mesh.update(topology.layout(name))
+  c.model.overrides.dtype = 'bfloat16'
+  c.model.overrides.remat = 'full'
+  c.model.overrides.unroll = 1
+  c.data.batch_size = 128  # rows; the paper's
+  c.data.row_length, c.data.max_length = 2048, 2048
 
 
 def _set_ablation(c, ablation):

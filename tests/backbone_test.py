@@ -225,7 +225,7 @@ def _real_rows(num):
   folder = pathlib.Path(os.environ.get('CSRM_DATA_DIR', default))
   if not folder.is_dir():
     return [examples.test_example(0, i, 'seen') for i in range(num)]
-  rows = mixture.READERS['xstest'](folder / 'xstest')
+  rows = mixture.READERS['xstest_completions'](folder / 'xstest')
   rows += mixture.READERS['moderation'](
       folder / 'moderation' / 'moderation-dev.jsonl.gz')
   return rows[::len(rows) // num][:num]

@@ -1,8 +1,11 @@
-"""What a run is trained and evaluated on: named parts from named sources."""
+"""What a run is trained and evaluated on: named parts from named sources.
+
+`READERS` is the one table of sources: training and augmentation read from it.
+"""
 
 from __future__ import annotations
 
-import functools
+import collections
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +15,7 @@ import grain
 import numpy as np
 
 from csrm_jax.data import features, pipeline, public, sources
+from csrm_jax.data.builders import catalogue
 from csrm_jax.ruleworld import datasets
 from csrm_jax.safety import augment, schema
 
@@ -22,7 +26,7 @@ MODERATION_SUBSETS = (
 )
 
 
-def _read_xstest(folder: str) -> list[schema.Example]:
+def _read_xstest_completions(folder: str) -> sources.Rows:
   folder = pathlib.Path(folder)
   files = sorted(folder.glob('*completions*.csv'))
   if not files:
@@ -31,24 +35,63 @@ def _read_xstest(folder: str) -> list[schema.Example]:
         'xstest_prompts.csv and the completions')
   parts = [public.read_xstest(folder / 'xstest_prompts.csv', path, rule)
            for path in files for rule in ('harmful', 'refusal', 'both')]
-  return list(itertools.chain.from_iterable(parts))
+  return _join(parts)
 
 
-def _read_moderation(path: str) -> list[schema.Example]:
+def _read_moderation(path: str) -> sources.Rows:
   parts = [public.read_moderation(path, subset)
            for subset in MODERATION_SUBSETS]
-  return list(itertools.chain.from_iterable(parts))
+  return _join(parts)
 
 
-# source -> (path) -> examples or pairs
+def _read_array_record(folder: str) -> Sequence[Any]:
+  # Imported here: it takes a while, and needs an extra.
+  from csrm_jax.data.builders import public_sets
+  return public_sets.read_prepared(folder)
+
+
+def _join(parts: Sequence[sources.Rows]) -> sources.Rows:
+  drops = collections.Counter()
+  for part in parts:
+    drops.update(part.drops)
+  return sources.Rows(itertools.chain.from_iterable(parts), drops)
+
+
+# Files in the project's own form.
+_OWN = {'jsonl': sources.read_jsonl, 'parquet': sources.read_parquet}
+# source -> (path) -> examples or pairs. Those of the catalogue are fetched from
+# the hub where there is no path; its 'xstest' is of prompts.
 READERS: dict[str, Callable[[str], Sequence[Any]]] = {
-    'jsonl': functools.partial(sources.read_jsonl, require_label=True),
-    'parquet': functools.partial(sources.read_parquet, require_label=True),
-    'hh': public.read_hh_pairs,
-    'xstest': _read_xstest,
+    **_OWN,
+    'array_record': _read_array_record,
+    'xstest_completions': _read_xstest_completions,
     'moderation': _read_moderation,
     'moderation_pairs': public.read_moderation_pairs,
+    **catalogue.READERS,
 }
+
+
+def read(source: str, path: str, require_label: bool = True) -> Sequence[Any]:
+  """Returns the examples and pairs of a source of files.
+
+  Args:
+    source: a key of READERS.
+    path: file or folder; '' fetches a set of the catalogue from the hub.
+    require_label: refuse examples without one in files of our own form; all
+      other sources have labels.
+
+  Raises:
+    ImportError: an extra is needed that is not installed.
+    ValueError: no path, or bad rows.
+  """
+  on_hub = source in catalogue.SETS and catalogue.SETS[source].repo
+  if not path and not on_hub:
+    raise ValueError(
+        f'data source {source!r} has no path; give path=FILE after the colon '
+        'of --config, or data_dir=FOLDER for the public sets')
+  if source in _OWN:
+    return _OWN[source](path, require_label=require_label)
+  return READERS[source](path)
 
 
 def read_part(source: str, path: str, seed: int, eval_fraction: float
@@ -68,11 +111,7 @@ def read_part(source: str, path: str, seed: int, eval_fraction: float
     known = [f'ruleworld/{name}' for name in datasets.TRAINING] + list(READERS)
     raise ValueError(
         f'unknown data source {source!r}; use one of {", ".join(known)}')
-  if not path:
-    raise ValueError(
-        f'data source {source!r} has no path; give path=FILE after the colon '
-        'of --config, or data_dir=FOLDER for the public sets')
-  return sources.split(READERS[source](path), eval_fraction, seed)
+  return sources.split(read(source, path), eval_fraction, seed)
 
 
 def make_augment(drop_prob: float, plus_prob: float, minus_prob: float,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -133,6 +134,25 @@ class Prepared(Sequence):
     if not 0 <= index < len(self):
       raise IndexError(f'row {index} of {len(self)}')
     return parse(self._rows[index])
+
+
+def read_prepared(folder: str | os.PathLike) -> Prepared:
+  """Returns the first split of the one prepared data set below a folder.
+
+  Raises:
+    ValueError: there is none, or there are several.
+  """
+  found = sorted(pathlib.Path(folder).rglob('dataset_info.json'))
+  if len(found) != 1:
+    raise ValueError(
+      f'{folder}: {len(found) or "no"} prepared data sets below it; give the'
+      ' folder of one, as configs/augment.py:array_record or make_builder(...)'
+      '.download_and_prepare() wrote it'
+    )
+  # DATA_DIR/public_sets/NAME/VERSION/dataset_info.json
+  name, data_dir = found[0].parents[1].name, found[0].parents[3]
+  (split, *_) = make_builder(name, data_dir).info.splits
+  return Prepared(name, split, data_dir)
 
 
 def parse(row: Mapping[str, Any]) -> Example | Pair:
