@@ -26,6 +26,7 @@ TotalFn = Callable[[Sequence[Sample]],
 
 # The least that a sigmoid gives: reward distillation takes its log.
 _TINY = float(np.finfo(np.float32).tiny)
+_HUGE = float(np.finfo(np.float32).max)
 
 
 def safety_reward(
@@ -274,7 +275,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 def _is_finite(value: Any) -> bool:
   is_number = isinstance(value, (int, float, np.number))
-  return is_number and abs(value) <= np.finfo(np.float32).max
+  return is_number and abs(value) <= _HUGE
 
 
 def _part(fn: RewardFn, samples: Sequence[Sample], name: str) -> np.ndarray:

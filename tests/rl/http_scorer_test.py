@@ -1,0 +1,137 @@
+"""The HTTP scorer against a server that fails in every way it can."""
+
+import contextlib
+import http.server
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from csrm_jax.rl import http_scorer, rewards
+from csrm_jax.rl.types import Prompt, Sample
+from csrm_jax.safety import schema
+
+RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
+SAMPLES = [
+    Sample(Prompt('p', (schema.Message('user', 'Hi.'),), RULES), i, 'x' * i, 3,
+           True) for i in range(3)]
+GOOD = '{"rewards": [0.25, -1.5, 2], "extra_logs": {}}'
+
+
+@contextlib.contextmanager
+def serve(*answers):
+  """Yields (URL, bodies); gives these answers in turn, the last for ever.
+
+  An answer is text, (status, text), 'hangup', 'cut' or 'stall'.
+  """
+  bodies = []
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+
+    def do_POST(self):
+      body = self.rfile.read(int(self.headers['Content-Length']))
+      bodies.append(json.loads(body))
+      answer = answers[min(len(bodies), len(answers)) - 1]
+      if answer == 'hangup':
+        self.close_connection = True
+        return
+      if answer == 'stall':
+        time.sleep(0.5)
+        return
+      status, text = answer if isinstance(answer, tuple) else (200, answer)
+      data = (GOOD if text == 'cut' else text).encode()
+      self.send_response(status)
+      self.send_header('Content-Length', len(data))
+      self.end_headers()
+      self.wfile.write(data[:9] if text == 'cut' else data)
+
+    def log_message(self, *args):
+      del args
+
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+  thread = threading.Thread(
+      target=server.serve_forever, kwargs={'poll_interval': 0.01})
+  thread.start()
+  try:
+    yield f'http://127.0.0.1:{server.server_port}/get_reward', bodies
+  finally:
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def settings(url, **kwargs):
+  return http_scorer.Settings(
+      url, **({'timeout_s': 5.0, 'num_tries': 3, 'backoff_s': 0.01} | kwargs))
+
+
+def test_rewards_come_in_order_and_in_batches():
+  with serve('{"rewards": []}', '{"rewards": [0.25, -1.5]}',
+             '{"rewards": [2], "scores": null}') as (url, bodies):
+    reward = rewards.from_http(settings(url, batch_size=2))(SAMPLES)
+  assert reward.dtype == np.float32 and reward.tolist() == [0.25, -1.5, 2]
+  assert [len(body['samples']) for body in bodies] == [0, 2, 1]
+  assert bodies[1]['samples'][1] == {
+      'id': 'p#1', 'conversation': [{'role': 'user', 'content': 'Hi.'},
+                                    {'role': 'agent', 'content': 'x'}],
+      'safety': RULES.to_dict()}
+
+
+@pytest.mark.parametrize('fault', [
+    (429, 'busy'), (500, 'broken'), (503, ''), 'hangup', 'cut', 'stall'],
+    ids=str)
+def test_a_fault_on_the_way_is_tried_again(fault):
+  with serve(fault, fault, GOOD) as (url, bodies):
+    values = http_scorer.ask(settings(url, timeout_s=0.2), SAMPLES)
+  assert values == [0.25, -1.5, 2] and len(bodies) == 3
+
+
+@pytest.mark.parametrize('answer, says, num_requests', [
+    ((400, 'no\nsuch field'), r'refuses .* \(status 400: no such field\)', 1),
+    ((404, ''), 'refuses .*status 404', 1),
+    ((500, 'broken'), r'does not answer \(status 500; 3 tries\)', 3),
+    ('stall', r'does not answer \(timed out; 3 tries\)', 3),
+    ('hangup', 'does not answer .*; 3 tries', 3),
+    ('<html>', 'not JSON to p#0', 1),
+    ('[0.1, 0.2, 0.3]', 'p#0 without a list of "rewards"', 1),
+    ('{"reward": [1, 2, 3]}', 'p#0 without a list of "rewards"', 1),
+    ('{"rewards": [1, 2]}', '2 rewards for 3 samples, p#0 to p#2', 1),
+    ('{"rewards": [1, null, 3]}', 'p#1: reward http.* is None', 1),
+    ('{"rewards": [1, 2, NaN]}', 'p#2: reward http.* is nan', 1),
+    ('{"rewards": [-Infinity, 2, 3]}', 'p#0: reward http.* is -inf', 1),
+], ids=str)
+def test_what_stops_it(answer, says, num_requests):
+  with serve('{"rewards": []}', answer) as (url, bodies):
+    reward = rewards.from_http(settings(url, timeout_s=0.2))
+    with pytest.raises(ValueError, match=says) as error:
+      reward(SAMPLES)
+  assert '\n' not in str(error.value) and url in str(error.value)
+  assert len(bodies) == 1 + num_requests
+
+
+def test_a_scorer_that_is_not_there_stops_before_any_sample():
+  with socket.socket() as unused:
+    unused.bind(('127.0.0.1', 0))
+    url = f'http://127.0.0.1:{unused.getsockname()[1]}/get_reward'
+    with pytest.raises(ValueError, match=r'does not answer .*refused.*3 tries'):
+      rewards.from_http(settings(url))
+  with (serve((404, 'not found')) as (url, _),
+        pytest.raises(ValueError, match='status 404')):
+    rewards.from_http(settings(url))
+
+
+def test_a_scorer_may_dislike_an_empty_request():
+  with serve((422, 'no samples'), GOOD) as (url, _):
+    assert rewards.from_http(settings(url))(SAMPLES).tolist() == [
+        0.25, -1.5, 2]
+
+
+@pytest.mark.parametrize('kwargs', [
+    {'url': 'localhost:5000'}, {'num_tries': 0}, {'batch_size': 0},
+    {'timeout_s': 0}, {'backoff_s': -1}], ids=str)
+def test_settings_that_cannot_work(kwargs):
+  with pytest.raises(ValueError, match='of the scorer'):
+    http_scorer.Settings(**({'url': 'http://x'} | kwargs))
