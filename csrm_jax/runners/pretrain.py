@@ -133,7 +133,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       'num_steps': str(config.num_steps),
       'data_digest': documents.digest(),
       'tokenizer_digest': tokenizer.digest,
-  }, extra={'torch_dtype': cfg.param_dtype})  # to be trained in, not stored
+  })
 
 
 def _start_base(config, tokenizer):
