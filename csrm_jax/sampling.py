@@ -156,8 +156,8 @@ def hidden_logprobs(
 
 def generate(
     cfg: ModelConfig, params: Any, prompts: Sequence[Sequence[int]],
-    sampling: Sampling, *, seed: int = 0, batch_size: int = 64,
-    progress: Callable[[int], Any] = lambda num: None
+    sampling: Sampling, *, seed: int = 0, draws: Sequence[int] | None = None,
+    batch_size: int = 64, progress: Callable[[int], Any] = lambda num: None
 ) -> Completions:
   """Returns a completion of each prompt, in their order.
 
@@ -171,6 +171,8 @@ def generate(
     prompts: token ids; at least one each.
     sampling: how tokens are chosen.
     seed: of the draws.
+    draws: numbers in [0, 2**32) that take the place of i, for what must not
+      depend on a prompt's place in the list.
     batch_size: rows of a batch; fewer prompts make a power of two of rows.
     progress: called with the number of prompts in each batch that is done.
 
@@ -191,7 +193,8 @@ def generate(
   order = np.argsort(lengths, kind='stable')
   for start in range(0, len(prompts), rows):
     chosen = order[start:start + rows]
-    batch = _pad([prompts[i] for i in chosen], chosen, rows, cfg)
+    index = chosen if draws is None else np.asarray(draws, np.uint32)[chosen]
+    batch = _pad([prompts[i] for i in chosen], index, rows, cfg)
     out = jax.device_get(compute(params, batch, jnp.uint32(seed)))
     for name, values in out.items():
       getattr(result, name)[chosen] = values[:len(chosen)]
