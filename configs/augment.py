@@ -2,11 +2,14 @@
 
 python -m csrm_jax.main --config=configs/augment.py --workdir=/tmp/aug
 python -m csrm_jax.main --workdir=/tmp/aug \
-  --config=configs/augment.py:proposer=endpoint,data=xstest,path=FOLDER \
+  --config=configs/augment.py:proposer=endpoint,data=xstest_completions,\
+path=FOLDER \
   --config.endpoint.base_url=http://localhost:8000/v1 \
   --config.endpoint.model=NAME
+python -m csrm_jax.main --workdir=/tmp/aug \
+  --config=configs/augment.py:proposer=model,init=FOLDER,data=jsonl,path=FILE
 python -m csrm_jax.main --workdir=/tmp/rm \
-  --config=configs/rm.py:data=jsonl,path=/tmp/aug/data.jsonl
+  --config=configs/rm.py:data=augmented,path=/tmp/aug
 """
 
 import ml_collections
@@ -17,27 +20,30 @@ from csrm_jax import config as config_lib
 def get_config(arg=None):
   """Returns the config.
 
-  arg: proposer=oracle|endpoint, data (ruleworld, or a data set that comes from
-  files), path (of its file or folder), judge (see below), smoke (seconds).
+  arg: proposer=oracle|endpoint|model, data (ruleworld, or a data set that comes
+  from files), path (of its file or folder), judge (see below), init (weights of
+  the proposer 'model'), smoke (seconds).
   """
   arg = config_lib.parse_arg(
-      arg, proposer=('oracle', 'endpoint'), data='ruleworld', path='',
-      judge='', smoke=False)
+      arg, proposer=('oracle', 'endpoint', 'model'), data='ruleworld', path='',
+      judge='', init='', smoke=False)
   is_oracle = arg.proposer == 'oracle'
   c = ml_collections.ConfigDict()
   c.runner = 'augment'
   c.seed = 0  # of RuleWorld, of pools and of what is drawn at random
 
   c.source = ml_collections.ConfigDict()
-  # ruleworld, jsonl, parquet, xstest (completions), moderation, or a public
-  # set: beavertails, pku_safe_rlhf, wildguardmix, aegis, dynabench, ...
+  # ruleworld, or a source of csrm_jax.data.mixture: jsonl, parquet,
+  # array_record, xstest_completions, moderation, or a set of the catalogue:
+  # beavertails, pku_safe_rlhf, wildguardmix, aegis, dynabench, ...
   c.source.name = arg.data
   c.source.path = arg.path  # file or folder; '': public sets from the hub
   c.source.num_examples = 6000 if arg.data == 'ruleworld' else 0  # 0: all
   c.source.licence = ''  # of the source, for the data card; '': if it is known
   c.array_record = False  # also write ArrayRecord files (extra [tfds])
 
-  # Who writes: the exact oracle of RuleWorld, or a language model.
+  # Who writes: the exact oracle of RuleWorld, or a language model behind an
+  # endpoint or in this process.
   c.proposer = arg.proposer
   c.oracle = ml_collections.ConfigDict()
   c.oracle.disobey = 0.0  # share of rewrites that do not heed their lists
@@ -56,6 +62,14 @@ def get_config(arg=None):
   c.endpoint.concurrency = 8  # requests at once
   c.endpoint.price_in = 0.0  # of a million prompt tokens, for the cost count
   c.endpoint.price_out = 0.0  # of a million reply tokens
+  c.model = ml_collections.ConfigDict()
+  c.model.init = arg.init  # a Hugging Face folder, a hub id or a .gguf file
+  c.model.dtype = 'float32'  # of weights and activations; or bfloat16
+  c.model.temperature = 0.7
+  c.model.top_p = 1.0  # the likeliest tokens that reach it are drawn
+  c.model.max_tokens = 800  # a reply may have
+  c.model.num_unparsable = 3  # replies that are none, before it is dropped
+  c.model.concurrency = 8  # requests a batch
   c.cache = ''  # folder of replies; '': in the work directory
 
   # The classifier: 'ruleworld' (to the letter), 'annotator' (RuleWorld's noisy

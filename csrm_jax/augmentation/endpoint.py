@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -13,7 +12,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from csrm_jax.augmentation import journal, requests
+from csrm_jax.augmentation import journal, replies, requests
 from csrm_jax.augmentation.proposers import NoReplyError
 
 JSON_MODES = ('json_schema', 'json_object', 'text')
@@ -132,36 +131,13 @@ class Endpoint:
       ValueError: the endpoint cannot be used (down, wrong key, no such
         model).
     """
-    key = self._key(request)
-    text = self._cache.get(key)
-    if text is not None:
-      try:
-        reply = requests.parse(request, text)
-      except ValueError:
-        pass  # Stored under laxer rules: ask again.
-      else:
-        self._count(cache_hits=1)
-        return reply
-    problem = None
-    for number in range(self._settings.num_unparsable):
-      text = self._call(request, number)
-      try:
-        reply = requests.parse(request, text)
-      except ValueError as error:
-        problem = error
-        self._count(unparsable=1)
-        continue
-      self._cache.put(key, text)
-      return reply
-    raise NoReplyError('unparsable', str(problem))
-
-  def _key(self, request: requests.Request) -> str:
     s = self._settings
-    content = [
-      s.model, s.temperature, s.max_tokens, s.json_mode,
-      requests.make_messages(request),
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    key = replies.make_key(
+      request, (s.model, s.temperature, s.max_tokens, s.json_mode)
+    )
+    return replies.ask(
+      request, key, self._cache, self._call, s.num_unparsable, self._count
+    )
 
   def _call(self, request: requests.Request, seed: int) -> str:
     """Returns the text of one reply; waits and tries again where it helps."""

@@ -18,12 +18,44 @@ from csrm_jax.evals import figures, markdown
 from csrm_jax.safety.schema import Category
 
 _INTRO = """\
-For each category a proposer writes pairs of guidelines, of which the *strict*
-one is meant to forbid more. A pair is kept only if that shows in real
-conversations: of the n that a classifier calls unsafe under the lenient one,
-k are unsafe under the strict one too, and the one-sided Clopper–Pearson lower
-bound of k / n exceeds the threshold. *Extra* counts conversations that are
-unsafe under the strict guideline only."""
+Training pairs show one conversation under two guidelines of the same category,
+of which the *strict* one forbids more than the *lenient* one. Writing them: a
+category is split into subcategories in order of severity, and a guideline is
+written that forbids the first j of them, beside one that forbids the first
+i < j. Rewrites often do not obey, so a pair is kept only if its order shows in
+conversations: of the n that a classifier calls unsafe under the lenient one, k
+are unsafe under the strict one too, and k / n is high with confidence (its
+one-sided Clopper–Pearson lower bound is *bound*). *Extra* counts conversations
+that are unsafe under the strict guideline only."""
+
+_TRUTH = """\
+The true order of these guidelines is known. How many pairs are truly in the
+order that they claim:"""
+
+_NUM_EXAMPLES = 5
+# What a reason to drop something means; others are a proposer's own.
+_REASONS = {
+  'candidate: too_few_unsafe': 'pairs whose lenient guideline catches too few'
+  ' conversations for the test to pass at all',
+  'candidate: order_not_shown': 'pairs whose strict guideline lets pass what'
+  ' the lenient one catches',
+  'candidate: no_difference': 'pairs whose strict guideline catches no more'
+  ' than the lenient one',
+  'candidate: same_text': 'pairs of twice the same words',
+  'pool_too_small': 'categories with too few conversations for any pair to'
+  ' pass; none was written',
+  'conversation: uncovered': 'conversations that stay without a subcategory',
+  'conversation: subcategory_limit': 'conversations without a subcategory,'
+  ' after the limit was reached',
+  'conversation: no_subcategory': 'conversations for which no further'
+  ' subcategory could be named',
+}
+_OTHER_REASONS = {
+  'category': 'categories given up for want of a usable reply',
+  'candidate': 'pairs given up for want of a usable reply',
+  'conversation': 'conversations without a subcategory for want of a usable'
+  ' reply',
+}
 
 
 def write_report(
@@ -31,6 +63,7 @@ def write_report(
   outcomes: Sequence[strictness.Outcome],
   settings: strictness.Settings,
   is_ordered: Callable[[Category, Category], bool] | None = None,
+  made_by: str = '',
 ) -> pathlib.Path:
   """Writes strictness.md, .json and .png; returns the first.
 
@@ -40,15 +73,17 @@ def write_report(
     settings: those of the test.
     is_ordered: the true order of two guidelines, where it is known: the
       report then says how many candidates are truly ordered.
+    made_by: who wrote and who judged, a sentence for the reader.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   truth = is_ordered and strictness.precision(outcomes, is_ordered)
   result = {
+    'made_by': made_by,
     'settings': vars(settings),
     'num_written': sum(len(o.candidates) for o in outcomes),
     'num_kept': sum(len(o.kept) for o in outcomes),
-    'drops': total_drops(outcomes),
+    'drops': total_drops(outcomes, settings),
     'truth': truth,
     'categories': [outcome.to_dict() for outcome in outcomes],
   }
@@ -59,17 +94,20 @@ def write_report(
   if drawn:
     draw_recall(folder / 'strictness.png', drawn)
   path = folder / 'strictness.md'
-  writer.write_atomic(path, _render(outcomes, result, bool(drawn)))
+  writer.write_atomic(path, _render(outcomes, settings, result))
   return path
 
 
-def total_drops(outcomes: Sequence[strictness.Outcome]) -> dict[str, int]:
+def total_drops(
+  outcomes: Sequence[strictness.Outcome], settings: strictness.Settings
+) -> dict[str, int]:
   """Returns all drops by reason, failed tests included."""
   total = collections.Counter()
   for outcome in outcomes:
     total.update(outcome.drops)
-    total['candidate: order_not_shown'] += sum(
-      not c.kept for c in outcome.candidates
+    total.update(
+      f'candidate: {strictness.explain(c, settings)}'
+      for c in outcome.candidates if not c.kept
     )
   return {reason: num for reason, num in sorted(total.items()) if num}
 
@@ -130,23 +168,26 @@ def draw_recall(
 
 def _render(
   outcomes: Sequence[strictness.Outcome],
+  settings: strictness.Settings,
   result: Mapping[str, Any],
-  is_drawn: bool,
 ) -> str:
-  parts = ['# Strictness augmentation', _INTRO]
-  settings = ', '.join(f'{k} {v}' for k, v in result['settings'].items())
-  parts.append(
-    f'{result["num_kept"]:,} of {result["num_written"]:,} candidates kept'
-    f' ({settings}).'
-  )
+  parts = ['# Strictness augmentation', _INTRO, _summary(settings, result)]
   if result['truth']:
-    parts.append(_truth_table(result['truth']))
-  if is_drawn:
+    parts += [_TRUTH, _truth_table(result['truth'])]
+  if any(o.candidates for o in outcomes):
     parts.append(
       '![Recall by strictness](strictness.png)\n\nRecall of unsafe'
       ' conversations over the number of subcategories that a guideline was'
       ' meant to forbid: a line that falls is a rewrite that did not obey.'
     )
+  examples = [o.kept[0] for o in outcomes if o.kept][:_NUM_EXAMPLES]
+  if examples:
+    parts += ['## Some kept pairs', _table(
+      ('category', 'strict', 'lenient'),
+      [tuple(map(markdown.escape, (
+        c.strict.name, c.strict.guideline, c.lenient.guideline)))
+       for c in examples],
+    )]
   parts += ['## Categories', _table(
     ('category', 'conversations', 'subcategories, most severe first',
      'written', 'kept'),
@@ -155,15 +196,44 @@ def _render(
       len(o.candidates), len(o.kept)) for o in outcomes],
   )]
   parts += ['## What came to nothing', _table(
-    ('reason', 'times'), list(result['drops'].items()) or [('nothing', 0)]
+    ('reason', 'times', 'what it counts'),
+    [(reason, num, _meaning(reason)) for reason, num in result['drops'].items()]
+    or [('nothing', 0, '')],
   )]
   parts += ['## Candidates', _table(
-    ('category', 'strict', 'lenient', 'n', 'k', 'extra', 'bound', 'kept'),
+    ('category', 'strict: j', 'lenient: i', 'n', 'k', 'extra', 'bound', 'kept'),
     [(markdown.escape(o.category.name), c.num_strict, c.num_lenient, c.n, c.k,
-      c.extra, f'{c.bound:.4f}', 'yes' if c.kept else 'no')
+      c.extra, f'{c.bound:.4f}',
+      'yes' if c.kept else f'no: {strictness.explain(c, settings)}')
      for o in outcomes for c in o.candidates],
   )]
   return '\n\n'.join(parts) + '\n'
+
+
+def _summary(
+  settings: strictness.Settings, result: Mapping[str, Any]
+) -> str:
+  s = settings
+  least = next(
+    (n for n in range(1, s.pool_size + 1)
+     if strictness.lower_bound(n, n, s.alpha) > s.threshold), None
+  )
+  needs = 'more than the pool has' if least is None else f'{least} or more'
+  return (
+    f'**{result["num_kept"]:,} of {result["num_written"]:,} pairs kept.**'
+    f' {result["made_by"]} A pair is kept if the bound, at confidence'
+    f' {1 - s.alpha:g}, exceeds {s.threshold:g} (with k = n that takes n ='
+    f' {needs}) and extra is at least {s.min_extra}. A category was tested on'
+    f' up to {s.pool_size} conversations that violate it;'
+    f' {s.num_subcategories} subcategories were asked for at first, and one'
+    ' more for each conversation that none of them fits, up to'
+    f' {s.max_subcategories}.'
+  )
+
+
+def _meaning(reason: str) -> str:
+  known = _REASONS.get(reason)
+  return known or _OTHER_REASONS.get(reason.split(':')[0], '')
 
 
 def _truth_table(truth: Mapping[str, int]) -> str:

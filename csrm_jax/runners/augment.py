@@ -19,7 +19,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -29,6 +29,7 @@ from csrm_jax import reward_model
 from csrm_jax.augmentation import (
   categories,
   endpoint,
+  local_model,
   proposers,
   report,
   requests,
@@ -37,23 +38,13 @@ from csrm_jax.augmentation import (
 )
 from csrm_jax.augmentation import journal as journal_lib
 from csrm_jax.core import writer
-from csrm_jax.data import mixture, sources
+from csrm_jax.data import mixture
 from csrm_jax.data.builders import catalogue
 from csrm_jax.ruleworld import examples as ruleworld_examples
 from csrm_jax.runners import loop
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
 
-# config.source.name -> (path) -> examples. RuleWorld's need no path, and the
-# public sets are fetched without one. The reader of 'xstest' takes completions.
-READERS: dict[str, Callable[[str], Sequence[Any]]] = {
-  **catalogue.READERS,
-  'jsonl': sources.read_jsonl,
-  'parquet': sources.read_parquet,
-  'xstest': mixture.READERS['xstest'],
-  'moderation': mixture.READERS['moderation'],
-}
-_ON_HUB = set(catalogue.READERS) - {'xstest', 'augmented'}
-PROPOSERS = ('oracle', 'endpoint')
+PROPOSERS = ('oracle', 'endpoint', 'model')
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -92,8 +83,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         outcomes = stages.order_strictness(
           pools, proposer, judge, settings, ordered, progress
         )
-      _report(workdir, config, outcomes, settings)
-      drops.update(report.total_drops(outcomes))
+      _report(workdir, config, proposer.name, outcomes, settings)
+      drops.update(report.total_drops(outcomes, settings))
       pairs, num_pairs = _pairs(
         outcomes, pools, config.strictness.max_pairs, config.seed
       )
@@ -132,17 +123,12 @@ def _read(
       )
       for i in range(source.num_examples)
     ], collections.Counter()
-  if source.name not in READERS:
+  if source.name not in mixture.READERS:
     raise ValueError(
       f'config.source.name is {source.name!r}; use one of ruleworld,'
-      f' {", ".join(READERS)}'
+      f' {", ".join(mixture.READERS)}'
     )
-  if not source.path and source.name not in _ON_HUB:
-    raise ValueError(
-      f'source {source.name!r} has no path; give path=... after the colon of'
-      ' --config'
-    )
-  rows = READERS[source.name](source.path)
+  rows = mixture.read(source.name, source.path, require_label=False)
   drops = collections.Counter(getattr(rows, 'drops', {}))
   kept = []
   for item in rows:
@@ -165,9 +151,12 @@ def _make_proposer(
 ) -> proposers.Proposer:
   if config.proposer == 'oracle':
     return proposers.RuleWorldOracle(config.seed, **config.oracle)
+  cache = journal_lib.Cache(config.cache or workdir / 'cache')
   if config.proposer == 'endpoint':
-    cache = journal_lib.Cache(config.cache or workdir / 'cache')
     return endpoint.Endpoint(endpoint.Settings(**config.endpoint), cache)
+  if config.proposer == 'model':
+    settings = local_model.Settings(seed=config.seed, **config.model)
+    return local_model.LocalModel(settings, cache)
   raise ValueError(
     f'config.proposer is {config.proposer!r}; use one of'
     f' {", ".join(PROPOSERS)}'
@@ -198,12 +187,16 @@ def _settings(section: ml_collections.ConfigDict) -> strictness.Settings:
   return strictness.Settings(**{name: section[name] for name in names})
 
 
-def _report(workdir, config, outcomes, settings) -> None:
+def _report(workdir, config, name, outcomes, settings) -> None:
   # What RuleWorld's oracle writes can be read back: the truth is known.
   is_known = config.proposer == 'oracle'
+  slips = config.oracle.disobey if is_known else 0
   path = report.write_report(
     workdir / 'report', outcomes, settings,
     proposers.truly_stricter if is_known else None,
+    f'Written by {name}'
+    + (f', made to disobey in {slips:.0%} of its rewrites' if slips else '')
+    + f'; judged by {config.judge!r}.',
   )
   print('report:', path)
 
@@ -256,7 +249,7 @@ def _card(
   asked = {
     kind.__name__: task.instructions for kind, task in requests.TASKS.items()
   }
-  is_worded = config.proposer == 'endpoint'
+  is_worded = config.proposer != 'oracle'
   return {
     'source': source.name,
     'path': source.path,
@@ -274,7 +267,7 @@ def _card(
 
 
 def _licence(name: str) -> str:
-  return catalogue.SETS[name].licence if name in _ON_HUB else ''
+  return catalogue.SETS[name].licence if name in catalogue.SETS else ''
 
 
 def _digest(path: str) -> str:

@@ -1,7 +1,9 @@
 """The report of strictness augmentation."""
 
+import dataclasses
 import json
 
+import pytest
 from matplotlib import image
 
 from csrm_jax.augmentation import report, strictness
@@ -12,8 +14,9 @@ PETS = Category('Pets | all', 'No pets at all.')
 
 def candidate(strict, lenient, recalls, kept):
   a, b = (Category('Pets', f'{n} forbidden') for n in (strict, lenient))
-  return strictness.Candidate(a, b, strict, lenient, 80, 80, 3, *recalls, 0.96,
-                              kept)
+  bound = 0.96 if kept else 0.91
+  return strictness.Candidate(a, b, strict, lenient, 80, 80 if kept else 78, 3,
+                              *recalls, bound, kept)
 
 
 OUTCOME = strictness.Outcome(
@@ -33,7 +36,13 @@ def test_report_counts_what_was_kept_and_what_was_not(tmp_path):
       tmp_path, [OUTCOME], strictness.Settings(),
       is_ordered=lambda a, b: a.guideline.startswith('2'))
   text = path.read_text()
-  assert '1 of 2 candidates kept' in text
+  assert '1 of 2 pairs kept' in text
+  assert 'with k = n that takes n = 59 or more' in text
+  # Each reason is explained, and a pair is shown in its own words.
+  assert '| candidate: order_not_shown | 1 | pairs whose strict' in text
+  assert '| candidate: prose | 2 | pairs given up for want' in text
+  assert '| Pets | 2 forbidden | 1 forbidden |' in text
+  assert '| 0.9100 | no: order_not_shown |' in text
   assert '| without the test | 2 | 1 | 0.500 |' in text
   assert '| with it | 1 | 1 | 1.000 |' in text
   assert 'Pets \\| all' in text
@@ -44,9 +53,19 @@ def test_report_counts_what_was_kept_and_what_was_not(tmp_path):
   assert image.imread(tmp_path / 'strictness.png').std() > 0.01
 
 
+@pytest.mark.parametrize('n, bound, extra, why', [
+    (80, 0.96, 3, ''), (58, 0.9496, 9, 'too_few_unsafe'),
+    (80, 0.91, 9, 'order_not_shown'), (80, 0.96, 0, 'no_difference'),
+])
+def test_why_a_pair_was_not_kept(n, bound, extra, why):
+  item = dataclasses.replace(
+      candidate(2, 1, (0.5, 0.2), not why), n=n, bound=bound, extra=extra)
+  assert strictness.explain(item, strictness.Settings()) == why
+
+
 def test_report_of_nothing(tmp_path):
   empty = strictness.Outcome(PETS, 3, (), (), {'pool_too_small': 1})
   text = report.write_report(
       tmp_path, [empty], strictness.Settings()).read_text()
-  assert '0 of 0 candidates kept' in text
+  assert '0 of 0 pairs kept' in text
   assert not (tmp_path / 'strictness.png').exists()

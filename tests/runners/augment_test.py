@@ -3,20 +3,26 @@
 import collections
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 import zlib
 
+import ml_collections
+import numpy as np
 import pytest
 
 from csrm_jax import config as config_lib
 from csrm_jax import main
 from csrm_jax.augmentation import journal
-from csrm_jax.data import sources
+from csrm_jax.data import mixture, sources
 from csrm_jax.ruleworld import examples
 from csrm_jax.runners import augment
 from csrm_jax.safety.schema import Example, Pair
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = config_lib.load_module(ROOT / 'configs' / 'augment.py')
+RM = config_lib.load_module(ROOT / 'configs' / 'rm.py')
 FaultServer = config_lib.load_module(
     ROOT / 'tests' / 'augmentation' / 'conftest.py').FaultServer
 PLUS = {'name': 'Fortune telling', 'guideline': 'No word about the future.'}
@@ -104,6 +110,41 @@ def test_a_finished_run_asks_nothing_again(finished):
   assert again['digest'] == card['digest']
 
 
+@pytest.mark.parametrize('source', ['augmented', 'array_record'])
+def test_a_reward_model_trains_on_it(finished, tmp_path, source):
+  """configs/rm.py reads what configs/augment.py wrote, in both forms."""
+  workdir = finished[0]
+  if source == 'array_record':
+    pytest.importorskip('tensorflow_datasets')
+    pytest.importorskip('array_record')
+    workdir = tmp_path / 'data'
+    c = config(array_record=True)
+    c.source.num_examples, c.strictness.enabled = 30, False
+    run(c, workdir)
+  rm = RM.get_config(f'data={source},path={workdir}')
+  rm.num_steps = rm.log_every = rm.checkpoint_every = 2
+  rm.optim.warmup_steps = 1
+  rm.data.batch_size, rm.data.row_length, rm.data.max_length = 1, 512, 256
+  rm.eval.max_examples = 10
+  rm.model.init = ''
+  rm.model.overrides = ml_collections.ConfigDict({
+      'num_layers': 1, 'embed_dim': 16, 'num_heads': 2, 'num_kv_heads': 1,
+      'head_dim': 8, 'mlp_dim': 16, 'unroll': 1})
+  main.run(rm, tmp_path / 'rm')
+  result = json.loads((tmp_path / 'rm' / 'report' / 'metrics.json').read_text())
+  assert result['suites']['file']['num_examples'] > 0
+  # Both kinds of augmentation arrived: rules that changed, and pairs.
+  if source == 'augmented':
+    items, held_out = mixture.read_part(source, str(workdir), 0, 0.2)
+    for half in (items, held_out):
+      assert {type(item) for item in half} == {Example, Pair}
+    augment_fn = mixture.make_augment(0.5, 0.5, 0.5)
+    seen = [augment_fn(item, np.random.default_rng(0)) for item in items]
+    plus = {item.plus for item in items if isinstance(item, Example)} - {None}
+    assert any(plus & set(item.safety.categories) for item in seen
+               if isinstance(item, Example))
+
+
 @pytest.fixture
 def conversations(tmp_path):
   """Returns a JSONL file of twenty labelled conversations."""
@@ -151,6 +192,42 @@ def test_an_endpoint_in_trouble_loses_nothing(conversations, tmp_path):
     assert card['model'] == 'm' and 'guideline' in str(card['prompts'])
 
 
+def test_a_run_that_is_killed_asks_for_nothing_twice(conversations, tmp_path):
+  """A real process, killed by the system at its twelfth request."""
+  pytest.importorskip('openai')
+  victim = []
+
+  def script(number, body):
+    if number == 11:
+      victim[0].kill()
+    return GOOD
+
+  workdir = tmp_path / 'work'
+  with FaultServer(script) as server:
+    args = [
+        sys.executable, '-m', 'csrm_jax.main', f'--workdir={workdir}',
+        f'--config={ROOT}/configs/augment.py:proposer=endpoint,data=jsonl,'
+        f'path={conversations}', '--config.endpoint.model=m',
+        f'--config.endpoint.base_url={server.url}',
+        '--config.endpoint.concurrency=1']
+    victim.append(subprocess.Popen(args, cwd=ROOT, stderr=subprocess.DEVNULL))
+    assert victim[0].wait(120) == -signal.SIGKILL
+    assert server.num_requests == 12
+    assert not (workdir / 'data.jsonl').exists()
+    # Eight are in the journal, with their checks; three in the cache.
+    assert len(read(workdir / 'journal_categories.jsonl')) == 8
+    subprocess.run(args, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    # Again only the request that got no answer, and those that were to come.
+    assert server.num_requests == 12 + 9
+    asked = [body['messages'][1]['content'] for body in server.bodies]
+    again = collections.Counter(asked) - collections.Counter(set(asked))
+    assert list(again) == [asked[11]]
+  rows = sources.read_jsonl(workdir / 'data.jsonl', require_label=True)
+  assert [row.id for row in rows] == [
+      row.id for row in sources.read_jsonl(conversations)]
+  assert all(row.plus.name == PLUS['name'] for row in rows)
+
+
 def test_the_cache_serves_another_run(conversations, tmp_path):
   pytest.importorskip('openai')
   with FaultServer(lambda number, body: GOOD) as server:
@@ -176,7 +253,8 @@ def test_an_endpoint_that_is_down_leaves_no_work_directory(
 @pytest.mark.parametrize('changes, said', [
     ({'source.name': 'cats'}, 'use one of ruleworld, '),
     ({'source.name': 'jsonl'}, 'has no path'),
-    ({'proposer': 'me'}, 'use one of oracle, endpoint'),
+    ({'proposer': 'me'}, 'use one of oracle, endpoint, model'),
+    ({'proposer': 'model'}, "the model's init is empty"),
     ({'judge': ''}, 'needs a classifier'),
     ({'categories.enabled': False, 'strictness.enabled': False}, 'nothing to'),
 ])
