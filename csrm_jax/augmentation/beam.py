@@ -1,0 +1,140 @@
+"""Proposals on Apache Beam: the same work, on many machines.
+
+Beam maps; what is mapped is what one machine does too, and so is the journal.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from csrm_jax.augmentation import categories, stages
+from csrm_jax.augmentation.proposers import Judge, Proposer
+from csrm_jax.safety.schema import Example
+
+_lock = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """`stages.propose_some` on rows, for processes that have nothing yet.
+
+  Attributes:
+    key: of the run; in a process, equal keys share a proposer and a judge.
+    make_proposer: called once a process, and picklable.
+    make_judge: likewise.
+  """
+
+  key: str
+  make_proposer: Callable[[], Proposer] = dataclasses.field(compare=False)
+  make_judge: Callable[[], Judge | None] = dataclasses.field(compare=False)
+
+  def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+    """Returns the checked proposals of some examples, and what they took."""
+    with _lock:  # Beam's threads share the process's proposer.
+      proposer, judge = _make(self)
+      before = collections.Counter(proposer.usage())
+      checked = stages.propose_some(
+        [Example.from_dict(row, 'row') for row in rows], proposer, judge
+      )
+      used = collections.Counter(proposer.usage())
+    used.subtract(before)
+    return {'checked': [item.to_dict() for item in checked], 'usage': used}
+
+
+@functools.lru_cache(maxsize=1)
+def _make(work: Work) -> tuple[Proposer, Judge | None]:
+  return work.make_proposer(), work.make_judge()
+
+
+def make_map(
+  work: Work,
+  options: Sequence[str],
+  folder: str | os.PathLike,
+  count: Callable[[dict[str, float]], None],
+) -> Callable[..., Iterator[list[categories.Checked]]]:
+  """Returns what takes the place of `map` in `stages.propose_categories`.
+
+  Results come when all work is done. A run that was killed finds the replies
+  of a language model in its cache, which the workers have to share.
+
+  Args:
+    work: done in the place of the function that is mapped.
+    options: Beam's, such as '--runner=DataflowRunner'; by default all is done
+      in this process.
+    folder: of the results; the workers write there.
+    count: called with what each piece of work took.
+
+  Raises:
+    ImportError: Beam is not installed.
+  """
+  _import_beam()
+
+  def mapped(
+    unused: Any, pieces: Sequence[Sequence[Example]]
+  ) -> Iterator[list[categories.Checked]]:
+    del unused
+    rows = [[example.to_dict() for example in piece] for piece in pieces]
+    for result in run(work, rows, options, folder):
+      count(result['usage'])
+      yield [categories.Checked.from_dict(obj) for obj in result['checked']]
+
+  return mapped
+
+
+def run(
+  fn: Callable[[Any], Any],
+  items: Sequence[Any],
+  options: Sequence[str],
+  folder: str | os.PathLike,
+) -> list[Any]:
+  """Returns [fn(item) for item in items], made by a Beam pipeline.
+
+  Args:
+    fn: picklable, from JSON to JSON values.
+    items: JSON values.
+    options: of the pipeline.
+    folder: local or of any file system that Beam knows.
+  """
+  beam, filesystems, pipeline_options = _import_beam()
+  prefix = f'{os.fspath(folder)}/part'
+  with beam.Pipeline(
+    options=pipeline_options.PipelineOptions(list(options))
+  ) as pipeline:
+    _ = (
+      pipeline
+      | 'Number' >> beam.Create([json.dumps(p) for p in enumerate(items)])
+      | 'Spread' >> beam.Reshuffle()
+      | 'Work' >> beam.Map(_apply, fn)
+      | 'Write' >> beam.io.WriteToText(prefix)
+    )
+  found = {}
+  for match in filesystems.FileSystems.match([f'{prefix}-*-of-*']):
+    for file in match.metadata_list:
+      with filesystems.FileSystems.open(file.path) as lines:
+        found |= dict(json.loads(line) for line in lines)
+  return [found[number] for number in range(len(items))]
+
+
+def _apply(line: str, fn: Callable[[Any], Any]) -> str:
+  number, item = json.loads(line)
+  return json.dumps([number, fn(item)])
+
+
+def _import_beam() -> tuple[Any, Any, Any]:
+  try:
+    import apache_beam
+    from apache_beam.io import filesystems
+    from apache_beam.options import pipeline_options
+  except ImportError:
+    raise ImportError(
+      'config.beam.enabled needs Apache Beam; run pip install'
+      ' "csrm_jax[beam]", or set it to false'
+    ) from None
+  return apache_beam, filesystems, pipeline_options
