@@ -78,6 +78,7 @@ def get_config(arg=None):
   # The classifier: 'ruleworld' (to the letter), 'annotator' (RuleWorld's noisy
   # one), a reward model (work directory, or public model), or '' for none.
   c.judge = arg.judge or ('ruleworld' if is_oracle else '')
+  c.judge_format = 'csrm'  # of a public one: or llama_guard_3, shield_gemma
 
   c.categories = ml_collections.ConfigDict({'enabled': True})  # CCA
   c.strictness = ml_collections.ConfigDict()  # SA, Algorithm 1

@@ -177,7 +177,7 @@ def _make_judge(config: ml_collections.ConfigDict) -> proposers.Judge | None:
     return proposers.ruleworld_judge()
   if config.judge == 'annotator':
     return proposers.ruleworld_judge(config.seed)
-  model = reward_model.load(config.judge)
+  model = reward_model.load(config.judge, format=config.judge_format)
 
   def judge(talks, rules):
     asked = [

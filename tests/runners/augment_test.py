@@ -18,7 +18,7 @@ from csrm_jax.augmentation import journal
 from csrm_jax.data import mixture, sources
 from csrm_jax.ruleworld import examples
 from csrm_jax.runners import augment
-from csrm_jax.safety.schema import Example, Pair
+from csrm_jax.safety.schema import Category, Example, Pair
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = config_lib.load_module(ROOT / 'configs' / 'augment.py')
@@ -160,6 +160,31 @@ def endpoint_config(path, url, **changes):
       'endpoint.base_url': url, 'endpoint.model': 'm',
       'endpoint.backoff_s': 0.01, 'endpoint.num_tries': 2,
       'endpoint.num_unparsable': 2, 'endpoint.concurrency': 4} | changes)
+
+
+@pytest.mark.parametrize('format', ['csrm', 'llama_guard_3'])
+def test_any_guard_can_judge(tmp_path, monkeypatch, format):
+  asked = []
+
+  class Guard:
+    def score_fn(self, items):
+      asked.extend(items)
+      # Unsafe where the rule is about pets, whatever was said.
+      return np.array([1.0 - 2.0 * ('pets' in item.safety.names[0].lower())
+                       for item in items])
+
+  def load(path, format):
+    asked.append((path, format))
+    return Guard()
+
+  monkeypatch.setattr(augment.reward_model, 'load', load)
+  judge = augment._make_judge(config(judge='PATH', judge_format=format))
+  talk = examples.training_example(0, 0).conversation
+  rules = [Category('Pets', 'No pets.'), Category('Wine', 'No wine.')]
+  assert judge([talk, talk], rules) == [True, False]
+  assert asked[0] == ('PATH', format)
+  # One rule at a time: the others must not sway the verdict.
+  assert [item.safety.names for item in asked[1:]] == [('Pets',), ('Wine',)]
 
 
 def test_an_endpoint_in_trouble_loses_nothing(conversations, tmp_path):
