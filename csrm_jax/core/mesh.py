@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 from csrm_jax.core import tree
 
 AXES = ('data', 'fsdp', 'tensor')
+# The axes that rows of a batch are cut over.
+ROWS = ('data', 'fsdp')
 
 # First match wins; a pattern is matched at the end of the leaf's name, so that
 # 'params/...' and the optimizer's 'opt_state/0/mu/...' fall under one rule.
@@ -48,8 +50,8 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r'value_head/kernel', P()),
   # Norms: [D], [L, D], [L, H]
   (r'scale', P()),
-  # [D, V]
-  (r'lm_head/kernel', P('fsdp', 'tensor')),
+  # [D, V]: never gathered where few rows meet it; see scoring.py
+  (r'lm_head/kernel', P(None, ('fsdp', 'tensor'))),
 )
 
 
@@ -115,11 +117,51 @@ def param_spec(
       f'the sharding rule {pattern!r} has {len(spec)} axes but {name!r} has '
       f'shape {tuple(shape)}: correct PARAM_RULES or the parameter'
     )
-  axes = [
-    axis if axis is not None and size % mesh.shape[axis] == 0 else None
-    for axis, size in zip(spec, shape, strict=False)
-  ]
+  return fit(spec, shape, mesh)
+
+
+def fit(spec: P, shape: Sequence[int], mesh: Any) -> P:
+  """Returns the spec without the mesh axes that do not divide their array axis.
+
+  Of several mesh axes on one array axis, the first ones that do are kept.
+  """
+  axes = []
+  for axis, size in zip(spec, shape, strict=False):
+    names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+    while names and size % math.prod(mesh.shape[name] for name in names):
+      names = names[:-1]
+    axes.append(names[0] if len(names) == 1 else names or None)
   return P(*axes)
+
+
+def platform() -> str:
+  """Returns what programs are traced for: 'cpu', 'gpu' or 'tpu'.
+
+  It is that of the mesh that jax.set_mesh has set, else of this machine.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device is not None else jax.default_backend()
+
+
+def current() -> Any:
+  """Returns the mesh that jax.set_mesh has set, None without several devices.
+
+  Within shard_map, where each device is on its own, there is none either.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if mesh.size > 1 and not mesh.empty and not mesh.manual_axes else None
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+  """Returns x, laid out by the spec on the mesh that jax.set_mesh has set.
+
+  Without a mesh, or on one device, x itself. Where the compiler is left to
+  guess it may cut activations as it cuts parameters, and move far more.
+  """
+  mesh = current()
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, fit(P(*spec), x.shape, mesh))
 
 
 def shardings(shapes: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
@@ -156,7 +198,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of batch arrays: axis 0 over data and fsdp."""
-  return NamedSharding(mesh, P(('data', 'fsdp')))
+  return NamedSharding(mesh, P(ROWS))
+
+
+def abstract_batch(
+  batch: Mapping[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of to_global's arrays, for a batch of all processes.
+
+  Raises:
+    ValueError: the rows do not divide over the mesh.
+  """
+  sharding = batch_sharding(mesh)
+  for name, x in batch.items():
+    _check_rows(name, x.shape[0], mesh)
+  return {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    for name, x in batch.items()
+  }
+
+
+def _check_rows(name: str, rows: int, mesh: Mesh) -> None:
+  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  if rows % parts:
+    raise ValueError(
+      f'batch array {name!r} has {rows} rows, which do not divide over '
+      f'data x fsdp = {parts} devices: use a batch size that does'
+    )
 
 
 def to_global(
@@ -168,14 +236,8 @@ def to_global(
     ValueError: the rows do not divide over the mesh.
   """
   sharding = batch_sharding(mesh)
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
   arrays = {}
   for name, x in batch.items():
-    rows = x.shape[0] * jax.process_count()
-    if rows % parts:
-      raise ValueError(
-        f'batch array {name!r} has {rows} rows, which do not divide over '
-        f'data x fsdp = {parts} devices: use a batch size that does'
-      )
+    _check_rows(name, x.shape[0] * jax.process_count(), mesh)
     arrays[name] = jax.make_array_from_process_local_data(sharding, x)
   return arrays

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models.config import ModelConfig
 
 ACTIVATIONS = {
@@ -88,8 +89,9 @@ class MLP(nnx.Module):
     self.down = make('down', (F,), (D,), std=std)
 
   def __call__(self, x):
-    gate = ACTIVATIONS[self.activation](self.gate(x))
-    return self.down(gate * self.up(x))
+    gate, up = (mesh_lib.constrain(y, mesh_lib.ROWS, 'tensor')
+                for y in (self.gate(x), self.up(x)))
+    return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 
 class Embed(nnx.Module):
@@ -103,7 +105,12 @@ class Embed(nnx.Module):
         * jax.random.normal(rngs.params(), shape, cfg.param_dtype))
 
   def __call__(self, tokens):
-    x = self.embedding[...][tokens.reshape(-1)].astype(self.cfg.dtype)  # [R,D]
+    # Each device looks up its columns for the tokens of all, then rows and
+    # columns change places: the table is never gathered.
+    tokens = mesh_lib.constrain(tokens.reshape(-1), 'data')
+    x = self.embedding[...][tokens].astype(self.cfg.dtype)  # [R,D]
+    x = mesh_lib.constrain(x, 'data', 'fsdp')
+    x = mesh_lib.constrain(x, mesh_lib.ROWS)
     if self.cfg.scale_embeddings:
       x *= jnp.asarray(self.cfg.embed_dim**0.5, x.dtype)
     return x

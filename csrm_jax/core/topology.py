@@ -1,0 +1,179 @@
+"""Slices of TPUs by the names they are rented under, and what a chip can do.
+
+A slice is described without one being there: `devices` gives what programs are
+compiled for on any machine that has the package libtpu.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What one chip has.
+
+  Attributes:
+    hbm_bytes: memory that a program can use; what the compiler holds back is
+      left out.
+    flops: bfloat16 products, FLOP/s at most.
+    hbm_bytes_per_s: of its memory.
+    link_bytes_per_s: of one link to a neighbour, in each of its directions.
+    dcn_bytes_per_s: between slices, over the data-centre network.
+    cores_named: the name of a slice counts these per chip: v5p-16 is 8 chips.
+    torus: a side of the slice is closed to a ring where it is a multiple of it.
+
+  Source: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e: peak compute, HBM, DCN;
+    slice names; wrap-around links); links: "How to Scale Your Model"
+    (jax-ml.github.io/scaling-book), TPU networking, one-way bandwidth.
+  """
+
+  hbm_bytes: float
+  flops: float
+  hbm_bytes_per_s: float
+  link_bytes_per_s: float
+  dcn_bytes_per_s: float
+  cores_named: int
+  torus: int
+
+
+CHIPS = {
+  'v4': Chip(30.75 * GIB, 275e12, 1.228e12, 45e9, 6.25e9, 2, 4),
+  'v5e': Chip(15.75 * GIB, 197e12, 0.819e12, 45e9, 6.25e9, 1, 16),
+  'v5p': Chip(95.0 * GIB, 459e12, 2.765e12, 90e9, 6.25e9, 2, 4),
+  'v6e': Chip(31.25 * GIB, 918e12, 1.64e12, 90e9, 12.5e9, 1, 16),
+}
+
+# Chips -> sides of the slice.
+SHAPES_2D = {
+  1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8),
+  128: (8, 16), 256: (16, 16),
+}  # fmt: skip
+SHAPES_3D = {
+  4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4),
+  128: (4, 4, 8), 256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16),
+}  # fmt: skip
+SHAPES = {
+  'v4': SHAPES_3D, 'v5e': SHAPES_2D, 'v5p': SHAPES_3D, 'v6e': SHAPES_2D,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """One or several slices of TPUs.
+
+  Attributes:
+    name: as rented, 'v5p-16'; with '2x' before it two of them.
+    kind: a name of CHIPS.
+    shape: chips along each side of one slice.
+    num_slices: connected by the data-centre network.
+  """
+
+  name: str
+  kind: str
+  shape: tuple[int, ...]
+  num_slices: int = 1
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[self.kind]
+
+  @property
+  def num_chips(self) -> int:
+    """Of all slices."""
+    return math.prod(self.shape) * self.num_slices
+
+  @property
+  def ring_bytes_per_s(self) -> tuple[float, ...]:
+    """What a ring along each side longer than 1 carries, both ways together.
+
+    A side that is not closed to a ring carries half.
+    """
+    link = self.chip.link_bytes_per_s
+    return tuple(
+      link * (2 if side % self.chip.torus == 0 else 1)
+      for side in self.shape
+      if side > 1
+    )
+
+
+def names() -> list[str]:
+  """Returns the names of all single slices."""
+  return [
+    f'{kind}-{num * CHIPS[kind].cores_named}'
+    for kind, shapes in SHAPES.items()
+    for num in shapes
+  ]
+
+
+def parse(name: str) -> Slice:
+  """Returns the slice of a name: 'v5e-64', 'v5p-16', '2xv5e-256'.
+
+  Raises:
+    ValueError: there is no such slice.
+  """
+  match = re.fullmatch(r'(?:(\d+)x)?(v\w+)-(\d+)', name)
+  known = names()
+  single = match and f'{match[2]}-{match[3]}'
+  if not match or single not in known or match[1] in ('0', '1'):
+    close = difflib.get_close_matches(str(single or name), known, 4, 0.5)
+    raise ValueError(
+      f'topology {name!r} does not exist; '
+      f'{"did you mean " if close else "there are "}'
+      f'{", ".join(close or known)} (2xv5e-256: two slices)'
+    )
+  kind, size = match[2], int(match[3])
+  shape = SHAPES[kind][size // CHIPS[kind].cores_named]
+  return Slice(name, kind, shape, int(match[1] or 1))
+
+
+def layout(name: str) -> dict[str, int]:
+  """Returns the sizes of the mesh for a slice: a copy of the model per slice.
+
+  Parameters are gathered over the fast links of a slice; between slices only
+  gradients travel. Give `tensor` a part of fsdp where a row does not fit into
+  a chip.
+  """
+  return {'data': parse(name).num_slices, 'fsdp': -1, 'tensor': 1}
+
+
+def devices(target: Slice) -> list[Any]:
+  """Returns descriptions of the slice's devices, to compile for.
+
+  Raises:
+    ImportError: the package libtpu is not installed.
+  """
+  if importlib.util.find_spec('libtpu') is None:
+    raise ImportError(
+      'compiling for TPUs needs the package libtpu (no TPU): '
+      'pip install "csrm_jax[tpu]"'
+    )
+  # Else it asks the cloud's metadata server what machine this is.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  from jax.experimental import topologies
+
+  # v4 and v5p name their sides in libtpu as well, one device per chip.
+  shape = 'x'.join(str(side) for side in target.shape)
+  extra = {}
+  if target.shape in ((1, 1), (2, 2, 1)) or target.kind in ('v5e', 'v6e'):
+    extra = _host_bounds(target)
+  if target.num_slices > 1:
+    extra['num_slices'] = target.num_slices
+  return topologies.get_topology_desc(
+    platform='tpu', topology_name=f'{target.kind}:{shape}', **extra
+  ).devices
+
+
+def _host_bounds(target: Slice) -> dict[str, Any]:
+  """Returns libtpu's argument for slices smaller than a usual host."""
+  if math.prod(target.shape) >= 4:
+    return {}
+  return {'chips_per_host_bounds': (*target.shape, 1)}
