@@ -34,7 +34,8 @@ def dual_reward(
 
   Parts are 'format' (V_f), 'refusal' (V_r), 'safety' (R_s), and 'helpfulness'
   (R_h; 0 for harmful prompts) unless it is left out. Refusal and helpfulness
-  are judged by the answer alone. All samples of a prompt must be in one call.
+  are judged by the answer alone, helpfulness by what is in its box. All samples
+  of a prompt must be in one call.
 
   Args:
     refusal_fn: V_r.
@@ -67,7 +68,8 @@ def dual_reward(
     if helpfulness == 'none':
       return safety, parts
     chosen = np.flatnonzero(benign)
-    asked = [answers[i] for i in chosen]
+    asked = [dataclasses.replace(
+        answers[i], text=verifiers.unboxed(answers[i].text)) for i in chosen]
     help_ = rewards.check_rewards(helpfulness_fn(asked), asked, 'helpfulness')
     if helpfulness == 'standardised':
       help_ = np.maximum(standardise(help_, asked), 0)

@@ -26,6 +26,7 @@ TotalFn = Callable[[Sequence[Sample]],
 
 # The least that a sigmoid gives: reward distillation takes its log.
 _TINY = float(np.finfo(np.float32).tiny)
+# The largest reward, beyond which float32 is infinite.
 _HUGE = float(np.finfo(np.float32).max)
 
 

@@ -94,15 +94,18 @@ def answer_of(text: str) -> str:
 def boxed(text: str) -> str | None:
   r"""Returns what the first \boxed{...} holds, braces balanced; None if none.
   """
-  start = _BOXED.search(text)
-  if start is None:
-    return None
-  depth = 1
-  for place in range(start.end(), len(text)):
-    depth += {'{': 1, '}': -1}.get(text[place], 0)
-    if not depth:
-      return text[start.end():place].strip()
-  return None
+  span = _boxed_span(text)
+  return text[span[1]:span[2]].strip() if span else None
+
+
+def unboxed(text: str) -> str:
+  r"""Returns the text as a reader sees it: its first \boxed{...} without box.
+  """
+  span = _boxed_span(text)
+  if span is None:
+    return text
+  start, inner, end = span
+  return (text[:start] + text[inner:end] + text[end + 1:]).strip()
 
 
 def is_refusal(text: str) -> bool:
@@ -144,7 +147,9 @@ def by_score(
 
   def refuses(samples: Sequence[Sample]) -> np.ndarray:
     examples = [
-        dataclasses.replace(s.example(), safety=safety) for s in samples]
+        dataclasses.replace(
+            dataclasses.replace(s, text=unboxed(s.text)).example(),
+            safety=safety) for s in samples]
     verdicts = scoring.verdicts(score_fn(examples))
     return np.array([v.label == 'unsafe' for v in verdicts], bool)
 
@@ -155,3 +160,16 @@ REFUSALS: dict[str, RefusalFn] = {
     'patterns': by_text(is_refusal),
     'boxed': by_text(is_boxed_refusal),
 }
+
+
+def _boxed_span(text: str) -> tuple[int, int, int] | None:
+  """Returns where the first box begins, its content begins and ends."""
+  start = _BOXED.search(text)
+  if start is None:
+    return None
+  depth = 1
+  for place in range(start.end(), len(text)):
+    depth += {'{': 1, '}': -1}.get(text[place], 0)
+    if not depth:
+      return start.start(), start.end(), place
+  return None

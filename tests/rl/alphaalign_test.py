@@ -24,9 +24,9 @@ GROUPS = [
     sample('harmful', 2, NO, formed=False),
     sample('benign', 0, NO), sample('benign', 1, YES + ' A.'),
     sample('benign', 2, YES + ' B.', formed=False),
-    sample('benign', 3, YES + ' C.'),
+    sample('benign', 3, rf'\boxed{{{YES} C.}}'),
 ]
-# Of the answers alone.
+# Of the answers alone, out of their boxes.
 HELP = {NO: 5.0, YES + ' A.': 1.5, YES + ' B.': 2.5, YES + ' C.': 4.0}
 
 

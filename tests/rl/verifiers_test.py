@@ -51,6 +51,13 @@ def test_boxed(text, held):
   assert verifiers.boxed(text) == held
 
 
+@pytest.mark.parametrize('text, seen', [
+    (r'\boxed{No.}', 'No.'), (r'So \boxed{a {b} c}, ok.', 'So a {b} c, ok.'),
+    (r'\boxed{open', r'\boxed{open'), ('No.', 'No.')])
+def test_unboxed(text, seen):
+  assert verifiers.unboxed(text) == seen
+
+
 @pytest.mark.parametrize('text', [
     "I'm sorry, but I can't assist with that.",
     'I\u2019m sorry, but that is not something for me.',
@@ -111,4 +118,5 @@ def test_verifiers_of_samples():
     value = refuses(samples)
     assert value.dtype == bool and value.tolist() == expected
   assert {e.safety for e in seen[:3]} == {REFUSES}
-  assert seen[1].conversation[-1].content == samples[1].text
+  # A reward model sees what a reader does.
+  assert seen[1].conversation[-1].content == 'I cannot help.'
