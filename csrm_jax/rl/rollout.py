@@ -37,29 +37,36 @@ class Policy:
     tokenizer: its own.
     marks: what opens a user's turn, and what closes it and opens the answer;
       template text, whose control tokens count.
-    stop_ids: a completion ends with the first of these.
+    joins_turns: whether turns follow each other with nothing but these marks;
+      a chat template may want more, and then only single turns are taken.
   """
   model: ModelConfig
   tokenizer: Tokenizer
   marks: tuple[str, str]
-  stop_ids: tuple[int, ...]
+  joins_turns: bool = False
 
   def encode(self, prompt: Prompt) -> list[int]:
     """Returns the ids that a completion of the prompt continues.
 
     Raises:
-      ValueError: not exactly one turn, of the user.
+      ValueError: the turns are not the user's and the agent's in turn, the
+        last the user's; or there are several, which do not join.
     """
     roles = [message.role for message in prompt.messages]
-    if roles != ['user']:
+    num = len(roles) // 2 if self.joins_turns else 0
+    if roles != ['user', 'agent'] * num + ['user']:
       raise ValueError(
-          f'prompt {prompt.id}: its turns are {", ".join(roles) or "none"}; a '
-          'policy is asked with one turn of the user')
+          f'prompt {prompt.id}: its turns are {", ".join(roles) or "none"}; '
+          'this policy is asked with one turn of the user'
+          + (', or with turns that alternate' if self.joins_turns else ''))
     tokenizer, (prefix, suffix) = self.tokenizer, self.marks
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return [*bos, *tokenizer.encode_control(prefix),
-            *tokenizer.encode(prompt.messages[0].content),
-            *tokenizer.encode_control(suffix)]
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    for message in prompt.messages:
+      is_user = message.role == 'user'
+      ids += tokenizer.encode_control(prefix) if is_user else []
+      ids += tokenizer.encode(message.content)
+      ids += tokenizer.encode_control(suffix) if is_user else []
+    return ids
 
   def encode_all(self, prompts: Sequence[Prompt],
                  max_completion_length: int) -> list[list[int]]:
@@ -94,7 +101,7 @@ def rollout(
     policy: what is asked.
     params: its parameters; a value head among them is left out.
     prompts: at least one.
-    sampling: how; its stop_ids should be the policy's.
+    sampling: how.
     num_generations: G.
     seed: of the draws, in [0, 2**32).
 
