@@ -52,8 +52,9 @@ def get_config(arg=None):
 
 def _policy(c, arg, package):
   """Changes what is another way for the policy."""
-  c.num_steps = 1500 if arg.num_steps is None else arg.num_steps
+  c.num_steps = 1000 if arg.num_steps is None else arg.num_steps
   del c.model.preset, c.data.curriculum_length
+  c.data.batch_size, c.data.row_length = 16, 128
   c.model.weights = str(package / 'ruleworld' / 'base')  # to start from
   c.model.saved_dtype = 'float16'  # loaded as float32
   c.optim.lr = 1e-3
