@@ -112,10 +112,10 @@ def attend(
   above the diagonal are never computed, nor are [T,S] scores held at once.
 
   Args:
-    query: [B,T,N,H], scaled already.
-    key: [B,T,K,H]; query head n reads kv head n // G.
-    value: [B,T,K,H].
-    mask: bool [B,T,S], causal, with S = T.
+    query: [B,T,N,H], scaled already; the last T of the S places.
+    key: [B,S,K,H]; query head n reads kv head n // G.
+    value: [B,S,K,H].
+    mask: bool [B,T,S], causal.
     cap: of softcap on the scores.
     window: promises that mask hides keys `window` or more before their query;
       products that lie wholly outside are left out. 0 promises nothing.
@@ -123,6 +123,7 @@ def attend(
   B, T, N, H = query.shape
   K = key.shape[2]
   G = N // K
+  before = key.shape[1] - T
   query = query.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
   key = key.transpose(0, 2, 3, 1)  # [B,K,H,S]
   value = value.transpose(0, 2, 1, 3)  # [B,K,S,H]
@@ -131,7 +132,8 @@ def attend(
   out = []
   for start in range(0, T, chunk):
     rows = slice(start, min(start + chunk, T))
-    seen = slice(max(0, start - window + 1) if window else 0, rows.stop)
+    seen = slice(max(0, before + start - window + 1) if window else 0,
+                 before + rows.stop)
     out.append(_attend_chunk(
         query[:, :, :, rows], key[..., seen], value[:, :, seen],
         bias[..., rows, seen], cap))

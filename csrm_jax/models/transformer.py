@@ -5,9 +5,6 @@ Llama, Mistral, Qwen3 and Gemma 2 differ in fields of ModelConfig only.
 Axes: B rows, T query length, S key length, D embed, F mlp, N query heads,
 K kv heads, G = N/K, H head dim, V vocab, L layers; R = B·T.
 
-Everything but attention sees the residual stream as [R,D]: on CPU the gradient
-of a kernel is twice as fast when it contracts one axis instead of two.
-
 Flax stays inside these modules: callers hold a ModelConfig and a nested dict of
 arrays, so that sharding rules, masks, checkpoints and LoRA see plain names
 such as 'layers/attention/query/kernel'. The layers are stacked along a leading
@@ -23,70 +20,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from csrm_jax.models import attention as attention_lib
+from csrm_jax.models import kernels
+from csrm_jax.models.block import Block
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.models.layers import MLP, Dense, Embed, RMSNorm
-
-
-class Attention(nnx.Module):
-  """Grouped-query self-attention with rotary positions."""
-
-  def __init__(self, cfg: ModelConfig, rngs):
-    self.cfg = cfg
-    D, N, K, H = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    make = functools.partial(Dense, cfg, rngs=rngs)
-    self.query = make('query', (D,), (N, H), std=D**-0.5)
-    self.key = make('key', (D,), (K, H), std=D**-0.5)
-    self.value = make('value', (D,), (K, H), std=D**-0.5)
-    if cfg.match_init:
-      query = self.query.kernel[...]
-      self.query.kernel[...] = query.at[:, ::N // K].set(self.key.kernel[...])
-    # Residual writes shrink with depth, so that the stream keeps its scale.
-    std = (N * H * 2 * cfg.num_layers) ** -0.5
-    self.out = make('out', (N, H), (D,), std=std)
-    if cfg.qk_norm:
-      self.query_norm, self.key_norm = RMSNorm(cfg, H), RMSNorm(cfg, H)
-
-  def __call__(self, x, sin, cos, attend):
-    """Returns (what is added to x [R,D], what attend keeps).
-
-    attend takes query [B,T,N,H], key and value [B,T,K,H] and returns the heads'
-    output [B,T,N,H] and anything else.
-    """
-    out, kept = attend(*self._project(x, sin, cos))
-    return self.out(out.reshape(-1, *out.shape[2:])), kept
-
-  def _project(self, x, sin, cos):
-    """Returns scaled query [B,T,N,H], key and value [B,T,K,H] of x [R,D]."""
-    query, key, value = (
-        heads.reshape(*sin.shape[:2], *heads.shape[1:])
-        for heads in (self.query(x), self.key(x), self.value(x)))
-    if self.cfg.qk_norm:
-      query, key = self.query_norm(query), self.key_norm(key)
-    # The scale rides on the angles: in float32, and at no cost.
-    scale = (self.cfg.query_scale or self.cfg.head_dim) ** -0.5
-    query = attention_lib.apply_rope(query, scale * sin, scale * cos)
-    return query, attention_lib.apply_rope(key, sin, cos), value
-
-
-class Block(nnx.Module):
-  """One pre-norm decoder layer; Gemma 2 also norms what it adds."""
-
-  def __init__(self, cfg: ModelConfig, rngs):
-    D = cfg.embed_dim
-    self.post_norms = cfg.post_norms
-    self.attention_norm = RMSNorm(cfg, D)
-    self.attention = Attention(cfg, rngs)
-    self.mlp_norm = RMSNorm(cfg, D)
-    self.mlp = MLP(cfg, rngs)
-    if cfg.post_norms:
-      self.attention_post_norm = RMSNorm(cfg, D)
-      self.mlp_post_norm = RMSNorm(cfg, D)
-
-  def __call__(self, x, sin, cos, attend):
-    out, kept = self.attention(self.attention_norm(x), sin, cos, attend)
-    x += self.attention_post_norm(out) if self.post_norms else out
-    out = self.mlp(self.mlp_norm(x))
-    return x + (self.mlp_post_norm(out) if self.post_norms else out), kept
+from csrm_jax.models.layers import Dense, Embed, RMSNorm
 
 
 class Transformer(nnx.Module):
@@ -104,24 +41,33 @@ class Transformer(nnx.Module):
           cfg, 'lm_head', (cfg.embed_dim,), (cfg.vocab_size,),
           std=cfg.embed_dim**-0.5, rngs=rngs)
 
-  def hidden(self, tokens, positions, segment_ids, keep=False):
+  def hidden(self, tokens, positions, segment_ids, prefix=None, keep=False):
     """Returns hidden [B,T,D] and, to keep, keys and values as in a cache."""
     cfg = self.cfg
-    mask_of = _make_mask_of(
-        cfg, functools.partial(attention_lib.make_mask, segment_ids))
+    mask_of = _make_mask_of(cfg, _after(segment_ids, prefix))
     uniform = cfg.sliding_window if cfg.window_period == 1 else 0
+    kernel = None if prefix else kernels.make_kernel(cfg)
 
-    def attend(query, key, value, has_window):
+    def attend(query, key, value, has_window, before):
+      kept = _to_cache(key, value) if keep else None
+      if kernel:
+        return kernel(query, key, value, segment_ids, has_window), kept
+      if before:
+        key, value = _put_before(key, value, *before)
       out = attention_lib.attend(
           query, key, value, mask_of(has_window), cap=cfg.attention_softcap,
           window=uniform)
-      return out, _to_cache(key, value) if keep else None
+      return out, kept
 
     def body(x, xs):
-      return block(x, xs[0], functools.partial(attend, has_window=xs[1]))
+      layer, has_window, *before = xs
+      return block(x, layer, functools.partial(
+          attend, has_window=has_window, before=before))
 
     block = self._make_block(positions)
-    x, kept = self._scan(with_remat(body, cfg.remat), self.embed(tokens))
+    before = () if prefix is None else (prefix['key'], prefix['value'])
+    x, kept = self._scan(
+        with_remat(body, cfg.remat), self.embed(tokens), *before)
     return self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim), kept
 
   def extend(self, tokens, positions, segment_ids, cache):
@@ -168,11 +114,12 @@ class Transformer(nnx.Module):
     return lambda x, layer, attend: nnx.merge(graphdef, layer)(
         x, sin, cos, attend)
 
-  def _scan(self, body, carry):
-    """Runs body over (parameters, entry of _has_window) of each layer."""
+  def _scan(self, body, carry, *more):
+    """Runs body over each layer's (parameters, entry of _has_window, *more)."""
     _, stacked = nnx.split(self.layers)
     return jax.lax.scan(
-        body, carry, (stacked, _has_window(self.cfg)), unroll=self.cfg.unroll)
+        body, carry, (stacked, _has_window(self.cfg), *more),
+        unroll=self.cfg.unroll)
 
   def logits(self, hidden):
     if self.cfg.tie_embeddings:
@@ -189,6 +136,27 @@ class Transformer(nnx.Module):
 def _to_cache(key, value):
   """Returns key [B,K,H,T] and value [B,K,T,H], from [B,T,K,H] each."""
   return key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+
+
+def _put_before(key, value, old_key, old_value):
+  """Returns key and value [B,P+T,K,H], given [B,T,K,H] and a cache of [1,P]."""
+  old = old_key.transpose(0, 3, 1, 2), old_value.transpose(0, 2, 1, 3)
+  return [
+      jnp.concatenate([jnp.broadcast_to(
+          first, (last.shape[0], *first.shape[1:])), last], axis=1)
+      for first, last in zip(old, (key, value), strict=True)]
+
+
+def _after(segment_ids, prefix):
+  """Returns window (0 for none) -> mask, for what follows the prefix, if any.
+  """
+  if prefix is None:
+    return functools.partial(attention_lib.make_mask, segment_ids)
+  before = prefix['segment_ids']  # [1,P]
+  before = jnp.broadcast_to(before, (segment_ids.shape[0], before.shape[1]))
+  return functools.partial(
+      attention_lib.make_mask, segment_ids, start=before.shape[1],
+      key_segment_ids=jnp.concatenate([before, segment_ids], axis=1))
 
 
 def _make_rngs(key) -> nnx.Rngs:
@@ -272,7 +240,7 @@ def _make_init(cfg: ModelConfig):
 
 def hidden(
     cfg: ModelConfig, params: dict, tokens: jax.Array, positions: jax.Array,
-    segment_ids: jax.Array
+    segment_ids: jax.Array, prefix: dict | None = None
 ) -> jax.Array:
   """Returns the residual stream after the final norm, cfg.dtype [B,T,D].
 
@@ -282,8 +250,10 @@ def hidden(
     tokens: int32 [B,T].
     positions: int32 [B,T], restarting at 0 in every segment.
     segment_ids: int32 [B,T], 1.. for each prompt of a packed row, 0 = padding.
+    prefix: from prefill of one row [1,P] with length=P: P tokens that come
+      before segment 1 of every row, whose positions then begin at P.
   """
-  return _merge(cfg, params).hidden(tokens, positions, segment_ids)[0]
+  return _merge(cfg, params).hidden(tokens, positions, segment_ids, prefix)[0]
 
 
 def logits(cfg: ModelConfig, params: dict, hidden: jax.Array) -> jax.Array:
@@ -309,22 +279,41 @@ def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> dict:
 
 def prefill(
     cfg: ModelConfig, params: dict, tokens: jax.Array, positions: jax.Array,
-    segment_ids: jax.Array, length: int
+    segment_ids: jax.Array, length: int, prefix: dict | None = None
 ) -> tuple[jax.Array, dict]:
-  """Returns what hidden does, and a cache of `length` slots that begins with T.
+  """Returns what hidden does, and a cache of `length` slots.
 
-  Args as for hidden; a row's one prompt is segment 1, padded on the left.
+  It begins with the P slots of the prefix, if there is one, and then has T of
+  its own. Args as for hidden; a row's one prompt is segment 1, padded on the
+  left. A window counts padding between the prefix and the rest as tokens.
   """
   out, (key, value) = _merge(cfg, params).hidden(
-      tokens, positions, segment_ids, keep=True)
+      tokens, positions, segment_ids, prefix, keep=True)
   cache = init_cache(cfg, tokens.shape[0], length)
-  return out, {
-      'key': cache['key'].at[..., :tokens.shape[1]].set(key),
-      'value': cache['value'].at[..., :tokens.shape[1], :].set(value),
-      'segment_ids':
-          cache['segment_ids'].at[:, :tokens.shape[1]].set(segment_ids),
-      'length': cache['length'] + tokens.shape[1],
+  if prefix is not None:
+    cache = _write(cache, prefix, 0)
+  start = 0 if prefix is None else prefix['segment_ids'].shape[1]
+  new = {'key': key, 'value': value, 'segment_ids': segment_ids}
+  return out, _write(cache, new, start)
+
+
+def _write(cache: dict, part: dict, start: int) -> dict:
+  """Returns the cache, with the slots of another from start on."""
+  stop = start + part['segment_ids'].shape[1]
+  here = slice(start, stop)
+  return {
+      'key': cache['key'].at[..., here].set(part['key']),
+      'value': cache['value'].at[..., here, :].set(part['value']),
+      'segment_ids': cache['segment_ids'].at[:, here].set(part['segment_ids']),
+      'length': jnp.int32(stop),
   }
+
+
+def take_rows(cache: dict, rows: jax.Array) -> dict:
+  """Returns a cache whose row b is the row rows[b] of another."""
+  return {
+      'key': cache['key'][:, rows], 'value': cache['value'][:, rows],
+      'segment_ids': cache['segment_ids'][rows], 'length': cache['length']}
 
 
 def extend(

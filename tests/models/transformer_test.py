@@ -330,6 +330,34 @@ def test_cache_equals_one_pass(name):
     assert gap < 1e-5, gap
 
 
+@pytest.mark.parametrize('name', VARIANTS)
+def test_a_prefix_that_rows_share_is_computed_once(name, monkeypatch):
+  """Against one pass over whole rows; then a token more from the cache."""
+  monkeypatch.setattr(attention, 'MIN_CHUNK', 3)  # of queries
+  cfg = dataclasses.replace(CFG, **VARIANTS[name])
+  params = _params(cfg)
+  tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (3, 14))
+  tokens[:, :6] = tokens[0, :6]
+  positions = np.tile(np.arange(14), (3, 1))
+  segment_ids = np.ones((3, 14), int)
+  segment_ids[1, 11:] = 0  # on the right: the prefix is next to the rest
+  batch = tokens, positions, segment_ids
+  want = np.array(transformer.hidden(cfg, params, *batch))
+  once = [x[:1, :6] for x in batch]
+  _, prefix = transformer.prefill(cfg, params, *once, length=6)
+  rest = [x[:, 6:13] for x in batch]
+  out, cache = transformer.prefill(
+      cfg, params, *rest, length=14, prefix=prefix)
+  assert cache['length'] == 13 and cache['segment_ids'].shape == (3, 14)
+  last, _ = transformer.extend(
+      cfg, params, *(x[:, 13:] for x in batch), cache)
+  got = np.concatenate([out, last], axis=1)
+  gap = np.abs(got - want[:, 6:])[segment_ids[:, 6:] > 0].max()
+  assert gap < 1e-5, gap
+  alone = transformer.hidden(cfg, params, *rest, prefix)
+  np.testing.assert_array_equal(alone, out)
+
+
 def test_packed_equals_unpacked():
   params = _params()
   tokens, positions, segment_ids = _row([7, 5, 4], 20)
