@@ -1,10 +1,14 @@
 """Completions from a decoder, and the log-probabilities of tokens.
 
 `generate` fills a key-value cache with the prompts of a batch at once, padded
-on the left, and then adds one token a row and step. Shapes come from a few
-buckets, so that nothing is compiled after the first calls.
+on the left, and then adds one token a row and step. What prompts share is
+computed once: a prompt that is given several times, and tokens that all begin
+with. Shapes come from a few buckets, so that nothing is compiled after the
+first calls.
 
-Axes: B rows, T tokens, D embed, V vocab.
+Axes: B rows, U distinct prompts of a batch, P tokens that all prompts begin
+with, T tokens of the longest prompt, C tokens of a completion, D embed,
+V vocab.
 """
 
 from __future__ import annotations
@@ -18,54 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from csrm_jax.models import prefix as prefix_lib
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
+from csrm_jax.token_choice import Sampling, choose_tokens
 
 # Lengths that prompts are padded to; each is compiled once.
 PROMPT_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072,
                   4096, 6144, 8192)
+# A prefix that prompts share counts in whole steps of this many tokens.
+PREFIX_STEP = 32
 # Tokens whose logits completion_logprobs holds at once.
 LOGPROB_CHUNK = 2048
-# A row's probabilities are added up in blocks of this many.
-_BLOCK = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How tokens are chosen; hashable, compiled once for each value.
-
-  Attributes:
-    max_completion_length: the most tokens of a completion.
-    temperature: logits are divided by it; 0 takes the likeliest token.
-    top_k: only the k likeliest tokens are drawn, and ties with the last of
-      them; 0 for all.
-    top_p: of these, only the likeliest tokens that together reach this
-      probability, and ties with the last of them.
-    stop_ids: a completion ends with the first of these, which belongs to it.
-  """
-
-  max_completion_length: int = 512
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  stop_ids: tuple[int, ...] = ()
-
-  def __post_init__(self):
-    if self.max_completion_length < 1:
-      raise ValueError(
-          f'max_completion_length={self.max_completion_length} must be at '
-          'least 1.')
-    if not 0 <= self.temperature < float('inf'):
-      raise ValueError(
-          f'temperature={self.temperature} must be at least 0 and finite.')
-    if self.top_k < 0:
-      raise ValueError(f'top_k={self.top_k} must be at least 0 (0 is all).')
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f'top_p={self.top_p} must lie in (0, 1].')
-    if not self.temperature and (self.top_k or self.top_p < 1):
-      raise ValueError(
-          f'top_k={self.top_k} and top_p={self.top_p} do nothing at '
-          'temperature=0; leave them out or raise the temperature.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +131,8 @@ def generate(
 
   Prompts of similar length go together, batch_size at a time. What is drawn
   for prompt i depends on the prompt, seed and i only, not on its batch (up to
-  rounding). To get several completions, give a prompt several times.
+  rounding). To get several completions, give a prompt several times: it is
+  read once in each batch.
 
   Args:
     cfg: the model.
@@ -189,14 +158,23 @@ def generate(
       lengths=np.zeros(len(prompts), np.int32),
       stopped=np.zeros(len(prompts), bool))
   rows = min(batch_size, 1 << max(len(prompts) - 1, 0).bit_length())
-  compute = _compile(cfg, sampling)
-  order = np.argsort(lengths, kind='stable')
-  for start in range(0, len(prompts), rows):
-    chosen = order[start:start + rows]
-    index = chosen if draws is None else np.asarray(draws, np.uint32)[chosen]
-    batch = _pad([prompts[i] for i in chosen], index, rows, cfg)
-    out = jax.device_get(compute(params, batch, jnp.uint32(seed)))
-    for name, values in out.items():
+  prompts = [tuple(prompt) for prompt in prompts]
+  number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+  order = np.lexsort(([number[prompt] for prompt in prompts], lengths))
+  start, go_on = _compile(cfg, sampling)
+  prefix = None
+  if num_shared := _num_shared(cfg, list(number), sampling):
+    tokens = np.array(prompts[0][:num_shared], np.int32)[None]
+    prefix = prefix_lib.make_reader(cfg)(params, tokens, np.ones_like(tokens))
+  for first in range(0, len(prompts), rows):
+    chosen = order[first:first + rows]
+    batch = _pad([prompts[i] for i in chosen], rows, num_shared, cfg)
+    index = np.zeros(rows, np.uint32)
+    index[:len(chosen)] = chosen if draws is None else [
+        draws[i] for i in chosen]
+    out, _ = go_on(
+        params, *start(params, batch, prefix), index, jnp.uint32(seed))
+    for name, values in jax.device_get(out).items():
       getattr(result, name)[chosen] = values[:len(chosen)]
     progress(len(chosen))
   for i in np.flatnonzero(~np.isfinite(result.logprobs).all(axis=1))[:1]:
@@ -222,47 +200,95 @@ def _check_prompts(cfg, prompts, lengths, sampling) -> None:
           "encode it with the model's own tokenizer.")
 
 
+def _bucket(cfg: ModelConfig, longest: int) -> int:
+  return min(b for b in (*PROMPT_BUCKETS, cfg.context_length) if b >= longest)
+
+
+def _num_shared(
+    cfg: ModelConfig, distinct: Sequence[tuple[int, ...]], sampling: Sampling
+) -> int:
+  """Returns how many first tokens of all prompts are to be read once, or 0.
+
+  They pay when they are a quarter of the longest row or more.
+  """
+  if len(distinct) < 2:
+    return 0
+  num = prefix_lib.num_common(distinct) // PREFIX_STEP * PREFIX_STEP
+  length = _bucket(cfg, max(map(len, distinct)))
+  # Padding comes between the prefix and the rest, and a window counts it.
+  fits = length + sampling.max_completion_length <= cfg.sliding_window
+  if cfg.sliding_window and not fits:
+    return 0
+  return num if 4 * num >= length else 0
+
+
 def _pad(
-    prompts: Sequence[Sequence[int]], indices: np.ndarray, rows: int,
+    prompts: Sequence[tuple[int, ...]], rows: int, num_shared: int,
     cfg: ModelConfig
 ) -> dict[str, np.ndarray]:
-  """Returns tokens, segment_ids int32 [rows,T] and index uint32 [rows].
+  """Returns tokens, segment_ids int32 [U,T-P], source [rows], active [rows].
 
-  Prompts end where the row ends, so that all go on in the same slot of the
-  cache. Rows left over are all padding.
+  Row b goes on from the prompt source[b], if it is active. Prompts end where
+  the row ends, so that all go on in the same slot of the cache. U is a power of
+  two; without equal prompts it is rows, and there is no source.
   """
-  longest = max(len(prompt) for prompt in prompts)
-  length = min(b for b in (*PROMPT_BUCKETS, cfg.context_length) if b >= longest)
-  batch = {name: np.zeros((rows, length), np.int32)
-           for name in ('tokens', 'segment_ids')}
-  batch['index'] = np.zeros(rows, np.uint32)
-  for row, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
-    batch['tokens'][row, length - len(prompt):] = prompt
-    batch['segment_ids'][row, length - len(prompt):] = 1
-    batch['index'][row] = index
+  distinct = list(dict.fromkeys(prompts))
+  num = 1 << (len(distinct) - 1).bit_length()
+  batch = {'active': np.arange(rows) < len(prompts)}
+  if num < rows and len(distinct) < len(prompts):
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    batch['source'] = np.zeros(rows, np.int32)
+    batch['source'][:len(prompts)] = [place[prompt] for prompt in prompts]
+  else:
+    distinct, num = prompts, rows
+  length = _bucket(cfg, max(map(len, prompts))) - num_shared
+  for name in ('tokens', 'segment_ids'):
+    batch[name] = np.zeros((num, length), np.int32)
+  for row, prompt in enumerate(distinct):
+    begin = length - (len(prompt) - num_shared)
+    batch['tokens'][row, begin:] = prompt[num_shared:]
+    batch['segment_ids'][row, begin:] = 1
   return batch
 
 
 @functools.lru_cache(maxsize=32)
 def _compile(cfg: ModelConfig, sampling: Sampling):
-  """Returns a jitted (params, batch, seed) -> the fields of Completions."""
+  """Returns (_start, _go_on), jitted; the second reuses the cache's memory.
 
-  def compute(params, batch, seed):
-    keys = jax.vmap(functools.partial(
-        jax.random.fold_in, jax.random.key(seed)))(batch['index'])
-    return _generate(cfg, params, batch, keys, sampling)
+  There are two, so that few prompts and many share the longer one.
+  """
 
-  return jax.jit(compute)
+  def start(*args):
+    return _start(cfg, sampling, *args)
+
+  def go_on(*args):
+    return _go_on(cfg, sampling, *args)
+
+  return jax.jit(start), jax.jit(go_on, donate_argnums=1)
 
 
-def _generate(cfg, params, batch, keys, sampling) -> dict[str, jax.Array]:
-  """Runs the loop over tokens; keys [B] belong to the rows."""
-  B, T = batch['tokens'].shape
-  C = sampling.max_completion_length
-  positions = jnp.maximum(jnp.cumsum(batch['segment_ids'], axis=1) - 1, 0)
+def _start(cfg, sampling, params, batch, prefix):
+  """Reads the prompts. Returns (cache, state) of the completions' rows."""
+  num_shared = 0 if prefix is None else prefix['segment_ids'].shape[1]
+  segment_ids = batch['segment_ids']
+  positions = num_shared + jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
+  length = num_shared + segment_ids.shape[1] + sampling.max_completion_length
   hidden, cache = transformer.prefill(
-      cfg, params, batch['tokens'], positions, batch['segment_ids'],
-      length=T + C - 1)  # the last token's keys are never needed
+      cfg, params, batch['tokens'], positions, segment_ids,
+      length=length - 1,  # the last token's keys are never needed
+      prefix=prefix)
+  state = {'hidden': hidden[:, -1], 'position': positions[:, -1]}
+  if 'source' in batch:
+    cache = transformer.take_rows(cache, batch['source'])
+    state = {name: x[batch['source']] for name, x in state.items()}
+  return cache, state | {'active': batch['active']}
+
+
+def _go_on(cfg, sampling, params, cache, start, index, seed):
+  """Runs the loop over tokens. Returns (the fields of Completions, cache)."""
+  B, C = index.shape[0], sampling.max_completion_length
+  keys = jax.vmap(functools.partial(
+      jax.random.fold_in, jax.random.key(seed)))(index)
   stop_ids = jnp.asarray(sampling.stop_ids, jnp.int32)
 
   def choose(state, last):
@@ -285,12 +311,11 @@ def _generate(cfg, params, batch, keys, sampling) -> dict[str, jax.Array]:
     }
 
   def body(state):
-    active = state['active'].astype(jnp.int32)[:, None]
     token = jax.lax.dynamic_slice_in_dim(
         state['tokens'], state['step'] - 1, 1, axis=1)
     hidden, cache = transformer.extend(
-        cfg, params, token, positions[:, -1:] + state['step'], active,
-        state['cache'])
+        cfg, params, token, start['position'][:, None] + state['step'],
+        state['active'].astype(jnp.int32)[:, None], state['cache'])
     return choose(state | {'cache': cache}, hidden[:, -1])
 
   state = {
@@ -298,101 +323,12 @@ def _generate(cfg, params, batch, keys, sampling) -> dict[str, jax.Array]:
       'tokens': jnp.zeros((B, C), jnp.int32),
       'logprobs': jnp.zeros((B, C), jnp.float32),
       'lengths': jnp.zeros(B, jnp.int32),
-      'active': batch['segment_ids'][:, -1] > 0,
+      'active': start['active'],
       'stopped': jnp.zeros(B, bool),
       'cache': cache,
   }
   state = jax.lax.while_loop(
       lambda state: (state['step'] < C) & jnp.any(state['active']),
-      body, choose(state, hidden[:, -1]))
+      body, choose(state, start['hidden']))
   return {field.name: state[field.name]
-          for field in dataclasses.fields(Completions)}
-
-
-def choose_tokens(
-    logits: jax.Array, uniform: jax.Array, sampling: Sampling
-) -> jax.Array:
-  """Returns a token id for each row, int32 [B].
-
-  Inverts the cumulative distribution: one random number a row instead of one a
-  logit, and no sorting.
-
-  Args:
-    logits: float32 [B,V].
-    uniform: float32 [B] in [0, 1).
-    sampling: its temperature, top_k and top_p.
-  """
-  highest = logits.max(-1, keepdims=True)
-  if not sampling.temperature:
-    return _first(logits == highest)
-  probs = jnp.exp((logits - highest) / sampling.temperature)  # not normalised
-  if 0 < sampling.top_k < logits.shape[-1]:
-    ones = jnp.ones_like(probs)
-    probs = _keep_highest(probs, ones, jnp.float32(sampling.top_k))
-  if sampling.top_p < 1:
-    total = probs.sum(-1, keepdims=True)
-    probs = _keep_highest(probs, probs, sampling.top_p * total)
-  return _invert(probs, uniform)
-
-
-def _first(hits: jax.Array) -> jax.Array:
-  """Returns the first True of each row of [B,V]; argmax is slow on CPU."""
-  ids = jnp.arange(hits.shape[-1], dtype=jnp.int32)
-  # A row without any has a NaN; its last id keeps the log-prob NaN as well.
-  return jnp.where(hits, ids, hits.shape[-1] - 1).min(-1)
-
-
-def _keep_highest(
-    probs: jax.Array, weights: jax.Array, target: jax.Array
-) -> jax.Array:
-  """Returns probs, 0 but for the highest whose weights reach the target.
-
-  Finds the largest threshold for which Σ weights[probs >= threshold] is at
-  least the target, by bisection over the bits of a float, which are ordered as
-  the numbers are. 31 passes over [B,V] instead of a sort.
-
-  Args:
-    probs: float32 [B,V] in [0, 1].
-    weights: float32 [B,V], not negative.
-    target: float32 [B,1] or [].
-  """
-  def as_float(bits):
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-  def halve(_, bounds):
-    low, high = bounds
-    middle = low + (high - low) // 2
-    mass = jnp.where(probs >= as_float(middle), weights, 0.0)
-    enough = mass.sum(-1, keepdims=True) >= target
-    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-  low = jnp.zeros((probs.shape[0], 1), jnp.int32)
-  one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
-  low, _ = jax.lax.fori_loop(
-      0, 31, halve, (low, jnp.full_like(low, one + 1)))
-  return jnp.where(probs >= as_float(low), probs, 0.0)
-
-
-def _invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
-  """Returns ids drawn with probabilities proportional to probs [B,V].
-
-  Two levels, blocks and within the block, because a cumulative sum over a
-  whole vocabulary is slow and less exact.
-  """
-  B, V = probs.shape
-  blocks = jnp.pad(probs, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
-
-  def find(weights, goal):
-    """Returns (place where the sum of weights [B,n] exceeds goal, rest)."""
-    ends = jnp.cumsum(weights, axis=-1)
-    # Rounding may put the goal at the very end, where no weight is left.
-    goal = jnp.minimum(goal, ends[:, -1] * (1 - 2.0**-23))
-    place = _first(ends > goal[:, None])
-    start = jnp.take_along_axis(
-        jnp.pad(ends, ((0, 0), (1, 0))), place[:, None], axis=1)[:, 0]
-    return place, goal - start
-
-  sums = blocks.sum(-1)
-  block, rest = find(sums, uniform * sums.sum(-1))
-  inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-  return jnp.minimum(block * _BLOCK + find(inside, rest)[0], V - 1)
+          for field in dataclasses.fields(Completions)}, state['cache']

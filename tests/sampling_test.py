@@ -8,6 +8,7 @@ import pytest
 
 from csrm_jax import sampling as sampling_lib
 from csrm_jax.models import config, transformer
+from csrm_jax.models import prefix as prefix_lib
 from csrm_jax.sampling import Sampling, generate
 
 CFG = config.ModelConfig(
@@ -163,6 +164,70 @@ def test_a_completion_does_not_depend_on_its_batch():
   assert len({tuple(row) for row in same.tokens.tolist()}) == 4
 
 
+def _count_reads(monkeypatch):
+  """Returns the list to which the shape of each prefill will be added.
+
+  As it is traced: compilations of other tests are not reused.
+  """
+  shapes, prefill = [], transformer.prefill
+
+  def counted(cfg, params, tokens, *args, **kwargs):
+    shapes.append(tokens.shape)
+    return prefill(cfg, params, tokens, *args, **kwargs)
+
+  sampling_lib._compile.cache_clear()
+  prefix_lib.make_reader.cache_clear()
+  monkeypatch.setattr(transformer, 'prefill', counted)
+  return shapes
+
+
+@pytest.mark.parametrize('order', [
+    [0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 3, 1, 1, 3, 0, 1]])
+def test_equal_prompts_are_read_once(order, monkeypatch):
+  shapes = _count_reads(monkeypatch)
+  prompts = [PROMPTS[i] for i in order]
+  sampling = Sampling(12, temperature=4.0)
+  got = generate(CFG, _params(), prompts, sampling, seed=3)
+  assert shapes == [(1 << (len(set(order)) - 1).bit_length(), 32)]
+  want = generate(CFG, _params(), prompts, sampling, seed=3, batch_size=1)
+  assert shapes[1:] == [(1, 32)]
+  np.testing.assert_array_equal(got.tokens, want.tokens)
+  np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
+  assert len({tuple(row) for row in got.tokens.tolist()}) == 8
+
+
+@pytest.mark.parametrize(('name', 'window', 'shared'), [
+    ('llama', 0, True), ('gemma2', 4, False), ('gemma2', 70, True)])
+def test_a_common_prefix_is_read_once(name, window, shared, monkeypatch):
+  """Where no window counts the padding behind it."""
+  shapes = _count_reads(monkeypatch)
+  cfg = dataclasses.replace(
+      CFG, **VARIANTS[name] | {'sliding_window': window})
+  rng = np.random.default_rng(0)
+  system = rng.integers(0, 40, 37).tolist()
+  prompts = [system + rng.integers(0, 40, num).tolist() for num in (1, 20, 5)]
+  prompts = [*prompts, prompts[1]]
+  sampling = Sampling(6, temperature=0.0)
+  got = generate(cfg, _params(cfg), prompts, sampling)
+  rest = [(1, 32), (4, 32)] if shared else [(4, 64)]
+  assert shapes == rest
+  for i, prompt in enumerate(prompts):
+    row = [*prompt, *got.tokens[i]]
+    logits = _padded_logits(cfg, row)[len(prompt) - 1:-1]
+    np.testing.assert_array_equal(got.tokens[i], logits.argmax(-1))
+    want = _log_softmax(logits)[np.arange(6), got.tokens[i]]
+    np.testing.assert_allclose(got.logprobs[i], want, atol=1e-4)
+
+
+@pytest.mark.parametrize('prompts', [
+    [[1] * 40, [1] * 40], [[1] * 40, [2, *[1] * 39]], [[1] * 33, [1] * 20],
+    [[1] * 32, [1] * 33]])
+def test_a_short_or_lone_prefix_is_not_split_off(prompts, monkeypatch):
+  shapes = _count_reads(monkeypatch)
+  generate(CFG, _params(), prompts, Sampling(2))
+  assert len(shapes) == 1
+
+
 def test_nothing_is_compiled_after_warm_up(monkeypatch):
   sampling = Sampling(6, temperature=0.9, stop_ids=(3,))
   rng = np.random.default_rng(0)
@@ -175,16 +240,17 @@ def test_nothing_is_compiled_after_warm_up(monkeypatch):
   generate(CFG, _params(), prompts(4, (1, 32)), sampling, batch_size=4)
   generate(CFG, _params(), prompts(4, (33, 58)), sampling, batch_size=4)
   with monkeypatch.context() as patch:
-    patch.setattr(
-        sampling_lib, '_generate',
-        lambda *args: compiled.append(args) or pytest.fail('compiled again'))
+    for name in ('_start', '_go_on'):
+      patch.setattr(
+          sampling_lib, name,
+          lambda *args: compiled.append(args) or pytest.fail('compiled again'))
     for num in (3, 4, 9):
       generate(CFG, _params(), prompts(num, (1, 58)), sampling, batch_size=4)
   assert not compiled
   # The same check sees a shape that is new.
   with monkeypatch.context() as patch, pytest.raises(AssertionError):
     patch.setattr(
-        sampling_lib, '_generate', lambda *args: (_ for _ in ()).throw(
+        sampling_lib, '_go_on', lambda *args: (_ for _ in ()).throw(
             AssertionError))
     generate(CFG, _params(), prompts(2, (1, 9)), sampling, batch_size=2)
 
@@ -199,79 +265,6 @@ def test_progress_counts_prompts():
 def test_no_prompts_give_no_completions():
   out = generate(CFG, _params(), [], Sampling(3))
   assert out.tokens.shape == (0, 3) and out.lengths.shape == (0,)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _choose(logits, uniform, sampling):
-  return sampling_lib.choose_tokens(logits, uniform, sampling)
-
-
-def _frequencies(logits, sampling, num=20_000):
-  """Returns how often each token is chosen for evenly spread numbers."""
-  uniform = (np.arange(num, dtype=np.float32) + 0.5) / num
-  chosen = _choose(jnp.tile(logits, (num, 1)), uniform, sampling)
-  return np.bincount(chosen, minlength=len(logits)) / num
-
-
-@pytest.mark.parametrize('size', [11, 300])
-@pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
-def test_tokens_follow_the_distribution(size, temperature):
-  logits = np.random.default_rng(0).normal(size=size).astype(np.float32) * 2
-  got = _frequencies(logits, Sampling(temperature=temperature))
-  want = np.exp(_log_softmax(logits / temperature))
-  # Evenly spread numbers leave an error of 1 / num, not of chance.
-  assert np.abs(got - want).max() < 2e-4
-
-
-@pytest.mark.parametrize('top_k', [1, 3, 50])
-def test_top_k(top_k):
-  logits = np.random.default_rng(1).normal(size=40).astype(np.float32)
-  want = np.exp(_log_softmax(logits))
-  want[np.argsort(-logits)[top_k:]] = 0
-  got = _frequencies(logits, Sampling(top_k=top_k))
-  assert np.abs(got - want / want.sum()).max() < 2e-4
-
-
-@pytest.mark.parametrize('top_k', [0, 6])
-@pytest.mark.parametrize('top_p', [1e-6, 0.5, 0.9, 0.999])
-def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, top_k):
-  logits = 2 * np.random.default_rng(2).normal(size=40).astype(np.float32)
-  want = np.exp(_log_softmax(logits))
-  order = np.argsort(-logits)
-  want[order[top_k or 40:]] = 0
-  want /= want.sum()
-  num = 1 + np.flatnonzero(np.cumsum(want[order]) >= top_p)[0]
-  want[order[num:]] = 0
-  got = _frequencies(logits, Sampling(top_k=top_k, top_p=top_p))
-  assert np.abs(got - want / want.sum()).max() < 2e-4
-
-
-def test_ties_at_the_edge_are_kept():
-  logits = np.array([0.0, 2.0, 1.0, 1.0, -1.0], np.float32)
-  assert np.flatnonzero(
-      _frequencies(logits, Sampling(top_k=2))).tolist() == [1, 2, 3]
-
-
-@pytest.mark.parametrize('sampling', [
-    Sampling(), Sampling(top_k=5), Sampling(top_p=0.9), Sampling(
-        temperature=0.0)])
-@pytest.mark.parametrize('size', [40, 256, 700])
-def test_a_token_without_probability_is_never_chosen(sampling, size):
-  rng = np.random.default_rng(3)
-  logits = rng.normal(size=(64, size)).astype(np.float32)
-  # Impossible at both ends and in most places between.
-  logits[:, rng.random(size) < 0.9] = -np.inf
-  logits[:, [0, -1]] = -np.inf
-  logits[:, size // 2] = 1.0
-  for uniform in (0.0, 0.5, 1 - 2.0**-24):
-    chosen = _choose(logits, np.full(64, uniform, np.float32), sampling)
-    assert np.all(np.isfinite(logits[np.arange(64), chosen])), uniform
-
-
-def test_greedy_takes_the_first_of_equals():
-  logits = jnp.asarray([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
-  chosen = _choose(logits, jnp.zeros(2), Sampling(temperature=0.0))
-  assert chosen.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize('temperature', [0.0, 0.5, 1.0])
@@ -296,19 +289,6 @@ def test_token_logprobs(temperature):
 def test_bad_prompts(prompts, message):
   with pytest.raises(ValueError, match=message):
     generate(CFG, _params(), prompts, Sampling(8))
-
-
-@pytest.mark.parametrize(('fields', 'message'), [
-    ({'max_completion_length': 0}, 'max_completion_length=0 must be at least'),
-    ({'temperature': -1.0}, 'temperature=-1.0 must be'),
-    ({'temperature': float('nan')}, 'temperature=nan must be'),
-    ({'top_k': -1}, 'top_k=-1'),
-    ({'top_p': 0.0}, r'top_p=0.0 must lie in \(0, 1\]'),
-    ({'temperature': 0.0, 'top_k': 3}, 'do nothing at temperature=0'),
-])
-def test_bad_sampling(fields, message):
-  with pytest.raises(ValueError, match=message):
-    Sampling(**fields)
 
 
 def test_weights_that_are_not_finite_are_an_error():

@@ -1,77 +1,114 @@
 """Times generation against transformers on the shape of SmolLM2-135M.
 
-python tests/benchmarks/sampling_benchmark.py [--batch_sizes=16,64]
+python tests/benchmarks/sampling_benchmark.py [--model=DIR] [--peer=False]
 
-Both have the same random float32 weights and draw from the whole distribution,
-a fixed number of tokens for prompts of one length. They take turns and report
-their fastest run, prompts included; the time of the CPU is less disturbed by
-other programs. The peer needs torch and transformers.
+Both have the same float32 weights, random ones without a folder, and as many
+threads as the process may use (`taskset -c 0` for one). They continue the same
+prompts of 16 to 64 tokens by a fixed number of tokens, greedily and drawn from
+the whole distribution. They take turns and report their fastest run, prompts
+included; the time of the CPU is less disturbed by other programs. The peer
+needs torch and transformers.
 """
 
 import argparse
+import os
 import tempfile
 import time
 
 import numpy as np
-import torch
-import transformers
 
 from csrm_jax import sampling, training
 from csrm_jax.models import config, hf, transformer
 
 
-def make_peer(cfg, params):
-  """Returns the transformers model with these parameters."""
+def make_peer(cfg, params, num_tokens):
+  """Returns (prompts, greedy) -> completions of the transformers model."""
+  import torch
+  import transformers
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
   with tempfile.TemporaryDirectory() as folder:
     hf.save(folder, cfg, params)
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32).eval()
+  model.generation_config.eos_token_id = None  # nothing ends one early
+
+  def generate(prompts, greedy):
+    length = max(map(len, prompts))
+    tokens = torch.zeros((len(prompts), length), dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for i, prompt in enumerate(prompts):
+      tokens[i, length - len(prompt):] = torch.tensor(prompt)
+      mask[i, length - len(prompt):] = 1
+    choice = {'do_sample': False} if greedy else {
+        'do_sample': True, 'top_k': 0, 'temperature': 1.0, 'top_p': 1.0}
+    with torch.inference_mode():
+      out = model.generate(
+          tokens, attention_mask=mask, max_new_tokens=num_tokens,
+          pad_token_id=0, **choice)
+    return out[:, length:].numpy()
+
+  return generate
+
+
+def make_ours(cfg, params, num_tokens):
+  """Returns what make_peer does, for csrm_jax.sampling."""
+
+  def generate(prompts, greedy):
+    settings = sampling.Sampling(num_tokens, temperature=0.0 if greedy else 1.0)
+    return sampling.generate(
+        cfg, params, prompts, settings, batch_size=len(prompts)).tokens
+
+  return generate
+
+
+def measure(runs, prompts, greedy, repeats):
+  """Returns {name: (seconds, CPU seconds)}, the least of the repeats."""
+  best, outs = {}, {}
+  for repeat in range(1 + repeats):
+    for name, run in runs.items():
+      start = time.perf_counter(), time.process_time()
+      outs[name] = run(prompts, greedy)
+      spent = time.perf_counter() - start[0], time.process_time() - start[1]
+      if repeat:  # the first one compiles
+        best[name] = np.minimum(best.get(name, np.inf), spent)
+  if greedy and len(outs) == 2:
+    same = np.mean(np.equal(*outs.values()))
+    print(f'  {same:.1%} of the greedy tokens are the same')
+  return best
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--model', help='a Hugging Face folder')
   parser.add_argument('--batch_sizes', default='16,64')
-  parser.add_argument('--prompt_length', type=int, default=64)
-  parser.add_argument('--num_tokens', type=int, default=64)
+  parser.add_argument('--num_tokens', type=int, default=48)
   parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--peer', default=True, type=lambda x: x == 'True')
   args = parser.parse_args()
   training.keep_freed_memory()
-  cfg = config.PRESETS['smollm2_135m']
-  params = transformer.init_params(cfg, 0)
-  peer = make_peer(cfg, params)
-  settings = sampling.Sampling(max_completion_length=args.num_tokens)
+  if args.model:
+    cfg, params = hf.load(args.model)
+  else:
+    cfg = config.PRESETS['smollm2_135m']
+    params = transformer.init_params(cfg, 0)
+  runs = {'ours': make_ours(cfg, params, args.num_tokens)}
+  if args.peer:
+    runs['transformers'] = make_peer(cfg, params, args.num_tokens)
   rng = np.random.default_rng(0)
-
-  def ours(prompts):
-    return sampling.generate(
-        cfg, params, prompts, settings, batch_size=len(prompts)).tokens
-
-  def theirs(prompts):
-    prompts = torch.tensor(prompts)
-    with torch.no_grad():
-      return peer.generate(
-          prompts, attention_mask=torch.ones_like(prompts), do_sample=True,
-          top_k=0, max_new_tokens=args.num_tokens, pad_token_id=0,
-          min_new_tokens=args.num_tokens)[:, args.prompt_length:]
-
   for size in map(int, args.batch_sizes.split(',')):
-    prompts = rng.integers(
-        0, cfg.vocab_size, (size, args.prompt_length)).tolist()
-    best = {}
-    for repeat in range(1 + args.repeats):
-      for name, run in (('ours', ours), ('transformers', theirs)):
-        start = time.perf_counter(), time.process_time()
-        assert run(prompts).shape == (size, args.num_tokens)
-        spent = time.perf_counter() - start[0], time.process_time() - start[1]
-        if repeat:  # the first one compiles
-          best[name] = np.minimum(best.get(name, np.inf), spent)
-    rates = {name: size * args.num_tokens / spent
-             for name, spent in best.items()}
-    for name, (rate, cpu_rate) in rates.items():
-      print(f'batch {size}, {name}: {rate:.0f} tokens/s, {cpu_rate:.0f} tokens '
-            'per CPU second')
-    print('batch {}: ours / transformers {:.2f}, per CPU second {:.2f}'.format(
-        size, *(rates['ours'] / rates['transformers'])), flush=True)
+    prompts = [rng.integers(3, cfg.vocab_size, rng.integers(16, 65)).tolist()
+               for _ in range(size)]
+    for way in ('greedy', 'sampled'):
+      best = measure(runs, prompts, way == 'greedy', args.repeats)
+      rates = {name: size * args.num_tokens / spent
+               for name, spent in best.items()}
+      for name, (rate, cpu_rate) in rates.items():
+        print(f'batch {size}, {way}, {name}: {rate:.0f} tokens/s, '
+              f'{cpu_rate:.0f} tokens per CPU second', flush=True)
+      if args.peer:
+        ratio = rates['ours'] / rates['transformers']
+        print(f'batch {size}, {way}: ours / transformers {ratio[0]:.2f}, per '
+              f'CPU second {ratio[1]:.2f}', flush=True)
 
 
 if __name__ == '__main__':
