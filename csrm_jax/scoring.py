@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csrm_jax import losses
+from csrm_jax import losses, prompt_batches
+from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features
+from csrm_jax.models import prefix as prefix_lib
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.safety import schema
@@ -28,9 +30,6 @@ from csrm_jax.text.tokenizer import Tokenizer
 
 ScoreFn = Callable[..., np.ndarray]  # (examples[, progress]), see make_score_fn
 
-# Row lengths that are compiled; from 128 on about a third is padding at most.
-BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096,
-           6144, 8192)
 # Batches in flight: enough to keep a device busy, and little memory.
 _MAX_PENDING = 8
 
@@ -73,7 +72,7 @@ def verdicts(scores: np.ndarray) -> list[Verdict]:
 
 def verdict_logprobs(
     cfg: ModelConfig, params: Any, batch: Mapping[str, jax.Array],
-    verbalizers: Verbalizers
+    verbalizers: Verbalizers, prefix: dict | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (log P(safe), log P(unsafe)), float32 [B,S], of a packed batch.
 
@@ -86,12 +85,17 @@ def verdict_logprobs(
     batch: tokens, positions, segment_ids int32 [B,T]; verdict_index int32
       [B,S], the place of the last token of each prompt.
     verbalizers: token ids of both labels.
+    prefix: of all rows, as in transformer.hidden.
   """
   hidden = transformer.hidden(
-      cfg, params, batch['tokens'], batch['positions'], batch['segment_ids'])
+      cfg, params, batch['tokens'], batch['positions'], batch['segment_ids'],
+      prefix)
   at_verdict = jnp.take_along_axis(
       hidden, batch['verdict_index'][..., None], axis=1)  # [B,S,D]
+  # The few rows come to the vocabulary's parts, not these to every device.
+  at_verdict = mesh_lib.constrain(at_verdict, 'data')
   logits = transformer.logits(cfg, params, at_verdict)  # [B,S,V]
+  logits = mesh_lib.constrain(logits, 'data', None, ('fsdp', 'tensor'))
   return losses.verdict_logprobs(logits, verbalizers)
 
 
@@ -117,14 +121,15 @@ def make_loss_fn(
 def make_score_fn(
     cfg: ModelConfig, params: Any, tokenizer: Tokenizer,
     verbalizers: Verbalizers, *, layout: Layout = DEFAULT,
-    max_length: int = 2048, buckets: Sequence[int] = BUCKETS,
+    max_length: int = 2048, buckets: Sequence[int] = prompt_batches.BUCKETS,
     batch_tokens: int = 8192
 ) -> ScoreFn:
   """Returns a function: examples -> scores, float32 [N] nats, in their order.
 
   Prompts are sorted by length and padded to the smallest bucket that holds
-  them, so few shapes are ever compiled; padding and neighbours do not change a
-  score. A prompt longer than max_length is shortened as in training.
+  them, so few shapes are ever compiled; rules that many examples share are read
+  once. Neither padding nor neighbours change a score (up to rounding). A prompt
+  longer than max_length is shortened as in training.
 
   The function may be given a second argument, which is called with the number
   of examples in each batch that is done. It raises ValueError, with the
@@ -147,9 +152,9 @@ def make_score_fn(
     raise ValueError(
         f'the tokenizer has {tokenizer.vocab_size} ids, the model '
         f'{cfg.vocab_size}; give the tokenizer of the model.')
-  lengths = _usable_buckets(buckets, max_length)
+  lengths = prompt_batches.usable_buckets(buckets, max_length)
   encoder = features.Encoder(tokenizer, max_length, layout)
-  compute = _compile(cfg, verbalizers)
+  compute = make_score_step(cfg, verbalizers)
 
   def score(examples: Sequence[schema.Example],
             progress: Callable[[int], Any] = lambda num: None) -> np.ndarray:
@@ -162,11 +167,16 @@ def make_score_fn(
       scores[chosen] = np.asarray(result)[:len(chosen)]
       progress(len(chosen))
 
-    for chosen, shape in _plan(prompts, lengths, batch_tokens):
-      batch = _pad([prompts[i] for i in chosen], shape)
-      pending.append((chosen, compute(params, batch)))
-      if len(pending) > _MAX_PENDING:
-        settle()
+    for group in prompt_batches.make_groups(
+        prompts, [example.safety for example in examples], lengths,
+        batch_tokens, cfg.sliding_window):
+      prefix = _read_prefix(cfg, params, prompts, group)
+      for chosen, shape in group.batches:
+        batch = prompt_batches.pad(
+            [prompts[i] for i in chosen], shape, group.num_shared)
+        pending.append((chosen, compute(params, batch, prefix)))
+        if len(pending) > _MAX_PENDING:
+          settle()
     while pending:
       settle()
     for i in np.flatnonzero(~np.isfinite(scores))[:1]:
@@ -221,12 +231,17 @@ def split_categories(example: schema.Example) -> list[schema.Example]:
 
 
 @functools.lru_cache(maxsize=16)
-def _compile(cfg: ModelConfig, verbalizers: Verbalizers):
-  """Returns a jitted (params, batch) -> scores [B]; one per model config."""
+def make_score_step(
+    cfg: ModelConfig, verbalizers: Verbalizers
+) -> Callable[..., jax.Array]:
+  """Returns a jitted (params, batch[, prefix]) -> scores [B]; cached.
 
-  def compute(params, batch):
-    safe, unsafe = verdict_logprobs(cfg, params, batch, verbalizers)
-    return (safe - unsafe)[:, 0]
+  The score is that of the first prompt of each row; every device gets all.
+  """
+
+  def compute(params, batch, prefix=None):
+    safe, unsafe = verdict_logprobs(cfg, params, batch, verbalizers, prefix)
+    return mesh_lib.constrain((safe - unsafe)[:, 0])
 
   return jax.jit(compute)
 
@@ -238,47 +253,17 @@ def _encode(
   return atom.prompts[0].tokens
 
 
-def _usable_buckets(buckets: Sequence[int], max_length: int) -> list[int]:
-  """Returns the buckets up to max_length, ascending, the last one of it."""
-  return sorted({b for b in buckets if b < max_length} | {max_length})
-
-
-def _plan(
-    prompts: Sequence[np.ndarray], lengths: Sequence[int], batch_tokens: int
-) -> list[tuple[list[int], tuple[int, int]]]:
-  """Returns [(indices of prompts, (rows, row length))], shapes repeating.
-
-  Within a bucket chunks are full but for the last, whose rows are the next
-  power of two: at most log2(rows) shapes a bucket.
-  """
-  plan = []
-  sizes = np.array([len(prompt) for prompt in prompts], np.int64)
-  bucket_of = np.searchsorted(lengths, sizes)
-  for bucket in np.unique(bucket_of):
-    length = lengths[bucket]
-    most = 1 << max(batch_tokens // length, 1).bit_length() - 1
-    chosen = np.flatnonzero(bucket_of == bucket).tolist()
-    for start in range(0, len(chosen), most):
-      part = chosen[start:start + most]
-      rows = 1 << (len(part) - 1).bit_length()
-      plan.append((part, (rows, length)))
-  return plan
-
-
-def _pad(
-    prompts: Sequence[np.ndarray], shape: tuple[int, int]
-) -> dict[str, np.ndarray]:
-  """Returns a batch with one prompt a row; rows left over are all padding."""
-  batch = {name: np.zeros(shape, np.int32)
-           for name in ('tokens', 'positions', 'segment_ids')}
-  batch['verdict_index'] = np.zeros((shape[0], 1), np.int32)
-  for row, tokens in enumerate(prompts):
-    size = len(tokens)
-    batch['tokens'][row, :size] = tokens
-    batch['positions'][row, :size] = np.arange(size)
-    batch['segment_ids'][row, :size] = 1
-    batch['verdict_index'][row, 0] = size - 1
-  return batch
+def _read_prefix(
+    cfg: ModelConfig, params: Any, prompts: Sequence[np.ndarray],
+    group: prompt_batches.Group
+) -> dict | None:
+  """Returns what the group's prompts share, as transformer.hidden takes it."""
+  if not group.num_shared:
+    return None
+  first = prompts[group.batches[0][0][0]][:group.num_shared]
+  batch = prompt_batches.pad([first], (1, group.prefix_length))
+  return prefix_lib.make_reader(cfg)(
+      params, batch['tokens'], batch['segment_ids'])
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import csrm_jax
-from csrm_jax import scoring
+from csrm_jax import prompt_batches, scoring
 from csrm_jax.data import features, packing
 from csrm_jax.models import config, transformer
 from csrm_jax.ruleworld import examples as ruleworld
@@ -105,6 +105,35 @@ def test_order_of_the_template_reaches_the_score():
   layout = templates.Layout(order='conversation_first')
   other = _score_fn(layout=layout)(_examples()[:1])
   assert abs(other[0] - _scores()[0]) > 1e-3
+
+
+def _under(safety, rows):
+  return [dataclasses.replace(
+      row, safety=safety, label=None, violated=(), probability=None)
+      for row in rows]
+
+
+def test_rules_of_many_examples_are_read_once(monkeypatch):
+  """A group of 20, one of 9 and single ones: scores as one by one."""
+  monkeypatch.setattr(prompt_batches, 'MIN_SAVED', 300)
+  rules = _rules('heists', 'cats', 'rumours', 'gambling', 'refunds')
+  rows = [*_under(rules, _examples(20)), *_under(_rules('dogs'), _examples()),
+          *_examples()]
+  rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+  shapes, hidden = [], transformer.hidden
+
+  def counted(cfg, params, tokens, *args):
+    shapes.append((tokens.shape, args[-1] is not None))
+    return hidden(cfg, params, tokens, *args)
+
+  scoring.make_score_step.cache_clear()
+  with monkeypatch.context() as patch:
+    patch.setattr(transformer, 'hidden', counted)
+    got = _score_fn(buckets=(32, 64, 96, 128))(rows)
+  assert any(shared for _, shared in shapes)
+  assert not all(shared for _, shared in shapes)
+  monkeypatch.setattr(prompt_batches, 'MIN_SAVED', 10**9)
+  np.testing.assert_allclose(got, _score_fn()(rows), atol=1e-5)
 
 
 def _items():
