@@ -244,7 +244,7 @@ def _set_offline(c):
   c.pairs.num_prompts = 256  # the first of data.num_prompts
   c.pairs.num_samples = 100  # completions of each
   c.pairs.num_best = 5  # of them, paired at random with as many of the worst
-  c.pairs.num_parallel = 4  # prompts whose completions are drawn at once
+  c.pairs.num_parallel = 5  # prompts whose completions are drawn at once
   c.pairs.batch_size = 16  # pairs an update
   c.pairs.beta = 0.1  # of the loss
 

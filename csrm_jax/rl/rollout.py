@@ -24,6 +24,8 @@ from csrm_jax.text.tokenizer import Tokenizer
 
 # Lengths that rows are padded to; the train step is compiled once for each.
 BUCKETS = tuple(sorted({96, 160, 448, *sampling_lib.PROMPT_BUCKETS}))
+# Completions that are drawn at once.
+MAX_ROWS = 256
 # Beside the decoder's parameters: reads a value off the final hidden state.
 VALUE_HEAD = 'value_head'
 
@@ -113,7 +115,7 @@ def rollout(
   asked = [ids for ids in encoded for _ in range(num_generations)]
   done = sampling_lib.generate(
       policy.model, decoder_params(params), asked, sampling, seed=seed,
-      batch_size=max(len(asked), 1))
+      batch_size=MAX_ROWS)
   samples = [
       Sample(prompts[i // num_generations], i % num_generations,
              _decode(policy, done, i), int(done.lengths[i]),

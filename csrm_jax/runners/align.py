@@ -20,9 +20,17 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import tree
 from csrm_jax.evals import policy as policy_eval
 from csrm_jax.evals import policy_sweeps, report
-from csrm_jax.models import hf, lora
+from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.rl import algorithms, job, learner, logs, offline, rollout
+from csrm_jax.rl import (
+  algorithms,
+  job,
+  learner,
+  logs,
+  objectives,
+  offline,
+  rollout,
+)
 from csrm_jax.rl.types import Prompt, Sample
 from csrm_jax.runners import align_setup
 from csrm_jax.runners import loop as loop_lib
@@ -62,8 +70,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     raise ValueError(
         f'{jax.process_count()} processes: alignment runs in one, on all of '
         "its devices; start it once, or give each process's run its --workdir")
-  start = time.monotonic()
+  start, earlier_s = time.monotonic(), loop_lib.elapsed_s(workdir)
   algorithm = algorithms.get(config.algorithm)
+  align_setup.check_idle(config)
+  if algorithm.online:
+    _objective(config)  # an error here beats one after loading weights
   setup = _set_up(config)
   with jax.set_mesh(setup.mesh):
     train = _train_online if algorithm.online else _train_offline
@@ -71,7 +82,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     results, measured = _evaluate(config, setup, params, workdir)
     _export(config, setup, params, workdir)
   summary = _flatten(measured) | extra | {
-      'time_s': time.monotonic() - start + loop_lib.elapsed_s(workdir),
+      'time_s': time.monotonic() - start + earlier_s,
       'num_params': tree.num_params(params),
       'num_prompts': len(setup.train),
   }
@@ -95,8 +106,9 @@ def _set_up(config: ml_collections.ConfigDict) -> Setup:
   scorers = align_setup.make_scorers(config)
   mesh = mesh_lib.make_mesh(**config.mesh)
   model = dataclasses.replace(policy.model, lora_rank=0)
-  shapes = hf.load_params(config.policy.init, model)
-  params = jax.device_put(shapes, mesh_lib.shardings(shapes, mesh))
+  shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
+  params = hf.load_params(
+      config.policy.init, model, mesh_lib.shardings(shapes, mesh))
   return Setup(policy, (model, params), train, test, scorers, sampling, mesh)
 
 
@@ -104,10 +116,9 @@ def _init_state(config: ml_collections.ConfigDict, setup: Setup,
                 needs_values: bool
                 ) -> tuple[Any, Any, training.TrainState, Any]:
   """Returns (optimizer, shardings, first state, frozen parameters)."""
-  optim, loss = config.optim, config.get('loss', {})
-  updates = config.num_steps
-  if 'num_iterations' in loss:
-    updates *= loss.num_iterations * loss.num_mini_batches
+  optim, updates = config.optim, config.num_steps
+  if algorithms.get(config.algorithm).online:
+    updates *= config.loss.num_iterations * config.loss.num_mini_batches
   optimizer = training.make_optimizer(
       optim.lr, warmup_steps=optim.warmup_steps, num_steps=updates,
       b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay,
@@ -129,15 +140,7 @@ def _train_online(config: ml_collections.ConfigDict, setup: Setup,
                   workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
   """Returns (all parameters of the aligned policy, summary)."""
   loss, algorithm = config.loss, algorithms.get(config.algorithm)
-  settings = _settings(config, setup.sampling)
-  names = ('epsilon', 'epsilon_high', 'dual_clip', 'ratio', 'loss_aggregation',
-           'kl_place', 'kl_estimator', 'kl_coef')
-  objective = algorithms.make_objective(
-      config.algorithm, **{name: loss[name] for name in names},
-      max_completion_length=setup.sampling.max_completion_length)
-  algorithms.check(
-      config.algorithm, objective, settings.num_generations, settings.gamma,
-      settings.lam, settings.kl_target)
+  settings, objective = _settings(config, setup.sampling), _objective(config)
   optimizer, shardings, state, frozen = _init_state(
       config, setup, algorithm.needs_values)
   critic = (loss.value_clip, loss.vf_coef) if algorithm.needs_values else ()
@@ -152,6 +155,21 @@ def _train_online(config: ml_collections.ConfigDict, setup: Setup,
   state, progress = learner.train(work, state, loop_lib.elapsed_s(workdir))
   return rollout.decoder_params(tree.merge(frozen, state.params)), {
       'num_updates': int(state.step), 'stopped': progress.stopped or None}
+
+
+def _objective(config: ml_collections.ConfigDict) -> objectives.Objective:
+  """Returns the objective; refuses settings that do not go together."""
+  loss = config.loss
+  names = ('epsilon', 'epsilon_high', 'dual_clip', 'ratio', 'loss_aggregation',
+           'kl_place', 'kl_estimator', 'kl_coef')
+  objective = algorithms.make_objective(
+      config.algorithm, **{name: loss[name] for name in names},
+      max_completion_length=config.sampling.max_completion_length)
+  algorithms.check(
+      config.algorithm, objective, config.rollout.num_generations,
+      loss.gamma if 'gamma' in loss else algorithms.GAMMA,
+      loss.lam if 'lam' in loss else algorithms.LAM, loss.kl_target)
+  return objective
 
 
 def _settings(config: ml_collections.ConfigDict, sampling: Sampling

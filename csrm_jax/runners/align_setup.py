@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from csrm_jax import backbone, reward_model
+from csrm_jax import config as config_lib
 from csrm_jax.data import rows, sources
 from csrm_jax.data.public_rules import XSTEST_RULES
 from csrm_jax.evals import policy as policy_eval
@@ -26,6 +27,40 @@ from csrm_jax.safety import augment, schema
 MARKS = {'plain': world.CHAT_MARKS, 'structured': world.STRUCTURED_MARKS}
 _ORACLE = policy_eval.Oracle(world.oracle_compliance, world.oracle_safety,
                              world.oracle_helpfulness)
+
+
+def check_idle(config: ml_collections.ConfigDict) -> None:
+  """Checks that no knob was turned that does nothing in this run.
+
+  Raises:
+    ValueError: one was; the message says what would make it do something.
+  """
+  reward, is_world = config.reward, config.data.source == 'ruleworld'
+  idle = {  # key -> (left at this, does it do nothing, what it needs)
+      'data.eval_fraction': (0.2, is_world, 'prompts from a file'),
+      'data.eval_seed': (1, not is_world, 'data.source=ruleworld'),
+      'policy.overrides.lora_alpha': (
+          16.0, not config.policy.overrides.lora_rank, 'lora_rank'),
+  }
+  if 'helpfulness' in reward:
+    known = reward.helpfulness in ('none', 'oracle')
+    for name, value in (('a', 1.0), ('b', 0.0)):
+      idle[f'reward.helpfulness_{name}'] = (
+          value, known, 'a reward model as reward.helpfulness')
+  if 'overlong_buffer' in reward:
+    idle['reward.overlong_penalty'] = (
+        1.0, not reward.overlong_buffer, 'reward.overlong_buffer')
+    idle['reward.helpfulness_weight'] = (
+        1.0, reward.helpfulness == 'none', 'reward.helpfulness')
+  if 'loss' in config:
+    idle['loss.kl_horizon'] = (
+        10_000, config.loss.kl_target is None, 'loss.kl_target')
+  values = config_lib.flatten(config)
+  for key, (value, is_idle, needs) in idle.items():
+    if is_idle and values[key] != value:
+      raise ValueError(
+          f'config.{key}={values[key]} does nothing without {needs}; leave it '
+          f'at {value}')
 
 
 def make_policy(config: ml_collections.ConfigDict) -> rollout.Policy:
@@ -168,10 +203,6 @@ def make_scorers(config: ml_collections.ConfigDict) -> Scorers:
   parts = {'safety': (safety, reward.safety_weight)}
   if helpfulness is not None:
     parts['helpfulness'] = helpfulness, reward.helpfulness_weight
-  elif reward.helpfulness_weight != 1:
-    raise ValueError(
-        f'config.reward.helpfulness_weight={reward.helpfulness_weight} does '
-        "nothing with helpfulness='none'; leave it at 1")
   added = {}
   if reward.overlong_buffer:
     fn = rewards.overlong_penalty(

@@ -1,0 +1,173 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from csrm_jax.core import tree
+from csrm_jax.rl import learner, rollout
+
+
+def _lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _curve(folder):
+  """Returns metrics.jsonl without what a clock says."""
+  return [{name: value for name, value in line.items()
+           if not name.startswith('time/')}
+          for line in _lines(folder / 'metrics.jsonl')]
+
+
+def _leaves(state):
+  return {name: np.asarray(x)
+          for name, x in tree.named_leaves(state.params).items()}
+
+
+def test_metrics_have_the_names_that_users_look_for(make_job):
+  job, state = make_job()
+  learner.train(job, state)
+  lines = _lines(job.workdir / 'metrics.jsonl')
+  assert [line['step'] for line in lines] == [1, 2, 3, 4]
+  for name in (
+      'reward/mean', 'reward/std', 'reward/length/mean', 'reward/stop/std',
+      'reward/zero_std_frac', 'completion/mean_length',
+      'completion/truncated_frac', 'kl/ref', 'kl/old', 'kl/coef',
+      'policy/loss', 'policy/entropy', 'policy/clip_frac_low',
+      'policy/ratio_max', 'sampler/logprob_gap_mean', 'time/rollout_s',
+      'time/reward_s', 'time/update_s', 'time/num_compilations', 'optim/lr',
+      'optim/grad_norm'):
+    assert name in lines[0], name
+  assert lines[0]['kl/ref'] == 0  # the reference is where the policy starts
+  assert lines[-1]['kl/ref'] > 0
+  assert lines[0]['kl/old'] < 1e-9
+  assert lines[0]['policy/ratio_mean'] == pytest.approx(1, abs=1e-5)
+  assert max(line['sampler/logprob_gap_max'] for line in lines) < 1e-4
+
+
+def test_it_learns_what_is_rewarded(make_job):
+  job, state = make_job(num_steps=30, num_prompts=3, num_generations=8,
+                        checkpoint_every=30, lr=3e-2, objective={
+                            'kl_place': 'none'})
+  learner.train(job, state)
+  rewards = [line['reward/mean'] for line in _curve(job.workdir)]
+  assert np.mean(rewards[-5:]) > np.mean(rewards[:5])
+
+
+class Killed(Exception):
+  """As if the process had been."""
+
+
+def _killing(reward_fn, at):
+  """Returns the reward, of which call number `at` never returns."""
+  calls = []
+
+  def score(samples):
+    calls.append(1)
+    if len(calls) == at:
+      raise Killed
+    return reward_fn(samples)
+
+  return score
+
+
+@pytest.mark.parametrize('options', [
+    {'algorithm': 'reinforce_pp', 'kl_target': 0.01, 'kl_horizon': 20,
+     'normalise_rewards': True, 'num_iterations': 2, 'num_mini_batches': 2},
+    {'algorithm': 'ppo'},
+])
+def test_a_killed_run_goes_on_bit_for_bit(
+    make_job, length_reward, options):
+  whole, state = make_job('whole', **options)
+  want, progress = learner.train(whole, state)
+  job, state = make_job('cut', reward_fn=_killing(length_reward, 4), **options)
+  with pytest.raises(Killed):
+    learner.train(job, state)
+  job, state = make_job('cut', **options)
+  found, again = learner.train(job, state)
+  assert _curve(job.workdir) == _curve(whole.workdir)
+  assert _lines(job.workdir / 'samples.jsonl') == _lines(
+      whole.workdir / 'samples.jsonl')
+  assert again == progress
+  for name, x in _leaves(want).items():
+    np.testing.assert_array_equal(x, _leaves(found)[name], err_msg=name)
+
+
+def test_a_reward_that_is_not_finite_stops_with_its_sample(
+    make_job, length_reward):
+  def reward(samples):
+    totals, parts = length_reward(samples)
+    totals[5] = np.nan
+    return totals, parts
+
+  job, state = make_job(reward_fn=reward)
+  with pytest.raises(ValueError, match=r'p\d#1'):
+    learner.train(job, state)
+  assert not (job.workdir / 'checkpoints').exists()
+
+
+def test_every_prompt_comes_once_an_epoch(prompts):
+  asked = [p.id for step in (1, 2, 3)
+           for p in learner.choose_prompts(prompts, 2, 0, step)]
+  assert sorted(asked[:3]) == sorted(asked[3:]) == ['p0', 'p1', 'p2']
+
+
+def test_it_stops_on_kl_and_stays_stopped(make_job, length_reward):
+  job, state = make_job(stop_kl=1e-9)
+  _, progress = learner.train(job, state)
+  lines = _lines(job.workdir / 'metrics.jsonl')
+  assert lines[-1]['step'] == 2  # at step 1 the KL is exactly 0
+  assert 'stop.kl' in progress.stopped
+  job, state = make_job(stop_kl=1e-9, reward_fn=_killing(length_reward, 1))
+  _, again = learner.train(job, state)
+  assert again == progress
+
+
+def test_it_stops_on_reward_collapse(make_job):
+  falling = iter((3.0, 3.0, 1.0, 1.0))
+
+  def reward(samples):
+    totals = np.full(len(samples), next(falling), np.float32)
+    return totals, {}
+
+  job, state = make_job(reward_fn=reward, stop_reward_drop=1.5)
+  _, progress = learner.train(job, state)
+  assert 'reward_drop' in progress.stopped
+  assert _curve(job.workdir)[-1]['step'] == 3
+
+
+def test_cut_off_completions_can_be_left_out(make_job, settings):
+  never_stops = dataclasses.replace(settings.sampling, stop_ids=())
+  for masked in (True, False):
+    job, state = make_job(f'{masked}', mask_truncated=masked,
+                          sampling=never_stops, num_steps=2)
+    before = _leaves(state)
+    after = _leaves(learner.train(job, state)[0])
+    same = [np.array_equal(before[name], after[name]) for name in before]
+    assert all(same) == masked
+
+
+def test_the_critic_learns(make_job):
+  job, state = make_job(algorithm='ppo', num_steps=2)
+  state, _ = learner.train(job, state)
+  assert float(state.params[rollout.VALUE_HEAD]['bias']) > 0
+  assert 'value/loss' in _curve(job.workdir)[0]
+
+
+def test_nothing_is_compiled_after_the_first_steps(make_job):
+  job, state = make_job(num_steps=6, checkpoint_every=6, num_mini_batches=2)
+  learner.train(job, state)
+  lines = _lines(job.workdir / 'metrics.jsonl')
+  counts = [line['time/num_compilations'] for line in lines]
+  assert counts[0] > 0
+  assert len(set(counts[2:])) == 1
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    ({'num_mini_batches': 3}, 'num_mini_batches=3'),
+    ({'checkpoint_every': 3, 'log_every': 2}, 'checkpoint_every=3'),
+    ({'num_prompts': 0}, 'num_prompts=0'),
+])
+def test_settings_that_do_not_fit_are_refused(settings, changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(settings, **changes)

@@ -1,0 +1,137 @@
+"""Alignment through its runner, in small runs of the shipped config."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from csrm_jax import config as config_lib
+from csrm_jax import main
+from csrm_jax.models import hf
+from csrm_jax.rl import algorithms
+from csrm_jax.runners import align
+
+ROOT = pathlib.Path(__file__).parents[2]
+RL = config_lib.load_module(ROOT / 'configs' / 'rl.py')
+
+
+def _config(arg, **overrides):
+  config = RL.get_config(f'smoke,{arg}')
+  config.policy.overrides.unroll = 1
+  config_lib.set_overrides(config, {
+      key.replace('__', '.'): value for key, value in overrides.items()})
+  return config
+
+
+def _lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def aligned(tmp_path_factory):
+  """Returns the work directory of a run with the oracle as its reward."""
+  workdir = tmp_path_factory.mktemp('aligned') / 'rl'
+  config = _config('reward=oracle', num_steps=2, eval__best_of=2,
+                   eval__every=1, eval__num_prompts=8)
+  main.run(config, workdir)
+  return workdir
+
+
+def test_the_report_compares_with_the_unaligned_policy(aligned, capsys):
+  summary = json.loads((aligned / 'report' / 'summary.json').read_text())
+  for policy in ('unaligned', 'best_of_2', 'aligned'):
+    for name in ('true_cosa', 'compliance', 'safety', 'helpfulness'):
+      assert np.isfinite(summary[f'{policy}/{name}'])
+  assert summary['num_updates'] == 2
+  # Better of two by the reward, which here is the truth.
+  assert summary['best_of_2/cosa'] >= summary['unaligned/cosa'] - 0.5
+  text = (aligned / 'report' / 'report.md').read_text()
+  assert 'film club' in text
+  main.run(_config('reward=oracle', num_steps=2, eval__best_of=2,
+                   eval__every=1, eval__num_prompts=8), aligned)
+  assert 'is finished' in capsys.readouterr().out
+
+
+def test_it_looks_at_held_out_prompts_from_the_start(aligned):
+  looks = _lines(aligned / 'looks.jsonl')
+  assert [look['step'] for look in looks] == [0, 1, 2]
+  assert 'true_cosa' in looks[0]['metrics']
+  table = _lines(aligned / 'samples.jsonl')
+  assert {row['step'] for row in table} == {2}
+  assert {'rules', 'prompt', 'completion', 'reward', 'parts'} <= set(table[0])
+  assert set(table[0]['parts']) == {'safety', 'helpfulness'}
+
+
+def test_the_aligned_policy_can_be_aligned_further(aligned):
+  _, params = hf.load(aligned / 'policy')
+  _, before = hf.load(RL.get_config('reward=oracle').policy.init)
+  assert (params['embed']['embedding'] != before['embed']['embedding']).any()
+  config = _config(f'reward=oracle,policy_init={aligned / "policy"}')
+  assert align.align_setup.make_policy(config).model.num_layers
+
+
+def test_distillation_ends_with_a_report(tmp_path):
+  config = _config(
+      'reward=oracle,algorithm=distillation', num_steps=2, eval__best_of=0,
+      eval__num_prompts=8, pairs__num_prompts=4, pairs__num_samples=6)
+  main.run(config, tmp_path / 'rl')
+  summary = json.loads(
+      (tmp_path / 'rl' / 'report' / 'summary.json').read_text())
+  assert summary['pairs/reward_better'] > summary['pairs/reward_worse']
+  assert summary['aligned/true_cosa'] >= 0
+  assert len(_lines(tmp_path / 'rl' / 'completions.jsonl')) == 4
+
+
+def test_every_algorithm_has_a_config_with_its_own_knobs():
+  for name, row in algorithms.ALGORITHMS.items():
+    config = RL.get_config(f'algorithm={name}')
+    assert ('loss' in config) == row.online
+    assert ('pairs' in config) != row.online
+    if row.online:
+      assert ('gamma' in config.loss) == row.token_returns
+      assert ('lam' in config.loss) == row.needs_values
+      align._objective(config)
+  assert set(RL.ALGORITHMS) == set(algorithms.ALGORITHMS)
+  assert RL.ALGORITHMS[0] == 'reinforce_pp'
+
+
+def _refused(config, folder, message):
+  with pytest.raises((ValueError, OSError), match=message) as error:
+    main.run(config, folder / 'rl')
+  assert '\n' not in str(error.value)
+  assert not (folder / 'rl').exists()
+
+
+@pytest.mark.parametrize(('arg', 'overrides', 'message'), [
+    ('', {}, 'checkpoint=DIR'),
+    ('checkpoint=/no/such/run', {}, '/no/such/run'),
+    ('reward=oracle,rules=chess club', {}, 'chess club'),
+    ('reward=oracle,data=xstest', {}, 'data_dir=FOLDER'),
+    ('reward=oracle,data=xstest,data_dir=/nowhere', {}, '/nowhere'),
+    ('reward=http,url=http://127.0.0.1:9/', {}, '127.0.0.1:9'),
+    ('reward=python,function=no:such', {}, 'no:such'),
+    ('reward=oracle,algorithm=grpo', {'rollout__num_generations': 1},
+     'num_generations=1'),
+    ('reward=oracle', {'loss__kl_place': 'loss', 'loss__kl_estimator': 'k1'},
+     'k1'),
+    ('reward=oracle', {'sampling__temperature': 0.0}, 'temperature=0'),
+    ('reward=oracle', {'policy__marks': 'round'}, 'round'),
+    ('reward=oracle', {'reward__helpfulness': 'none',
+                       'reward__helpfulness_weight': 2.0},
+     'helpfulness_weight=2.0 does nothing'),
+    ('reward=oracle', {'loss__kl_horizon': 5}, 'kl_horizon=5 does nothing'),
+])
+def test_bad_input_is_one_line(tmp_path, arg, overrides, message):
+  _refused(_config(arg, **overrides), tmp_path, message)
+
+
+def test_a_prompt_longer_than_the_context_is_named(tmp_path):
+  prompts = tmp_path / 'prompts.jsonl'
+  prompts.write_text(''.join(
+      json.dumps({'id': i, 'prompt': f'tea {i} ' * (3000 if i == 7 else 1)})
+      + '\n' for i in range(20)))
+  rules = ROOT / 'configs' / 'safety' / 'hospital.yaml'
+  config = _config(f'reward=python,function=math:fsum,data=jsonl,'
+                   f'path={prompts},rules={rules}')
+  _refused(config, tmp_path, 'prompt 7 has .* context_length')
