@@ -52,19 +52,10 @@ PROPOSERS = ('oracle', 'endpoint', 'model')
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Augments config.source into workdir; see the module."""
   start = time.monotonic()
+  _check(config)
   examples, drops = _read(config.source, config.seed)
   proposer = _make_proposer(config, workdir)
   judge = _make_judge(config)
-  if not (config.categories.enabled or config.strictness.enabled):
-    raise ValueError(
-      'config.categories.enabled and config.strictness.enabled are both false:'
-      ' nothing to do; set one'
-    )
-  if config.strictness.enabled and judge is None:
-    raise ValueError(
-      'strictness augmentation needs a classifier: give --config.judge=PATH of'
-      ' a reward model, or --config.strictness.enabled=false'
-    )
   made, outcomes, pairs, num_pairs = examples, [], (), 0
   usage = collections.Counter()  # Of Beam's workers.
   log = _Log(workdir / 'log.jsonl')
@@ -99,15 +90,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     usage.update(proposer.usage())
     card = data_card.make(config, proposer.name, drops, usage) | {
       'digest': digest,
-      'counts': {
-        'examples': len(made),
-        'with_plus': sum(e.plus is not None for e in made),
-        'with_minus': sum(e.minus is not None for e in made),
-        'strictness_pairs': num_pairs,
-        'categories': len(outcomes),
-        'candidates_written': sum(len(o.candidates) for o in outcomes),
-        'candidates_kept': sum(len(o.kept) for o in outcomes),
-      },
+      'counts': _count(made, outcomes, num_pairs),
     }
     data_card.write(workdir, card)
     if config.array_record:
@@ -117,6 +100,35 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   print(
     f'{len(made):,} examples and {num_pairs:,} pairs in {seconds:.1f} s: {path}'
   )
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  if not (config.categories.enabled or config.strictness.enabled):
+    raise ValueError(
+      'config.categories.enabled and config.strictness.enabled are both false:'
+      ' nothing to do; set one'
+    )
+  if config.strictness.enabled and not config.judge:
+    raise ValueError(
+      'strictness augmentation needs a classifier: give --config.judge=PATH of'
+      ' a reward model, or --config.strictness.enabled=false'
+    )
+
+
+def _count(
+  made: Sequence[Example],
+  outcomes: Sequence[strictness.Outcome],
+  num_pairs: int,
+) -> dict[str, int]:
+  return {
+    'examples': len(made),
+    'with_plus': sum(e.plus is not None for e in made),
+    'with_minus': sum(e.minus is not None for e in made),
+    'strictness_pairs': num_pairs,
+    'categories': len(outcomes),
+    'candidates_written': sum(len(o.candidates) for o in outcomes),
+    'candidates_kept': sum(len(o.kept) for o in outcomes),
+  }
 
 
 def _read(

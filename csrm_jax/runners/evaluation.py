@@ -58,12 +58,17 @@ def benchmarks(config: ml_collections.ConfigDict,
     todo = probes.basic_benchmarks(
         config.ruleworld_seed, config.ruleworld_examples)
   for name, items in held_out.items():
-    if isinstance(items[0], schema.Pair):
-      made = Benchmark(name, 'pairs', items)
-    else:
-      test, validation = sources.split(items, _VALIDATION_FRACTION, seed=1)
-      made = Benchmark(name, 'classification', test, validation=validation)
-    todo.append(benchmark.limited(made, config.max_examples))
+    pairs = [item for item in items if isinstance(item, schema.Pair)]
+    examples = [item for item in items if isinstance(item, schema.Example)]
+    made = []
+    if examples:
+      test, validation = sources.split(examples, _VALIDATION_FRACTION, seed=1)
+      made.append(
+          Benchmark(name, 'classification', test, validation=validation))
+    if pairs:  # A file of both kinds, as augmentation writes, has two sets.
+      made.append(
+          Benchmark(f'{name}_pairs' if examples else name, 'pairs', pairs))
+    todo += [benchmark.limited(b, config.max_examples) for b in made]
   return battery.prepare(todo)
 
 
