@@ -62,6 +62,13 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
   return ConfigDict(values)
 
 
+def split_arg(arg: str | None, names: Sequence[str]) -> tuple[str, str]:
+  """Returns the parts of an argument that have these names, and the others."""
+  parts = [part.strip() for part in (arg or '').split(',') if part.strip()]
+  own = [part for part in parts if part.partition('=')[0] in names]
+  return ','.join(own), ','.join(part for part in parts if part not in own)
+
+
 def _default(default: Any) -> Any:
   if isinstance(default, type):
     return None

@@ -36,6 +36,7 @@ RUNNERS = {
   'compare': 'csrm_jax.runners.compare',
   'augment': 'csrm_jax.runners.augment',
   'export': 'csrm_jax.runners.export',
+  'compile': 'csrm_jax.runners.compile',
   'align': 'csrm_jax.runners.align',
 }
 

@@ -17,8 +17,10 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import attention
 from csrm_jax.models.config import ModelConfig
 
-# Rows of queries and keys that a TPU core holds at once, best first.
+# Rows of queries and keys that a TPU core holds at once, best first; wider
+# heads leave room for fewer.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
+SPLASH_BLOCK_SIZE = 1024 * 128
 # Of the TPU's vector unit: what rows and heads are padded to.
 LANES = 128
 # cuDNN's largest head.
@@ -59,8 +61,9 @@ def _splash_padded(query, key, value, segment_ids, window, cap, interpret):
 
   def local(query, key, value, segment_ids):
     heads_first = [x.swapaxes(1, 2) for x in (query, key, value)]
-    T, N = query.shape[1:3]
-    block = next(b for b in SPLASH_BLOCKS if T % b == 0)
+    T, N, H = query.shape[1:]
+    block = next(b for b in SPLASH_BLOCKS
+                 if T % b == 0 and b * H <= SPLASH_BLOCK_SIZE)
     mask = splash.CausalMask((T, T))
     if window:
       mask = splash.LocalMask((T, T), (window - 1, 0), 0)

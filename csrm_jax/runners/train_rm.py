@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import resource
@@ -33,6 +34,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Trains from the base weights, evaluates, writes workdir/report."""
   if evaluation.show_finished(workdir):
     return
+  mesh = mesh_lib.make_mesh(**config.mesh)
+  with jax.set_mesh(mesh):
+    _run(config, workdir, mesh)
+
+
+def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path,
+         mesh: jax.sharding.Mesh) -> None:
   start = time.monotonic()
   spec, tokenizer = _describe(config)
   parts, held_out = _read_data(config)
@@ -44,7 +52,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   first = batches.get_state()
   next(batches)
   batches.set_state(first)
-  mesh = mesh_lib.make_mesh(**config.mesh)
   params, frozen = _init_params(config, spec, mesh)
   reward_model.save_tokenizer(config.tokenizer or config.model.init, workdir)
 
@@ -56,14 +63,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     before = evaluation.run(
         evaluation.keep_scores(score_fn(params), workdir / 'zero_shot'),
         todo, rules_blind=blind)
-  step_fn, state = _make_step(config, spec, tokenizer, params, mesh)
+  step_fn, state = make_step(
+      config, spec.model, spec.verbalizers(tokenizer), params, mesh)
   setup_s = time.monotonic() - start
   loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
                              config.checkpoint_every)
-  with jax.set_mesh(mesh):
-    state = loop_lib.train(
-        loop_lib.Job(step_fn, batches, mesh, workdir, loop, spec.to_dict(),
-                     frozen), state)
+  state = loop_lib.train(
+      loop_lib.Job(step_fn, batches, mesh, workdir, loop, spec.to_dict(),
+                   frozen), state)
   num_examples = batches.num_atoms
   batches.close()
   start = time.monotonic()
@@ -101,23 +108,35 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
   show_tokens_lib.show(seen[0], encoder)
 
 
-def _make_step(config: ml_collections.ConfigDict, spec: reward_model.Spec,
-               tokenizer: tokenizer_lib.Tokenizer, params: Any,
-               mesh: jax.sharding.Mesh
-               ) -> tuple[training.StepFn, training.TrainState]:
-  """Returns the train step, and the first state on the mesh."""
+def make_step(config: ml_collections.ConfigDict,
+              model: model_config.ModelConfig,
+              verbalizers: templates.Verbalizers, params: Any,
+              mesh: jax.sharding.Mesh
+              ) -> tuple[training.StepFn, training.TrainState]:
+  """Returns the train step, and the first state; of params' shapes, its shapes.
+
+  Args:
+    config: as in configs/rm.py.
+    model: what is trained.
+    verbalizers: token ids of both labels.
+    params: what is trained of the parameters, or the shapes of it.
+    mesh: of the state.
+  """
   optim = config.optim
   optimizer = training.make_optimizer(
       optim.lr, warmup_steps=optim.warmup_steps, num_steps=config.num_steps,
       b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay,
       clip_norm=optim.clip_norm, end_lr_fraction=optim.end_lr_fraction)
-  state = training.init_state(params, optimizer)
-  shardings = mesh_lib.shardings(state, mesh)
-  loss_fn = scoring.make_loss_fn(spec.model, spec.verbalizers(tokenizer),
-                                 config.loss.gamma, config.loss.margin)
+  init = functools.partial(training.init_state, optimizer=optimizer)
+  shapes = jax.eval_shape(init, params)
+  loss_fn = scoring.make_loss_fn(
+      model, verbalizers, config.loss.gamma, config.loss.margin)
+  shardings = mesh_lib.shardings(shapes, mesh)
   step_fn = training.make_train_step(
       loss_fn, optimizer, optim.num_microbatches, shardings)
-  return step_fn, jax.device_put(state, shardings)
+  if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+    return step_fn, mesh_lib.abstract(shapes, mesh)
+  return step_fn, jax.device_put(init(params), shardings)
 
 
 def _describe(config: ml_collections.ConfigDict
@@ -212,15 +231,21 @@ def _make_atoms(config: ml_collections.ConfigDict, encoder: features.Encoder,
 
 def _init_params(config: ml_collections.ConfigDict, spec: reward_model.Spec,
                  mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-  """Returns (trained, frozen) parameters; with adapters the base is frozen."""
+  """Returns (trained, frozen) parameters, on the mesh.
+
+  With adapters the base is frozen.
+  """
   shapes = jax.eval_shape(
       lambda: transformer.init_params(spec.model, config.seed))
   shardings = mesh_lib.shardings(shapes, mesh)
   if spec.base:
-    return (lora.init(spec.model, config.seed), spec.load_base(shardings))
+    adapters = lora.init(spec.model, config.seed)
+    return (jax.device_put(adapters, mesh_lib.shardings(adapters, mesh)),
+            spec.load_base(shardings))
   if config.model.init:
     return hf.load_params(config.model.init, spec.model, shardings), {}
-  return transformer.init_params(spec.model, config.seed), {}
+  params = transformer.init_params(spec.model, config.seed)
+  return jax.device_put(params, shardings), {}
 
 
 def _peak_memory_bytes() -> int:

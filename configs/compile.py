@@ -1,0 +1,43 @@
+"""Compiles a run's programs for TPUs that are not there: does it fit, how fast?
+
+python -m csrm_jax.main --workdir=/tmp/compiled \
+  --config=configs/compile.py:topology=v5e-64,model=llama3_8b
+
+Needs the package libtpu (pip install "csrm_jax[tpu]"), no TPU and no weights.
+What is not an argument of this file is one of the target's. The same run on
+that slice is
+
+python -m csrm_jax.main --workdir=gs://... \
+  --config=configs/rm.py:mesh=v5e-64,model=llama3_8b
+"""
+
+import ml_collections
+
+from csrm_jax import config as config_lib
+
+
+def get_config(arg=None):
+  """Returns the config.
+
+  arg: topology (a slice as it is rented: v5e-64, v5p-16, 2xv5e-256), target
+  (the config file of the run), and the target's own arguments.
+  """
+  own, rest = config_lib.split_arg(arg, ('topology', 'target'))
+  arg = config_lib.parse_arg(own, topology='v5e-64', target='configs/rm.py')
+  c = ml_collections.ConfigDict()
+  c.runner = 'compile'
+  c.topology = arg.topology
+  # Layers to compile with; 0 for all. All layers are one loop: few compile to
+  # the same program, but memory is that of few.
+  c.num_layers = 0
+  c.programs = ('train', 'score')
+  # If training does not fit: compile it with less memory until it does, and
+  # say how. Minutes more.
+  c.advise = True
+  # The share of a chip's peak that large products reach in practice.
+  c.product_efficiency = 0.7
+  # The run itself, as its own file makes it.
+  target = config_lib.load_module(arg.target)
+  mesh = f'mesh={arg.topology}'
+  c.run = target.get_config(','.join(part for part in (rest, mesh) if part))
+  return c
