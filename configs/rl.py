@@ -76,7 +76,7 @@ def get_config(arg=None):
     _set_offline(c)
 
   c.optim = ml_collections.ConfigDict()
-  c.optim.lr = 3e-4  # peak; warm-up, then cosine
+  c.optim.lr = 1e-3 if is_online else 3e-4  # peak; warm-up, then cosine
   c.optim.warmup_steps = 5  # updates
   c.optim.b1 = 0.9
   c.optim.b2 = 0.95
@@ -202,7 +202,7 @@ def _set_alphaalign(c, arg):
 
 def _set_online(c, algorithm):
   c.rollout = ml_collections.ConfigDict()
-  c.rollout.num_prompts = 32  # a step
+  c.rollout.num_prompts = 64  # a step
   c.rollout.num_generations = 8  # completions of each
   # Of a copy of the weights that is sampled from, as bfloat16; '' for none.
   c.rollout.dtype = ''
@@ -219,11 +219,11 @@ def _set_online(c, algorithm):
   c.loss.loss_aggregation = placeholder(str)
   c.loss.kl_place = placeholder(str)  # reward, loss or none
   c.loss.kl_estimator = placeholder(str)  # k1 in the reward; k2, k3 in the loss
-  c.loss.kl_coef = placeholder(float)  # None: 0.01, or 0 without a KL
+  c.loss.kl_coef = 0.02  # 0 without a KL
   c.loss.kl_target = placeholder(float)  # kl/ref that adapts kl_coef
   c.loss.kl_horizon = 10_000  # samples within which it adapts
   c.loss.num_iterations = 1  # times that a step's samples are used
-  c.loss.num_mini_batches = 1  # updates of each time
+  c.loss.num_mini_batches = 2  # updates of each time
   c.loss.mask_truncated = False  # cut-off completions have no part in the loss
   c.loss.normalise_rewards = False  # by mean and spread of all so far
   if algorithm in ('reinforce_pp', 'reinforce_pp_baseline', 'ppo'):
