@@ -44,7 +44,9 @@ def dialogue(seed: int, index: int) -> tuple[corpus.Span, ...]:
 
 def _plain(rng: random.Random, asked: grammar.Statement) -> str:
   statements = conversations.sample_reply(rng, asked, corpus.ALL_TOPICS)
-  return conversations.reply_text(rng, statements)
+  # A small model that may begin with something else forgets the request.
+  statements = sorted(statements, key=lambda s: s.phrase != asked.phrase)
+  return conversations.reply_text(rng, tuple(statements))
 
 
 def _structured(rng: random.Random, asked: grammar.Statement) -> str:

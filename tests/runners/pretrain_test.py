@@ -6,9 +6,10 @@ import pytest
 import safetensors
 
 import csrm_jax
+from csrm_jax import config as config_lib
 from csrm_jax import losses
 from csrm_jax.data import packing
-from csrm_jax.models import config, transformer
+from csrm_jax.models import config, hf, transformer
 from csrm_jax.ruleworld import corpus
 from csrm_jax.runners import pretrain
 from csrm_jax.safety import templates
@@ -166,3 +167,23 @@ def test_loss_fn_equals_the_model_and_lm_loss():
     one, _ = packing.pack_rows([atom], 2, 64, 4)
     alone += jax.jit(pretrain.make_loss_fn(cfg))(params, one)[0]
   np.testing.assert_allclose(total, alone, rtol=1e-5)
+
+
+def test_the_policy_goes_on_from_the_base_model(tmp_path):
+  config = config_lib.load_module('configs/pretrain.py').get_config(
+      'task=policy,num_steps=1')
+  config.log_every = config.checkpoint_every = 1
+  config.data.batch_size, config.data.row_length = 1, 128
+  config.model.overrides.unroll = 1  # Compiles faster.
+  config.optim.lr, config.optim.warmup_steps = 1e-4, 0
+  pretrain.run(config, tmp_path)
+  with safetensors.safe_open(
+      tmp_path / 'policy' / 'model.safetensors', 'numpy') as file:
+    stored = {str(file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118
+    assert file.metadata()['made_by'].endswith('pretrain.py:task=policy')
+  assert stored == {'float16'}
+  _, after = hf.load(tmp_path / 'policy')
+  _, before = hf.load(FOLDER / 'base')
+  change = jax.tree.map(lambda a, b: np.abs(a - b).max(), after, before)
+  assert {str(x.dtype) for x in jax.tree.leaves(after)} == {'float32'}
+  assert 0 < max(jax.tree.leaves(change)) < 2e-3
