@@ -19,7 +19,9 @@ SETTINGS = job.Settings(
     num_steps=4, log_every=1, checkpoint_every=2, samples_every=2,
     num_samples=3, num_prompts=2, num_generations=4, num_iterations=1,
     num_mini_batches=1, num_microbatches=1,
-    sampling=Sampling(max_completion_length=6, stop_ids=(2,)),
+    # Many stop, so that lengths differ.
+    sampling=Sampling(
+        max_completion_length=6, stop_ids=tuple(range(0, 500, 2))),
     rollout_dtype='', gamma=1.0, lam=0.95, kl_target=None, kl_horizon=10_000,
     normalise_rewards=False, mask_truncated=False, stop_kl=None,
     stop_reward_drop=None, look_every=0, seed=0)
@@ -48,8 +50,8 @@ def prompts():
 
 
 def _length_reward(samples):
-  """Long completions are better; not integers, and two parts."""
-  totals = np.array([0.1 * s.num_tokens for s in samples], np.float32)
+  """Long texts are better; not integers, and two parts."""
+  totals = np.array([len(s.text) / 7 for s in samples], np.float32)
   return totals, {'length': totals, 'stop': np.array(
       [s.stopped for s in samples], np.float32)}
 

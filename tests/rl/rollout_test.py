@@ -10,19 +10,19 @@ from csrm_jax.rl import rollout, types
 from csrm_jax.safety import schema
 from csrm_jax.sampling import Completions, Sampling
 
-SAMPLING = Sampling(max_completion_length=6, temperature=0.7, stop_ids=(2,))
+# Many stop, so that lengths differ.
+SAMPLING = Sampling(max_completion_length=6, temperature=0.7,
+                    stop_ids=tuple(range(0, 500, 2)))
 
 
 @pytest.fixture(scope='module')
 def params(policy):
-  return jax.tree.map(lambda x: 3 * x, transformer.init_params(policy.model, 0))
+  return transformer.init_params(policy.model, 0)
 
 
 @pytest.fixture(scope='module')
 def rolled(policy, params, prompts):
-  # Any of half of the vocabulary stops, so that lengths differ.
-  sampling = dataclasses.replace(SAMPLING, stop_ids=tuple(range(0, 500, 2)))
-  return rollout.rollout(policy, params, prompts, sampling, 4, seed=5)
+  return rollout.rollout(policy, params, prompts, SAMPLING, 4, seed=5)
 
 
 def test_samples_of_a_prompt_lie_side_by_side(rolled, prompts):
