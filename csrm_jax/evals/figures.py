@@ -187,7 +187,7 @@ def draw_groups(
 def draw_training(
     path: str | os.PathLike, series: Mapping[str, Mapping[int, float]]
 ) -> None:
-  """Writes up to six curves, {name: {step: value}}, losses first."""
+  """Writes up to six curves, {name: {step: value}}, by `_curve_order`."""
   names = sorted(series, key=_curve_order)[:6]
   columns = min(len(names), 3)
   num_rows = -(-len(names) // columns)
@@ -278,6 +278,10 @@ def _rules_text(row: Mapping[str, Any]) -> list[str]:
 
 
 def _curve_order(name: str) -> tuple[int, int, str]:
+  # What tells how an alignment goes; its losses tell nothing.
+  first = 'reward/mean', 'kl/ref', 'policy/entropy', 'completion/mean_length'
+  if name in first:
+    return -1, first.index(name), name
   last = name.rpartition('/')[2]
   wanted = ('loss', 'accuracy', 'f1', 'gap', 'grad_norm', 'lr')
   rank = [i for i, word in enumerate(wanted) if word in last]
