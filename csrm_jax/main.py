@@ -5,6 +5,9 @@ python -m csrm_jax.main --config=configs/rm.py:model=tiny --workdir=DIR \\
 
 Flags --config.KEY=VALUE override what the config file sets. The same command
 again resumes the run in its work directory.
+
+Several hosts: the same command on each, with --multihost on a cluster or with
+--coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from ml_collections import config_flags
 
 from csrm_jax import config as config_lib
 from csrm_jax import training
-from csrm_jax.core import writer
+from csrm_jax.core import distributed, writer
 
 # config.runner -> the module whose run(config, workdir) does the work. Named,
 # not imported: a run loads only what it needs.
@@ -36,8 +39,8 @@ RUNNERS = {
   'compare': 'csrm_jax.runners.compare',
   'augment': 'csrm_jax.runners.augment',
   'export': 'csrm_jax.runners.export',
-  'compile': 'csrm_jax.runners.compile',
   'align': 'csrm_jax.runners.align',
+  'compile': 'csrm_jax.runners.compile',
 }
 
 FLAGS = flags.FLAGS
@@ -57,6 +60,23 @@ _SHOW_TOKENS = flags.DEFINE_bool(
   'show_tokens', False,
   'Print what the model sees of the first example, segment by segment, and'
   ' exit; needs no --workdir.',
+)
+_MULTIHOST = flags.DEFINE_bool(
+  'multihost', False,
+  'This is one of several processes; the cluster (TPU slice, Slurm, MPI,'
+  ' Kubernetes) says which.',
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', '', 'host:port of process 0, where no cluster says it.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Processes in all, with --coordinator.'
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this is, from 0, with --coordinator.'
+)
+_START_TIMEOUT_S = flags.DEFINE_integer(
+  'start_timeout_s', 300, 'Seconds to wait for the other processes.'
 )
 
 # What bad input raises; anything else is a bug and keeps its traceback.
@@ -84,7 +104,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
     writer.update_manifest(path, manifest)
     runner.run(config, path)
   except _INPUT_ERRORS:
-    if is_new:
+    if is_new and jax.process_index() == 0:
       config_lib.discard_workdir(path)
     raise
 
@@ -182,11 +202,25 @@ def _exit(error: BaseException) -> None:
   sys.exit(2)
 
 
+def _join() -> None:
+  """Joins the other processes, if there are any."""
+  alone = _PROCESS_ID.value is None and _NUM_PROCESSES.value is None
+  if not _MULTIHOST.value and not _COORDINATOR.value and alone:
+    return
+  distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value,
+                    _PROCESS_ID.value, _START_TIMEOUT_S.value)
+  distributed.check_same({
+    'the config': config_lib.to_json(_CONFIG.value),
+    '--workdir': str(_WORKDIR.value),
+  })
+
+
 def _main(argv: Sequence[str]) -> None:
   del argv
   _quiet_logs()
   training.keep_freed_memory()
   try:
+    _join()
     if _SHOW_TOKENS.value:
       show_tokens(_CONFIG.value)
       return

@@ -1,0 +1,103 @@
+"""Starting as one of several processes, and agreeing on what to run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+# A process that is not heard of for so long is taken for dead, and all end.
+HEARTBEAT_S = 30
+
+
+def start(
+  coordinator: str = '',
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  timeout_s: int = 300,
+) -> None:
+  """Joins the other processes of this run; call it before any JAX computation.
+
+  Args:
+    coordinator: host:port of process 0. '' asks the cluster: a TPU slice,
+      Slurm, Open MPI or Kubernetes tells each process who it is.
+    num_processes: in all; with a coordinator.
+    process_id: from 0; with a coordinator.
+    timeout_s: to wait for the others.
+
+  Where the others are not there in time it prints one line and ends the process
+  with exit code 2: the runtime would abort it.
+
+  Raises:
+    ValueError: an argument is missing, or the cluster is not known.
+  """
+  given = {
+    '--coordinator': coordinator or None,
+    '--num_processes': num_processes,
+    '--process_id': process_id,
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if coordinator and missing:
+    raise ValueError(f'{missing[0]} is missing: --coordinator needs it')
+  if len(missing) < len(given) and not coordinator:
+    raise ValueError('--num_processes and --process_id need --coordinator')
+  # What CPUs speak with one another; accelerators have their own.
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  advice = (
+    'all processes must run, with the same --coordinator and --num_processes '
+    'and each its own --process_id, and reach that port'
+  )
+  where = coordinator or 'the cluster'
+  watch = threading.Timer(
+    timeout_s, _give_up, [f'no start with {where} in {timeout_s} s: {advice}']
+  )
+  watch.daemon = True
+  watch.start()
+  try:
+    jax.distributed.initialize(
+      coordinator or None,
+      num_processes,
+      process_id,
+      initialization_timeout=timeout_s + 60,
+      heartbeat_timeout_seconds=HEARTBEAT_S,
+    )
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).strip().split('\n')[0][:200]
+    raise ValueError(
+      f'no start with {where}: {advice} ({reason})'
+    ) from error
+  finally:
+    watch.cancel()
+
+
+def _give_up(message: str) -> None:
+  print(f'error: {message}', file=sys.stderr, flush=True)
+  os._exit(2)
+
+
+def check_same(values: Mapping[str, str]) -> None:
+  """Checks that all processes hold the same values.
+
+  Raises:
+    ValueError: on all of them, and names the value and the processes that
+      differ from process 0.
+  """
+  if jax.process_count() == 1:
+    return
+  from jax.experimental import multihost_utils
+
+  for name, value in values.items():
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    every = multihost_utils.process_allgather(digest)
+    others = np.flatnonzero((every != every[0]).any(axis=1))
+    if others.size:
+      raise ValueError(
+        f'{name} differs between hosts: that of process '
+        f'{", ".join(map(str, others))} is not that of process 0; start all '
+        'with the same command and the same version of the code'
+      )
