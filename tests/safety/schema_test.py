@@ -60,7 +60,9 @@ def error_of(function, *args, **kwargs):
 def test_shipped_configs_are_worked_out(path):
   safety = schema.load_safety(path)
   assert safety.name == path.stem
-  assert 4 <= len(safety.categories) <= 6
+  # One is a verifier's question, not the rules of a customer.
+  assert len(safety.categories) in ((1,) if path.stem == 'refusal'
+                                    else (4, 5, 6))
   for category in safety.categories:
     assert len(category.guideline.split()) >= 20
 
