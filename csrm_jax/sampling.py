@@ -32,7 +32,7 @@ PROMPT_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072,
                   4096, 6144, 8192)
 # A prefix that prompts share counts in whole steps of this many tokens.
 PREFIX_STEP = 32
-# Tokens whose logits completion_logprobs holds at once.
+# Tokens whose logits hidden_logprobs holds at once.
 LOGPROB_CHUNK = 2048
 
 
@@ -71,40 +71,28 @@ def token_logprobs(
   return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def completion_logprobs(
-    cfg: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array,
-    segment_ids: jax.Array, temperature: float
+def hidden_logprobs(
+    cfg: ModelConfig, params: Any, hidden: jax.Array, tokens: jax.Array,
+    temperature: float
 ) -> jax.Array:
-  """Returns token_logprobs of given tokens, float32 [B,T].
+  """Returns token_logprobs of given tokens, float32 [B,C].
 
-  Each token is read off the one before it in the same segment; a segment's
-  first token and padding have 0. Logits exist for LOGPROB_CHUNK tokens or one
-  column at a time, in the backward pass too, never for [B,T,V].
+  Logits exist for LOGPROB_CHUNK tokens or one column at a time, in the backward
+  pass too, never for [B,C,V].
 
   Args:
     cfg: static.
     params: as from transformer.init_params.
-    tokens: int32 [B,T].
-    positions: int32 [B,T].
-    segment_ids: int32 [B,T].
+    hidden: [B,C,D], of the token before each.
+    tokens: int32 [B,C].
     temperature: static.
   """
-  hidden = transformer.hidden(cfg, params, tokens, positions, segment_ids)
-  return hidden_logprobs(
-      cfg, params, hidden, tokens, segment_ids, temperature)
+  B, C = tokens.shape
+  width = max(1, min(C, LOGPROB_CHUNK // B))
+  num = -(-C // width)
 
-
-def hidden_logprobs(
-    cfg: ModelConfig, params: Any, hidden: jax.Array, tokens: jax.Array,
-    segment_ids: jax.Array, temperature: float
-) -> jax.Array:
-  """Returns completion_logprobs, given the hidden states [B,T,D]."""
-  B, T = tokens.shape
-  width = max(1, min(T - 1, LOGPROB_CHUNK // B))
-  num = -(-(T - 1) // width)
-
-  def chunks(x):  # [B,T-1,...] -> [num,B,width,...]
-    pad = [(0, 0), (0, num * width - (T - 1))] + [(0, 0)] * (x.ndim - 2)
+  def chunks(x):  # [B,C,...] -> [num,B,width,...]
+    pad = [(0, 0), (0, num * width - C)] + [(0, 0)] * (x.ndim - 2)
     x = jnp.pad(x, pad).reshape(B, num, width, *x.shape[2:])
     return x.swapaxes(0, 1)
 
@@ -115,11 +103,8 @@ def hidden_logprobs(
 
   _, scores = jax.lax.scan(
       lambda _, chunk: (None, score(params, chunk)), None,
-      (chunks(hidden[:, :-1]), chunks(tokens[:, 1:])))
-  scores = scores.swapaxes(0, 1).reshape(B, num * width)[:, :T - 1]
-  scores = jnp.pad(scores, ((0, 0), (1, 0)))  # the first token has no other
-  before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
-  return jnp.where((segment_ids > 0) & (segment_ids == before), scores, 0.0)
+      (chunks(hidden), chunks(tokens)))
+  return scores.swapaxes(0, 1).reshape(B, num * width)[:, :C]
 
 
 def generate(
@@ -200,7 +185,8 @@ def _check_prompts(cfg, prompts, lengths, sampling) -> None:
           "encode it with the model's own tokenizer.")
 
 
-def _bucket(cfg: ModelConfig, longest: int) -> int:
+def prompt_bucket(cfg: ModelConfig, longest: int) -> int:
+  """Returns the length that prompts are padded to, given the longest one's."""
   return min(b for b in (*PROMPT_BUCKETS, cfg.context_length) if b >= longest)
 
 
@@ -214,7 +200,7 @@ def _num_shared(
   if len(distinct) < 2:
     return 0
   num = prefix_lib.num_common(distinct) // PREFIX_STEP * PREFIX_STEP
-  length = _bucket(cfg, max(map(len, distinct)))
+  length = prompt_bucket(cfg, max(map(len, distinct)))
   # Padding comes between the prefix and the rest, and a window counts it.
   fits = length + sampling.max_completion_length <= cfg.sliding_window
   if cfg.sliding_window and not fits:
@@ -241,7 +227,7 @@ def _pad(
     batch['source'][:len(prompts)] = [place[prompt] for prompt in prompts]
   else:
     distinct, num = prompts, rows
-  length = _bucket(cfg, max(map(len, prompts))) - num_shared
+  length = prompt_bucket(cfg, max(map(len, prompts))) - num_shared
   for name in ('tokens', 'segment_ids'):
     batch[name] = np.zeros((num, length), np.int32)
   for row, prompt in enumerate(distinct):

@@ -42,8 +42,11 @@ def _full_logits(cfg, params, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _score(*args):
-  return sampling_lib.completion_logprobs(*args)
+def _score(cfg, params, tokens, positions, segment_ids, temperature):
+  """Returns the log-probability of each token but the first, [B,T-1]."""
+  hidden = transformer.hidden(cfg, params, tokens, positions, segment_ids)
+  return sampling_lib.hidden_logprobs(
+      cfg, params, hidden[:, :-1], tokens[:, 1:], temperature)
 
 
 def _padded_logits(cfg, row):
@@ -94,45 +97,37 @@ def test_logprobs_equal_teacher_forced_ones(name):
   got = _score(cfg, _params(cfg), tokens, positions, segment_ids, 1.7)
   assert got.dtype == jnp.float32
   for i, prompt in enumerate(PROMPTS):
-    forced = got[i, len(prompt):len(prompt) + 12]
+    forced = got[i, len(prompt) - 1:len(prompt) + 11]
     gap = np.abs(forced - out.logprobs[i]).max()
     assert gap < 1e-4, gap
-    assert not np.any(got[i, len(prompt) + 12:]) and got[i, 0] == 0
 
 
 @pytest.mark.parametrize('chunk', [1, 7, 2048])
-def test_completion_logprobs_of_packed_rows(chunk, monkeypatch):
+def test_hidden_logprobs_in_chunks(chunk, monkeypatch):
   monkeypatch.setattr(sampling_lib, 'LOGPROB_CHUNK', chunk)
   rng = np.random.default_rng(0)
-  tokens = rng.integers(0, 40, (2, 12)).astype(np.int32)
-  segment_ids = np.array([[1] * 7 + [2] * 5, [1] * 4 + [0] * 8], np.int32)
-  positions = np.array([[*range(7), *range(5)], [*range(4)] + [0] * 8])
+  tokens = rng.integers(0, 40, (2, 11)).astype(np.int32)
+  hidden = rng.normal(size=(2, 11, CFG.embed_dim)).astype(np.float32)
+  weights = rng.normal(size=(2, 11)).astype(np.float32)
 
-  def total(params):
-    scores = sampling_lib.completion_logprobs(
-        CFG, params, tokens, positions, segment_ids, 0.5)
-    return scores.sum(), scores
+  def total(params, hidden):
+    scores = sampling_lib.hidden_logprobs(CFG, params, hidden, tokens, 0.5)
+    return (weights * scores).sum(), scores
 
-  (_, got), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(_params())
-  want = np.zeros((2, 12))
-  for row, start, length in ((0, 0, 7), (0, 7, 5), (1, 0, 4)):
-    ids = tokens[row, start:start + length]
-    scores = _log_softmax(_padded_logits(CFG, ids) / 0.5)
-    want[row, start + 1:start + length] = scores[
-        np.arange(length - 1), ids[1:]]
-  np.testing.assert_allclose(got, want, atol=1e-4)
+  def plain(params, hidden):
+    scores = jax.nn.log_softmax(transformer.logits(CFG, params, hidden) / 0.5)
+    scores = jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0]
+    return (weights * scores).sum(), scores
 
-  def plain(params):
-    hidden = transformer.hidden(CFG, params, tokens, positions, segment_ids)
-    logits = transformer.logits(CFG, params, hidden[:, :-1]) / 0.5
-    scores = jax.nn.log_softmax(logits)
-    scores = jnp.take_along_axis(scores, tokens[:, 1:, None], -1)[..., 0]
-    return jnp.where(want[:, 1:] != 0, scores, 0).sum()
+  (got, want), (grads, plain_grads) = zip(*(
+      jax.jit(jax.value_and_grad(fn, argnums=(0, 1), has_aux=True))(
+          _params(), hidden) for fn in (total, plain)), strict=True)
+  np.testing.assert_allclose(got[1], want[1], atol=1e-4)
 
   def check(a, b):
     np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 
-  jax.tree.map(check, grads, jax.jit(jax.grad(plain))(_params()))
+  jax.tree.map(check, grads, plain_grads)
 
 
 def test_stop_tokens_end_a_completion_and_belong_to_it():

@@ -17,7 +17,7 @@ A row without completion tokens counts in its group's mean and nowhere else.
 gamma (discount per token) and lam do nothing in the rows that give all tokens
 of a completion the same advantage; algorithms.check refuses to set them there.
 
-Axes: N completions, G of one prompt, T tokens of a row.
+Axes: N completions, G of one prompt, T tokens of the longest completion.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ updates the policy num_iterations times with all of them. What is drawn depends
 on the seed, the step and the policy only, so that a run that was killed goes on
 as if it had not been.
 
-Axes: N samples of a step, T tokens of a row.
+Axes: N samples of a step.
 """
 
 from __future__ import annotations

@@ -62,9 +62,9 @@ def gap_metrics(logprobs: np.ndarray, rollout_logprobs: np.ndarray,
   """Returns sampler/logprob_gap_{mean,max}: nats between two computations.
 
   Args:
-    logprobs: [N,T] of the policy, as in training.
-    rollout_logprobs: [N,T], what the sampler said.
-    mask: [N,T], 1 on the completions.
+    logprobs: [N,C] of the policy, as in training.
+    rollout_logprobs: [N,C], what the sampler said.
+    mask: [N,C], 1 on the completions.
   """
   gap = np.abs(logprobs - rollout_logprobs)[mask > 0]
   return {'sampler/logprob_gap_mean': float(gap.mean()),

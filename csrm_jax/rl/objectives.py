@@ -14,7 +14,7 @@ completion tokens has no weight.
 
 Log-probabilities are in nats, all of one function and one temperature.
 
-Axes: B rows, T tokens, P preference pairs.
+Axes: B rows, T tokens of the longest completion, P preference pairs.
 """
 
 from __future__ import annotations

@@ -105,7 +105,8 @@ def _by_prompt(
   totals = rewards.check_rewards(totals, samples, 'reward')
   found: dict[str, tuple[Prompt, list[dict[str, Any]]]] = {}
   for i, one in enumerate(samples):
-    tokens = rows['tokens'][i][rows['completion_mask'][i] > 0]
+    mask = rows['completion_mask'][i] > 0
+    tokens = rows['tokens'][i, -len(mask):][mask]
     found.setdefault(one.prompt.id, (one.prompt, []))[1].append({
         'tokens': tokens.tolist(),
         'text': one.text,
@@ -147,7 +148,7 @@ def make_pairs(
   """Returns all pairs as rows of a train batch.
 
   tokens, positions, segment_ids int32 [P,2,T]; completion_mask float32
-  [P,2,T]; reward, ref_logprob float32 [P,2], the latter a sum over the
+  [P,2,C]; reward, ref_logprob float32 [P,2], the latter a sum over the
   completion in nats.
 
   Args:

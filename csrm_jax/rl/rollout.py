@@ -1,7 +1,10 @@
 """Completions of prompts: samples for the rewards, rows for the train step.
 
+A row is a prompt, padded on the left, and its completion, padded on the right,
+so that all completions begin in one column.
+
 Axes: N samples (prompts x num_generations, a prompt's samples side by side),
-T tokens of a row.
+C tokens of the longest completion, T = prompt + C tokens of a row.
 """
 
 from __future__ import annotations
@@ -22,8 +25,6 @@ from csrm_jax.rl.types import Prompt, Sample
 from csrm_jax.sampling import Completions, Sampling
 from csrm_jax.text.tokenizer import Tokenizer
 
-# Lengths that rows are padded to; the train step is compiled once for each.
-BUCKETS = tuple(sorted({96, 160, 448, *sampling_lib.PROMPT_BUCKETS}))
 # Completions that are drawn at once.
 MAX_ROWS = 256
 # Beside the decoder's parameters: reads a value off the final hidden state.
@@ -94,10 +95,10 @@ def rollout(
 ) -> tuple[list[Sample], dict[str, np.ndarray]]:
   """Returns (samples, rows) of num_generations completions of each prompt.
 
-  Rows: tokens, positions, segment_ids int32 [N,T], padded on the right;
-  completion_mask float32 [N,T], 1 on the completion, its stop token included;
-  rollout_logprobs float32 [N,T], what the sampler says of these tokens, which
-  is sampling.token_logprobs. All are 0 elsewhere.
+  Rows: tokens, positions, segment_ids int32 [N,T]; completion_mask float32
+  [N,C], 1 on the completion, its stop token included; rollout_logprobs float32
+  [N,C], what the sampler says of these tokens, which is
+  sampling.token_logprobs. All are 0 elsewhere. C = max_completion_length.
 
   Args:
     policy: what is asked.
@@ -127,26 +128,21 @@ def rollout(
 def make_rows(policy: Policy, asked: Sequence[Sequence[int]],
               done: Completions) -> dict[str, np.ndarray]:
   """Returns the rows of `rollout` for prompts' ids and their completions."""
+  num, C = done.tokens.shape
   starts = np.array([len(ids) for ids in asked], np.int64)
-  ends = starts + done.lengths
-  limit = policy.model.context_length
-  width = min(b for b in (*BUCKETS, limit) if b >= ends.max())
-  shape = (len(asked), width)
-  tokens = np.zeros(shape, np.int32)
-  logprobs = np.zeros(shape, np.float32)
+  width = sampling_lib.prompt_bucket(policy.model, starts.max())
+  tokens = np.zeros((num, width + C), np.int32)
   for i, ids in enumerate(asked):
-    tokens[i, :starts[i]] = ids
-    tokens[i, starts[i]:ends[i]] = done.tokens[i, :done.lengths[i]]
-    logprobs[i, starts[i]:ends[i]] = done.logprobs[i, :done.lengths[i]]
-  place = np.arange(width)
-  inside = place < ends[:, None]
-  completion = inside & (place >= starts[:, None])
+    tokens[i, width - starts[i]:width] = ids
+  tokens[:, width:] = done.tokens
+  place = np.arange(width + C) - (width - starts)[:, None]
+  inside = (place >= 0) & (place < (starts + done.lengths)[:, None])
   return {
-      'tokens': tokens,
+      'tokens': np.where(inside, tokens, 0),
       'positions': np.where(inside, place, 0).astype(np.int32),
       'segment_ids': inside.astype(np.int32),
-      'completion_mask': completion.astype(np.float32),
-      'rollout_logprobs': logprobs,
+      'completion_mask': inside[:, width:].astype(np.float32),
+      'rollout_logprobs': np.where(inside[:, width:], done.logprobs, 0),
   }
 
 
@@ -170,7 +166,7 @@ def init_value_head(cfg: ModelConfig) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def logprobs(cfg: ModelConfig, params: Any, rows: dict[str, jax.Array],
              temperature: float) -> dict[str, jax.Array]:
-  """Returns logprobs and, with a value head, values, float32 [N,T].
+  """Returns logprobs and, with a value head, values, float32 [N,C].
 
   Both are 0 outside of the completion. A value belongs to the token behind the
   state it is read off, as the log-probability does.
@@ -184,13 +180,14 @@ def logprobs(cfg: ModelConfig, params: Any, rows: dict[str, jax.Array],
   decoder, mask = decoder_params(params), rows['completion_mask']
   hidden = transformer.hidden(
       cfg, decoder, rows['tokens'], rows['positions'], rows['segment_ids'])
+  start = rows['tokens'].shape[1] - mask.shape[1]
+  before = hidden[:, start - 1:-1]
   scores = sampling_lib.hidden_logprobs(
-      cfg, decoder, hidden, rows['tokens'], rows['segment_ids'], temperature)
+      cfg, decoder, before, rows['tokens'][:, start:], temperature)
   result = {'logprobs': scores * mask}
   if VALUE_HEAD in params:
     head = params[VALUE_HEAD]
-    values = hidden.astype(jnp.float32) @ head['kernel'] + head['bias']
-    values = jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+    values = before.astype(jnp.float32) @ head['kernel'] + head['bias']
     result['values'] = values * mask
   return result
 

@@ -1,7 +1,6 @@
 """What passes between rollout, rewards, advantages and the update.
 
-Axes: N samples (prompts x num_generations, a prompt's samples side by side),
-T tokens of a row.
+Axes: N samples (prompts x num_generations, a prompt's samples side by side).
 """
 
 from __future__ import annotations

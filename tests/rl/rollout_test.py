@@ -35,15 +35,21 @@ def test_samples_of_a_prompt_lie_side_by_side(rolled, prompts):
 
 def test_rows_are_prompt_and_completion(rolled, policy):
   samples, rows = rolled
+  start = rows['tokens'].shape[1] - SAMPLING.max_completion_length
   for i, sample in enumerate(samples):
     ids = policy.encode(sample.prompt)
-    end = len(ids) + sample.num_tokens
-    assert rows['tokens'][i, :len(ids)].tolist() == ids
-    assert rows['segment_ids'][i].sum() == end
+    end = start + sample.num_tokens
+    assert rows['tokens'][i, start - len(ids):start].tolist() == ids
     np.testing.assert_array_equal(
-        np.flatnonzero(rows['completion_mask'][i]), np.arange(len(ids), end))
-    np.testing.assert_array_equal(rows['positions'][i, :end], np.arange(end))
-    kept = rows['tokens'][i, len(ids):end - sample.stopped].tolist()
+        np.flatnonzero(rows['segment_ids'][i]),
+        np.arange(start - len(ids), end))
+    np.testing.assert_array_equal(
+        np.flatnonzero(rows['completion_mask'][i]),
+        np.arange(sample.num_tokens))
+    np.testing.assert_array_equal(
+        rows['positions'][i, start - len(ids):end],
+        np.arange(len(ids) + sample.num_tokens))
+    kept = rows['tokens'][i, start:end - sample.stopped].tolist()
     assert sample.text == policy.tokenizer.decode(kept).strip()
 
 
@@ -52,7 +58,8 @@ def test_the_mask_comes_from_lengths_not_from_ids(policy):
       tokens=np.zeros((1, 3), np.int32), lengths=np.array([2], np.int32),
       logprobs=np.zeros((1, 3), np.float32), stopped=np.array([False]))
   rows = rollout.make_rows(policy, [[7, 0]], done)
-  assert rows['completion_mask'][0, :5].tolist() == [0, 0, 1, 1, 0]
+  assert rows['completion_mask'].tolist() == [[1, 1, 0]]
+  assert rows['segment_ids'][0, -6:].tolist() == [0, 1, 1, 1, 1, 0]
 
 
 def test_sampler_and_training_agree_at_any_temperature(rolled, policy, params):
@@ -72,12 +79,13 @@ def test_a_value_is_read_before_its_token(rolled, policy, params):
       policy.model, params, *(rows[name] for name in (
           'tokens', 'positions', 'segment_ids')))
   row, place = np.argwhere(rows['completion_mask'])[-1]
-  want = hidden[row, place - 1] @ head['kernel'] + 0.5
+  column = rows['tokens'].shape[1] - SAMPLING.max_completion_length + place
+  want = hidden[row, column - 1] @ head['kernel'] + 0.5
   assert out['values'][row, place] == pytest.approx(float(want), rel=1e-5)
   assert not out['values'][rows['completion_mask'] == 0].any()
   # What comes later cannot change it: a value at the token would see it.
   other = rows['tokens'].copy()
-  other[row, place] += 1
+  other[row, column] += 1
   again = rollout.logprobs(
       policy.model, params | {rollout.VALUE_HEAD: head},
       rows | {'tokens': other}, 0.7)
