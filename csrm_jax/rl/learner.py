@@ -140,8 +140,10 @@ def _step(job: Job, state: training.TrainState, progress: Progress, step: int
   if settings.normalise_rewards:
     progress.normaliser = progress.normaliser.update(totals)
   batch = _make_batch(job, state, rows, samples, totals, progress)
-  measured |= logs.gap_metrics(
-      batch['old_logprobs'], rows['rollout_logprobs'], rows['completion_mask'])
+  if settings.rollout_dtype:
+    measured |= logs.gap_metrics(
+        batch['old_logprobs'], rows['rollout_logprobs'],
+        rows['completion_mask'])
   updates = []
   for chosen in _mini_batches(settings, step):
     part = {name: x[chosen] for name, x in batch.items()}
@@ -190,8 +192,11 @@ def _make_batch(
 ) -> dict[str, np.ndarray]:
   """Returns what the updates of a step learn from; adapts kl_coef."""
   settings = job.settings
-  params = tree.merge(job.frozen, state.params)
-  old = _logprobs(job, job.policy.model, params, rows)
+  if settings.rollout_dtype or job.algorithm.needs_values:
+    params = tree.merge(job.frozen, state.params)
+    old = _logprobs(job, job.policy.model, params, rows)
+  else:  # the sampler has the same weights and the same function
+    old = {'logprobs': rows['rollout_logprobs']}
   reference = _logprobs(job, *job.reference, rows)['logprobs']
   batch = {name: x for name, x in rows.items() if name != 'rollout_logprobs'}
   if settings.mask_truncated:
