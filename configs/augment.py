@@ -40,8 +40,9 @@ def get_config(arg=None):
   c.source.path = arg.path  # file or folder; '': public sets from the hub
   c.source.num_examples = 6000 if arg.data == 'ruleworld' else 0  # 0: all
   c.source.licence = ''  # of the source, for the data card; '': if it is known
-  # Propose on Apache Beam (extra [beam]): in this process, or where options
-  # like ('--runner=DataflowRunner', '--project=...') say.
+  # Propose, and write ArrayRecord files, on Apache Beam (extra [beam]): in
+  # this process, or where options say that are like
+  # ('--runner=DataflowRunner', '--project=...').
   c.beam = ml_collections.ConfigDict({'enabled': False, 'options': ()})
   c.array_record = False  # also write ArrayRecord files (extra [tfds])
 

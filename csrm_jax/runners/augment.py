@@ -94,7 +94,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     }
     data_card.write(workdir, card)
     if config.array_record:
-      _prepare(workdir, path)
+      _prepare(workdir, path, config.beam)
   seconds = time.monotonic() - start
   log([{'event': 'done', 'time_s': round(seconds, 3), **card['counts']}])
   print(
@@ -276,13 +276,18 @@ def _write_lines(path: pathlib.Path, items: Iterable[Example | Pair]) -> str:
   return digest.hexdigest()
 
 
-def _prepare(workdir: pathlib.Path, path: pathlib.Path) -> None:
+def _prepare(
+  workdir: pathlib.Path, path: pathlib.Path, section: ml_collections.ConfigDict
+) -> None:
   # Imported here: it takes a while, and needs an extra.
   from csrm_jax.data.builders import public_sets
 
   folder = workdir / 'tfds'
   shutil.rmtree(folder, ignore_errors=True)  # Of an earlier run.
-  public_sets.make_builder('augmented', folder, path).download_and_prepare()
+  if section.enabled:
+    public_sets.prepare_on_beam('augmented', folder, path, section.options)
+  else:
+    public_sets.make_builder('augmented', folder, path).download_and_prepare()
 
 
 class _Log:

@@ -8,6 +8,7 @@ import pytest
 
 from csrm_jax import config as config_lib
 from csrm_jax.augmentation import beam
+from csrm_jax.data import mixture, sources
 from csrm_jax.runners import augment
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -51,6 +52,18 @@ def test_data_is_the_same_with_and_without_beam(tmp_path):
   last = json.loads((tmp_path / 'beam' / 'card.json').read_text())
   assert last['usage_of_last_run'] == {'requests': 0}
   assert last['digest'] == card['digest']
+
+
+def test_array_record_files_come_from_beam_too(tmp_path):
+  pytest.importorskip('apache_beam')
+  pytest.importorskip('tensorflow_datasets')
+  c = config(**{'beam.enabled': True, 'array_record': True,
+                'source.num_examples': 8})
+  run(c, tmp_path / 'work')
+  found = mixture.read('array_record', str(tmp_path / 'work'))
+  rows = sources.read_jsonl(tmp_path / 'work' / 'data.jsonl')
+  assert sorted(found, key=lambda item: item.id) == sorted(
+      rows, key=lambda item: item.id)
 
 
 def test_without_beam_is_one_line(tmp_path, monkeypatch):

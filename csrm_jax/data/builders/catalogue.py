@@ -162,12 +162,20 @@ def read(name: str, split: str, path: str | os.PathLike = '') -> Rows:
       f' {", ".join(public_set.files)}'
     )
   rows = Rows()
-  for file in find_files(name, split, path or fetch(name, split)):
+  for file in files(name, split, path):
     part = public_set.read(file)
     rows += part
     for reason, num in part.drops.items():
       rows.drops[reason] = rows.drops.get(reason, 0) + num
   return rows
+
+
+def files(
+  name: str, split: str, path: str | os.PathLike = ''
+) -> list[pathlib.Path]:
+  """Returns a split's files; without a path, after fetching them; see `read`.
+  """
+  return find_files(name, split, path or fetch(name, split))
 
 
 def find(name: str) -> PublicSet:

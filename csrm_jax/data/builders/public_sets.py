@@ -3,14 +3,20 @@
 builder = public_sets.make_builder('beavertails', path=..., data_dir=...)
 builder.download_and_prepare()
 items = public_sets.Prepared('beavertails', 'train', data_dir)  # for grain
+
+Files are read one after the other here, or each where Beam sends it: what is
+done with one is the same, and so is what is written.
 """
 
 from __future__ import annotations
 
+import collections
+import functools
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 try:
@@ -25,6 +31,7 @@ from csrm_jax.data.builders import catalogue
 from csrm_jax.safety.schema import Example, Pair
 
 VERSION = '1.0.0'
+_DROPS = 'drops'  # Namespace of Beam's counters, before /SPLIT.
 
 
 class PublicSets(tfds.core.GeneratorBasedBuilder):
@@ -36,9 +43,10 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
     for name, public_set in catalogue.SETS.items()
   ]
 
-  def __init__(self, *, path: str = '', **kwargs: Any):
+  def __init__(self, *, path: str = '', on_beam: bool = False, **kwargs: Any):
     """See `make_builder`."""
     self._path = path
+    self._on_beam = on_beam
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -59,38 +67,82 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
       }),
     )
 
-  def _split_generators(
-    self, dl_manager: Any
-  ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     del dl_manager  # The hub's client has a cache of its own.
     name = self.builder_config.name
     splits, drops = {}, {}
     for split in catalogue.find(name).files:
       if self._path and not _has_files(name, split, self._path):
         continue
-      rows = catalogue.read(name, split, self._path)
-      drops[split] = rows.drops
+      found = catalogue.files(name, split, self._path)
+      files = list(enumerate(map(str, found)))
+      drops[split] = collections.Counter()
       # ArrayRecord's split names are words.
-      splits[split.replace('-', '_')] = self._generate_examples(rows)
+      word = split.replace('-', '_')
+      if self._on_beam:
+        splits[word] = _on_beam(files, functools.partial(
+          _convert, name, functools.partial(_count_on_beam, split)
+        ))
+      else:
+        splits[word] = itertools.chain.from_iterable(
+          map(functools.partial(_convert, name, drops[split].update), files)
+        )
     if not splits:
-      catalogue.find_files(name, next(iter(catalogue.find(name).files)),
-                           self._path)  # Raises, with what is missing.
+      catalogue.files(name, next(iter(catalogue.find(name).files)),
+                      self._path)  # Raises, with what is missing.
+    # Filled while rows are written, or from Beam's counters after it.
     self.info.metadata['drops'] = drops
     return splits
 
-  def _generate_examples(
-    self, rows: list[Example | Pair]
-  ) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, item in enumerate(rows):
-      yield number, {
-        'id': item.id,
-        'kind': 'pair' if isinstance(item, Pair) else 'example',
-        'row': json.dumps(item.to_dict()),
-      }
+  def _generate_examples(self) -> None:
+    raise NotImplementedError  # TFDS wants it; splits bring their own.
+
+  def _process_pipeline_result(self, pipeline_result: Any) -> None:
+    drops = self.info.metadata['drops']
+    for result in pipeline_result.metrics().query()['counters']:
+      space, _, split = result.key.metric.namespace.partition('/')
+      if space == _DROPS:
+        drops[split][result.key.metric.name] = result.result
+
+
+def _convert(
+  name: str, count: Callable[[Mapping[str, int]], Any], file: tuple[int, str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+  """Yields (key, row) for all that is in a file, and counts its drops."""
+  number, path = file
+  rows = catalogue.find(name).read(path)
+  count(rows.drops)
+  for place, item in enumerate(rows):
+    # Keys say where a row goes: they are the same in one process or many.
+    yield f'{number}/{place}', {
+      'id': item.id,
+      'kind': 'pair' if isinstance(item, Pair) else 'example',
+      'row': json.dumps(item.to_dict()),
+    }
+
+
+def _count_on_beam(split: str, drops: Mapping[str, int]) -> None:
+  import apache_beam
+
+  for reason, num in drops.items():
+    apache_beam.metrics.Metrics.counter(f'{_DROPS}/{split}', reason).inc(num)
+
+
+def _on_beam(files: Sequence[Any], convert: Callable[..., Any]) -> Any:
+  import apache_beam
+
+  return (
+    apache_beam.Create(files)
+    | 'Spread' >> apache_beam.Reshuffle()
+    | 'Convert' >> apache_beam.FlatMap(convert)
+  )
 
 
 def make_builder(
-  name: str, data_dir: str | os.PathLike, path: str | os.PathLike = ''
+  name: str,
+  data_dir: str | os.PathLike,
+  path: str | os.PathLike = '',
+  on_beam: bool = False,
 ) -> PublicSets:
   """Returns the builder of a public data set, writing ArrayRecord files.
 
@@ -98,6 +150,7 @@ def make_builder(
     name: a key of `catalogue.SETS`.
     data_dir: where prepared data sets are kept.
     path: folder or file of the public format; '' fetches from the hub.
+    on_beam: convert on Apache Beam, which `prepare_on_beam` starts.
 
   Raises:
     ValueError: an unknown name; the rest when it is prepared.
@@ -105,7 +158,39 @@ def make_builder(
   catalogue.find(name)
   return PublicSets(
     config=name, data_dir=os.fspath(data_dir), path=os.fspath(path),
-    file_format='array_record',
+    on_beam=on_beam, file_format='array_record',
+  )
+
+
+def prepare_on_beam(
+  name: str,
+  data_dir: str | os.PathLike,
+  path: str | os.PathLike = '',
+  options: Sequence[str] = (),
+) -> None:
+  """Converts a public data set on Apache Beam; the files are the same.
+
+  Args:
+    name: see `make_builder`, as for `data_dir` and `path`.
+    data_dir: workers write there.
+    path: workers read there.
+    options: Beam's, such as '--runner=DataflowRunner'; by default all is done
+      in this process.
+
+  Raises:
+    ImportError: Beam is not installed.
+    ValueError: as `make_builder` and its builder raise.
+  """
+  try:
+    from apache_beam.options import pipeline_options
+  except ImportError:
+    raise ImportError(
+      'converting on Apache Beam needs it; run pip install "csrm_jax[beam]"'
+    ) from None
+  make_builder(name, data_dir, path, on_beam=True).download_and_prepare(
+    download_config=tfds.download.DownloadConfig(
+      beam_options=pipeline_options.PipelineOptions(list(options))
+    )
   )
 
 
