@@ -28,9 +28,13 @@ def get_config(arg=None):
   if arg.compare:
     c.runner = 'compare'
     c.title = ''  # of the report
-    c.compare = ()  # work directories of configs/eval.py:benchmarks
-    c.reference = ''  # the name of the one the others are compared with
-    c.num_samples = 1000  # of the paired bootstrap
+    # Work directories of configs/eval.py:benchmarks, or of configs/rl.py; '*'
+    # stands for anything.
+    c.compare = ()
+    # What the others are compared with: a folder's name; of policies, what
+    # the report calls it, as 'reinforce_pp, full'. '' for the first.
+    c.reference = ''
+    c.num_samples = 1000  # of the paired bootstrap of reward models
     return c
   c.runner = 'benchmark' if arg.benchmarks else 'evaluate'
   # Work directory of a training run; or a Hugging Face folder, a hub id

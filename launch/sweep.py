@@ -24,10 +24,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tqdm
-from scipy import stats
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import writer
+from csrm_jax.evals import bootstrap
 
 KEYS = (
   'unseen/f1',
@@ -37,6 +37,9 @@ KEYS = (
   'pairs/accuracy',
   'pairs/score_gap',
   'flip/consistency',
+  'aligned/compliance',
+  'aligned/true_helpfulness',
+  'aligned/true_cosa',
   'time_s',
 )
 
@@ -152,19 +155,6 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> dict[str, str]:
   return failures
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-  """Returns the mean and the half width of its 95 % interval.
-
-  Source: Student's t-interval; NaN with fewer than two values.
-  """
-  mean = math.fsum(values) / len(values)
-  if len(values) < 2:
-    return mean, math.nan
-  return mean, float(
-    stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, ddof=1)
-  )
-
-
 def make_table(
   summaries: Sequence[tuple[str, Mapping[str, Any]]], keys: Sequence[str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -184,7 +174,7 @@ def make_table(
         if name == group and summary.get(key) is not None
       ]
       if values:
-        mean, half = mean_and_interval(values)
+        mean, half = bootstrap.mean_and_interval(values)
         half = None if math.isnan(half) else half
         row[key] = {'mean': mean, 'half_width': half, 'values': values}
   return table

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy import stats
 
 from csrm_jax.evals.checks import check_same_length
 from csrm_jax.safety.schema import Example
@@ -130,6 +131,19 @@ def difference(
       'high': float(high),
       'p_value': float(min(2 * (tail + 1) / (len(values) + 1), 1.0)),
   }
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+  """Returns the mean and the half width of its 95% interval.
+
+  For few numbers such as one a seed. Source: Student's t-interval; nan with
+  fewer than two values.
+  """
+  mean = math.fsum(values) / len(values)
+  if len(values) < 2:
+    return mean, math.nan
+  return mean, float(
+      stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, ddof=1))
 
 
 def _draws(fn, arrays, units, num_samples: int, seed: int) -> np.ndarray:

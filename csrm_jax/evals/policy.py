@@ -178,20 +178,20 @@ def alignment(
   """
   _check_policies(policies)
   joined = {name: join(list(sets.values())) for name, sets in policies.items()}
-  tables = {}
+  found = {}
   for policy, sets in policies.items():
-    tables[policy] = {name: measured(judged, num_samples, seed)
+    found[policy] = {name: measured(judged, num_samples, seed)
                       for name, judged in sets.items()}
-    tables[policy][ALL] = measured(joined[policy], num_samples, seed)
+    found[policy][ALL] = measured(joined[policy], num_samples, seed)
   last = joined[list(joined)[-1]]
   return {
       'suite': 'alignment',
       'description': description,
       'num_examples': len(last.samples),
-      'metrics': tables[list(tables)[-1]][ALL],
-      'policies': tables,
+      'metrics': found[list(found)[-1]][ALL],
+      'policies': found,
       'tables': [
-          *_by_rule_set(tables), _overview(tables),
+          *tables(found),
           *_differences(joined, num_samples, seed), _replies(joined)],
       'arrays': {
           'ids': np.array([s.id for s in last.samples], np.str_),
@@ -226,10 +226,24 @@ def _check_policies(policies) -> None:
             'prompts; ask both with the same')
 
 
+def tables(policies: Mapping[str, Mapping[str, Mapping[str, Metric]]]
+           ) -> list[dict[str, Any]]:
+  """Returns tables of {policy: {rule set: metrics}}, with ALL among the sets.
+  """
+  return [*_by_rule_set(policies), _overview(policies)]
+
+
+def knows_truth(policies: Mapping[str, Mapping[str, Mapping[str, Metric]]]
+                ) -> bool:
+  """Returns whether the oracle judged all that was judged."""
+  return all('true_cosa' in measured for sets in policies.values()
+             for measured in sets.values() if measured)
+
+
 def _by_rule_set(tables) -> list[dict[str, Any]]:
   """Returns one table a metric: a row a policy, a column a rule set."""
   sets = list(next(iter(tables.values())))
-  known = all('true_cosa' in sets[ALL] for sets in tables.values())
+  known = knows_truth(tables)
   found = []
   for pair in reversed(PAIRS):
     for name in reversed(pair) if known else pair[:1]:

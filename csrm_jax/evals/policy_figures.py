@@ -23,7 +23,7 @@ from csrm_jax.evals.figures import (
   short,
 )
 from csrm_jax.evals.markdown import is_number
-from csrm_jax.evals.policy import ALL
+from csrm_jax.evals.policy import knows_truth
 from csrm_jax.evals.policy_sweeps import frontier
 
 _MARKERS = 'osD^vP*X'
@@ -36,18 +36,18 @@ def draw_alignment(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
   """Writes the CoSA score of every policy by rule set, with its interval."""
   policies = result['policies']
   sets = list(next(iter(policies.values())))
-  known = all('true_cosa' in found[ALL] for found in policies.values())
-  metric = 'true_cosa' if known else 'cosa'
+  metric = 'true_cosa' if knows_truth(policies) else 'cosa'
   step = 0.8 / len(policies)
   figure, ax = axes(7.5, 1.3 + (0.2 + 0.14 * len(policies)) * len(sets))
   for i, (policy, found) in enumerate(policies.items()):
     colour = SERIES[i % len(SERIES)]
     at = np.arange(len(sets)) + (i - (len(policies) - 1) / 2) * step
-    for y, name in zip(at, sets, strict=True):
+    known = [j for j, name in enumerate(sets) if found[name]]
+    for y, name in ((at[j], sets[j]) for j in known):
       if is_number(found[name][metric]['low']):
         ax.plot([found[name][metric][side] for side in ('low', 'high')],
                 [y, y], color=colour, linewidth=2, alpha=0.5)
-    ax.plot([found[name][metric]['value'] for name in sets], at,
+    ax.plot([found[sets[j]][metric]['value'] for j in known], at[known],
             _MARKERS[i % len(_MARKERS)], color=colour, markersize=7,
             label=short(policy, 40), clip_on=False, zorder=3)
   for y in range(1, len(sets)):

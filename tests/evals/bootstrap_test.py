@@ -145,3 +145,12 @@ def test_chance_differences_are_rarely_significant():
 def test_rows_of_different_examples_cannot_be_compared():
   with pytest.raises(ValueError, match='same number'):
     bootstrap.difference(np.mean, (np.zeros(3),), (np.zeros(4),))
+
+
+def test_interval_of_few_runs_matches_a_known_case():
+  mean, half = bootstrap.mean_and_interval([1.0, 2.0, 3.0])
+  assert mean == 2.0
+  # t(0.975, 2) = 4.30265, standard error 1 / sqrt(3).
+  np.testing.assert_allclose(half, 4.302653 / np.sqrt(3), rtol=1e-6)
+  mean, half = bootstrap.mean_and_interval([5.0])
+  assert mean == 5.0 and np.isnan(half)

@@ -2,7 +2,6 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from launch import sweep
@@ -174,10 +173,17 @@ def test_a_run_done_with_another_config_is_a_failure(
   assert 'done with another config: lr: 0.5 -> 0.25' in capsys.readouterr().err
 
 
-def test_interval_matches_a_known_case():
-  mean, half = sweep.mean_and_interval([1.0, 2.0, 3.0])
-  assert mean == 2.0
-  # t(0.975, 2) = 4.30265, standard error 1 / sqrt(3).
-  np.testing.assert_allclose(half, 4.302653 / np.sqrt(3), rtol=1e-6)
-  mean, half = sweep.mean_and_interval([5.0])
-  assert mean == 5.0 and np.isnan(half)
+def test_the_table_of_rewards_pairs_their_seeds_with_those_of_the_runs(
+  tmp_path,
+):
+  jobs = sweep.make_jobs('configs/rl_table.py:rewards=/x', tmp_path)
+  assert len(jobs) == 48
+  job = next(j for j in jobs if j.name == 'music_school-no_sa-seed2')
+  assert job.config.reward.checkpoint == '/x/no_sa-seed2'
+  assert job.config.data.rules == 'music school'
+  assert job.config.seed == 2
+  offline, = sweep.make_jobs(
+    'configs/rl_table.py:rewards=/x,algorithm=distillation', tmp_path,
+    only=['pet_forum-full-seed1'],
+  )
+  assert offline.config.algorithm == 'distillation'

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from csrm_jax.runners import align
 
 ROOT = pathlib.Path(__file__).parents[2]
 RL = config_lib.load_module(ROOT / 'configs' / 'rl.py')
+EVAL = config_lib.load_module(ROOT / 'configs' / 'eval.py')
 
 
 def _config(arg, **overrides):
@@ -62,6 +64,30 @@ def test_it_looks_at_held_out_prompts_from_the_start(aligned):
   assert {row['step'] for row in table} == {2}
   assert {'rules', 'prompt', 'completion', 'reward', 'parts'} <= set(table[0])
   assert set(table[0]['parts']) == {'safety', 'helpfulness'}
+
+
+def test_runs_are_compared_by_reward_rules_and_seed(aligned, tmp_path):
+  for seed in (0, 1):
+    folder = tmp_path / 'runs' / f'bank-seed{seed}'
+    shutil.copytree(aligned / 'report', folder / 'report')
+    made = config_lib.from_json((aligned / 'config.json').read_text())
+    made.seed, made.data.rules = seed, 'savings bank'
+    made.reward.name, made.reward.checkpoint = 'csrm', f'/x/no_sa-seed{seed}'
+    (folder / 'config.json').write_text(config_lib.to_json(made))
+  (tmp_path / 'runs' / 'logs').mkdir()
+  config = EVAL.get_config('compare')
+  config.compare = (str(aligned), str(tmp_path / 'runs' / '*'))
+  main.run(config, tmp_path / 'both')
+  text = (tmp_path / 'both' / 'report' / 'report.md').read_text()
+  assert '| policy | film club | savings bank | all |' in text
+  for name in ('unaligned', 'best of 2, oracle', 'reinforce\\_pp, no\\_sa'):
+    assert f'\n| {name} |' in text, name
+  (tmp_path / 'rm' / 'report').mkdir(parents=True)
+  (tmp_path / 'rm' / 'report' / 'metrics.json').write_text('{"suites": {}}')
+  np.savez(tmp_path / 'rm' / 'report' / 'arrays.npz')
+  config.compare = (str(aligned), str(tmp_path / 'rm'))
+  with pytest.raises(ValueError, match='is an alignment and'):
+    main.run(config, tmp_path / 'mixed')
 
 
 def test_the_aligned_policy_can_be_aligned_further(aligned):

@@ -1,0 +1,47 @@
+"""Aligns by several reward models under several rule sets: the paper's Table 5.
+
+python launch/sweep.py --config=configs/rm.py --workdir=/tmp/rewards \\
+  --seeds=0,1,2
+python launch/sweep.py --config=configs/rl_table.py:rewards=/tmp/rewards \\
+  --workdir=/tmp/table
+python -m csrm_jax.main --config=configs/eval.py:compare \\
+  --workdir=/tmp/report --config.compare="('/tmp/table/*',)"
+
+The first trains the full reward model and its ablations; each of its seeds is
+the reward of one seed here. `--only=` and `algorithm=` choose among the runs.
+"""
+
+import pathlib
+
+from csrm_jax import config as config_lib
+
+# Held-out rule sets; the settings of configs/rl.py were chosen on another one.
+RULES = ('pet forum', 'savings bank', 'music school', 'weather desk')
+REWARDS = ('full', 'rules_blind', 'no_cca', 'no_sa')
+NUM_SEEDS = 3
+
+
+def get_config(arg=None):
+  """Returns the config of one run.
+
+  arg: rewards (work directory of the sweep of configs/rm.py), run (a folder of
+  it), rules, and what else configs/rl.py takes.
+  """
+  text, rest = config_lib.split_arg(arg, ('rewards', 'run'))
+  own = config_lib.parse_arg(text, rewards='', run='full-seed0')
+  path = pathlib.Path(__file__).parent / 'rl.py'
+  checkpoint = pathlib.Path(own.rewards) / own.run if own.rewards else ''
+  c = config_lib.load_module(path).get_config(
+      ','.join(part for part in (f'checkpoint={checkpoint}', rest) if part))
+  c.seed = int(own.run.rpartition('seed')[2])
+  if 'every' in c.eval:
+    c.eval.every = 0
+  return c
+
+
+def sweep():
+  """A run for each seed, rule set and reward."""
+  return [
+      {'name': f'{rules.replace(" ", "_")}-{reward}-seed{seed}',
+       'arg': f'run={reward}-seed{seed},rules={rules}'}
+      for seed in range(NUM_SEEDS) for rules in RULES for reward in REWARDS]
