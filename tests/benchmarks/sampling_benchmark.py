@@ -4,10 +4,10 @@ python tests/benchmarks/sampling_benchmark.py [--model=DIR] [--peer=False]
 
 Both have the same float32 weights, random ones without a folder, and as many
 threads as the process may use (`taskset -c 0` for one). They continue the same
-prompts of 16 to 64 tokens by a fixed number of tokens, greedily and drawn from
-the whole distribution. They take turns and report their fastest run, prompts
-included; the time of the CPU is less disturbed by other programs. The peer
-needs torch and transformers.
+prompts by a fixed number of tokens, greedily and drawn from the whole
+distribution; with --num_generations=8 each prompt 8 times, as a rollout does. They take turns and report their fastest run, prompts included;
+the time of the CPU is less disturbed by other programs. The peer needs torch
+and transformers.
 """
 
 import argparse
@@ -82,6 +82,8 @@ def main():
   parser.add_argument('--model', help='a Hugging Face folder')
   parser.add_argument('--batch_sizes', default='16,64')
   parser.add_argument('--num_tokens', type=int, default=48)
+  parser.add_argument('--num_generations', type=int, default=1)
+  parser.add_argument('--prompt_lengths', default='16,64', help='from, to')
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--peer', default=True, type=lambda x: x == 'True')
   args = parser.parse_args()
@@ -94,13 +96,15 @@ def main():
   runs = {'ours': make_ours(cfg, params, args.num_tokens)}
   if args.peer:
     runs['transformers'] = make_peer(cfg, params, args.num_tokens)
+  low, high = map(int, args.prompt_lengths.split(','))
   rng = np.random.default_rng(0)
   for size in map(int, args.batch_sizes.split(',')):
-    prompts = [rng.integers(3, cfg.vocab_size, rng.integers(16, 65)).tolist()
-               for _ in range(size)]
+    prompts = [rng.integers(3, cfg.vocab_size, rng.integers(low, high + 1)).tolist()
+               for _ in range(size // args.num_generations)]
+    prompts = [p for p in prompts for _ in range(args.num_generations)]
     for way in ('greedy', 'sampled'):
       best = measure(runs, prompts, way == 'greedy', args.repeats)
-      rates = {name: size * args.num_tokens / spent
+      rates = {name: len(prompts) * args.num_tokens / spent
                for name, spent in best.items()}
       for name, (rate, cpu_rate) in rates.items():
         print(f'batch {size}, {way}, {name}: {rate:.0f} tokens/s, '
