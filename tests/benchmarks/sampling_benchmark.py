@@ -5,9 +5,9 @@ python tests/benchmarks/sampling_benchmark.py [--model=DIR] [--peer=False]
 Both have the same float32 weights, random ones without a folder, and as many
 threads as the process may use (`taskset -c 0` for one). They continue the same
 prompts by a fixed number of tokens, greedily and drawn from the whole
-distribution; with --num_generations=8 each prompt 8 times, as a rollout does. They take turns and report their fastest run, prompts included;
-the time of the CPU is less disturbed by other programs. The peer needs torch
-and transformers.
+distribution; with --num_generations=8 each prompt 8 times, as a rollout does.
+They take turns and report their fastest run, prompts included; the time of the
+CPU is less disturbed by other programs. The peer needs torch and transformers.
 """
 
 import argparse
@@ -99,8 +99,9 @@ def main():
   low, high = map(int, args.prompt_lengths.split(','))
   rng = np.random.default_rng(0)
   for size in map(int, args.batch_sizes.split(',')):
-    prompts = [rng.integers(3, cfg.vocab_size, rng.integers(low, high + 1)).tolist()
-               for _ in range(size // args.num_generations)]
+    lengths = rng.integers(low, high + 1, size // args.num_generations)
+    prompts = [rng.integers(3, cfg.vocab_size, length).tolist()
+               for length in lengths]
     prompts = [p for p in prompts for _ in range(args.num_generations)]
     for way in ('greedy', 'sampled'):
       best = measure(runs, prompts, way == 'greedy', args.repeats)
