@@ -42,6 +42,8 @@ EXTRAS = {
   ],
   # Augmentation on many machines.
   'beam': ['apache-beam>=2.77,<3'],
+  # Work directories in buckets, gs://….
+  'gcs': ['gcsfs>=2025.3'],
   'parquet': ['pyarrow>=18'],
   # Accelerators. Plain `jax` is the CPU version, and no extra changes what is
   # already installed for another backend.

@@ -235,11 +235,6 @@ def prepare_workdir(
     ValueError: a run with another config is there; the message shows the
       difference.
   """
-  if '://' in str(workdir):
-    raise ValueError(
-      f'--workdir={workdir}: only file system paths work so far; mount the '
-      'bucket and give its path'
-    )
   workdir = pathlib.Path(workdir).expanduser().absolute()
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'--workdir={workdir} is a file: give a directory')

@@ -6,6 +6,8 @@ python -m csrm_jax.main --config=configs/rm.py:model=tiny --workdir=DIR \\
 Flags --config.KEY=VALUE override what the config file sets. The same command
 again resumes the run in its work directory.
 
+SIGTERM ends training after its step, with a checkpoint and exit code 75.
+
 Several hosts: the same command on each, with --multihost on a cluster or with
 --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
@@ -27,7 +29,7 @@ from ml_collections import config_flags
 
 from csrm_jax import config as config_lib
 from csrm_jax import training
-from csrm_jax.core import distributed, writer
+from csrm_jax.core import distributed, preemption, remote, writer
 
 # config.runner -> the module whose run(config, workdir) does the work. Named,
 # not imported: a run loads only what it needs.
@@ -51,7 +53,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Directory of checkpoints, metrics and the report.'
+  'workdir', None, 'Of checkpoints, metrics and the report; or gs://BUCKET/DIR.'
 )
 _DEBUG = flags.DEFINE_bool(
   'debug', False, 'Show the traceback of an error in the input, and more logs.'
@@ -90,13 +92,24 @@ _FLAG_ERRORS += _INPUT_ERRORS
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
   """Prepares the work directory and runs config.runner in it.
 
+  Args:
+    config: of the run.
+    workdir: a folder of this machine, or gs://BUCKET/FOLDER.
+
   Raises:
-    ValueError: an unknown runner, or a workdir of another config.
+    ValueError: an unknown runner, a workdir of another config, or a bucket that
+      cannot be written.
   """
   runner = _find_runner(config)
-  path = pathlib.Path(workdir).expanduser()
+  with remote.local(workdir) as path:
+    _run(config, path, runner)
+
+
+def _run(config: ml_collections.ConfigDict, path: pathlib.Path,
+         runner: types.ModuleType) -> None:
+  path = path.expanduser()
   is_new = not path.is_dir() or not any(path.iterdir())
-  path = config_lib.prepare_workdir(workdir, config)
+  path = config_lib.prepare_workdir(path, config)
   try:
     manifest = writer.make_manifest()
     manifest['config_digest'] = config_lib.digest(config)
@@ -197,7 +210,7 @@ def _diagnose(argv: Sequence[str]) -> None:
 
 
 def _exit(error: BaseException) -> None:
-  message = ' '.join(str(error).split())
+  message = remote.named(' '.join(str(error).split()))
   print(f'error: {message}', file=sys.stderr)
   sys.exit(2)
 
@@ -226,6 +239,9 @@ def _main(argv: Sequence[str]) -> None:
       return
     use_compilation_cache()
     run(_CONFIG.value, _WORKDIR.value)
+  except preemption.Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(preemption.EXIT_CODE)
   except _INPUT_ERRORS as error:
     if _DEBUG.value:
       raise

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from csrm_jax import backbone, scoring
-from csrm_jax.core import checkpoint, tree
+from csrm_jax.core import checkpoint, remote, tree
 from csrm_jax.models import config as model_config
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.safety import guards, schema, templates
@@ -156,8 +156,8 @@ def load(source: str | pathlib.Path, max_length: int = 2048,
   """Returns the reward model of a work directory, or a public model as one.
 
   Args:
-    source: work directory of a training run; or a Hugging Face folder, the id
-      of one on the hub ("org/name"), or a .gguf file.
+    source: work directory of a training run (gs://… too); or a Hugging Face
+      folder, the id of one on the hub ("org/name"), or a .gguf file.
     max_length: tokens a prompt may have before its history and response are
       shortened. It may be more than in training (`spec.max_length`), for rules
       that are longer than any there; how well they are read is another matter.
@@ -273,7 +273,7 @@ def _is_run(source: str | pathlib.Path) -> bool:
 
 
 def _directory(source: str | pathlib.Path) -> pathlib.Path:
-  return pathlib.Path(source).expanduser().absolute()
+  return pathlib.Path(remote.readable(source)).expanduser().absolute()
 
 
 def save_tokenizer(path: str, directory: pathlib.Path) -> None:

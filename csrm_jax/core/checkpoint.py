@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
-from csrm_jax.core import tree
+from csrm_jax.core import remote, tree
 
 
 class Restored(NamedTuple):
@@ -38,9 +38,11 @@ class Checkpoints:
   def __init__(self, directory: str | os.PathLike, keep: int = 2):
     """Opens the directory; it is made with the first save.
 
+    In a copy of a bucket it is that in the bucket; see remote.
+
     What an interrupted save left behind is removed then, not on reading.
     """
-    self.directory = pathlib.Path(directory).absolute()
+    self.directory = remote.home(directory)
     self._keep = keep
     self._manager = None
     self._damaged: set[int] = set()
@@ -224,7 +226,7 @@ def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
   Raises:
     FileNotFoundError: there is none.
   """
-  directory = pathlib.Path(directory).absolute()
+  directory = remote.home(directory)
   for step in reversed(_steps(directory)):
     try:
       return _read_info(directory / str(step))['meta']
@@ -238,15 +240,21 @@ def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
   )
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
+def _steps(directory: epath.Path) -> list[int]:
   if not directory.is_dir():
     return []
-  # A save in progress has a name of its own until its final rename.
-  names = (path.name for path in directory.iterdir() if path.is_dir())
-  return sorted(int(name) for name in names if name.isdecimal())
+  # A save in progress has a name of its own until its final rename, or, in a
+  # bucket, lacks a file until its end.
+  return sorted(
+    int(path.name)
+    for path in directory.iterdir()
+    if path.name.isdecimal()
+    and path.is_dir()
+    and ocp.utils.is_checkpoint_finalized(path)
+  )
 
 
-def _read_info(path: pathlib.Path) -> dict[str, Any]:
+def _read_info(path: epath.Path) -> dict[str, Any]:
   info = json.loads((path / 'info' / 'metadata').read_text('utf-8'))
   if _digest(info['content']) != info['digest']:
     raise ValueError('its description does not match its digest')

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 import tqdm
 
-from csrm_jax import training
-from csrm_jax.core import checkpoint, tree
+from csrm_jax import training, window
+from csrm_jax.core import checkpoint, preemption, remote, tree
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import writer as writer_lib
 from csrm_jax.models.config import ModelConfig
@@ -35,48 +35,56 @@ from csrm_jax.rl.types import Prompt, Sample
 BAR_INTERVAL_S = 1.0 if sys.stderr.isatty() else 10.0
 
 
-def train(job: Job, state: training.TrainState, earlier_s: float = 0.0
-          ) -> tuple[training.TrainState, Progress]:
+def train(job: Job, state: training.TrainState, earlier_s: float = 0.0,
+          setup_s: float = 0.0) -> tuple[training.TrainState, Progress]:
   """Returns the state and progress at the end, resuming if it can.
 
   Args:
     job: what to do.
     state: of a fresh run, on the mesh.
-    earlier_s: that an interrupted run has taken.
+    earlier_s: that earlier starts of the run took.
+    setup_s: that this one has taken so far.
 
   Raises:
     ValueError: a reward, loss or gradient is not finite; nothing of that step
       is saved.
+    preemption.Stopped: by SIGTERM, after a save.
   """
-  settings, start = job.settings, 0
+  settings, start, log_state = job.settings, 0, None
   progress = Progress(job.objective.kl_coef)
   with checkpoint.Checkpoints(job.workdir / 'checkpoints') as saved:
     restored = saved.restore_latest(mesh_lib.abstract(state, job.mesh))
     if restored is not None:
-      start, state = restored.step, restored.state
-      progress = Progress.from_dict(restored.data_state)
+      start, state, carried = restored
+      log_state = carried.pop('window', None)
+      progress = Progress.from_dict(carried)
     table = logs.Table(job.workdir / 'samples.jsonl', start)
     looks = logs.Table(job.workdir / 'looks.jsonl', start if restored else -1)
     if restored is None:
       _look(job, state, 0, looks)
-    window = logs.Window(earlier_s)
-    with writer_lib.MetricsWriter(
-        job.workdir, resume_step=start if restored else -1) as writer:
+    log = window.Window(earlier_s, setup_s, log_state)
+    with (preemption.watch() as asked, writer_lib.MetricsWriter(
+        job.workdir, resume_step=start if restored else -1) as writer):
       for step in _bar(start, 0 if progress.stopped else settings.num_steps):
         state, metrics, rows = _step(job, state, progress, step)
-        window.add(metrics)
+        log.add(metrics)
         if settings.samples_every and step % settings.samples_every == 0:
           table.write(rows)
         _look(job, state, step, looks)
-        last = step == settings.num_steps
-        if step % settings.log_every and not last:
-          continue
-        values = window.close() | {'kl/coef': progress.kl_coef}
-        writer.write(step, values)
-        progress.stopped = _why_stop(settings, progress, values)
-        if step % settings.checkpoint_every == 0 or last or progress.stopped:
-          writer.flush()
-          saved.save(step, state, progress.to_dict(), job.meta)
+        stop, last = asked(step), step == settings.num_steps
+        if step % settings.log_every == 0 or last:
+          values = logs.renamed(log.close()) | {'kl/coef': progress.kl_coef}
+          writer.write(step, values)
+          progress.stopped = _why_stop(settings, progress, values)
+        last = last or bool(progress.stopped)
+        if step % settings.checkpoint_every == 0 or last or stop:
+          with log.span('checkpoint'):
+            writer.flush()
+            remote.push(job.workdir)
+            saved.save(step, state, progress.to_dict() | {
+                'window': log.get_state()}, job.meta)
+        if stop:
+          raise preemption.Stopped(step)
         if progress.stopped:
           break
   if progress.stopped:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from csrm_jax import training
 from csrm_jax.core import writer
 from csrm_jax.rl.types import Sample
 
-_COMPILED = '/jax/core/compile/backend_compile_duration'
 # The train step's names of what users of RL look for elsewhere.
 _NAMES = {'train/lr': 'optim/lr', 'train/grad_norm': 'optim/grad_norm',
           'train/loss': 'loss'}
@@ -115,50 +110,7 @@ def read_looks(path: pathlib.Path) -> dict[int, dict[str, Any]]:
   return {line['step']: line['metrics'] for line in lines}
 
 
-class Window:
-  """The metrics of the steps since the last line of metrics.jsonl."""
-
-  def __init__(self, elapsed_s: float):
-    """Starts the clock, which shows elapsed_s already."""
-    self._first_start = time.perf_counter() - elapsed_s
-    self._num_before = _compilations()[0]
-    self._clear()
-
-  def _clear(self) -> None:
-    self._metrics: list[Mapping[str, Any]] = []
-    self._num_steps, self._start = 0, time.perf_counter()
-
-  def add(self, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Adds what one step measured."""
-    self._metrics += metrics
-    self._num_steps += 1
-
-  def close(self) -> dict[str, float]:
-    """Returns the means, and begins the next window.
-
-    time/num_compilations counts since the process began; after the first steps
-    it should stay where it is.
-    """
-    values = training.mean_metrics(self._metrics)
-    values.pop('train/finite', None)
-    values = {_NAMES.get(name, name): v for name, v in values.items()}
-    now = time.perf_counter()
-    values |= {
-        'time/step_s': (now - self._start) / self._num_steps,
-        'time/elapsed_s': now - self._first_start,
-        'time/num_compilations': _compilations()[0] - self._num_before,
-    }
-    self._clear()
-    return values
-
-
-@functools.cache
-def _compilations() -> list[int]:
-  """Returns [programs compiled (or read from the cache) from now on]."""
-  count = [0]
-
-  def listen(event: str, duration: float, **unused) -> None:
-    count[0] += event == _COMPILED
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  return count
+def renamed(values: Mapping[str, float]) -> dict[str, float]:
+  """Returns a log line under the names that users of RL know."""
+  return {_NAMES.get(name, name): value for name, value in values.items()
+          if name != 'train/finite'}

@@ -52,6 +52,7 @@ class Setup:
     scorers: rewards.
     sampling: of completions.
     mesh: of devices.
+    began: time.monotonic() before anything was read.
   """
   policy: rollout.Policy
   reference: tuple[ModelConfig, Any]
@@ -60,6 +61,7 @@ class Setup:
   scorers: align_setup.Scorers
   sampling: Sampling
   mesh: jax.sharding.Mesh
+  began: float
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -95,6 +97,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _set_up(config: ml_collections.ConfigDict) -> Setup:
+  began = time.monotonic()
   policy = align_setup.make_policy(config)
   knobs = config.sampling
   sampling = Sampling(
@@ -109,7 +112,8 @@ def _set_up(config: ml_collections.ConfigDict) -> Setup:
   shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
   params = hf.load_params(
       config.policy.init, model, mesh_lib.shardings(shapes, mesh))
-  return Setup(policy, (model, params), train, test, scorers, sampling, mesh)
+  return Setup(policy, (model, params), train, test, scorers, sampling, mesh,
+               began)
 
 
 def _init_state(config: ml_collections.ConfigDict, setup: Setup,
@@ -152,7 +156,8 @@ def _train_online(config: ml_collections.ConfigDict, setup: Setup,
       setup.policy, frozen, setup.reference, algorithm, objective, setup.train,
       setup.scorers.total, step_fn, setup.mesh, workdir, settings,
       _describe(config, setup), _make_look(config, setup))
-  state, progress = learner.train(work, state, loop_lib.elapsed_s(workdir))
+  state, progress = learner.train(
+      work, state, loop_lib.elapsed_s(workdir), time.monotonic() - setup.began)
   return rollout.decoder_params(tree.merge(frozen, state.params)), {
       'num_updates': int(state.step), 'stopped': progress.stopped or None}
 
@@ -225,7 +230,8 @@ def _train_offline(config: ml_collections.ConfigDict, setup: Setup,
       config.num_steps, config.log_every, config.checkpoint_every)
   state = loop_lib.train(
       loop_lib.Job(step_fn, batches, setup.mesh, workdir, loop,
-                   _describe(config, setup), frozen or None), state)
+                   _describe(config, setup), frozen or None,
+                   time.monotonic() - setup.began), state)
   found = offline.describe(completions, rows)
   return tree.merge(frozen, state.params), {
       f'pairs/{name}': value for name, value in found.items()}

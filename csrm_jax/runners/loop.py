@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import tqdm
 
-from csrm_jax import training
-from csrm_jax.core import checkpoint
+from csrm_jax import training, window
+from csrm_jax.core import checkpoint, preemption, remote
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import writer as writer_lib
 from csrm_jax.data import packing, pipeline
@@ -62,6 +62,7 @@ class Job:
     loop: lengths and intervals.
     meta: JSON that describes the model, stored with each checkpoint.
     frozen: parameters that are neither trained nor saved, on the mesh.
+    setup_s: what reading data and weights has taken.
   """
   step_fn: training.StepFn
   batches: pipeline.BatchIterator
@@ -70,6 +71,7 @@ class Job:
   loop: LoopConfig
   meta: dict[str, Any]
   frozen: Any = None
+  setup_s: float = 0.0
 
 
 def train(job: Job, state: training.TrainState) -> training.TrainState:
@@ -77,7 +79,7 @@ def train(job: Job, state: training.TrainState) -> training.TrainState:
 
   The newest intact checkpoint in workdir/checkpoints is restored together with
   the position in the data, so that run, kill, run again equals one run. The
-  last step is always saved.
+  last step is always saved, and on SIGTERM the one that is being done.
 
   Args:
     job: what to do.
@@ -86,30 +88,33 @@ def train(job: Job, state: training.TrainState) -> training.TrainState:
   Raises:
     ValueError: a loss or gradient is not finite; the message names the step
       and the file that holds its batch. Nothing of that step is applied.
+    preemption.Stopped: by SIGTERM, after a save.
   """
-  earlier_s = elapsed_s(job.workdir)
+  loop, began = job.loop, time.perf_counter()
+  earlier_s, start, log_state = elapsed_s(job.workdir), 0, None
   with checkpoint.Checkpoints(
-      job.workdir / 'checkpoints', job.loop.keep) as saved:
+      job.workdir / 'checkpoints', loop.keep) as saved:
     restored = saved.restore_latest(mesh_lib.abstract(state, job.mesh))
-    start = 0
     if restored is not None:
-      start, state = restored.step, restored.state
-      job.batches.set_state(restored.data_state)
-    window = _Window(job.step_fn, earlier_s)
-    with writer_lib.MetricsWriter(
-        job.workdir, resume_step=start if restored else -1) as writer:
-      for step, new_state in _steps(job, state, start, window):
-        state = new_state
-        if step % job.loop.log_every and step != job.loop.num_steps:
-          continue
-        values = window.close()
-        values |= {
-            f'data/dropped_{k}': v for k, v in job.batches.drops.items()}
-        values['data/shortened'] = job.batches.num_shortened
-        writer.write(step, values)
-        if step % job.loop.checkpoint_every == 0 or step == job.loop.num_steps:
-          writer.flush()
-          saved.save(step, state, job.batches.get_state(), job.meta)
+      start, state, data_state = restored
+      log_state = data_state.pop('window', None)
+      job.batches.set_state(data_state)
+    setup_s = job.setup_s + time.perf_counter() - began
+    log = window.Window(earlier_s, setup_s, log_state)
+    with (preemption.watch() as asked, writer_lib.MetricsWriter(
+        job.workdir, resume_step=start if restored else -1) as writer):
+      for step, new_state, stop in _steps(job, state, start, log, asked):
+        state, last = new_state, step == loop.num_steps
+        if step % loop.log_every == 0 or last:
+          writer.write(step, _log_line(job, log))
+        if step % loop.checkpoint_every == 0 or last or stop:
+          with log.span('checkpoint'):
+            writer.flush()
+            remote.push(job.workdir)
+            saved.save(step, state, job.batches.get_state() | {
+                'window': log.get_state()}, job.meta)
+        if stop:
+          raise preemption.Stopped(step)
   return state
 
 
@@ -126,8 +131,9 @@ def elapsed_s(workdir: pathlib.Path) -> float:
 
 
 def _steps(job: Job, state: training.TrainState, start: int,
-           window: _Window) -> Iterator[tuple[int, training.TrainState]]:
-  """Yields (step, state) after each update, behind a progress bar.
+           log: window.Window, asked: Callable[[int], bool]
+           ) -> Iterator[tuple[int, training.TrainState, bool]]:
+  """Yields (step, state, whether to stop) after each update, behind a bar.
 
   Whether a step was finite is looked at one step late, so that the device is
   never waited for; and before a step that is logged or saved is yielded.
@@ -137,20 +143,36 @@ def _steps(job: Job, state: training.TrainState, start: int,
                  unit='step', dynamic_ncols=True,
                  mininterval=BAR_INTERVAL_S) as bar:
     for step in range(start + 1, job.loop.num_steps + 1):
-      batch = next(job.batches)
+      with log.span('data_wait'):
+        batch = next(job.batches)
       state, metrics = job.step_fn(
           state, mesh_lib.to_global(batch, job.mesh), job.frozen)
       if pending is not None:
         _check_finite(*pending, job.workdir)
       pending = (step, batch, metrics)
-      window.add(batch, metrics, job.batches.wait_s)
-      if step % job.loop.log_every == 0 or step == job.loop.num_steps:
+      log.add([metrics], filled=int(np.count_nonzero(batch['segment_ids'])),
+              places=batch['segment_ids'].size)
+      stop = asked(step)
+      if step % job.loop.log_every == 0 or step == job.loop.num_steps or stop:
         _check_finite(*pending, job.workdir)
         pending = None
         total, weight = jax.device_get(metrics['train/loss'])
         bar.set_postfix(loss=f'{total / max(weight, 1e-9):.4f}', refresh=False)
       bar.update()
-      yield step, state
+      yield step, state, stop
+
+
+def _log_line(job: Job, log: window.Window) -> dict[str, float]:
+  filled, places = log.counts['filled'], log.counts['places']
+  values = {
+      'data/fill_rate': filled / places,
+      'data/shortened': job.batches.num_shortened,
+      'time/tokens_per_s': filled / log.seconds,
+  }
+  values |= {f'data/dropped_{k}': v for k, v in job.batches.drops.items()}
+  values |= log.close()
+  # Of the step alone: how often its shapes have changed.
+  return values | {'time/num_compilations': job.step_fn._cache_size()}
 
 
 def _check_finite(step: int, batch: packing.Batch, metrics: dict[str, Any],
@@ -163,38 +185,3 @@ def _check_finite(step: int, batch: packing.Batch, metrics: dict[str, Any],
       f'step {step}: the loss or a gradient is not finite; its batch is in '
       f'{path}. Lower optim.lr or look at that batch, then run again: the '
       'last checkpoint is intact.')
-
-
-class _Window:
-  """The metrics of the steps since the last log line."""
-
-  def __init__(self, step_fn: Callable[..., Any], earlier_s: float):
-    self._step_fn = step_fn
-    self._first_start = time.perf_counter() - earlier_s
-    self._clear()
-
-  def _clear(self) -> None:
-    self._metrics, self._wait_s, self._filled, self._places = [], 0.0, 0, 0
-    self._start = time.perf_counter()
-
-  def add(self, batch: packing.Batch, metrics: dict[str, Any],
-          wait_s: float) -> None:
-    self._metrics.append(metrics)
-    self._wait_s += wait_s
-    self._filled += int(np.count_nonzero(batch['segment_ids']))
-    self._places += batch['segment_ids'].size
-
-  def close(self) -> dict[str, float]:
-    """Returns the means, fill rate, rates and the number of compilations."""
-    values = training.mean_metrics(self._metrics)
-    seconds = time.perf_counter() - self._start
-    values |= {
-        'data/fill_rate': self._filled / self._places,
-        'time/elapsed_s': time.perf_counter() - self._first_start,
-        'time/step_s': seconds / len(self._metrics),
-        'time/data_wait_frac': self._wait_s / seconds,
-        'time/tokens_per_s': self._filled / seconds,
-        'time/num_compilations': self._step_fn._cache_size(),
-    }
-    self._clear()
-    return values

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+import time
 from typing import Any
 
 import grain
@@ -102,6 +103,7 @@ def make_loss_fn(cfg: model_config.ModelConfig):
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Trains, and writes weights and their config to the task's folder."""
+  began = time.monotonic()
   tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
   cfg, params, documents = _START[config.task](config, tokenizer)
   atoms = grain.MapDataset.source(documents).map(
@@ -124,7 +126,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                              config.checkpoint_every)
   state = loop_lib.train(
       loop_lib.Job(step_fn, batches, mesh, workdir, loop,
-                   {'model': cfg.to_dict()}), state)
+                   {'model': cfg.to_dict()},
+                   setup_s=time.monotonic() - began), state)
   params = jax.tree.map(
       lambda x: x.astype(config.model.saved_dtype), state.params)
   hf.save(workdir / config.task, cfg, params, metadata={

@@ -65,16 +65,15 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path,
         todo, rules_blind=blind)
   step_fn, state = make_step(
       config, spec.model, spec.verbalizers(tokenizer), params, mesh)
-  setup_s = time.monotonic() - start
   loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
                              config.checkpoint_every)
   state = loop_lib.train(
       loop_lib.Job(step_fn, batches, mesh, workdir, loop, spec.to_dict(),
-                   frozen), state)
+                   frozen, time.monotonic() - start), state)
   num_examples = batches.num_atoms
   batches.close()
   start = time.monotonic()
-  trained_s = setup_s + loop_lib.elapsed_s(workdir)
+  trained_s = loop_lib.elapsed_s(workdir)
   score = score_fn(state.params)
   calibration = evaluation.fit_calibration(score, todo, workdir, blind)
   results = evaluation.run(score, todo, calibration, blind) | {

@@ -1,5 +1,7 @@
 import functools
 import json
+import os
+import signal
 
 import grain
 import jax
@@ -9,6 +11,7 @@ import pytest
 
 from csrm_jax import losses, training
 from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.core import preemption
 from csrm_jax.data import features, packing, pipeline
 from csrm_jax.runners import loop as loop_lib
 
@@ -134,7 +137,6 @@ def test_a_line_sums_up_the_steps_since_the_last_one(tmp_path):
     assert line['data/fill_rate'] == pytest.approx(np.mean(fills[cut]))
     assert line['time/num_compilations'] == 1
     assert line['time/step_s'] > 0 and line['time/tokens_per_s'] > 0
-    assert 0 <= line['time/data_wait_frac'] <= 1
   assert lines[0]['train/loss'] > lines[-1]['train/loss']
 
 
@@ -182,6 +184,44 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, resumed, whole)
   assert _without_time(_lines(tmp_path / 'cut')) == _without_time(
       _lines(tmp_path / 'whole'))
+
+
+class _Told:
+  """A step function during whose num-th call the process gets SIGTERM."""
+
+  def __init__(self, step_fn, num):
+    self._step_fn, self._num = step_fn, num
+    self._cache_size = step_fn._cache_size
+
+  def __call__(self, *args):
+    self._num -= 1
+    if not self._num:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return self._step_fn(*args)
+
+
+# Within the steps of a line, at its end, and at the end of the run.
+@pytest.mark.parametrize('step', [5, 6, 10])
+def test_a_run_told_to_stop_saves_that_step(tmp_path, step):
+  before = signal.getsignal(signal.SIGTERM)
+  whole, _ = _train(tmp_path / 'whole', num_steps=10)
+  with pytest.raises(preemption.Stopped, match=f'SIGTERM after step {step};'):
+    _train(tmp_path / 'cut', num_steps=10, step_fn=_Told(_setup()[0], step))
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert max(_saved_steps(tmp_path / 'cut')) == step
+  stopped_s = loop_lib.elapsed_s(tmp_path / 'cut')
+  resumed, _ = _train(tmp_path / 'cut', num_steps=10)
+  jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+  lines = _lines(tmp_path / 'cut')
+  assert _without_time(lines) == _without_time(_lines(tmp_path / 'whole'))
+  assert lines[-1]['time/elapsed_s'] > stopped_s or step == 10
+
+
+def test_a_loss_that_is_not_finite_is_not_saved_on_a_stop(tmp_path):
+  with pytest.raises(ValueError, match=r'^step 5: .*nonfinite'):
+    _train(tmp_path, num_steps=8, poisoned=_atom_of_step(5),
+           step_fn=_Told(_setup()[0], 5))
+  assert _saved_steps(tmp_path) == [4]
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):

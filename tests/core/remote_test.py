@@ -1,0 +1,117 @@
+import os
+import pathlib
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from csrm_jax.core import checkpoint, remote
+
+
+def _tree(folder):
+  return {str(p.relative_to(folder)): p.read_text()
+          for p in sorted(pathlib.Path(folder).rglob('*')) if p.is_file()}
+
+
+def test_a_folder_of_this_machine_is_itself(tmp_path):
+  with remote.local(tmp_path / 'run') as path:
+    assert path == tmp_path / 'run'
+    remote.push(path)
+  assert remote.home(path / 'checkpoints') == tmp_path / 'run' / 'checkpoints'
+  assert not path.exists()
+  assert remote.readable('org/name') == 'org/name'
+
+
+def test_what_changes_is_brought_back(tmp_path):
+  """A folder of this machine stands for that in the bucket."""
+  home = tmp_path / 'bucket' / 'run'
+  (home / 'report').mkdir(parents=True)
+  (home / 'checkpoints' / '4').mkdir(parents=True)
+  for name in ('config.json', 'report/report.md', 'checkpoints/4/big', 'old'):
+    (home / name).write_text(name)
+  with remote.mirror(epath.Path(home)) as path:
+    assert path.name == 'run' and path != home
+    assert _tree(path) == {n: n for n in (
+        'config.json', 'old', 'report/report.md')}
+    (path / 'policy').mkdir()
+    (path / 'policy' / 'weights').write_text('w')
+    (path / 'config.json').write_text('changed')
+    (path / 'old').unlink()
+    os.utime(home / 'report' / 'report.md', (0, 0))
+    remote.push(path)
+    assert (home / 'policy' / 'weights').read_text() == 'w'
+    # What did not change is not written again.
+    assert (home / 'report' / 'report.md').stat().st_mtime == 0
+    (path / 'last').write_text('at the end')
+  assert not path.exists()
+  assert _tree(home) == {
+      'config.json': 'changed', 'report/report.md': 'report/report.md',
+      'checkpoints/4/big': 'checkpoints/4/big', 'policy/weights': 'w',
+      'last': 'at the end'}
+  assert remote.named(f'see {path}/last') == f'see {home}/last'
+
+
+def test_an_error_brings_back_what_there_is(tmp_path):
+  with pytest.raises(KeyError), remote.mirror(
+      epath.Path(tmp_path / 'run')) as path:
+    (path / 'nonfinite_step_3.npz').write_text('x')
+    raise KeyError
+  assert (tmp_path / 'run' / 'nonfinite_step_3.npz').exists()
+  assert not any(t.name.startswith('push') for t in threading.enumerate())
+
+
+def test_it_is_brought_back_now_and_then(tmp_path, monkeypatch):
+  monkeypatch.setattr(remote, '_EVERY_S', 0.02)
+  with remote.mirror(epath.Path(tmp_path / 'run')) as path:
+    (path / 'journal.jsonl').write_text('x')
+    deadline = time.monotonic() + 10
+    while not (tmp_path / 'run' / 'journal.jsonl').exists():
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+
+
+def test_checkpoints_of_a_copy_lie_in_the_bucket(tmp_path):
+  state = {'w': jnp.arange(6.0)}
+  for step in (1, 2):
+    with remote.mirror(epath.Path(tmp_path / 'run')) as path:
+      with checkpoint.Checkpoints(path / 'checkpoints') as saved:
+        found = saved.restore_latest(state)
+        assert (found.step if found else 0) == step - 1
+        saved.save(step, state, {'next': step}, {'kind': 'test'})
+      assert checkpoint.read_meta(path / 'checkpoints') == {'kind': 'test'}
+      assert not (path / 'checkpoints').exists()
+  with checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints') as saved:
+    assert saved.steps() == [1, 2]
+    found = saved.restore_latest(jax.eval_shape(lambda: state))
+  np.testing.assert_array_equal(found.state['w'], state['w'])
+
+
+@pytest.mark.parametrize(('address', 'message'), [
+    ('s3://bucket/run', 'a path of this machine or gs://BUCKET/FOLDER'),
+    ('gs://bucket/run', r'cannot write to --workdir=gs://bucket/run .*; '),
+])
+def test_an_address_that_cannot_be_written_is_one_line(
+    monkeypatch, address, message):
+  def refuse(self, *args, **kwargs):
+    raise PermissionError('403\nForbidden')
+
+  monkeypatch.setattr(epath.Path(address).__class__, 'write_text', refuse)
+  monkeypatch.setattr(epath.Path(address).__class__, 'mkdir', refuse)
+  with (pytest.raises(ValueError, match=message) as error,
+        remote.local(address)):
+    pass
+  assert '\n' not in str(error.value)
+
+
+def test_a_bucket_that_is_gone_is_one_line(tmp_path):
+  (tmp_path / 'run').mkdir()
+  with (pytest.raises(OSError, match=r'cannot write to .*run \(') as error,
+        remote.mirror(epath.Path(tmp_path / 'run')) as path):
+    (tmp_path / 'run').rmdir()
+    (tmp_path / 'run').write_text('in the way')
+    (path / 'metrics.jsonl').write_text('x')
+  assert '\n' not in str(error.value)

@@ -1,0 +1,133 @@
+"""Real processes that are told to stop, and started again."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from csrm_jax.core import preemption
+
+NUM_STEPS = 60
+
+# The command line, with a bigram model as its runner.
+_PROGRAM = f"""
+import sys, time, types
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+import loop_test
+from csrm_jax import main
+
+class Slow:
+  def __init__(self, step_fn):
+    self.step_fn, self._cache_size = step_fn, step_fn._cache_size
+
+  def __call__(self, *args):
+    time.sleep(0.03)
+    return self.step_fn(*args)
+
+def run(config, workdir):
+  loop_test._train(workdir, {NUM_STEPS}, log_every=4, checkpoint_every=20,
+                   step_fn=Slow(loop_test._setup()[0]))
+
+fake = types.ModuleType('fake_runner')
+fake.run = run
+sys.modules['fake_runner'] = fake
+main.RUNNERS['fake'] = 'fake_runner'
+main.main()
+"""
+
+_CONFIG = """
+import ml_collections
+
+
+def get_config():
+  return ml_collections.ConfigDict({'runner': 'fake'})
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+  """Returns a function that starts the command in a work directory."""
+  (tmp_path / 'c.py').write_text(_CONFIG)
+  env = os.environ | {
+      'PYTHONPATH': os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
+      'JAX_PLATFORMS': 'cpu'}
+
+  def begin(workdir, *flags):
+    return subprocess.Popen(
+        [sys.executable, '-c', _PROGRAM, '--config=c.py',
+         f'--workdir={workdir}', *flags],
+        cwd=tmp_path, env=env, text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE)
+
+  return begin
+
+
+def _pair(start, workdir):
+  with socket.socket() as server:
+    server.bind(('localhost', 0))
+    port = server.getsockname()[1]
+  flags = f'--coordinator=localhost:{port}', '--num_processes=2'
+  return [start(workdir, *flags, f'--process_id={i}') for i in range(2)]
+
+
+def _lines(workdir):
+  path = workdir / 'metrics.jsonl'
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines]
+
+
+def _curve(workdir):
+  return [{k: v for k, v in line.items() if not k.startswith('time/')}
+          for line in _lines(workdir)]
+
+
+def _stop_in_the_middle(runs, told, workdir):
+  """Sends SIGTERM to one of the processes; returns what each said of it."""
+  while not _lines(workdir):
+    time.sleep(0.02)
+    assert not any(run.poll() for run in runs), runs[0].stderr.read()
+  told.send_signal(signal.SIGTERM)
+  said = []
+  for run in runs:
+    errors = run.communicate(timeout=60)[1]
+    assert run.returncode == preemption.EXIT_CODE, errors
+    said.append(next(line for line in errors.splitlines()
+                     if line.startswith('stopped by SIGTERM after step')))
+  return said
+
+
+def _finish(runs):
+  for run in runs:
+    errors = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, errors
+
+
+def test_a_process_told_to_stop_goes_on_as_if_it_had_not_been(start, tmp_path):
+  whole = start(tmp_path / 'whole')
+  run = start(tmp_path / 'cut')
+  (said,) = _stop_in_the_middle([run], run, tmp_path / 'cut')
+  assert said.endswith('; the same command goes on')
+  saved = max(int(p.name) for p in (tmp_path / 'cut/checkpoints').iterdir())
+  assert f'after step {saved};' in said and 4 <= saved < NUM_STEPS
+  _finish([start(tmp_path / 'cut')])
+  _finish([whole])
+  assert len(_curve(tmp_path / 'cut')) == NUM_STEPS / 4
+  assert _curve(tmp_path / 'cut') == _curve(tmp_path / 'whole')
+
+
+@pytest.mark.slow
+def test_one_of_two_that_is_told_stops_both_after_the_same_step(
+    start, tmp_path):
+  runs = _pair(start, tmp_path / 'cut')
+  said = _stop_in_the_middle(runs, runs[1], tmp_path / 'cut')
+  assert said[0] == said[1]
+  whole = _pair(start, tmp_path / 'whole')
+  _finish(_pair(start, tmp_path / 'cut'))
+  _finish(whole)
+  assert _curve(tmp_path / 'cut') == _curve(tmp_path / 'whole')
