@@ -26,6 +26,8 @@ def get_config(arg=None):
   c.num_steps = 6000 if arg.num_steps is None else arg.num_steps  # updates
   c.log_every = 100  # steps a line of metrics.jsonl sums up
   c.checkpoint_every = 500  # steps; a multiple of log_every
+  # Steps of a profiler trace in workdir/profile, as in '10:13'; '' for none.
+  c.profile_steps = ''
   # SentencePiece model (.model) or Hugging Face tokenizer.json.
   c.tokenizer = str(package / 'ruleworld' / 'tokenizer.model')
 

@@ -61,6 +61,8 @@ def get_config(arg=None):
   c.num_steps = 60 if is_online else 300  # rollouts; offline: updates
   c.log_every = 1 if is_online else 10  # steps a line of metrics.jsonl sums up
   c.checkpoint_every = 10 if is_online else 100  # a multiple of log_every
+  # Steps of a profiler trace in workdir/profile, as in '10:13'; '' for none.
+  c.profile_steps = ''
 
   _set_policy(c, arg)
   _set_data(c, arg)

@@ -55,6 +55,8 @@ def get_config(arg=None):
   c.num_steps = 500  # updates
   c.log_every = 20  # steps a line of metrics.jsonl sums up
   c.checkpoint_every = 100  # steps; a multiple of log_every
+  # Steps of a profiler trace in workdir/profile, as in '10:13'; '' for none.
+  c.profile_steps = ''
   # SentencePiece model (.model) or Hugging Face tokenizer.json; '' takes the
   # tokenizer, the chat template and the shape of model.init.
   c.tokenizer = str(package / 'ruleworld' / 'tokenizer.model')

@@ -29,7 +29,8 @@ from ml_collections import config_flags
 
 from csrm_jax import config as config_lib
 from csrm_jax import training
-from csrm_jax.core import distributed, preemption, remote, writer
+from csrm_jax.core import distributed, preemption, profiling, remote, writer
+from csrm_jax.runners import memory
 
 # config.runner -> the module whose run(config, workdir) does the work. Named,
 # not imported: a run loads only what it needs.
@@ -116,6 +117,10 @@ def _run(config: ml_collections.ConfigDict, path: pathlib.Path,
     manifest['runner'] = config.runner
     writer.update_manifest(path, manifest)
     runner.run(config, path)
+  except jax.errors.JaxRuntimeError as error:
+    if not profiling.is_out_of_memory(error):
+      raise
+    raise ValueError(memory.explain(error, config, path)) from error
   except _INPUT_ERRORS:
     if is_new and jax.process_index() == 0:
       config_lib.discard_workdir(path)

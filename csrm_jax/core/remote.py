@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -24,8 +25,10 @@ from etils import epath
 
 _PREFIX = 'gs://'
 _EVERY_S = 60.0
-# Read and written in the bucket itself, or never read again.
-_NOT_COPIED = ('checkpoints', 'profile')
+# Read and written in the bucket itself.
+_IN_BUCKET = ('checkpoints',)
+# Large, and never read again.
+_NOT_FETCHED = (*_IN_BUCKET, 'profile')
 
 
 @dataclasses.dataclass
@@ -62,6 +65,7 @@ def local(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
     )
   with mirror(_checked(workdir)) as path:
     yield path
+  print(f'{workdir} holds what was in {path}', file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -176,7 +180,7 @@ def _copy(home: epath.Path, folder: pathlib.Path) -> pathlib.Path:
   path = folder / home.name
   path.mkdir()
   found = _Mirror(home)
-  for name in _files(home):
+  for name in _files(home, _NOT_FETCHED):
     (path / name).parent.mkdir(parents=True, exist_ok=True)
     (path / name).write_bytes((home / name).read_bytes())
     found.held[name] = _stamp(path / name)
@@ -184,16 +188,18 @@ def _copy(home: epath.Path, folder: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def _files(folder: epath.Path | pathlib.Path, prefix: str = '') -> list[str]:
-  """Returns the relative names of the files that are copied."""
+def _files(
+  folder: epath.Path | pathlib.Path, without: tuple[str, ...], prefix: str = ''
+) -> list[str]:
+  """Returns the relative names of the files, but those of some folders."""
   names = []
   if not folder.is_dir():
     return names
   for item in sorted(folder.iterdir()):
-    if not prefix and item.name in _NOT_COPIED:
+    if item.name in without:
       continue
     if item.is_dir():
-      names += _files(item, f'{prefix}{item.name}/')
+      names += _files(item, (), f'{prefix}{item.name}/')
     elif item.name:  # A folder's own marker has none.
       names.append(prefix + item.name)
   return names
@@ -205,7 +211,7 @@ def _stamp(path: pathlib.Path) -> tuple[int, int]:
 
 
 def _push(path: pathlib.Path, found: _Mirror) -> None:
-  names = _files(path)
+  names = _files(path, _IN_BUCKET)
   for name in names:
     with contextlib.suppress(FileNotFoundError):  # Replaced or gone meanwhile.
       stamp = _stamp(path / name)

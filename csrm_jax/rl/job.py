@@ -46,6 +46,7 @@ class Settings:
     stop_reward_drop: below the best log line's reward/mean; None likewise.
     look_every: steps between entries of looks.jsonl; 0 for none.
     seed: of prompts, draws and mini batches.
+    profile: first and last step of a trace in workdir/profile; None: none.
   """
   num_steps: int
   log_every: int
@@ -69,6 +70,7 @@ class Settings:
   stop_reward_drop: float | None
   look_every: int
   seed: int
+  profile: tuple[int, int] | None = None
 
   def __post_init__(self):
     for name in ('num_steps', 'log_every', 'checkpoint_every', 'num_prompts',

@@ -23,7 +23,7 @@ import numpy as np
 import tqdm
 
 from csrm_jax import training, window
-from csrm_jax.core import checkpoint, preemption, remote, tree
+from csrm_jax.core import checkpoint, preemption, profiling, remote, tree
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import writer as writer_lib
 from csrm_jax.models.config import ModelConfig
@@ -63,11 +63,15 @@ def train(job: Job, state: training.TrainState, earlier_s: float = 0.0,
     if restored is None:
       _look(job, state, 0, looks)
     log = window.Window(earlier_s, setup_s, log_state)
-    with (preemption.watch() as asked, writer_lib.MetricsWriter(
-        job.workdir, resume_step=start if restored else -1) as writer):
+    with (preemption.watch() as asked,
+          profiling.trace(settings.profile, job.workdir / 'profile') as done,
+          writer_lib.MetricsWriter(
+              job.workdir, resume_step=start if restored else -1) as writer):
+      done(start, state)
       for step in _bar(start, 0 if progress.stopped else settings.num_steps):
         state, metrics, rows = _step(job, state, progress, step)
         log.add(metrics)
+        done(step, state)
         if settings.samples_every and step % settings.samples_every == 0:
           table.write(rows)
         _look(job, state, step, looks)

@@ -17,7 +17,7 @@ import tqdm
 
 from csrm_jax import backbone, training
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.core import tree
+from csrm_jax.core import profiling, tree
 from csrm_jax.evals import policy as policy_eval
 from csrm_jax.evals import policy_sweeps, report
 from csrm_jax.models import hf, lora, transformer
@@ -195,7 +195,7 @@ def _settings(config: ml_collections.ConfigDict, sampling: Sampling
       normalise_rewards=loss.normalise_rewards,
       mask_truncated=loss.mask_truncated, stop_kl=config.stop.kl,
       stop_reward_drop=config.stop.reward_drop, look_every=config.eval.every,
-      seed=config.seed)
+      seed=config.seed, profile=profiling.parse_steps(config.profile_steps))
 
 
 def _train_offline(config: ml_collections.ConfigDict, setup: Setup,
@@ -227,7 +227,8 @@ def _train_offline(config: ml_collections.ConfigDict, setup: Setup,
           setup.policy, loss, pairs.beta, setup.sampling.temperature),
       optimizer, config.optim.num_microbatches, shardings)
   loop = loop_lib.LoopConfig(
-      config.num_steps, config.log_every, config.checkpoint_every)
+      config.num_steps, config.log_every, config.checkpoint_every,
+      profile=profiling.parse_steps(config.profile_steps))
   state = loop_lib.train(
       loop_lib.Job(step_fn, batches, setup.mesh, workdir, loop,
                    _describe(config, setup), frozen or None,

@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 
 from csrm_jax import training, window
-from csrm_jax.core import checkpoint, preemption, remote
+from csrm_jax.core import checkpoint, preemption, profiling, remote
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import writer as writer_lib
 from csrm_jax.data import packing, pipeline
@@ -34,11 +34,13 @@ class LoopConfig:
     checkpoint_every: steps between checkpoints; a multiple of log_every, so
       that a resumed run logs what an uninterrupted one would.
     keep: checkpoints kept.
+    profile: first and last step of a trace in workdir/profile; None: none.
   """
   num_steps: int
   log_every: int
   checkpoint_every: int
   keep: int = 2
+  profile: tuple[int, int] | None = None
 
   def __post_init__(self):
     for name in ('num_steps', 'log_every', 'checkpoint_every', 'keep'):
@@ -139,9 +141,11 @@ def _steps(job: Job, state: training.TrainState, start: int,
   never waited for; and before a step that is logged or saved is yielded.
   """
   pending = None  # (step, batch, metrics) of the step still on the device
-  with tqdm.tqdm(total=job.loop.num_steps, initial=start, desc='train',
-                 unit='step', dynamic_ncols=True,
-                 mininterval=BAR_INTERVAL_S) as bar:
+  with (profiling.trace(job.loop.profile, job.workdir / 'profile') as done,
+        tqdm.tqdm(total=job.loop.num_steps, initial=start, desc='train',
+                  unit='step', dynamic_ncols=True,
+                  mininterval=BAR_INTERVAL_S) as bar):
+    done(start, state)
     for step in range(start + 1, job.loop.num_steps + 1):
       with log.span('data_wait'):
         batch = next(job.batches)
@@ -159,6 +163,7 @@ def _steps(job: Job, state: training.TrainState, start: int,
         total, weight = jax.device_get(metrics['train/loss'])
         bar.set_postfix(loss=f'{total / max(weight, 1e-9):.4f}', refresh=False)
       bar.update()
+      done(step, state)
       yield step, state, stop
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from csrm_jax import losses, training
 from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.core import profiling
 from csrm_jax.data import features, packing, pipeline
 from csrm_jax.models import config as model_config
 from csrm_jax.models import hf, transformer
@@ -122,8 +123,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   state = jax.device_put(state, shardings)
   step_fn = training.make_train_step(
       make_loss_fn(cfg), optimizer, state_shardings=shardings)
-  loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
-                             config.checkpoint_every)
+  loop = loop_lib.LoopConfig(
+      config.num_steps, config.log_every, config.checkpoint_every,
+      profile=profiling.parse_steps(config.profile_steps))
   state = loop_lib.train(
       loop_lib.Job(step_fn, batches, mesh, workdir, loop,
                    {'model': cfg.to_dict()},

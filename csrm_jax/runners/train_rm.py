@@ -18,7 +18,7 @@ import ml_collections
 
 from csrm_jax import reward_model, scoring, training
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.core import tree
+from csrm_jax.core import profiling, tree
 from csrm_jax.data import features, mixture, packing, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config
@@ -65,8 +65,9 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path,
         todo, rules_blind=blind)
   step_fn, state = make_step(
       config, spec.model, spec.verbalizers(tokenizer), params, mesh)
-  loop = loop_lib.LoopConfig(config.num_steps, config.log_every,
-                             config.checkpoint_every)
+  loop = loop_lib.LoopConfig(
+      config.num_steps, config.log_every, config.checkpoint_every,
+      profile=profiling.parse_steps(config.profile_steps))
   state = loop_lib.train(
       loop_lib.Job(step_fn, batches, mesh, workdir, loop, spec.to_dict(),
                    frozen, time.monotonic() - start), state)
