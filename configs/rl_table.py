@@ -19,6 +19,8 @@ from csrm_jax import config as config_lib
 RULES = ('pet forum', 'savings bank', 'music school', 'weather desk')
 REWARDS = ('full', 'rules_blind', 'no_cca', 'no_sa')
 NUM_SEEDS = 3
+# Rollouts: half of configs/rl.py's tell the rewards apart.
+NUM_STEPS = 30
 
 
 def get_config(arg=None):
@@ -34,8 +36,9 @@ def get_config(arg=None):
   c = config_lib.load_module(path).get_config(
       ','.join(part for part in (f'checkpoint={checkpoint}', rest) if part))
   c.seed = int(own.run.rpartition('seed')[2])
-  if 'every' in c.eval:
+  if 'every' in c.eval:  # online
     c.eval.every = 0
+    c.num_steps = NUM_STEPS
   return c
 
 

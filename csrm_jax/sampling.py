@@ -28,8 +28,8 @@ from csrm_jax.models.config import ModelConfig
 from csrm_jax.token_choice import Sampling, choose_tokens
 
 # Lengths that prompts are padded to; each is compiled once.
-PROMPT_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072,
-                  4096, 6144, 8192)
+PROMPT_BUCKETS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536,
+                  2048, 3072, 4096, 6144, 8192)
 # A prefix that prompts share counts in whole steps of this many tokens.
 PREFIX_STEP = 32
 # Tokens whose logits hidden_logprobs holds at once.

@@ -181,9 +181,9 @@ def test_equal_prompts_are_read_once(monkeypatch):
   prompts = [PROMPTS[i] for i in (0, 1, 3, 1, 1, 3, 0, 1)]
   sampling = Sampling(12, temperature=4.0)
   got = generate(CFG, _params(), prompts, sampling, seed=3)
-  assert shapes == [(4, 32)]
+  assert shapes == [(4, 24)]
   want = generate(CFG, _params(), prompts, sampling, seed=3, batch_size=1)
-  assert shapes[1:] == [(1, 32)]
+  assert shapes[1:] == [(1, 24)]
   np.testing.assert_array_equal(got.tokens, want.tokens)
   np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
   assert len({tuple(row) for row in got.tokens.tolist()}) == 8
