@@ -221,6 +221,7 @@ def test_a_short_or_lone_prefix_is_not_split_off(prompts):
 
 
 def test_nothing_is_compiled_after_warm_up(monkeypatch):
+  monkeypatch.setattr(sampling_lib, 'PROMPT_BUCKETS', (32, 64))
   sampling = Sampling(6, temperature=0.9, stop_ids=(3,))
   rng = np.random.default_rng(0)
 
