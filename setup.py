@@ -20,6 +20,8 @@ EXTRAS = {
     'tensorflow-datasets>=4.9.10',
     'importlib_resources>=6.4',
     'array-record>=0.8',
+    'gcsfs>=2025.3',
+    'gcp-storage-emulator>=2026.7',
   ],
   # What the tests compare with; without it those tests skip.
   'parity': ['torch>=2.15,<3', 'transformers>=5.23,<6', 'peft>=0.21,<1'],

@@ -1,12 +1,18 @@
-"""Runs a config file's sweep() on this machine and prints a comparison.
+"""Runs a config file's sweep() and prints a comparison.
 
 python launch/sweep.py --config=configs/rm.py --workdir=DIR --parallel=2 \\
   --seeds=0,1,2 --only=full,no_cca
+python launch/sweep.py --config=configs/rm.py:mesh=v5e-16,model=llama3_8b \\
+  --workdir=gs://BUCKET/sweep --launcher=sky --launcher_flags="--env BUCKET=b"
 
-Each run is a process of its own in DIR/<name>, with its output in
-DIR/logs/<name>.log. A run whose report/summary.json is there is done, and one
-that was interrupted resumes, so the same command continues a sweep. The table
-also lands in DIR/table.md and DIR/table.json.
+On this machine each run is a process of its own in DIR/<name>, with its output
+in DIR/logs/<name>.log. A run whose report/summary.json is there is done, and
+one that was interrupted resumes, so the same command continues a sweep. The
+table also lands in DIR/table.md and DIR/table.json.
+
+--launcher=slurm, xpk or sky submits one job a run, through that script of
+launch/ and with --launcher_flags, but for the runs that are done. It does not
+know what is queued: look at them with --table, which starts nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -24,9 +31,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tqdm
+from etils import epath
 
 from csrm_jax import config as config_lib
-from csrm_jax.core import writer
 from csrm_jax.evals import bootstrap
 
 KEYS = (
@@ -42,6 +49,8 @@ KEYS = (
   'aligned/true_cosa',
   'time_s',
 )
+# The scripts of this folder that run a job elsewhere.
+LAUNCHERS = ('local', 'slurm', 'xpk', 'sky')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Job:
 
   name: str
   group: str
-  workdir: pathlib.Path
+  workdir: pathlib.Path | epath.Path
   command: tuple[str, ...]
   config: config_lib.ConfigDict
 
@@ -65,7 +74,7 @@ class Job:
 
 def make_jobs(
   config: str,
-  workdir: pathlib.Path,
+  workdir: pathlib.Path | epath.Path,
   seeds: Sequence[int] = (),
   only: Sequence[str] = (),
 ) -> list[Job]:
@@ -155,6 +164,41 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> dict[str, str]:
   return failures
 
 
+def submission(
+  job: Job, launcher: str, flags: Sequence[str] = ()
+) -> tuple[str, ...]:
+  """Returns the command that submits a job through a script of launch/."""
+  folder = pathlib.Path(__file__).parent
+  args = job.command[3:]  # What follows python -m csrm_jax.main.
+  name = re.sub(r'[^a-z0-9]+', '-', job.name.lower()).strip('-')
+  if launcher == 'slurm':
+    script = str(folder / 'slurm.sbatch')
+    return 'sbatch', f'--job-name={name}', *flags, script, *args
+  if launcher == 'xpk':
+    return str(folder / 'xpk.sh'), *flags, f'--name={name}', '--', *args
+  return (
+    *('sky', 'jobs', 'launch', '--yes', '--detach-run', f'--name={name}'),
+    *(*flags, str(folder / 'sky.yaml'), '--env', f'ARGS={shlex.join(args)}'),
+  )
+
+
+def submit_jobs(
+  jobs: Sequence[Job], launcher: str, flags: Sequence[str]
+) -> dict[str, str]:
+  """Returns {job name: reason} of those that could not be submitted."""
+  failures = {}
+  for job in jobs:
+    command = submission(job, launcher, flags)
+    try:
+      code = subprocess.run(command, check=False).returncode
+    except OSError as error:
+      failures[job.name] = f'cannot run {command[0]}: {error.strerror}'
+    else:
+      if code:
+        failures[job.name] = f'{command[0]} ended with exit code {code}'
+  return failures
+
+
 def make_table(
   summaries: Sequence[tuple[str, Mapping[str, Any]]], keys: Sequence[str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -223,39 +267,74 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--seeds', type=integers, default=[], help='as in 0,1,2')
   add('--only', type=strings, default=[], help='names of runs, as in full')
   add('--keys', type=strings, default=list(KEYS), help='columns of the table')
+  add('--launcher', choices=LAUNCHERS, default='local', help='where it runs')
+  add('--launcher_flags', type=shlex.split, default=[], help='of that script')
+  add('--table', action='store_true', help='of what is done; starts nothing')
   add('--dry_run', action='store_true', help='print the commands')
   args = parser.parse_args(argv)
   if args.parallel < 1:
     parser.error(f'--parallel={args.parallel}: must be at least 1')
+  if args.launcher_flags and args.launcher == 'local':
+    parser.error('--launcher_flags need a --launcher other than local')
+  if '://' in args.workdir and args.launcher == 'local' and not args.table:
+    parser.error(
+      f'--workdir={args.workdir}: runs on this machine log to a folder of it')
   return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 1 if a run failed, 2 for bad input."""
   args = _parse_args(argv)
-  workdir = pathlib.Path(args.workdir).expanduser().absolute()
+  workdir = epath.Path(args.workdir).expanduser()
+  if '://' not in args.workdir:
+    workdir = pathlib.Path(workdir).absolute()
   try:
     jobs = make_jobs(args.config, workdir, args.seeds, args.only)
   except (ValueError, FileNotFoundError) as error:
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return 2
+  if args.table:
+    jobs = [job for job in jobs if job.summary_path.exists()]
+    if not jobs:
+      print('no run is done')
+      return 0
+  elif args.launcher != 'local':
+    todo = [job for job in jobs if not job.summary_path.exists()]
+    if todo:
+      return _submit(todo, args)
   if args.dry_run:
     for job in jobs:
       print(shlex.join(job.command))
     return 0
-  failures = run_jobs(jobs, args.parallel)
+  return _report(jobs, run_jobs(jobs, args.parallel), workdir, args.keys)
+
+
+def _submit(jobs: Sequence[Job], args: argparse.Namespace) -> int:
+  if args.dry_run:
+    for job in jobs:
+      print(shlex.join(submission(job, args.launcher, args.launcher_flags)))
+    return 0
+  failures = submit_jobs(jobs, args.launcher, args.launcher_flags)
+  for name, reason in failures.items():
+    print(f'{name} was not submitted: {reason}', file=sys.stderr)
+  print(f'{len(jobs) - len(failures)} runs submitted; --table compares those '
+        'that are done')
+  return 1 if failures else 0
+
+
+def _report(jobs: Sequence[Job], failures: Mapping[str, str],
+            workdir: pathlib.Path | epath.Path, keys: Sequence[str]) -> int:
+  """Prints and writes the table of runs; returns the exit code."""
   summaries = [
     (job.group, json.loads(job.summary_path.read_text()))
     for job in jobs
     if job.name not in failures
   ]
-  table = make_table(summaries, args.keys)
-  text = format_table(table, args.keys)
-  writer.write_atomic(workdir / 'table.md', text)
-  content = {'table': table, 'failures': failures}
-  writer.write_atomic(
-    workdir / 'table.json', json.dumps(content, indent=2) + '\n'
-  )
+  table = make_table(summaries, keys)
+  text = format_table(table, keys)
+  content = {'table': table, 'failures': dict(failures)}
+  (workdir / 'table.md').write_text(text)
+  (workdir / 'table.json').write_text(json.dumps(content, indent=2) + '\n')
   print(text)
   for job in jobs:
     if job.name in failures:

@@ -4,13 +4,13 @@
 #   launch/tpu_vm.sh --name=rm --zone=us-west4-a --topology=v5e-64 create
 #   launch/tpu_vm.sh --name=rm --zone=us-west4-a install
 #   launch/tpu_vm.sh --name=rm --zone=us-west4-a run \
-#     --config=configs/rm.py:mesh=v5e-64,model=llama3_8b --workdir=/mnt/runs/rm
+#     --config=configs/rm.py:mesh=v5e-64,model=llama3_8b --workdir=gs://BUCKET/rm
 #   launch/tpu_vm.sh --name=rm --zone=us-west4-a tail
 #   launch/tpu_vm.sh --name=rm --zone=us-west4-a delete
 #
 # --dry_run prints the gcloud commands and runs none; --spot rents cheaper
-# machines that may be taken away: the same `run` resumes. Every host needs the
-# work directory: mount a bucket or a file share there.
+# machines that may be taken away: the run saves in time, and the same `run`
+# resumes. All hosts share the work directory: a bucket, or a mounted folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -60,7 +60,7 @@ install() {
   gcloud_do compute tpus tpu-vm scp "$archive" "$name":csrm_jax.tar.gz \
     --zone="$zone" --worker=all
   on_hosts all 'mkdir -p csrm_jax && tar xzf csrm_jax.tar.gz -C csrm_jax &&
-    cd csrm_jax && python3 -m venv ~/venv && ~/venv/bin/pip install -q -e ".[tpu,hf]"'
+    cd csrm_jax && python3 -m venv ~/venv && ~/venv/bin/pip install -q -e ".[tpu,hf,gcs]"'
   rm -f "$archive"
 }
 

@@ -3,11 +3,11 @@
 #
 #   launch/xpk.sh --cluster=pods --zone=us-west4-a --name=rm-8b \
 #     --topology=2xv5e-256 --image=REGISTRY/csrm_jax -- \
-#     --config=configs/rm.py:mesh=2xv5e-256,model=llama3_8b --workdir=/mnt/runs/rm
+#     --config=configs/rm.py:mesh=2xv5e-256,model=llama3_8b --workdir=gs://BUCKET/rm
 #
 # --image holds this repository in its working directory, installed with
-# pip install -e ".[tpu,hf]". '2x' before a slice: two of them. --dry_run prints
-# the command and runs nothing.
+# pip install -e ".[tpu,hf,gcs]". '2x' before a slice: two of them. --dry_run
+# prints the command and runs nothing.
 set -euo pipefail
 
 cluster='' zone='' name='' topology='' image='' dry_run=''

@@ -1,5 +1,8 @@
 import os
 import pathlib
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -115,3 +118,56 @@ def test_a_bucket_that_is_gone_is_one_line(tmp_path):
     (tmp_path / 'run').write_text('in the way')
     (path / 'metrics.jsonl').write_text('x')
   assert '\n' not in str(error.value)
+
+
+_IN_A_BUCKET = """
+import jax.numpy as jnp
+from csrm_jax.core import checkpoint, remote
+
+state = {'w': jnp.arange(6.0)}
+for step in (1, 2):
+  with remote.local('gs://bucket/a/run') as path:
+    assert (path / 'metrics.jsonl').exists() == (step > 1)
+    (path / 'report').mkdir(exist_ok=True)
+    (path / 'report' / 'report.md').write_text(f'of {step}')
+    (path / 'metrics.jsonl').write_text('{}')
+    with checkpoint.Checkpoints(path / 'checkpoints') as saved:
+      found = saved.restore_latest(state)
+      assert (found.step if found else 0) == step - 1
+      saved.save(step, state, {'next': step}, {'kind': 'test'})
+path = remote.readable('gs://bucket/a/run')
+assert (path / 'report' / 'report.md').read_text() == 'of 2'
+assert checkpoint.read_meta(path / 'checkpoints') == {'kind': 'test'}
+with checkpoint.Checkpoints(path / 'checkpoints') as saved:
+  assert saved.steps() == [1, 2]
+  assert (saved.restore_latest(state).state['w'] == state['w']).all()
+try:
+  with remote.local('gs://no-such-bucket/run'):
+    pass
+except ValueError as error:
+  assert 'cannot write to --workdir=gs://no-such-bucket/run (' in str(error)
+else:
+  raise AssertionError
+"""
+
+
+def test_a_bucket_of_a_cloud_emulator(tmp_path):
+  pytest.importorskip('gcsfs')
+  emulator = pytest.importorskip('gcp_storage_emulator.server')
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  server = emulator.create_server(
+      'localhost', port, in_memory=True, default_bucket='bucket')
+  server.start()
+  try:
+    result = subprocess.run(
+        [sys.executable, '-c', _IN_A_BUCKET], capture_output=True, text=True,
+        env=os.environ | {
+            'JAX_PLATFORMS': 'cpu',
+            'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
+            'STORAGE_EMULATOR_HOST': f'http://localhost:{port}',
+            'TENSORSTORE_GCS_HTTP_URL': f'http://localhost:{port}'})
+  finally:
+    server.stop()
+  assert result.returncode == 0, result.stderr

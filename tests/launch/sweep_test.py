@@ -1,8 +1,13 @@
 import json
+import os
+import pathlib
+import shlex
 import subprocess
 import sys
 
 import pytest
+import yaml
+from etils import epath
 
 from launch import sweep
 
@@ -187,3 +192,101 @@ def test_the_table_of_rewards_pairs_their_seeds_with_those_of_the_runs(
     only=['pet_forum-full-seed1'],
   )
   assert offline.config.algorithm == 'distillation'
+
+
+def _submitted(config, tmp_path, capsys, launcher, *flags):
+  """Returns the words of the commands that a dry run prints."""
+  code = sweep.main([
+    f'--config={config}', f'--workdir={tmp_path}/a b', '--seeds=0',
+    f'--launcher={launcher}', '--dry_run', *flags])
+  assert code == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 2
+  return [shlex.split(line) for line in lines]
+
+
+def _args(config, tmp_path):
+  return [f'--config={config}:no_cca', '--config.lr=1', '--config.seed=0',
+          f'--workdir={tmp_path}/a b/no_cca-seed0']
+
+
+def test_slurm_gets_each_run_whole(config, tmp_path, capsys):
+  _, words = _submitted(
+    config, tmp_path, capsys, 'slurm', '--launcher_flags=--nodes=4 --qos="a b"')
+  assert words[:4] == [
+    'sbatch', '--job-name=no-cca-seed0', '--nodes=4', '--qos=a b']
+  # The script itself says what it would run.
+  result = subprocess.run(
+    ['bash', words[4], '--dry_run', *words[5:]], capture_output=True, text=True)
+  assert shlex.split(result.stdout)[-4:] == _args(config, tmp_path)
+
+
+def test_xpk_gets_each_run_whole(config, tmp_path, capsys):
+  _, words = _submitted(
+    config, tmp_path, capsys, 'xpk',
+    '--launcher_flags=--cluster=c --zone=z --topology=v5e-16 --image=i')
+  result = subprocess.run(
+    [words[0], '--dry_run', *words[1:]], capture_output=True, text=True)
+  said = shlex.split(result.stdout)
+  assert '--workload=no-cca-seed0' in said
+  inner = shlex.split(said[-1].partition('=')[2])
+  assert inner[-4:] == _args(config, tmp_path)
+
+
+def test_sky_gets_each_run_whole(config, tmp_path, capsys):
+  _, words = _submitted(
+    config, tmp_path, capsys, 'sky', '--launcher_flags=--env BUCKET=b')
+  assert words[:3] == ['sky', 'jobs', 'launch']
+  assert {'--name=no-cca-seed0', 'BUCKET=b'} <= set(words)
+  task = yaml.safe_load(pathlib.Path(words[-3]).read_text())
+  (tmp_path / 'venv' / 'bin').mkdir(parents=True)
+  python = tmp_path / 'venv' / 'bin' / 'python'
+  python.write_text('#!/bin/sh\nfor x; do echo "$x"; done\n')
+  python.chmod(0o755)
+  name, _, value = words[-1].partition('=')
+  result = subprocess.run(
+    ['bash', '-c', task['run']], capture_output=True, text=True,
+    env={'HOME': str(tmp_path), name: value, 'PATH': os.environ['PATH']})
+  assert result.stdout.splitlines()[-4:] == _args(config, tmp_path), result
+
+
+def test_only_what_is_not_done_is_submitted(
+  config, tmp_path, capsys, monkeypatch, fake_runs
+):
+  args = [f'--config={config}', f'--workdir={tmp_path}/w']
+  assert sweep.main([*args, '--table']) == 0
+  assert capsys.readouterr().out == 'no run is done\n'
+  assert sweep.main([*args, '--only=full']) == 0
+  capsys.readouterr()
+  started = []
+
+  def run(command, **kwargs):
+    started.append(command)
+    if command[1] == '--job-name=no-cca':
+      raise FileNotFoundError(2, 'No such file or directory')
+
+  monkeypatch.setattr(sweep.subprocess, 'run', run)
+  assert sweep.main([*args, '--launcher=slurm']) == 1
+  assert [command[1] for command in started] == ['--job-name=no-cca']
+  out, err = capsys.readouterr()
+  assert err.startswith('no_cca was not submitted: cannot run sbatch: No such')
+  assert out.startswith('0 runs submitted')
+  assert sweep.main([*args, '--table']) == 0
+  assert '| full | 1 |' in capsys.readouterr().out
+  assert len(started) == 1
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+  (['--workdir=gs://b/w'], 'log to a folder of it'),
+  (['--workdir=w', '--launcher_flags=--nodes=2'], 'need a --launcher'),
+  (['--workdir=w', '--launcher=pbs'], 'invalid choice'),
+])  # fmt: skip
+def test_launchers_and_where_they_write(config, capsys, flags, message):
+  with pytest.raises(SystemExit):
+    sweep.main([f'--config={config}', *flags])
+  assert message in capsys.readouterr().err
+
+
+def test_a_sweep_may_lie_in_a_bucket(config):
+  (job, _) = sweep.make_jobs(str(config), epath.Path('gs://bucket/w'))
+  assert job.command[-1] == '--workdir=gs://bucket/w/full'
