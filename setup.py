@@ -17,6 +17,7 @@ EXTRAS = {
     'gguf>=0.19,<1',
     'bm25s>=0.3.16,<0.4',
     'openai>=3.52,<4',
+    'jsonschema>=4.23,<5',
     'tensorflow-datasets>=4.9.10',
     'importlib_resources>=6.4',
     'array-record>=0.8',

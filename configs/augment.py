@@ -38,7 +38,8 @@ def get_config(arg=None):
   # beavertails, pku_safe_rlhf, wildguardmix, aegis, dynabench, ...
   c.source.name = arg.data
   c.source.path = arg.path  # file or folder; '': public sets from the hub
-  c.source.num_examples = 6000 if arg.data == 'ruleworld' else 0  # 0: all
+  # 0: all; else so many, drawn at random where they come from files
+  c.source.num_examples = 6000 if arg.data == 'ruleworld' else 0
   c.source.licence = ''  # of the source, for the data card; '': if it is known
   # Propose, and write ArrayRecord files, on Apache Beam (extra [beam]): in
   # this process, or where options say that are like
@@ -56,7 +57,10 @@ def get_config(arg=None):
   c.endpoint.base_url = 'http://localhost:8000/v1'  # OpenAI-compatible
   c.endpoint.model = ''  # the name that the endpoint knows
   c.endpoint.key_variable = 'OPENAI_API_KEY'  # that holds the key, if any
-  c.endpoint.json_mode = 'json_schema'  # or json_object, or text (no request)
+  # What is asked of the form of replies: json_schema; bounded_json_schema, with
+  # lengths, for small models on servers that keep to it; json_object; or text,
+  # for nothing.
+  c.endpoint.json_mode = 'json_schema'
   c.endpoint.temperature = 0.7
   c.endpoint.max_tokens = 800  # a reply may have
   c.endpoint.timeout_s = 60.0  # without a sign of the endpoint

@@ -12,10 +12,10 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from csrm_jax.augmentation import journal, replies, requests
+from csrm_jax.augmentation import journal, replies, requests, schemas
 from csrm_jax.augmentation.proposers import NoReplyError
 
-JSON_MODES = ('json_schema', 'json_object', 'text')
+JSON_MODES = ('json_schema', 'bounded_json_schema', 'json_object', 'text')
 # Reasons that a rerun may get past; whatever else failed would fail again.
 TRANSIENT = ('timeout', 'rate_limited', 'server_error', 'connection')
 _NOBODY = ('timeout', 'connection')
@@ -34,7 +34,9 @@ class Settings:
     key_variable: the environment variable that holds the key; the key itself
       is never stored. Local servers need none.
     json_mode: what is asked of the endpoint: replies by the JSON schema
-      ('json_schema'), any JSON object, or nothing ('text').
+      ('json_schema'); by the schema with the lengths of texts, which keeps a
+      small model from going on for ever, but which not all services take
+      ('bounded_json_schema'); any JSON object; or nothing ('text').
     temperature: of sampling.
     max_tokens: a reply may have.
     timeout_s: without a sign of the endpoint.
@@ -163,21 +165,8 @@ class Endpoint:
 
   def _send(self, request: requests.Request, seed: int) -> str:
     s = self._settings
-    task = requests.TASKS[type(request)]
-    formats = {
-      'json_schema': {
-        'type': 'json_schema',
-        'json_schema': {
-          'name': type(request).__name__, 'strict': True,
-          'schema': task.schema,
-        },
-      },
-      'json_object': {'type': 'json_object'},
-    }
-    extra = (
-      {'response_format': formats[s.json_mode]} if s.json_mode in formats
-      else {}
-    )
+    format = _format(request, s.json_mode)
+    extra = {'response_format': format} if format else {}
     self._count(requests=1)
     reply = self._client.chat.completions.create(
       model=s.model, messages=requests.make_messages(request),
@@ -192,7 +181,11 @@ class Endpoint:
         reply_tokens=usage.completion_tokens or 0,
       )
     choices = getattr(reply, 'choices', None)
-    return (choices[0].message.content if choices else None) or ''
+    if not choices:
+      return ''
+    if choices[0].finish_reason == 'length':
+      self._count(cut_at_max_tokens=1)
+    return choices[0].message.content or ''
 
   def _reason(self, error: Exception) -> str:
     """Returns why to try again.
@@ -218,9 +211,11 @@ class Endpoint:
         f' {status}: {said}); set that variable to a valid key'
       )
     if status == 404 or not self._has_answered:
+      is_bounded = self._settings.json_mode == 'bounded_json_schema'
+      simpler = 'json_schema' if is_bounded else 'text'
       self._stop(
         f'{place} refuses the request (status {status}: {said}); check'
-        ' base_url and model, and try json_mode="text"'
+        f' base_url and model, and try json_mode="{simpler}"'
       )
     raise NoReplyError('refused_request', said) from None
 
@@ -256,3 +251,20 @@ class Endpoint:
   def _count(self, **counts: int) -> None:
     with self._lock:
       self._counts.update(counts)
+
+
+def _format(request: requests.Request, json_mode: str) -> dict[str, Any]:
+  """Returns what a request asks of the form of its reply; {} for nothing."""
+  if json_mode == 'text':
+    return {}
+  if json_mode == 'json_object':
+    return {'type': 'json_object'}
+  schema = requests.make_schema(request)
+  if json_mode == 'json_schema':
+    schema = schemas.without_lengths(schema)
+  return {
+    'type': 'json_schema',
+    'json_schema': {
+      'name': type(request).__name__, 'strict': True, 'schema': schema,
+    },
+  }

@@ -14,12 +14,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from csrm_jax.augmentation import schemas
 from csrm_jax.safety.checks import show, unique_keys
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
-
-MAX_NAME_LENGTH = 80  # characters
-MIN_GUIDELINE_LENGTH, MAX_GUIDELINE_LENGTH = 15, 1200  # characters
-MAX_SUBCATEGORIES = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Task:
   Attributes:
     instructions: the system message.
     describe: request -> the user message.
-    schema: the JSON schema of the reply's object.
+    schema: the JSON schema of the reply's object; `make_schema` narrows it.
     parse: (request, object) -> typed reply; ValueError if it is none.
   """
 
@@ -110,7 +107,7 @@ class Task:
 def make_messages(request: Request) -> list[dict[str, str]]:
   """Returns the chat messages that ask a language model for a reply."""
   task = TASKS[type(request)]
-  shape = json.dumps(task.schema)
+  shape = json.dumps(make_schema(request))
   return [
     {
       'role': 'system',
@@ -119,6 +116,22 @@ def make_messages(request: Request) -> list[dict[str, str]]:
     },
     {'role': 'user', 'content': task.describe(request)},
   ]
+
+
+def make_schema(request: Request) -> dict[str, Any]:
+  """Returns the JSON schema of a reply to this very request.
+
+  What follows it parses, but for texts that are blank or reach a bound, and
+  for names that are there twice: no schema says that.
+  """
+  schema = TASKS[type(request)].schema
+  match request:
+    case ListSubcategories(count=count):
+      return schemas.make_object(subcategories=schemas.make_list(count))
+    case PickMostSevere(subcategories=subcategories):
+      names = list(dict.fromkeys(c.name for c in subcategories))
+      return schemas.make_object(most_severe={'type': 'string', 'enum': names})
+  return schema
 
 
 def prompts_digest() -> str:
@@ -175,13 +188,20 @@ def parse_proposed(obj: Any, what: str) -> Category:
   return Category(*(' '.join(obj[k].split()) for k in ('name', 'guideline')))
 
 
-def length_problem(category: Category) -> str | None:
-  """Returns what is wrong with the lengths of a proposed category, or None."""
-  if len(category.name) > MAX_NAME_LENGTH:
+def length_problem(
+  category: Category, most: int = schemas.MAX_GUIDELINE_LENGTH
+) -> str | None:
+  """Returns what is wrong with the lengths of a category, or None.
+
+  Args:
+    category: that was proposed.
+    most: characters its guideline may have.
+  """
+  if len(category.name) > schemas.MAX_NAME_LENGTH:
     return 'name_too_long'
-  if len(category.guideline) < MIN_GUIDELINE_LENGTH:
+  if len(category.guideline) < schemas.MIN_GUIDELINE_LENGTH:
     return 'guideline_too_short'
-  if len(category.guideline) > MAX_GUIDELINE_LENGTH:
+  if len(category.guideline) > most:
     return 'guideline_too_long'
   return None
 
@@ -201,9 +221,10 @@ def _parse_list(
   items = obj['subcategories']
   if not isinstance(items, Sequence) or isinstance(items, str) or not items:
     raise ValueError(f'subcategories is {show(items)}; it must be a list')
-  if len(items) > MAX_SUBCATEGORIES:
+  if len(items) > schemas.MAX_SUBCATEGORIES:
     raise ValueError(
-      f'{len(items)} subcategories; at most {MAX_SUBCATEGORIES} are of use'
+      f'{len(items)} subcategories; at most {schemas.MAX_SUBCATEGORIES} are of'
+      ' use'
     )
   found = tuple(_usable(item, 'a subcategory') for item in items)
   names = {c.name.casefold() for c in found}
@@ -230,30 +251,18 @@ def _parse_index(request: PickMostSevere, obj: Any) -> int:
 def _parse_guideline(request: WriteGuideline, obj: Any) -> Category:
   return _usable(
     {'name': request.category.name, 'guideline': obj['guideline']},
-    'the rewritten category',
+    'the rewritten category', schemas.MAX_REWRITE_LENGTH,
   )
 
 
-def _usable(obj: Any, what: str) -> Category:
+def _usable(
+  obj: Any, what: str, most: int = schemas.MAX_GUIDELINE_LENGTH
+) -> Category:
   category = parse_proposed(obj, what)
-  problem = length_problem(category)
+  problem = length_problem(category, most)
   if problem:
     raise ValueError(f'{what} {show(category.name)}: {problem}')
   return category
-
-
-def _object(**properties: Any) -> dict[str, Any]:
-  return {
-    'type': 'object',
-    'properties': properties,
-    'required': list(properties),
-    'additionalProperties': False,
-  }
-
-
-_TEXT = {'type': 'string'}
-_CATEGORY = _object(name=_TEXT, guideline=_TEXT)
-_CATEGORY_OR_NULL = {'anyOf': [_CATEGORY, {'type': 'null'}]}
 
 
 def _rules(categories: Sequence[Category]) -> str:
@@ -287,7 +296,9 @@ TASKS: dict[type, Task] = {
     ' a response is safe or unsafe. Where there is no natural one, give null.',
     lambda r: f'Rules:\n{_rules(r.safety.categories)}\n\n'
               f'{_talk(r.conversation)}',
-    _object(plus=_CATEGORY_OR_NULL, minus=_CATEGORY_OR_NULL),
+    schemas.make_object(
+      plus=schemas.CATEGORY_OR_NULL, minus=schemas.CATEGORY_OR_NULL
+    ),
     _parse_categories,
   ),
   ListSubcategories: Task(
@@ -296,7 +307,7 @@ TASKS: dict[type, Task] = {
     ' that subcategory only.',
     lambda r: f'Category:\n{_rules([r.category])}\n\nNumber of subcategories:'
               f' {r.count}',
-    _object(subcategories={'type': 'array', 'items': _CATEGORY}),
+    schemas.make_object(subcategories=schemas.make_list()),
     _parse_list,
   ),
   AddSubcategory: Task(
@@ -305,7 +316,7 @@ TASKS: dict[type, Task] = {
     ' give it a guideline that forbids that subcategory only.',
     lambda r: f'Category:\n{_rules([r.category])}\n\nKnown subcategories:'
               f' {json.dumps(r.known)}\n\n{_talk(r.conversation)}',
-    _object(subcategory=_CATEGORY),
+    schemas.make_object(subcategory=schemas.CATEGORY),
     _parse_one,
   ),
   PickMostSevere: Task(
@@ -313,7 +324,7 @@ TASKS: dict[type, Task] = {
     ' when an agent breaks it. Answer with its name, letter for letter.',
     lambda r: f'Category:\n{_rules([r.category])}\n\nSubcategories:\n'
               f'{_rules(r.subcategories)}',
-    _object(most_severe=_TEXT),
+    schemas.make_object(most_severe={'type': 'string'}),
     _parse_index,
   ),
   WriteGuideline: Task(
@@ -324,7 +335,7 @@ TASKS: dict[type, Task] = {
     lambda r: f'Category:\n{_rules([r.category])}\n\nForbidden:\n'
               f'{_rules(r.forbidden) or "(none)"}\n\nAllowed:\n'
               f'{_rules(r.allowed) or "(none)"}\n\nDraft number: {r.draft}',
-    _object(guideline=_TEXT),
+    schemas.make_object(guideline=schemas.REWRITE),
     _parse_guideline,
   ),
 }

@@ -49,6 +49,7 @@ class FaultServer:
     self.script, self.delay_s = script, delay_s
     self.bodies, self.keys, self.times = [], [], []
     self.most_at_once = self._at_once = 0
+    self.finish_reason = 'stop'
     self._lock = threading.Lock()
     self._done = threading.Event()
     outer = self
@@ -113,7 +114,8 @@ class FaultServer:
       code, headers = 200, {}
       data = json.dumps({
           'id': 'x', 'object': 'chat.completion', 'created': 0, 'model': 'm',
-          'choices': [{'index': 0, 'finish_reason': 'stop', 'message': {
+          'choices': [{'index': 0, 'finish_reason': self.finish_reason,
+                       'message': {
               'role': 'assistant', 'content': what}}],
           'usage': {'prompt_tokens': 10, 'completion_tokens': 5,
                     'total_tokens': 15},

@@ -140,6 +140,25 @@ def test_what_no_request_can_pass_is_one_line_at_once(
     assert 'sesame' not in str(error.value)
 
 
+def test_a_service_that_takes_no_lengths_is_one_line(make, fault_server):
+  def script(number, body):
+    is_bounded = 'maxLength' in json.dumps(body['response_format'])
+    return ('status', 400, {}) if is_bounded else GOOD
+
+  with fault_server(script) as server:
+    with pytest.raises(ValueError, match='try json_mode="json_schema"'):
+      make(server.url, json_mode='bounded_json_schema').ask(ask_for())
+    assert make(server.url).ask(ask_for()).name == 'Pets'
+
+
+def test_a_reply_that_was_cut_is_counted(make, fault_server):
+  with fault_server(scripted('{"guideline": "No wo', GOOD)) as server:
+    server.finish_reason = 'length'
+    asker = make(server.url)
+    asker.ask(ask_for())
+    assert asker.usage()['cut_at_max_tokens'] == 2
+
+
 def test_a_request_refused_later_is_dropped_alone(make, fault_server):
   with fault_server(scripted(GOOD, ('status', 400, {}), GOOD)) as server:
     asker = make(server.url)
