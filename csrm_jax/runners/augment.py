@@ -162,7 +162,11 @@ def _read(
       f'{source.path or source.name}: no labelled examples (left out:'
       f' {dict(drops)}); give a file that has some'
     )
-  return kept[: source.num_examples or None], drops
+  if 0 < source.num_examples < len(kept):
+    # Files are in some order: their first rows may all have one label.
+    chosen = random.Random(seed).sample(range(len(kept)), source.num_examples)
+    kept = [kept[i] for i in sorted(chosen)]
+  return kept, drops
 
 
 def _make_proposer(

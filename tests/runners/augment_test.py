@@ -192,6 +192,22 @@ def test_any_guard_can_judge(tmp_path, monkeypatch, format):
   assert [item.safety.names for item in asked[1:]] == [('Pets',), ('Wine',)]
 
 
+def test_some_of_a_file_are_drawn_at_random(tmp_path):
+  items = [examples.training_example(5, i) for i in range(60)]
+  items.sort(key=lambda item: item.label)  # As many public files are.
+  path = tmp_path / 'rows.jsonl'
+  path.write_text(''.join(json.dumps(i.to_dict()) + '\n' for i in items))
+  c = config(f'data=jsonl,path={path}', **{'source.num_examples': 20})
+  some, _ = augment._read(c.source, 0)
+  assert len(some) == 20 and {item.label for item in some} == {
+      'safe', 'unsafe'}
+  assert some == [item for item in items if item in some]  # In their order.
+  assert augment._read(c.source, 0)[0] == some
+  assert augment._read(c.source, 1)[0] != some
+  c.source.num_examples = 99
+  assert augment._read(c.source, 0)[0] == items
+
+
 def test_an_endpoint_in_trouble_loses_nothing(conversations, tmp_path):
   pytest.importorskip('openai')
   seen = collections.Counter()
