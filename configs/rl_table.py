@@ -19,8 +19,6 @@ from csrm_jax import config as config_lib
 RULES = ('pet forum', 'savings bank', 'music school', 'weather desk')
 REWARDS = ('full', 'rules_blind', 'no_cca', 'no_sa')
 NUM_SEEDS = 3
-# Rollouts: half of configs/rl.py's tell the rewards apart.
-NUM_STEPS = 30
 
 
 def get_config(arg=None):
@@ -37,8 +35,9 @@ def get_config(arg=None):
       ','.join(part for part in (f'checkpoint={checkpoint}', rest) if part))
   c.seed = int(own.run.rpartition('seed')[2])
   if 'every' in c.eval:  # online
+    # A third of the samples, and more updates of each, tell rewards apart.
+    c.num_steps, c.rollout.num_prompts, c.loss.num_mini_batches = 40, 32, 4
     c.eval.every = 0
-    c.num_steps = NUM_STEPS
   return c
 
 
