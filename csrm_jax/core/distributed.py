@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ import numpy as np
 
 # A process that is not heard of for so long is taken for dead, and all end.
 HEARTBEAT_S = 30
+# What collectives say when the other side is not there any more.
+_GONE = r'[Gg]loo|UNAVAILABLE|heartbeat|[Cc]onnection (reset|closed|refused)'
 
 
 def start(
@@ -78,6 +81,20 @@ def start(
 def _give_up(message: str) -> None:
   print(f'error: {message}', file=sys.stderr, flush=True)
   os._exit(2)
+
+
+def leave_if_alone(error: BaseException) -> None:
+  """Ends this process with one line if the error is that another one is gone.
+
+  At once and with exit code 2: the usual way out waits for all of them. Where
+  the runtime notices first, by a missing heartbeat, it aborts in its own words.
+  """
+  text = ' '.join(str(error).split())
+  if jax.process_count() > 1 and re.search(_GONE, text):
+    _give_up(
+      f'another process is gone ({text[:160]}); start all of them again: they '
+      'go on from the last checkpoint'
+    )
 
 
 def check_same(values: Mapping[str, str]) -> None:
