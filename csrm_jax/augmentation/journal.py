@@ -6,17 +6,34 @@ line that was being written, the cache no finished entry.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from csrm_jax.core import writer
 
 _RESUME = 'free some space and run the same command again; nothing is lost'
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+  """Says which file could not be written, and what to do, where one fails.
+
+  Raises:
+    OSError: as inside, in one clear line.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise OSError(
+      error.errno, f'{path}: cannot be written ({error.strerror}); {_RESUME}'
+    ) from None
 
 
 class Journal:
@@ -85,15 +102,12 @@ class Journal:
     """
     line = json.dumps({'key': key, 'value': value}, ensure_ascii=False)
     data = (line + '\n').encode()
-    with self._lock:
+    with self._lock, writing(self._path):
       try:
         self._write(data)
-      except OSError as error:
+      except OSError:
         self._file.truncate(self._end)
-        raise OSError(
-          error.errno,
-          f'{self._path}: cannot be written ({error.strerror}); {_RESUME}',
-        ) from None
+        raise
       self._end += len(data)
       self._values[key] = value
 
@@ -148,13 +162,8 @@ class Cache:
     """
     entry = {'key': key, 'sha256': _sha256(text), 'text': text}
     path = self._path(key)
-    try:
+    with writing(path):
       writer.write_atomic(path, json.dumps(entry))
-    except OSError as error:
-      raise OSError(
-        error.errno,
-        f'{path}: cannot be written ({error.strerror}); {_RESUME}',
-      ) from None
 
   def _path(self, key: str) -> pathlib.Path:
     return self._folder / key[:2] / f'{key}.json'

@@ -86,13 +86,15 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         outcomes, pools, config.strictness.max_pairs, config.seed
       )
     path = workdir / 'data.jsonl'
-    digest = _write_lines(path, itertools.chain(made, pairs))
+    with journal_lib.writing(path):
+      digest = _write_lines(path, itertools.chain(made, pairs))
     usage.update(proposer.usage())
     card = data_card.make(config, proposer.name, drops, usage) | {
       'digest': digest,
       'counts': _count(made, outcomes, num_pairs),
     }
-    data_card.write(workdir, card)
+    with journal_lib.writing(workdir / 'card.json'):
+      data_card.write(workdir, card)
     if config.array_record:
       _prepare(workdir, path, config.beam)
   seconds = time.monotonic() - start
@@ -232,13 +234,14 @@ def _report(workdir, config, name, outcomes, settings) -> None:
   # What RuleWorld's oracle writes can be read back: the truth is known.
   is_known = config.proposer == 'oracle'
   slips = config.oracle.disobey if is_known else 0
-  path = report.write_report(
-    workdir / 'report', outcomes, settings,
-    proposers.truly_stricter if is_known else None,
-    f'Written by {name}'
-    + (f', made to disobey in {slips:.0%} of its rewrites' if slips else '')
-    + f'; judged by {config.judge!r}.',
-  )
+  with journal_lib.writing(workdir / 'report'):
+    path = report.write_report(
+      workdir / 'report', outcomes, settings,
+      proposers.truly_stricter if is_known else None,
+      f'Written by {name}'
+      + (f', made to disobey in {slips:.0%} of its rewrites' if slips else '')
+      + f'; judged by {config.judge!r}.',
+    )
   print('report:', path)
 
 
@@ -304,7 +307,10 @@ class _Log:
     if events:
       now = round(time.time(), 3)
       lines = [json.dumps({'time': now, **event}) for event in events]
-      with open(self._path, 'a', encoding='utf-8') as file:
+      with (
+        journal_lib.writing(self._path),
+        open(self._path, 'a', encoding='utf-8') as file,
+      ):
         file.write('\n'.join(lines) + '\n')
 
 

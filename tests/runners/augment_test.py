@@ -101,6 +101,20 @@ def test_a_killed_run_goes_on_where_it_was(
     assert len(keys) == len(set(keys)) == len(read(workdir / name))
 
 
+def test_a_disk_that_is_full_at_the_end_is_one_line(
+    tmp_path, monkeypatch):
+  def full(*unused):
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(augment.os, 'fsync', full)
+    with pytest.raises(OSError, match=r'data.jsonl: .*nothing is lost'):
+      run(config(**{'strictness.enabled': False}), tmp_path)
+  assert [path.name for path in tmp_path.iterdir() if 'data' in path.name] == []
+  _, card = run(config(**{'strictness.enabled': False}), tmp_path)
+  assert card['usage_of_last_run'] == {'requests': 0}
+
+
 def test_a_finished_run_asks_nothing_again(finished):
   workdir, _, card = finished
   before = (workdir / 'data.jsonl').read_bytes()
