@@ -104,9 +104,12 @@ def read_beavertails(path: str | os.PathLike) -> Rows:
   for number, (where, row) in enumerate(tables.read_table(path, columns)):
     flags = row['category']
     if not isinstance(flags, Mapping) or set(flags) != set(BEAVERTAILS.names):
+      names = set(flags) if isinstance(flags, Mapping) else set()
+      unknown = sorted(map(show, names - set(BEAVERTAILS.names)))
       raise ValueError(
-        f'{where}: category is {show(flags)}; it must be an object with the'
-        ' 14 categories of BeaverTails'
+        f'{where}: category is {show(flags)}'
+        + (f' with the unknown {", ".join(unknown)}' if unknown else '')
+        + '; it must be an object with the 14 categories of BeaverTails'
       )
     safe = _flag(row, 'is_safe', where)
     violated = tuple(n for n in BEAVERTAILS.names if _flag(flags, n, where))
