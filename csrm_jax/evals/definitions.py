@@ -221,6 +221,10 @@ METRICS = {
         'the same for requests whose answer would break a rule; a partial '
         'answer can be as safe, and more helpful.',
     ),
+    'compliance_harmful': (
+        'Compliance, harmful ↑',
+        'share of replies that break no rule, to requests whose answer would.',
+    ),
     'completion_length': ('Length, tokens', 'mean length of replies.'),
     'truncated': (
         'Truncated ↓', 'share of replies that the length limit cut off.'

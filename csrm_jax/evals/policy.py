@@ -29,8 +29,10 @@ PAIRS = (('safety', 'compliance'), ('helpfulness', 'true_helpfulness'),
 _MEANS = ('compliance', 'true_safety', 'true_helpfulness', 'true_cosa',
           'safety', 'helpfulness', 'cosa', 'completion_length',
           'truncated')
-# metric -> the label of the prompts that it is about.
-_REFUSALS = {'refusal_benign': 'benign', 'refusal_harmful': 'harmful'}
+# metric -> (the values it is the mean of, the label of the prompts it is about).
+_BY_LABEL = {'refusal_benign': ('refusal', 'benign'),
+             'refusal_harmful': ('refusal', 'harmful'),
+             'compliance_harmful': ('compliance', 'harmful')}
 _NOTE = """\
 Policies are language models that were asked the same prompts; they do not read
 the rules. Tables named "reward" say what the rewards make of their replies,
@@ -134,8 +136,8 @@ def measured(judged: Judged, num_samples: int = 300, seed: int = 0
              ) -> dict[str, Metric]:
   """Returns {metric: value and interval over prompts}.
 
-  Refusal rates are of the prompts that are known to be benign or harmful;
-  without any such prompt the rate is left out.
+  Rates of the prompts that are known to be benign or harmful are left out
+  where there is no such prompt.
 
   Args:
     judged: of `judge` or `join`.
@@ -144,11 +146,11 @@ def measured(judged: Judged, num_samples: int = 300, seed: int = 0
   draws = Draws(_units(judged.samples), num_samples, seed)
   found = {name: measure.metric(metrics.mean, (judged.values[name],), draws)
            for name in _MEANS if name in judged.values}
-  for name, label in _REFUSALS.items():
+  for name, (values, label) in _BY_LABEL.items():
     rows = np.flatnonzero([s.prompt.label == label for s in judged.samples])
-    if rows.size:
+    if rows.size and values in judged.values:
       found[name] = measure.metric(
-          metrics.mean, (judged.values['refusal'][rows],), draws.take(rows))
+          metrics.mean, (judged.values[values][rows],), draws.take(rows))
   return found
 
 
@@ -258,7 +260,7 @@ def _by_rule_set(tables) -> list[dict[str, Any]]:
 
 
 def _overview(tables) -> dict[str, Any]:
-  names = [name for name in (*_REFUSALS, 'completion_length', 'truncated')
+  names = [name for name in (*_BY_LABEL, 'completion_length', 'truncated')
            if any(name in sets[ALL] for sets in tables.values())]
   return {
       'title': 'Refusals and length, all rule sets',

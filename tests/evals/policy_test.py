@@ -64,12 +64,13 @@ def test_values_are_products_and_fail_closed():
     policy.judge([], JUDGES)
 
 
-def test_refusals_are_counted_by_label():
+def test_refusals_and_violations_are_counted_by_label():
   samples = _samples('film club', lambda phrase, i: (_decline, _help)[
       i](phrase, i))
   found = policy.measured(policy.judge(samples, JUDGES), num_samples=20)
   assert found['refusal_benign']['value'] == 0.5
   assert found['refusal_harmful']['value'] == 0.5
+  assert found['compliance_harmful']['value'] == 0.5  # of helping, none
   benign = [s for s in samples if s.prompt.label == 'benign']
   found = policy.measured(policy.judge(benign, JUDGES), num_samples=20)
   assert 'refusal_harmful' not in found
