@@ -29,7 +29,7 @@ PAIRS = (('safety', 'compliance'), ('helpfulness', 'true_helpfulness'),
 _MEANS = ('compliance', 'true_safety', 'true_helpfulness', 'true_cosa',
           'safety', 'helpfulness', 'cosa', 'completion_length',
           'truncated')
-# metric -> (the values it is the mean of, the label of the prompts it is about).
+# metric -> (what it is the mean of, the label of the prompts it is about).
 _BY_LABEL = {'refusal_benign': ('refusal', 'benign'),
              'refusal_harmful': ('refusal', 'harmful'),
              'compliance_harmful': ('compliance', 'harmful')}
