@@ -42,6 +42,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path,
          mesh: jax.sharding.Mesh) -> None:
   start = time.monotonic()
+  loop = loop_lib.LoopConfig(
+      config.num_steps, config.log_every, config.checkpoint_every,
+      profile=profiling.parse_steps(config.profile_steps))
   spec, tokenizer = _describe(config)
   parts, held_out = _read_data(config)
   todo = evaluation.benchmarks(config.eval, held_out)
@@ -65,9 +68,6 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path,
         todo, rules_blind=blind)
   step_fn, state = make_step(
       config, spec.model, spec.verbalizers(tokenizer), params, mesh)
-  loop = loop_lib.LoopConfig(
-      config.num_steps, config.log_every, config.checkpoint_every,
-      profile=profiling.parse_steps(config.profile_steps))
   state = loop_lib.train(
       loop_lib.Job(step_fn, batches, mesh, workdir, loop, spec.to_dict(),
                    frozen, time.monotonic() - start), state)

@@ -122,12 +122,27 @@ def test_a_process_told_to_stop_goes_on_as_if_it_had_not_been(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_of_two_that_is_told_stops_both_after_the_same_step(
-    start, tmp_path):
-  runs = _pair(start, tmp_path / 'cut')
-  said = _stop_in_the_middle(runs, runs[1], tmp_path / 'cut')
-  assert said[0] == said[1]
-  whole = _pair(start, tmp_path / 'whole')
-  _finish(_pair(start, tmp_path / 'cut'))
-  _finish(whole)
-  assert _curve(tmp_path / 'cut') == _curve(tmp_path / 'whole')
+def test_two_that_are_stopped_then_killed_go_on_as_one(start, tmp_path):
+  cut = tmp_path / 'cut'
+  whole = start(tmp_path / 'whole')
+  runs = _pair(start, cut)
+  said = _stop_in_the_middle(runs, runs[1], cut)
+  assert said[0] == said[1]  # after the same step
+  before = len(_lines(cut))
+  first, second = _pair(start, cut)
+  while len(_lines(cut)) <= before:
+    time.sleep(0.02)
+    assert first.poll() is None, first.stderr.read()
+  second.kill()
+  killed = time.monotonic()
+  errors = first.communicate(timeout=60)[1]
+  assert time.monotonic() - killed < 60
+  assert first.returncode == 2, errors
+  assert 'error: another process is gone (' in errors
+  assert 'Traceback' not in errors
+  second.communicate()
+  _finish([whole, start(cut)])
+  assert len(_curve(cut)) == NUM_STEPS / 4
+  for line, want in zip(
+      _curve(cut), _curve(tmp_path / 'whole'), strict=True):
+    assert line == pytest.approx(want, rel=1e-5)
