@@ -1,4 +1,4 @@
-"""Reading rows of text files, with errors that name file, line and fix."""
+"""Reading rows of files, with errors that name file, line and fix."""
 
 from __future__ import annotations
 
@@ -96,6 +96,33 @@ def read_csv(
     ) from None
   if is_empty:
     raise ValueError(f'{path}: no rows below the header; give some')
+
+
+def read_parquet(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+  """Yields ('file: row number', row) of a Parquet file, rows from 1.
+
+  Raises:
+    ImportError: pyarrow is not installed.
+    ValueError: the file cannot be read, or has no rows.
+  """
+  try:
+    import pyarrow
+    import pyarrow.parquet
+  except ImportError:
+    raise ImportError(
+      f'{path}: reading Parquet needs pyarrow; run "pip install pyarrow"'
+    ) from None
+  try:
+    table = pyarrow.parquet.read_table(os.fspath(path))
+  except (pyarrow.ArrowInvalid, OSError) as error:
+    reason = str(error).splitlines()[0]
+    raise ValueError(
+      f'{path}: cannot be read as Parquet ({reason}); check the file'
+    ) from None
+  if not table.num_rows:
+    raise ValueError(f'{path}: no rows; give a file that has some')
+  for number, row in enumerate(table.to_pylist(), start=1):
+    yield f'{path}: row {number}', row
 
 
 def check_has(

@@ -80,25 +80,8 @@ def read_parquet(
     ImportError: pyarrow is not installed.
     ValueError: with file, row and fix.
   """
-  try:
-    import pyarrow
-    import pyarrow.parquet
-  except ImportError:
-    raise ImportError(
-      f'{path}: reading Parquet needs pyarrow; run "pip install pyarrow"'
-    ) from None
-  try:
-    table = pyarrow.parquet.read_table(os.fspath(path))
-  except (pyarrow.ArrowInvalid, OSError) as error:
-    reason = str(error).splitlines()[0]
-    raise ValueError(
-      f'{path}: cannot be read as Parquet ({reason}); check the file'
-    ) from None
-  if not table.num_rows:
-    raise ValueError(f'{path}: no rows; give a file that has some')
   result = Rows()
-  for number, row in enumerate(table.to_pylist(), start=1):
-    where = f'{path}: row {number}'
+  for where, row in rows.read_parquet(path):
     parsed = {k: _parse_cell(k, v, where) for k, v in row.items()}
     result.append(_parse_row(parsed, where, path, safety, require_label))
   return result

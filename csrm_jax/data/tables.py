@@ -32,7 +32,7 @@ def read_table(
     yield from rows.read_csv(path, columns)
     return
   if name.endswith('.parquet'):
-    read = _parquet(path)
+    read = rows.read_parquet(path)
   elif name.endswith('.jsonl.xz'):
     read = _xz_lines(path)
   elif name.endswith('.json'):
@@ -55,25 +55,6 @@ def find(
     if found:
       return found
   return []
-
-
-def _parquet(path) -> Iterator[tuple[str, Any]]:
-  try:
-    import pyarrow
-    import pyarrow.parquet
-  except ImportError:
-    raise ImportError(
-      f'{path}: reading Parquet needs pyarrow; run "pip install pyarrow"'
-    ) from None
-  try:
-    table = pyarrow.parquet.read_table(os.fspath(path))
-  except (pyarrow.ArrowInvalid, OSError) as error:
-    reason = str(error).splitlines()[0]
-    raise ValueError(
-      f'{path}: cannot be read as Parquet ({reason}); check the file'
-    ) from None
-  for number, row in enumerate(table.to_pylist(), start=1):
-    yield f'{path}: row {number}', row
 
 
 def _xz_lines(path) -> Iterator[tuple[str, Any]]:
