@@ -249,6 +249,7 @@ def _set_offline(c):
   c.pairs.num_parallel = 5  # prompts whose completions are drawn at once
   c.pairs.batch_size = 16  # pairs an update
   c.pairs.beta = 0.1  # of the loss
+  c.pairs.nll_coef = 0.0  # of -log p of the better completion, a token
 
 
 def _set_public(c, is_online):

@@ -283,6 +283,26 @@ def dpo_loss(
   return _pair_loss(-jax.nn.log_sigmoid(margin), margin, weight, {})
 
 
+def better_nll(
+    logprob_sums: jax.Array, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (total, weight) of −log π(y⁺) a token: over pairs, their number.
+
+  A pair loss is content where both sides lose probability, to text of which
+  there is no pair; this term keeps it at the better sides.
+
+  Args:
+    logprob_sums: see distillation_loss.
+    batch: completion_mask [P,2,C]; see also distillation_loss.
+
+  Source: Pang et al. (arXiv 2404.19733), eq. 1.
+  """
+  weight = _pair_weight(batch)
+  lengths = (batch['completion_mask'][:, 0] > 0).sum(1)
+  nll = -_float(logprob_sums[:, 0]) / jnp.maximum(lengths, 1)
+  return masked.masked_sum(nll, weight), weight.sum()
+
+
 def _float(x: jax.Array) -> jax.Array:
   """Returns x in float32, or in float64 where it is that."""
   x = jnp.asarray(x)

@@ -21,7 +21,7 @@ import numpy as np
 
 from csrm_jax import training
 from csrm_jax.augmentation import journal
-from csrm_jax.rl import rewards, rollout
+from csrm_jax.rl import objectives, rewards, rollout
 from csrm_jax.rl.types import Prompt, Sample
 from csrm_jax.sampling import Completions, Sampling
 
@@ -205,7 +205,7 @@ def _reference(policy, params, rows, settings, chunk) -> np.ndarray:
 
 def make_loss_fn(
     policy: rollout.Policy, loss: Callable[..., Any], beta: float,
-    temperature: float
+    temperature: float, nll_coef: float = 0.0
 ) -> training.LossFn:
   """Returns (params, batch) -> (total, weight, metrics), for the train step.
 
@@ -214,14 +214,23 @@ def make_loss_fn(
     loss: objectives.distillation_loss or dpo_loss.
     beta: β of it.
     temperature: of the log-probabilities, as in sampling.
+    nll_coef: factor of objectives.better_nll, which is added.
+
+  Raises:
+    ValueError: nll_coef is below 0.
   """
+  if not 0 <= nll_coef < float('inf'):
+    raise ValueError(f'nll_coef={nll_coef} must be 0 or above, and finite')
 
   def loss_fn(params, batch):
     rows = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in (
         'tokens', 'positions', 'segment_ids', 'completion_mask')}
     out = rollout.logprobs(policy.model, params, rows, temperature)
     sums = out['logprobs'].sum(1).reshape(-1, 2)
-    return loss(sums, batch, beta)
+    total, weight, metrics = loss(sums, batch, beta)
+    nll = objectives.better_nll(sums, batch)
+    metrics['pairs/nll'] = jax.lax.stop_gradient(nll)
+    return total + nll_coef * nll[0] if nll_coef else total, weight, metrics
 
   return loss_fn
 

@@ -224,7 +224,8 @@ def _train_offline(config: ml_collections.ConfigDict, setup: Setup,
   batches = offline.PairBatches(rows, pairs.batch_size, config.seed)
   step_fn = training.make_train_step(
       offline.make_loss_fn(
-          setup.policy, loss, pairs.beta, setup.sampling.temperature),
+          setup.policy, loss, pairs.beta, setup.sampling.temperature,
+          pairs.nll_coef),
       optimizer, config.optim.num_microbatches, shardings)
   loop = loop_lib.LoopConfig(
       config.num_steps, config.log_every, config.checkpoint_every,

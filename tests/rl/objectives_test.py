@@ -366,6 +366,24 @@ def test_losses_of_pairs_agree_with_loops_at_float64(name, fn):
   np.testing.assert_allclose(metrics['policy/loss'], (total, 3))
 
 
+def test_nll_of_the_better_sides_agrees_with_a_loop_at_float64():
+  mask = np.float32(
+      [[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 0, 0, 0], [0, 0, 0, 0]],
+       [[0, 1, 1, 0], [1, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]])
+  batch = PAIRS | {'completion_mask': mask[:len(SUMS)]}
+
+  def reference(sums):
+    return sum(-sums[i, 0] / max(mask[i, 0].sum(), 1)
+               for i in range(len(sums)) if PAIRS['pair_weight'][i])
+
+  total, weight, _, grad = _with_gradient(
+      lambda x: (*objectives.better_nll(x, batch), {}), SUMS)
+  np.testing.assert_allclose(total, reference(SUMS), rtol=1e-12)
+  np.testing.assert_allclose(
+      grad, _differences(reference, SUMS, USED), rtol=1e-6, atol=1e-9)
+  assert weight == 3
+
+
 def test_distillation_rests_where_the_policy_is_the_reward_s():
   """At π ∝ π_ref·R^(1/β) the loss is 0, whatever the scale of the rewards."""
   pairs = {'ref_logprob': np.float32([[-9.1, -7.4], [-3.2, -2.9]]),

@@ -92,6 +92,14 @@ def test_pairs_know_their_rewards_and_reference(
   total, weight, metrics = loss_fn(params, pairs)
   assert float(total / weight) == pytest.approx(np.log(2), abs=1e-4)
   assert float(metrics['pairs/margin'][0]) == pytest.approx(0, abs=1e-3)
+  lengths = pairs['completion_mask'].sum(-1)
+  nll = -(pairs['ref_logprob'] / lengths)[:, 0].mean()
+  assert float(metrics['pairs/nll'][0]) / num == pytest.approx(nll, rel=1e-4)
+  loss_fn = offline.make_loss_fn(policy, objectives.dpo_loss, 0.5, 1.0, 2.0)
+  total = loss_fn(params, pairs)[0]
+  assert float(total / weight) == pytest.approx(np.log(2) + 2 * nll, rel=1e-4)
+  with pytest.raises(ValueError, match='nll_coef=-1'):
+    offline.make_loss_fn(policy, objectives.dpo_loss, 0.5, 1.0, -1.0)
 
 
 def test_rewards_that_are_all_equal_give_no_pairs(policy, params, prompts):
