@@ -58,9 +58,9 @@ def get_config(arg=None):
   c.seed = 0  # of prompts, draws, mini batches and adapters
   c.algorithm = arg.algorithm
   is_online = arg.algorithm not in ('distillation', 'dpo')
-  c.num_steps = 60 if is_online else 300  # rollouts; offline: updates
+  c.num_steps = 60 if is_online else 200  # rollouts; offline: updates
   c.log_every = 1 if is_online else 10  # steps a line of metrics.jsonl sums up
-  c.checkpoint_every = 10 if is_online else 100  # a multiple of log_every
+  c.checkpoint_every = 10 if is_online else 50  # a multiple of log_every
   # Steps of a profiler trace in workdir/profile, as in '10:13'; '' for none.
   c.profile_steps = ''
 
@@ -78,8 +78,8 @@ def get_config(arg=None):
     _set_offline(c)
 
   c.optim = ml_collections.ConfigDict()
-  c.optim.lr = 1e-3 if is_online else 3e-4  # peak; warm-up, then cosine
-  c.optim.warmup_steps = 5  # updates
+  c.optim.lr = 1e-3  # peak; warm-up, then cosine
+  c.optim.warmup_steps = 5 if is_online else 20  # updates
   c.optim.b1 = 0.9
   c.optim.b2 = 0.95
   c.optim.weight_decay = 0.0  # decoupled; not on norm scales
@@ -243,13 +243,21 @@ def _set_online(c, algorithm):
 
 def _set_offline(c):
   c.pairs = ml_collections.ConfigDict()
-  c.pairs.num_prompts = 256  # the first of data.num_prompts
-  c.pairs.num_samples = 100  # completions of each
-  c.pairs.num_best = 5  # of them, paired at random with as many of the worst
-  c.pairs.num_parallel = 5  # prompts whose completions are drawn at once
-  c.pairs.batch_size = 16  # pairs an update
-  c.pairs.beta = 0.1  # of the loss
-  c.pairs.nll_coef = 0.0  # of -log p of the better completion, a token
+  # The paper pairs the 5 best of 100 with the 5 worst. The policy of RuleWorld
+  # learns more from all of 24, from more prompts.
+  c.pairs.num_prompts = 512  # the first of data.num_prompts
+  c.pairs.num_samples = 24  # completions of each
+  c.pairs.num_best = 12  # of them, paired at random with as many of the worst
+  c.pairs.num_parallel = 16  # prompts whose completions are drawn at once
+  c.pairs.batch_size = 48  # pairs an update
+  c.pairs.beta = 0.3  # of the loss
+  # Of -log p of the better completion, a token, which is added. Without it both
+  # sides of a pair lose probability to text that was never drawn.
+  c.pairs.nll_coef = 2.0
+  if 'clip' in c.reward:
+    # Nothing is worse: log R of two bad completions differs by chance.
+    highest = 1.0 if c.reward.helpfulness == 'none' else 5.0
+    c.reward.clip = (0.05 * highest, highest)
 
 
 def _set_public(c, is_online):
@@ -265,7 +273,7 @@ def _set_public(c, is_online):
     c.rollout.num_prompts = 8
     c.optim.num_microbatches = 4
   else:
-    c.pairs.num_prompts, c.pairs.num_samples = 8, 16
+    c.pairs.num_prompts, c.pairs.num_samples, c.pairs.num_best = 8, 16, 4
     c.pairs.num_parallel, c.pairs.batch_size = 2, 4
 
 
