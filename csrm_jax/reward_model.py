@@ -212,8 +212,10 @@ def _describe_run(directory: pathlib.Path
     raise ValueError(f'{directory}: {error}') from None
   tokenizer = tokenizer_lib.load_tokenizer(_tokenizer_path(directory))
   _check(directory, 'template', spec.template_hash,
-         templates.template_hash(spec.layout))
-  _check(directory, 'tokenizer', spec.tokenizer_digest, tokenizer.digest)
+         templates.template_hash(spec.layout),
+         'use the csrm_jax version that trained it')
+  _check(directory, 'tokenizer', spec.tokenizer_digest, tokenizer.digest,
+         'put back the tokenizer file that the training run wrote there')
   return spec, tokenizer
 
 
@@ -291,8 +293,9 @@ def _tokenizer_path(directory: pathlib.Path) -> pathlib.Path:
       'directory of a training run')
 
 
-def _check(directory: pathlib.Path, what: str, saved: str, now: str) -> None:
+def _check(directory: pathlib.Path, what: str, saved: str, now: str, fix: str
+           ) -> None:
   if saved != now:
     raise ValueError(
         f'{directory}: the checkpoint was made with {what} {saved[:12]}, here '
-        f'it is {now[:12]}; use the csrm_jax version that trained it')
+        f'it is {now[:12]}; {fix}')

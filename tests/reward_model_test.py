@@ -106,14 +106,16 @@ def test_a_conversation_must_end_with_the_agent(tmp_path):
     rm.score(rules, [(schema.Message('user', 'Hello.'),)])
 
 
-@pytest.mark.parametrize(('field', 'name'), [
-    ('template_hash', 'template'), ('tokenizer_digest', 'tokenizer')])
-def test_another_template_or_tokenizer_is_refused(tmp_path, field, name):
+@pytest.mark.parametrize(('field', 'name', 'fix'), [
+    ('template_hash', 'template', 'csrm_jax version'),
+    ('tokenizer_digest', 'tokenizer', 'put back the tokenizer file')])
+def test_another_template_or_tokenizer_is_refused(tmp_path, field, name, fix):
   _save(tmp_path, dataclasses.replace(SPEC, **{field: '0123456789abcdef'}))
   with pytest.raises(ValueError, match=f'with {name} 0123456789ab') as error:
     reward_model.load(tmp_path)
   message = str(error.value)
   assert getattr(SPEC, field)[:12] in message and str(tmp_path) in message
+  assert fix in message
   assert '\n' not in message
 
 
