@@ -24,8 +24,13 @@ EXTRAS = {
     'gcsfs>=2025.3',
     'gcp-storage-emulator>=2026.7',
   ],
-  # What the tests compare with; without it those tests skip.
-  'parity': ['torch>=2.15,<3', 'transformers>=5.23,<6', 'peft>=0.21,<1'],
+  # What the tests compare with, or talk to; without it those tests skip.
+  'parity': [
+    'torch>=2.15,<3',
+    'transformers>=5.23,<6',
+    'peft>=0.21,<1',
+    'xllamacpp>=2026.10',
+  ],
   # Tokenizers, chat templates and weights of public models.
   'hf': [
     'tokenizers>=0.21',

