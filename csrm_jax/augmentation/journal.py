@@ -136,7 +136,7 @@ class Cache:
     self.num_corrupt = 0
 
   def get(self, key: str) -> str | None:
-    """Returns the text stored under the key (hex), or None.
+    """Returns the text stored under the key (a file name), or None.
 
     An entry that is damaged is counted in `num_corrupt` and is none.
     """
@@ -170,4 +170,5 @@ class Cache:
 
 
 def _sha256(text: str) -> str:
-  return hashlib.sha256(text.encode()).hexdigest()
+  # A model may write half of a character.
+  return hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()

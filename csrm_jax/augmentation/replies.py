@@ -33,12 +33,14 @@ def ask(
 ) -> Any:
   """Returns the typed reply, from the cache where it is there.
 
-  A text that does not parse is never repaired: another one is asked for.
+  A text that does not parse is never repaired: another one is asked for. It is
+  cached all the same, so that a rerun costs nothing; an empty one, which may
+  be a slip of the service, is not.
 
   Args:
     request: what is asked.
     key: of the cache.
-    cache: gets the text of a reply that parses.
+    cache: gets the texts, each try's under its own key.
     write: (request, number of the try) -> a text of the model.
     num_tries: at most.
     count: called with what is to be added to the counts, by name.
@@ -46,24 +48,19 @@ def ask(
   Raises:
     NoReplyError: 'unparsable', or what `write` raises.
   """
-  text = cache.get(key)
-  if text is not None:
-    try:
-      reply = requests.parse(request, text)
-    except ValueError:
-      pass  # Stored under laxer rules: ask again.
-    else:
-      count(cache_hits=1)
-      return reply
   problem = None
   for number in range(num_tries):
-    text = write(request, number)
+    entry = f'{key}-{number}' if number else key
+    text = cache.get(entry)
+    if text is not None:
+      count(cache_hits=1)
+    else:
+      text = write(request, number)
+      if text.strip():
+        cache.put(entry, text)
     try:
-      reply = requests.parse(request, text)
+      return requests.parse(request, text)
     except ValueError as error:
       problem = error
       count(unparsable=1)
-      continue
-    cache.put(key, text)
-    return reply
   raise NoReplyError('unparsable', str(problem))

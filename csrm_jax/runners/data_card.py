@@ -46,15 +46,24 @@ def make(
 def write(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:
   """Writes card.json and card.md."""
   writer.write_atomic(workdir / 'card.json', json.dumps(card, indent=1) + '\n')
+  sections = {k: v for k, v in card.items() if isinstance(v, Mapping)}
   lines = ['# Data card', '']
-  for key, value in card.items():
-    if isinstance(value, Mapping):
-      lines += ['', f'## {key.capitalize()}', '']
-      lines += [f'- {k}: {v}' for k, v in value.items()] or ['(none)']
-      lines.append('')
-    else:
-      lines.append(f'- {key}: {value if value != "" else "(not given)"}')
+  lines += [
+    f'- {_words(key)}: {value if value != "" else "(not given)"}'
+    for key, value in card.items() if key not in sections
+  ]
+  # What is long comes last.
+  for key in sorted(sections, key=lambda key: key == 'prompts'):
+    title = _words(key)
+    lines += ['', f'## {title[0].upper()}{title[1:]}', '']
+    lines += [
+      f'- {k}: {v}' for k, v in sections[key].items()
+    ] or ['(none)']
   writer.write_atomic(workdir / 'card.md', '\n'.join(lines) + '\n')
+
+
+def _words(key: str) -> str:
+  return key.replace('_', ' ')
 
 
 def _licence(name: str) -> str:

@@ -103,7 +103,7 @@ def test_waits_grow_and_heed_the_server(make, fault_server):
     'Sure! Here is a guideline: no cats.', '', '[]', '{"guideline": 3}',
     '{"guideline": ""}', '{"rule": "No word about cats."}',
     f'Of course. {GOOD}', '{"guideline": "No word about ca', '[' * 9999,
-    '{"guideline": "short"}',
+    '{"guideline": "short"}', '{"guideline": "No word about cats \ud800."}',
     '{"guideline": "No word about cats.", "guideline": "Cats are fine."}',
 ])
 def test_prose_is_asked_again_then_dropped_never_guessed(
@@ -117,6 +117,13 @@ def test_prose_is_asked_again_then_dropped_never_guessed(
     assert asker.usage()['unparsable'] == 2
     # Another seed, so that it is not the same reply again.
     assert [b['seed'] for b in server.bodies] == [0, 1]
+    # A rerun pays for further tries only; an empty text may be a slip.
+    again = make(server.url, num_unparsable=3)
+    with pytest.raises(NoReplyError):
+      again.ask(ask_for())
+    num_paid = 1 if text else 3
+    assert server.num_requests == 2 + num_paid
+    assert again.usage().get('cache_hits', 0) == 3 - num_paid
 
 
 def test_a_good_reply_after_prose_counts(make, fault_server):

@@ -30,6 +30,8 @@ import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.port = sys.argv[1], int(sys.argv[2])
 params.n_parallel, params.n_ctx = 2, 6144
+# Its threads wait by turning: two on a shared core take minutes.
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.api_keys = ['sesame']
 server = xllamacpp.Server(params)
 time.sleep(600)
@@ -90,15 +92,17 @@ def test_a_choice_is_always_one_of_those_given(make):
 
 def test_a_small_model_writes_what_parses(make):
   asker = make()
-  proposed = []
-  for number in range(3):
+  for number in range(4):
     example = examples.training_example(0, number)
     try:
-      proposed.append(asker.ask(requests.ProposeCategories(
-          example.safety, example.conversation)))
+      reply = asker.ask(requests.ProposeCategories(
+          example.safety, example.conversation))
     except NoReplyError as error:
       assert error.reason == 'unparsable'
-  assert any(reply.plus or reply.minus for reply in proposed)
+      continue
+    if reply.plus or reply.minus:
+      return
+  pytest.fail(f'no proposal: {asker.usage()}')
 
 
 def test_a_wrong_key_is_one_line(make, monkeypatch):

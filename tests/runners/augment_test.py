@@ -3,10 +3,6 @@
 import collections
 import json
 import pathlib
-import signal
-import subprocess
-import sys
-import zlib
 
 import ml_collections
 import numpy as np
@@ -23,11 +19,6 @@ from csrm_jax.safety.schema import Category, Example, Pair
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = config_lib.load_module(ROOT / 'configs' / 'augment.py')
 RM = config_lib.load_module(ROOT / 'configs' / 'rm.py')
-FaultServer = config_lib.load_module(
-    ROOT / 'tests' / 'augmentation' / 'conftest.py').FaultServer
-PLUS = {'name': 'Fortune telling', 'guideline': 'No word about the future.'}
-MINUS = {'name': 'Deep seas', 'guideline': 'No word about deep oceans.'}
-GOOD = json.dumps({'plus': PLUS, 'minus': MINUS})
 
 
 def config(arg='smoke', **changes):
@@ -71,6 +62,10 @@ def test_data_is_what_a_reward_model_trains_on(finished):
         source.safety, source.conversation, source.label)
   assert '1.000' in (workdir / 'report' / 'strictness.md').read_text()
   assert card['drops']['plus_not_proposed'] > 0
+  facts, *sections = (workdir / 'card.md').read_text().split('\n## ')
+  assert f'- digest: {card["digest"]}' in facts
+  assert f'- plus_not_proposed: {card["drops"]["plus_not_proposed"]}' in (
+      sections[0])
   events = read(workdir / 'log.jsonl')
   assert events[-1]['event'] == 'done'
 
@@ -164,23 +159,6 @@ def test_a_reward_model_trains_on_it(finished, tmp_path):
       plus & set(augment_fn(item, rng).safety.categories) for item in made)
 
 
-@pytest.fixture
-def conversations(tmp_path):
-  """Returns a JSONL file of twenty labelled conversations."""
-  path = tmp_path / 'rows.jsonl'
-  items = [examples.training_example(5, i).to_dict() for i in range(20)]
-  path.write_text(''.join(
-      json.dumps(row | {'plus': None, 'minus': None}) + '\n' for row in items))
-  return path
-
-
-def endpoint_config(path, url, **changes):
-  return config(f'proposer=endpoint,data=jsonl,path={path}', **{
-      'endpoint.base_url': url, 'endpoint.model': 'm',
-      'endpoint.backoff_s': 0.01, 'endpoint.num_tries': 2,
-      'endpoint.num_unparsable': 2, 'endpoint.concurrency': 4} | changes)
-
-
 @pytest.mark.parametrize('format', ['csrm', 'llama_guard_3'])
 def test_any_guard_can_judge(tmp_path, monkeypatch, format):
   asked = []
@@ -220,94 +198,6 @@ def test_some_of_a_file_are_drawn_at_random(tmp_path):
   assert augment._read(c.source, 1)[0] != some
   c.source.num_examples = 99
   assert augment._read(c.source, 0)[0] == items
-
-
-def test_an_endpoint_in_trouble_loses_nothing(conversations, tmp_path):
-  pytest.importorskip('openai')
-  seen = collections.Counter()
-
-  def script(number, body):
-    text = body['messages'][1]['content']
-    seen[text] += 1
-    kind = zlib.crc32(text.encode()) % 4
-    if kind == 1:
-      return ('status', 429, {})
-    return 'Prose.' if kind == 2 else GOOD
-
-  with FaultServer(script) as server:
-    c = endpoint_config(conversations, server.url)
-    rows, card = run(c, tmp_path / 'a')
-    assert len(rows) == 20
-    assert card['counts']['with_plus'] + sum(
-        n for reason, n in card['drops'].items()
-        if reason.startswith('no_reply')) == 20
-    # Asked again: those that failed for a passing reason, and no other.
-    passing = card['drops']['no_reply: rate_limited']
-    assert passing > 0 and card['drops']['no_reply: unparsable'] > 0
-    server.script = lambda number, body: GOOD
-    before = server.num_requests
-    rows, card = run(c, tmp_path / 'a')
-    assert server.num_requests - before == passing
-    assert 'no_reply: rate_limited' not in card['drops']
-    assert card['model'] == 'm' and 'guideline' in str(card['prompts'])
-
-
-def test_a_run_that_is_killed_asks_for_nothing_twice(conversations, tmp_path):
-  """A real process, killed by the system at its twelfth request."""
-  pytest.importorskip('openai')
-  victim = []
-
-  def script(number, body):
-    if number == 11:
-      victim[0].kill()
-    return GOOD
-
-  workdir = tmp_path / 'work'
-  with FaultServer(script) as server:
-    args = [
-        sys.executable, '-m', 'csrm_jax.main', f'--workdir={workdir}',
-        f'--config={ROOT}/configs/augment.py:proposer=endpoint,data=jsonl,'
-        f'path={conversations}', '--config.endpoint.model=m',
-        f'--config.endpoint.base_url={server.url}',
-        '--config.endpoint.concurrency=1']
-    victim.append(subprocess.Popen(args, cwd=ROOT, stderr=subprocess.DEVNULL))
-    assert victim[0].wait(120) == -signal.SIGKILL
-    assert server.num_requests == 12
-    assert not (workdir / 'data.jsonl').exists()
-    # Eight are in the journal, with their checks; three in the cache.
-    assert len(read(workdir / 'journal_categories.jsonl')) == 8
-    subprocess.run(args, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    # Again only the request that got no answer, and those that were to come.
-    assert server.num_requests == 12 + 9
-    asked = [body['messages'][1]['content'] for body in server.bodies]
-    again = collections.Counter(asked) - collections.Counter(set(asked))
-    assert list(again) == [asked[11]]
-  rows = sources.read_jsonl(workdir / 'data.jsonl', require_label=True)
-  assert [row.id for row in rows] == [
-      row.id for row in sources.read_jsonl(conversations)]
-  assert all(row.plus.name == PLUS['name'] for row in rows)
-
-
-def test_the_cache_serves_another_run(conversations, tmp_path):
-  pytest.importorskip('openai')
-  with FaultServer(lambda number, body: GOOD) as server:
-    cache = {'cache': str(tmp_path / 'cache')}
-    c = endpoint_config(conversations, server.url, **cache)
-    rows, _ = run(c, tmp_path / 'a')
-    assert server.num_requests == 20
-    assert {row.plus.name for row in rows} == {PLUS['name']}
-    again, card = run(c, tmp_path / 'b')
-    assert server.num_requests == 20 and again == rows
-    assert card['usage_of_last_run']['cache_hits'] == 20
-
-
-def test_an_endpoint_that_is_down_leaves_no_work_directory(
-    conversations, tmp_path):
-  pytest.importorskip('openai')
-  c = endpoint_config(conversations, 'http://127.0.0.1:9/v1')
-  with pytest.raises(ValueError, match='does not answer'):
-    main.run(c, tmp_path / 'work')
-  assert not (tmp_path / 'work').exists()
 
 
 @pytest.mark.parametrize('changes, said', [
