@@ -72,7 +72,9 @@ def test_what_is_written_depends_on_request_and_seed_not_on_the_batch(
     weights, tmp_path, monkeypatch, short):
   together = make(weights, tmp_path)
   found = texts(together, monkeypatch, NAMES, 3)
-  alone = texts(make(weights, tmp_path), monkeypatch, NAMES[::-1], 1)
+  # With a cache of its own: it must write anew.
+  alone = texts(
+      make(weights, tmp_path / 'alone'), monkeypatch, NAMES[::-1], 1)
   assert found == alone
   other = texts(make(weights, tmp_path, seed=1), monkeypatch, NAMES[:1], 1)
   assert other['Cats'] != found['Cats']
