@@ -26,6 +26,7 @@ from csrm_jax.safety import schema
 
 # Of held-out rows, the share that thresholds and calibration are fitted on.
 _VALIDATION_FRACTION = 0.25
+_HELD_OUT = '{} of the data trained on that training did not see.'
 
 
 def load_model(config: ml_collections.ConfigDict) -> reward_model.RewardModel:
@@ -63,11 +64,13 @@ def benchmarks(config: ml_collections.ConfigDict,
     made = []
     if examples:
       test, validation = sources.split(examples, _VALIDATION_FRACTION, seed=1)
-      made.append(
-          Benchmark(name, 'classification', test, validation=validation))
+      made.append(Benchmark(
+          name, 'classification', test, _HELD_OUT.format('Rows'),
+          validation=validation))
     if pairs:  # A file of both kinds, as augmentation writes, has two sets.
-      made.append(
-          Benchmark(f'{name}_pairs' if examples else name, 'pairs', pairs))
+      made.append(Benchmark(
+          f'{name}_pairs' if examples else name, 'pairs', pairs,
+          _HELD_OUT.format('Pairs')))
     todo += [benchmark.limited(b, config.max_examples) for b in made]
   return battery.prepare(todo)
 
