@@ -20,6 +20,7 @@ from ml_collections.config_dict import placeholder
 
 import csrm_jax
 from csrm_jax import config as config_lib
+from csrm_jax.core import topology
 
 ALGORITHMS = ('reinforce_pp', 'reinforce_pp_baseline', 'grpo', 'dr_grpo',
               'rloo', 'ppo', 'distillation', 'dpo')
@@ -44,14 +45,15 @@ def get_config(arg=None):
   policy (ruleworld or a name of POLICIES) and policy_init (its weights: a
   folder, a hub id, or the policy/ that an earlier run has written), lora (rank
   of adapters; 0 trains all weights); data=ruleworld|xstest|jsonl with data_dir
-  or path, rules (a RuleWorld rule set, or a YAML or JSON file); num_steps,
-  smoke (a run of a minute that exercises everything).
+  or path, rules (a RuleWorld rule set, or a YAML or JSON file); mesh (TPUs or
+  GPUs as they are rented: v5e-64, v5p-16, h100-8), num_steps, smoke (a run of a
+  minute that exercises everything).
   """
   arg = config_lib.parse_arg(
       arg, algorithm=ALGORITHMS, reward=REWARDS, checkpoint='', url='',
       function='', variant=tuple(ALPHAALIGN), policy=('ruleworld', *POLICIES),
       policy_init='', lora=0, data=('ruleworld', 'xstest', 'jsonl'),
-      data_dir='', path='', rules='', num_steps=0, smoke=False)
+      data_dir='', path='', rules='', mesh='', num_steps=0, smoke=False)
   c = ml_collections.ConfigDict()
   c.runner = 'align'
   c.title = 'Aligned policy'  # of the report
@@ -72,6 +74,9 @@ def get_config(arg=None):
   c.sampling.temperature = 1.0  # also of all log-probabilities
   c.sampling.top_p = 1.0  # 1 for all tokens
   c.sampling.top_k = 0  # 0 for all tokens
+  # Devices that a copy of the weights to sample from is cut over, by heads;
+  # each such group draws completions of its own.
+  c.sampling.tensor = 1
   if is_online:
     _set_online(c, arg.algorithm)
   else:
@@ -87,8 +92,10 @@ def get_config(arg=None):
   c.optim.end_lr_fraction = 0.1  # last learning rate over the peak
   c.optim.num_microbatches = 1  # gradient accumulation within an update
 
-  # Devices along each axis; -1 takes what is left.
-  c.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})
+  # Devices along each axis; -1 takes what is left. Of num_slices (or nodes),
+  # which a slow network connects, data is a multiple.
+  c.mesh = ml_collections.ConfigDict(
+      {'data': -1, 'fsdp': 1, 'tensor': 1, 'num_slices': 1})
 
   c.eval = ml_collections.ConfigDict()
   c.eval.num_prompts = 128  # held out; also answered by the unaligned policy
@@ -100,6 +107,8 @@ def get_config(arg=None):
 
   if arg.policy != 'ruleworld':
     _set_public(c, is_online)
+  if arg.mesh:
+    _set_slice(c, arg, is_online)
   if arg.reward == 'alphaalign':
     c.sampling.max_completion_length = 88
   if arg.smoke:
@@ -275,6 +284,24 @@ def _set_public(c, is_online):
   else:
     c.pairs.num_prompts, c.pairs.num_samples, c.pairs.num_best = 8, 16, 4
     c.pairs.num_parallel, c.pairs.batch_size = 2, 4
+
+
+def _set_slice(c, arg, is_online):
+  """What suits a public model on a slice of TPUs, or nodes of GPUs."""
+  num = topology.num_devices(arg.mesh)
+  c.mesh.update(topology.layout(arg.mesh))
+  c.policy.overrides.dtype = 'bfloat16'
+  c.policy.overrides.remat = 'full'
+  c.policy.overrides.unroll = 1
+  c.sampling.max_completion_length = 512
+  if arg.policy not in ('ruleworld', 'smollm2_135m'):
+    # Their 8 heads of keys; a node's devices are the nearest to each other.
+    c.sampling.tensor = min(8, num // c.mesh.num_slices)
+  if is_online:
+    c.rollout.num_prompts = 64
+    c.rollout.dtype = 'bfloat16'
+    rows = 64 * c.rollout.num_generations // c.loss.num_mini_batches
+    c.optim.num_microbatches = max(1, rows // (4 * num))  # 4 rows a device
 
 
 def _set_smoke(c, is_online):

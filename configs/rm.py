@@ -40,8 +40,8 @@ def get_config(arg=None):
   array_record, beavertails, wildguardmix, ...; model (tiny or a name of
   BACKBONES), init (its weights: a folder, a hub id or a .gguf file; by default
   the hub's), lora (rank of adapters; 0 trains all weights), mesh (a slice of
-  TPUs: v5e-64, v5p-16, 2xv5e-256), num_steps, smoke (a run of a minute that
-  exercises everything).
+  TPUs: v5e-64, v5p-16, 2xv5e-256; or GPUs: h100-16), num_steps, smoke (a run of
+  a minute that exercises everything).
   """
   arg = config_lib.parse_arg(
       arg, ablation=ABLATIONS, data='ruleworld', data_dir='', path='',
@@ -116,8 +116,10 @@ def get_config(arg=None):
   c.optim.end_lr_fraction = 0.1  # last learning rate over the peak
   c.optim.num_microbatches = 1  # gradient accumulation within a step
 
-  # Devices along each axis; -1 takes what is left.
-  c.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})
+  # Devices along each axis; -1 takes what is left. Of num_slices (or nodes),
+  # which a slow network connects, data is a multiple.
+  c.mesh = ml_collections.ConfigDict(
+      {'data': -1, 'fsdp': 1, 'tensor': 1, 'num_slices': 1})
 
   c.eval = ml_collections.ConfigDict()
   c.eval.fraction = 0.2  # of each file part, held out by a hash of its text
@@ -199,7 +201,7 @@ def _set_backbone(c, arg):
 
 
 def _set_slice(c, name):
-  """The paper's batch and precision on a slice of TPUs."""
+  """The paper's batch and precision on a slice of TPUs, or nodes of GPUs."""
   c.mesh.update(topology.layout(name))
   c.model.overrides.dtype = 'bfloat16'
   c.model.overrides.remat = 'full'

@@ -21,6 +21,7 @@ import jax
 
 from csrm_jax import backbone, scoring
 from csrm_jax.core import checkpoint, remote, tree
+from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import config as model_config
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.safety import guards, schema, templates
@@ -155,6 +156,8 @@ def load(source: str | pathlib.Path, max_length: int = 2048,
          format: str = 'csrm', **options: Any) -> RewardModel:
   """Returns the reward model of a work directory, or a public model as one.
 
+  Its parameters lie on the mesh that jax.set_mesh has set, if any.
+
   Args:
     source: work directory of a training run (gs://… too); or a Hugging Face
       folder, the id of one on the hub ("org/name"), or a .gguf file.
@@ -174,7 +177,8 @@ def load(source: str | pathlib.Path, max_length: int = 2048,
   if _is_run(source):
     params = restore_params(source, spec)
   else:
-    params = hf.load_params(source, spec.model)
+    shapes = jax.eval_shape(lambda: transformer.init_params(spec.model, 0))
+    params = hf.load_params(source, spec.model, _shardings(shapes))
   return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length))
 
 
@@ -222,17 +226,33 @@ def _describe_run(directory: pathlib.Path
 def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
   """Returns all parameters of a training run: with adapters, base and these.
 
+  They lie on the mesh that jax.set_mesh has set, if any.
+
   Raises:
     FileNotFoundError: no intact checkpoint there.
     ValueError: the base is not there, or another one.
   """
   directory = _directory(source)
-  shapes = {'params': spec.abstract_params()}
+  shapes = _on_mesh({'params': spec.abstract_params()})
   with checkpoint.Checkpoints(directory / 'checkpoints') as saved:
     restored = saved.restore_latest(shapes, partial=True)
   if restored is None:
     raise FileNotFoundError(f'{directory}: no intact checkpoint there')
-  return tree.merge(spec.load_base(), restored.state['params'])
+  whole = jax.eval_shape(lambda: transformer.init_params(spec.model, 0))
+  base = lora.split(whole)[1] if spec.base else {}
+  return tree.merge(spec.load_base(_shardings(base)), restored.state['params'])
+
+
+def _on_mesh(shapes: Any) -> Any:
+  """Returns the shapes, with their places on the mesh that is set, if any."""
+  mesh = jax.sharding.get_mesh()
+  return shapes if mesh.empty else mesh_lib.abstract(shapes, mesh)
+
+
+def _shardings(shapes: Any) -> Any:
+  """Returns the places of parameters on the mesh that is set; None for none."""
+  mesh = jax.sharding.get_mesh()
+  return None if mesh.empty else mesh_lib.shardings(shapes, mesh)
 
 
 def _describe_backbone(

@@ -13,7 +13,6 @@ V vocab.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,10 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from csrm_jax import decoding
+from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.decoding import Completions
 from csrm_jax.models import prefix as prefix_lib
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.token_choice import Sampling, choose_tokens
+from csrm_jax.token_choice import Sampling, token_logprobs
 
 # Lengths that prompts are padded to; each is compiled once.
 PROMPT_BUCKETS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536,
@@ -34,41 +36,6 @@ PROMPT_BUCKETS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536,
 PREFIX_STEP = 32
 # Tokens whose logits hidden_logprobs holds at once.
 LOGPROB_CHUNK = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Completions:
-  """What generate returns for N prompts; C = max_completion_length.
-
-  Attributes:
-    tokens: int32 [N,C]; 0 from a completion's length on.
-    lengths: int32 [N], in tokens, the stop token included.
-    logprobs: float32 [N,C], token_logprobs of each token; 0 past the length.
-    stopped: bool [N]; False where max_completion_length cut it off.
-  """
-
-  tokens: np.ndarray
-  lengths: np.ndarray
-  logprobs: np.ndarray
-  stopped: np.ndarray
-
-
-def token_logprobs(
-    logits: jax.Array, tokens: jax.Array, temperature: float
-) -> jax.Array:
-  """Returns log softmax(logits / temperature) at tokens, float32 [...], nats.
-
-  Over the whole vocabulary, whatever top-k and top-p left out when the token
-  was drawn. Temperature 0, which has no distribution, counts as 1.
-
-  Args:
-    logits: [...,V].
-    tokens: int32 [...].
-    temperature: static.
-  """
-  logits = logits.astype(jnp.float32) / (temperature or 1.0)
-  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def hidden_logprobs(
@@ -119,6 +86,10 @@ def generate(
   rounding). To get several completions, give a prompt several times: it is
   read once in each batch.
 
+  On the mesh that params lie on: rows over data and fsdp, heads over tensor.
+  Weights that are cut over fsdp come together for each token; a copy that is
+  cut over tensor only is faster to sample from.
+
   Args:
     cfg: the model.
     params: its parameters.
@@ -146,27 +117,46 @@ def generate(
   prompts = [tuple(prompt) for prompt in prompts]
   number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
   order = np.lexsort(([number[prompt] for prompt in prompts], lengths))
-  start, go_on = _compile(cfg, sampling)
-  prefix = None
-  if num_shared := _num_shared(cfg, list(number), sampling):
-    tokens = np.array(prompts[0][:num_shared], np.int32)[None]
-    prefix = prefix_lib.make_reader(cfg)(params, tokens, np.ones_like(tokens))
-  for first in range(0, len(prompts), rows):
-    chosen = order[first:first + rows]
-    batch = _pad([prompts[i] for i in chosen], rows, num_shared, cfg)
-    index = np.zeros(rows, np.uint32)
-    index[:len(chosen)] = chosen if draws is None else [
-        draws[i] for i in chosen]
-    out, _ = go_on(
-        params, *start(params, batch, prefix), index, jnp.uint32(seed))
-    for name, values in jax.device_get(out).items():
-      getattr(result, name)[chosen] = values[:len(chosen)]
-    progress(len(chosen))
+  num_shared = _num_shared(cfg, list(number), sampling)
+  with mesh_lib.of(params):
+    shared = prompts[0][:num_shared] if num_shared else ()
+    draw = _make_draw(cfg, params, sampling, shared, seed)
+    for first in range(0, len(prompts), rows):
+      chosen = order[first:first + rows]
+      batch = pad_prompts([prompts[i] for i in chosen], rows, num_shared, cfg)
+      index = np.zeros(rows, np.uint32)
+      index[:len(chosen)] = chosen if draws is None else [
+          draws[i] for i in chosen]
+      for name, values in draw(batch, index).items():
+        getattr(result, name)[chosen] = values[:len(chosen)]
+      progress(len(chosen))
   for i in np.flatnonzero(~np.isfinite(result.logprobs).all(axis=1))[:1]:
     raise ValueError(
         f'prompt {i}: a token of its completion has a log-probability that is '
         'not finite; look for weights of the model that are not finite.')
   return result
+
+
+def _make_draw(
+    cfg: ModelConfig, params: Any, sampling: Sampling, shared: Sequence[int],
+    seed: int
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Returns (batch, index of draws) -> the fields of Completions.
+
+  `shared` are the tokens that all prompts begin with, read at once.
+  """
+  start, go_on = decoding.compiled(cfg, sampling)
+  prefix = None
+  if shared:
+    tokens = np.array(shared, np.int32)[None]
+    prefix = prefix_lib.make_reader(cfg)(params, tokens, np.ones_like(tokens))
+
+  def draw(batch, index):
+    cache, state = start(params, batch, prefix)
+    return jax.device_get(
+        go_on(params, cache, state, index, jnp.uint32(seed))[0])
+
+  return draw
 
 
 def _check_prompts(cfg, prompts, lengths, sampling) -> None:
@@ -208,7 +198,7 @@ def _num_shared(
   return num if 4 * num >= length else 0
 
 
-def _pad(
+def pad_prompts(
     prompts: Sequence[tuple[int, ...]], rows: int, num_shared: int,
     cfg: ModelConfig
 ) -> dict[str, np.ndarray]:
@@ -235,86 +225,3 @@ def _pad(
     batch['tokens'][row, begin:] = prompt[num_shared:]
     batch['segment_ids'][row, begin:] = 1
   return batch
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(cfg: ModelConfig, sampling: Sampling):
-  """Returns (_start, _go_on), jitted; the second reuses the cache's memory.
-
-  There are two, so that few prompts and many share the longer one.
-  """
-
-  def start(*args):
-    return _start(cfg, sampling, *args)
-
-  def go_on(*args):
-    return _go_on(cfg, sampling, *args)
-
-  return jax.jit(start), jax.jit(go_on, donate_argnums=1)
-
-
-def _start(cfg, sampling, params, batch, prefix):
-  """Reads the prompts. Returns (cache, state) of the completions' rows."""
-  num_shared = 0 if prefix is None else prefix['segment_ids'].shape[1]
-  segment_ids = batch['segment_ids']
-  positions = num_shared + jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-  length = num_shared + segment_ids.shape[1] + sampling.max_completion_length
-  hidden, cache = transformer.prefill(
-      cfg, params, batch['tokens'], positions, segment_ids,
-      length=length - 1,  # the last token's keys are never needed
-      prefix=prefix)
-  state = {'hidden': hidden[:, -1], 'position': positions[:, -1]}
-  if 'source' in batch:
-    cache = transformer.take_rows(cache, batch['source'])
-    state = {name: x[batch['source']] for name, x in state.items()}
-  return cache, state | {'active': batch['active']}
-
-
-def _go_on(cfg, sampling, params, cache, start, index, seed):
-  """Runs the loop over tokens. Returns (the fields of Completions, cache)."""
-  B, C = index.shape[0], sampling.max_completion_length
-  keys = jax.vmap(functools.partial(
-      jax.random.fold_in, jax.random.key(seed)))(index)
-  stop_ids = jnp.asarray(sampling.stop_ids, jnp.int32)
-
-  def choose(state, last):
-    """Adds a token a row, given the hidden state [B,D] of the one before."""
-    step, active = state['step'], state['active']
-    logits = transformer.logits(cfg, params, last)
-    uniform = jax.vmap(
-        lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
-    token = jnp.where(active, choose_tokens(logits, uniform, sampling), 0)
-    logprob = token_logprobs(logits, token, sampling.temperature)
-    stops = active & jnp.isin(token, stop_ids)
-    return state | {
-        'step': step + 1,
-        'tokens': state['tokens'].at[:, step].set(token),
-        'logprobs': state['logprobs'].at[:, step].set(
-            jnp.where(active, logprob, 0.0)),
-        'lengths': state['lengths'] + active,
-        'active': active & ~stops,
-        'stopped': state['stopped'] | stops,
-    }
-
-  def body(state):
-    token = jax.lax.dynamic_slice_in_dim(
-        state['tokens'], state['step'] - 1, 1, axis=1)
-    hidden, cache = transformer.extend(
-        cfg, params, token, start['position'][:, None] + state['step'],
-        state['active'].astype(jnp.int32)[:, None], state['cache'])
-    return choose(state | {'cache': cache}, hidden[:, -1])
-
-  state = {
-      'step': jnp.int32(0),
-      'tokens': jnp.zeros((B, C), jnp.int32),
-      'logprobs': jnp.zeros((B, C), jnp.float32),
-      'lengths': jnp.zeros(B, jnp.int32),
-      'active': start['active'],
-      'stopped': jnp.zeros(B, bool),
-      'cache': cache,
-  }
-  state = jax.lax.while_loop(
-      lambda state: (state['step'] < C) & jnp.any(state['active']),
-      body, choose(state, start['hidden']))
-  return {field.name: state[field.name]
-          for field in dataclasses.fields(Completions)}, state['cache']

@@ -30,6 +30,8 @@ from csrm_jax.text.tokenizer import Tokenizer
 
 ScoreFn = Callable[..., np.ndarray]  # (examples[, progress]), see make_score_fn
 
+# About how many tokens a device takes at once.
+BATCH_TOKENS = 8192
 # Batches in flight: enough to keep a device busy, and little memory.
 _MAX_PENDING = 8
 
@@ -92,10 +94,7 @@ def verdict_logprobs(
       prefix)
   at_verdict = jnp.take_along_axis(
       hidden, batch['verdict_index'][..., None], axis=1)  # [B,S,D]
-  # The few rows come to the vocabulary's parts, not these to every device.
-  at_verdict = mesh_lib.constrain(at_verdict, 'data')
   logits = transformer.logits(cfg, params, at_verdict)  # [B,S,V]
-  logits = mesh_lib.constrain(logits, 'data', None, ('fsdp', 'tensor'))
   return losses.verdict_logprobs(logits, verbalizers)
 
 
@@ -122,7 +121,7 @@ def make_score_fn(
     cfg: ModelConfig, params: Any, tokenizer: Tokenizer,
     verbalizers: Verbalizers, *, layout: Layout = DEFAULT,
     max_length: int = 2048, buckets: Sequence[int] = prompt_batches.BUCKETS,
-    batch_tokens: int = 8192
+    batch_tokens: int = BATCH_TOKENS
 ) -> ScoreFn:
   """Returns a function: examples -> scores, float32 [N] nats, in their order.
 
@@ -130,6 +129,8 @@ def make_score_fn(
   them, so few shapes are ever compiled; rules that many examples share are read
   once. Neither padding nor neighbours change a score (up to rounding). A prompt
   longer than max_length is shortened as in training.
+
+  It computes on the mesh that params lie on.
 
   The function may be given a second argument, which is called with the number
   of examples in each batch that is done. It raises ValueError, with the
@@ -143,7 +144,8 @@ def make_score_fn(
     layout: of the prompts, as in training.
     max_length: the most tokens a prompt may have.
     buckets: row lengths; those above max_length are not used.
-    batch_tokens: about how many tokens go through the model at once.
+    batch_tokens: about how many tokens go through the model at once, for each
+      part that the params' mesh cuts rows into.
 
   Raises:
     ValueError: the tokenizer does not belong to the model.
@@ -153,6 +155,7 @@ def make_score_fn(
         f'the tokenizer has {tokenizer.vocab_size} ids, the model '
         f'{cfg.vocab_size}; give the tokenizer of the model.')
   lengths = prompt_batches.usable_buckets(buckets, max_length)
+  batch_tokens *= mesh_lib.num_row_parts(params)
   encoder = features.Encoder(tokenizer, max_length, layout)
   compute = make_score_step(cfg, verbalizers)
 
@@ -167,18 +170,19 @@ def make_score_fn(
       scores[chosen] = np.asarray(result)[:len(chosen)]
       progress(len(chosen))
 
-    for group in prompt_batches.make_groups(
-        prompts, [example.safety for example in examples], lengths,
-        batch_tokens, cfg.sliding_window):
-      prefix = _read_prefix(cfg, params, prompts, group)
-      for chosen, shape in group.batches:
-        batch = prompt_batches.pad(
-            [prompts[i] for i in chosen], shape, group.num_shared)
-        pending.append((chosen, compute(params, batch, prefix)))
-        if len(pending) > _MAX_PENDING:
-          settle()
-    while pending:
-      settle()
+    with mesh_lib.of(params):
+      for group in prompt_batches.make_groups(
+          prompts, [example.safety for example in examples], lengths,
+          batch_tokens, cfg.sliding_window):
+        prefix = _read_prefix(cfg, params, prompts, group)
+        for chosen, shape in group.batches:
+          batch = prompt_batches.pad(
+              [prompts[i] for i in chosen], shape, group.num_shared)
+          pending.append((chosen, compute(params, batch, prefix)))
+          if len(pending) > _MAX_PENDING:
+            settle()
+      while pending:
+        settle()
     for i in np.flatnonzero(~np.isfinite(scores))[:1]:
       raise ValueError(
           f'{examples[i].id}: its score is {scores[i]}, not a finite number; '

@@ -139,3 +139,21 @@ def _invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
   block, rest = find(sums, uniform * sums.sum(-1))
   inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
   return jnp.minimum(block * _BLOCK + find(inside, rest)[0], V - 1)
+
+
+def token_logprobs(
+    logits: jax.Array, tokens: jax.Array, temperature: float
+) -> jax.Array:
+  """Returns log softmax(logits / temperature) at tokens, float32 [...], nats.
+
+  Over the whole vocabulary, whatever top-k and top-p left out when the token
+  was drawn. Temperature 0, which has no distribution, counts as 1.
+
+  Args:
+    logits: [...,V].
+    tokens: int32 [...].
+    temperature: static.
+  """
+  logits = logits.astype(jnp.float32) / (temperature or 1.0)
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -1,11 +1,16 @@
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from csrm_jax import decoding
 from csrm_jax import sampling as sampling_lib
 from csrm_jax.models import config, transformer
 from csrm_jax.models import prefix as prefix_lib
@@ -170,7 +175,7 @@ def _count_reads(monkeypatch):
     shapes.append(tokens.shape)
     return prefill(cfg, params, tokens, *args, **kwargs)
 
-  sampling_lib._compile.cache_clear()
+  decoding.compiled.cache_clear()
   prefix_lib.make_reader.cache_clear()
   monkeypatch.setattr(transformer, 'prefill', counted)
   return shapes
@@ -235,7 +240,7 @@ def test_nothing_is_compiled_after_warm_up(monkeypatch):
   with monkeypatch.context() as patch:
     for name in ('_start', '_go_on'):
       patch.setattr(
-          sampling_lib, name,
+          decoding, name,
           lambda *args: compiled.append(args) or pytest.fail('compiled again'))
     for num in (3, 4, 9):
       generate(CFG, _params(), prompts(num, (1, 58)), sampling, batch_size=4)
@@ -243,7 +248,7 @@ def test_nothing_is_compiled_after_warm_up(monkeypatch):
   # The same check sees a shape that is new.
   with monkeypatch.context() as patch, pytest.raises(AssertionError):
     patch.setattr(
-        sampling_lib, '_go_on', lambda *args: (_ for _ in ()).throw(
+        decoding, '_go_on', lambda *args: (_ for _ in ()).throw(
             AssertionError))
     generate(CFG, _params(), prompts(2, (1, 9)), sampling, batch_size=2)
 
@@ -288,3 +293,55 @@ def test_weights_that_are_not_finite_are_an_error():
   params = jax.tree.map(lambda x: x * jnp.nan, _params())
   with pytest.raises(ValueError, match=r'prompt 0: .*not finite'):
     generate(CFG, params, [[1, 2]], Sampling(3))
+
+
+_MESHES = """
+  import jax, numpy as np
+  from csrm_jax import decoding, sampling
+  from csrm_jax.core import mesh as m
+  from csrm_jax.models import config, transformer
+  from csrm_jax.rl import rollout
+
+  cfg = config.ModelConfig(
+      vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
+      head_dim=8, mlp_dim=48, context_length=96, tie_embeddings=False)
+  # All begin with the same tokens, and some are given twice.
+  prompts = [[*range(33), i % 2, *range(i % 3)] for i in range(12)]
+  options = sampling.Sampling(9, temperature=2.0, stop_ids=tuple(range(12)))
+
+  def draw(sizes):
+    mesh = m.make_mesh(*sizes, devices=jax.devices()[:int(np.prod(sizes))])
+    params = jax.tree.map(lambda x: 3 * x, transformer.init_params(cfg, 0))
+    with jax.set_mesh(m.make_mesh(1, 8)):  # what is trained on
+      cut = jax.device_put(params, m.shardings(params, m.make_mesh(1, 8)))
+      _, copy = rollout.sampling_copy(cfg, cut, '', mesh)
+      done = sampling.generate(cfg, copy, prompts, options, batch_size=8)
+      row = {'tokens': np.array([prompts[2][:8]] * 8)}
+      row['segment_ids'] = np.ones_like(row['tokens'])
+      row |= {'active': np.ones(8, bool)}
+      with m.of(copy):
+        cache, _ = decoding.compiled(cfg, options)[0](copy, row, None)
+    return done, cache
+
+  want, _ = draw((1, 1, 1))
+  assert len(set(want.lengths)) > 3, want.lengths
+  for sizes in ((4, 1, 2), (2, 2, 2), (1, 8, 1)):
+    got, cache = draw(sizes)
+    np.testing.assert_array_equal(got.tokens, want.tokens, str(sizes))
+    np.testing.assert_array_equal(got.stopped, want.stopped)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
+    for name in ('key', 'value'):  # [L,B,K,...]
+      shard = cache[name].addressable_shards[0].data.shape
+      assert shard[1:3] == (8 // (sizes[0] * sizes[1]), 2 // sizes[2]), shard
+"""
+
+
+def test_eight_devices_draw_what_one_does():
+  flag = '--xla_force_host_platform_device_count=8'
+  env = os.environ | {
+      'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
+  result = subprocess.run(
+      [sys.executable, '-c', textwrap.dedent(_MESHES)], env=env,
+      capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr[-3000:]

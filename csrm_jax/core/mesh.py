@@ -7,6 +7,7 @@ mesh, so every program is written for a mesh from the start.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,6 +24,10 @@ from csrm_jax.core import tree
 AXES = ('data', 'fsdp', 'tensor')
 # The axes that rows of a batch are cut over.
 ROWS = ('data', 'fsdp')
+# The axes that the vocabulary is cut over.
+VOCAB = ('fsdp', 'tensor')
+# Keys [L,B,K,H,S] and values [L,B,K,S,H] of a cache.
+CACHE = (None, ROWS, 'tensor')
 
 # First match wins; a pattern is matched at the end of the leaf's name, so that
 # 'params/...' and the optimizer's 'opt_state/0/mu/...' fall under one rule.
@@ -50,8 +56,8 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r'value_head/kernel', P()),
   # Norms: [D], [L, D], [L, H]
   (r'scale', P()),
-  # [D, V]: never gathered where few rows meet it; see scoring.py
-  (r'lm_head/kernel', P(None, ('fsdp', 'tensor'))),
+  # [D, V]: never gathered; see transformer.logits
+  (r'lm_head/kernel', P(None, VOCAB)),
 )
 
 
@@ -59,14 +65,24 @@ def make_mesh(
   data: int = -1,
   fsdp: int = 1,
   tensor: int = 1,
+  num_slices: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """Returns a mesh with axes (data, fsdp, tensor) over all devices.
 
   At most one size may be -1: it takes the devices the others leave.
 
+  Args:
+    data: first axis.
+    fsdp: second axis.
+    tensor: last axis, of neighbours.
+    num_slices: of TPUs, or nodes of GPUs, that a slow network connects. Only
+      `data` goes across it: each has a whole copy of fsdp x tensor.
+    devices: by default all.
+
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or the
+      devices do not divide into slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -84,11 +100,42 @@ def make_mesh(
       f'mesh {sizes} does not fit {len(devices)} devices: the sizes must '
       'multiply to that number (set one of them to -1)'
     )
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices,
+  types = (AxisType.Auto,) * len(AXES)
+  shape = tuple(sizes.values())
+  if num_slices == 1 and _num_slices(devices) == 1:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  return Mesh(_across_slices(shape, devices, num_slices), AXES, types)
+
+
+def _num_slices(devices: Sequence[jax.Device]) -> int:
+  """Returns how many slices of TPUs there are; 1 for other devices."""
+  return len({getattr(device, 'slice_index', 0) for device in devices})
+
+
+def _across_slices(
+  shape: tuple[int, ...], devices: Sequence[jax.Device], num_slices: int
+) -> np.ndarray:
+  """Returns the devices of a mesh whose first axis begins with the slices."""
+  found = _num_slices(devices)
+  if num_slices < 1 or found not in (1, num_slices):
+    raise ValueError(
+      f'mesh num_slices={num_slices}, but the devices lie in {found} slices: '
+      'set it to that number'
+    )
+  if shape[0] % num_slices:
+    raise ValueError(
+      f'mesh data={shape[0]} does not divide over num_slices={num_slices}: '
+      'only data goes across slices; set it to a multiple'
+    )
+  within = (shape[0] // num_slices, *shape[1:])
+  if found == num_slices:
+    return mesh_utils.create_hybrid_device_mesh(
+      within, (num_slices, 1, 1), devices, allow_split_physical_axes=True
+    )
+  # Other devices come in the order of their processes, so of their nodes.
+  blocks = np.array(devices).reshape(num_slices, -1)
+  return np.concatenate(
+    [mesh_utils.create_device_mesh(within, list(block)) for block in blocks]
   )
 
 
@@ -151,6 +198,24 @@ def current() -> Any:
   mesh = jax.sharding.get_abstract_mesh()
   alone = mesh.empty or mesh.size == 1 or mesh.manual_axes
   return None if alone else mesh
+
+
+def of(params: Any) -> contextlib.AbstractContextManager:
+  """Sets the mesh that a tree of arrays lies on, while it is entered.
+
+  It is none for arrays that lie on none, whatever was set outside.
+  """
+  for leaf in jax.tree.leaves(params):
+    mesh = getattr(getattr(leaf, 'sharding', None), 'mesh', None)
+    return jax.set_mesh(mesh if isinstance(mesh, Mesh) else None)
+  return contextlib.nullcontext()
+
+
+def num_row_parts(params: Any) -> int:
+  """Returns how many parts rows are cut into on the mesh of `of`."""
+  with of(params):
+    mesh = current()
+    return math.prod(mesh.shape[name] for name in ROWS) if mesh else 1
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:

@@ -27,23 +27,24 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 
-def count_flops(fn: Any, *args: Any) -> float:
+def count_flops(fn: Any, *args: Any, turns: int = 0) -> float:
   """Returns the FLOPs of the products in fn(*args), over all devices.
 
   A multiplication and an addition count as two; what is recomputed counts
   again; everything but products is left out. Of a branch the dearest counts.
 
   Args:
-    fn: to be traced; its loops are scans.
+    fn: to be traced.
     *args: arrays or their shapes.
+    turns: of loops with products that are no scans; 0 if there are none.
   """
-  return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
+  return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr, turns)
 
 
-def _jaxpr_flops(jaxpr: Any) -> float:
+def _jaxpr_flops(jaxpr: Any, turns: int) -> float:
   total = 0.0
   for eqn in jaxpr.eqns:
-    inner = [_jaxpr_flops(sub) for sub in _inner_jaxprs(eqn.params)]
+    inner = [_jaxpr_flops(sub, turns) for sub in _inner_jaxprs(eqn.params)]
     if eqn.primitive.name == 'dot_general':
       total += _product_flops(eqn)
     elif eqn.primitive.name == 'scan':
@@ -51,7 +52,11 @@ def _jaxpr_flops(jaxpr: Any) -> float:
     elif eqn.primitive.name == 'cond':
       total += max(inner)
     elif eqn.primitive.name == 'while' and sum(inner):
-      raise ValueError('products in a while loop cannot be counted: use a scan')
+      if not turns:
+        raise ValueError(
+          'products in a while loop cannot be counted: use a scan, or say how '
+          'many turns it has')
+      total += turns * sum(inner)
     else:
       total += sum(inner)
   return total
@@ -82,32 +87,37 @@ class Collective:
     kind: one of COLLECTIVES.
     num_bytes: of the whole array that a group gathers, reduces or exchanges,
       as one of its devices sees it.
-    group: devices that take part together.
+    group: devices that take part together: those of the first group, by
+      their place in the mesh.
     turns: how often it runs in a step.
     source: the operation of the program that it belongs to.
   """
 
   kind: str
   num_bytes: int
-  group: int
+  group: tuple[int, ...]
   turns: int
   source: str
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, turns: int = 1) -> list[Collective]:
   """Returns the collectives of a compiled program's text (HLO), scans included.
 
   One that the compiler has spread over several fusions counts once.
+
+  Args:
+    text: of the program.
+    turns: of loops whose end is not in the text.
   """
   bodies = _split(text)
   found = {}
-  for name, turns in _turns(bodies).items():
+  for name, times in _turns(bodies, turns).items():
     for line in bodies.get(name, ()):
       match = _COLLECTIVE.search(line)
       if match:
         number = re.search(r'channel_id=(\d+)', line)
         key = number[1] if number else line
-        found[key] = _describe(match, line, turns)
+        found[key] = _describe(match, line, times)
   return list(found.values())
 
 
@@ -131,7 +141,7 @@ def _split(text: str) -> dict[str, list[str]]:
   return bodies
 
 
-def _turns(bodies: dict[str, list[str]]) -> dict[str, int]:
+def _turns(bodies: dict[str, list[str]], unknown: int) -> dict[str, int]:
   """Returns how often each computation runs, from the call that is in most.
 
   Calls are not added up: a collective that was cut into several fusions is in
@@ -149,19 +159,19 @@ def _turns(bodies: dict[str, list[str]]) -> dict[str, int]:
       for group in _CALLED.findall(line):
         for called in group.replace(' ', '').split(','):
           is_body = body and called == body[1]
-          inner = _trip_count(line, bodies) if is_body else 1
+          inner = _trip_count(line, bodies, unknown) if is_body else 1
           pending.append((called, times * inner))
   return turns
 
 
-def _trip_count(line: str, bodies: dict[str, list[str]]) -> int:
+def _trip_count(line: str, bodies: dict[str, list[str]], unknown: int) -> int:
   """Returns the turns of a while loop that a scan became: i < constant."""
   known = re.search(r'known_trip_count[^\d]*(\d+)', line)
   if known:
     return int(known[1])
   condition = re.search(r'condition=(%[\w.\-]+)', line)[1]
   limits = re.findall(r' constant\((\d+)\)', '\n'.join(bodies[condition]))
-  return max((int(limit) for limit in limits), default=1)
+  return max((int(limit) for limit in limits), default=unknown)
 
 
 def _describe(match: re.Match, line: str, turns: int) -> Collective:
@@ -169,9 +179,9 @@ def _describe(match: re.Match, line: str, turns: int) -> Collective:
   parts = _array_bytes(match['out'])
   # What starts a collective returns operands and results together.
   num_bytes = max(parts) if match['start'] else sum(parts)
-  group = _group_size(line)
+  group = _group(line)
   if kind == 'reduce-scatter':
-    num_bytes *= 1 if match['start'] else group  # the operand's
+    num_bytes *= 1 if match['start'] else len(group)  # the operand's
   source = re.search(r'op_name="([^"]*)"', line)
   return Collective(kind, num_bytes, group, turns, source[1] if source else '')
 
@@ -185,19 +195,28 @@ def _array_bytes(text: str) -> list[int]:
   return sizes or [0]
 
 
-def _group_size(line: str) -> int:
-  """Returns the devices of a group, in each of the ways HLO writes them."""
+def _group(line: str) -> tuple[int, ...]:
+  """Returns the devices of the first group, in each way that HLO writes it."""
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
   if mesh:
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    return math.prod(int(sizes[a]) for a in re.findall(r"'(\w+)'", mesh[2]))
-  iota = re.search(r'replica_groups=\[(\d+),(\d+)\]', line)
+    sizes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
+    places = np.arange(math.prod(int(size) for _, size in sizes))
+    places = places.reshape([int(size) for _, size in sizes])
+    names = re.findall(r"'(\w+)'", mesh[2])
+    # The first of all axes that take no part.
+    return tuple(places[tuple(
+      slice(None) if name in names else 0 for name, _ in sizes
+    )].flatten().tolist())
+  iota = re.search(
+    r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
   if iota:
-    return int(iota[2])
-  listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)
-  if listed:
-    return listed[1].count(',') + 1
-  return 2  # of collective-permute: source and target
+    dims = [int(d) for d in iota[3].split(',')]
+    order = [int(d) for d in iota[4].split(',')] if iota[4] else None
+    places = np.arange(math.prod(dims)).reshape(dims).transpose(order)
+    return tuple(places.flatten()[:int(iota[2])].tolist())
+  listed = re.search(
+    r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', line)
+  return tuple(int(d) for d in listed[1].split(',')) if listed else (0, 1)
 
 
 def local_bytes(shapes: Any) -> int:

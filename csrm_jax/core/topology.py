@@ -1,7 +1,8 @@
 """Slices of TPUs by the names they are rented under, and what a chip can do.
 
 A slice is described without one being there: `devices` gives what programs are
-compiled for on any machine that has the package libtpu.
+compiled for on any machine that has the package libtpu. Nodes of GPUs have
+names too, h100-16, and a layout.
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ SHAPES = {
 }  # fmt: skip
 
 
+# GPUs of a node, which NVLink connects.
+NODES = {'a100': 8, 'h100': 8, 'h200': 8, 'b200': 8}
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
   """One or several slices of TPUs.
@@ -120,6 +125,11 @@ def parse(name: str) -> Slice:
   Raises:
     ValueError: there is no such slice.
   """
+  if _num_gpus(name):
+    raise ValueError(
+      f'topology {name!r} is one of GPUs: what is compiled without devices is '
+      'for TPUs (v5e-64)'
+    )
   match = re.fullmatch(r'(?:(\d+)x)?(v\w+)-(\d+)', name)
   known = names()
   single = match and f'{match[2]}-{match[3]}'
@@ -135,14 +145,42 @@ def parse(name: str) -> Slice:
   return Slice(name, kind, shape, int(match[1] or 1))
 
 
-def layout(name: str) -> dict[str, int]:
-  """Returns the sizes of the mesh for a slice: a copy of the model per slice.
+def _num_gpus(name: str) -> int:
+  """Returns the GPUs of a name such as 'h100-16'; 0 where it is none of GPUs.
 
-  Parameters are gathered over the fast links of a slice; between slices only
-  gradients travel. Give `tensor` a part of fsdp where a row does not fit into
-  a chip.
+  They are whole nodes, or a part of one.
   """
-  return {'data': parse(name).num_slices, 'fsdp': -1, 'tensor': 1}
+  match = re.fullmatch(r'(\w+)-([1-9]\d*)', name)
+  if not match or match[1] not in NODES:
+    return 0
+  num, node = int(match[2]), NODES[match[1]]
+  return num if num % node == 0 or node % num == 0 else 0
+
+
+def num_devices(name: str) -> int:
+  """Returns how many TPUs or GPUs have this name.
+
+  Raises:
+    ValueError: there are none such.
+  """
+  return _num_gpus(name) or parse(name).num_chips
+
+
+def layout(name: str) -> dict[str, int]:
+  """Returns config.mesh for a slice or nodes: a copy of the model in each.
+
+  Parameters are gathered over the fast links of a slice or node; between them
+  only gradients travel. Give `tensor` a part of fsdp where a row does not fit
+  into a device.
+
+  Raises:
+    ValueError: there is no such slice or node.
+  """
+  if num := _num_gpus(name):
+    slices = max(num // NODES[name.partition('-')[0]], 1)
+  else:
+    slices = parse(name).num_slices
+  return {'data': slices, 'fsdp': -1, 'tensor': 1, 'num_slices': slices}
 
 
 def devices(target: Slice) -> list[Any]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import attention as attention_lib
 from csrm_jax.models import kernels
 from csrm_jax.models.block import Block
@@ -101,9 +102,9 @@ class Transformer(nnx.Module):
     (x, _, keys, values), _ = self._scan(
         body, (self.embed(tokens), 0, cache['key'], cache['value']))
     hidden = self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim)
-    return hidden, {
+    return hidden, _lay_out({
         'key': keys, 'value': values, 'segment_ids': used,
-        'length': start + tokens.shape[1]}
+        'length': start + tokens.shape[1]})
 
   def _make_block(self, positions):
     """Returns (x, layer's parameters, attend) -> (x, what attend keeps)."""
@@ -258,7 +259,11 @@ def hidden(
 
 def logits(cfg: ModelConfig, params: dict, hidden: jax.Array) -> jax.Array:
   """Returns float32 [...,V] for hidden [...,D], any leading shape."""
-  return _merge(cfg, params).logits(hidden)
+  # The rows come to the vocabulary's parts, not these to every device.
+  hidden = mesh_lib.constrain(hidden, 'data')
+  between = (None,) * (hidden.ndim - 2)
+  return mesh_lib.constrain(
+      _merge(cfg, params).logits(hidden), 'data', *between, mesh_lib.VOCAB)
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> dict:
@@ -294,7 +299,7 @@ def prefill(
     cache = _write(cache, prefix, 0)
   start = 0 if prefix is None else prefix['segment_ids'].shape[1]
   new = {'key': key, 'value': value, 'segment_ids': segment_ids}
-  return out, _write(cache, new, start)
+  return out, _lay_out(_write(cache, new, start))
 
 
 def _write(cache: dict, part: dict, start: int) -> dict:
@@ -311,9 +316,17 @@ def _write(cache: dict, part: dict, start: int) -> dict:
 
 def take_rows(cache: dict, rows: jax.Array) -> dict:
   """Returns a cache whose row b is the row rows[b] of another."""
-  return {
+  return _lay_out({
       'key': cache['key'][:, rows], 'value': cache['value'][:, rows],
-      'segment_ids': cache['segment_ids'][rows], 'length': cache['length']}
+      'segment_ids': cache['segment_ids'][rows], 'length': cache['length']})
+
+
+def _lay_out(cache: dict) -> dict:
+  """Returns the cache, cut over the mesh by rows and heads."""
+  heads = {name: mesh_lib.constrain(cache[name], *mesh_lib.CACHE)
+           for name in ('key', 'value')}
+  used = mesh_lib.constrain(cache['segment_ids'], mesh_lib.ROWS)
+  return cache | heads | {'segment_ids': used}
 
 
 def extend(

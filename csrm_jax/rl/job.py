@@ -117,6 +117,7 @@ class Job:
     reward_fn: samples -> (total, parts).
     step_fn: as from training.make_train_step.
     mesh: what batches are spread over.
+    sampling_mesh: of the same devices, that completions are drawn on.
     workdir: of checkpoints/, metrics.jsonl and samples.jsonl.
     settings: numbers.
     meta: JSON that describes the policy, stored with each checkpoint.
@@ -131,6 +132,7 @@ class Job:
   reward_fn: rewards.TotalFn
   step_fn: training.StepFn
   mesh: jax.sharding.Mesh
+  sampling_mesh: jax.sharding.Mesh
   workdir: pathlib.Path
   settings: Settings
   meta: Mapping[str, Any]

@@ -180,7 +180,8 @@ def _look(job: Job, state: training.TrainState, step: int, table: logs.Table
   if job.look_fn is None or not every or step % every:
     return
   metrics = job.look_fn(*rollout.sampling_copy(
-      job.policy.model, tree.merge(job.frozen, state.params), ''))
+      job.policy.model, tree.merge(job.frozen, state.params), '',
+      job.sampling_mesh))
   table.write([{'step': step, 'metrics': metrics}])
 
 
@@ -189,7 +190,7 @@ def _rollout(job: Job, state: training.TrainState, step: int
   settings = job.settings
   model, params = rollout.sampling_copy(
       job.policy.model, tree.merge(job.frozen, state.params),
-      settings.rollout_dtype)
+      settings.rollout_dtype, job.sampling_mesh)
   prompts = choose_prompts(
       job.prompts, settings.num_prompts, settings.seed, step)
   return rollout.rollout(

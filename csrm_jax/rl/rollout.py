@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csrm_jax import sampling as sampling_lib
+from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import lora, transformer
 from csrm_jax.models.config import DTYPES, ModelConfig
 from csrm_jax.rl.types import Prompt, Sample
@@ -193,14 +194,15 @@ def logprobs(cfg: ModelConfig, params: Any, rows: dict[str, jax.Array],
 
 
 def sampling_copy(
-    cfg: ModelConfig, params: Any, dtype: str
+    cfg: ModelConfig, params: Any, dtype: str, mesh: jax.sharding.Mesh
 ) -> tuple[ModelConfig, Any]:
-  """Returns what to sample from: without adapters, and in `dtype`.
+  """Returns what to sample from: without adapters, in `dtype`, on `mesh`.
 
   Args:
     cfg: the policy's model.
     params: all of its parameters, adapters included.
     dtype: of weights and activations; '' leaves them as they are.
+    mesh: of the same devices; weights that lie so already are not copied.
 
   Raises:
     ValueError: an unknown dtype.
@@ -209,13 +211,13 @@ def sampling_copy(
   if cfg.lora_rank:
     params = lora.merge(cfg, params)
     cfg = dataclasses.replace(cfg, lora_rank=0)
-  if not dtype:
-    return cfg, params
-  if dtype not in DTYPES:
-    raise ValueError(
-        f'rollout dtype {dtype!r} must be empty or one of {", ".join(DTYPES)}')
-  cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype)
-  return cfg, _cast(params, dtype)
+  if dtype:
+    if dtype not in DTYPES:
+      raise ValueError(f'rollout dtype {dtype!r} must be empty or one of '
+                       f'{", ".join(DTYPES)}')
+    cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype)
+    params = _cast(params, dtype)
+  return cfg, jax.device_put(params, mesh_lib.shardings(params, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=1)

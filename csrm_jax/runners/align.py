@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from csrm_jax import backbone, training
+from csrm_jax import backbone
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import profiling, tree
 from csrm_jax.evals import policy as policy_eval
@@ -27,12 +27,11 @@ from csrm_jax.rl import (
   job,
   learner,
   logs,
-  objectives,
   offline,
   rollout,
 )
 from csrm_jax.rl.types import Prompt, Sample
-from csrm_jax.runners import align_setup
+from csrm_jax.runners import align_setup, align_step
 from csrm_jax.runners import loop as loop_lib
 from csrm_jax.sampling import Sampling
 
@@ -52,6 +51,7 @@ class Setup:
     scorers: rewards.
     sampling: of completions.
     mesh: of devices.
+    sampling_mesh: of the same devices, that completions are drawn on.
     began: time.monotonic() before anything was read.
   """
   policy: rollout.Policy
@@ -61,6 +61,7 @@ class Setup:
   scorers: align_setup.Scorers
   sampling: Sampling
   mesh: jax.sharding.Mesh
+  sampling_mesh: jax.sharding.Mesh
   began: float
 
 
@@ -76,7 +77,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   algorithm = algorithms.get(config.algorithm)
   align_setup.check_idle(config)
   if algorithm.online:
-    _objective(config)  # an error here beats one after loading weights
+    # An error here beats one after loading weights.
+    align_step.make_objective(config)
   setup = _set_up(config)
   with jax.set_mesh(setup.mesh):
     train = _train_online if algorithm.online else _train_offline
@@ -99,103 +101,54 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 def _set_up(config: ml_collections.ConfigDict) -> Setup:
   began = time.monotonic()
   policy = align_setup.make_policy(config)
-  knobs = config.sampling
-  sampling = Sampling(
-      knobs.max_completion_length, knobs.temperature, knobs.top_k, knobs.top_p,
-      stop_ids=(policy.tokenizer.eos_id,))
+  sampling = align_step.make_sampling(config, (policy.tokenizer.eos_id,))
   train, test = align_setup.make_prompts(config)
   # What does not fit ends here, before anything is written.
   policy.encode_all([*train, *test], sampling.max_completion_length)
-  scorers = align_setup.make_scorers(config)
-  mesh = mesh_lib.make_mesh(**config.mesh)
+  mesh, sampling_mesh = align_setup.make_meshes(config)
+  with jax.set_mesh(mesh):
+    scorers = align_setup.make_scorers(config)
   model = dataclasses.replace(policy.model, lora_rank=0)
   shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
   params = hf.load_params(
       config.policy.init, model, mesh_lib.shardings(shapes, mesh))
   return Setup(policy, (model, params), train, test, scorers, sampling, mesh,
-               began)
+               sampling_mesh, began)
 
 
-def _init_state(config: ml_collections.ConfigDict, setup: Setup,
-                needs_values: bool
-                ) -> tuple[Any, Any, training.TrainState, Any]:
-  """Returns (optimizer, shardings, first state, frozen parameters)."""
-  optim, updates = config.optim, config.num_steps
-  if algorithms.get(config.algorithm).online:
-    updates *= config.loss.num_iterations * config.loss.num_mini_batches
-  optimizer = training.make_optimizer(
-      optim.lr, warmup_steps=optim.warmup_steps, num_steps=updates,
-      b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay,
-      clip_norm=optim.clip_norm, end_lr_fraction=optim.end_lr_fraction)
+def _init_params(config: ml_collections.ConfigDict, setup: Setup
+                 ) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns (trained, frozen) parameters of the policy."""
   base = setup.reference[1]
   if setup.policy.model.lora_rank:
     params, frozen = lora.init(setup.policy.model, config.seed), base
   else:
     # A copy: the step donates its state, and the reference stays.
     params, frozen = jax.tree.map(lambda x: x.copy(), base), {}
-  if needs_values:
+  if algorithms.get(config.algorithm).needs_values:
     params = params | rollout.init_value_head(setup.policy.model)
-  state = training.init_state(params, optimizer)
-  shardings = mesh_lib.shardings(state, setup.mesh)
-  return optimizer, shardings, jax.device_put(state, shardings), frozen
+  return params, frozen
 
 
 def _train_online(config: ml_collections.ConfigDict, setup: Setup,
                   workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
   """Returns (all parameters of the aligned policy, summary)."""
-  loss, algorithm = config.loss, algorithms.get(config.algorithm)
-  settings, objective = _settings(config, setup.sampling), _objective(config)
-  optimizer, shardings, state, frozen = _init_state(
-      config, setup, algorithm.needs_values)
-  critic = (loss.value_clip, loss.vf_coef) if algorithm.needs_values else ()
-  step_fn = training.make_train_step(
-      learner.make_loss_fn(
-          setup.policy, objective, setup.sampling.temperature, *critic),
-      optimizer, config.optim.num_microbatches, shardings)
+  settings = align_step.make_settings(config, setup.sampling)
+  params, frozen = _init_params(config, setup)
+  step_fn, state = align_step.make_step(
+      config, align_step.make_loss_fn(
+          config, setup.policy, setup.sampling.temperature),
+      params, setup.mesh)
   work = job.Job(
-      setup.policy, frozen, setup.reference, algorithm, objective, setup.train,
-      setup.scorers.total, step_fn, setup.mesh, workdir, settings,
-      _describe(config, setup), _make_look(config, setup))
+      setup.policy, frozen, setup.reference,
+      algorithms.get(config.algorithm), align_step.make_objective(config),
+      setup.train, setup.scorers.total, step_fn, setup.mesh,
+      setup.sampling_mesh, workdir, settings, _describe(config, setup),
+      _make_look(config, setup))
   state, progress = learner.train(
       work, state, loop_lib.elapsed_s(workdir), time.monotonic() - setup.began)
   return rollout.decoder_params(tree.merge(frozen, state.params)), {
       'num_updates': int(state.step), 'stopped': progress.stopped or None}
-
-
-def _objective(config: ml_collections.ConfigDict) -> objectives.Objective:
-  """Returns the objective; refuses settings that do not go together."""
-  loss = config.loss
-  names = ('epsilon', 'epsilon_high', 'dual_clip', 'ratio', 'loss_aggregation',
-           'kl_place', 'kl_estimator', 'kl_coef')
-  objective = algorithms.make_objective(
-      config.algorithm, **{name: loss[name] for name in names},
-      max_completion_length=config.sampling.max_completion_length)
-  algorithms.check(
-      config.algorithm, objective, config.rollout.num_generations,
-      loss.gamma if 'gamma' in loss else algorithms.GAMMA,
-      loss.lam if 'lam' in loss else algorithms.LAM, loss.kl_target)
-  return objective
-
-
-def _settings(config: ml_collections.ConfigDict, sampling: Sampling
-              ) -> job.Settings:
-  draws, loss = config.rollout, config.loss
-  return job.Settings(
-      num_steps=config.num_steps, log_every=config.log_every,
-      checkpoint_every=config.checkpoint_every,
-      samples_every=draws.samples_every, num_samples=draws.num_samples,
-      num_prompts=draws.num_prompts, num_generations=draws.num_generations,
-      num_iterations=loss.num_iterations,
-      num_mini_batches=loss.num_mini_batches,
-      num_microbatches=config.optim.num_microbatches, sampling=sampling,
-      rollout_dtype=draws.dtype,
-      gamma=loss.gamma if 'gamma' in loss else algorithms.GAMMA,
-      lam=loss.lam if 'lam' in loss else algorithms.LAM,
-      kl_target=loss.kl_target, kl_horizon=loss.kl_horizon,
-      normalise_rewards=loss.normalise_rewards,
-      mask_truncated=loss.mask_truncated, stop_kl=config.stop.kl,
-      stop_reward_drop=config.stop.reward_drop, look_every=config.eval.every,
-      seed=config.seed, profile=profiling.parse_steps(config.profile_steps))
 
 
 def _train_offline(config: ml_collections.ConfigDict, setup: Setup,
@@ -206,13 +159,15 @@ def _train_offline(config: ml_collections.ConfigDict, setup: Setup,
       pairs.num_samples, pairs.num_best, pairs.num_parallel, setup.sampling,
       config.seed)
   loss = algorithms.get(config.algorithm).loss
-  optimizer, shardings, state, frozen = _init_state(config, setup, False)
-  reference = dataclasses.replace(setup.policy, model=setup.reference[0])
+  params, frozen = _init_params(config, setup)
+  model, copy = rollout.sampling_copy(
+      *setup.reference, '', setup.sampling_mesh)
+  reference = dataclasses.replace(setup.policy, model=model)
   prompts = setup.train[:pairs.num_prompts]
   with tqdm.tqdm(total=len(prompts), desc='sample', unit='prompt',
                  mininterval=loop_lib.BAR_INTERVAL_S) as bar:
     completions = offline.sample(
-        reference, setup.reference[1], prompts, setup.scorers.total, settings,
+        reference, copy, prompts, setup.scorers.total, settings,
         workdir / 'completions.jsonl', bar.update)
   rows = offline.make_pairs(
       reference, setup.reference[1], prompts, completions, settings,
@@ -222,11 +177,11 @@ def _train_offline(config: ml_collections.ConfigDict, setup: Setup,
         f'a reward is {rows["reward"].min():.4g}, and distillation takes its '
         'logarithm; use rewards above 0, such as mode=product')
   batches = offline.PairBatches(rows, pairs.batch_size, config.seed)
-  step_fn = training.make_train_step(
-      offline.make_loss_fn(
+  step_fn, state = align_step.make_step(
+      config, offline.make_loss_fn(
           setup.policy, loss, pairs.beta, setup.sampling.temperature,
           pairs.nll_coef),
-      optimizer, config.optim.num_microbatches, shardings)
+      params, setup.mesh)
   loop = loop_lib.LoopConfig(
       config.num_steps, config.log_every, config.checkpoint_every,
       profile=profiling.parse_steps(config.profile_steps))
@@ -263,6 +218,8 @@ def _make_look(config: ml_collections.ConfigDict, setup: Setup) -> job.LookFn:
 def _answer(setup: Setup, model: ModelConfig, params: Any,
             prompts: Sequence[Prompt], num: int = 1) -> list[Sample]:
   """Returns `num` samples of each prompt; the same seed for all policies."""
+  model, params = rollout.sampling_copy(
+      model, params, '', setup.sampling_mesh)
   policy = dataclasses.replace(setup.policy, model=model)
   samples, _ = rollout.rollout(
       policy, params, prompts, setup.sampling, num, seed=0)
@@ -280,8 +237,7 @@ def _evaluate(config: ml_collections.ConfigDict, setup: Setup, params: Any,
     answers[f'best of {config.eval.best_of}'] = _best(
         many, setup.scorers.total(many)[0], config.eval.best_of)
   answers['aligned'] = _answer(
-      setup, *rollout.sampling_copy(setup.policy.model, params, ''),
-      setup.test)
+      setup, setup.policy.model, params, setup.test)
   name = setup.test[0].safety.name or 'rules'
   judged = {policy: {name: policy_eval.judge(samples, judges)}
             for policy, samples in answers.items()}
@@ -318,7 +274,8 @@ def _flatten(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
 def _export(config: ml_collections.ConfigDict, setup: Setup, params: Any,
             workdir: pathlib.Path) -> None:
   """Writes workdir/policy, in Hugging Face's form, for the next run or user."""
-  model, merged = rollout.sampling_copy(setup.policy.model, params, '')
+  model, merged = rollout.sampling_copy(
+      setup.policy.model, params, '', setup.mesh)
   hf.save(workdir / 'policy', model, merged, metadata={
       'made_by': f'csrm_jax, algorithm {config.algorithm}'})
   backbone.save_tokenizer(

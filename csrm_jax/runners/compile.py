@@ -7,48 +7,42 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 
 from csrm_jax import config as config_lib
-from csrm_jax import scoring
-from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import program, roofline, topology, tree, writer
-from csrm_jax.data import packing
-from csrm_jax.models import config as model_config
-from csrm_jax.models import lora, transformer
-from csrm_jax.runners import train_rm
-from csrm_jax.safety import templates
-from csrm_jax.text import tokenizer as tokenizer_lib
-
-# Any ids do: which tokens they are is no part of a program's shape.
-VERBALIZERS = templates.Verbalizers(safe=(1,), unsafe=(2,))
+from csrm_jax.models import transformer
+from csrm_jax.runners import programs
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What one program costs; bytes and times are of one chip and one step.
+  """What one program costs; bytes and times are of one chip and one call.
 
   Attributes:
-    name: 'train' or 'score'.
-    fits: whether peak_bytes is at most hbm_bytes.
+    name: as in config.programs.
+    fits: whether peak_bytes and beside_bytes are at most hbm_bytes.
     hbm_bytes: what a chip has.
     peak_bytes: arguments, results and work space.
     param_bytes: of the parameters.
-    opt_state_bytes: of the optimizer's state.
+    opt_state_bytes: of the optimizer's state, where it is an argument.
+    cache_bytes: of keys and values, where they are.
     work_bytes: activations, gradients, gathered parameters: what the compiler
       reserves beside the arguments.
+    beside_bytes: of what the run holds meanwhile for its other programs.
     replicated_fraction: share of the parameters' bytes that each chip holds
       whole.
     flops: of the products, all chips, with what is recomputed.
-    tokens: of the batch.
+    tokens: read or added.
+    calls: in a step of the run.
     collective_bytes: by kind, of whole arrays: times their turns.
     roofline: the times; None where the program does not fit.
     compile_s: how long the compiler took.
@@ -60,23 +54,30 @@ class Compiled:
   peak_bytes: float
   param_bytes: int
   opt_state_bytes: int
+  cache_bytes: int
   work_bytes: float
+  beside_bytes: int
   replicated_fraction: float
   flops: float
   tokens: int
+  calls: int
   collective_bytes: dict[str, int]
   roofline: roofline.Roofline | None
   compile_s: float
 
+  @property
+  def held_bytes(self) -> float:
+    """What the run needs of a chip while this program runs."""
+    return self.peak_bytes + self.beside_bytes
+
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Compiles config.programs of config.run, writes workdir/report."""
-  if config.run.runner != 'train_rm':
-    raise ValueError(
-        f'target: runner {config.run.runner!r} cannot be compiled; give '
-        'configs/rm.py')
   target = topology.parse(config.topology)
-  results = [compile_program(name, config, target) for name in config.programs]
+  results = []
+  for name in config.programs:
+    print(f'compiling {name}', file=sys.stderr, flush=True)
+    results.append(compile_program(name, config, target))
   advice = []
   if config.advise and not all(result.fits for result in results):
     advice = list(_advise(config, target))
@@ -97,79 +98,54 @@ def compile_program(name: str, config: ml_collections.ConfigDict,
     ImportError: no package libtpu.
     ValueError: an unknown program, or a mesh or batch that does not divide.
   """
-  mesh = mesh_lib.make_mesh(
-      **config.run.mesh, devices=topology.devices(target))
-  model = _model(config)
-  with jax.set_mesh(mesh):
-    fn, args, state = _program(name, config.run, model, mesh)
-    start = time.monotonic()
+  makers = programs.named(config, topology.devices(target))
+  if name not in makers:
+    raise ValueError(
+        f'config.programs: {name!r} is unknown; there are {", ".join(makers)}')
+  made = makers[name]()
+  start = time.monotonic()
+  with jax.set_mesh(made.mesh):
     try:
-      compiled = fn.lower(*args).compile()
+      compiled = made.fn.lower(*made.args).compile()
     except jax.errors.JaxRuntimeError as error:
-      used = _used_bytes(error)
-      compiled = None
-  # Outside of the mesh, where attention is made of plain products.
-  flops = program.count_flops(fn, *args)
-  params = getattr(state, 'params', state)
-  hbm_bytes = target.chip.hbm_bytes
-  arguments = program.local_bytes(args)
+      used, compiled = _used_bytes(error), None
+  compile_s = time.monotonic() - start
   found = []
   if compiled:
     memory = compiled.memory_analysis()
-    found = program.collectives(compiled.as_text())
+    found = program.collectives(compiled.as_text(), made.turns or 1)
     used = (memory.argument_size_in_bytes + memory.output_size_in_bytes
             - memory.alias_size_in_bytes + memory.temp_size_in_bytes
             + memory.generated_code_size_in_bytes)
+  return _describe(name, config, target, made, used, found, compile_s)
+
+
+def _describe(name: str, config: ml_collections.ConfigDict,
+              target: topology.Slice, made: programs.Program, used: float,
+              found: Sequence[program.Collective], compile_s: float
+              ) -> Compiled:
+  # Outside of the mesh, where attention is made of plain products.
+  flops = program.count_flops(made.fn, *made.args, turns=made.turns)
+  param_bytes = program.local_bytes(made.params)
+  cache_bytes = program.local_bytes(made.cache)
+  beside_bytes = program.local_bytes(made.beside)
+  fits = used + beside_bytes <= target.chip.hbm_bytes
   sums = {kind: sum(c.num_bytes * c.turns for c in found if c.kind == kind)
           for kind in program.COLLECTIVES}
+  read_bytes = max(made.turns, 1) * (param_bytes + cache_bytes)
   return Compiled(
-      name=name, fits=compiled is not None and used <= hbm_bytes,
-      hbm_bytes=hbm_bytes, peak_bytes=used,
-      param_bytes=program.local_bytes(params),
-      opt_state_bytes=program.local_bytes(getattr(state, 'opt_state', ())),
-      work_bytes=used - arguments,
-      replicated_fraction=program.replicated_fraction(params), flops=flops,
-      tokens=math.prod(args[1]['tokens'].shape),
+      name=name, fits=fits, hbm_bytes=target.chip.hbm_bytes, peak_bytes=used,
+      param_bytes=param_bytes, cache_bytes=cache_bytes,
+      opt_state_bytes=program.local_bytes(made.opt_state),
+      work_bytes=used - program.local_bytes(made.args),
+      beside_bytes=beside_bytes,
+      replicated_fraction=program.replicated_fraction(made.params),
+      flops=flops, tokens=made.tokens, calls=made.calls,
       collective_bytes={kind: total for kind, total in sums.items() if total},
       roofline=roofline.estimate(
-          flops, found, target, config.product_efficiency)
-      if compiled else None,
-      compile_s=time.monotonic() - start)
-
-
-def _model(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
-  run = config.run
-  vocab_size = 0
-  if run.tokenizer:
-    vocab_size = tokenizer_lib.load_tokenizer(run.tokenizer).vocab_size
-  model = model_config.preset(
-      run.model.preset, vocab_size, **run.model.overrides)
-  if config.num_layers:
-    model = dataclasses.replace(model, num_layers=config.num_layers)
-  return model
-
-
-def _program(name: str, run: ml_collections.ConfigDict,
-             model: model_config.ModelConfig, mesh: jax.sharding.Mesh
-             ) -> tuple[Any, tuple[Any, ...], Any]:
-  """Returns (function, shapes of its arguments, shapes of what it keeps)."""
-  shapes = jax.eval_shape(lambda: transformer.init_params(model, run.seed))
-  batch, _ = packing.pack_rows(
-      [], run.data.batch_size, run.data.row_length, run.data.max_segments)
-  if name == 'train':
-    trained, frozen = lora.split(shapes) if model.lora_rank else (shapes, {})
-    step_fn, state = train_rm.make_step(run, model, VERBALIZERS, trained, mesh)
-    frozen = mesh_lib.abstract(frozen, mesh)
-    return step_fn, (state, mesh_lib.abstract_batch(batch, mesh), frozen), state
-  if name == 'score':
-    batch = {key: batch[key] for key in
-             ('tokens', 'positions', 'segment_ids', 'verdict_index')}
-    batch['verdict_index'] = batch['verdict_index'][:, :1]
-    params = mesh_lib.abstract(shapes, mesh)
-    fn = scoring.make_score_step(model, VERBALIZERS)
-    return fn, (params, mesh_lib.abstract_batch(batch, mesh)), params
-  raise ValueError(
-      f'config.programs: {name!r} is unknown; there are train and score')
+          flops, read_bytes, found, target, config.product_efficiency)
+      if found or fits else None,
+      compile_s=compile_s)
 
 
 def _used_bytes(error: Exception) -> float:
@@ -200,7 +176,8 @@ def _changes(run: ml_collections.ConfigDict,
 def _advise(config: ml_collections.ConfigDict,
             target: topology.Slice) -> Iterator[str]:
   """Yields what each change came to, up to the first with which it fits."""
-  for change in _changes(config.run, target):
+  changes = _changes(config.run, target) if 'train' in config.programs else ()
+  for change in changes:
     changed = ml_collections.ConfigDict(config.to_dict())
     config_lib.set_overrides(changed.run, change)
     result = compile_program('train', changed, target)
@@ -211,33 +188,65 @@ def _advise(config: ml_collections.ConfigDict,
     if result.fits:
       return
   larger = [n for n in topology.names() if n.startswith(f'{target.kind}-')]
-  yield f'nothing tried fits: take a larger slice than {target.name} ' \
-        f'({", ".join(larger)}), or adapters (lora=16)'
+  yield f'take a larger slice than {target.name} ({", ".join(larger)}), or ' \
+        'adapters (lora=16)'
 
 
 def report(config: ml_collections.ConfigDict, target: topology.Slice,
            results: list[Compiled], advice: list[str]) -> str:
   """Returns the Markdown report."""
-  model = _model(config)
+  model = programs.model_of(config)
   shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
-  run = config.run
   side = 'x'.join(str(n) for n in target.shape)
+  num = f'{target.num_slices} x ' if target.num_slices > 1 else ''
   lines = [
-      f'# {run.model.preset} on {target.name}', '',
-      f'{target.num_chips} chips ({side}), '
+      f'# {_name(config)} on {target.name}', '',
+      f'{target.num_chips} chips ({num}{side}), '
       f'{tree.num_params(shapes) / 1e9:.2f}B parameters in '
       f'{model.param_dtype}, products in {model.dtype}, remat {model.remat}; '
-      f'mesh {dict(run.mesh)}; {run.data.batch_size} rows of '
-      f'{run.data.row_length} tokens in {run.optim.num_microbatches} '
-      'microbatches.', '',
+      f'mesh {dict(config.run.mesh)}; {_step_of(config)} in '
+      f'{config.run.optim.num_microbatches} microbatches.', '',
       '| of one chip | ' + ' | '.join(r.name for r in results) + ' |',
       '|---|' + '---|' * len(results)]
   for title, cell in _ROWS.items():
     lines.append(f'| {title} | ' + ' | '.join(map(cell, results)) + ' |')
-  lines += ['', _assumptions(config, target), '']
+  lines += ['', *_whole_step(results), _assumptions(config, target), '']
   if advice:
     lines += ['To make it fit:', '', *(f'- {line}' for line in advice), '']
   return '\n'.join(lines)
+
+
+def _name(config: ml_collections.ConfigDict) -> str:
+  run = config.run
+  if run.runner == 'train_rm':
+    return run.model.preset
+  judge = f' under {config.reward_model}' if config.reward_model else ''
+  return f'{config.policy or run.policy.init}{judge}'
+
+
+def _step_of(config: ml_collections.ConfigDict) -> str:
+  run = config.run
+  if run.runner == 'train_rm':
+    return f'{run.data.batch_size} rows of {run.data.row_length} tokens'
+  draws = run.rollout
+  return (f'{draws.num_prompts} prompts of {config.prompt_length} tokens x '
+          f'{draws.num_generations} completions of '
+          f'{run.sampling.max_completion_length}, drawn from copies on '
+          f'{run.sampling.tensor} chips each, updates')
+
+
+def _whole_step(results: Sequence[Compiled]) -> Iterator[str]:
+  """Yields what all calls of a step come to, where there are several."""
+  if all(r.calls == 1 for r in results):
+    return
+  most = max(results, key=lambda r: r.held_bytes)
+  yield (f'The run holds most during {most.name}: {_gib(most.held_bytes)} of '
+         f'{_gib(most.hbm_bytes)} GiB.')
+  if all(r.roofline for r in results):
+    low, high = (sum(r.calls * getattr(r.roofline, name) for r in results)
+                 for name in ('overlapped_s', 'serial_s'))
+    yield f'A step of all calls takes {low:.2f}–{high:.2f} s.'
+  yield ''
 
 
 def _gib(num_bytes: float) -> str:
@@ -260,24 +269,30 @@ def _times(result: Compiled) -> str:
   if result.roofline is None:
     return '–'
   parts = {'products': result.roofline.compute_s,
+           'memory': result.roofline.memory_s,
            **result.roofline.collectives_s}
   return ', '.join(f'{name} {time_s:.3f}' for name, time_s in parts.items())
 
 
 _ROWS = {
     'fits': lambda r: 'yes' if r.fits else '**no**',
-    'peak, GiB': lambda r: f'{_gib(r.peak_bytes)} of {_gib(r.hbm_bytes)}',
+    'peak of the program, GiB': lambda r: _gib(r.peak_bytes),
     'parameters, GiB': lambda r: _gib(r.param_bytes),
     'optimizer, GiB': lambda r: _gib(r.opt_state_bytes),
+    'keys and values, GiB': lambda r: _gib(r.cache_bytes),
     'activations and other work space, GiB': lambda r: _gib(r.work_bytes),
+    'held beside it by the run, GiB': lambda r: _gib(r.beside_bytes),
+    'peak of the run, GiB':
+        lambda r: f'{_gib(r.held_bytes)} of {_gib(r.hbm_bytes)}',
     'parameter bytes that are replicated':
         lambda r: f'{r.replicated_fraction:.3%}',
-    'FLOPs of a step, all chips': lambda r: f'{r.flops:.4g}',
-    'collectives, GiB a step': _collectives,
+    'FLOPs, all chips': lambda r: f'{r.flops:.4g}',
+    'collectives, GiB': _collectives,
     'times, s': _times,
-    'step, s (overlapped–serial)': _step,
+    'time, s (overlapped–serial)': _step,
     'limit': lambda r: r.roofline.limit if r.roofline else 'memory',
-    'tokens a step': lambda r: str(r.tokens),
+    'tokens': lambda r: str(r.tokens),
+    'calls a step': lambda r: str(r.calls),
 }
 
 
@@ -288,6 +303,8 @@ def _assumptions(config: ml_collections.ConfigDict,
   return (
       f'Assumed: {chip.flops / 1e12:.0f} TFLOP/s a chip, of which products '
       f'reach {config.product_efficiency:.0%}; rings of {rings} '
-      'GB/s along the sides of the slice; no latency, no waiting for data. '
+      f'GB/s along the sides of a slice, {chip.dcn_bytes_per_s / 1e9:.2f} GB/s '
+      f'a chip between slices, {chip.hbm_bytes_per_s / 1e12:.2f} TB/s of '
+      'memory; no latency, no waiting for data. '
       'Attention counts the products of plain XLA: a little more than the '
       'lower half of the scores.')

@@ -38,6 +38,8 @@ def test_one_device_is_a_mesh():
     ({'data': -1, 'tensor': 2}, 'does not fit 1 devices'),
     ({'data': -1, 'fsdp': -1}, 'at most one may be -1'),
     ({'data': 0}, 'sizes are at least 1'),
+    ({'num_slices': 2}, 'does not divide over num_slices=2'),
+    ({'num_slices': 0}, 'num_slices=0'),
   ],
 )
 def test_make_mesh_refuses(sizes, message):
@@ -136,12 +138,50 @@ def test_shardings_keep_the_tree():
   assert leaf.shape == (8, 4)
 
 
+class _Device:
+  """One of the devices of two slices."""
+
+  platform = device_kind = 'some'
+  process_index = 0
+
+  def __init__(self, id, slice_index):
+    self.id, self.slice_index = id, slice_index
+
+  def __repr__(self):
+    return str(self.id)
+
+
+def test_only_data_goes_across_slices():
+  devices = [_Device(i, i % 2) for i in range(8)]
+  mesh = mesh_lib.make_mesh(4, 2, num_slices=2, devices=devices)
+  slices = [[d.slice_index for d in row.flat] for row in mesh.devices]
+  assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+  with pytest.raises(ValueError, match='lie in 2 slices'):
+    mesh_lib.make_mesh(4, 2, devices=devices)
+  with pytest.raises(ValueError, match='data=1 does not divide over num_sl'):
+    mesh_lib.make_mesh(1, 8, num_slices=2, devices=devices)
+
+
+def test_arrays_say_what_mesh_they_are_on():
+  mesh = mesh_lib.make_mesh(devices=ONE)
+  plain = jnp.ones(2)
+  x = jax.device_put(plain, mesh_lib.replicated(mesh))
+  with mesh_lib.of({'x': x}):
+    assert jax.sharding.get_mesh() == mesh
+    with mesh_lib.of(plain):
+      assert jax.sharding.get_mesh().empty
+  assert mesh_lib.num_row_parts(x) == 1
+
+
 def test_eight_devices():
   script = textwrap.dedent("""
     import jax, numpy as np
     from csrm_jax.core import mesh as m
     mesh = m.make_mesh(data=-1, fsdp=2, tensor=2)
     assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}, mesh
+    two = m.make_mesh(4, 2, num_slices=2)  # as two nodes of four
+    assert [d.id for d in two.devices[:2].flat] == [0, 1, 2, 3]
+    assert m.num_row_parts(jax.device_put(1.0, m.replicated(two))) == 8
     x = np.arange(24, dtype=np.int32).reshape(8, 3)
     y = m.to_global({'x': x}, mesh)['x']
     assert y.sharding == m.batch_sharding(mesh)

@@ -41,6 +41,7 @@ def test_batched_products_branches_and_loops_without_an_end():
     lambda x: x.sum() < 9, lambda x: x @ x, x)
   with pytest.raises(ValueError, match='while loop'):
     program.count_flops(loop, jnp.ones((2, 2)))
+  assert program.count_flops(loop, jnp.ones((2, 2)), turns=3) == 3 * 16
 
 
 HLO = """
@@ -82,14 +83,29 @@ def test_collectives_count_once_a_turn_however_they_are_written():
   gather = found['all-gather']
   # Spread over two fusions of the loop, which has five turns.
   assert gather.num_bytes == 64 * 8 * 2
-  assert gather.group == 16
+  assert gather.group == tuple(range(0, 32, 2))
   assert found['collective-permute'].turns == 5
   assert found['collective-permute'].num_bytes == 2 * 8 * 2
   assert found['reduce-scatter'].num_bytes == 16 * 2 * 8 * 4  # the operand
-  assert found['reduce-scatter'].group == 16
+  assert found['reduce-scatter'].group == tuple(range(16))
+  assert found['collective-permute'].group == (0, 1)
   assert found['all-reduce'] == program.Collective(
-    'all-reduce', 64, 4, 1, 'step/sum')
+    'all-reduce', 64, (0, 1, 2, 3), 1, 'step/sum')
   assert gather.turns == 5
+
+
+@pytest.mark.parametrize(('groups', 'first'), [
+  ('[4,2]<=[8]', (0, 1)),
+  ('[4,2]<=[2,4]T(1,0)', (0, 4)),
+  ('{{0,2},{1,3}}', (0, 2)),
+  ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+])
+def test_the_first_group_by_its_places(groups, first):
+  text = f"""ENTRY %main (p: f32[4]) -> f32[4] {{
+  %ar = f32[4]{{0}} all-reduce(%p), replica_groups={groups}, to_apply=%add
+}}
+"""
+  assert program.collectives(text)[0].group == first
 
 
 def test_a_real_program_of_eight_devices():
@@ -116,7 +132,8 @@ def test_a_real_program_of_eight_devices():
     found = {c.kind: c for c in program.collectives(text)}
     assert set(found) == {'all-gather', 'all-reduce'}, found
     gather = found['all-gather']
-    assert (gather.num_bytes, gather.group) == (32 * 32 * 4, 8), gather
+    assert (gather.num_bytes, gather.group) == (
+        32 * 32 * 4, tuple(range(8))), gather
     assert gather.turns == 6, gather
     assert found['all-reduce'].turns == 1
     assert program.local_bytes(args) == (16 * 32 + 6 * 32 * 32) * 4 / 8

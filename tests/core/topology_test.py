@@ -13,7 +13,18 @@ def test_names_count_what_the_cloud_counts():
   assert topology.parse('v6e-256').num_chips == 256
   two = topology.parse('2xv5e-256')
   assert (two.num_chips, two.num_slices, two.shape) == (512, 2, (16, 16))
-  assert topology.layout('2xv5e-256') == {'data': 2, 'fsdp': -1, 'tensor': 1}
+  assert topology.layout('2xv5e-256') == {
+    'data': 2, 'fsdp': -1, 'tensor': 1, 'num_slices': 2}
+  assert topology.num_devices('2xv5e-256') == 512
+
+
+def test_nodes_of_gpus_have_a_layout_but_are_not_compiled_for():
+  one = {'data': 1, 'fsdp': -1, 'tensor': 1, 'num_slices': 1}
+  assert topology.layout('h100-4') == topology.layout('h200-8') == one
+  assert topology.layout('a100-32') == one | {'data': 4, 'num_slices': 4}
+  assert topology.num_devices('a100-32') == 32
+  with pytest.raises(ValueError, match="'h100-8' is one of GPUs"):
+    topology.parse('h100-8')
 
 
 def test_shapes_hold_their_chips():
@@ -24,7 +35,8 @@ def test_shapes_hold_their_chips():
 
 
 @pytest.mark.parametrize('name', [
-  'v5e-63', 'v5p-8192', 'v5e', 'h100-8', '', '0xv5e-64', '1xv5e-64', 'v5e-64 ',
+  'v5e-63', 'v5p-8192', 'v5e', 'h100-12', 'gtx-8', '',
+  '0xv5e-64', '1xv5e-64', 'v5e-64 ',
 ])  # fmt: skip
 def test_unknown_slices_are_one_clear_line(name):
   with pytest.raises(ValueError, match='does not exist; ') as info:

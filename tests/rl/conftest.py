@@ -93,6 +93,7 @@ def make_job(policy, prompts, tmp_path):
     folder.mkdir(exist_ok=True)
     return job.Job(
         policy, {}, reference, row, loss, prompts, reward_fn, step_fn, mesh,
-        folder, settings, {'kind': 'policy'}), jax.device_put(state, shardings)
+        mesh, folder, settings, {'kind': 'policy'}
+    ), jax.device_put(state, shardings)
 
   return make

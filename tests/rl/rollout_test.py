@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import transformer
 from csrm_jax.rl import rollout, types
 from csrm_jax.safety import schema
 from csrm_jax.sampling import Completions, Sampling
 
 # Many stop, so that lengths differ.
+MESH = mesh_lib.make_mesh(devices=jax.devices()[:1])
 SAMPLING = Sampling(max_completion_length=6, temperature=0.7,
                     stop_ids=tuple(range(0, 500, 2)))
 
@@ -99,16 +101,16 @@ def test_sampling_from_adapters_is_sampling_from_their_sum(
   adapted = jax.tree.map(
       lambda x: x + 0.05, transformer.init_params(cfg, 1))
   merged_cfg, merged = rollout.sampling_copy(
-      cfg, adapted | rollout.init_value_head(cfg), '')
+      cfg, adapted | rollout.init_value_head(cfg), '', MESH)
   assert not merged_cfg.lora_rank
   np.testing.assert_allclose(
       rollout.logprobs(merged_cfg, merged, rows, 1.0)['logprobs'],
       rollout.logprobs(cfg, adapted, rows, 1.0)['logprobs'], atol=1e-4)
-  half_cfg, half = rollout.sampling_copy(cfg, adapted, 'bfloat16')
+  half_cfg, half = rollout.sampling_copy(cfg, adapted, 'bfloat16', MESH)
   assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype('bfloat16')}
   assert half_cfg.dtype == 'bfloat16'
   with pytest.raises(ValueError, match='float16'):
-    rollout.sampling_copy(cfg, adapted, 'float16')
+    rollout.sampling_copy(cfg, adapted, 'float16', MESH)
 
 
 def _prompt(*turns):

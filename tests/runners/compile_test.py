@@ -2,21 +2,24 @@ import importlib.util
 import json
 import pathlib
 
+import jax
 import pytest
 
 from csrm_jax import config as config_lib
-from csrm_jax.core import topology
+from csrm_jax.core import program, topology
 from csrm_jax.runners import compile as compile_lib
+from csrm_jax.runners import programs
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'compile.py'
 TARGET = f'target={CONFIG.with_name("rm.py")}'
+RL = f'target={CONFIG.with_name("rl.py")},reward=oracle'
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,
     reason='needs libtpu: pip install "csrm_jax[tpu]"')
 
 
-def _config(arg, **overrides):
-  config = config_lib.load_module(CONFIG).get_config(f'{TARGET},{arg}')
+def _config(arg, target=TARGET, **overrides):
+  config = config_lib.load_module(CONFIG).get_config(f'{target},{arg}')
   config_lib.set_overrides(config, overrides)
   return config
 
@@ -27,7 +30,8 @@ def test_the_target_is_the_run_that_would_be_started():
       'model=llama3_8b,lora=4,mesh=v5p-16')
   assert config.topology == 'v5p-16'
   assert config_lib.to_json(config.run) == config_lib.to_json(run)
-  assert run.mesh.to_dict() == {'data': 1, 'fsdp': -1, 'tensor': 1}
+  assert run.mesh.to_dict() == {
+      'data': 1, 'fsdp': -1, 'tensor': 1, 'num_slices': 1}
   assert (run.data.batch_size, run.data.row_length) == (128, 2048)
 
 
@@ -42,8 +46,6 @@ def test_arguments_that_do_not_exist(arg, message):
 
 def _compile(config, monkeypatch):
   """Compiles for as many CPUs as there are: one."""
-  import jax
-
   monkeypatch.setattr(
       topology, 'devices', lambda target: jax.devices('cpu')[:1])
   target = topology.parse(config.topology)
@@ -89,13 +91,69 @@ def test_what_does_not_fit_is_tried_with_less(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(('overrides', 'message'), [
     ({'run.mesh.fsdp': 3}, 'does not fit 1 devices'),
-    ({'programs': ('train', 'rollout')}, "'rollout' is unknown"),
+    ({'programs': ('train', 'rollout')}, "'rollout' is unknown; there are"),
+    ({'run.mesh.num_slices': 2}, 'does not divide over num_slices=2'),
 ])
 def test_bad_input(overrides, message, monkeypatch):
   config = _config('topology=v5e-1', **{
       'run.data.batch_size': 4, 'run.data.row_length': 64, **overrides})
   with pytest.raises(ValueError, match=message):
     _compile(config, monkeypatch)
+
+
+def _aligned(**overrides):
+  return _config(
+      'topology=v5e-1', RL, **{
+          'run.rollout.num_prompts': 4, 'run.rollout.num_generations': 4,
+          'run.loss.num_mini_batches': 2, 'run.optim.num_microbatches': 1,
+          'run.policy.overrides.dtype': 'float32', 'run.rollout.dtype': '',
+          'run.sampling.max_completion_length': 8,
+          'prompt_length': 32, 'score_length': 64, **overrides})
+
+
+def test_all_that_an_alignment_run_holds_is_counted(monkeypatch, tmp_path):
+  config = _aligned()
+  prefill, decode, logprobs, update = _compile(config, monkeypatch)
+  assert [r.calls for r in (prefill, decode, logprobs, update)] == [1, 1, 2, 2]
+  size = update.param_bytes
+  assert logprobs.param_bytes == decode.param_bytes == size
+  assert 0 <= update.opt_state_bytes - 2 * size < 100
+  # Beside the update: what the KL is measured from. Beside the others also the
+  # optimizer; without a copy to sample from the policy is not there twice.
+  assert update.beside_bytes == size
+  for result in (prefill, decode, logprobs):
+    assert result.beside_bytes == size + update.opt_state_bytes
+  assert all(r.held_bytes > 4 * size for r in (decode, logprobs, update))
+  # Keys and values of 39 tokens: the last one's are not needed.
+  model = programs.model_of(config)
+  row = 2 * 4 * model.num_layers * model.num_kv_heads * model.head_dim
+  assert decode.cache_bytes == 16 * (32 + 8 - 1) * row
+  # A token a turn: 16 x 7 of them and their logits, against 4 x 32 that
+  # prefill reads.
+  assert 0.8 < decode.flops / prefill.flops < 3
+  assert decode.roofline.memory_s == pytest.approx(
+      7 * (size + decode.cache_bytes) / 0.819e12)
+  compile_lib.run(config, tmp_path)
+  text = (tmp_path / 'report' / 'report.md').read_text()
+  assert 'The run holds most during' in text
+  assert 'A step of all calls takes' in text
+
+
+def test_a_copy_to_sample_from_and_adapters_are_counted(monkeypatch):
+  devices = jax.devices()[:1]
+  copied = programs.named(_aligned(**{'run.rollout.dtype': 'bfloat16'}),
+                          devices)
+  plain = programs.named(_aligned(), devices)
+  size = program.local_bytes(plain['update']().params)
+  beside = program.local_bytes(plain['decode']().beside)
+  made = copied['decode']()
+  assert program.local_bytes(made.params) == size / 2
+  assert program.local_bytes(made.beside) == beside + size
+  # The reference lies under the adapters: once.
+  adapted = programs.named(_aligned(**{
+      'run.policy.overrides.lora_rank': 2}), devices)['update']()
+  assert program.local_bytes(adapted.beside) == 0
+  assert size <= program.local_bytes(adapted.args) < 2 * size
 
 
 @needs_libtpu

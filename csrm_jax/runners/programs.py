@@ -1,0 +1,338 @@
+"""The programs of a run, with the shapes they are called with: no arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from csrm_jax import decoding, scoring
+from csrm_jax import sampling as sampling_lib
+from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.data import packing
+from csrm_jax.models import config as model_config
+from csrm_jax.models import hf, lora, transformer
+from csrm_jax.rl import algorithms, rollout
+from csrm_jax.runners import align_step, train_rm
+from csrm_jax.safety import templates
+from csrm_jax.text import tokenizer as tokenizer_lib
+
+# Any ids do: which tokens they are is no part of a program's shape.
+VERBALIZERS = templates.Verbalizers(safe=(1,), unsafe=(2,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A function that a run calls on its devices.
+
+  Attributes:
+    fn: jitted.
+    args: shapes of its arguments, with their shardings.
+    mesh: that it runs on.
+    params: shapes of the parameters that it computes with.
+    opt_state: shapes of the optimizer's state, if it has one.
+    tokens: that a call reads or adds.
+    cache: shapes that are read again in each turn, beside params.
+    beside: shapes of what the run holds meanwhile and the program does not.
+    calls: in a step of the run.
+    turns: of its loop over tokens; 0: it has none.
+  """
+  fn: Callable[..., Any]
+  args: tuple[Any, ...]
+  mesh: jax.sharding.Mesh
+  params: Any
+  tokens: int
+  opt_state: Any = ()
+  cache: Any = ()
+  beside: Any = ()
+  calls: int = 1
+  turns: int = 0
+
+
+def named(config: ml_collections.ConfigDict, devices: Sequence[Any]
+          ) -> dict[str, Callable[[], Program]]:
+  """Returns the programs of config.run: name -> a function that makes it.
+
+  Args:
+    config: as in configs/compile.py.
+    devices: or descriptions of them.
+
+  Raises:
+    ValueError: a run that is not compiled, or a mesh that does not divide.
+  """
+  runners = {'train_rm': _of_reward_model, 'align': _of_alignment}
+  name = config.run.runner
+  if name not in runners:
+    raise ValueError(
+        f'target: runner {name!r} cannot be compiled; give configs/rm.py or '
+        'configs/rl.py')
+  return runners[name](config, devices)
+
+
+def model_of(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
+  """Returns the shape of what config.run trains."""
+  run = config.run
+  if run.runner == 'train_rm':
+    vocab_size = 0
+    if run.tokenizer:
+      vocab_size = tokenizer_lib.load_tokenizer(run.tokenizer).vocab_size
+    model = model_config.preset(
+        run.model.preset, vocab_size, **run.model.overrides)
+  elif config.policy:
+    model = model_config.preset(config.policy, 0, **run.policy.overrides)
+  else:
+    model = hf.load_config(run.policy.init, **run.policy.overrides)
+  return _cut(config, model)
+
+
+def _cut(config, model):
+  if config.num_layers:
+    model = dataclasses.replace(model, num_layers=config.num_layers)
+  return model
+
+
+def _shapes(model: model_config.ModelConfig) -> Any:
+  return jax.eval_shape(lambda: transformer.init_params(model, 0))
+
+
+def _of_reward_model(config, devices):
+  run, model = config.run, model_of(config)
+  mesh = mesh_lib.make_mesh(**run.mesh, devices=devices)
+  batch, _ = packing.pack_rows(
+      [], run.data.batch_size, run.data.row_length, run.data.max_segments)
+  tokens = batch['tokens'].size
+
+  def train():
+    shapes = _shapes(model)
+    trained, frozen = lora.split(shapes) if model.lora_rank else (shapes, {})
+    fn, state = train_rm.make_step(run, model, VERBALIZERS, trained, mesh)
+    args = (state, mesh_lib.abstract_batch(batch, mesh),
+            mesh_lib.abstract(frozen, mesh))
+    return Program(fn, args, mesh, state.params, tokens, state.opt_state)
+
+  return {'train': train, 'score': lambda: _score(
+      model, mesh, run.data.batch_size, run.data.row_length)}
+
+
+def _score(model, mesh, rows, length, beside=(), calls=1):
+  """Returns the program that scores rows, one prompt each."""
+  batch = {name: np.zeros((rows, length), np.int32)
+           for name in ('tokens', 'positions', 'segment_ids')}
+  batch['verdict_index'] = np.zeros((rows, 1), np.int32)
+  params = mesh_lib.abstract(_shapes(model), mesh)
+  return Program(
+      scoring.make_score_step(model, VERBALIZERS),
+      (params, mesh_lib.abstract_batch(batch, mesh)), mesh, params,
+      rows * length, beside=beside, calls=calls)
+
+
+def _of_alignment(config, devices):
+  run = config.run
+  if not algorithms.get(run.algorithm).online:
+    raise ValueError(
+        f'algorithm={run.algorithm} has no rollouts in its steps; what is '
+        'compiled are steps of an online algorithm, such as reinforce_pp')
+  held = _hold(config, devices)
+  return {
+      'prefill': lambda: _prefill(config, held),
+      'decode': lambda: _decode(config, held),
+      'logprobs': lambda: _logprobs(config, held),
+      'update': lambda: _update(config, held),
+      'score': lambda: _rewards(config, held),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+  """What an alignment run holds from its beginning to its end, as shapes.
+
+  Attributes:
+    mesh: of training.
+    sampling_mesh: of sampling.
+    policy: with adapters, if any.
+    state: what is trained, and the optimizer.
+    step_fn: the train step.
+    base: what the KL is measured from, and what lies under adapters.
+    judge: the reward model, if the reward is one.
+    judge_params: its parameters.
+    settings: numbers.
+  """
+  mesh: jax.sharding.Mesh
+  sampling_mesh: jax.sharding.Mesh
+  policy: rollout.Policy
+  state: Any
+  step_fn: Callable[..., Any]
+  base: Any
+  judge: model_config.ModelConfig | None
+  judge_params: Any
+  settings: Any
+
+  @property
+  def frozen(self) -> Any:
+    """Parameters under adapters."""
+    return self.base if self.policy.model.lora_rank else {}
+
+
+def _hold(config, devices) -> _Held:
+  run, model = config.run, model_of(config)
+  mesh = mesh_lib.make_mesh(**run.mesh, devices=devices)
+  sampling_mesh = mesh_lib.make_mesh(
+      tensor=run.sampling.tensor, num_slices=run.mesh.num_slices,
+      devices=devices)
+  sampling = align_step.make_sampling(run, (1,))
+  policy = rollout.Policy(model, None, ('', ''))
+  shapes = _shapes(model)
+  trained, base = lora.split(shapes) if model.lora_rank else (shapes, shapes)
+  if algorithms.get(run.algorithm).needs_values:
+    trained = trained | jax.eval_shape(lambda: rollout.init_value_head(model))
+  step_fn, state = align_step.make_step(
+      run, align_step.make_loss_fn(run, policy, sampling.temperature), trained,
+      mesh)
+  judge, judge_params = None, {}
+  if config.reward_model and run.reward.name == 'csrm':
+    judge = _cut(config, model_config.preset(
+        config.reward_model, 0, dtype=model.dtype, unroll=1))
+    judge_params = mesh_lib.abstract(_shapes(judge), mesh)
+  return _Held(
+      mesh, sampling_mesh, policy, state, step_fn,
+      mesh_lib.abstract(base, mesh), judge, judge_params,
+      align_step.make_settings(run, sampling))
+
+
+def _sampled(held: _Held) -> tuple[model_config.ModelConfig, Any, bool]:
+  """Returns (model, parameters' shapes, is it a copy) to sample from."""
+  model, dtype = held.policy.model, held.settings.rollout_dtype
+  fields = {'dtype': dtype, 'param_dtype': dtype} if dtype else {}
+  plain = dataclasses.replace(model, lora_rank=0, **fields)
+  params = mesh_lib.abstract(_shapes(plain), held.sampling_mesh)
+  is_copy = plain != model or held.sampling_mesh != held.mesh
+  return plain, params, is_copy
+
+
+def _num_drawn(held: _Held) -> int:
+  """Returns the rows that are drawn at once."""
+  rows = held.settings.num_rows
+  return min(rollout.MAX_ROWS, 1 << (rows - 1).bit_length())
+
+
+def _drawing(config, held):
+  """Returns (fn of each program of sampling, their args, a Program's fields).
+  """
+  settings, mesh = held.settings, held.sampling_mesh
+  model, params, is_copy = _sampled(held)
+  rows = _num_drawn(held)
+  prompts = [(1 + i // settings.num_generations,) * config.prompt_length
+             for i in range(rows)]
+  batch = sampling_lib.pad_prompts(prompts, rows, 0, model)
+  whole = mesh_lib.replicated(mesh)
+  batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+           for name, x in batch.items()}
+  start, go_on = decoding.compiled(model, settings.sampling)
+  beside = [held.state.opt_state, held.base, held.judge_params]
+  fields = {
+      'mesh': mesh, 'params': params,
+      'beside': [*beside, held.state.params] if is_copy else beside,
+      'calls': -(-settings.num_rows // rows)}
+  return start, go_on, (params, batch, None), fields
+
+
+def _prefill(config, held):
+  start, _, args, fields = _drawing(config, held)
+  return Program(start, args, tokens=args[1]['tokens'].size, **fields)
+
+
+def _decode(config, held):
+  start, go_on, args, fields = _drawing(config, held)
+  mesh, rows = held.sampling_mesh, _num_drawn(held)
+  with jax.set_mesh(mesh):
+    cache, state = jax.eval_shape(start, *args)
+
+  def place(x, *spec):
+    spec = mesh_lib.fit(jax.P(*spec), x.shape, mesh)
+    return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+  cache = {name: place(x, *_CACHE.get(name, ())) for name, x in cache.items()}
+  state = {name: place(x, mesh_lib.ROWS) for name, x in state.items()}
+  index = place(jax.ShapeDtypeStruct((rows,), jnp.uint32))
+  seed = place(jax.ShapeDtypeStruct((), jnp.uint32))
+  length = held.settings.sampling.max_completion_length
+  return Program(
+      go_on, (args[0], cache, state, index, seed), tokens=rows * length,
+      cache=[cache['key'], cache['value']], turns=length - 1, **fields)
+
+
+_CACHE = {'key': mesh_lib.CACHE, 'value': mesh_lib.CACHE,
+          'segment_ids': (mesh_lib.ROWS,)}
+
+
+def _rows(config, held, num: int) -> dict[str, np.ndarray]:
+  """Returns rows as rollout.make_rows does, of the longest prompts there are.
+  """
+  C = config.run.sampling.max_completion_length
+  T = C + sampling_lib.prompt_bucket(held.policy.model, config.prompt_length)
+  rows = {name: np.zeros((num, T), np.int32)
+          for name in ('tokens', 'positions', 'segment_ids')}
+  return rows | {'completion_mask': np.zeros((num, C), np.float32)}
+
+
+def _logprobs(config, held):
+  """Returns the program of the policy's log-probabilities, which is about that
+  of the reference's; the sampler's own are the policy's where weights are."""
+  settings, model = held.settings, held.policy.model
+  rows = _rows(config, held, settings.chunk)
+  batch = mesh_lib.abstract_batch(rows, held.mesh)
+  params = {**held.frozen, **held.state.params}
+  if held.frozen:
+    params = mesh_lib.abstract(_shapes(model), held.mesh)
+  fn = jax.jit(lambda params, rows: rollout.logprobs(
+      model, params, rows, settings.sampling.temperature))
+  base = () if held.frozen else held.base
+  needs_values = algorithms.get(config.run.algorithm).needs_values
+  times = 2 if settings.rollout_dtype or needs_values else 1
+  return Program(
+      fn, (params, batch), held.mesh, params, rows['tokens'].size,
+      beside=[held.state.opt_state, base, held.judge_params],
+      calls=times * settings.num_rows // settings.chunk)
+
+
+def _update(config, held):
+  settings = held.settings
+  row = algorithms.get(config.run.algorithm)
+  num = settings.num_rows // settings.num_mini_batches
+  rows = _rows(config, held, num)
+  scores = rows['completion_mask']
+  batch = rows | {'old_logprobs': scores, 'ref_logprobs': scores}
+  estimate = {'rewards': scores[:, 0], 'completion_mask': scores,
+              'kl_penalty': scores}
+  if row.needs_values:
+    batch['old_values'] = estimate['old_values'] = scores
+  found = jax.eval_shape(lambda batch: row.advantage(
+      batch, settings.num_generations, settings.gamma, settings.lam), estimate)
+  batch |= {name: np.zeros(x.shape, x.dtype) for name, x in found.items()}
+  args = (held.state, mesh_lib.abstract_batch(batch, held.mesh),
+          held.frozen or None)
+  base = () if held.frozen else held.base
+  return Program(
+      held.step_fn, args, held.mesh, held.state.params, rows['tokens'].size,
+      held.state.opt_state, beside=[base, held.judge_params],
+      calls=settings.num_iterations * settings.num_mini_batches)
+
+
+def _rewards(config, held):
+  if held.judge is None:
+    raise ValueError(
+        f'reward={config.run.reward.name} is computed by no model; leave '
+        "'score' out of config.programs")
+  parts = math.prod(held.mesh.shape[name] for name in mesh_lib.ROWS)
+  length, num = config.score_length, held.settings.num_rows
+  most = 1 << max(scoring.BATCH_TOKENS * parts // length, 1).bit_length() - 1
+  rows = min(most, 1 << (num - 1).bit_length())
+  return _score(held.judge, held.mesh, rows, length,
+                beside=[held.state, held.base], calls=-(-num // rows))
