@@ -17,7 +17,7 @@ _NUMBERS = (
     'data.batch_size', 'data.row_length', 'rollout.num_prompts',
     'rollout.num_generations', 'sampling.max_completion_length',
     'optim.num_microbatches', 'model.overrides.remat', 'policy.overrides.remat',
-    'mesh.data', 'mesh.fsdp', 'mesh.tensor')
+    'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.num_slices')
 
 
 def explain(error: Exception, config: ml_collections.ConfigDict,
@@ -49,10 +49,11 @@ def _changes(flat: dict[str, Any]) -> Iterator[str]:
     num = 2 * flat['optim.num_microbatches']
     yield f'--config.optim.num_microbatches={num}'
   sizes = [flat.get(f'mesh.{name}') for name in ('data', 'fsdp', 'tensor')]
-  devices = jax.device_count()
+  slices = flat.get('mesh.num_slices', 1)
+  devices = jax.device_count() // slices
   if None not in sizes and devices > 1:
     if sizes[1] != -1 and sizes[1] * sizes[2] < devices:
-      yield '--config.mesh.data=1 --config.mesh.fsdp=-1'
+      yield f'--config.mesh.data={slices} --config.mesh.fsdp=-1'
     else:
       yield f'--config.mesh.tensor={2 * sizes[2]}'
   if 'data.batch_size' in flat:

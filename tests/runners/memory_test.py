@@ -13,7 +13,7 @@ CONFIG = {
     'data': {'batch_size': 16, 'row_length': 384},
     'optim': {'num_microbatches': 2},
     'model': {'overrides': {'remat': 'none'}},
-    'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
+    'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'num_slices': 1},
 }
 
 
@@ -53,5 +53,8 @@ def test_many_devices_share_before_rows_are_cut(monkeypatch, tmp_path):
   full = RuntimeError('RESOURCE_EXHAUSTED')
   assert '--config.mesh.data=1 --config.mesh.fsdp=-1' in memory.explain(
       full, config, tmp_path)
-  config.mesh.fsdp = 8
+  config.mesh.num_slices = 2
+  assert '--config.mesh.data=2 --config.mesh.fsdp=-1' in memory.explain(
+      full, config, tmp_path)
+  config.mesh.num_slices, config.mesh.fsdp = 1, 8
   assert '--config.mesh.tensor=2' in memory.explain(full, config, tmp_path)
