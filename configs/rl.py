@@ -4,7 +4,8 @@ python -m csrm_jax.main --config=configs/rl.py:checkpoint=/tmp/rm \
   --workdir=/tmp/rl
 python -m csrm_jax.main --config=configs/rl.py:checkpoint=/tmp/rm,\
 algorithm=distillation --workdir=...
-python -m csrm_jax.main --config=configs/rl.py:reward=alphaalign --workdir=...
+python -m csrm_jax.main --config=configs/rl.py:reward=alphaalign,\
+algorithm=grpo --workdir=...
 python -m csrm_jax.main --config=configs/rl.py:checkpoint=/tmp/smol,\
 policy=smollm2_135m,data=xstest,data_dir=DIR,rules=rules.yaml --workdir=...
 python launch/sweep.py --config=configs/rl.py:checkpoint=/tmp/rm --workdir=...
@@ -105,12 +106,16 @@ def get_config(arg=None):
     # prompts; 0 for none.
     c.eval.every = 10
 
+  if arg.reward == 'alphaalign':
+    c.sampling.max_completion_length = 88
+    # Longer completions bear smaller updates; at 1e-3 the format is lost.
+    c.optim.lr = 5e-4
+    if is_online:
+      c.rollout.num_prompts, c.loss.num_mini_batches = 32, 4
   if arg.policy != 'ruleworld':
     _set_public(c, is_online)
   if arg.mesh:
     _set_slice(c, arg, is_online)
-  if arg.reward == 'alphaalign':
-    c.sampling.max_completion_length = 88
   if arg.smoke:
     _set_smoke(c, is_online)
   if arg.num_steps:
@@ -200,7 +205,7 @@ def _set_alphaalign(c, arg):
   r = c.reward
   r.variant = ALPHAALIGN[arg.variant]  # helpfulness: standardised, raw, none
   r.format_weight = 1.0  # r_f
-  r.answer_weight = 1.0  # r_a
+  r.answer_weight = 2.0  # r_a
   # V_r: patterns, boxed (patterns within \boxed{} only), or the work directory
   # of a reward model that is asked whether the answer refuses.
   r.refusal = arg.checkpoint or 'patterns'
@@ -276,7 +281,8 @@ def _set_public(c, is_online):
   c.policy.overrides.remat = 'dots'
   c.optim.lr = 1e-4 if c.policy.overrides.lora_rank else 1e-6
   c.optim.warmup_steps = 1
-  c.sampling.max_completion_length = 64
+  c.sampling.max_completion_length = max(
+      64, c.sampling.max_completion_length)
   c.eval.num_prompts = 16
   if is_online:
     c.rollout.num_prompts = 8
