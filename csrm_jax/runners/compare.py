@@ -19,8 +19,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   Nothing is scored again: the models must have been tested on the same rows,
   the policies asked the same prompts.
   """
-  folders = [folder for pattern in config.compare
-             for folder in _find(pathlib.Path(pattern).expanduser())]
+  # Patterns may overlap.
+  folders = list(dict.fromkeys(
+      folder for pattern in config.compare
+      for folder in _find(pathlib.Path(pattern).expanduser())))
   if len(folders) < 2:
     raise ValueError(
         f'config.compare names {len(folders)} work directories: give two or '
