@@ -22,6 +22,7 @@ from csrm_jax.evals.figures import (
   save,
   short,
 )
+from csrm_jax.evals.markdown import is_number
 
 _POLICY = (
     # (variant, what it is, is the changed rule the one that is violated)
@@ -148,14 +149,15 @@ def draw_attacks(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
   figure, ax = axes(7, 1.2 + 0.34 * len(rates))
   top = 0.05
   for y, rate in enumerate(rates.values()):
-    value = np.nan_to_num(rate['value'])
+    is_known = is_number(rate['value'])  # else nothing was caught
+    value = rate['value'] if is_known else 0.0
     ax.barh(y, value, 0.62, color=UNSAFE, alpha=0.75)
     end = value
     if rate['low'] is not None and np.isfinite(rate['low']):
       ax.plot([rate['low'], rate['high']], [y, y], color=GREY, linewidth=2)
       end = max(end, rate['high'])
-    ax.annotate(f'{value:.1%}', (end, y), (4, 0), va='center',
-                textcoords='offset points')
+    ax.annotate(f'{value:.1%}' if is_known else '–', (end, y), (4, 0),
+                va='center', textcoords='offset points')
     top = max(top, end)
   ax.set_yticks(range(len(rates)), list(rates), parse_math=False)
   ax.invert_yaxis()
