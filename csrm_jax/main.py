@@ -251,6 +251,7 @@ def _main(argv: Sequence[str]) -> None:
     distributed.leave_if_alone(error)
     raise
   except _INPUT_ERRORS as error:
+    distributed.leave_if_alone(error)
     if _DEBUG.value:
       raise
     _exit(error)

@@ -90,7 +90,11 @@ def leave_if_alone(error: BaseException) -> None:
   the runtime notices first, by a missing heartbeat, it aborts in its own words.
   """
   text = ' '.join(str(error).split())
-  if jax.process_count() > 1 and re.search(_GONE, text):
+  # A collective may fail with a ValueError as well; other words of _GONE are
+  # those of other faults there, such as a scorer that does not answer.
+  known = isinstance(error, jax.errors.JaxRuntimeError)
+  if jax.process_count() > 1 and re.search(
+    _GONE if known else 'Gloo', text):
     _give_up(
       f'another process is gone ({text[:160]}); start all of them again: they '
       'go on from the last checkpoint'

@@ -27,6 +27,22 @@ def test_one_process_agrees_with_itself():
   distributed.check_same({'the config': 'x'})
 
 
+@pytest.mark.parametrize(('error', 'is_gone'), [
+  (ValueError('UNKNOWN: Gloo AllGather failed: Connection closed'), True),
+  (jax.errors.JaxRuntimeError('UNAVAILABLE: task 1'), True),
+  (ValueError('http://localhost:1 does not answer: connection refused'), False),
+])  # fmt: skip
+def test_an_error_of_a_collective_is_that_of_a_process_gone(
+  monkeypatch, error, is_gone
+):
+  said = []
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(distributed, '_give_up', said.append)
+  distributed.leave_if_alone(error)
+  assert [line.startswith('another process is gone') for line in said] == (
+    [True] if is_gone else [])
+
+
 def test_who_does_not_come_is_one_line():
   """Process 0 of two, whose other one never starts."""
   process = _start(f'localhost:{_port()}', 0, 'pass', timeout_s=3)
