@@ -247,12 +247,9 @@ def _main(argv: Sequence[str]) -> None:
   except preemption.Stopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(preemption.EXIT_CODE)
-  except jax.errors.JaxRuntimeError as error:
+  except (jax.errors.JaxRuntimeError, *_INPUT_ERRORS) as error:
     distributed.leave_if_alone(error)
-    raise
-  except _INPUT_ERRORS as error:
-    distributed.leave_if_alone(error)
-    if _DEBUG.value:
+    if _DEBUG.value or not isinstance(error, _INPUT_ERRORS):
       raise
     _exit(error)
 

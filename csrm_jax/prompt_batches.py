@@ -109,13 +109,18 @@ def _plan(
   bucket_of = np.searchsorted(lengths, sizes)
   for bucket in np.unique(bucket_of):
     length = lengths[bucket]
-    most = 1 << max(batch_tokens // length, 1).bit_length() - 1
+    most = most_rows(batch_tokens, length)
     chosen = [indices[i] for i in np.flatnonzero(bucket_of == bucket)]
     for start in range(0, len(chosen), most):
       part = chosen[start:start + most]
       rows = 1 << (len(part) - 1).bit_length()
       plan.append((part, (rows, length)))
   return plan
+
+
+def most_rows(batch_tokens: int, length: int) -> int:
+  """Returns the rows of a full batch, a power of two."""
+  return 1 << max(batch_tokens // length, 1).bit_length() - 1
 
 
 def pad(

@@ -113,7 +113,7 @@ def generate(
       tokens=np.zeros(shape, np.int32), logprobs=np.zeros(shape, np.float32),
       lengths=np.zeros(len(prompts), np.int32),
       stopped=np.zeros(len(prompts), bool))
-  rows = min(batch_size, 1 << max(len(prompts) - 1, 0).bit_length())
+  rows = num_rows(len(prompts), batch_size)
   prompts = [tuple(prompt) for prompt in prompts]
   number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
   order = np.lexsort(([number[prompt] for prompt in prompts], lengths))
@@ -135,6 +135,12 @@ def generate(
         f'prompt {i}: a token of its completion has a log-probability that is '
         'not finite; look for weights of the model that are not finite.')
   return result
+
+
+def num_rows(num_prompts: int, batch_size: int) -> int:
+  """Returns how many rows are drawn at once: few prompts, the next power of 2.
+  """
+  return min(batch_size, 1 << max(num_prompts - 1, 0).bit_length())
 
 
 def _make_draw(

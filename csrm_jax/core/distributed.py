@@ -92,9 +92,9 @@ def leave_if_alone(error: BaseException) -> None:
   text = ' '.join(str(error).split())
   # A collective may fail with a ValueError as well; other words of _GONE are
   # those of other faults there, such as a scorer that does not answer.
-  known = isinstance(error, jax.errors.JaxRuntimeError)
-  if jax.process_count() > 1 and re.search(
-    _GONE if known else 'Gloo', text):
+  is_runtime = isinstance(error, jax.errors.JaxRuntimeError)
+  words = _GONE if is_runtime else 'Gloo'
+  if jax.process_count() > 1 and re.search(words, text):
     _give_up(
       f'another process is gone ({text[:160]}); start all of them again: they '
       'go on from the last checkpoint'

@@ -121,7 +121,8 @@ class Job:
     workdir: of checkpoints/, metrics.jsonl and samples.jsonl.
     settings: numbers.
     meta: JSON that describes the policy, stored with each checkpoint.
-    look_fn: measures the policy on held-out prompts; None: nothing does.
+    look_fn: (policy's model, all its parameters) -> metrics of held-out
+      prompts; None: nothing measures them.
   """
   policy: rollout.Policy
   frozen: Mapping[str, Any]

@@ -179,9 +179,8 @@ def _look(job: Job, state: training.TrainState, step: int, table: logs.Table
   every = job.settings.look_every
   if job.look_fn is None or not every or step % every:
     return
-  metrics = job.look_fn(*rollout.sampling_copy(
-      job.policy.model, tree.merge(job.frozen, state.params), '',
-      job.sampling_mesh))
+  metrics = job.look_fn(
+      job.policy.model, tree.merge(job.frozen, state.params))
   table.write([{'step': step, 'metrics': metrics}])
 
 

@@ -230,7 +230,7 @@ def make_loss_fn(
     total, weight, metrics = loss(sums, batch, beta)
     nll = objectives.better_nll(sums, batch)
     metrics['pairs/nll'] = jax.lax.stop_gradient(nll)
-    return total + nll_coef * nll[0] if nll_coef else total, weight, metrics
+    return total + nll_coef * nll[0], weight, metrics
 
   return loss_fn
 

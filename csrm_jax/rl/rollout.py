@@ -207,17 +207,23 @@ def sampling_copy(
   Raises:
     ValueError: an unknown dtype.
   """
-  params = decoder_params(params)
+  plain, params = sampling_model(cfg, dtype), decoder_params(params)
   if cfg.lora_rank:
     params = lora.merge(cfg, params)
-    cfg = dataclasses.replace(cfg, lora_rank=0)
+  if dtype:
+    params = _cast(params, dtype)
+  return plain, jax.device_put(params, mesh_lib.shardings(params, mesh))
+
+
+def sampling_model(cfg: ModelConfig, dtype: str) -> ModelConfig:
+  """Returns the model of sampling_copy; raises as that does."""
+  fields = {}
   if dtype:
     if dtype not in DTYPES:
       raise ValueError(f'rollout dtype {dtype!r} must be empty or one of '
                        f'{", ".join(DTYPES)}')
-    cfg = dataclasses.replace(cfg, dtype=dtype, param_dtype=dtype)
-    params = _cast(params, dtype)
-  return cfg, jax.device_put(params, mesh_lib.shardings(params, mesh))
+    fields = {'dtype': dtype, 'param_dtype': dtype}
+  return dataclasses.replace(cfg, lora_rank=0, **fields)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -105,7 +105,7 @@ def _set_up(config: ml_collections.ConfigDict) -> Setup:
   train, test = align_setup.make_prompts(config)
   # What does not fit ends here, before anything is written.
   policy.encode_all([*train, *test], sampling.max_completion_length)
-  mesh, sampling_mesh = align_setup.make_meshes(config)
+  mesh, sampling_mesh = align_step.make_meshes(config)
   with jax.set_mesh(mesh):
     scorers = align_setup.make_scorers(config)
   model = dataclasses.replace(policy.model, lora_rank=0)

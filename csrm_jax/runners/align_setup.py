@@ -9,13 +9,11 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from csrm_jax import backbone, reward_model
 from csrm_jax import config as config_lib
-from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import rows, sources
 from csrm_jax.data.public_rules import XSTEST_RULES
 from csrm_jax.evals import policy as policy_eval
@@ -90,21 +88,6 @@ def make_policy(config: ml_collections.ConfigDict) -> rollout.Policy:
   return rollout.Policy(
       model, tokenizer, (prefix + config.policy.instruction, suffix),
       joins_turns=name != 'chat')
-
-
-def make_meshes(config: ml_collections.ConfigDict
-                ) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-  """Returns the meshes of training and of sampling, over the same devices.
-
-  Completions are drawn from copies of the weights that are cut by heads only:
-  what is cut over fsdp would have to come together for every token.
-
-  Raises:
-    ValueError: the devices do not divide so.
-  """
-  return (mesh_lib.make_mesh(**config.mesh),
-          mesh_lib.make_mesh(tensor=config.sampling.tensor,
-                             num_slices=config.mesh.num_slices))
 
 
 def make_prompts(config: ml_collections.ConfigDict

@@ -1,8 +1,8 @@
-"""The train step of an alignment run, of its parameters or their shapes."""
+"""What an alignment run and its compile report make from the same config."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,29 @@ from csrm_jax import training
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import profiling
 from csrm_jax.rl import algorithms, job, learner, objectives, rollout
+from csrm_jax.runners import train_step
 from csrm_jax.sampling import Sampling
+
+
+def make_meshes(config: ml_collections.ConfigDict,
+                devices: Sequence[Any] | None = None
+                ) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+  """Returns the meshes of training and of sampling, over the same devices.
+
+  Completions are drawn from copies of the weights that are cut by heads only:
+  what is cut over fsdp would have to come together for every token.
+
+  Args:
+    config: as in configs/rl.py.
+    devices: or descriptions of them; by default all.
+
+  Raises:
+    ValueError: the devices do not divide so.
+  """
+  return (mesh_lib.make_mesh(**config.mesh, devices=devices),
+          mesh_lib.make_mesh(tensor=config.sampling.tensor,
+                             num_slices=config.mesh.num_slices,
+                             devices=devices))
 
 
 def make_sampling(config: ml_collections.ConfigDict, stop_ids: tuple[int, ...]
@@ -81,18 +103,7 @@ def make_step(config: ml_collections.ConfigDict, loss_fn: training.LossFn,
     params: what is trained of the parameters, or the shapes of it.
     mesh: of the state.
   """
-  optim, updates = config.optim, config.num_steps
+  num_updates = config.num_steps
   if algorithms.get(config.algorithm).online:
-    updates *= config.loss.num_iterations * config.loss.num_mini_batches
-  optimizer = training.make_optimizer(
-      optim.lr, warmup_steps=optim.warmup_steps, num_steps=updates,
-      b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay,
-      clip_norm=optim.clip_norm, end_lr_fraction=optim.end_lr_fraction)
-  init = functools.partial(training.init_state, optimizer=optimizer)
-  shapes = jax.eval_shape(init, params)
-  shardings = mesh_lib.shardings(shapes, mesh)
-  step_fn = training.make_train_step(
-      loss_fn, optimizer, optim.num_microbatches, shardings)
-  if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-    return step_fn, mesh_lib.abstract(shapes, mesh)
-  return step_fn, jax.device_put(init(params), shardings)
+    num_updates *= config.loss.num_iterations * config.loss.num_mini_batches
+  return train_step.make(config.optim, num_updates, loss_fn, params, mesh)

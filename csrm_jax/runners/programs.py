@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from csrm_jax import decoding, scoring
+from csrm_jax import decoding, prompt_batches, scoring
 from csrm_jax import sampling as sampling_lib
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import packing
@@ -25,6 +25,9 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 
 # Any ids do: which tokens they are is no part of a program's shape.
 VERBALIZERS = templates.Verbalizers(safe=(1,), unsafe=(2,))
+# How transformer.prefill lays out its cache; what is left out lies on all.
+_CACHE = {'key': mesh_lib.CACHE, 'value': mesh_lib.CACHE,
+          'segment_ids': (mesh_lib.ROWS,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +184,7 @@ class _Held:
 
 def _hold(config, devices) -> _Held:
   run, model = config.run, model_of(config)
-  mesh = mesh_lib.make_mesh(**run.mesh, devices=devices)
-  sampling_mesh = mesh_lib.make_mesh(
-      tensor=run.sampling.tensor, num_slices=run.mesh.num_slices,
-      devices=devices)
+  mesh, sampling_mesh = align_step.make_meshes(run, devices)
   sampling = align_step.make_sampling(run, (1,))
   policy = rollout.Policy(model, None, ('', ''))
   shapes = _shapes(model)
@@ -207,9 +207,8 @@ def _hold(config, devices) -> _Held:
 
 def _sampled(held: _Held) -> tuple[model_config.ModelConfig, Any, bool]:
   """Returns (model, parameters' shapes, is it a copy) to sample from."""
-  model, dtype = held.policy.model, held.settings.rollout_dtype
-  fields = {'dtype': dtype, 'param_dtype': dtype} if dtype else {}
-  plain = dataclasses.replace(model, lora_rank=0, **fields)
+  model = held.policy.model
+  plain = rollout.sampling_model(model, held.settings.rollout_dtype)
   params = mesh_lib.abstract(_shapes(plain), held.sampling_mesh)
   is_copy = plain != model or held.sampling_mesh != held.mesh
   return plain, params, is_copy
@@ -217,8 +216,7 @@ def _sampled(held: _Held) -> tuple[model_config.ModelConfig, Any, bool]:
 
 def _num_drawn(held: _Held) -> int:
   """Returns the rows that are drawn at once."""
-  rows = held.settings.num_rows
-  return min(rollout.MAX_ROWS, 1 << (rows - 1).bit_length())
+  return sampling_lib.num_rows(held.settings.num_rows, rollout.MAX_ROWS)
 
 
 def _drawing(config, held):
@@ -268,10 +266,6 @@ def _decode(config, held):
       cache=[cache['key'], cache['value']], turns=length - 1, **fields)
 
 
-_CACHE = {'key': mesh_lib.CACHE, 'value': mesh_lib.CACHE,
-          'segment_ids': (mesh_lib.ROWS,)}
-
-
 def _rows(config, held, num: int) -> dict[str, np.ndarray]:
   """Returns rows as rollout.make_rows does, of the longest prompts there are.
   """
@@ -288,7 +282,7 @@ def _logprobs(config, held):
   settings, model = held.settings, held.policy.model
   rows = _rows(config, held, settings.chunk)
   batch = mesh_lib.abstract_batch(rows, held.mesh)
-  params = {**held.frozen, **held.state.params}
+  params = held.state.params
   if held.frozen:
     params = mesh_lib.abstract(_shapes(model), held.mesh)
   fn = jax.jit(lambda params, rows: rollout.logprobs(
@@ -332,7 +326,7 @@ def _rewards(config, held):
         "'score' out of config.programs")
   parts = math.prod(held.mesh.shape[name] for name in mesh_lib.ROWS)
   length, num = config.score_length, held.settings.num_rows
-  most = 1 << max(scoring.BATCH_TOKENS * parts // length, 1).bit_length() - 1
-  rows = min(most, 1 << (num - 1).bit_length())
+  most = prompt_batches.most_rows(scoring.BATCH_TOKENS * parts, length)
+  rows = sampling_lib.num_rows(num, most)
   return _score(held.judge, held.mesh, rows, length,
                 beside=[held.state, held.base], calls=-(-num // rows))

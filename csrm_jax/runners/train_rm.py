@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 import resource
@@ -23,7 +22,7 @@ from csrm_jax.data import features, mixture, packing, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config
 from csrm_jax.models import hf, lora, transformer
-from csrm_jax.runners import evaluation
+from csrm_jax.runners import evaluation, train_step
 from csrm_jax.runners import loop as loop_lib
 from csrm_jax.runners import show_tokens as show_tokens_lib
 from csrm_jax.safety import templates
@@ -122,21 +121,9 @@ def make_step(config: ml_collections.ConfigDict,
     params: what is trained of the parameters, or the shapes of it.
     mesh: of the state.
   """
-  optim = config.optim
-  optimizer = training.make_optimizer(
-      optim.lr, warmup_steps=optim.warmup_steps, num_steps=config.num_steps,
-      b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay,
-      clip_norm=optim.clip_norm, end_lr_fraction=optim.end_lr_fraction)
-  init = functools.partial(training.init_state, optimizer=optimizer)
-  shapes = jax.eval_shape(init, params)
   loss_fn = scoring.make_loss_fn(
       model, verbalizers, config.loss.gamma, config.loss.margin)
-  shardings = mesh_lib.shardings(shapes, mesh)
-  step_fn = training.make_train_step(
-      loss_fn, optimizer, optim.num_microbatches, shardings)
-  if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
-    return step_fn, mesh_lib.abstract(shapes, mesh)
-  return step_fn, jax.device_put(init(params), shardings)
+  return train_step.make(config.optim, config.num_steps, loss_fn, params, mesh)
 
 
 def _describe(config: ml_collections.ConfigDict

@@ -96,18 +96,31 @@ class _Killed(Exception):
   pass
 
 
-class _KilledAt:
-  """A step function that dies when it is called for the num-th time."""
+class _At:
+  """A step function whose num-th call begins with another function's."""
 
-  def __init__(self, step_fn, num):
-    self._step_fn, self._num = step_fn, num
+  def __init__(self, step_fn, num, act):
+    self._step_fn, self._num, self._act = step_fn, num, act
     self._cache_size = step_fn._cache_size
 
   def __call__(self, *args):
     self._num -= 1
     if not self._num:
-      raise _Killed
+      self._act()
     return self._step_fn(*args)
+
+
+def _killed_at(num):
+  def die():
+    raise _Killed
+
+  return _At(_setup()[0], num, die)
+
+
+def _told_at(num):
+  """Returns a step function in whose num-th call SIGTERM comes."""
+  return _At(
+      _setup()[0], num, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 @functools.cache
@@ -174,7 +187,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   whole, step_fn = _train(tmp_path / 'whole', num_steps=10)
   assert step_fn._cache_size() == 1
   with pytest.raises(_Killed):
-    _train(tmp_path / 'cut', num_steps=10, step_fn=_KilledAt(_setup()[0], 8))
+    _train(tmp_path / 'cut', num_steps=10, step_fn=_killed_at(8))
   assert _saved_steps(tmp_path / 'cut') == [4]
   assert [line['step'] for line in _lines(tmp_path / 'cut')] == [2, 4, 6]
   resumed, step_fn = _train(tmp_path / 'cut', num_steps=10)
@@ -186,27 +199,13 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
       _lines(tmp_path / 'whole'))
 
 
-class _Told:
-  """A step function during whose num-th call the process gets SIGTERM."""
-
-  def __init__(self, step_fn, num):
-    self._step_fn, self._num = step_fn, num
-    self._cache_size = step_fn._cache_size
-
-  def __call__(self, *args):
-    self._num -= 1
-    if not self._num:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return self._step_fn(*args)
-
-
 # Within the steps of a line, at its end, and at the end of the run.
 @pytest.mark.parametrize('step', [5, 6, 10])
 def test_a_run_told_to_stop_saves_that_step(tmp_path, step):
   before = signal.getsignal(signal.SIGTERM)
   whole, _ = _train(tmp_path / 'whole', num_steps=10)
   with pytest.raises(preemption.Stopped, match=f'SIGTERM after step {step};'):
-    _train(tmp_path / 'cut', num_steps=10, step_fn=_Told(_setup()[0], step))
+    _train(tmp_path / 'cut', num_steps=10, step_fn=_told_at(step))
   assert signal.getsignal(signal.SIGTERM) == before
   assert max(_saved_steps(tmp_path / 'cut')) == step
   stopped_s = loop_lib.elapsed_s(tmp_path / 'cut')
@@ -220,7 +219,7 @@ def test_a_run_told_to_stop_saves_that_step(tmp_path, step):
 def test_a_loss_that_is_not_finite_is_not_saved_on_a_stop(tmp_path):
   with pytest.raises(ValueError, match=r'^step 5: .*nonfinite'):
     _train(tmp_path, num_steps=8, poisoned=_atom_of_step(5),
-           step_fn=_Told(_setup()[0], 5))
+           step_fn=_told_at(5))
   assert _saved_steps(tmp_path) == [4]
 
 
@@ -242,7 +241,7 @@ def test_a_longer_run_continues_a_finished_one(tmp_path):
 
 def test_old_lines_of_a_run_without_checkpoint_are_dropped(tmp_path):
   with pytest.raises(_Killed):
-    _train(tmp_path, num_steps=4, step_fn=_KilledAt(_setup()[0], 4))
+    _train(tmp_path, num_steps=4, step_fn=_killed_at(4))
   assert [line['step'] for line in _lines(tmp_path)] == [2]
   _train(tmp_path, num_steps=4)
   assert [line['step'] for line in _lines(tmp_path)] == [2, 4]
