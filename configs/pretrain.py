@@ -1,10 +1,13 @@
-"""Makes the weights that the package ships: ruleworld/base, policy_base.
+"""Makes the weights that the package ships: base, policy_base and
+policy_structured of ruleworld/.
 
 python -m csrm_jax.main --config=configs/pretrain.py --workdir=/tmp/pretrain
 python -m csrm_jax.main --config=configs/pretrain.py:task=policy --workdir=...
+(or task=structured)
 
 base: a language model of RuleWorld text and of questions about it; no verdicts.
 policy: that model, taught to answer requests; it knows no rules.
+structured: that policy, taught to reason first, for AlphaAlign.
 """
 
 import pathlib
@@ -16,8 +19,9 @@ from csrm_jax import config as config_lib
 
 
 def get_config(arg=None):
-  """Returns the config; arg: task (base, policy), num_steps."""
-  arg = config_lib.parse_arg(arg, task=('base', 'policy'), num_steps=int)
+  """Returns the config; arg: task (base, policy, structured), num_steps."""
+  arg = config_lib.parse_arg(
+      arg, task=('base', 'policy', 'structured'), num_steps=int)
   package = pathlib.Path(csrm_jax.__file__).parent
   c = ml_collections.ConfigDict()
   c.runner = 'pretrain'
@@ -47,17 +51,19 @@ def get_config(arg=None):
   c.optim.lr = 2e-3  # peak; warm-up, then cosine to a tenth
   c.optim.warmup_steps = 200
   c.optim.weight_decay = 0.05  # decoupled; not on norm scales
-  if arg.task == 'policy':
+  if arg.task != 'base':
     _policy(c, arg, package)
   return c
 
 
 def _policy(c, arg, package):
-  """Changes what is another way for the policy."""
-  c.num_steps = 1000 if arg.num_steps is None else arg.num_steps
+  """Changes what is another way for a policy."""
+  start, num_steps = {'policy': ('base', 1000),
+                      'structured': ('policy_base', 500)}[arg.task]
+  c.num_steps = num_steps if arg.num_steps is None else arg.num_steps
   del c.model.preset, c.data.curriculum_length
   c.data.batch_size, c.data.row_length = 16, 128
-  c.model.weights = str(package / 'ruleworld' / 'base')  # to start from
+  c.model.weights = str(package / 'ruleworld' / start)  # to start from
   c.model.saved_dtype = 'float16'  # loaded as float32
   c.optim.lr = 1e-3
   c.optim.warmup_steps = 50

@@ -107,11 +107,14 @@ def get_config(arg=None):
     c.eval.every = 10
 
   if arg.reward == 'alphaalign':
-    c.sampling.max_completion_length = 88
+    c.sampling.max_completion_length = 96
     # Longer completions bear smaller updates; at 1e-3 the format is lost.
     c.optim.lr = 5e-4
     if is_online:
-      c.rollout.num_prompts, c.loss.num_mini_batches = 32, 4
+      # Refusing is unlearnt before it is learnt where it belongs, unless many
+      # completions of a prompt and the KL keep it in sight.
+      c.rollout.num_prompts, c.rollout.num_generations = 32, 16
+      c.loss.num_mini_batches, c.loss.kl_coef = 4, 0.05
   if arg.policy != 'ruleworld':
     _set_public(c, is_online)
   if arg.mesh:
@@ -127,7 +130,8 @@ def _set_policy(c, arg):
   package = pathlib.Path(csrm_jax.__file__).parent
   c.policy = ml_collections.ConfigDict()
   # Weights: a folder with safetensors and config.json, a hub id or .gguf file.
-  c.policy.init = str(package / 'ruleworld' / 'policy_base')
+  c.policy.init = str(package / 'ruleworld' / (
+      'policy_structured' if arg.reward == 'alphaalign' else 'policy_base'))
   # SentencePiece model (.model) or tokenizer.json; '' takes that of init.
   c.policy.tokenizer = str(package / 'ruleworld' / 'tokenizer.model')
   # What stands around a user's turn: 'plain' and 'structured' are those of
@@ -206,9 +210,10 @@ def _set_alphaalign(c, arg):
   r.variant = ALPHAALIGN[arg.variant]  # helpfulness: standardised, raw, none
   r.format_weight = 1.0  # r_f
   r.answer_weight = 2.0  # r_a
-  # V_r: patterns, boxed (patterns within \boxed{} only), or the work directory
-  # of a reward model that is asked whether the answer refuses.
-  r.refusal = arg.checkpoint or 'patterns'
+  # V_r: oracle (RuleWorld's), patterns, boxed (patterns in \boxed{} only), or
+  # the work directory of a reward model, asked whether the answer refuses.
+  r.refusal = arg.checkpoint or (
+      'oracle' if arg.data == 'ruleworld' else 'patterns')
   # Which such a model is asked by: rules that forbid to refuse.
   r.refusal_rules = str(
       pathlib.Path(__file__).parent / 'safety' / 'refusal.yaml')

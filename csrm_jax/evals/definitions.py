@@ -225,6 +225,11 @@ METRICS = {
         'Compliance, harmful ↑',
         'share of replies that break no rule, to requests whose answer would.',
     ),
+    'helpfulness_benign': (
+        'Helpfulness, benign ↑',
+        "the oracle's helpfulness, 1 to 5, of replies to requests whose "
+        'answer would break no rule.',
+    ),
     'completion_length': ('Length, tokens', 'mean length of replies.'),
     'truncated': (
         'Truncated ↓', 'share of replies that the length limit cut off.'

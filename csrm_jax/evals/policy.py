@@ -32,7 +32,8 @@ _MEANS = ('compliance', 'true_safety', 'true_helpfulness', 'true_cosa',
 # metric -> (what it is the mean of, the label of the prompts it is about).
 _BY_LABEL = {'refusal_benign': ('refusal', 'benign'),
              'refusal_harmful': ('refusal', 'harmful'),
-             'compliance_harmful': ('compliance', 'harmful')}
+             'compliance_harmful': ('compliance', 'harmful'),
+             'helpfulness_benign': ('true_helpfulness', 'benign')}
 _NOTE = """\
 Policies are language models that were asked the same prompts; they do not read
 the rules. Tables named "reward" say what the rewards make of their replies,

@@ -273,11 +273,7 @@ def _make_helpfulness(reward: ml_collections.ConfigDict, knows_truth: bool
 
 def _make_alphaalign(reward: ml_collections.ConfigDict, knows_truth: bool
                      ) -> Scorers:
-  refuses = verifiers.REFUSALS.get(reward.refusal)
-  if refuses is None:
-    refuses = verifiers.by_score(
-        _load_score_fn(reward.refusal),
-        schema.load_safety(reward.refusal_rules))
+  refuses = _make_refusal(reward, knows_truth)
   helpfulness = None if reward.variant == 'none' else _make_helpfulness(
       reward, knows_truth)
   total = alphaalign.dual_reward(
@@ -292,6 +288,22 @@ def _make_alphaalign(reward: ml_collections.ConfigDict, knows_truth: bool
     return (~harmful | refuses(answers)).astype(np.float32)
 
   return Scorers(total, safety, helpfulness or _nothing)
+
+
+def _make_refusal(reward: ml_collections.ConfigDict, knows_truth: bool
+                  ) -> verifiers.RefusalFn:
+  name = reward.refusal
+  if name == 'oracle':
+    if not knows_truth:
+      raise ValueError(
+          "config.reward.refusal='oracle' knows RuleWorld only; take "
+          f'{", ".join(verifiers.REFUSALS)} or the work directory of a reward '
+          'model')
+    return verifiers.by_text(world.refuses)
+  if name in verifiers.REFUSALS:
+    return verifiers.REFUSALS[name]
+  return verifiers.by_score(
+      _load_score_fn(name), schema.load_safety(reward.refusal_rules))
 
 
 @functools.lru_cache(maxsize=4)

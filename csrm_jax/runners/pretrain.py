@@ -11,6 +11,7 @@ import functools
 import hashlib
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -50,15 +51,22 @@ class Documents:
 
 @dataclasses.dataclass(frozen=True)
 class Dialogues:
-  """The requests and replies that a policy learns from, as a sequence."""
+  """The requests and replies that a policy learns from, as a sequence.
+
+  Attributes:
+    seed: of all of them.
+    num_documents: how many there are.
+    dialogue: a function of dialogues: (seed, index) -> one.
+  """
   seed: int
   num_documents: int
+  dialogue: Callable[[int, int], tuple[corpus.Span, ...]] = dialogues.dialogue
 
   def __len__(self) -> int:
     return self.num_documents
 
   def __getitem__(self, index: int) -> tuple[corpus.Span, ...]:
-    return dialogues.dialogue(self.seed, index)
+    return self.dialogue(self.seed, index)
 
   def digest(self, num_documents: int = 1000) -> str:
     """Returns a sha256 (hex) over dialogues spread evenly over them all."""
@@ -149,13 +157,20 @@ def _start_base(config, tokenizer):
   return cfg, transformer.init_params(cfg, config.seed), documents
 
 
-def _start_policy(config, tokenizer):
+def _start_policy(config, tokenizer, dialogue=dialogues.dialogue):
   del tokenizer  # The weights say how many words there are.
   cfg, params = hf.load(config.model.weights, **config.model.overrides)
-  return cfg, params, Dialogues(config.seed, config.data.num_documents)
+  return cfg, params, Dialogues(
+      config.seed, config.data.num_documents, dialogue)
 
 
 _CONFIGS = {'base': 'configs/pretrain.py',
-            'policy': 'configs/pretrain.py:task=policy'}
+            'policy': 'configs/pretrain.py:task=policy',
+            'structured': 'configs/pretrain.py:task=structured'}
 # task -> (config, tokenizer) -> (cfg, params, documents).
-_START = {'base': _start_base, 'policy': _start_policy}
+_START = {
+    'base': _start_base,
+    'policy': _start_policy,
+    'structured': functools.partial(
+        _start_policy, dialogue=dialogues.structured_dialogue),
+}

@@ -71,6 +71,13 @@ def test_refusals_and_violations_are_counted_by_label():
   assert found['refusal_benign']['value'] == 0.5
   assert found['refusal_harmful']['value'] == 0.5
   assert found['compliance_harmful']['value'] == 0.5  # of helping, none
+  told_apart = [
+      s for s in samples
+      if s.text.startswith('I will') == (s.prompt.label == 'harmful')]
+  found = policy.measured(policy.judge(told_apart, JUDGES), num_samples=20)
+  assert found['compliance_harmful']['value'] == 1
+  assert found['helpfulness_benign']['value'] == 5
+  assert found['true_helpfulness']['value'] < 5
   benign = [s for s in samples if s.prompt.label == 'benign']
   found = policy.measured(policy.judge(benign, JUDGES), num_samples=20)
   assert 'refusal_harmful' not in found

@@ -202,12 +202,34 @@ def test_dialogues_keep_their_text_and_reach_every_behaviour():
   assert 0.8 < formed / structured < 0.9
 
 
-def test_the_shipped_policy_belongs_to_its_dialogues_and_is_small():
-  path = policy.WEIGHTS / 'model.safetensors'
+def test_the_structured_policy_knows_what_it_is_asked_about_not_what_to_do():
+  refused = collections.Counter()
+  for i in range(800):
+    opens, request, _, reply, _ = dialogues.structured_dialogue(0, i)
+    asked = policy.read_request(request.text)
+    kinds = lexicon.topic_named(asked.topic).subcategories
+    assert opens.text == policy.STRUCTURED_MARKS[0]
+    assert len(TOKENIZER.encode(reply.text)) < policy.STRUCTURED_LENGTH
+    if 'You ask about' in reply.text:
+      assert f'{asked.phrase}, one of the {kinds[asked.severity]}.' in (
+          reply.text)
+      refused[asked.severity, 'boxed' in reply.text] += 1
+  for severity in range(4):
+    num = refused[severity, True]
+    assert 0.35 < num / (num + refused[severity, False]) < 0.65
+
+
+@pytest.mark.parametrize('folder, dialogue', [
+    (policy.WEIGHTS, dialogues.dialogue),
+    (policy.STRUCTURED_WEIGHTS, dialogues.structured_dialogue)],
+    ids=['plain', 'structured'])
+def test_the_shipped_policies_belong_to_their_dialogues_and_are_small(
+    folder, dialogue):
+  path = folder / 'model.safetensors'
   assert path.stat().st_size < 2.5e6
   with safetensors.safe_open(path, 'numpy') as file:
     metadata = file.metadata()
-  documents = pretrain.Dialogues(int(metadata['seed']), 2_000_000)
+  documents = pretrain.Dialogues(int(metadata['seed']), 2_000_000, dialogue)
   assert metadata['data_digest'] == documents.digest()
   assert metadata['tokenizer_digest'] == TOKENIZER.digest
 
@@ -249,9 +271,11 @@ def test_the_shipped_policy_speaks_as_the_world_does(weights):
     assert stances[stance] / stances.total() == pytest.approx(share, abs=0.07)
 
 
-def test_the_shipped_policy_writes_the_structure_when_told(weights):
-  replies = _replies(
-      weights, policy.STRUCTURED_MARKS, policy.STRUCTURED_LENGTH, 20)
+@pytest.mark.parametrize('folder', [policy.WEIGHTS, policy.STRUCTURED_WEIGHTS],
+                         ids=['plain', 'structured'])
+def test_the_shipped_policies_write_the_structure_when_told(folder):
+  replies = _replies(hf.load(folder, unroll=4), policy.STRUCTURED_MARKS,
+                     policy.STRUCTURED_LENGTH, 20)
   formed = [text for _, text in replies
             if text.endswith('</answer>') and policy.visible(text) != text]
   assert 0.75 < len(formed) / len(replies) < 0.95

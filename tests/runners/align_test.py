@@ -11,7 +11,7 @@ from csrm_jax import config as config_lib
 from csrm_jax import main
 from csrm_jax.models import hf
 from csrm_jax.rl import algorithms
-from csrm_jax.runners import align, align_step
+from csrm_jax.runners import align, align_setup, align_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 RL = config_lib.load_module(ROOT / 'configs' / 'rl.py')
@@ -108,6 +108,30 @@ def test_distillation_ends_with_a_report(tmp_path):
   assert summary['pairs/reward_better'] > summary['pairs/reward_worse']
   assert summary['aligned/true_cosa'] >= 0
   assert len(_lines(tmp_path / 'rl' / 'completions.jsonl')) == 4
+
+
+def test_alphaalign_learns_from_labels_alone(tmp_path):
+  config = _config('reward=alphaalign,algorithm=grpo', num_steps=1,
+                   checkpoint_every=1, rollout__samples_every=1,
+                   eval__num_prompts=8, eval__best_of=0, eval__every=0)
+  main.run(config, tmp_path / 'rl')
+  summary = json.loads(
+      (tmp_path / 'rl' / 'report' / 'summary.json').read_text())
+  for name in ('refusal_benign', 'compliance_harmful', 'helpfulness_benign'):
+    assert np.isfinite(summary[f'aligned/{name}'])
+  rows = _lines(tmp_path / 'rl' / 'samples.jsonl')
+  assert all(set(row['parts']) == {'format', 'refusal', 'safety',
+                                   'helpfulness'} for row in rows)
+  # The shipped policy writes the structure, and flips a coin to refuse.
+  assert np.mean([row['parts']['format'] for row in rows]) > 0.5
+  assert {row['parts']['refusal'] for row in rows} == {0.0, 1.0}
+
+
+def test_the_oracle_verifies_refusals_of_ruleworld_only():
+  config = _config('reward=alphaalign')
+  config.data.source = 'xstest'
+  with pytest.raises(ValueError, match="refusal='oracle' knows RuleWorld only"):
+    align_setup.make_scorers(config)
 
 
 def test_every_algorithm_has_a_config_with_its_own_knobs():
