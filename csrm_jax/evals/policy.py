@@ -10,7 +10,7 @@ Axes: N samples.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -243,9 +243,15 @@ def knows_truth(policies: Mapping[str, Mapping[str, Mapping[str, Metric]]]
              for measured in sets.values() if measured)
 
 
+def shown(sets: Iterable[str]) -> list[str]:
+  """Returns the rule sets to show: ALL would only repeat a single one."""
+  names = list(sets)
+  return [name for name in names if name != ALL or len(names) > 2]
+
+
 def _by_rule_set(tables) -> list[dict[str, Any]]:
   """Returns one table a metric: a row a policy, a column a rule set."""
-  sets = list(next(iter(tables.values())))
+  sets = shown(next(iter(tables.values())))
   known = knows_truth(tables)
   found = []
   for pair in reversed(PAIRS):

@@ -23,7 +23,7 @@ from csrm_jax.evals.figures import (
   short,
 )
 from csrm_jax.evals.markdown import is_number
-from csrm_jax.evals.policy import knows_truth
+from csrm_jax.evals.policy import knows_truth, shown
 from csrm_jax.evals.policy_sweeps import frontier
 
 _MARKERS = 'osD^vP*X'
@@ -35,7 +35,7 @@ _LEAST_RANGE = {'safety': 0.2, 'helpfulness': 0.8, 'cosa': 0.8}
 def draw_alignment(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
   """Writes the CoSA score of every policy by rule set, with its interval."""
   policies = result['policies']
-  sets = list(next(iter(policies.values())))
+  sets = shown(next(iter(policies.values())))
   metric = 'true_cosa' if knows_truth(policies) else 'cosa'
   step = 0.8 / len(policies)
   figure, ax = axes(7.5, 1.3 + (0.2 + 0.14 * len(policies)) * len(sets))

@@ -110,6 +110,11 @@ def test_the_comparison_has_what_was_put_in():
   assert before[policy.ALL]['true_cosa']['value'] == pytest.approx(
       np.mean([before[name]['true_cosa']['value'] for name in SETS]))
   assert result['metrics'] == after[policy.ALL]
+  assert result['tables'][0]['header'] == ['policy', *SETS, policy.ALL]
+  name = next(iter(SETS))
+  one = policy.alignment({'p': {name: policy.judge(
+      _samples(name, _help), JUDGES)}}, num_samples=20)
+  assert one['tables'][0]['header'] == ['policy', name]  # `all` repeats it
   tables = {table['title']: table for table in result['tables']}
   cosa = tables['CoSA score ↑, by rule set']
   assert cosa['header'] == ['policy', *SETS, policy.ALL]
