@@ -4,8 +4,7 @@ python -m csrm_jax.main --config=configs/rl.py:checkpoint=/tmp/rm \
   --workdir=/tmp/rl
 python -m csrm_jax.main --config=configs/rl.py:checkpoint=/tmp/rm,\
 algorithm=distillation --workdir=...
-python -m csrm_jax.main --config=configs/rl.py:reward=alphaalign,\
-algorithm=grpo --workdir=...
+python -m csrm_jax.main --config=configs/rl.py:reward=alphaalign --workdir=...
 python -m csrm_jax.main --config=configs/rl.py:checkpoint=/tmp/smol,\
 policy=smollm2_135m,data=xstest,data_dir=DIR,rules=rules.yaml --workdir=...
 python launch/sweep.py --config=configs/rl.py:checkpoint=/tmp/rm --workdir=...
@@ -40,27 +39,30 @@ ALPHAALIGN = {'full': 'standardised', 'zero': 'none', 'raw': 'raw'}
 def get_config(arg=None):
   """Returns the config.
 
-  arg: algorithm, reward (see ALGORITHMS, REWARDS); checkpoint (work directory
-  of the reward model: reward=csrm), url (of the scorer: reward=http), function
-  (module:name: reward=python), variant (full|zero|raw: reward=alphaalign);
-  policy (ruleworld or a name of POLICIES) and policy_init (its weights: a
-  folder, a hub id, or the policy/ that an earlier run has written), lora (rank
-  of adapters; 0 trains all weights); data=ruleworld|xstest|jsonl with data_dir
-  or path, rules (a RuleWorld rule set, or a YAML or JSON file); mesh (TPUs or
-  GPUs as they are rented: v5e-64, v5p-16, h100-8), num_steps, smoke (a run of a
-  minute that exercises everything).
+  arg: algorithm, reward (see ALGORITHMS, REWARDS; algorithm=auto is grpo with
+  alphaalign, else reinforce_pp); checkpoint (work directory of the reward
+  model: reward=csrm), url (of the scorer: reward=http), function (module:name:
+  reward=python), variant (full|zero|raw: reward=alphaalign); policy (ruleworld
+  or a name of POLICIES) and policy_init (its weights: a folder, a hub id, or
+  the policy/ that an earlier run has written), lora (rank of adapters; 0 trains
+  all weights); data=ruleworld|xstest|jsonl with data_dir or path, rules (a
+  RuleWorld rule set, or a YAML or JSON file); mesh (TPUs or GPUs as they are
+  rented: v5e-64, v5p-16, h100-8), num_steps, smoke (a run of a minute that
+  exercises everything).
   """
   arg = config_lib.parse_arg(
-      arg, algorithm=ALGORITHMS, reward=REWARDS, checkpoint='', url='',
-      function='', variant=tuple(ALPHAALIGN), policy=('ruleworld', *POLICIES),
-      policy_init='', lora=0, data=('ruleworld', 'xstest', 'jsonl'),
-      data_dir='', path='', rules='', mesh='', num_steps=0, smoke=False)
+      arg, algorithm=('auto', *ALGORITHMS), reward=REWARDS, checkpoint='',
+      url='', function='', variant=tuple(ALPHAALIGN),
+      policy=('ruleworld', *POLICIES), policy_init='', lora=0,
+      data=('ruleworld', 'xstest', 'jsonl'), data_dir='', path='', rules='',
+      mesh='', num_steps=0, smoke=False)
   c = ml_collections.ConfigDict()
   c.runner = 'align'
   c.title = 'Aligned policy'  # of the report
   c.seed = 0  # of prompts, draws, mini batches and adapters
-  c.algorithm = arg.algorithm
-  is_online = arg.algorithm not in ('distillation', 'dpo')
+  c.algorithm = arg.algorithm if arg.algorithm != 'auto' else (
+      'grpo' if arg.reward == 'alphaalign' else 'reinforce_pp')
+  is_online = c.algorithm not in ('distillation', 'dpo')
   c.num_steps = 60 if is_online else 200  # rollouts; offline: updates
   c.log_every = 1 if is_online else 10  # steps a line of metrics.jsonl sums up
   c.checkpoint_every = 10 if is_online else 50  # a multiple of log_every
@@ -79,7 +81,7 @@ def get_config(arg=None):
   # each such group draws completions of its own.
   c.sampling.tensor = 1
   if is_online:
-    _set_online(c, arg.algorithm)
+    _set_online(c, c.algorithm)
   else:
     _set_offline(c)
 
@@ -107,14 +109,7 @@ def get_config(arg=None):
     c.eval.every = 10
 
   if arg.reward == 'alphaalign':
-    c.sampling.max_completion_length = 96
-    # Longer completions bear smaller updates; at 1e-3 the format is lost.
-    c.optim.lr = 5e-4
-    if is_online:
-      # Refusing is unlearnt before it is learnt where it belongs, unless many
-      # completions of a prompt and the KL keep it in sight.
-      c.rollout.num_prompts, c.rollout.num_generations = 32, 16
-      c.loss.num_mini_batches, c.loss.kl_coef = 4, 0.05
+    _set_structured(c, is_online)
   if arg.policy != 'ruleworld':
     _set_public(c, is_online)
   if arg.mesh:
@@ -277,6 +272,19 @@ def _set_offline(c):
     # Nothing is worse: log R of two bad completions differs by chance.
     highest = 1.0 if c.reward.helpfulness == 'none' else 5.0
     c.reward.clip = (0.05 * highest, highest)
+
+
+def _set_structured(c, is_online):
+  """What suits AlphaAlign's longer completions and its labels."""
+  c.sampling.max_completion_length = 96
+  c.eval.num_prompts = 256  # for rates of a few percent
+  c.optim.lr = 5e-4  # at 1e-3 the format is lost
+  if is_online:
+    c.num_steps = 100
+    # Refusing is unlearnt before it is learnt where it belongs, unless many
+    # completions of a prompt, and the KL, keep it in sight.
+    c.rollout.num_prompts, c.rollout.num_generations = 32, 16
+    c.loss.num_mini_batches, c.loss.kl_coef = 4, 0.05
 
 
 def _set_public(c, is_online):

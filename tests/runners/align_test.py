@@ -111,7 +111,7 @@ def test_distillation_ends_with_a_report(tmp_path):
 
 
 def test_alphaalign_learns_from_labels_alone(tmp_path):
-  config = _config('reward=alphaalign,algorithm=grpo', num_steps=1,
+  config = _config('reward=alphaalign', num_steps=1,
                    checkpoint_every=1, rollout__samples_every=1,
                    eval__num_prompts=8, eval__best_of=0, eval__every=0)
   main.run(config, tmp_path / 'rl')
@@ -144,7 +144,8 @@ def test_every_algorithm_has_a_config_with_its_own_knobs():
       assert ('lam' in config.loss) == row.needs_values
       align_step.make_objective(config)
   assert set(RL.ALGORITHMS) == set(algorithms.ALGORITHMS)
-  assert RL.ALGORITHMS[0] == 'reinforce_pp'
+  assert RL.get_config().algorithm == 'reinforce_pp'
+  assert RL.get_config('reward=alphaalign').algorithm == 'grpo'
 
 
 def _refused(config, folder, message):
