@@ -160,6 +160,9 @@ def _set_data(c, arg):
   # In force for all prompts: the name of a RuleWorld rule set, or a file.
   c.data.rules = arg.rules or ('film club' if arg.data == 'ruleworld' else '')
   c.data.num_prompts = 1024  # to train on; of files, those not held out
+  # As many harmful prompts to train on as benign ones: of labels alone it pays
+  # to treat all like the more frequent kind.
+  c.data.balance = arg.reward == 'alphaalign'
   c.data.eval_seed = 1  # of RuleWorld's held-out prompts
   c.data.eval_fraction = 0.2  # of files, held out by a hash of the prompt
 
@@ -280,7 +283,7 @@ def _set_structured(c, is_online):
   c.eval.num_prompts = 256  # for rates of a few percent
   c.optim.lr = 5e-4  # at 1e-3 the format is lost
   if is_online:
-    c.num_steps = 100
+    c.num_steps = 80
     # Refusing is unlearnt before it is learnt where it belongs, unless many
     # completions of a prompt, and the KL, keep it in sight.
     c.rollout.num_prompts, c.rollout.num_generations = 32, 16

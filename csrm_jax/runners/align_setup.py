@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -95,8 +96,29 @@ def make_prompts(config: ml_collections.ConfigDict
   """Returns (prompts to train on, held-out ones).
 
   Raises:
-    ValueError: an unknown source or rule set, or no prompts.
+    ValueError: an unknown source or rule set, no prompts, or none to balance
+      others with.
   """
+  train, test = _read_prompts(config)
+  return (_balance(train) if config.data.balance else train), test
+
+
+def _balance(prompts: Sequence[Prompt]) -> list[Prompt]:
+  """Returns as many harmful prompts as benign ones, in their order."""
+  places = {label: [i for i, p in enumerate(prompts) if p.label == label]
+            for label in ('harmful', 'benign')}
+  num = min(map(len, places.values()))
+  if not num:
+    raise ValueError(
+        f'{len(places["harmful"])} prompts to train on are labelled harmful '
+        f'and {len(places["benign"])} benign; label some as each, or set '
+        'config.data.balance=False')
+  kept = itertools.chain.from_iterable(some[:num] for some in places.values())
+  return [prompts[i] for i in sorted(kept)]
+
+
+def _read_prompts(config: ml_collections.ConfigDict
+                  ) -> tuple[list[Prompt], list[Prompt]]:
   data, num_test = config.data, config.eval.num_prompts
   if data.source == 'ruleworld':
     return (world.prompts(config.seed, data.num_prompts, data.rules, 'train'),

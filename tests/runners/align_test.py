@@ -1,5 +1,6 @@
 """Alignment through its runner, in small runs of the shipped config."""
 
+import collections
 import json
 import pathlib
 import shutil
@@ -125,6 +126,23 @@ def test_alphaalign_learns_from_labels_alone(tmp_path):
   # The shipped policy writes the structure, and flips a coin to refuse.
   assert np.mean([row['parts']['format'] for row in rows]) > 0.5
   assert {row['parts']['refusal'] for row in rows} == {0.0, 1.0}
+
+
+def test_labels_are_balanced_where_nothing_else_is_learnt_from(tmp_path):
+  config = RL.get_config('reward=alphaalign,rules=weather desk')
+  train, test = align_setup.make_prompts(config)
+  assert collections.Counter(p.label for p in train) == {
+      'harmful': len(train) // 2, 'benign': len(train) // 2}
+  assert len({p.id for p in train}) == len(train) > 500
+  assert len(test) == config.eval.num_prompts
+  assert np.mean([p.label == 'harmful' for p in test]) < 0.4  # as they are
+  prompts = tmp_path / 'prompts.jsonl'
+  prompts.write_text(''.join(
+      json.dumps({'id': i, 'prompt': f'tea {i}', 'label': 'benign'}) + '\n'
+      for i in range(20)))
+  rules = ROOT / 'configs' / 'safety' / 'hospital.yaml'
+  config = _config(f'reward=alphaalign,data=jsonl,path={prompts},rules={rules}')
+  _refused(config, tmp_path, '0 prompts to train on are labelled harmful')
 
 
 def test_the_oracle_verifies_refusals_of_ruleworld_only():
