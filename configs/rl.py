@@ -283,11 +283,10 @@ def _set_structured(c, is_online):
   c.eval.num_prompts = 256  # for rates of a few percent
   c.optim.lr = 5e-4  # at 1e-3 the format is lost
   if is_online:
-    c.num_steps = 80
     # Refusing is unlearnt before it is learnt where it belongs, unless many
     # completions of a prompt, and the KL, keep it in sight.
     c.rollout.num_prompts, c.rollout.num_generations = 32, 16
-    c.loss.num_mini_batches, c.loss.kl_coef = 4, 0.05
+    c.loss.num_mini_batches, c.loss.kl_coef = 8, 0.05
 
 
 def _set_public(c, is_online):
