@@ -27,6 +27,7 @@ from csrm_jax.evals.policy import knows_truth, shown
 from csrm_jax.evals.policy_sweeps import frontier
 
 _MARKERS = 'osD^vP*X'
+_LEGEND_LETTERS = 90  # beside each other, in the narrowest figure
 _TITLES = {'safety': 'Safety', 'helpfulness': 'Helpfulness',
            'cosa': 'CoSA score'}
 _LEAST_RANGE = {'safety': 0.2, 'helpfulness': 0.8, 'cosa': 0.8}
@@ -57,7 +58,7 @@ def draw_alignment(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
   ax.set(xlim=(0, 5), ylim=(-0.5, len(sets) - 0.5), xlabel=METRICS[metric][0])
   ax.invert_yaxis()
   ax.grid(False, axis='y')
-  _name_series(ax, len(policies))
+  _name_series(ax)
   save(figure, path)
 
 
@@ -81,7 +82,7 @@ def draw_pareto(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
   level = 'true' if result['true'] else 'reward'
   ax.set(xlabel=f'Safety: {source}', ylabel=f'Helpfulness, 1 to 5 ({level})')
   ax.margins(0.08)
-  _name_series(ax, len(names))
+  _name_series(ax)
   save(figure, path)
 
 
@@ -155,8 +156,11 @@ def draw_overoptimisation(
   save(figure, path)
 
 
-def _name_series(ax, num: int) -> None:
-  legend_above(ax, min(num, 3))
+def _name_series(ax) -> None:
+  """Puts the names above the axes, in as many columns as they leave room for.
+  """
+  longest = max(map(len, ax.get_legend_handles_labels()[1]))
+  legend_above(ax, min(3, max(1, _LEGEND_LETTERS // (longest + 6))))
   for text in ax.get_legend().get_texts():
     text.set_parse_math(False)
 

@@ -78,8 +78,7 @@ def _read_run(folder: pathlib.Path, results: dict[str, Any]
   if name == 'csrm':  # one a seed is the same reward
     name = re.sub(r'-seed\d+$', '', pathlib.Path(reward.checkpoint).name)
   elif name == 'alphaalign':
-    name = (f'{name} (helpfulness {reward.variant}, '
-            f'V_r {pathlib.Path(reward.refusal).name})')
+    name = f'{name}: {reward.variant}, {pathlib.Path(reward.refusal).name}'
   return policy_runs.Run(
       made.algorithm, name, made.data.rules, made.seed, reward.get('a', 1.0),
       reward.get('b', 0.0),

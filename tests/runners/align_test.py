@@ -67,6 +67,7 @@ def test_it_looks_at_held_out_prompts_from_the_start(aligned):
   assert set(table[0]['parts']) == {'safety', 'helpfulness'}
 
 
+@pytest.mark.filterwarnings('error:constrained_layout')  # long names
 def test_runs_are_compared_by_reward_rules_and_seed(aligned, tmp_path):
   for seed in (0, 1):
     folder = tmp_path / 'runs' / f'bank-seed{seed}'
@@ -75,13 +76,20 @@ def test_runs_are_compared_by_reward_rules_and_seed(aligned, tmp_path):
     made.seed, made.data.rules = seed, 'savings bank'
     made.reward.name, made.reward.checkpoint = 'csrm', f'/x/no_sa-seed{seed}'
     (folder / 'config.json').write_text(config_lib.to_json(made))
+  for name in ('oracle', '/x/judge'):  # V_r, nothing else
+    folder = tmp_path / 'runs' / f'alphaalign-{name.rpartition("/")[2]}'
+    shutil.copytree(aligned / 'report', folder / 'report')
+    made = RL.get_config('reward=alphaalign,rules=savings bank')
+    made.reward.refusal = name
+    (folder / 'config.json').write_text(config_lib.to_json(made))
   (tmp_path / 'runs' / 'logs').mkdir()
   config = EVAL.get_config('compare')
   config.compare = (str(aligned), str(tmp_path / 'runs' / '*'))
   main.run(config, tmp_path / 'both')
   text = (tmp_path / 'both' / 'report' / 'report.md').read_text()
   assert '| policy | film club | savings bank | all |' in text
-  for name in ('unaligned', 'best of 2, oracle', 'reinforce\\_pp, no\\_sa'):
+  for name in ('unaligned', 'best of 2, oracle', 'reinforce\\_pp, no\\_sa',
+               'grpo, alphaalign: standardised, judge'):
     assert f'\n| {name} |' in text, name
   (tmp_path / 'rm' / 'report').mkdir(parents=True)
   (tmp_path / 'rm' / 'report' / 'metrics.json').write_text('{"suites": {}}')
