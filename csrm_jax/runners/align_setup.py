@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,7 +103,7 @@ def make_prompts(config: ml_collections.ConfigDict
 
 
 def _balance(prompts: Sequence[Prompt]) -> list[Prompt]:
-  """Returns as many harmful prompts as benign ones, in their order."""
+  """Returns the prompts without the last of the more frequent label."""
   places = {label: [i for i, p in enumerate(prompts) if p.label == label]
             for label in ('harmful', 'benign')}
   num = min(map(len, places.values()))
@@ -113,8 +112,8 @@ def _balance(prompts: Sequence[Prompt]) -> list[Prompt]:
         f'{len(places["harmful"])} prompts to train on are labelled harmful '
         f'and {len(places["benign"])} benign; label some as each, or set '
         'config.data.balance=False')
-  kept = itertools.chain.from_iterable(some[:num] for some in places.values())
-  return [prompts[i] for i in sorted(kept)]
+  surplus = {i for some in places.values() for i in some[num:]}
+  return [p for i, p in enumerate(prompts) if i not in surplus]
 
 
 def _read_prompts(config: ml_collections.ConfigDict
@@ -270,10 +269,8 @@ def _make_safety(reward: ml_collections.ConfigDict, knows_truth: bool
     return rewards.from_callable(_find(reward.function), reward.function)
   if reward.name != 'oracle':
     raise ValueError(f'config.reward.name={reward.name!r} is unknown')
-  if not knows_truth:
-    raise ValueError(
-        'reward=oracle knows RuleWorld only; take data=ruleworld or another '
-        'reward')
+  _check_truth(knows_truth, 'reward=oracle',
+               'take data=ruleworld or another reward')
   return rewards.from_each(world.oracle_safety, 'safety')
 
 
@@ -286,10 +283,8 @@ def _make_helpfulness(reward: ml_collections.ConfigDict, knows_truth: bool
     return rewards.helpfulness_reward(
         _load_score_fn(name), reward.helpfulness_a, reward.helpfulness_b,
         augment.NO_RULES)
-  if not knows_truth:
-    raise ValueError(
-        "config.reward.helpfulness='oracle' knows RuleWorld only; give the "
-        "work directory of a reward model, or 'none'")
+  _check_truth(knows_truth, "config.reward.helpfulness='oracle'",
+               "give the work directory of a reward model, or 'none'")
   return rewards.from_each(world.oracle_helpfulness, 'helpfulness')
 
 
@@ -316,16 +311,20 @@ def _make_refusal(reward: ml_collections.ConfigDict, knows_truth: bool
                   ) -> verifiers.RefusalFn:
   name = reward.refusal
   if name == 'oracle':
-    if not knows_truth:
-      raise ValueError(
-          "config.reward.refusal='oracle' knows RuleWorld only; take "
-          f'{", ".join(verifiers.REFUSALS)} or the work directory of a reward '
-          'model')
+    _check_truth(
+        knows_truth, "config.reward.refusal='oracle'",
+        f'take {", ".join(verifiers.REFUSALS)} or the work directory of a '
+        'reward model')
     return verifiers.by_text(world.refuses)
   if name in verifiers.REFUSALS:
     return verifiers.REFUSALS[name]
   return verifiers.by_score(
       _load_score_fn(name), schema.load_safety(reward.refusal_rules))
+
+
+def _check_truth(knows_truth: bool, setting: str, instead: str) -> None:
+  if not knows_truth:
+    raise ValueError(f'{setting} knows RuleWorld only; {instead}')
 
 
 @functools.lru_cache(maxsize=4)

@@ -60,7 +60,7 @@ class Dialogues:
   """
   seed: int
   num_documents: int
-  dialogue: Callable[[int, int], tuple[corpus.Span, ...]] = dialogues.dialogue
+  dialogue: Callable[[int, int], tuple[corpus.Span, ...]]
 
   def __len__(self) -> int:
     return self.num_documents
@@ -157,20 +157,18 @@ def _start_base(config, tokenizer):
   return cfg, transformer.init_params(cfg, config.seed), documents
 
 
-def _start_policy(config, tokenizer, dialogue=dialogues.dialogue):
+def _start_policy(config, tokenizer):
   del tokenizer  # The weights say how many words there are.
   cfg, params = hf.load(config.model.weights, **config.model.overrides)
   return cfg, params, Dialogues(
-      config.seed, config.data.num_documents, dialogue)
+      config.seed, config.data.num_documents, _DIALOGUES[config.task])
 
 
 _CONFIGS = {'base': 'configs/pretrain.py',
             'policy': 'configs/pretrain.py:task=policy',
             'structured': 'configs/pretrain.py:task=structured'}
 # task -> (config, tokenizer) -> (cfg, params, documents).
-_START = {
-    'base': _start_base,
-    'policy': _start_policy,
-    'structured': functools.partial(
-        _start_policy, dialogue=dialogues.structured_dialogue),
-}
+_START = {'base': _start_base, 'policy': _start_policy,
+          'structured': _start_policy}
+_DIALOGUES = {'policy': dialogues.dialogue,
+              'structured': dialogues.structured_dialogue}

@@ -1,6 +1,7 @@
 """Alignment through its runner, in small runs of the shipped config."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -144,6 +145,8 @@ def test_labels_are_balanced_where_nothing_else_is_learnt_from(tmp_path):
   assert len({p.id for p in train}) == len(train) > 500
   assert len(test) == config.eval.num_prompts
   assert np.mean([p.label == 'harmful' for p in test]) < 0.4  # as they are
+  unknown = dataclasses.replace(train[0], label='')
+  assert unknown in align_setup._balance([*train, unknown])  # refused later
   prompts = tmp_path / 'prompts.jsonl'
   prompts.write_text(''.join(
       json.dumps({'id': i, 'prompt': f'tea {i}', 'label': 'benign'}) + '\n'
