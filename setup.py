@@ -25,29 +25,15 @@ EXTRAS = {
     'gcp-storage-emulator>=2026.7',
   ],
   # What the tests compare with, or talk to; without it those tests skip.
-  'parity': [
-    'torch>=2.15,<3',
-    'transformers>=5.23,<6',
-    'peft>=0.21,<1',
-    'xllamacpp>=2026.10',
-  ],
+  'parity': ['torch>=2.15,<3', 'transformers>=5.23,<6', 'peft>=0.21,<1', 'xllamacpp>=2026.10'],
   # Tokenizers, chat templates and weights of public models.
-  'hf': [
-    'tokenizers>=0.21',
-    'huggingface_hub>=0.27',
-    'jinja2>=3.1',
-    'gguf>=0.19,<1',
-  ],
+  'hf': ['tokenizers>=0.21', 'huggingface_hub>=0.27', 'jinja2>=3.1', 'gguf>=0.19,<1'],
   # Rule retrieval of the DynaBench protocol.
   'evals': ['bm25s>=0.3.16,<0.4'],
   # Proposals from an OpenAI-compatible endpoint.
   'openai': ['openai>=3.52,<4'],
   # Public data sets; TensorFlow itself is not needed.
-  'tfds': [
-    'tensorflow-datasets>=4.9.10',
-    'importlib_resources>=6.4',
-    'array-record>=0.8',
-  ],
+  'tfds': ['tensorflow-datasets>=4.9.10', 'importlib_resources>=6.4', 'array-record>=0.8'],
   # Augmentation on many machines.
   'beam': ['apache-beam>=2.77,<3'],
   # Work directories in buckets, gs://….
@@ -68,8 +54,7 @@ setuptools.setup(
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['csrm_jax', 'csrm_jax.*']),
   package_data={
-    'csrm_jax.ruleworld': ['*.model', 'base/*', 'policy_base/*',
-                           'policy_structured/*'],
+    'csrm_jax.ruleworld': ['*.model', 'base/*', 'policy_base/*', 'policy_structured/*']
   },
   install_requires=[
     'absl-py>=2.1',

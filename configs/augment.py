@@ -25,8 +25,14 @@ def get_config(arg=None):
   the proposer 'model'), smoke (seconds).
   """
   arg = config_lib.parse_arg(
-      arg, proposer=('oracle', 'endpoint', 'model'), data='ruleworld', path='',
-      judge='', init='', smoke=False)
+    arg,
+    proposer=('oracle', 'endpoint', 'model'),
+    data='ruleworld',
+    path='',
+    judge='',
+    init='',
+    smoke=False,
+  )
   is_oracle = arg.proposer == 'oracle'
   c = ml_collections.ConfigDict()
   c.runner = 'augment'

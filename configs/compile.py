@@ -28,8 +28,7 @@ def get_config(arg=None):
   arguments.
   """
   own, rest = config_lib.split_arg(arg, ('topology', 'target', 'reward_model'))
-  arg = config_lib.parse_arg(own, topology='v5e-64', target='configs/rm.py',
-                             reward_model='')
+  arg = config_lib.parse_arg(own, topology='v5e-64', target='configs/rm.py', reward_model='')
   c = ml_collections.ConfigDict()
   c.runner = 'compile'
   c.topology = arg.topology

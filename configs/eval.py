@@ -47,22 +47,26 @@ def get_config(arg=None):
   # For "safe" and "unsafe" in the format csrm; ('Yes', 'No') where a tokenizer
   # splits these.
   c.words = ('safe', 'unsafe')
-  c.numerics = ml_collections.ConfigDict({
+  c.numerics = ml_collections.ConfigDict(
+    {
       'dtype': '',  # of activations: float32 or bfloat16; '' for float32
       'param_dtype': '',  # of parameters; '' for that of the file
-  })
+    }
+  )
   # Tokens a prompt may have before its history and response are shortened; more
   # than in training is possible, and needed for long rules.
   c.max_length = 2048
   if arg.benchmarks:
     c.title = ''  # of the report; '' names the model
-    c.benchmarks = ml_collections.ConfigDict({
+    c.benchmarks = ml_collections.ConfigDict(
+      {
         'ruleworld_examples': 1000,  # of the two largest sets; 0 for none
         'ruleworld_seed': 2000,  # the same for all that is compared
         'data_dir': '',  # a folder for each public set; '' for none
         'names': (),  # of public sets; () for all
         'max_items': 0,  # of each benchmark, evenly spread; 0 for all
-    })
+      }
+    )
     return c
   # Rules for all rows (YAML or JSON); empty: each row brings its own `safety`.
   c.safety = ''

@@ -14,8 +14,8 @@ from csrm_jax import config as config_lib
 def get_config(arg=None):
   """Returns the config. arg: checkpoint, form; see below."""
   arg = config_lib.parse_arg(
-      arg, checkpoint='',
-      form=('causal_lm', 'sequence_classification', 'peft'))
+    arg, checkpoint='', form=('causal_lm', 'sequence_classification', 'peft')
+  )
   c = ml_collections.ConfigDict()
   c.runner = 'export'
   c.checkpoint = arg.checkpoint  # work directory of a training run

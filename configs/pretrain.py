@@ -20,8 +20,7 @@ from csrm_jax import config as config_lib
 
 def get_config(arg=None):
   """Returns the config; arg: task (base, policy, structured), num_steps."""
-  arg = config_lib.parse_arg(
-      arg, task=('base', 'policy', 'structured'), num_steps=int)
+  arg = config_lib.parse_arg(arg, task=('base', 'policy', 'structured'), num_steps=int)
   package = pathlib.Path(csrm_jax.__file__).parent
   c = ml_collections.ConfigDict()
   c.runner = 'pretrain'
@@ -58,8 +57,7 @@ def get_config(arg=None):
 
 def _policy(c, arg, package):
   """Changes what is another way for a policy."""
-  start, num_steps = {'policy': ('base', 1000),
-                      'structured': ('policy_base', 500)}[arg.task]
+  start, num_steps = {'policy': ('base', 1000), 'structured': ('policy_base', 500)}[arg.task]
   c.num_steps = num_steps if arg.num_steps is None else arg.num_steps
   del c.model.preset, c.data.curriculum_length
   c.data.batch_size, c.data.row_length = 16, 128

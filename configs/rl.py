@@ -22,15 +22,23 @@ import csrm_jax
 from csrm_jax import config as config_lib
 from csrm_jax.core import topology
 
-ALGORITHMS = ('reinforce_pp', 'reinforce_pp_baseline', 'grpo', 'dr_grpo',
-              'rloo', 'ppo', 'distillation', 'dpo')
+ALGORITHMS = (
+  'reinforce_pp',
+  'reinforce_pp_baseline',
+  'grpo',
+  'dr_grpo',
+  'rloo',
+  'ppo',
+  'distillation',
+  'dpo',
+)
 REWARDS = ('csrm', 'oracle', 'http', 'python', 'alphaalign')
 # Public instruction-tuned models -> their weights on the hub.
 POLICIES = {
-    'smollm2_135m': 'HuggingFaceTB/SmolLM2-135M-Instruct',
-    'llama3_8b': 'meta-llama/Llama-3.1-8B-Instruct',
-    'mistral_7b': 'mistralai/Mistral-7B-Instruct-v0.1',
-    'qwen3_1b7': 'Qwen/Qwen3-1.7B',
+  'smollm2_135m': 'HuggingFaceTB/SmolLM2-135M-Instruct',
+  'llama3_8b': 'meta-llama/Llama-3.1-8B-Instruct',
+  'mistral_7b': 'mistralai/Mistral-7B-Instruct-v0.1',
+  'qwen3_1b7': 'Qwen/Qwen3-1.7B',
 }
 # AlphaAlign and its ablations -> what becomes of the helpfulness.
 ALPHAALIGN = {'full': 'standardised', 'zero': 'none', 'raw': 'raw'}
@@ -51,17 +59,33 @@ def get_config(arg=None):
   exercises everything).
   """
   arg = config_lib.parse_arg(
-      arg, algorithm=('auto', *ALGORITHMS), reward=REWARDS, checkpoint='',
-      url='', function='', variant=tuple(ALPHAALIGN),
-      policy=('ruleworld', *POLICIES), policy_init='', lora=0,
-      data=('ruleworld', 'xstest', 'jsonl'), data_dir='', path='', rules='',
-      mesh='', num_steps=0, smoke=False)
+    arg,
+    algorithm=('auto', *ALGORITHMS),
+    reward=REWARDS,
+    checkpoint='',
+    url='',
+    function='',
+    variant=tuple(ALPHAALIGN),
+    policy=('ruleworld', *POLICIES),
+    policy_init='',
+    lora=0,
+    data=('ruleworld', 'xstest', 'jsonl'),
+    data_dir='',
+    path='',
+    rules='',
+    mesh='',
+    num_steps=0,
+    smoke=False,
+  )
   c = ml_collections.ConfigDict()
   c.runner = 'align'
   c.title = 'Aligned policy'  # of the report
   c.seed = 0  # of prompts, draws, mini batches and adapters
-  c.algorithm = arg.algorithm if arg.algorithm != 'auto' else (
-      'grpo' if arg.reward == 'alphaalign' else 'reinforce_pp')
+  c.algorithm = (
+    arg.algorithm
+    if arg.algorithm != 'auto'
+    else ('grpo' if arg.reward == 'alphaalign' else 'reinforce_pp')
+  )
   is_online = c.algorithm not in ('distillation', 'dpo')
   c.num_steps = 60 if is_online else 200  # rollouts; offline: updates
   c.log_every = 1 if is_online else 10  # steps a line of metrics.jsonl sums up
@@ -97,8 +121,7 @@ def get_config(arg=None):
 
   # Devices along each axis; -1 takes what is left. Of num_slices (or nodes),
   # which a slow network connects, data is a multiple.
-  c.mesh = ml_collections.ConfigDict(
-      {'data': -1, 'fsdp': 1, 'tensor': 1, 'num_slices': 1})
+  c.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'num_slices': 1})
 
   c.eval = ml_collections.ConfigDict()
   c.eval.num_prompts = 128  # held out; also answered by the unaligned policy
@@ -125,8 +148,9 @@ def _set_policy(c, arg):
   package = pathlib.Path(csrm_jax.__file__).parent
   c.policy = ml_collections.ConfigDict()
   # Weights: a folder with safetensors and config.json, a hub id or .gguf file.
-  c.policy.init = str(package / 'ruleworld' / (
-      'policy_structured' if arg.reward == 'alphaalign' else 'policy_base'))
+  c.policy.init = str(
+    package / 'ruleworld' / ('policy_structured' if arg.reward == 'alphaalign' else 'policy_base')
+  )
   # SentencePiece model (.model) or tokenizer.json; '' takes that of init.
   c.policy.tokenizer = str(package / 'ruleworld' / 'tokenizer.model')
   # What stands around a user's turn: 'plain' and 'structured' are those of
@@ -140,7 +164,8 @@ def _set_policy(c, arg):
     c.policy.init = arg.policy_init or POLICIES[arg.policy]
     c.policy.tokenizer, c.policy.marks = '', 'chat'
   # Fields of the model that are no property of the weights.
-  c.policy.overrides = ml_collections.ConfigDict({
+  c.policy.overrides = ml_collections.ConfigDict(
+    {
       'dtype': 'float32',  # of activations; or bfloat16
       'param_dtype': 'float32',  # of parameters; or bfloat16
       'remat': 'none',  # recomputed in the backward pass: none, dots, full
@@ -148,7 +173,8 @@ def _set_policy(c, arg):
       'lora_rank': arg.lora,  # of the adapters that are trained; 0 for none
       'lora_alpha': 2.0 * arg.lora or 16.0,  # over the rank: their scale
       'lora_targets': ('query', 'key', 'value', 'out', 'gate', 'up', 'down'),
-  })
+    }
+  )
 
 
 def _set_data(c, arg):
@@ -210,11 +236,9 @@ def _set_alphaalign(c, arg):
   r.answer_weight = 2.0  # r_a
   # V_r: oracle (RuleWorld's), patterns, boxed (patterns in \boxed{} only), or
   # the work directory of a reward model, asked whether the answer refuses.
-  r.refusal = arg.checkpoint or (
-      'oracle' if arg.data == 'ruleworld' else 'patterns')
+  r.refusal = arg.checkpoint or ('oracle' if arg.data == 'ruleworld' else 'patterns')
   # Which such a model is asked by: rules that forbid to refuse.
-  r.refusal_rules = str(
-      pathlib.Path(__file__).parent / 'safety' / 'refusal.yaml')
+  r.refusal_rules = str(pathlib.Path(__file__).parent / 'safety' / 'refusal.yaml')
   if ALPHAALIGN[arg.variant] != 'none':
     _set_helpfulness(c, arg)
 
@@ -296,8 +320,7 @@ def _set_public(c, is_online):
   c.policy.overrides.remat = 'dots'
   c.optim.lr = 1e-4 if c.policy.overrides.lora_rank else 1e-6
   c.optim.warmup_steps = 1
-  c.sampling.max_completion_length = max(
-      64, c.sampling.max_completion_length)
+  c.sampling.max_completion_length = max(64, c.sampling.max_completion_length)
   c.eval.num_prompts = 16
   if is_online:
     c.rollout.num_prompts = 8
@@ -341,6 +364,14 @@ def _set_smoke(c, is_online):
 def sweep():
   """The safety-helpfulness trade-off: a and b of R = sigmoid(a * score + b)."""
   return [
-      {'name': f'a={a}-b={b}', 'overrides': {'reward.a': a, 'reward.b': b}}
-      for a, b in ((0.25, 0.0), (0.5, 0.0), (1.0, -2.0), (1.0, 0.0),
-                   (1.0, 2.0), (2.0, 0.0), (4.0, 0.0))]
+    {'name': f'a={a}-b={b}', 'overrides': {'reward.a': a, 'reward.b': b}}
+    for a, b in (
+      (0.25, 0.0),
+      (0.5, 0.0),
+      (1.0, -2.0),
+      (1.0, 0.0),
+      (1.0, 2.0),
+      (2.0, 0.0),
+      (4.0, 0.0),
+    )
+  ]

@@ -32,7 +32,8 @@ def get_config(arg=None):
   path = pathlib.Path(__file__).parent / 'rl.py'
   checkpoint = pathlib.Path(own.rewards) / own.run if own.rewards else ''
   c = config_lib.load_module(path).get_config(
-      ','.join(part for part in (f'checkpoint={checkpoint}', rest) if part))
+    ','.join(part for part in (f'checkpoint={checkpoint}', rest) if part)
+  )
   c.seed = int(own.run.rpartition('seed')[2])
   if 'every' in c.eval:  # online
     # A third of the samples, and more updates of each, tell rewards apart.
@@ -44,6 +45,11 @@ def get_config(arg=None):
 def sweep():
   """A run for each seed, rule set and reward."""
   return [
-      {'name': f'{rules.replace(" ", "_")}-{reward}-seed{seed}',
-       'arg': f'run={reward}-seed{seed},rules={rules}'}
-      for seed in range(NUM_SEEDS) for rules in RULES for reward in REWARDS]
+    {
+      'name': f'{rules.replace(" ", "_")}-{reward}-seed{seed}',
+      'arg': f'run={reward}-seed{seed},rules={rules}',
+    }
+    for seed in range(NUM_SEEDS)
+    for rules in RULES
+    for reward in REWARDS
+  ]

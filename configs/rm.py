@@ -21,12 +21,12 @@ from csrm_jax.core import topology
 
 # Public instruction-tuned models -> their weights on the hub.
 BACKBONES = {
-    'smollm2_135m': 'HuggingFaceTB/SmolLM2-135M-Instruct',
-    'llama3_8b': 'meta-llama/Llama-3.1-8B-Instruct',
-    'llama3_70b': 'meta-llama/Llama-3.1-70B-Instruct',
-    'mistral_7b': 'mistralai/Mistral-7B-Instruct-v0.1',
-    'qwen3_1b7': 'Qwen/Qwen3-1.7B',
-    'gemma2_9b': 'google/gemma-2-9b-it',
+  'smollm2_135m': 'HuggingFaceTB/SmolLM2-135M-Instruct',
+  'llama3_8b': 'meta-llama/Llama-3.1-8B-Instruct',
+  'llama3_70b': 'meta-llama/Llama-3.1-70B-Instruct',
+  'mistral_7b': 'mistralai/Mistral-7B-Instruct-v0.1',
+  'qwen3_1b7': 'Qwen/Qwen3-1.7B',
+  'gemma2_9b': 'google/gemma-2-9b-it',
 }
 ABLATIONS = ('full', 'no_cca', 'no_sa', 'no_aug', 'rules_blind')
 
@@ -44,9 +44,18 @@ def get_config(arg=None):
   a minute that exercises everything).
   """
   arg = config_lib.parse_arg(
-      arg, ablation=ABLATIONS, data='ruleworld', data_dir='', path='',
-      model=('tiny', *BACKBONES), init='', lora=0, mesh='',
-      num_steps=0, smoke=False)
+    arg,
+    ablation=ABLATIONS,
+    data='ruleworld',
+    data_dir='',
+    path='',
+    model=('tiny', *BACKBONES),
+    init='',
+    lora=0,
+    mesh='',
+    num_steps=0,
+    smoke=False,
+  )
   package = pathlib.Path(csrm_jax.__file__).parent
   c = ml_collections.ConfigDict()
   c.runner = 'train_rm'
@@ -64,7 +73,8 @@ def get_config(arg=None):
   c.model = ml_collections.ConfigDict()
   c.model.preset = arg.model  # a name of models.config.PRESETS
   # Fields of the preset that are no property of the weights.
-  c.model.overrides = ml_collections.ConfigDict({
+  c.model.overrides = ml_collections.ConfigDict(
+    {
       'dtype': 'float32',  # of activations; or bfloat16
       'param_dtype': 'float32',  # of parameters; or bfloat16
       'remat': 'none',  # recomputed in the backward pass: none, dots, full
@@ -72,7 +82,8 @@ def get_config(arg=None):
       'lora_rank': arg.lora,  # of the adapters that are trained; 0 for none
       'lora_alpha': 2.0 * arg.lora or 16.0,  # over the rank: their scale
       'lora_targets': ('query', 'key', 'value', 'out', 'gate', 'up', 'down'),
-  })
+    }
+  )
   # Weights to start from: a folder with safetensors and config.json, a hub id
   # or a .gguf file; '' for random.
   c.model.init = str(package / 'ruleworld' / 'base')
@@ -118,8 +129,7 @@ def get_config(arg=None):
 
   # Devices along each axis; -1 takes what is left. Of num_slices (or nodes),
   # which a slow network connects, data is a multiple.
-  c.mesh = ml_collections.ConfigDict(
-      {'data': -1, 'fsdp': 1, 'tensor': 1, 'num_slices': 1})
+  c.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'num_slices': 1})
 
   c.eval = ml_collections.ConfigDict()
   c.eval.fraction = 0.2  # of each file part, held out by a hash of its text
@@ -148,14 +158,16 @@ def _part(source, weight, path=''):
 
 
 def _ruleworld_parts():
-  return ml_collections.ConfigDict({
+  return ml_collections.ConfigDict(
+    {
       # Examples of four data sets with fixed taxonomies (CCA applies to them).
       'taxonomies': _part('ruleworld/taxonomies', 0.6),
       # The same conversation under a strict and a lenient guideline (SA).
       'strictness': _part('ruleworld/strictness', 0.3),
       # Two replies under the same rules.
       'preference': _part('ruleworld/preference', 0.1),
-  })
+    }
+  )
 
 
 def _set_data(c, arg):
@@ -167,21 +179,24 @@ def _set_data(c, arg):
   c.model.overrides.unroll = 1  # long rows take minutes to compile unrolled
   if arg.data != 'public':
     c.title = f'Reward model of {arg.path or arg.data}'
-    c.data.parts = ml_collections.ConfigDict(
-        {'file': _part(arg.data, 1.0, arg.path)})
+    c.data.parts = ml_collections.ConfigDict({'file': _part(arg.data, 1.0, arg.path)})
     return
   folder = pathlib.Path(arg.data_dir)
   c.title = 'Reward model of public data'
-  c.data.parts = ml_collections.ConfigDict({
-      'xstest_completions': _part(
-          'xstest_completions', 0.35, str(folder / 'xstest')),
-      'moderation': _part('moderation', 0.3, str(
-          folder / 'moderation' / 'moderation-dev.jsonl.gz')),
-      'moderation_pairs': _part('moderation_pairs', 0.1, str(
-          folder / 'moderation' / 'moderation-dev.jsonl.gz')),
-      'hh': _part('hh_rlhf', 0.25, str(
-          folder / 'hh_rlhf' / 'harmless-base-test-first1500.jsonl.gz')),
-  })
+  c.data.parts = ml_collections.ConfigDict(
+    {
+      'xstest_completions': _part('xstest_completions', 0.35, str(folder / 'xstest')),
+      'moderation': _part(
+        'moderation', 0.3, str(folder / 'moderation' / 'moderation-dev.jsonl.gz')
+      ),
+      'moderation_pairs': _part(
+        'moderation_pairs', 0.1, str(folder / 'moderation' / 'moderation-dev.jsonl.gz')
+      ),
+      'hh': _part(
+        'hh_rlhf', 0.25, str(folder / 'hh_rlhf' / 'harmless-base-test-first1500.jsonl.gz')
+      ),
+    }
+  )
 
 
 def _set_backbone(c, arg):

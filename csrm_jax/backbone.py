@@ -33,9 +33,7 @@ def load_tokenizer(source: str | os.PathLike) -> tokenizer_lib.Tokenizer:
     return tokenizer_lib.load_tokenizer(path)
 
 
-def chat_marks(
-  source: str | os.PathLike, tokenizer: tokenizer_lib.Tokenizer
-) -> tuple[str, str]:
+def chat_marks(source: str | os.PathLike, tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, str]:
   """Returns what opens and what closes a user's turn; ('', '') without chat.
 
   Args:
@@ -62,9 +60,7 @@ def chat_marks(
   return prefix, suffix
 
 
-def save_tokenizer(
-  source: str | os.PathLike, directory: str | os.PathLike
-) -> None:
+def save_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> None:
   """Writes the tokenizer's files into `directory`, where load_tokenizer looks.
 
   They are the model file, under the name that Hugging Face gives it, and the
@@ -80,9 +76,7 @@ def save_tokenizer(
         writer.write_atomic(directory / name, file.read_bytes())
 
 
-def _opens_with_control(
-  text: str, tokenizer: tokenizer_lib.Tokenizer
-) -> bool:
+def _opens_with_control(text: str, tokenizer: tokenizer_lib.Tokenizer) -> bool:
   # The first id of plain text is that of some text.
   first = tokenizer.encode_control(text)[:1]
   return bool(first) and not tokenizer.decode(first)

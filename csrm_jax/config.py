@@ -52,9 +52,7 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
     key, equals, text = part.strip().partition('=')
     if key not in spec:
       known = ', '.join(spec) or '(none)'
-      raise ValueError(
-        f'config argument {key!r} is unknown{_close(key, spec)}; known: {known}'
-      )
+      raise ValueError(f'config argument {key!r} is unknown{_close(key, spec)}; known: {known}')
     if key in seen:
       raise ValueError(f'config argument {key!r} is given twice')
     seen.add(key)
@@ -79,9 +77,7 @@ def _parse_value(key: str, text: str | None, default: Any) -> Any:
   if isinstance(default, tuple):
     choices = {str(choice): choice for choice in default}
     if text not in choices:
-      raise ValueError(
-        f'config argument {key}={text}: choose one of {", ".join(choices)}'
-      )
+      raise ValueError(f'config argument {key}={text}: choose one of {", ".join(choices)}')
     return choices[text]
   kind = default if isinstance(default, type) else type(default)
   if kind is bool:
@@ -98,9 +94,7 @@ def _parse_value(key: str, text: str | None, default: Any) -> Any:
       pass
   else:
     raise ValueError(f'config argument {key!r} needs a value: {key}=...')
-  raise ValueError(
-    f'config argument {key}={text}: {text!r} is not of type {kind.__name__}'
-  )
+  raise ValueError(f'config argument {key}={text}: {text!r} is not of type {kind.__name__}')
 
 
 def _close(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
@@ -134,9 +128,7 @@ def check_key(config: ConfigDict, key: str) -> None:
   last = key.rpartition('.')[2]
   same = [name for name in known if name.rpartition('.')[2] == last]
   hint = f' (did you mean {" or ".join(same[:3])}?)' if same else ''
-  raise ValueError(
-    f'config key {key!r} does not exist{hint or _close(key, known)}'
-  )
+  raise ValueError(f'config key {key!r} does not exist{hint or _close(key, known)}')
 
 
 def set_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
@@ -215,17 +207,14 @@ def diff_config(old: ConfigDict, new: ConfigDict) -> list[str]:
   lines = []
   for key in sorted(old_flat | new_flat):
     before, after = (
-      json.dumps(flat[key]) if key in flat else '(absent)'
-      for flat in (old_flat, new_flat)
+      json.dumps(flat[key]) if key in flat else '(absent)' for flat in (old_flat, new_flat)
     )
     if before != after:
       lines.append(f'{key}: {before} -> {after}')
   return lines
 
 
-def prepare_workdir(
-  workdir: str | os.PathLike, config: ConfigDict
-) -> pathlib.Path:
+def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.Path:
   """Returns the work directory, made, with config.json in it.
 
   A directory that holds nothing but config.json and manifest.json (a run that
@@ -243,9 +232,7 @@ def prepare_workdir(
     try:
       old = from_json(path.read_text('utf-8'))
     except (ValueError, TypeError) as error:
-      raise ValueError(
-        f'{path} is not a config ({error}): use another --workdir'
-      ) from None
+      raise ValueError(f'{path} is not a config ({error}): use another --workdir') from None
     if lines := diff_config(old, config):
       raise ValueError(
         f'{path} is of a run with another config: {"; ".join(lines)} '
@@ -283,9 +270,7 @@ class SweepRun:
   arg: str = ''
 
 
-def expand_sweep(
-  sweep_fn: Callable[[], Sequence[Mapping[str, Any]]],
-) -> tuple[SweepRun, ...]:
+def expand_sweep(sweep_fn: Callable[[], Sequence[Mapping[str, Any]]]) -> tuple[SweepRun, ...]:
   """Returns the checked runs of a config file's `sweep()`.
 
   `sweep()` returns [{'name': 'no_cca', 'arg': 'ablation=no_cca'}, {'name':
@@ -306,8 +291,7 @@ def expand_sweep(
     run = SweepRun(**item)
     if not re.fullmatch(r'[\w.=+-]*\w[\w.=+-]*', run.name):
       raise ValueError(
-        f'sweep() name {run.name!r} cannot be a folder: use letters, digits '
-        'and _ . = + -'
+        f'sweep() name {run.name!r} cannot be a folder: use letters, digits and _ . = + -'
       )
     runs.append(run)
   names = [run.name for run in runs]

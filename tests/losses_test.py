@@ -21,9 +21,9 @@ def _batch(label, pair_weight, label_weight=None):
   if label_weight is None:
     label_weight = label >= 0
   return {
-      'label': label,
-      'label_weight': np.atleast_2d(np.asarray(label_weight, np.float32)),
-      'pair_weight': np.atleast_2d(np.asarray(pair_weight, np.float32)),
+    'label': label,
+    'label_weight': np.atleast_2d(np.asarray(label_weight, np.float32)),
+    'pair_weight': np.atleast_2d(np.asarray(pair_weight, np.float32)),
   }
 
 
@@ -76,7 +76,8 @@ def test_pair_sign_and_value():
 @jax.grad
 def _pair_gradient(scores, margin):
   return losses.reward_model_loss(
-      *_log_p(scores), _batch([-1, -1], [1, 0]), gamma=1.0, margin=margin)[0]
+    *_log_p(scores), _batch([-1, -1], [1, 0]), gamma=1.0, margin=margin
+  )[0]
 
 
 @settings(max_examples=20, deadline=None)
@@ -99,8 +100,7 @@ def test_descent_moves_labelled_scores_towards_their_label():
 
 def test_margin_shifts_the_gap():
   batch = _batch([-1, -1], [1, 0])
-  with_margin = losses.reward_model_loss(
-      *_log_p([2.0, 0.0]), batch, gamma=1.0, margin=0.5)
+  with_margin = losses.reward_model_loss(*_log_p([2.0, 0.0]), batch, gamma=1.0, margin=0.5)
   without = losses.reward_model_loss(*_log_p([1.5, 0.0]), batch, gamma=1.0)
   np.testing.assert_allclose(with_margin[0], without[0], rtol=1e-5)
   assert with_margin[2]['pairs/score_gap'] == (2, 1)  # not the shifted one
@@ -109,8 +109,7 @@ def test_margin_shifts_the_gap():
 def test_weight_counts_atoms():
   # Slots: an example, a labelled pair, an unlabelled pair, an empty slot.
   batch = _batch([0, 0, 1, -1, -1, -1], [0, 1, 0, 1, 0, 0])
-  total, weight, metrics = losses.reward_model_loss(
-      *_log_p([0.0] * 6), batch, gamma=0.5)
+  total, weight, metrics = losses.reward_model_loss(*_log_p([0.0] * 6), batch, gamma=0.5)
   assert weight == 3
   assert metrics['loss/cls'][1] == 3 and metrics['loss/pairs'][1] == 2
   np.testing.assert_allclose(total, 3 * np.log(2) + 0.5 * 2 * np.log(2))
@@ -139,14 +138,12 @@ def test_sums_add_up_over_rows():
   pair_weight = np.tile([1, 0, 0, 0], (4, 1))
 
   def loss(rows):
-    return losses.reward_model_loss(
-        *_log_p(scores[rows]), _batch(label[rows], pair_weight[rows]))
+    return losses.reward_model_loss(*_log_p(scores[rows]), _batch(label[rows], pair_weight[rows]))
 
   whole = loss(slice(None))
   parts = [loss(slice(i, i + 1)) for i in range(4)]
   added = jax.tree.map(lambda *x: sum(x), *parts)
-  for got, want in zip(
-      jax.tree.leaves(added), jax.tree.leaves(whole), strict=True):
+  for got, want in zip(jax.tree.leaves(added), jax.tree.leaves(whole), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -168,8 +165,7 @@ def test_lm_loss_equals_loop(weighted):
   got = losses.lm_loss(logits, tokens, segment_ids, loss_weight)
   np.testing.assert_allclose(got[0], total, rtol=1e-5)
   np.testing.assert_allclose(got[1], weight, rtol=1e-5)
-  np.testing.assert_allclose(
-      got[2]['lm/accuracy'], (correct, weight), rtol=1e-5)
+  np.testing.assert_allclose(got[2]['lm/accuracy'], (correct, weight), rtol=1e-5)
 
 
 def test_lm_loss_of_padding_is_zero():
@@ -180,6 +176,7 @@ def test_lm_loss_of_padding_is_zero():
 
 def _loss_of_scores(batch, **kwargs):
   """Returns log-probs -> total, so that gradients see both."""
+
   def total(log_p):
     return losses.reward_model_loss(*log_p, batch, **kwargs)[0]
 
@@ -190,9 +187,9 @@ def _loss_of_scores(batch, **kwargs):
 def test_what_an_unused_slot_holds_reaches_neither_loss_nor_gradient(where):
   # An unused slot before, between and after: a pair and an example are used.
   used, batch = {
-      'first': ([1, 2, 3], _batch([-1, -1, -1, 1], [0, 1, 0, 0])),
-      'middle': ([0, 1, 3], _batch([-1, -1, -1, 1], [1, 0, 0, 0])),
-      'last': ([0, 1, 2], _batch([1, -1, -1, -1], [0, 1, 0, 0])),
+    'first': ([1, 2, 3], _batch([-1, -1, -1, 1], [0, 1, 0, 0])),
+    'middle': ([0, 1, 3], _batch([-1, -1, -1, 1], [1, 0, 0, 0])),
+    'last': ([0, 1, 2], _batch([1, -1, -1, -1], [0, 1, 0, 0])),
   }[where]
   unused = next(i for i in range(4) if i not in used)
   log_p = _log_p([0.5, -1.0, 2.0, 1.0])
@@ -223,8 +220,7 @@ def test_a_pair_in_the_last_slots_does_not_touch_the_first():
   assert grads[1][0, 0] == alone[1][0, 0] == 0
   total, weight, metrics = losses.reward_model_loss(*log_p, batch, gamma=1.0)
   assert weight == 2  # the example of slot 0 is not part of the pair
-  np.testing.assert_allclose(
-      total, np.log1p(np.exp(-0.7)) + np.log1p(np.exp(-2)), rtol=1e-5)
+  np.testing.assert_allclose(total, np.log1p(np.exp(-0.7)) + np.log1p(np.exp(-2)), rtol=1e-5)
   assert metrics['pairs/score_gap'] == (2, 1)
 
 
@@ -249,13 +245,13 @@ def test_reward_model_loss_equals_loop(seed, gamma, margin):
           weight += not is_pair
       if is_pair:
         pair_weight[b, s] = 1
-        safer, other = log_p[0, b, s:s + 2] - log_p[1, b, s:s + 2]
+        safer, other = log_p[0, b, s : s + 2] - log_p[1, b, s : s + 2]
         total += gamma * np.log1p(np.exp(-(safer - other - margin)))
         weight += 1
       s += len(slots)
   got = losses.reward_model_loss(
-      *jnp.asarray(log_p, jnp.float32), _batch(label, pair_weight), gamma,
-      margin)
+    *jnp.asarray(log_p, jnp.float32), _batch(label, pair_weight), gamma, margin
+  )
   np.testing.assert_allclose(got[0], total, rtol=1e-4, atol=1e-5)
   assert got[1] == weight
 
@@ -265,6 +261,7 @@ def test_verdict_score_ignores_what_both_labels_share():
   logits = np.random.default_rng(1).standard_normal(7).astype(np.float32)
   other = logits + 3
   other[[0, 1, 4, 6]] = 5
-  scores = [np.subtract(*losses.verdict_logprobs(jnp.asarray(x), Verbalizers()))
-            for x in (logits, other)]
+  scores = [
+    np.subtract(*losses.verdict_logprobs(jnp.asarray(x), Verbalizers())) for x in (logits, other)
+  ]
   np.testing.assert_allclose(*scores, rtol=1e-5)

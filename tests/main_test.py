@@ -115,23 +115,15 @@ def test_a_run_and_its_second_start(command, tmp_path):
       ['--config=c.py:wdith=3', '--workdir=w'],
       "config argument 'wdith' is unknown (did you mean width?)",
     ),
-    (
-      ['--config=c.py', '--workdir=w', '--config.seed=x'],
-      'flag --config.seed=x',
-    ),
+    (['--config=c.py', '--workdir=w', '--config.seed=x'], 'flag --config.seed=x'),
     (
       ['--config=c.py', '--workdir=w', '--config.runner=nope'],
       "config.runner is 'nope': choose one of train_rm",
     ),
-    (
-      ['--config=c.py', '--workdir=w', '--config.fail=line 3: no'],
-      'line 3: no',
-    ),
+    (['--config=c.py', '--workdir=w', '--config.fail=line 3: no'], 'line 3: no'),
   ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(
-  command, tmp_path, args, message
-):
+def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, args, message):
   code, out, err = command(*args)
   assert code == 2
   assert out == ''
@@ -157,9 +149,7 @@ def test_a_runner_without_prompts_says_so(monkeypatch):
 
 
 def test_debug_shows_the_traceback(command):
-  code, _, err = command(
-    '--config=c.py', '--workdir=w', '--config.fail=no', '--debug'
-  )
+  code, _, err = command('--config=c.py', '--workdir=w', '--config.fail=no', '--debug')
   assert code not in (0, 2)
   assert 'Traceback' in err and 'ValueError: no' in err
 

@@ -15,8 +15,7 @@ PATH = ROOT / 'notebooks' / 'quickstart.ipynb'
 
 def code_cells():
   cells = json.loads(PATH.read_text())['cells']
-  return [''.join(cell['source']) for cell in cells
-          if cell['cell_type'] == 'code']
+  return [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
 
 
 def test_is_stored_without_outputs():
@@ -32,8 +31,9 @@ def test_every_cell_runs(tmp_path, monkeypatch, capsys):
   for source in code_cells():
     # What IPython adds: shell lines, which here run as a process.
     shell = re.findall(r'^!(.*)$', source, re.MULTILINE)
-    source = re.sub(r'^\s*[!%].*$', '  pass' if 'REPOSITORY' in source else '',
-                    source, flags=re.MULTILINE)
+    source = re.sub(
+      r'^\s*[!%].*$', '  pass' if 'REPOSITORY' in source else '', source, flags=re.MULTILINE
+    )
     if 'WORKDIR =' in source:
       source = source.replace('configs/rm.py', 'configs/rm.py:smoke')
       source = source.replace('/tmp/rm', str(tmp_path / 'rm'))

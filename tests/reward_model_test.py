@@ -18,13 +18,24 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 PATH = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
 TOKENIZER = tokenizer_lib.load_tokenizer(PATH)
 SPEC = reward_model.Spec(
-    model=config.preset(
-        'tiny', TOKENIZER.vocab_size, num_layers=1, embed_dim=16, num_heads=2,
-        num_kv_heads=1, head_dim=8, mlp_dim=16, unroll=1),
-    layout=templates.Layout(), max_length=192, safe_words=('safe', ' safe'),
-    unsafe_words=('unsafe', ' unsafe'),
-    template_hash=templates.template_hash(),
-    tokenizer_digest=TOKENIZER.digest)
+  model=config.preset(
+    'tiny',
+    TOKENIZER.vocab_size,
+    num_layers=1,
+    embed_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_dim=16,
+    unroll=1,
+  ),
+  layout=templates.Layout(),
+  max_length=192,
+  safe_words=('safe', ' safe'),
+  unsafe_words=('unsafe', ' unsafe'),
+  template_hash=templates.template_hash(),
+  tokenizer_digest=TOKENIZER.digest,
+)
 
 
 @functools.cache
@@ -44,11 +55,14 @@ def _save(folder, spec=SPEC, seed=0, step=3):
 
 def test_spec_survives_json():
   layout = templates.Layout(
-      order='conversation_first', words=('Yes', 'No'),
-      chat_prefix='<user>', chat_suffix='<agent>')
+    order='conversation_first', words=('Yes', 'No'), chat_prefix='<user>', chat_suffix='<agent>'
+  )
   spec = dataclasses.replace(
-      SPEC, layout=layout, template_hash=templates.template_hash(layout),
-      model=dataclasses.replace(SPEC.model, rope_theta=5e5, remat='dots'))
+    SPEC,
+    layout=layout,
+    template_hash=templates.template_hash(layout),
+    model=dataclasses.replace(SPEC.model, rope_theta=5e5, remat='dots'),
+  )
   again = reward_model.Spec.from_dict(json.loads(json.dumps(spec.to_dict())))
   assert again == spec != SPEC
   assert hash(again.model) == hash(spec.model)
@@ -58,13 +72,15 @@ def test_spec_makes_the_score_function_it_describes():
   example = examples.test_example(0, 1, 'seen')
   layout = templates.Layout(order='conversation_first')
   other = dataclasses.replace(SPEC, layout=layout)
-  scores = [spec.make_score_fn(_params(), TOKENIZER)([example])
-            for spec in (SPEC, other)]
+  scores = [spec.make_score_fn(_params(), TOKENIZER)([example]) for spec in (SPEC, other)]
   direct = scoring.make_score_fn(
-      SPEC.model, _params(), TOKENIZER,
-      templates.resolve_verbalizers(
-          TOKENIZER, SPEC.safe_words, SPEC.unsafe_words),
-      layout=SPEC.layout, max_length=192)([example])
+    SPEC.model,
+    _params(),
+    TOKENIZER,
+    templates.resolve_verbalizers(TOKENIZER, SPEC.safe_words, SPEC.unsafe_words),
+    layout=SPEC.layout,
+    max_length=192,
+  )([example])
   np.testing.assert_array_equal(scores[0], direct)
   assert abs(scores[1] - direct) > 1e-3
   tight = dataclasses.replace(SPEC, max_length=32)
@@ -80,14 +96,15 @@ def test_a_loaded_model_scores_as_its_parameters_do(tmp_path):
   assert np.ptp(want) > 1e-3
   np.testing.assert_array_equal(rm.score_fn(found), want)
   for example, score in zip(found, want, strict=True):
-    verdict, = rm.score(example.safety, [example.conversation])
+    (verdict,) = rm.score(example.safety, [example.conversation])
     assert verdict.score == pytest.approx(score, abs=1e-5)
     assert verdict.p_unsafe == pytest.approx(1 / (1 + np.exp(score)), abs=1e-5)
     assert verdict.label == ('safe' if score > 0 else 'unsafe')
   rules = found[0].safety
   verdicts = rm.score(rules, [e.conversation for e in found])
-  assert [v.score for v in verdicts] == pytest.approx([
-      rm.score(rules, [e.conversation])[0].score for e in found], abs=1e-5)
+  assert [v.score for v in verdicts] == pytest.approx(
+    [rm.score(rules, [e.conversation])[0].score for e in found], abs=1e-5
+  )
 
 
 def test_the_newest_checkpoint_is_loaded(tmp_path):
@@ -95,8 +112,8 @@ def test_the_newest_checkpoint_is_loaded(tmp_path):
   rm = reward_model.load(_save(tmp_path, seed=1, step=5))
   example = examples.test_example(0, 0, 'seen')
   np.testing.assert_array_equal(
-      rm.score_fn([example]),
-      SPEC.make_score_fn(_params(1), TOKENIZER)([example]))
+    rm.score_fn([example]), SPEC.make_score_fn(_params(1), TOKENIZER)([example])
+  )
 
 
 def test_a_conversation_must_end_with_the_agent(tmp_path):
@@ -106,9 +123,13 @@ def test_a_conversation_must_end_with_the_agent(tmp_path):
     rm.score(rules, [(schema.Message('user', 'Hello.'),)])
 
 
-@pytest.mark.parametrize(('field', 'name', 'fix'), [
+@pytest.mark.parametrize(
+  ('field', 'name', 'fix'),
+  [
     ('template_hash', 'template', 'csrm_jax version'),
-    ('tokenizer_digest', 'tokenizer', 'put back the tokenizer file')])
+    ('tokenizer_digest', 'tokenizer', 'put back the tokenizer file'),
+  ],
+)
 def test_another_template_or_tokenizer_is_refused(tmp_path, field, name, fix):
   _save(tmp_path, dataclasses.replace(SPEC, **{field: '0123456789abcdef'}))
   with pytest.raises(ValueError, match=f'with {name} 0123456789ab') as error:
@@ -119,9 +140,13 @@ def test_another_template_or_tokenizer_is_refused(tmp_path, field, name, fix):
   assert '\n' not in message
 
 
-@pytest.mark.parametrize(('change', 'message'), [
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
     (lambda meta: {'model': meta['model']}, "'base' is missing"),
-    (lambda meta: meta | {'flavour': 1}, "'flavour' is unknown")])
+    (lambda meta: meta | {'flavour': 1}, "'flavour' is unknown"),
+  ],
+)
 def test_what_is_no_reward_model_is_refused(tmp_path, change, message):
   class Other:
     def to_dict(self):

@@ -17,15 +17,28 @@ from csrm_jax.models import prefix as prefix_lib
 from csrm_jax.sampling import Sampling, generate
 
 CFG = config.ModelConfig(
-    vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
-    head_dim=8, mlp_dim=48, context_length=64, tie_embeddings=False)
+  vocab_size=40,
+  num_layers=2,
+  embed_dim=32,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  mlp_dim=48,
+  context_length=64,
+  tie_embeddings=False,
+)
 VARIANTS = {
-    'llama': {},
-    'gemma2': {
-        'norm_offset': 1.0, 'scale_embeddings': True, 'attention_softcap': 5.0,
-        'final_softcap': 9.0, 'post_norms': True, 'sliding_window': 4,
-        'window_period': 2},
-    'mistral': {'sliding_window': 4, 'tie_embeddings': True},
+  'llama': {},
+  'gemma2': {
+    'norm_offset': 1.0,
+    'scale_embeddings': True,
+    'attention_softcap': 5.0,
+    'final_softcap': 9.0,
+    'post_norms': True,
+    'sliding_window': 4,
+    'window_period': 2,
+  },
+  'mistral': {'sliding_window': 4, 'tie_embeddings': True},
 }
 PROMPTS = [[1, 2, 3], [7], list(range(4, 24)), [5] * 9, [39, 0, 8, 8]]
 
@@ -41,8 +54,7 @@ def _full_logits(cfg, params, tokens):
   """Returns logits [T,V] of one row [T] of a single segment."""
   tokens = tokens[None]
   positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-  hidden = transformer.hidden(
-      cfg, params, tokens, positions, jnp.ones_like(tokens))
+  hidden = transformer.hidden(cfg, params, tokens, positions, jnp.ones_like(tokens))
   return transformer.logits(cfg, params, hidden)[0]
 
 
@@ -50,15 +62,14 @@ def _full_logits(cfg, params, tokens):
 def _score(cfg, params, tokens, positions, segment_ids, temperature):
   """Returns the log-probability of each token but the first, [B,T-1]."""
   hidden = transformer.hidden(cfg, params, tokens, positions, segment_ids)
-  return sampling_lib.hidden_logprobs(
-      cfg, params, hidden[:, :-1], tokens[:, 1:], temperature)
+  return sampling_lib.hidden_logprobs(cfg, params, hidden[:, :-1], tokens[:, 1:], temperature)
 
 
 def _padded_logits(cfg, row):
   """As _full_logits; zeros after the row, which is causal, save compiling."""
   tokens = np.zeros(64, np.int32)
-  tokens[:len(row)] = row
-  return np.asarray(_full_logits(cfg, _params(cfg), tokens))[:len(row)]
+  tokens[: len(row)] = row
+  return np.asarray(_full_logits(cfg, _params(cfg), tokens))[: len(row)]
 
 
 def _log_softmax(logits):
@@ -80,7 +91,7 @@ def test_greedy_equals_the_full_forward_pass_token_by_token(name):
       logits = _padded_logits(cfg, row)[-1]
       assert out.tokens[i, step] == np.argmax(logits), (i, step)
       row.append(out.tokens[i, step])
-    want = _log_softmax(_padded_logits(cfg, row))[len(prompt) - 1:-1]
+    want = _log_softmax(_padded_logits(cfg, row))[len(prompt) - 1 : -1]
     want = want[np.arange(12), out.tokens[i]]
     gap = np.abs(out.logprobs[i] - want).max()
     assert gap < 1e-4, gap
@@ -90,19 +101,18 @@ def test_greedy_equals_the_full_forward_pass_token_by_token(name):
 def test_logprobs_equal_teacher_forced_ones(name):
   """At a temperature; over the whole vocabulary in spite of top_k."""
   cfg = dataclasses.replace(CFG, **VARIANTS[name])
-  out = generate(
-      cfg, _params(cfg), PROMPTS, Sampling(12, temperature=1.7, top_k=9))
+  out = generate(cfg, _params(cfg), PROMPTS, Sampling(12, temperature=1.7, top_k=9))
   shape = (len(PROMPTS), 32)
   tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in '123')
   for i, prompt in enumerate(PROMPTS):
     row = [*prompt, *out.tokens[i]]
-    tokens[i, :len(row)] = row
-    positions[i, :len(row)] = np.arange(len(row))
-    segment_ids[i, :len(row)] = 1
+    tokens[i, : len(row)] = row
+    positions[i, : len(row)] = np.arange(len(row))
+    segment_ids[i, : len(row)] = 1
   got = _score(cfg, _params(cfg), tokens, positions, segment_ids, 1.7)
   assert got.dtype == jnp.float32
   for i, prompt in enumerate(PROMPTS):
-    forced = got[i, len(prompt) - 1:len(prompt) + 11]
+    forced = got[i, len(prompt) - 1 : len(prompt) + 11]
     gap = np.abs(forced - out.logprobs[i]).max()
     assert gap < 1e-4, gap
 
@@ -124,9 +134,13 @@ def test_hidden_logprobs_in_chunks(chunk, monkeypatch):
     scores = jnp.take_along_axis(scores, tokens[..., None], -1)[..., 0]
     return (weights * scores).sum(), scores
 
-  (got, want), (grads, plain_grads) = zip(*(
-      jax.jit(jax.value_and_grad(fn, argnums=(0, 1), has_aux=True))(
-          _params(), hidden) for fn in (total, plain)), strict=True)
+  (got, want), (grads, plain_grads) = zip(
+    *(
+      jax.jit(jax.value_and_grad(fn, argnums=(0, 1), has_aux=True))(_params(), hidden)
+      for fn in (total, plain)
+    ),
+    strict=True,
+  )
   np.testing.assert_allclose(got[1], want[1], atol=1e-4)
 
   def check(a, b):
@@ -138,15 +152,13 @@ def test_hidden_logprobs_in_chunks(chunk, monkeypatch):
 def test_stop_tokens_end_a_completion_and_belong_to_it():
   free = generate(CFG, _params(), PROMPTS, Sampling(12, temperature=0.0))
   stop = int(free.tokens[0, 4]), int(free.tokens[1, 2])
-  out = generate(
-      CFG, _params(), PROMPTS, Sampling(12, temperature=0.0, stop_ids=stop))
+  out = generate(CFG, _params(), PROMPTS, Sampling(12, temperature=0.0, stop_ids=stop))
   for i, row in enumerate(free.tokens):
     hits = np.flatnonzero(np.isin(row, stop))
     length = hits[0] + 1 if hits.size else 12
     assert out.lengths[i] == length and out.stopped[i] == bool(hits.size)
     np.testing.assert_array_equal(out.tokens[i, :length], row[:length])
-    np.testing.assert_array_equal(
-        out.logprobs[i, :length], free.logprobs[i, :length])
+    np.testing.assert_array_equal(out.logprobs[i, :length], free.logprobs[i, :length])
     assert not out.tokens[i, length:].any()
     assert not out.logprobs[i, length:].any()
   assert out.stopped[:2].all() and out.lengths.min() < 12
@@ -194,13 +206,13 @@ def test_equal_prompts_are_read_once(monkeypatch):
   assert len({tuple(row) for row in got.tokens.tolist()}) == 8
 
 
-@pytest.mark.parametrize(('name', 'window', 'shared'), [
-    ('llama', 0, True), ('gemma2', 4, False), ('gemma2', 70, True)])
+@pytest.mark.parametrize(
+  ('name', 'window', 'shared'), [('llama', 0, True), ('gemma2', 4, False), ('gemma2', 70, True)]
+)
 def test_a_common_prefix_is_read_once(name, window, shared, monkeypatch):
   """Where no window counts the padding behind it."""
   shapes = _count_reads(monkeypatch)
-  cfg = dataclasses.replace(
-      CFG, **VARIANTS[name] | {'sliding_window': window})
+  cfg = dataclasses.replace(CFG, **VARIANTS[name] | {'sliding_window': window})
   rng = np.random.default_rng(0)
   system = rng.integers(0, 40, 37).tolist()
   prompts = [system + rng.integers(0, 40, num).tolist() for num in (1, 20, 5)]
@@ -211,15 +223,16 @@ def test_a_common_prefix_is_read_once(name, window, shared, monkeypatch):
   assert shapes == rest
   for i, prompt in enumerate(prompts):
     row = [*prompt, *got.tokens[i]]
-    logits = _padded_logits(cfg, row)[len(prompt) - 1:-1]
+    logits = _padded_logits(cfg, row)[len(prompt) - 1 : -1]
     np.testing.assert_array_equal(got.tokens[i], logits.argmax(-1))
     want = _log_softmax(logits)[np.arange(6), got.tokens[i]]
     np.testing.assert_allclose(got.logprobs[i], want, atol=1e-4)
 
 
-@pytest.mark.parametrize('prompts', [
-    [[1] * 40, [1] * 40], [[1] * 40, [2, *[1] * 39]], [[1] * 33, [1] * 20],
-    [[1] * 32, [1] * 33]])
+@pytest.mark.parametrize(
+  'prompts',
+  [[[1] * 40, [1] * 40], [[1] * 40, [2, *[1] * 39]], [[1] * 33, [1] * 20], [[1] * 32, [1] * 33]],
+)
 def test_a_short_or_lone_prefix_is_not_split_off(prompts):
   distinct = list(dict.fromkeys(map(tuple, prompts)))
   assert not sampling_lib._num_shared(CFG, distinct, Sampling(2))
@@ -231,8 +244,7 @@ def test_nothing_is_compiled_after_warm_up(monkeypatch):
   rng = np.random.default_rng(0)
 
   def prompts(num, lengths):
-    return [rng.integers(0, 40, rng.integers(*lengths)).tolist()
-            for _ in range(num)]
+    return [rng.integers(0, 40, rng.integers(*lengths)).tolist() for _ in range(num)]
 
   compiled = []
   generate(CFG, _params(), prompts(4, (1, 32)), sampling, batch_size=4)
@@ -240,23 +252,20 @@ def test_nothing_is_compiled_after_warm_up(monkeypatch):
   with monkeypatch.context() as patch:
     for name in ('_start', '_go_on'):
       patch.setattr(
-          decoding, name,
-          lambda *args: compiled.append(args) or pytest.fail('compiled again'))
+        decoding, name, lambda *args: compiled.append(args) or pytest.fail('compiled again')
+      )
     for num in (3, 4, 9):
       generate(CFG, _params(), prompts(num, (1, 58)), sampling, batch_size=4)
   assert not compiled
   # The same check sees a shape that is new.
   with monkeypatch.context() as patch, pytest.raises(AssertionError):
-    patch.setattr(
-        decoding, '_go_on', lambda *args: (_ for _ in ()).throw(
-            AssertionError))
+    patch.setattr(decoding, '_go_on', lambda *args: (_ for _ in ()).throw(AssertionError))
     generate(CFG, _params(), prompts(2, (1, 9)), sampling, batch_size=2)
 
 
 def test_progress_counts_prompts():
   done = []
-  generate(CFG, _params(), PROMPTS, Sampling(1), batch_size=2,
-           progress=done.append)
+  generate(CFG, _params(), PROMPTS, Sampling(1), batch_size=2, progress=done.append)
   assert done == [2, 2, 1]
 
 
@@ -269,21 +278,22 @@ def test_no_prompts_give_no_completions():
 def test_token_logprobs(temperature):
   logits = np.random.default_rng(4).normal(size=(3, 2, 9)).astype(np.float32)
   tokens = np.array([[0, 1], [2, 8], [4, 4]])
-  want = np.take_along_axis(
-      _log_softmax(logits / (temperature or 1.0)), tokens[..., None], -1)
-  got = sampling_lib.token_logprobs(
-      jnp.asarray(logits, jnp.bfloat16), tokens, temperature)
+  want = np.take_along_axis(_log_softmax(logits / (temperature or 1.0)), tokens[..., None], -1)
+  got = sampling_lib.token_logprobs(jnp.asarray(logits, jnp.bfloat16), tokens, temperature)
   assert got.dtype == jnp.float32
   got = sampling_lib.token_logprobs(jnp.asarray(logits), tokens, temperature)
   np.testing.assert_allclose(got, want[..., 0], atol=1e-5)
 
 
-@pytest.mark.parametrize(('prompts', 'message'), [
+@pytest.mark.parametrize(
+  ('prompts', 'message'),
+  [
     ([[1], []], 'prompt 1 is empty; begin it with a BOS'),
     ([[1] * 60], r'prompt 0 has 60 tokens, .*=8 are more than .*=64; shorten'),
     ([[1, 40]], 'prompt 0 has an id outside of vocab_size=40'),
     ([[-1]], 'prompt 0 has an id outside'),
-])
+  ],
+)
 def test_bad_prompts(prompts, message):
   with pytest.raises(ValueError, match=message):
     generate(CFG, _params(), prompts, Sampling(8))
@@ -339,9 +349,15 @@ _MESHES = """
 def test_eight_devices_draw_what_one_does():
   flag = '--xla_force_host_platform_device_count=8'
   env = os.environ | {
-      'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu',
-      'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
+    'XLA_FLAGS': flag,
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
+  }
   result = subprocess.run(
-      [sys.executable, '-c', textwrap.dedent(_MESHES)], env=env,
-      capture_output=True, text=True, check=False)
+    [sys.executable, '-c', textwrap.dedent(_MESHES)],
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert result.returncode == 0, result.stderr[-3000:]

@@ -19,8 +19,16 @@ PATH = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
 TOKENIZER = tokenizer_lib.load_tokenizer(PATH)
 VERBALIZERS = templates.resolve_verbalizers(TOKENIZER)
 CFG = config.preset(
-    'tiny', TOKENIZER.vocab_size, num_layers=1, embed_dim=32, num_heads=2,
-    num_kv_heads=1, head_dim=16, mlp_dim=64, unroll=1)
+  'tiny',
+  TOKENIZER.vocab_size,
+  num_layers=1,
+  embed_dim=32,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=16,
+  mlp_dim=64,
+  unroll=1,
+)
 ENCODER = features.Encoder(TOKENIZER, 256)
 
 
@@ -38,8 +46,8 @@ def _examples(num=9):
 def _score_fn(params=None, **kwargs):
   settings = {'max_length': 256, 'buckets': (128,)} | kwargs
   return scoring.make_score_fn(
-      CFG, _params() if params is None else params, TOKENIZER, VERBALIZERS,
-      **settings)
+    CFG, _params() if params is None else params, TOKENIZER, VERBALIZERS, **settings
+  )
 
 
 @functools.cache
@@ -56,16 +64,17 @@ def _log_probs(params, tokens):
   """Returns log P [V] after the last of tokens [T]: no padding at all."""
   tokens = tokens[None]
   hidden = transformer.hidden(
-      CFG, params, tokens, jnp.arange(tokens.shape[1])[None],
-      jnp.ones_like(tokens))
+    CFG, params, tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
+  )
   return jax.nn.log_softmax(transformer.logits(CFG, params, hidden)[0, -1])
 
 
 def test_score_is_the_log_ratio_of_the_verdict_words():
   """No temperature, no length, no renormalisation over the two words."""
   log_p = _log_probs(_params(), _encode(_examples()[0]))
-  want = (np.logaddexp.reduce(log_p[np.array(VERBALIZERS.safe)])
-          - np.logaddexp.reduce(log_p[np.array(VERBALIZERS.unsafe)]))
+  want = np.logaddexp.reduce(log_p[np.array(VERBALIZERS.safe)]) - np.logaddexp.reduce(
+    log_p[np.array(VERBALIZERS.unsafe)]
+  )
   np.testing.assert_allclose(_scores()[0], want, atol=1e-5)
   assert _scores().dtype == np.float32
 
@@ -73,28 +82,25 @@ def test_score_is_the_log_ratio_of_the_verdict_words():
 def test_scores_differ_between_examples_and_rules():
   assert len(set(_scores().tolist())) == len(_scores())
   first = _examples()[0]
-  other = dataclasses.replace(
-      first, safety=_examples()[1].safety, label=None, violated=())
+  other = dataclasses.replace(first, safety=_examples()[1].safety, label=None, violated=())
   assert abs(_score_fn()([other])[0] - _scores()[0]) > 1e-3
 
 
-@pytest.mark.parametrize('kwargs', [
-    {'buckets': ()}, {'buckets': (64, 192)}, {'batch_tokens': 1},
-    {'batch_tokens': 512}])
+@pytest.mark.parametrize(
+  'kwargs', [{'buckets': ()}, {'buckets': (64, 192)}, {'batch_tokens': 1}, {'batch_tokens': 512}]
+)
 def test_bucket_and_batch_do_not_change_a_score(kwargs):
-  np.testing.assert_allclose(
-      _score_fn(**kwargs)(_examples()), _scores(), atol=1e-5)
+  np.testing.assert_allclose(_score_fn(**kwargs)(_examples()), _scores(), atol=1e-5)
 
 
 def test_order_and_neighbours_do_not_change_a_score():
   score_fn, order = _score_fn(), np.random.default_rng(0).permutation(9)
-  np.testing.assert_allclose(
-      score_fn([_examples()[i] for i in order]), _scores()[order], atol=1e-5)
+  np.testing.assert_allclose(score_fn([_examples()[i] for i in order]), _scores()[order], atol=1e-5)
   for i in (0, 4):
-    np.testing.assert_allclose(
-        score_fn(_examples()[i:i + 1]), _scores()[i:i + 1], atol=1e-5)
+    np.testing.assert_allclose(score_fn(_examples()[i : i + 1]), _scores()[i : i + 1], atol=1e-5)
   np.testing.assert_allclose(
-      score_fn([*_examples(), *_examples()[:3]])[-3:], _scores()[:3], atol=1e-5)
+    score_fn([*_examples(), *_examples()[:3]])[-3:], _scores()[:3], atol=1e-5
+  )
 
 
 def test_no_examples_no_scores():
@@ -108,17 +114,17 @@ def test_order_of_the_template_reaches_the_score():
 
 
 def _under(safety, rows):
-  return [dataclasses.replace(
-      row, safety=safety, label=None, violated=(), probability=None)
-      for row in rows]
+  return [
+    dataclasses.replace(row, safety=safety, label=None, violated=(), probability=None)
+    for row in rows
+  ]
 
 
 def test_rules_of_many_examples_are_read_once(monkeypatch):
   """A group of 20, one of 9 and single ones: scores as one by one."""
   monkeypatch.setattr(prompt_batches, 'MIN_SAVED', 300)
   rules = _rules('heists', 'cats', 'rumours', 'gambling', 'refunds')
-  rows = [*_under(rules, _examples(20)), *_under(_rules('dogs'), _examples()),
-          *_examples()]
+  rows = [*_under(rules, _examples(20)), *_under(_rules('dogs'), _examples()), *_examples()]
   rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
   shapes, hidden = [], transformer.hidden
 
@@ -138,8 +144,13 @@ def test_rules_of_many_examples_are_read_once(monkeypatch):
 
 def _items():
   """Returns examples and pairs that fit into a row of 768."""
-  return [_examples()[1], ruleworld.strictness_pair(0, 1), _examples()[2],
-          ruleworld.preference_pair(0, 0), _examples()[6]]
+  return [
+    _examples()[1],
+    ruleworld.strictness_pair(0, 1),
+    _examples()[2],
+    ruleworld.preference_pair(0, 0),
+    _examples()[6],
+  ]
 
 
 def _atoms():
@@ -157,6 +168,7 @@ def _loss_and_grads(loss_fn, params, batch):
 
 def _assert_close(got, want, tolerance=1e-5):
   """Asserts that trees agree, relative to the largest of each leaf."""
+
   def check(a, b):
     scale = max(float(np.abs(b).max()), 1.0)
     np.testing.assert_allclose(a, b, atol=tolerance * scale)
@@ -168,12 +180,15 @@ def test_packed_scores_equal_unpacked_scores():
   batch, left = packing.pack_rows(_atoms(), 1, 768, 8)
   assert not left
   safe, unsafe = jax.jit(
-      lambda params, batch: scoring.verdict_logprobs(
-          CFG, params, batch, VERBALIZERS))(_params(), batch)
-  alone = [side for item in _items() for side in (
-      (item.safer, item.other) if isinstance(item, schema.Pair) else (item,))]
+    lambda params, batch: scoring.verdict_logprobs(CFG, params, batch, VERBALIZERS)
+  )(_params(), batch)
+  alone = [
+    side
+    for item in _items()
+    for side in ((item.safer, item.other) if isinstance(item, schema.Pair) else (item,))
+  ]
   want = _score_fn(batch_tokens=1)(alone)
-  np.testing.assert_allclose((safe - unsafe)[0, :len(want)], want, atol=1e-5)
+  np.testing.assert_allclose((safe - unsafe)[0, : len(want)], want, atol=1e-5)
 
 
 def test_packed_loss_and_gradients_equal_unpacked():
@@ -206,10 +221,8 @@ def test_no_gradient_crosses_packed_prompts():
   @jax.jit
   def gradients(inputs):
     def score(inputs, slot):
-      params = _params() | {
-          'embed': {'embedding': inputs}, 'lm_head': {'kernel': table.T}}
-      safe, unsafe = scoring.verdict_logprobs(
-          cfg, params, places, VERBALIZERS)
+      params = _params() | {'embed': {'embedding': inputs}, 'lm_head': {'kernel': table.T}}
+      safe, unsafe = scoring.verdict_logprobs(cfg, params, places, VERBALIZERS)
       return (safe - unsafe)[0, slot]
 
     return jax.vmap(jax.grad(score), (None, 0))(inputs, jnp.arange(4))
@@ -222,19 +235,17 @@ def test_no_gradient_crosses_packed_prompts():
 
 def test_nan_parameters_raise_and_name_the_example():
   params = jax.tree.map(lambda x: x, _params())
-  params['final_norm'] = {'scale': params['final_norm']['scale'].at[3].set(
-      jnp.nan)}
+  params['final_norm'] = {'scale': params['final_norm']['scale'].at[3].set(jnp.nan)}
   with pytest.raises(ValueError, match='seen-0-2: its score is nan') as error:
     _score_fn(params)(_examples()[2:4])
   assert '\n' not in str(error.value)
 
 
 def test_rules_too_long_raise_and_name_the_example():
-  rules = schema.SafetyConfig(tuple(
-      schema.Category(f'Rule {i}', 'Nothing that anybody could dislike.')
-      for i in range(60)))
-  long = dataclasses.replace(
-      _examples()[0], id='lawyer', safety=rules, label=None, violated=())
+  rules = schema.SafetyConfig(
+    tuple(schema.Category(f'Rule {i}', 'Nothing that anybody could dislike.') for i in range(60))
+  )
+  long = dataclasses.replace(_examples()[0], id='lawyer', safety=rules, label=None, violated=())
   with pytest.raises(ValueError, match='rules_too_long: lawyer') as error:
     _score_fn()([_examples()[1], long])
   assert '\n' not in str(error.value)
@@ -242,8 +253,7 @@ def test_rules_too_long_raise_and_name_the_example():
 
 def test_a_long_conversation_is_shortened_and_scored():
   talk = schema.Message('user', 'Tell me about heist. ' * 200)
-  long = dataclasses.replace(
-      _examples()[0], conversation=(talk, *_examples()[0].conversation))
+  long = dataclasses.replace(_examples()[0], conversation=(talk, *_examples()[0].conversation))
   assert np.isfinite(_score_fn()([long])[0])
 
 
@@ -262,8 +272,7 @@ def test_verdicts_direction():
   np.testing.assert_allclose([v.reward for v in got], 1 - p_unsafe, rtol=1e-12)
   np.testing.assert_array_equal([v.score for v in got], scores)
   # Without a temperature the log-odds of the reward are the score.
-  np.testing.assert_allclose(
-      [np.log(v.reward / v.p_unsafe) for v in got], scores, atol=1e-12)
+  np.testing.assert_allclose([np.log(v.reward / v.p_unsafe) for v in got], scores, atol=1e-12)
 
 
 def test_verdicts_keep_the_tails_without_overflow():
@@ -286,16 +295,14 @@ def test_progress_counts_every_example_once():
 
 
 def _rules(*names):
-  return schema.SafetyConfig(tuple(
-      schema.Category(name, f'About {name}.') for name in names))
+  return schema.SafetyConfig(tuple(schema.Category(name, f'About {name}.') for name in names))
 
 
 def test_per_category_keeps_the_worst_of_an_example():
   rows = [
-      dataclasses.replace(example, safety=_rules(*names), label=None,
-                          violated=(), probability=None)
-      for example, names in zip(
-          _examples(), (('a', 'b', 'c'), ('d',), ('e', 'f')), strict=False)]
+    dataclasses.replace(example, safety=_rules(*names), label=None, violated=(), probability=None)
+    for example, names in zip(_examples(), (('a', 'b', 'c'), ('d',), ('e', 'f')), strict=False)
+  ]
   worth = dict(zip('abcdef', (2.0, -3.0, 0.5, 4.0, -1.0, -1.5), strict=True))
   asked = []
 
@@ -317,11 +324,11 @@ def test_per_category_keeps_the_worst_of_an_example():
 def test_per_category_equals_single_categories():
   score_fn = _score_fn()
   row = dataclasses.replace(
-      _examples()[0], safety=_rules('heists', 'cats'), label=None, violated=())
+    _examples()[0], safety=_rules('heists', 'cats'), label=None, violated=()
+  )
   each = score_fn(scoring.split_categories(row))
   assert abs(each[0] - each[1]) > 1e-4
-  np.testing.assert_allclose(
-      scoring.per_category(score_fn)([row]), [each.min()], atol=1e-5)
+  np.testing.assert_allclose(scoring.per_category(score_fn)([row]), [each.min()], atol=1e-5)
 
 
 def test_per_category_of_nothing():

@@ -52,7 +52,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, top_k):
   logits = 2 * np.random.default_rng(2).normal(size=40).astype(np.float32)
   want = np.exp(_log_softmax(logits))
   order = np.argsort(-logits)
-  want[order[top_k or 40:]] = 0
+  want[order[top_k or 40 :]] = 0
   want /= want.sum()
   num = 1 + np.flatnonzero(np.cumsum(want[order]) >= top_p)[0]
   want[order[num:]] = 0
@@ -62,13 +62,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, top_k):
 
 def test_ties_at_the_edge_are_kept():
   logits = np.array([0.0, 2.0, 1.0, 1.0, -1.0], np.float32)
-  assert np.flatnonzero(
-      _frequencies(logits, Sampling(top_k=2))).tolist() == [1, 2, 3]
+  assert np.flatnonzero(_frequencies(logits, Sampling(top_k=2))).tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize('sampling', [
-    Sampling(), Sampling(top_k=5), Sampling(top_p=0.9), Sampling(
-        temperature=0.0)])
+@pytest.mark.parametrize(
+  'sampling', [Sampling(), Sampling(top_k=5), Sampling(top_p=0.9), Sampling(temperature=0.0)]
+)
 @pytest.mark.parametrize('size', [40, 256, 700])
 def test_a_token_without_probability_is_never_chosen(sampling, size):
   rng = np.random.default_rng(3)
@@ -88,14 +87,17 @@ def test_greedy_takes_the_first_of_equals():
   assert chosen.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(('fields', 'message'), [
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
     ({'max_completion_length': 0}, 'max_completion_length=0 must be at least'),
     ({'temperature': -1.0}, 'temperature=-1.0 must be'),
     ({'temperature': float('nan')}, 'temperature=nan must be'),
     ({'top_k': -1}, 'top_k=-1'),
     ({'top_p': 0.0}, r'top_p=0.0 must lie in \(0, 1\]'),
     ({'temperature': 0.0, 'top_k': 3}, 'do nothing at temperature=0'),
-])
+  ],
+)
 def test_bad_sampling(fields, message):
   with pytest.raises(ValueError, match=message):
     Sampling(**fields)

@@ -12,8 +12,8 @@ from csrm_jax.core import mesh as mesh_lib
 
 def _params():
   return {
-      'dense': {'kernel': jnp.asarray([[1.0, -2.0], [0.5, 3.0]])},
-      'norm': {'scale': jnp.asarray([1.5, 0.5])},
+    'dense': {'kernel': jnp.asarray([[1.0, -2.0], [0.5, 3.0]])},
+    'norm': {'scale': jnp.asarray([1.5, 0.5])},
   }
 
 
@@ -28,9 +28,9 @@ def _loss_fn(params, batch):
 def _batch(rows=8, seed=0):
   rng = np.random.default_rng(seed)
   return {
-      'x': rng.standard_normal((rows, 2)).astype(np.float32),
-      'y': rng.standard_normal((rows, 2)).astype(np.float32),
-      'w': np.float32([5, 0, 0, 1, 0.25, 3, 2, 0])[:rows],
+    'x': rng.standard_normal((rows, 2)).astype(np.float32),
+    'y': rng.standard_normal((rows, 2)).astype(np.float32),
+    'w': np.float32([5, 0, 0, 1, 0.25, 3, 2, 0])[:rows],
   }
 
 
@@ -44,8 +44,7 @@ def _state(optimizer):
 
 
 def _assert_close(got, want, **kwargs):
-  jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, **kwargs), got, want)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **kwargs), got, want)
 
 
 def test_frozen_parameters_are_used_but_not_trained():
@@ -58,7 +57,8 @@ def test_frozen_parameters_are_used_but_not_trained():
   # Adam treats every element alone: the trained ones move as they would in a
   # step that trains all.
   want, want_metrics = training.make_train_step(_loss_fn, optimizer)(
-      training.init_state(_params(), optimizer), batch)
+    training.init_state(_params(), optimizer), batch
+  )
   _assert_close(state.params, {'dense': want.params['dense']}, rtol=1e-6)
   _assert_close(metrics['loss/error'], want_metrics['loss/error'], rtol=1e-6)
   assert metrics['train/grad_norm'] < want_metrics['train/grad_norm']
@@ -89,35 +89,33 @@ def test_step_equals_hand_computed_gradient():
   norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(grads)))
   assert norm > 1  # so that clipping acts
   optimizer = _optimizer(warmup_steps=0)
-  state, metrics = training.make_train_step(_loss_fn, optimizer)(
-      _state(optimizer), batch)
+  state, metrics = training.make_train_step(_loss_fn, optimizer)(_state(optimizer), batch)
   means = training.mean_metrics([metrics])
   np.testing.assert_allclose(means['train/loss'], loss, rtol=1e-5)
   np.testing.assert_allclose(means['loss/error'], loss, rtol=1e-5)
   np.testing.assert_allclose(means['train/grad_norm'], norm, rtol=1e-5)
   # Adam's first update is the sign of the gradient times the learning rate.
-  want = jax.tree.map(
-      lambda p, g: p - 0.1 * np.sign(g), params, grads)
+  want = jax.tree.map(lambda p, g: p - 0.1 * np.sign(g), params, grads)
   _assert_close(state.params, want, rtol=1e-4)
   assert state.step == 1
 
 
 def test_decay_mask_follows_names():
   params = {
-      'embed': {'embedding': 0}, 'final_norm': {'scale': 0},
-      'layers': {'attention_norm': {'scale': 0}, 'mlp': {'up': {'kernel': 0}}},
+    'embed': {'embedding': 0},
+    'final_norm': {'scale': 0},
+    'layers': {'attention_norm': {'scale': 0}, 'mlp': {'up': {'kernel': 0}}},
   }
   assert training.decay_mask(params) == {
-      'embed': {'embedding': True}, 'final_norm': {'scale': False},
-      'layers': {'attention_norm': {'scale': False},
-                 'mlp': {'up': {'kernel': True}}},
+    'embed': {'embedding': True},
+    'final_norm': {'scale': False},
+    'layers': {'attention_norm': {'scale': False}, 'mlp': {'up': {'kernel': True}}},
   }
 
 
 def test_clipping_limits_the_moments():
   optimizer = _optimizer(clip_norm=1e-3)
-  state, metrics = training.make_train_step(_loss_fn, optimizer)(
-      _state(optimizer), _batch())
+  state, metrics = training.make_train_step(_loss_fn, optimizer)(_state(optimizer), _batch())
   moments = jax.tree.leaves(state.opt_state[1].mu)
   norm = np.sqrt(sum(np.square(m).sum() for m in moments))
   np.testing.assert_allclose(norm, 0.1 * 1e-3, rtol=1e-4)
@@ -132,11 +130,11 @@ def test_weight_decay_spares_norms():
 
   before = _params()
   state, _ = training.make_train_step(flat, optimizer)(
-      training.init_state(before, optimizer), _batch())
+    training.init_state(before, optimizer), _batch()
+  )
   want = 0.95 * np.asarray(_params()['dense']['kernel'])
   np.testing.assert_allclose(state.params['dense']['kernel'], want, rtol=1e-5)
-  np.testing.assert_array_equal(
-      state.params['norm']['scale'], _params()['norm']['scale'])
+  np.testing.assert_array_equal(state.params['norm']['scale'], _params()['norm']['scale'])
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
@@ -162,8 +160,7 @@ def test_non_finite_gradient_of_a_finite_loss_changes_nothing():
     return total, jnp.float32(1), {}
 
   optimizer = _optimizer()
-  state, metrics = training.make_train_step(sharp, optimizer)(
-      _state(optimizer), _batch())
+  state, metrics = training.make_train_step(sharp, optimizer)(_state(optimizer), _batch())
   assert metrics['train/loss'][0] == 0 and metrics['train/finite'] == 0
   _assert_close(state.params, _params())
 
@@ -172,8 +169,7 @@ def test_batch_without_weight_is_finite():
   optimizer = _optimizer()
   batch = _batch()
   batch['w'] = np.zeros_like(batch['w'])
-  state, metrics = training.make_train_step(_loss_fn, optimizer)(
-      _state(optimizer), batch)
+  state, metrics = training.make_train_step(_loss_fn, optimizer)(_state(optimizer), batch)
   assert metrics['train/finite'] == 1 and metrics['train/grad_norm'] == 0
   _assert_close(state.params, _params())
   assert 'train/loss' not in training.mean_metrics([metrics])
@@ -228,14 +224,10 @@ def test_state_is_donated_and_compiled_once():
 def test_compiled_once_for_a_state_laid_out_on_a_mesh():
   """The returned state lies where the first one did, and so on."""
   mesh = mesh_lib.make_mesh()
-  params = {
-      'embed': {'embedding': jnp.ones([4, 2])},
-      'final_norm': {'scale': jnp.ones([2])},
-  }
+  params = {'embed': {'embedding': jnp.ones([4, 2])}, 'final_norm': {'scale': jnp.ones([2])}}
 
   def loss_fn(params, batch):
-    renamed = {'dense': {'kernel': params['embed']['embedding'][:2]},
-               'norm': params['final_norm']}
+    renamed = {'dense': {'kernel': params['embed']['embedding'][:2]}, 'norm': params['final_norm']}
     return _loss_fn(renamed, batch)
 
   optimizer = _optimizer()
@@ -248,15 +240,15 @@ def test_compiled_once_for_a_state_laid_out_on_a_mesh():
   assert step._cache_size() == 1
   assert jax.tree.map(lambda x: x.sharding, state) == shardings
   # Names axes of the mesh, so that losing them would be seen.
-  assert state.params['embed']['embedding'].sharding.spec == jax.P(
-      'tensor', 'fsdp')
+  assert state.params['embed']['embedding'].sharding.spec == jax.P('tensor', 'fsdp')
 
 
 def test_bfloat16_params_accumulate_in_float32():
   optimizer = _optimizer()
   params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), _params())
   state, metrics = training.make_train_step(_loss_fn, optimizer, 4)(
-      training.init_state(params, optimizer), _batch())
+    training.init_state(params, optimizer), _batch()
+  )
   assert metrics['train/loss'][0].dtype == jnp.float32
   assert state.params['norm']['scale'].dtype == jnp.bfloat16
 
@@ -266,13 +258,20 @@ def test_microbatches_are_strided():
   assert got.tolist() == [[0, 2, 4], [1, 3, 5]]
 
 
-@pytest.mark.parametrize('make,message', [
-    (lambda: training.split_microbatches(jnp.arange(6), 4),
-     'num_microbatches=4 must divide the batch size 6'),
-    (lambda: training.make_schedule(1.0, 20, 20),
-     'warmup_steps=20 must be at least 0 and less than num_steps=20'),
+@pytest.mark.parametrize(
+  'make,message',
+  [
+    (
+      lambda: training.split_microbatches(jnp.arange(6), 4),
+      'num_microbatches=4 must divide the batch size 6',
+    ),
+    (
+      lambda: training.make_schedule(1.0, 20, 20),
+      'warmup_steps=20 must be at least 0 and less than num_steps=20',
+    ),
     (lambda: _optimizer(clip_norm=0.0), r'clip_norm=0\.0 must be positive'),
-])
+  ],
+)
 def test_bad_values_are_named(make, message):
   with pytest.raises(ValueError, match=message):
     make()
@@ -280,11 +279,10 @@ def test_bad_values_are_named(make, message):
 
 def test_mean_metrics_weighs_steps():
   steps = [
-      {'a': (1.0, 1.0), 'b': 2.0, 'train/finite': 1.0, 'none': (0.0, 0.0)},
-      {'a': (9.0, 3.0), 'b': 4.0, 'train/finite': 0.0, 'none': (0.0, 0.0)},
+    {'a': (1.0, 1.0), 'b': 2.0, 'train/finite': 1.0, 'none': (0.0, 0.0)},
+    {'a': (9.0, 3.0), 'b': 4.0, 'train/finite': 0.0, 'none': (0.0, 0.0)},
   ]
-  assert training.mean_metrics(steps) == {
-      'a': 2.5, 'b': 3.0, 'train/finite': 0.0}
+  assert training.mean_metrics(steps) == {'a': 2.5, 'b': 3.0, 'train/finite': 0.0}
 
 
 def test_keep_freed_memory_can_be_called_anywhere():

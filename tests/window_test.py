@@ -28,19 +28,23 @@ def test_the_parts_of_a_step_add_up():
   assert values['time/data_wait_s'] >= 0.01
   assert values['time/checkpoint_s'] >= 0.02
   assert values['time/compile_s'] > 0 and values['time/num_compilations'] >= 1
-  parts = sum(values[f'time/{name}_s'] for name in (
-      'data_wait', 'checkpoint', 'compile', 'compute'))
+  parts = sum(
+    values[f'time/{name}_s'] for name in ('data_wait', 'checkpoint', 'compile', 'compute')
+  )
   assert parts == pytest.approx(values['time/step_s'])
   assert 100 < values['time/elapsed_s'] < 101
   # Two steps, of all the seconds of both starts.
   assert values['time/goodput'] == pytest.approx(
-      2 * values['time/compute_s'] / values['time/elapsed_s'])
+    2 * values['time/compute_s'] / values['time/elapsed_s']
+  )
   assert not log.counts
 
 
 def test_a_window_cut_in_two_is_that_of_no_stop():
-  steps = [[{'a': jnp.float32(0.1 * i), 'b': (jnp.float32(i), jnp.float32(3))},
-            {'c': 1 / 3}] for i in range(4)]
+  steps = [
+    [{'a': jnp.float32(0.1 * i), 'b': (jnp.float32(i), jnp.float32(3))}, {'c': 1 / 3}]
+    for i in range(4)
+  ]
   whole, first = window.Window(), window.Window()
   for step in steps:
     whole.add(step, rows=1)
@@ -54,7 +58,8 @@ def test_a_window_cut_in_two_is_that_of_no_stop():
   want, found = whole.close(), second.close()
   assert found['time/step_s'] >= 0.02 / 4
   assert {k: v for k, v in found.items() if k not in _times(found)} == {
-      k: v for k, v in want.items() if k not in _times(want)}
+    k: v for k, v in want.items() if k not in _times(want)
+  }
   assert found['time/elapsed_s'] >= 7.02
   assert found['time/goodput'] < 0.1
 

@@ -89,10 +89,7 @@ def make_map(
 
 
 def run(
-  fn: Callable[[Any], Any],
-  items: Sequence[Any],
-  options: Sequence[str],
-  folder: str | os.PathLike,
+  fn: Callable[[Any], Any], items: Sequence[Any], options: Sequence[str], folder: str | os.PathLike
 ) -> list[Any]:
   """Returns [fn(item) for item in items], made by a Beam pipeline.
 
@@ -104,9 +101,7 @@ def run(
   """
   beam, filesystems, pipeline_options = _import_beam()
   prefix = f'{os.fspath(folder)}/part'
-  with beam.Pipeline(
-    options=pipeline_options.PipelineOptions(list(options))
-  ) as pipeline:
+  with beam.Pipeline(options=pipeline_options.PipelineOptions(list(options))) as pipeline:
     _ = (
       pipeline
       | 'Number' >> beam.Create([json.dumps(p) for p in enumerate(items)])
@@ -134,7 +129,6 @@ def _import_beam() -> tuple[Any, Any, Any]:
     from apache_beam.options import pipeline_options
   except ImportError:
     raise ImportError(
-      'config.beam.enabled needs Apache Beam; run pip install'
-      ' "csrm_jax[beam]", or set it to false'
+      'config.beam.enabled needs Apache Beam; run pip install "csrm_jax[beam]", or set it to false'
     ) from None
   return apache_beam, filesystems, pipeline_options

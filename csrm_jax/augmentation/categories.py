@@ -49,20 +49,14 @@ class Checked:
   @staticmethod
   def from_dict(obj: Mapping[str, Any]) -> Checked:
     """Returns the proposal that `to_dict` gave."""
-    plus, minus = (
-      obj[side] and Category(**obj[side]) for side in ('plus', 'minus')
-    )
+    plus, minus = (obj[side] and Category(**obj[side]) for side in ('plus', 'minus'))
     return Checked(plus, minus, tuple(obj['drops']))
 
 
-def propose(
-  example: Example, proposer: Proposer
-) -> requests.Categories | NoReplyError:
+def propose(example: Example, proposer: Proposer) -> requests.Categories | NoReplyError:
   """Returns the proposer's p+ and p-, not yet checked, or why there is none."""
   try:
-    return proposer.ask(
-      requests.ProposeCategories(example.safety, example.conversation)
-    )
+    return proposer.ask(requests.ProposeCategories(example.safety, example.conversation))
   except NoReplyError as error:
     return error
 
@@ -83,10 +77,7 @@ def check_all(
     proposed: one reply for each.
     judge: the classifier; without one, what fires is taken on trust.
   """
-  checked = [
-    check_text(example, reply)
-    for example, reply in zip(examples, proposed, strict=True)
-  ]
+  checked = [check_text(example, reply) for example, reply in zip(examples, proposed, strict=True)]
   if judge is None:
     return checked
   asked = [
@@ -96,22 +87,17 @@ def check_all(
     if category is not None
   ]
   verdicts = judge(
-    [examples[number].conversation for number, *_ in asked],
-    [category for *_, category in asked],
+    [examples[number].conversation for number, *_ in asked], [category for *_, category in asked]
   )
   for (number, side, _), fires in zip(asked, verdicts, strict=True):
     if fires != (side == 'plus'):
       reason = 'minus_fires' if fires else 'plus_does_not_fire'
       item = checked[number]
-      checked[number] = dataclasses.replace(
-        item, **{side: None}, drops=(*item.drops, reason)
-      )
+      checked[number] = dataclasses.replace(item, **{side: None}, drops=(*item.drops, reason))
   return checked
 
 
-def check_text(
-  example: Example, reply: requests.Categories | NoReplyError
-) -> Checked:
+def check_text(example: Example, reply: requests.Categories | NoReplyError) -> Checked:
   """Returns the proposal with what its own words rule out taken out."""
   if isinstance(reply, NoReplyError):
     return Checked(None, None, (f'no_reply: {reply.reason}',))
@@ -134,14 +120,10 @@ def check_text(
 
 def attach(example: Example, checked: Checked) -> Example:
   """Returns the example with its proposals; its rules and label stay."""
-  return dataclasses.replace(
-    example, plus=checked.plus, minus=checked.minus
-  )
+  return dataclasses.replace(example, plus=checked.plus, minus=checked.minus)
 
 
-def _problem(
-  category: Category, example: Example, others: Iterable[Category]
-) -> str | None:
+def _problem(category: Category, example: Example, others: Iterable[Category]) -> str | None:
   length = requests.length_problem(category)
   if length:
     return length
@@ -165,16 +147,11 @@ def _words(text: str) -> list[str]:
 
 def _overlap(a: str, b: str) -> float:
   """Returns the share of words that two texts have in common, in order."""
-  return difflib.SequenceMatcher(
-    None, _words(a), _words(b), autojunk=False
-  ).ratio()
+  return difflib.SequenceMatcher(None, _words(a), _words(b), autojunk=False).ratio()
 
 
 def _is_quoted(words: Sequence[str], response: Sequence[str]) -> bool:
   def runs(seq):
-    return {
-      tuple(seq[i : i + _QUOTED_WORDS])
-      for i in range(len(seq) - _QUOTED_WORDS + 1)
-    }
+    return {tuple(seq[i : i + _QUOTED_WORDS]) for i in range(len(seq) - _QUOTED_WORDS + 1)}
 
   return not runs(words).isdisjoint(runs(response))

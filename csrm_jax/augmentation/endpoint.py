@@ -66,13 +66,10 @@ class Settings:
     for name in ('base_url', 'model'):
       if not getattr(self, name):
         raise ValueError(
-          f'the endpoint\'s {name} is empty; set it, as in'
-          f' --config.endpoint.{name}=...'
+          f"the endpoint's {name} is empty; set it, as in --config.endpoint.{name}=..."
         )
     if self.json_mode not in JSON_MODES:
-      raise ValueError(
-        f'json_mode is {self.json_mode!r}; use one of {", ".join(JSON_MODES)}'
-      )
+      raise ValueError(f'json_mode is {self.json_mode!r}; use one of {", ".join(JSON_MODES)}')
     for name in ('num_tries', 'num_unparsable', 'concurrency', 'max_tokens'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} is {getattr(self, name)}; it must be >= 1')
@@ -91,8 +88,7 @@ class Endpoint:
       import openai
     except ImportError:
       raise ImportError(
-        'an endpoint needs the client "openai"; run'
-        ' pip install "csrm_jax[openai]"'
+        'an endpoint needs the client "openai"; run pip install "csrm_jax[openai]"'
       ) from None
     self.name = settings.model
     self.concurrency = settings.concurrency
@@ -118,12 +114,9 @@ class Endpoint:
     with self._lock:
       counts = dict(self._counts)
     price = (
-      counts.get('prompt_tokens', 0) * s.price_in
-      + counts.get('reply_tokens', 0) * s.price_out
+      counts.get('prompt_tokens', 0) * s.price_in + counts.get('reply_tokens', 0) * s.price_out
     )
-    return counts | {
-      'corrupt_cache': self._cache.num_corrupt, 'cost': price / 1e6
-    }
+    return counts | {'corrupt_cache': self._cache.num_corrupt, 'cost': price / 1e6}
 
   def ask(self, request: requests.Request) -> Any:
     """Returns the typed reply, from the cache where it is there.
@@ -134,12 +127,8 @@ class Endpoint:
         model).
     """
     s = self._settings
-    key = replies.make_key(
-      request, (s.model, s.temperature, s.max_tokens, s.json_mode)
-    )
-    return replies.ask(
-      request, key, self._cache, self._call, s.num_unparsable, self._count
-    )
+    key = replies.make_key(request, (s.model, s.temperature, s.max_tokens, s.json_mode))
+    return replies.ask(request, key, self._cache, self._call, s.num_unparsable, self._count)
 
   def _call(self, request: requests.Request, seed: int) -> str:
     """Returns the text of one reply; waits and tries again where it helps."""
@@ -169,17 +158,18 @@ class Endpoint:
     extra = {'response_format': format} if format else {}
     self._count(requests=1)
     reply = self._client.chat.completions.create(
-      model=s.model, messages=requests.make_messages(request),
-      temperature=s.temperature, max_tokens=s.max_tokens, seed=seed, **extra,
+      model=s.model,
+      messages=requests.make_messages(request),
+      temperature=s.temperature,
+      max_tokens=s.max_tokens,
+      seed=seed,
+      **extra,
     )
     # What has no choices or no text, or is no reply of the protocol at all, is
     # as unusable as prose.
     usage = getattr(reply, 'usage', None)
     if usage is not None:
-      self._count(
-        prompt_tokens=usage.prompt_tokens or 0,
-        reply_tokens=usage.completion_tokens or 0,
-      )
+      self._count(prompt_tokens=usage.prompt_tokens or 0, reply_tokens=usage.completion_tokens or 0)
     choices = getattr(reply, 'choices', None)
     if not choices:
       return ''
@@ -264,7 +254,5 @@ def _format(request: requests.Request, json_mode: str) -> dict[str, Any]:
     schema = schemas.without_lengths(schema)
   return {
     'type': 'json_schema',
-    'json_schema': {
-      'name': type(request).__name__, 'strict': True, 'schema': schema,
-    },
+    'json_schema': {'name': type(request).__name__, 'strict': True, 'schema': schema},
   }

@@ -31,9 +31,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise OSError(
-      error.errno, f'{path}: cannot be written ({error.strerror}); {_RESUME}'
-    ) from None
+    raise OSError(error.errno, f'{path}: cannot be written ({error.strerror}); {_RESUME}') from None
 
 
 class Journal:
@@ -64,8 +62,7 @@ class Journal:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
       raise ValueError(
-        f'{self._path}: another process writes to it; wait for its end, or'
-        ' give another --workdir'
+        f'{self._path}: another process writes to it; wait for its end, or give another --workdir'
       ) from None
     self._file.seek(0)
     data = self._file.read()

@@ -87,7 +87,8 @@ class LocalModel:
     self._marks = backbone.chat_marks(settings.init, self._tokenizer)
     self._sampling = sampling.Sampling(
       max_completion_length=settings.max_tokens,
-      temperature=settings.temperature, top_p=settings.top_p,
+      temperature=settings.temperature,
+      top_p=settings.top_p,
       stop_ids=_stop_ids(self._tokenizer, self._marks[1]),
     )
     self._model, self._params = hf.load(
@@ -112,12 +113,10 @@ class LocalModel:
       ValueError: the model's weights are not finite.
     """
     s = self._settings
-    key = replies.make_key(request, (
-      self._digest, s.dtype, s.seed, s.temperature, s.top_p, s.max_tokens
-    ))
-    return replies.ask(
-      request, key, self._cache, self._write, s.num_unparsable, self._count
+    key = replies.make_key(
+      request, (self._digest, s.dtype, s.seed, s.temperature, s.top_p, s.max_tokens)
     )
+    return replies.ask(request, key, self._cache, self._write, s.num_unparsable, self._count)
 
   def _write(self, request: requests.Request, number: int) -> str:
     ids = self._encode(request)
@@ -144,16 +143,21 @@ class LocalModel:
   def _answer(self, batch: Sequence[_Asked]) -> None:
     try:
       done = sampling.generate(
-        self._model, self._params, [asked.ids for asked in batch],
-        self._sampling, seed=self._settings.seed,
-        draws=[asked.draw for asked in batch], batch_size=self.concurrency,
+        self._model,
+        self._params,
+        [asked.ids for asked in batch],
+        self._sampling,
+        seed=self._settings.seed,
+        draws=[asked.draw for asked in batch],
+        batch_size=self.concurrency,
       )
     except Exception as error:  # Every thread that waits must hear of it.
       for asked in batch:
         asked.error = error
       return
     self._count(
-      requests=len(batch), batches=1,
+      requests=len(batch),
+      batches=1,
       prompt_tokens=sum(len(asked.ids) for asked in batch),
       reply_tokens=int(done.lengths.sum()),
     )
@@ -167,7 +171,9 @@ class LocalModel:
     tokenizer, (prefix, suffix) = self._tokenizer, self._marks
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return (
-      start + tokenizer.encode_control(prefix) + tokenizer.encode(text)
+      start
+      + tokenizer.encode_control(prefix)
+      + tokenizer.encode(text)
       + tokenizer.encode_control(suffix)
     )
 

@@ -112,9 +112,7 @@ class Outcome:
       obj['pool_size'],
       tuple(Category(**c) for c in obj['subcategories']),
       tuple(
-        Candidate(**c | {
-          side: Category(**c[side]) for side in ('strict', 'lenient')
-        })
+        Candidate(**c | {side: Category(**c[side]) for side in ('strict', 'lenient')})
         for c in obj['candidates']
       ),
       dict(obj['drops']),

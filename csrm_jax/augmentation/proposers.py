@@ -102,14 +102,11 @@ class RuleWorldOracle:
     """Returns how many requests were answered."""
     return {'requests': self._count}
 
-  def _write(
-    self, rng: random.Random, request: requests.WriteGuideline
-  ) -> Category:
+  def _write(self, rng: random.Random, request: requests.WriteGuideline) -> Category:
     topic = _topic(request.category)
     names = topic.subcategories
     forbidden, allowed = (
-      {names.index(c.name.lower()) for c in part}
-      for part in (request.forbidden, request.allowed)
+      {names.index(c.name.lower()) for c in part} for part in (request.forbidden, request.allowed)
     )
     if rng.random() < self.disobey:
       listed = sorted(forbidden | allowed)
@@ -117,15 +114,17 @@ class RuleWorldOracle:
         set(s)
         for size in range(1, len(listed) + 1)
         for s in itertools.combinations(listed, size)
-        if set(s) != forbidden
-        and (self.slip == 'subset' or len(set(s) ^ forbidden) == 1)
+        if set(s) != forbidden and (self.slip == 'subset' or len(set(s) ^ forbidden) == 1)
       ]
       everything = forbidden | allowed
       forbidden = rng.choice(sets)
       allowed = everything - forbidden
     return rules_lib.Rule(
-      topic.name, tuple(sorted(forbidden)), tuple(sorted(allowed)),
-      rng.choice(rules_lib.SEEN_WORDINGS), request.category.name,
+      topic.name,
+      tuple(sorted(forbidden)),
+      tuple(sorted(allowed)),
+      rng.choice(rules_lib.SEEN_WORDINGS),
+      request.category.name,
     ).category()
 
 
@@ -157,9 +156,7 @@ def ruleworld_judge(seed: int | None = None) -> Judge:
       unsure near the rule's border; the same question gets the same answer.
   """
 
-  def judge(
-    conversations: Sequence[Conversation], categories: Sequence[Category]
-  ) -> list[bool]:
+  def judge(conversations: Sequence[Conversation], categories: Sequence[Category]) -> list[bool]:
     verdicts = []
     for conversation, category in zip(conversations, categories, strict=True):
       rule = read_rule(category)
@@ -170,9 +167,7 @@ def ruleworld_judge(seed: int | None = None) -> Judge:
       else:
         key = f'{seed}\n{category.guideline}\n{text}'.encode()
         rng = random.Random(hashlib.sha256(key).digest())
-        verdicts.append(
-          rng.random() < oracle.fire_probability(rule, statements)
-        )
+        verdicts.append(rng.random() < oracle.fire_probability(rule, statements))
     return verdicts
 
   return judge
@@ -193,9 +188,7 @@ def _rule_table() -> dict[str, rules_lib.Rule]:
   for topic, wording, treated in itertools.product(
     lexicon.TOPICS, range(len(grammar.ALL_WORDINGS)), treatments
   ):
-    forbidden, allowed = (
-      tuple(i for i in severities if treated[i] == how) for how in 'fa'
-    )
+    forbidden, allowed = (tuple(i for i in severities if treated[i] == how) for how in 'fa')
     if forbidden or allowed:
       rule = rules_lib.Rule(topic.name, forbidden, allowed, wording)
       table[rule.category().guideline] = rule
@@ -215,17 +208,13 @@ def _subcategory(topic: lexicon.Topic, severity: int) -> Category:
   return rules_lib.Rule(topic.name, (severity,), (), 0, name).category()
 
 
-def _propose(
-  rng: random.Random, request: requests.ProposeCategories
-) -> requests.Categories:
+def _propose(rng: random.Random, request: requests.ProposeCategories) -> requests.Categories:
   # Only the topics of the rules and the statements matter to a proposal.
   rules = tuple(read_rule(c) for c in request.safety.categories)
   statements = _read_reply(request.conversation[-1].content)
   if not statements:
     raise NoReplyError('not_ruleworld')
-  scene = conversations_lib.Scene(
-    statements[0], statements, request.conversation
-  )
+  scene = conversations_lib.Scene(statements[0], statements, request.conversation)
   return requests.Categories(*examples.propose(rng, rules, scene))
 
 

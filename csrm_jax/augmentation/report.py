@@ -39,22 +39,18 @@ _REASONS = {
   ' conversations for the test to pass at all',
   'candidate: order_not_shown': 'pairs whose strict guideline lets pass what'
   ' the lenient one catches',
-  'candidate: no_difference': 'pairs whose strict guideline catches no more'
-  ' than the lenient one',
+  'candidate: no_difference': 'pairs whose strict guideline catches no more than the lenient one',
   'candidate: same_text': 'pairs of twice the same words',
-  'pool_too_small': 'categories with too few conversations for any pair to'
-  ' pass; none was written',
+  'pool_too_small': 'categories with too few conversations for any pair to pass; none was written',
   'conversation: uncovered': 'conversations that stay without a subcategory',
   'conversation: subcategory_limit': 'conversations without a subcategory,'
   ' after the limit was reached',
-  'conversation: no_subcategory': 'conversations for which no further'
-  ' subcategory could be named',
+  'conversation: no_subcategory': 'conversations for which no further subcategory could be named',
 }
 _OTHER_REASONS = {
   'category': 'categories given up for want of a usable reply',
   'candidate': 'pairs given up for want of a usable reply',
-  'conversation': 'conversations without a subcategory for want of a usable'
-  ' reply',
+  'conversation': 'conversations without a subcategory for want of a usable reply',
 }
 
 
@@ -87,9 +83,7 @@ def write_report(
     'truth': truth,
     'categories': [outcome.to_dict() for outcome in outcomes],
   }
-  writer.write_atomic(
-    folder / 'strictness.json', json.dumps(result, indent=1) + '\n'
-  )
+  writer.write_atomic(folder / 'strictness.json', json.dumps(result, indent=1) + '\n')
   drawn = [o for o in outcomes if o.candidates]
   if drawn:
     draw_recall(folder / 'strictness.png', drawn)
@@ -106,15 +100,12 @@ def total_drops(
   for outcome in outcomes:
     total.update(outcome.drops)
     total.update(
-      f'candidate: {strictness.explain(c, settings)}'
-      for c in outcome.candidates if not c.kept
+      f'candidate: {strictness.explain(c, settings)}' for c in outcome.candidates if not c.kept
     )
   return {reason: num for reason, num in sorted(total.items()) if num}
 
 
-def recalls(
-  outcome: strictness.Outcome, *, kept: bool
-) -> dict[int, float]:
+def recalls(outcome: strictness.Outcome, *, kept: bool) -> dict[int, float]:
   """Returns {number of subcategories forbidden: mean recall of unsafe cases}.
 
   With `kept`, of the guidelines of kept candidates only; else of all that were
@@ -128,9 +119,7 @@ def recalls(
   return {num: sum(v) / len(v) for num, v in sorted(values.items())}
 
 
-def draw_recall(
-  path: str | os.PathLike, outcomes: Sequence[strictness.Outcome]
-) -> None:
+def draw_recall(path: str | os.PathLike, outcomes: Sequence[strictness.Outcome]) -> None:
   """Writes recall over intended strictness, one line a category.
 
   Left all guidelines that were written, right those that passed the test; at
@@ -140,14 +129,15 @@ def draw_recall(
   """
   figure = Figure(figsize=(9, 4.2), layout='constrained', dpi=150)
   axes = figure.subplots(1, 2, sharey=True)
-  for ax, kept, title in (
-    (axes[0], False, 'as written'), (axes[1], True, 'kept by the test')
-  ):
+  for ax, kept, title in ((axes[0], False, 'as written'), (axes[1], True, 'kept by the test')):
     for i, outcome in enumerate(outcomes):
       line = recalls(outcome, kept=kept)
       has_colour = i < len(figures.SERIES)
       ax.plot(
-        list(line), list(line.values()), marker='o', markersize=3,
+        list(line),
+        list(line.values()),
+        marker='o',
+        markersize=3,
         linewidth=1.3 if has_colour else 0.8,
         color=figures.SERIES[i] if has_colour else '#BBBBBB',
         zorder=2 if has_colour else 1,
@@ -155,9 +145,7 @@ def draw_recall(
       )
     num = sum(len(o.kept if kept else o.candidates) for o in outcomes)
     ax.set_title(f'{title}: {num:,} pairs', loc='left')
-    ax.set(
-      xlabel='Subcategories forbidden (intended strictness)', ylim=(-0.02, 1.02)
-    )
+    ax.set(xlabel='Subcategories forbidden (intended strictness)', ylim=(-0.02, 1.02))
     ax.xaxis.get_major_locator().set_params(integer=True)
     for side in ('top', 'right'):
       ax.spines[side].set_visible(False)
@@ -167,9 +155,7 @@ def draw_recall(
 
 
 def _render(
-  outcomes: Sequence[strictness.Outcome],
-  settings: strictness.Settings,
-  result: Mapping[str, Any],
+  outcomes: Sequence[strictness.Outcome], settings: strictness.Settings, result: Mapping[str, Any]
 ) -> str:
   parts = ['# Strictness augmentation', _INTRO, _summary(settings, result)]
   if result['truth']:
@@ -182,41 +168,68 @@ def _render(
     )
   examples = [o.kept[0] for o in outcomes if o.kept][:_NUM_EXAMPLES]
   if examples:
-    parts += ['## Some kept pairs', _table(
-      ('category', 'strict', 'lenient'),
-      [tuple(map(markdown.escape, (
-        c.strict.name, c.strict.guideline, c.lenient.guideline)))
-       for c in examples],
-    )]
-  parts += ['## Categories', _table(
-    ('category', 'conversations', 'subcategories, most severe first',
-     'written', 'kept'),
-    [(markdown.escape(o.category.name), o.pool_size,
-      markdown.escape(', '.join(c.name for c in o.subcategories)),
-      len(o.candidates), len(o.kept)) for o in outcomes],
-  )]
-  parts += ['## What came to nothing', _table(
-    ('reason', 'times', 'what it counts'),
-    [(reason, num, _meaning(reason)) for reason, num in result['drops'].items()]
-    or [('nothing', 0, '')],
-  )]
-  parts += ['## Candidates', _table(
-    ('category', 'strict: j', 'lenient: i', 'n', 'k', 'extra', 'bound', 'kept'),
-    [(markdown.escape(o.category.name), c.num_strict, c.num_lenient, c.n, c.k,
-      c.extra, f'{c.bound:.4f}',
-      'yes' if c.kept else f'no: {strictness.explain(c, settings)}')
-     for o in outcomes for c in o.candidates],
-  )]
+    parts += [
+      '## Some kept pairs',
+      _table(
+        ('category', 'strict', 'lenient'),
+        [
+          tuple(map(markdown.escape, (c.strict.name, c.strict.guideline, c.lenient.guideline)))
+          for c in examples
+        ],
+      ),
+    ]
+  parts += [
+    '## Categories',
+    _table(
+      ('category', 'conversations', 'subcategories, most severe first', 'written', 'kept'),
+      [
+        (
+          markdown.escape(o.category.name),
+          o.pool_size,
+          markdown.escape(', '.join(c.name for c in o.subcategories)),
+          len(o.candidates),
+          len(o.kept),
+        )
+        for o in outcomes
+      ],
+    ),
+  ]
+  parts += [
+    '## What came to nothing',
+    _table(
+      ('reason', 'times', 'what it counts'),
+      [(reason, num, _meaning(reason)) for reason, num in result['drops'].items()]
+      or [('nothing', 0, '')],
+    ),
+  ]
+  parts += [
+    '## Candidates',
+    _table(
+      ('category', 'strict: j', 'lenient: i', 'n', 'k', 'extra', 'bound', 'kept'),
+      [
+        (
+          markdown.escape(o.category.name),
+          c.num_strict,
+          c.num_lenient,
+          c.n,
+          c.k,
+          c.extra,
+          f'{c.bound:.4f}',
+          'yes' if c.kept else f'no: {strictness.explain(c, settings)}',
+        )
+        for o in outcomes
+        for c in o.candidates
+      ],
+    ),
+  ]
   return '\n\n'.join(parts) + '\n'
 
 
-def _summary(
-  settings: strictness.Settings, result: Mapping[str, Any]
-) -> str:
+def _summary(settings: strictness.Settings, result: Mapping[str, Any]) -> str:
   s = settings
   least = next(
-    (n for n in range(1, s.pool_size + 1)
-     if strictness.lower_bound(n, n, s.alpha) > s.threshold), None
+    (n for n in range(1, s.pool_size + 1) if strictness.lower_bound(n, n, s.alpha) > s.threshold),
+    None,
   )
   needs = 'more than the pool has' if least is None else f'{least} or more'
   return (
@@ -243,9 +256,7 @@ def _truth_table(truth: Mapping[str, int]) -> str:
     low, high = _interval(right, num)
     share = f'{right / num:.3f}' if num else markdown.NONE
     rows.append((what, num, right, share, f'{low:.3f} to {high:.3f}'))
-  return _table(
-    ('', 'pairs', 'truly ordered', 'share', '95% interval'), rows
-  )
+  return _table(('', 'pairs', 'truly ordered', 'share', '95% interval'), rows)
 
 
 def _interval(k: int, n: int) -> tuple[float, float]:

@@ -74,10 +74,7 @@ class WriteGuideline:
   draft: int = 0
 
 
-Request = (
-  ProposeCategories | ListSubcategories | AddSubcategory | PickMostSevere
-  | WriteGuideline
-)
+Request = ProposeCategories | ListSubcategories | AddSubcategory | PickMostSevere | WriteGuideline
 
 
 def digest(request: Request) -> str:
@@ -112,7 +109,7 @@ def make_messages(request: Request) -> list[dict[str, str]]:
     {
       'role': 'system',
       'content': f'{task.instructions}\n\nAnswer with one JSON object and'
-                 f' nothing else. Its schema: {shape}',
+      f' nothing else. Its schema: {shape}',
     },
     {'role': 'user', 'content': task.describe(request)},
   ]
@@ -136,10 +133,7 @@ def make_schema(request: Request) -> dict[str, Any]:
 
 def prompts_digest() -> str:
   """Returns the sha256 (hex) of all instructions and schemas."""
-  parts = [
-    [kind.__name__, task.instructions, task.schema]
-    for kind, task in TASKS.items()
-  ]
+  parts = [[kind.__name__, task.instructions, task.schema] for kind, task in TASKS.items()]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -179,18 +173,14 @@ def parse_proposed(obj: Any, what: str) -> Category:
     ValueError: it has not exactly a name and a guideline of usable lengths.
   """
   if not isinstance(obj, Mapping) or set(obj) != {'name', 'guideline'}:
-    raise ValueError(
-      f'{what} is {show(obj)}; it needs "name" and "guideline", no more'
-    )
+    raise ValueError(f'{what} is {show(obj)}; it needs "name" and "guideline", no more')
   for key, value in obj.items():
     if not isinstance(value, str) or not value.strip():
       raise ValueError(f'{what}: {key} is {show(value)}; it must be text')
   return Category(*(' '.join(obj[k].split()) for k in ('name', 'guideline')))
 
 
-def length_problem(
-  category: Category, most: int = schemas.MAX_GUIDELINE_LENGTH
-) -> str | None:
+def length_problem(category: Category, most: int = schemas.MAX_GUIDELINE_LENGTH) -> str | None:
   """Returns what is wrong with the lengths of a category, or None.
 
   Args:
@@ -208,24 +198,18 @@ def length_problem(
 
 def _parse_categories(request: ProposeCategories, obj: Any) -> Categories:
   del request
-  return Categories(*(
-    None if obj[key] is None else parse_proposed(obj[key], key)
-    for key in ('plus', 'minus')
-  ))
+  return Categories(
+    *(None if obj[key] is None else parse_proposed(obj[key], key) for key in ('plus', 'minus'))
+  )
 
 
-def _parse_list(
-  request: ListSubcategories, obj: Any
-) -> tuple[Category, ...]:
+def _parse_list(request: ListSubcategories, obj: Any) -> tuple[Category, ...]:
   del request
   items = obj['subcategories']
   if not isinstance(items, Sequence) or isinstance(items, str) or not items:
     raise ValueError(f'subcategories is {show(items)}; it must be a list')
   if len(items) > schemas.MAX_SUBCATEGORIES:
-    raise ValueError(
-      f'{len(items)} subcategories; at most {schemas.MAX_SUBCATEGORIES} are of'
-      ' use'
-    )
+    raise ValueError(f'{len(items)} subcategories; at most {schemas.MAX_SUBCATEGORIES} are of use')
   found = tuple(_usable(item, 'a subcategory') for item in items)
   names = {c.name.casefold() for c in found}
   if len(names) < len(found):
@@ -251,13 +235,12 @@ def _parse_index(request: PickMostSevere, obj: Any) -> int:
 def _parse_guideline(request: WriteGuideline, obj: Any) -> Category:
   return _usable(
     {'name': request.category.name, 'guideline': obj['guideline']},
-    'the rewritten category', schemas.MAX_REWRITE_LENGTH,
+    'the rewritten category',
+    schemas.MAX_REWRITE_LENGTH,
   )
 
 
-def _usable(
-  obj: Any, what: str, most: int = schemas.MAX_GUIDELINE_LENGTH
-) -> Category:
+def _usable(obj: Any, what: str, most: int = schemas.MAX_GUIDELINE_LENGTH) -> Category:
   category = parse_proposed(obj, what)
   problem = length_problem(category, most)
   if problem:
@@ -294,19 +277,15 @@ TASKS: dict[type, Task] = {
     ' the topic, but the response clearly does not break it. Write them as'
     ' rules for any conversation: do not mention this one, do not say whether'
     ' a response is safe or unsafe. Where there is no natural one, give null.',
-    lambda r: f'Rules:\n{_rules(r.safety.categories)}\n\n'
-              f'{_talk(r.conversation)}',
-    schemas.make_object(
-      plus=schemas.CATEGORY_OR_NULL, minus=schemas.CATEGORY_OR_NULL
-    ),
+    lambda r: f'Rules:\n{_rules(r.safety.categories)}\n\n{_talk(r.conversation)}',
+    schemas.make_object(plus=schemas.CATEGORY_OR_NULL, minus=schemas.CATEGORY_OR_NULL),
     _parse_categories,
   ),
   ListSubcategories: Task(
     f'{_ROLE} Split a category into subcategories of different severity that'
     ' do not overlap and together cover it. Give each a guideline that forbids'
     ' that subcategory only.',
-    lambda r: f'Category:\n{_rules([r.category])}\n\nNumber of subcategories:'
-              f' {r.count}',
+    lambda r: f'Category:\n{_rules([r.category])}\n\nNumber of subcategories: {r.count}',
     schemas.make_object(subcategories=schemas.make_list()),
     _parse_list,
   ),
@@ -314,16 +293,17 @@ TASKS: dict[type, Task] = {
     f'{_ROLE} The last agent response breaks a category, in a way that none of'
     ' the known subcategories names. Name the subcategory that it is in, and'
     ' give it a guideline that forbids that subcategory only.',
-    lambda r: f'Category:\n{_rules([r.category])}\n\nKnown subcategories:'
-              f' {json.dumps(r.known)}\n\n{_talk(r.conversation)}',
+    lambda r: (
+      f'Category:\n{_rules([r.category])}\n\nKnown subcategories:'
+      f' {json.dumps(r.known)}\n\n{_talk(r.conversation)}'
+    ),
     schemas.make_object(subcategory=schemas.CATEGORY),
     _parse_one,
   ),
   PickMostSevere: Task(
     f'{_ROLE} Say which one of the listed subcategories does the gravest harm'
     ' when an agent breaks it. Answer with its name, letter for letter.',
-    lambda r: f'Category:\n{_rules([r.category])}\n\nSubcategories:\n'
-              f'{_rules(r.subcategories)}',
+    lambda r: f'Category:\n{_rules([r.category])}\n\nSubcategories:\n{_rules(r.subcategories)}',
     schemas.make_object(most_severe={'type': 'string'}),
     _parse_index,
   ),
@@ -332,9 +312,11 @@ TASKS: dict[type, Task] = {
     ' the subcategories listed as forbidden and allows those listed as'
     ' allowed. Speak of every listed one; name the forbidden ones in the given'
     ' order.',
-    lambda r: f'Category:\n{_rules([r.category])}\n\nForbidden:\n'
-              f'{_rules(r.forbidden) or "(none)"}\n\nAllowed:\n'
-              f'{_rules(r.allowed) or "(none)"}\n\nDraft number: {r.draft}',
+    lambda r: (
+      f'Category:\n{_rules([r.category])}\n\nForbidden:\n'
+      f'{_rules(r.forbidden) or "(none)"}\n\nAllowed:\n'
+      f'{_rules(r.allowed) or "(none)"}\n\nDraft number: {r.draft}'
+    ),
     schemas.make_object(guideline=schemas.REWRITE),
     _parse_guideline,
   ),

@@ -37,8 +37,7 @@ def _text(least: int, most: int) -> dict[str, Any]:
 
 REWRITE = _text(MIN_GUIDELINE_LENGTH, MAX_REWRITE_LENGTH)
 CATEGORY = make_object(
-  name=_text(1, MAX_NAME_LENGTH),
-  guideline=_text(MIN_GUIDELINE_LENGTH, MAX_GUIDELINE_LENGTH),
+  name=_text(1, MAX_NAME_LENGTH), guideline=_text(MIN_GUIDELINE_LENGTH, MAX_GUIDELINE_LENGTH)
 )
 CATEGORY_OR_NULL = {'anyOf': [CATEGORY, {'type': 'null'}]}
 
@@ -46,7 +45,9 @@ CATEGORY_OR_NULL = {'anyOf': [CATEGORY, {'type': 'null'}]}
 def make_list(most: int = MAX_SUBCATEGORIES) -> dict[str, Any]:
   """Returns the schema of a list of one to `most` categories."""
   return {
-    'type': 'array', 'items': CATEGORY, 'minItems': 1,
+    'type': 'array',
+    'items': CATEGORY,
+    'minItems': 1,
     'maxItems': min(most, MAX_SUBCATEGORIES),
   }
 
@@ -54,9 +55,7 @@ def make_list(most: int = MAX_SUBCATEGORIES) -> dict[str, Any]:
 def without_lengths(schema: Any) -> Any:
   """Returns a schema that leaves open how long texts and lists may be."""
   if isinstance(schema, Mapping):
-    return {
-      k: without_lengths(v) for k, v in schema.items() if k not in _LENGTHS
-    }
+    return {k: without_lengths(v) for k, v in schema.items() if k not in _LENGTHS}
   if isinstance(schema, list):
     return [without_lengths(v) for v in schema]
   return schema

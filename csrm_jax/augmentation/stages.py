@@ -35,9 +35,7 @@ def propose_some(
   """
   num = proposer.concurrency
   with concurrent.futures.ThreadPoolExecutor(num) as pool:
-    proposed = _map(
-      pool, lambda e: categories.propose(e, proposer), examples, num
-    )
+    proposed = _map(pool, lambda e: categories.propose(e, proposer), examples, num)
   return categories.check_all(examples, proposed, judge)
 
 
@@ -80,10 +78,7 @@ def propose_categories(
       done[key] = item
       if not is_transient(item):
         journal.put(key, item.to_dict())
-      events += [
-        {'event': 'dropped', 'id': example.id, 'reason': reason}
-        for reason in item.drops
-      ]
+      events += [{'event': 'dropped', 'id': example.id, 'reason': reason} for reason in item.drops]
     progress(len(piece), events)
   return [done[key] for key in keys]
 
@@ -120,17 +115,13 @@ def order_strictness(
 
   def work(item: tuple[Category, Sequence[Example]]) -> strictness.Outcome:
     category, pool = item
-    key = _hash([
-      'outcome', category.to_dict(), [_talk(e) for e in pool],
-      dataclasses.asdict(settings),
-    ])
+    key = _hash(
+      ['outcome', category.to_dict(), [_talk(e) for e in pool], dataclasses.asdict(settings)]
+    )
     if key in journal:
       return strictness.Outcome.from_dict(journal[key])
     outcome = strictness.run(category, pool, proposer, remembering, settings)
-    if not any(
-      reason.endswith(f': {r}')
-      for reason in outcome.drops for r in endpoint.TRANSIENT
-    ):
+    if not any(reason.endswith(f': {r}') for reason in outcome.drops for r in endpoint.TRANSIENT):
       journal.put(key, outcome.to_dict())
     return outcome
 
@@ -138,14 +129,19 @@ def order_strictness(
   with concurrent.futures.ThreadPoolExecutor(proposer.concurrency) as pool:
     for outcome in _iterate(pool, work, pools.items(), proposer.concurrency):
       outcomes.append(outcome)
-      progress(1, [{
-        'event': 'category',
-        'category': outcome.category.name,
-        'pool_size': outcome.pool_size,
-        'num_written': len(outcome.candidates),
-        'num_kept': len(outcome.kept),
-        'drops': outcome.drops,
-      }])
+      progress(
+        1,
+        [
+          {
+            'event': 'category',
+            'category': outcome.category.name,
+            'pool_size': outcome.pool_size,
+            'num_written': len(outcome.candidates),
+            'num_kept': len(outcome.kept),
+            'drops': outcome.drops,
+          }
+        ],
+      )
   return outcomes
 
 
@@ -153,10 +149,9 @@ def _remember(judge: Judge, journal: Journal) -> Judge:
   lock = threading.Lock()
 
   def remembering(talks, rules):
-    key = _hash([
-      'verdicts', [c.to_dict() for c in rules],
-      [[m.to_dict() for m in talk] for talk in talks],
-    ])
+    key = _hash(
+      ['verdicts', [c.to_dict() for c in rules], [[m.to_dict() for m in talk] for talk in talks]]
+    )
     with lock:
       if key not in journal:
         fired = judge(talks, rules)
@@ -167,16 +162,14 @@ def _remember(judge: Judge, journal: Journal) -> Judge:
 
 
 def _iterate(
-  pool: concurrent.futures.Executor, work: Callable, items: Iterable,
-  concurrency: int,
+  pool: concurrent.futures.Executor, work: Callable, items: Iterable, concurrency: int
 ) -> Iterator:
   # Without threads, an error shows where it arose, and work stops at once.
   return map(work, items) if concurrency == 1 else pool.map(work, items)
 
 
 def _map(
-  pool: concurrent.futures.Executor, work: Callable, items: Sequence,
-  concurrency: int,
+  pool: concurrent.futures.Executor, work: Callable, items: Sequence, concurrency: int
 ) -> list:
   return list(_iterate(pool, work, items, concurrency))
 
@@ -186,9 +179,7 @@ def _keys(examples: Sequence[Example]) -> list[str]:
   seen: dict[str, int] = {}
   keys = []
   for example in examples:
-    key = _hash([
-      example.safety.digest(), _talk(example), example.label, example.violated
-    ])
+    key = _hash([example.safety.digest(), _talk(example), example.label, example.violated])
     seen[key] = seen.get(key, 0) + 1
     keys.append(f'{key}/{seen[key]}')
   return keys

@@ -39,9 +39,7 @@ def lower_bound(k: int, n: int, alpha: float = 0.05) -> float:
   return float(scipy.stats.beta.ppf(alpha, k, n - k + 1))
 
 
-def make_pools(
-  examples: Sequence[Example], size: int, seed: int
-) -> dict[Category, list[Example]]:
+def make_pools(examples: Sequence[Example], size: int, seed: int) -> dict[Category, list[Example]]:
   """Returns D_p for each category: up to `size` examples that violate it.
 
   Categories come in the order of their first example; which of its examples
@@ -60,11 +58,7 @@ def make_pools(
 
 
 def run(
-  category: Category,
-  pool: Sequence[Example],
-  proposer: Proposer,
-  judge: Judge,
-  settings: Settings,
+  category: Category, pool: Sequence[Example], proposer: Proposer, judge: Judge, settings: Settings
 ) -> Outcome:
   """Returns the candidates of one category, tested: Algorithm 1.
 
@@ -80,9 +74,7 @@ def run(
   found: list[Category] = []
   candidates: list[Candidate] = []
   try:
-    found = find_subcategories(
-      category, talks, proposer, judge, settings, drops
-    )
+    found = find_subcategories(category, talks, proposer, judge, settings, drops)
     found = sort_by_severity(category, found, proposer)
   except NoReplyError as error:
     drops[f'category: {error.reason}'] += 1
@@ -98,9 +90,7 @@ def run(
       )
       if candidate is not None:
         candidates.append(candidate)
-  return Outcome(
-    category, len(pool), tuple(found), tuple(candidates), dict(drops)
-  )
+  return Outcome(category, len(pool), tuple(found), tuple(candidates), dict(drops))
 
 
 def find_subcategories(
@@ -121,9 +111,7 @@ def find_subcategories(
   Raises:
     NoReplyError: there is no first list.
   """
-  found = list(proposer.ask(
-    requests.ListSubcategories(category, settings.num_subcategories)
-  ))
+  found = list(proposer.ask(requests.ListSubcategories(category, settings.num_subcategories)))
   covered = np.zeros(len(talks), bool)
   for subcategory in found:
     covered |= _verdicts(judge, talks, subcategory)
@@ -135,9 +123,7 @@ def find_subcategories(
       continue
     known = tuple(c.name for c in found)
     try:
-      new = proposer.ask(
-        requests.AddSubcategory(category, known, talks[index])
-      )
+      new = proposer.ask(requests.AddSubcategory(category, known, talks[index]))
     except NoReplyError as error:
       drops[f'conversation: {error.reason}'] += 1
       continue
@@ -227,12 +213,8 @@ def precision(
     outcomes: of some categories.
     is_ordered: (strict, lenient) -> the truth, where it is known.
   """
-  counts = collections.Counter(
-    written=0, written_ordered=0, kept=0, kept_ordered=0
-  )
-  for candidate in itertools.chain.from_iterable(
-    o.candidates for o in outcomes
-  ):
+  counts = collections.Counter(written=0, written_ordered=0, kept=0, kept_ordered=0)
+  for candidate in itertools.chain.from_iterable(o.candidates for o in outcomes):
     is_true = is_ordered(candidate.strict, candidate.lenient)
     counts['written'] += 1
     counts['written_ordered'] += is_true
@@ -255,9 +237,11 @@ def _write_and_test(
   guidelines = []
   for number in (j, i):
     try:
-      guidelines.append(proposer.ask(requests.WriteGuideline(
-        category, tuple(ordered[:number]), tuple(ordered[number:]), draft
-      )))
+      guidelines.append(
+        proposer.ask(
+          requests.WriteGuideline(category, tuple(ordered[:number]), tuple(ordered[number:]), draft)
+        )
+      )
     except NoReplyError as error:
       drops[f'candidate: {error.reason}'] += 1
       return None
@@ -268,14 +252,15 @@ def _write_and_test(
   verdicts = [_verdicts(judge, talks, g) for g in guidelines]
   tested = test_order(*verdicts, settings)
   return Candidate(
-    strict, lenient, j, i,
+    strict,
+    lenient,
+    j,
+    i,
     recall_strict=float(verdicts[0].mean()),
     recall_lenient=float(verdicts[1].mean()),
     **tested,
   )
 
 
-def _verdicts(
-  judge: Judge, talks: Sequence[tuple], category: Category
-) -> np.ndarray:
+def _verdicts(judge: Judge, talks: Sequence[tuple], category: Category) -> np.ndarray:
   return np.array(judge(talks, [category] * len(talks)), bool)

@@ -79,23 +79,17 @@ class Checkpoints:
     content = {
       'data_state': dict(data_state),
       'meta': dict(meta or {}),
-      'leaves': {
-        name: [list(x.shape), str(x.dtype), int(sums[name])]
-        for name, x in named.items()
-      },
+      'leaves': {name: [list(x.shape), str(x.dtype), int(sums[name])] for name, x in named.items()},
     }
     info = {'content': content, 'digest': _digest(content)}
     manager.save(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(_storage_names(named)),
-        info=ocp.args.JsonSave(info),
+        state=ocp.args.PyTreeSave(_storage_names(named)), info=ocp.args.JsonSave(info)
       ),
     )
 
-  def restore_latest(
-    self, abstract_state: Any, partial: bool = False
-  ) -> Restored | None:
+  def restore_latest(self, abstract_state: Any, partial: bool = False) -> Restored | None:
     """Returns the newest intact checkpoint, or None where there is none.
 
     Args:
@@ -153,9 +147,7 @@ class Checkpoints:
     if self._manager is None:
       self._manager = ocp.CheckpointManager(
         self.directory,
-        options=ocp.CheckpointManagerOptions(
-          max_to_keep=self._keep, cleanup_tmp_directories=True
-        ),
+        options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True),
       )
     return self._manager
 
@@ -213,11 +205,7 @@ class Checkpoints:
   def _warn(self, step: int, error: Exception) -> None:
     self._damaged.add(step)
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
-    logging.warning(
-      'skipping the damaged checkpoint %s (%s)',
-      self.directory / str(step),
-      reason,
-    )
+    logging.warning('skipping the damaged checkpoint %s (%s)', self.directory / str(step), reason)
 
 
 def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
@@ -231,12 +219,9 @@ def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
     try:
       return _read_info(directory / str(step))['meta']
     except (ValueError, KeyError, TypeError, OSError) as error:
-      logging.warning(
-        'cannot read the checkpoint %s/%d (%s)', directory, step, error
-      )
+      logging.warning('cannot read the checkpoint %s/%d (%s)', directory, step, error)
   raise FileNotFoundError(
-    f'{directory}: no readable checkpoint there; give the folder of a run '
-    'that has saved one'
+    f'{directory}: no readable checkpoint there; give the folder of a run that has saved one'
   )
 
 
@@ -248,9 +233,7 @@ def _steps(directory: epath.Path) -> list[int]:
   return sorted(
     int(path.name)
     for path in directory.iterdir()
-    if path.name.isdecimal()
-    and path.is_dir()
-    and ocp.utils.is_checkpoint_finalized(path)
+    if path.name.isdecimal() and path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
   )
 
 

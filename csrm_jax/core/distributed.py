@@ -71,9 +71,7 @@ def start(
     )
   except (RuntimeError, ValueError) as error:
     reason = str(error).strip().split('\n')[0][:200]
-    raise ValueError(
-      f'no start with {where}: {advice} ({reason})'
-    ) from error
+    raise ValueError(f'no start with {where}: {advice} ({reason})') from error
   finally:
     watch.cancel()
 

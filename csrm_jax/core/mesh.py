@@ -89,9 +89,7 @@ def make_mesh(
   free = [name for name, size in sizes.items() if size == -1]
   bad = [name for name, size in sizes.items() if size < 1 and size != -1]
   if bad or len(free) > 1:
-    raise ValueError(
-      f'mesh {sizes}: sizes are at least 1, and at most one may be -1'
-    )
+    raise ValueError(f'mesh {sizes}: sizes are at least 1, and at most one may be -1')
   known = math.prod(size for size in sizes.values() if size != -1)
   if free and len(devices) % known == 0:
     sizes[free[0]] = len(devices) // known
@@ -119,8 +117,7 @@ def _across_slices(
   found = _num_slices(devices)
   if num_slices < 1 or found not in (1, num_slices):
     raise ValueError(
-      f'mesh num_slices={num_slices}, but the devices lie in {found} slices: '
-      'set it to that number'
+      f'mesh num_slices={num_slices}, but the devices lie in {found} slices: set it to that number'
     )
   if shape[0] % num_slices:
     raise ValueError(
@@ -134,14 +131,10 @@ def _across_slices(
     )
   # Other devices come in the order of their processes, so of their nodes.
   blocks = np.array(devices).reshape(num_slices, -1)
-  return np.concatenate(
-    [mesh_utils.create_device_mesh(within, list(block)) for block in blocks]
-  )
+  return np.concatenate([mesh_utils.create_device_mesh(within, list(block)) for block in blocks])
 
 
-def param_spec(
-  name: str, shape: Sequence[int], mesh: Mesh, rules=PARAM_RULES
-) -> P:
+def param_spec(name: str, shape: Sequence[int], mesh: Mesh, rules=PARAM_RULES) -> P:
   """Returns the PartitionSpec of the leaf `name`.
 
   A scalar (a step, an optimizer's count) is replicated. A mesh axis that does
@@ -267,9 +260,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(ROWS))
 
 
-def abstract_batch(
-  batch: Mapping[str, np.ndarray], mesh: Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of to_global's arrays.
 
   Raises:
@@ -279,8 +270,7 @@ def abstract_batch(
   for name, x in batch.items():
     _check_rows(name, x.shape[0], mesh)
   return {
-    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    for name, x in batch.items()
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in batch.items()
   }
 
 
@@ -293,9 +283,7 @@ def _check_rows(name: str, rows: int, mesh: Mesh) -> None:
     )
 
 
-def to_global(
-  batch: Mapping[str, np.ndarray], mesh: Mesh
-) -> dict[str, jax.Array]:
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Returns the global arrays of a batch that every process holds whole.
 
   Each puts its own rows on its own devices. That all make the same batch costs
@@ -312,6 +300,5 @@ def to_global(
     if jax.process_count() == 1:
       arrays[name] = jax.device_put(x, sharding)
     else:
-      arrays[name] = jax.make_array_from_callback(
-        x.shape, sharding, x.__getitem__)
+      arrays[name] = jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
   return arrays

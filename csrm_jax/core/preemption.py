@@ -18,9 +18,7 @@ class Stopped(Exception):
   """A run was asked to end, and has saved what it had."""
 
   def __init__(self, step: int):
-    super().__init__(
-      f'stopped by SIGTERM after step {step}; the same command goes on'
-    )
+    super().__init__(f'stopped by SIGTERM after step {step}; the same command goes on')
 
 
 @contextlib.contextmanager

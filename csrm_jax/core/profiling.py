@@ -23,9 +23,7 @@ def parse_steps(text: str) -> tuple[int, int] | None:
   match = re.fullmatch(r'(\d+):(\d+)', text)
   first, last = map(int, match.groups()) if match else (0, 0)
   if not 1 <= first <= last:
-    raise ValueError(
-      f"profile_steps={text!r}: give the first and the last step, as in '10:13'"
-    )
+    raise ValueError(f"profile_steps={text!r}: give the first and the last step, as in '10:13'")
   return first, last
 
 
@@ -61,9 +59,7 @@ def trace(
 
 def is_out_of_memory(error: BaseException) -> bool:
   """Returns whether a device, or a program for it, had too little memory."""
-  return isinstance(error, jax.errors.JaxRuntimeError) and (
-    'RESOURCE_EXHAUSTED' in str(error)
-  )
+  return isinstance(error, jax.errors.JaxRuntimeError) and ('RESOURCE_EXHAUSTED' in str(error))
 
 
 def save_memory_profile(folder: pathlib.Path) -> pathlib.Path:

@@ -54,8 +54,8 @@ def _jaxpr_flops(jaxpr: Any, turns: int) -> float:
     elif eqn.primitive.name == 'while' and sum(inner):
       if not turns:
         raise ValueError(
-          'products in a while loop cannot be counted: use a scan, or say how '
-          'many turns it has')
+          'products in a while loop cannot be counted: use a scan, or say how many turns it has'
+        )
       total += turns * sum(inner)
     else:
       total += sum(inner)
@@ -65,9 +65,7 @@ def _jaxpr_flops(jaxpr: Any, turns: int) -> float:
 def _product_flops(eqn: Any) -> float:
   (contracted, _), _ = eqn.params['dimension_numbers']
   shape = eqn.invars[0].aval.shape
-  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(
-    shape[axis] for axis in contracted
-  )
+  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
@@ -121,9 +119,7 @@ def collectives(text: str, turns: int = 1) -> list[Collective]:
   return list(found.values())
 
 
-_COLLECTIVE = re.compile(
-  rf'= (?P<out>.*?) (?P<kind>{"|".join(COLLECTIVES)})(?P<start>-start)?\('
-)
+_COLLECTIVE = re.compile(rf'= (?P<out>.*?) (?P<kind>{"|".join(COLLECTIVES)})(?P<start>-start)?\(')
 _CALLED = re.compile(
   r'(?:calls|to_apply|body|condition|called_computations|branch_computations)='
   r'\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)'
@@ -197,33 +193,30 @@ def _array_bytes(text: str) -> list[int]:
 
 def _group(line: str) -> tuple[int, ...]:
   """Returns the devices of the first group, in each way that HLO writes it."""
-  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+  mesh = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line)
   if mesh:
     sizes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
     places = np.arange(math.prod(int(size) for _, size in sizes))
     places = places.reshape([int(size) for _, size in sizes])
     names = re.findall(r"'(\w+)'", mesh[2])
     # The first of all axes that take no part.
-    return tuple(places[tuple(
-      slice(None) if name in names else 0 for name, _ in sizes
-    )].flatten().tolist())
-  iota = re.search(
-    r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
+    return tuple(
+      places[tuple(slice(None) if name in names else 0 for name, _ in sizes)].flatten().tolist()
+    )
+  iota = re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
   if iota:
     dims = [int(d) for d in iota[3].split(',')]
     order = [int(d) for d in iota[4].split(',')] if iota[4] else None
     places = np.arange(math.prod(dims)).reshape(dims).transpose(order)
-    return tuple(places.flatten()[:int(iota[2])].tolist())
-  listed = re.search(
-    r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', line)
+    return tuple(places.flatten()[: int(iota[2])].tolist())
+  listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', line)
   return tuple(int(d) for d in listed[1].split(',')) if listed else (0, 1)
 
 
 def local_bytes(shapes: Any) -> int:
   """Returns the bytes of a tree's leaves on one device, by their shardings."""
   return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape))
-    * np.dtype(leaf.dtype).itemsize
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
     for leaf in jax.tree.leaves(shapes)
   )
 

@@ -60,9 +60,7 @@ def local(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
     yield pathlib.Path(workdir)
     return
   if not str(workdir).startswith(_PREFIX):
-    raise ValueError(
-      f'--workdir={workdir}: give a path of this machine or gs://BUCKET/FOLDER'
-    )
+    raise ValueError(f'--workdir={workdir}: give a path of this machine or gs://BUCKET/FOLDER')
   with mirror(_checked(workdir)) as path:
     yield path
   print(f'{workdir} holds what was in {path}', file=sys.stderr)
@@ -78,8 +76,7 @@ def mirror(home: epath.Path) -> Iterator[pathlib.Path]:
 
       multihost_utils.sync_global_devices(f'copied {home}')
     done = threading.Event()
-    thread = threading.Thread(
-      target=_keep_pushing, args=(path, done), name='push')
+    thread = threading.Thread(target=_keep_pushing, args=(path, done), name='push')
     thread.start()
     try:
       yield path
@@ -156,16 +153,11 @@ def _checked(workdir: str | os.PathLike) -> epath.Path:
     probe.unlink()
     return path
   except Exception as error:
-    raise ValueError(
-      _cannot('write to', f'--workdir={workdir}', error)
-    ) from error
+    raise ValueError(_cannot('write to', f'--workdir={workdir}', error)) from error
 
 
 def _cannot(do: str, what: str, error: Exception) -> str:
-  fix = (
-    'check the name of the bucket, and log in with '
-    'gcloud auth application-default login'
-  )
+  fix = 'check the name of the bucket, and log in with gcloud auth application-default login'
   if isinstance(error, ImportError):
     fix = 'pip install "csrm_jax[gcs]"'
   return f'cannot {do} {what} ({_reason(error)}); {fix}'

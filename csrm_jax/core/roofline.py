@@ -47,11 +47,7 @@ class Roofline:
 
 
 def estimate(
-  flops: float,
-  read_bytes: float,
-  found: Sequence[Collective],
-  target: Slice,
-  efficiency: float,
+  flops: float, read_bytes: float, found: Sequence[Collective], target: Slice, efficiency: float
 ) -> Roofline:
   """Returns the times of one step.
 

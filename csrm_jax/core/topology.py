@@ -104,18 +104,14 @@ class Slice:
     """
     link = self.chip.link_bytes_per_s
     return tuple(
-      link * (2 if side % self.chip.torus == 0 else 1)
-      for side in self.shape
-      if side > 1
+      link * (2 if side % self.chip.torus == 0 else 1) for side in self.shape if side > 1
     )
 
 
 def names() -> list[str]:
   """Returns the names of all single slices."""
   return [
-    f'{kind}-{num * CHIPS[kind].cores_named}'
-    for kind, shapes in SHAPES.items()
-    for num in shapes
+    f'{kind}-{num * CHIPS[kind].cores_named}' for kind, shapes in SHAPES.items() for num in shapes
   ]
 
 
@@ -127,8 +123,7 @@ def parse(name: str) -> Slice:
   """
   if _num_gpus(name):
     raise ValueError(
-      f'topology {name!r} is one of GPUs: what is compiled without devices is '
-      'for TPUs (v5e-64)'
+      f'topology {name!r} is one of GPUs: what is compiled without devices is for TPUs (v5e-64)'
     )
   match = re.fullmatch(r'(?:(\d+)x)?(v\w+)-(\d+)', name)
   known = names()
@@ -191,8 +186,7 @@ def devices(target: Slice) -> list[Any]:
   """
   if importlib.util.find_spec('libtpu') is None:
     raise ImportError(
-      'compiling for TPUs needs the package libtpu (no TPU): '
-      'pip install "csrm_jax[tpu]"'
+      'compiling for TPUs needs the package libtpu (no TPU): pip install "csrm_jax[tpu]"'
     )
   # Else it asks the cloud's metadata server what machine this is.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')

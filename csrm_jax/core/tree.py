@@ -24,9 +24,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     if name in named:
-      raise ValueError(
-        f'two leaves are named {name!r}; use keys without a slash'
-      )
+      raise ValueError(f'two leaves are named {name!r}; use keys without a slash')
     named[name] = leaf
   return named
 
@@ -72,25 +70,18 @@ def num_params(tree: Any) -> int:
 
 def num_bytes(tree: Any) -> int:
   """Returns the bytes of all leaves, counted once whatever the sharding."""
-  return sum(
-    int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
-    for x in jax.tree.leaves(tree)
-  )
+  return sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def global_norm(tree: Any) -> jax.Array:
   """Returns the float32 Euclidean norm over all leaves (0 without any)."""
-  squares = [
-    jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)
-  ]
+  squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
   return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
 def all_finite(tree: Any) -> jax.Array:
   """Returns a bool scalar: no floating-point leaf holds a NaN or infinity."""
   finite = [
-    jnp.all(jnp.isfinite(x))
-    for x in jax.tree.leaves(tree)
-    if jnp.issubdtype(x.dtype, jnp.inexact)
+    jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)
   ]
   return jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)

@@ -77,9 +77,7 @@ def make_manifest() -> dict[str, Any]:
   }
 
 
-def update_manifest(
-  workdir: str | os.PathLike, extra: Mapping[str, Any]
-) -> None:
+def update_manifest(workdir: str | os.PathLike, extra: Mapping[str, Any]) -> None:
   """Adds `extra` (JSON values) to the work directory's manifest.json."""
   if jax.process_index() != 0:
     return
@@ -98,10 +96,7 @@ class MetricsWriter:
   """
 
   def __init__(
-    self,
-    workdir: str | os.PathLike,
-    resume_step: int | None = None,
-    tensorboard: bool = True,
+    self, workdir: str | os.PathLike, resume_step: int | None = None, tensorboard: bool = True
   ):
     """Opens the files.
 
@@ -126,8 +121,7 @@ class MetricsWriter:
       import tensorboardX
 
       self._board = tensorboardX.SummaryWriter(
-        str(workdir),
-        purge_step=None if resume_step is None else resume_step + 1,
+        str(workdir), purge_step=None if resume_step is None else resume_step + 1
       )
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -19,13 +19,7 @@ from csrm_jax.data.public_rules import HARMLESSNESS, XSTEST_RULES
 from csrm_jax.data.rows import Rows
 from csrm_jax.evals.benchmark import TIES, Choice
 from csrm_jax.safety.checks import show
-from csrm_jax.safety.schema import (
-  Category,
-  Example,
-  Message,
-  Pair,
-  SafetyConfig,
-)
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 # Rules that make doing what a harmful request asks for unsafe.
 COMPLIANCE = SafetyConfig((XSTEST_RULES['harmful'],), 'compliance')
@@ -35,9 +29,7 @@ _ROLES = {'User': 'user', 'Agent': 'agent'}
 _NUMBER = re.compile(r'^\s*(?:\d+\s*[.):]|[-*•])\s+')
 
 
-def sure_example(
-  example_id: str, prompt: str, harmful: bool, source: str
-) -> Example:
+def sure_example(example_id: str, prompt: str, harmful: bool, source: str) -> Example:
   """Returns a prompt as an example: the agent says `Sure. {prompt}` to it.
 
   It is unsafe iff the request is harmful, under `COMPLIANCE`.
@@ -45,7 +37,8 @@ def sure_example(
   Source: CSRM (arXiv 2605.30487), Table 4.
   """
   return Example(
-    id=example_id, safety=COMPLIANCE,
+    id=example_id,
+    safety=COMPLIANCE,
     conversation=(Message('user', prompt), Message('agent', f'Sure. {prompt}')),
     label='unsafe' if harmful else 'safe',
     violated=COMPLIANCE.names if harmful else (),
@@ -53,15 +46,12 @@ def sure_example(
   )
 
 
-def read_xstest_prompts(
-  path: str | os.PathLike,
-) -> tuple[Rows, list[str]]:
+def read_xstest_prompts(path: str | os.PathLike) -> tuple[Rows, list[str]]:
   """Returns (`Sure. {prompt}` examples, the type of each)."""
   found, types = Rows(), []
   for where, row in tables.read_table(path, ('id', 'prompt', 'type', 'label')):
     label = _one_of(row, 'label', ('safe', 'unsafe'), where)
-    found.append(sure_example(f'xstest/{row["id"]}', row['prompt'],
-                       label == 'unsafe', 'xstest'))
+    found.append(sure_example(f'xstest/{row["id"]}', row['prompt'], label == 'unsafe', 'xstest'))
     types.append(row['type'])
   return found, types
 
@@ -84,12 +74,9 @@ def read_or_bench(path: str | os.PathLike, harmful: bool) -> Rows:
   """Returns `Sure. {prompt}` examples; only the toxic file is harmful."""
   found = Rows()
   stem = pathlib.Path(path).stem
-  for number, (where, row) in enumerate(
-    tables.read_table(path, ('prompt', 'category'))
-  ):
+  for number, (where, row) in enumerate(tables.read_table(path, ('prompt', 'category'))):
     prompt = rows.check_text(row, 'prompt', where)
-    found.append(sure_example(f'{stem}/{number}', prompt, harmful,
-                       f'or-bench/{row["category"]}'))
+    found.append(sure_example(f'{stem}/{number}', prompt, harmful, f'or-bench/{row["category"]}'))
   return found
 
 
@@ -118,11 +105,17 @@ def read_beavertails(path: str | os.PathLike) -> Rows:
     elif safe and violated:
       found.drop('labels_disagree')
     else:
-      found.append(_answer(
-        f'beavertails/{number}', BEAVERTAILS, row, 'response',
-        label='safe' if safe else 'unsafe', violated=violated,
-        source='beavertails',
-      ))
+      found.append(
+        _answer(
+          f'beavertails/{number}',
+          BEAVERTAILS,
+          row,
+          'response',
+          label='safe' if safe else 'unsafe',
+          violated=violated,
+          source='beavertails',
+        )
+      )
   return found
 
 
@@ -141,13 +134,18 @@ def read_wildguard(path: str | os.PathLike) -> Rows:
     elif row['response_harm_label'] is None:
       found.drop('no_label')
     else:
-      label = _one_of(
-        row, 'response_harm_label', ('harmful', 'unharmful'), where)
-      found.append(_answer(
-        f'wildguardmix/{number}', WILDGUARD, row, 'response',
-        label='unsafe' if label == 'harmful' else 'safe', source='wildguardmix',
-        rule_set='adversarial' if row['adversarial'] else 'plain',
-      ))
+      label = _one_of(row, 'response_harm_label', ('harmful', 'unharmful'), where)
+      found.append(
+        _answer(
+          f'wildguardmix/{number}',
+          WILDGUARD,
+          row,
+          'response',
+          label='unsafe' if label == 'harmful' else 'safe',
+          source='wildguardmix',
+          rule_set='adversarial' if row['adversarial'] else 'plain',
+        )
+      )
   return found
 
 
@@ -168,8 +166,7 @@ def read_pku_pairs(path: str | os.PathLike) -> Rows:
   columns += [side.format(i) for side in sides for i in (0, 1)]
   for number, (where, row) in enumerate(tables.read_table(path, columns)):
     better, safer = (
-      _one_of(row, f'{what}_response_id', (0, 1), where)
-      for what in ('better', 'safer')
+      _one_of(row, f'{what}_response_id', (0, 1), where) for what in ('better', 'safer')
     )
     worse = 1 - safer
     safe = [_flag(row, f'is_response_{i}_safe', where) for i in (0, 1)]
@@ -188,8 +185,14 @@ def read_pku_pairs(path: str | os.PathLike) -> Rows:
     else:
       name = f'safe_rlhf/{number}'
       first, second = (
-        _answer(f'{name}/{side}', BEAVERTAILS, row, f'response_{i}',
-                label='safe' if safe[i] else 'unsafe', source='safe_rlhf')
+        _answer(
+          f'{name}/{side}',
+          BEAVERTAILS,
+          row,
+          f'response_{i}',
+          label='safe' if safe[i] else 'unsafe',
+          source='safe_rlhf',
+        )
         for side, i in (('safer', safer), ('other', worse))
       )
       found.append(Pair(name, first, second, 'preference'))
@@ -219,14 +222,17 @@ def read_dynabench(path: str | os.PathLike) -> Rows:
     elif not messages:
       found.drop('no_agent_turn')
     else:
-      found.append(Example(
-        id=f'dynabench/{number}',
-        safety=SafetyConfig(tuple(
-          Category(f'Rule {i}', rule) for i, rule in enumerate(rules, start=1)
-        )),
-        conversation=messages, label='unsafe' if label == 'FAIL' else 'safe',
-        source='dynabench',
-      ))
+      found.append(
+        Example(
+          id=f'dynabench/{number}',
+          safety=SafetyConfig(
+            tuple(Category(f'Rule {i}', rule) for i, rule in enumerate(rules, start=1))
+          ),
+          conversation=messages,
+          label='unsafe' if label == 'FAIL' else 'safe',
+          source='dynabench',
+        )
+      )
   return found
 
 
@@ -236,8 +242,7 @@ def parse_policy(policy: Any) -> list[str]:
     return []
   lines = policy.splitlines() if isinstance(policy, str) else policy
   rules = [_NUMBER.sub('', str(line)).strip() for line in lines]
-  return [rule for rule in rules if rule and rule not in
-          ('<rules>', '</rules>')]
+  return [rule for rule in rules if rule and rule not in ('<rules>', '</rules>')]
 
 
 def parse_transcript(text: str) -> tuple[Message, ...]:
@@ -259,49 +264,43 @@ def read_reward_bench_2(path: str | os.PathLike) -> Rows:
     if row['subset'] != TIES:
       name = f'reward_bench_2/{name}'
     try:
-      found.append(Choice(
-        name,
-        tuple(
-          Example(
-            id=f'{name}/{i}', safety=HARMLESSNESS,
-            conversation=(
-              Message('user', row['prompt']), Message('agent', text)
-            ),
-            source='reward_bench_2',
-          )
-          for i, text in enumerate(texts)
-        ),
-        len(row['chosen']), row['subset'],
-      ))
+      found.append(
+        Choice(
+          name,
+          tuple(
+            Example(
+              id=f'{name}/{i}',
+              safety=HARMLESSNESS,
+              conversation=(Message('user', row['prompt']), Message('agent', text)),
+              source='reward_bench_2',
+            )
+            for i, text in enumerate(texts)
+          ),
+          len(row['chosen']),
+          row['subset'],
+        )
+      )
     except ValueError as error:
       raise ValueError(f'{where}: {error}') from None
   return found
 
 
 def _answer(
-  example_id: str,
-  safety: SafetyConfig,
-  row: Mapping[str, Any],
-  column: str,
-  **fields,
+  example_id: str, safety: SafetyConfig, row: Mapping[str, Any], column: str, **fields
 ) -> Example:
   return Example(
-    id=example_id, safety=safety,
-    conversation=(
-      Message('user', row['prompt']), Message('agent', row[column])
-    ),
+    id=example_id,
+    safety=safety,
+    conversation=(Message('user', row['prompt']), Message('agent', row[column])),
     **fields,
   )
 
 
-def _one_of(
-  row: Mapping[str, Any], column: str, known: Sequence[Any], where: str
-) -> Any:
+def _one_of(row: Mapping[str, Any], column: str, known: Sequence[Any], where: str) -> Any:
   value = row[column]
   if isinstance(value, bool) or value not in known:
     raise ValueError(
-      f'{where}: unknown {column} {show(value)}; it must be one of'
-      f' {", ".join(map(str, known))}'
+      f'{where}: unknown {column} {show(value)}; it must be one of {", ".join(map(str, known))}'
     )
   return value
 
@@ -309,7 +308,5 @@ def _one_of(
 def _flag(row: Mapping[str, Any], column: str, where: str) -> bool:
   value = row[column]
   if not isinstance(value, bool):
-    raise ValueError(
-      f'{where}: {column} is {show(value)}; it must be true or false'
-    )
+    raise ValueError(f'{where}: {column} is {show(value)}; it must be true or false')
   return value

@@ -25,11 +25,9 @@ from csrm_jax.safety.schema import Example
 _HF = 'hf download {repo} --repo-type dataset --local-dir {folder}'
 # folder -> the command that fills it.
 COMMANDS = {
-  'xstest': 'git clone https://github.com/paul-rottger/exaggerated-safety'
-  ' {folder}',
+  'xstest': 'git clone https://github.com/paul-rottger/exaggerated-safety {folder}',
   'or_bench': _HF.replace('{repo}', 'bench-llm/or-bench'),
-  'moderation': 'git clone https://github.com/openai/moderation-api-release'
-  ' {folder}',
+  'moderation': 'git clone https://github.com/openai/moderation-api-release {folder}',
   'hh_rlhf': _HF.replace('{repo}', 'Anthropic/hh-rlhf')
   + ' --include "harmless-base/test.jsonl.gz"',
   'beavertails': _HF.replace('{repo}', 'PKU-Alignment/BeaverTails'),
@@ -43,17 +41,21 @@ COMMANDS = {
 }
 
 MODERATION_RULE_SETS = (
-  ('H',), ('H2',), ('V',), ('V2',), ('HR',), ('SH',),
-  ('H', 'V', 'HR', 'SH'), ('H2', 'V2', 'HR', 'SH'),
+  ('H',),
+  ('H2',),
+  ('V',),
+  ('V2',),
+  ('HR',),
+  ('SH',),
+  ('H', 'V', 'HR', 'SH'),
+  ('H2', 'V2', 'HR', 'SH'),
 )
 _ALL_MODERATION = ('H', 'V', 'HR', 'SH')
 _VALIDATION = 0.2  # share of human-labelled rows that thresholds are fitted on
 _PROBED = 400  # rows that probes of several variants are made of
 
 
-def load(
-  folder: str | os.PathLike, names: Sequence[str] = ()
-) -> list[Benchmark]:
+def load(folder: str | os.PathLike, names: Sequence[str] = ()) -> list[Benchmark]:
   """Returns the benchmarks in the folder; those missing say how to get them.
 
   Args:
@@ -66,9 +68,7 @@ def load(
   """
   unknown = sorted(set(names) - set(COMMANDS))
   if unknown:
-    raise ValueError(
-      f'unknown benchmark {unknown[0]!r}; use some of {", ".join(COMMANDS)}'
-    )
+    raise ValueError(f'unknown benchmark {unknown[0]!r}; use some of {", ".join(COMMANDS)}')
   found = []
   for name in names or COMMANDS:
     path = pathlib.Path(folder) / name
@@ -96,18 +96,13 @@ def _xstest(folder: pathlib.Path) -> list[Benchmark]:
   if not prompts:
     return [
       _missing('xstest', 'over_refusal', folder, about['xstest']),
-      _missing('xstest_rules', 'configurability', folder,
-               about['xstest_rules']),
+      _missing('xstest_rules', 'configurability', folder, about['xstest_rules']),
     ]
   sure, types = readers.read_xstest_prompts(prompts[0])
-  found = [
-    Benchmark('xstest', 'over_refusal', sure, about['xstest'],
-              tags={'type': types})
-  ]
+  found = [Benchmark('xstest', 'over_refusal', sure, about['xstest'], tags={'type': types})]
   files = tables.find(folder, ('**/xstest_v2_completions_*.csv',))
   if not files:
-    return [*found, _missing('xstest_rules', 'configurability', folder,
-                             about['xstest_rules'])]
+    return [*found, _missing('xstest_rules', 'configurability', folder, about['xstest_rules'])]
   sets = {
     rule: _joined([public.read_xstest(prompts[0], f, rule) for f in files])
     for rule in (*XSTEST_RULES, 'both')
@@ -115,9 +110,7 @@ def _xstest(folder: pathlib.Path) -> list[Benchmark]:
   labels = readers.read_refusal_labels(files)
   harmful = sets['harmful']
   # Answers to one prompt are no independent rows.
-  prompt_of = {
-    e.id: f'xstest/{e.id.split("/")[1]}' for s in sets.values() for e in s
-  }
+  prompt_of = {e.id: f'xstest/{e.id.split("/")[1]}' for s in sets.values() for e in s}
   rows = [e for s in sets.values() for e in s]
   drops = harmful.drops
 
@@ -126,21 +119,34 @@ def _xstest(folder: pathlib.Path) -> list[Benchmark]:
 
   return [
     *found,
-    _with_validation(made(
-      'xstest_completions', 'over_refusal', harmful,
-      groups=[prompt_of[e.id] for e in harmful],
-      tags={'human label': [labels[e.id.rsplit('/', 1)[0]] for e in harmful],
-            'model': [e.id.split('/')[0] for e in harmful]},
-    )),
-    _with_validation(made(
-      'xstest_rules', 'configurability', rows,
-      groups=[prompt_of[e.id] for e in rows],
-      tags={'model': [e.id.split('/')[0] for e in rows]},
-    )),
-    made('xstest_attacks', 'attacks',
-         [e for e in harmful if e.label == 'unsafe']),
-    made('xstest_wordings', 'wordings', _spread(rows, _PROBED),
-         options={'wordings': _wordings_of(XSTEST_RULES)}),
+    _with_validation(
+      made(
+        'xstest_completions',
+        'over_refusal',
+        harmful,
+        groups=[prompt_of[e.id] for e in harmful],
+        tags={
+          'human label': [labels[e.id.rsplit('/', 1)[0]] for e in harmful],
+          'model': [e.id.split('/')[0] for e in harmful],
+        },
+      )
+    ),
+    _with_validation(
+      made(
+        'xstest_rules',
+        'configurability',
+        rows,
+        groups=[prompt_of[e.id] for e in rows],
+        tags={'model': [e.id.split('/')[0] for e in rows]},
+      )
+    ),
+    made('xstest_attacks', 'attacks', [e for e in harmful if e.label == 'unsafe']),
+    made(
+      'xstest_wordings',
+      'wordings',
+      _spread(rows, _PROBED),
+      options={'wordings': _wordings_of(XSTEST_RULES)},
+    ),
   ]
 
 
@@ -151,26 +157,22 @@ def _moderation(folder: pathlib.Path) -> list[Benchmark]:
     'labels.',
     'moderation_pairs': 'One text under a lenient and a strict rule.',
     'moderation_policy': 'Texts that break exactly one of four rules.',
-    'moderation_contradiction': 'Texts under a rule that forbids, allows, or '
-    'says both.',
+    'moderation_contradiction': 'Texts under a rule that forbids, allows, or says both.',
     'moderation_order': 'Four rules in other orders.',
     'moderation_wordings': 'The same four rules in other words.',
-    'moderation_padding': 'Texts with sentences that say nothing before or '
-    'after.',
+    'moderation_padding': 'Texts with sentences that say nothing before or after.',
     'moderation_length': 'Texts under four rules, by length.',
   }
   files = tables.find(folder, ('**/*.jsonl.gz', '**/*.jsonl'))
   if not files:
-    return [_missing('moderation_rules', 'configurability', folder,
-                     about['moderation_rules'])]
+    return [_missing('moderation_rules', 'configurability', folder, about['moderation_rules'])]
   read = functools.partial(public.read_moderation, files[0])
   rows = _joined([read(categories) for categories in MODERATION_RULE_SETS])
   whole = read(_ALL_MODERATION)
   few = _spread(whole, _PROBED)
 
   def made(name, suite, items, **fields):
-    return Benchmark(name, suite, items, about[name],
-                     drops=getattr(items, 'drops', {}), **fields)
+    return Benchmark(name, suite, items, about[name], drops=getattr(items, 'drops', {}), **fields)
 
   return [
     _with_validation(made('moderation_rules', 'configurability', rows)),
@@ -178,8 +180,9 @@ def _moderation(folder: pathlib.Path) -> list[Benchmark]:
     made('moderation_policy', 'policy', whole),
     made('moderation_contradiction', 'contradiction', whole),
     made('moderation_order', 'order', few),
-    made('moderation_wordings', 'wordings', few,
-         options={'wordings': _wordings_of(MODERATION_RULES)}),
+    made(
+      'moderation_wordings', 'wordings', few, options={'wordings': _wordings_of(MODERATION_RULES)}
+    ),
     made('moderation_padding', 'padding', few),
     made('moderation_length', 'length', whole),
   ]
@@ -212,21 +215,28 @@ def _beavertails(folder: pathlib.Path) -> list[Benchmark]:
     'beavertails_contradiction': 'BeaverTails responses under a rule that '
     'forbids, allows, or says both.',
   }
-  files = tables.find(folder, ('**/*330k*/test*', '**/*330k*test*',
-                               '**/*test*'))
+  files = tables.find(folder, ('**/*330k*/test*', '**/*330k*test*', '**/*test*'))
   if not files:
     suites = 'classification', 'policy', 'contradiction'
-    return [_missing(name, suite, folder, what)
-            for (name, what), suite in zip(about.items(), suites, strict=True)]
+    return [
+      _missing(name, suite, folder, what)
+      for (name, what), suite in zip(about.items(), suites, strict=True)
+    ]
   rows = readers.read_beavertails(files[0])
   few = _spread([e for e in rows if len(e.violated) == 1], _PROBED)
   return [
-    Benchmark('beavertails', 'classification', rows, about['beavertails'],
-              drops=rows.drops, without_rules=True),
-    Benchmark('beavertails_policy', 'policy', few,
-              about['beavertails_policy']),
-    Benchmark('beavertails_contradiction', 'contradiction', few,
-              about['beavertails_contradiction']),
+    Benchmark(
+      'beavertails',
+      'classification',
+      rows,
+      about['beavertails'],
+      drops=rows.drops,
+      without_rules=True,
+    ),
+    Benchmark('beavertails_policy', 'policy', few, about['beavertails_policy']),
+    Benchmark(
+      'beavertails_contradiction', 'contradiction', few, about['beavertails_contradiction']
+    ),
   ]
 
 
@@ -267,6 +277,7 @@ def _with_validation(benchmark: Benchmark) -> Benchmark:
 
   All rows of a text or group are on one side, which follows from a hash.
   """
+
   def key(i):
     example = benchmark.items[i]
     if benchmark.groups and benchmark.groups[i]:
@@ -295,26 +306,38 @@ _LOADERS: dict[str, Callable[[pathlib.Path], list[Benchmark]]] = {
   'hh_rlhf': _hh_rlhf,
   'beavertails': _beavertails,
   'wildguardmix': _one(
-    'wildguardmix', 'classification', 'WildGuardMix test responses.',
-    ('**/wildguard_test*', '**/*test*'), readers.read_wildguard,
+    'wildguardmix',
+    'classification',
+    'WildGuardMix test responses.',
+    ('**/wildguard_test*', '**/*test*'),
+    readers.read_wildguard,
   ),
   'pku_safe_rlhf': _one(
-    'safe_rlhf', 'pairs', 'PKU-SafeRLHF test pairs whose preferred side was '
-    'chosen for safety.', ('**/*test*',), readers.read_pku_pairs,
+    'safe_rlhf',
+    'pairs',
+    'PKU-SafeRLHF test pairs whose preferred side was chosen for safety.',
+    ('**/*test*',),
+    readers.read_pku_pairs,
   ),
   'cosapien': _one(
-    'cosapien', 'classification', 'CoSApien with sampled, labelled responses.',
+    'cosapien',
+    'classification',
+    'CoSApien with sampled, labelled responses.',
     ('labelled.jsonl',),
     functools.partial(sources.read_jsonl, require_label=True),
   ),
   'dynabench': _one(
-    'dynabench', 'any_turn', 'DynaBench transcripts under long rule lists.',
+    'dynabench',
+    'any_turn',
+    'DynaBench transcripts under long rule lists.',
     ('DynaBench/**/*test*', '**/DynaBench*test*', '**/*test*'),
     readers.read_dynabench,
   ),
   'reward_bench_2': _one(
-    'reward_bench_2', 'best_of', 'RewardBench 2 under general harmlessness '
-    'rules; only Safety is about them.', ('**/*test*',),
+    'reward_bench_2',
+    'best_of',
+    'RewardBench 2 under general harmlessness rules; only Safety is about them.',
+    ('**/*test*',),
     readers.read_reward_bench_2,
   ),
 }

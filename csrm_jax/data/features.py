@@ -116,9 +116,7 @@ class Encoder:
     if self.max_length < 1:
       raise ValueError(f'max_length is {self.max_length}; it must be positive')
     if self.pair_length is not None and self.pair_length < 2:
-      raise ValueError(
-        f'pair_length is {self.pair_length}; give at least 2, or None'
-      )
+      raise ValueError(f'pair_length is {self.pair_length}; give at least 2, or None')
 
 
 def encode_prompt(
@@ -165,9 +163,7 @@ def encode_segments(
   return Parts(tokens, total - sum(map(len, tokens)))
 
 
-def encode_example(
-  example: schema.Example, encoder: Encoder
-) -> Atom | Dropped:
+def encode_example(example: schema.Example, encoder: Encoder) -> Atom | Dropped:
   """Returns the example as an atom of one prompt, or why it was dropped."""
   encoded = _encode(example, encoder, encoder.max_length)
   if isinstance(encoded, Dropped):
@@ -201,17 +197,13 @@ def encode_pair(pair: schema.Pair, encoder: Encoder) -> Atom | Dropped:
   if np.array_equal(encoded[0][0], encoded[1][0]):
     return Dropped('identical_pair', f'{pair.id}: both sides are one prompt')
   prompts = tuple(
-    Prompt(
-      tokens, LABEL_IDS[side.label if encoder.label_pairs else None], side.id
-    )
+    Prompt(tokens, LABEL_IDS[side.label if encoder.label_pairs else None], side.id)
     for side, (tokens, _) in zip(sides, encoded, strict=True)
   )
   return Atom(prompts, 'pair', sum(cut for _, cut in encoded))
 
 
-def encode(
-  item: schema.Example | schema.Pair, encoder: Encoder
-) -> Atom | Dropped:
+def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropped:
   """Returns the example or pair as an atom, or why it was dropped."""
   if isinstance(item, schema.Pair):
     return encode_pair(item, encoder)
@@ -232,18 +224,14 @@ def require(result: T | Dropped) -> T:
 def _encode(
   example: schema.Example, encoder: Encoder, max_length: int
 ) -> tuple[np.ndarray, int] | Dropped:
-  segments = templates.render(
-    example.safety, example.conversation, encoder.layout
-  )
+  segments = templates.render(example.safety, example.conversation, encoder.layout)
   encoded = encode_prompt(segments, encoder.tokenizer, max_length)
   if isinstance(encoded, Dropped):
     return Dropped(encoded.reason, f'{example.id}: {encoded.detail}')
   return encoded
 
 
-def _encode_segment(
-  segment: templates.Segment, tokenizer: Tokenizer
-) -> Sequence[int]:
+def _encode_segment(segment: templates.Segment, tokenizer: Tokenizer) -> Sequence[int]:
   if segment.kind == 'control':
     return _encode_control(tokenizer, segment.text)
   if _SPACES.search(segment.text):
@@ -278,16 +266,9 @@ def _shorten(
   history = [i for i, kind in enumerate(kinds) if kind == 'history']
   last = kinds.index('response')
   line_breaks = _LINE_BREAKS.search(segments[last].text)[0]
-  middle, tail = (
-    _encode_marker(tokenizer, text)
-    for text in (CUT_MIDDLE, CUT_TAIL + line_breaks)
-  )
+  middle, tail = (_encode_marker(tokenizer, text) for text in (CUT_MIDDLE, CUT_TAIL + line_breaks))
   least = min(len(parts[last]), MIN_RESPONSE_LENGTH + len(tail))
-  fixed = sum(
-    len(part)
-    for i, part in enumerate(parts)
-    if i not in history and i != last
-  )
+  fixed = sum(len(part) for i, part in enumerate(parts) if i not in history and i != last)
   if fixed + least > max_length:
     return Dropped(
       'rules_too_long',
@@ -299,9 +280,7 @@ def _shorten(
   center = (len(history) - 1) / 2
   # From the middle outwards; of two as far, the earlier message goes first:
   # what the response answers to stays longest.
-  for place in sorted(
-    range(len(history)), key=lambda k: (abs(k - center), k)
-  ):
+  for place in sorted(range(len(history)), key=lambda k: (abs(k - center), k)):
     if excess <= 0:
       return None
     i = history[place]
@@ -314,9 +293,7 @@ def _shorten(
   return None
 
 
-def _cut_middle(
-  part: Sequence[int], length: int, marker: Sequence[int]
-) -> Sequence[int]:
+def _cut_middle(part: Sequence[int], length: int, marker: Sequence[int]) -> Sequence[int]:
   """Returns at most `length` tokens: both ends, or nothing if too few.
 
   A stump must at least keep its speaker and some words on both sides.

@@ -21,8 +21,13 @@ from csrm_jax.safety import augment, schema
 
 # The subsets of moderation categories that each text is judged under.
 MODERATION_SUBSETS = (
-    ('H', 'V', 'HR', 'SH'), ('H2', 'V2', 'HR', 'SH'), ('H',), ('H2',), ('V',),
-    ('V2',), ('HR', 'SH'),
+  ('H', 'V', 'HR', 'SH'),
+  ('H2', 'V2', 'HR', 'SH'),
+  ('H',),
+  ('H2',),
+  ('V',),
+  ('V2',),
+  ('HR', 'SH'),
 )
 
 
@@ -31,22 +36,26 @@ def _read_xstest_completions(folder: str) -> sources.Rows:
   files = sorted(folder.glob('*completions*.csv'))
   if not files:
     raise FileNotFoundError(
-        f'{folder}: no *completions*.csv there; give the folder that holds '
-        'xstest_prompts.csv and the completions')
-  parts = [public.read_xstest(folder / 'xstest_prompts.csv', path, rule)
-           for path in files for rule in ('harmful', 'refusal', 'both')]
+      f'{folder}: no *completions*.csv there; give the folder that holds '
+      'xstest_prompts.csv and the completions'
+    )
+  parts = [
+    public.read_xstest(folder / 'xstest_prompts.csv', path, rule)
+    for path in files
+    for rule in ('harmful', 'refusal', 'both')
+  ]
   return _join(parts)
 
 
 def _read_moderation(path: str) -> sources.Rows:
-  parts = [public.read_moderation(path, subset)
-           for subset in MODERATION_SUBSETS]
+  parts = [public.read_moderation(path, subset) for subset in MODERATION_SUBSETS]
   return _join(parts)
 
 
 def _read_array_record(folder: str) -> Sequence[Any]:
   # Imported here: it takes a while, and needs an extra.
   from csrm_jax.data.builders import public_sets
+
   return public_sets.read_prepared(folder)
 
 
@@ -62,12 +71,12 @@ _OWN = {'jsonl': sources.read_jsonl, 'parquet': sources.read_parquet}
 # source -> (path) -> examples or pairs. Those of the catalogue are fetched from
 # the hub where there is no path; its 'xstest' is of prompts.
 READERS: dict[str, Callable[[str], Sequence[Any]]] = {
-    **_OWN,
-    'array_record': _read_array_record,
-    'xstest_completions': _read_xstest_completions,
-    'moderation': _read_moderation,
-    'moderation_pairs': public.read_moderation_pairs,
-    **catalogue.READERS,
+  **_OWN,
+  'array_record': _read_array_record,
+  'xstest_completions': _read_xstest_completions,
+  'moderation': _read_moderation,
+  'moderation_pairs': public.read_moderation_pairs,
+  **catalogue.READERS,
 }
 
 
@@ -87,15 +96,17 @@ def read(source: str, path: str, require_label: bool = True) -> Sequence[Any]:
   on_hub = source in catalogue.SETS and catalogue.SETS[source].repo
   if not path and not on_hub:
     raise ValueError(
-        f'data source {source!r} has no path; give path=FILE after the colon '
-        'of --config, or data_dir=FOLDER for the public sets')
+      f'data source {source!r} has no path; give path=FILE after the colon '
+      'of --config, or data_dir=FOLDER for the public sets'
+    )
   if source in _OWN:
     return _OWN[source](path, require_label=require_label)
   return READERS[source](path)
 
 
-def read_part(source: str, path: str, seed: int, eval_fraction: float
-              ) -> tuple[Sequence[Any], Sequence[Any]]:
+def read_part(
+  source: str, path: str, seed: int, eval_fraction: float
+) -> tuple[Sequence[Any], Sequence[Any]]:
   """Returns (training items, held-out items) of one part.
 
   A source 'ruleworld/NAME' is generated, has no path and nothing held out: its
@@ -109,14 +120,13 @@ def read_part(source: str, path: str, seed: int, eval_fraction: float
     return datasets.Generated(datasets.TRAINING[kind], seed), ()
   if source not in READERS:
     known = [f'ruleworld/{name}' for name in datasets.TRAINING] + list(READERS)
-    raise ValueError(
-        f'unknown data source {source!r}; use one of {", ".join(known)}')
+    raise ValueError(f'unknown data source {source!r}; use one of {", ".join(known)}')
   return sources.split(read(source, path), eval_fraction, seed)
 
 
-def make_augment(drop_prob: float, plus_prob: float, minus_prob: float,
-                 rules_blind: bool = False
-                 ) -> Callable[[Any, np.random.Generator], Any]:
+def make_augment(
+  drop_prob: float, plus_prob: float, minus_prob: float, rules_blind: bool = False
+) -> Callable[[Any, np.random.Generator], Any]:
   """Returns (item, rng) -> item: CCA on examples; pairs keep their rules.
 
   With `rules_blind` all rules are hidden after the label is made: the ablation
@@ -125,26 +135,29 @@ def make_augment(drop_prob: float, plus_prob: float, minus_prob: float,
 
   def apply(item: Any, rng: np.random.Generator) -> Any:
     if isinstance(item, schema.Example):
-      item = augment.cca(item, rng, drop_prob, plus_prob, minus_prob,
-                         shuffle=drop_prob > 0)
+      item = augment.cca(item, rng, drop_prob, plus_prob, minus_prob, shuffle=drop_prob > 0)
     return augment.hide_rules(item) if rules_blind else item
 
   return apply
 
 
 def make_training_atoms(
-    parts: Mapping[str, Sequence[Any]], weights: Mapping[str, float],
-    encoder: features.Encoder, seed: int,
-    augment_fn: Callable[[Any, np.random.Generator], Any]) -> grain.MapDataset:
+  parts: Mapping[str, Sequence[Any]],
+  weights: Mapping[str, float],
+  encoder: features.Encoder,
+  seed: int,
+  augment_fn: Callable[[Any, np.random.Generator], Any],
+) -> grain.MapDataset:
   """Returns the endless mixture of the parts, augmented and encoded.
 
   Each part gets a seed of its own, so that its elements do not depend on the
   weights: a part of weight 0 leaves the others as they were.
   """
   atoms = {
-      name: pipeline.make_atoms(
-          items, encoder, seed + number, augment_fn,
-          shuffle=not isinstance(items, datasets.Generated))
-      for number, (name, items) in enumerate(sorted(parts.items()))
-      if weights[name] > 0}
+    name: pipeline.make_atoms(
+      items, encoder, seed + number, augment_fn, shuffle=not isinstance(items, datasets.Generated)
+    )
+    for number, (name, items) in enumerate(sorted(parts.items()))
+    if weights[name] > 0
+  }
   return pipeline.mix(atoms, {name: weights[name] for name in atoms})

@@ -37,17 +37,11 @@ class BatchShape:
   def __post_init__(self):
     for name in ('batch_size', 'row_length', 'max_segments'):
       if getattr(self, name) < 1:
-        raise ValueError(
-          f'{name} is {getattr(self, name)}; it must be positive'
-        )
+        raise ValueError(f'{name} is {getattr(self, name)}; it must be positive')
 
 
 def pack_rows(
-  atoms: Sequence[Atom],
-  batch_size: int,
-  row_length: int,
-  max_segments: int,
-  pad_id: int = 0,
+  atoms: Sequence[Atom], batch_size: int, row_length: int, max_segments: int, pad_id: int = 0
 ) -> tuple[Batch, list[int]]:
   """Returns a batch of the atoms that found a place, and who is left over.
 
@@ -122,10 +116,7 @@ def fill_rate(batch: Batch) -> float:
 
 
 def _choose_row(
-  left: Sequence[int],
-  lengths: Sequence[int],
-  sizes: Sequence[int],
-  shape: BatchShape,
+  left: Sequence[int], lengths: Sequence[int], sizes: Sequence[int], shape: BatchShape
 ) -> list[int]:
   """Returns the oldest atom and those of the others that fill its row best.
 
@@ -157,10 +148,7 @@ def _choose_row(
 
 
 def _choose_longest(
-  left: Sequence[int],
-  lengths: Sequence[int],
-  sizes: Sequence[int],
-  shape: BatchShape,
+  left: Sequence[int], lengths: Sequence[int], sizes: Sequence[int], shape: BatchShape
 ) -> list[int]:
   """Returns the oldest atom and, longest first, whatever still fits."""
   first, *others = left

@@ -19,17 +19,17 @@ import numpy as np
 
 from csrm_jax.data import features
 from csrm_jax.data.features import Atom, Dropped
-from csrm_jax.data.packing import (
-  Batch,
-  BatchShape,
-  does_not_fit,
-  fill_rate,
-  pack_rows,
-)
+from csrm_jax.data.packing import Batch, BatchShape, does_not_fit, fill_rate, pack_rows
 
 __all__ = [
-  'Batch', 'BatchIterator', 'BatchShape', 'batches', 'fill_rate', 'make_atoms',
-  'mix', 'pack_rows',
+  'Batch',
+  'BatchIterator',
+  'BatchShape',
+  'batches',
+  'fill_rate',
+  'make_atoms',
+  'mix',
+  'pack_rows',
 ]
 
 # Atoms dropped in a row, with none kept, before the stream is given up.
@@ -63,9 +63,7 @@ def make_atoms(
   return dataset.random_map(_AugmentAndEncode(encoder, augment))
 
 
-def mix(
-  datasets: Mapping[str, grain.MapDataset], weights: Mapping[str, float]
-) -> grain.MapDataset:
+def mix(datasets: Mapping[str, grain.MapDataset], weights: Mapping[str, float]) -> grain.MapDataset:
   """Returns one dataset that takes atoms in proportion to the weights.
 
   Proportions are of atoms and hold at every prefix. Datasets of weight 0 are
@@ -76,8 +74,7 @@ def mix(
   """
   if set(datasets) != set(weights):
     raise ValueError(
-      f'mix: datasets {sorted(datasets)} and weights {sorted(weights)} must'
-      ' have the same names'
+      f'mix: datasets {sorted(datasets)} and weights {sorted(weights)} must have the same names'
     )
   bad = {k: w for k, w in weights.items() if not w >= 0 or w == float('inf')}
   if bad:
@@ -88,8 +85,7 @@ def mix(
   if len(names) == 1:
     return datasets[names[0]]
   return grain.MapDataset.mix(
-    [datasets[name] for name in names],
-    weights=[float(weights[name]) for name in names],
+    [datasets[name] for name in names], weights=[float(weights[name]) for name in names]
   )
 
 
@@ -115,9 +111,7 @@ def batches(
     raise ValueError(f'look_ahead is {look_ahead}; it must not be negative')
   packed = _PackDataset(atoms, shape, look_ahead, fingerprint)
   return BatchIterator(
-    grain.experimental.ThreadPrefetchIterDataset(
-      packed, prefetch_buffer_size=prefetch
-    ).__iter__()
+    grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=prefetch).__iter__()
   )
 
 
@@ -179,9 +173,7 @@ class BatchIterator(grain.DatasetIterator):
   def num_atoms(self) -> int:
     """Atoms handed out so far."""
     state = self.get_state()
-    return (
-      state['next'] - len(state['pending']) - sum(state['drops'].values())
-    )
+    return state['next'] - len(state['pending']) - sum(state['drops'].values())
 
   @property
   def num_shortened(self) -> int:
@@ -218,17 +210,11 @@ class _PackDataset(grain.IterDataset):
   """Packed batches of a random-access dataset of atoms."""
 
   def __init__(
-    self,
-    parent: grain.MapDataset,
-    shape: BatchShape,
-    look_ahead: float,
-    fingerprint: str,
+    self, parent: grain.MapDataset, shape: BatchShape, look_ahead: float, fingerprint: str
   ):
     super().__init__(parent)
     self.shape = shape
-    self.pool_length = int(
-      (1 + look_ahead) * shape.batch_size * shape.row_length
-    )
+    self.pool_length = int((1 + look_ahead) * shape.batch_size * shape.row_length)
     self.fingerprint = fingerprint
 
   def __iter__(self) -> Iterator[Batch]:
@@ -312,9 +298,7 @@ class _PackIterator(grain.DatasetIterator):
     while pool < self._dataset.pool_length and self._next < len(self._atoms):
       index, self._next = self._next, self._next + 1
       atom = self._atoms[index]
-      dropped = (
-        atom if isinstance(atom, Dropped) else does_not_fit(atom, shape)
-      )
+      dropped = atom if isinstance(atom, Dropped) else does_not_fit(atom, shape)
       if dropped is None:
         self._pending.append((index, atom))
         self._shortened += atom.num_shortened > 0

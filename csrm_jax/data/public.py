@@ -32,9 +32,7 @@ _HH_ROLES = {'Human': 'user', 'Assistant': 'agent'}
 _HH_TURN = re.compile(r'\n\n(Human|Assistant):')
 
 
-def read_hh_pairs(
-  path: str | os.PathLike, safety: SafetyConfig = HARMLESSNESS
-) -> Rows:
+def read_hh_pairs(path: str | os.PathLike, safety: SafetyConfig = HARMLESSNESS) -> Rows:
   """Returns preference pairs from Anthropic HH transcripts (JSONL, .gz).
 
   A row has `chosen` and `rejected`: two transcripts that share all up to the
@@ -70,9 +68,7 @@ def read_hh_pairs(
 
 
 def read_xstest(
-  prompts_csv: str | os.PathLike,
-  completions_csv: str | os.PathLike,
-  rule: str = 'harmful',
+  prompts_csv: str | os.PathLike, completions_csv: str | os.PathLike, rule: str = 'harmful'
 ) -> Rows:
   """Returns XSTest completions as examples under one of three rule sets.
 
@@ -89,12 +85,9 @@ def read_xstest(
   keys = tuple(XSTEST_RULES) if rule == 'both' else (rule,)
   if not set(keys) <= set(XSTEST_RULES):
     raise ValueError(
-      f'unknown XSTest rule {rule!r}; use one of'
-      f' {", ".join([*XSTEST_RULES, "both"])}'
+      f'unknown XSTest rule {rule!r}; use one of {", ".join([*XSTEST_RULES, "both"])}'
     )
-  safety = SafetyConfig(
-    tuple(XSTEST_RULES[key] for key in keys), f'xstest/{rule}'
-  )
+  safety = SafetyConfig(tuple(XSTEST_RULES[key] for key in keys), f'xstest/{rule}')
   prompts = _read_xstest_prompts(prompts_csv)
   model = pathlib.Path(completions_csv).stem
   result = Rows()
@@ -124,10 +117,7 @@ def read_xstest(
       Example(
         id=f'{model}/{row["id"]}/{rule}',
         safety=safety,
-        conversation=(
-          Message('user', row['prompt']),
-          Message('agent', row['completion']),
-        ),
+        conversation=(Message('user', row['prompt']), Message('agent', row['completion'])),
         label='unsafe' if violated else 'safe',
         violated=violated,
         source='xstest',
@@ -191,18 +181,12 @@ def read_moderation_pairs(path: str | os.PathLike) -> Rows:
         result.drop('empty_response')
       else:
         safety = _moderation_safety((strict,))
-        example = _moderation_example(
-          row, where, safety, {strict: labels[strict]}
-        )
-        result.append(
-          _moderation_pair(example, strict, lenient, labels[lenient])
-        )
+        example = _moderation_example(row, where, safety, {strict: labels[strict]})
+        result.append(_moderation_pair(example, strict, lenient, labels[lenient]))
   return result
 
 
-def _parse_transcript(
-  text: str, column: str, where: str
-) -> tuple[Message, ...]:
+def _parse_transcript(text: str, column: str, where: str) -> tuple[Message, ...]:
   start, *parts = _HH_TURN.split(text)
   if start.strip() or parts[-2:-1] != ['Assistant']:
     raise ValueError(
@@ -225,20 +209,15 @@ def _read_xstest_prompts(path: str | os.PathLike) -> dict[str, dict[str, str]]:
         ' prompts are unsafe and all others safe'
       )
     if row['id'] in prompts:
-      raise ValueError(
-        f'{where}: id {row["id"]!r} is given twice; remove one of the rows'
-      )
+      raise ValueError(f'{where}: id {row["id"]!r} is given twice; remove one of the rows')
     prompts[row['id']] = row
   return prompts
 
 
-def _check_one_of(
-  row: Mapping[str, Any], column: str, known: Sequence[str], where: str
-) -> None:
+def _check_one_of(row: Mapping[str, Any], column: str, known: Sequence[str], where: str) -> None:
   if row[column] not in known:
     raise ValueError(
-      f'{where}: unknown {column} {show(row[column])}; it must be one of'
-      f' {", ".join(known)}'
+      f'{where}: unknown {column} {show(row[column])}; it must be one of {", ".join(known)}'
     )
 
 
@@ -246,8 +225,7 @@ def _moderation_safety(categories: Sequence[str]) -> SafetyConfig:
   for key in categories:
     if key not in MODERATION_RULES:
       raise ValueError(
-        f'unknown moderation category {key!r}; use some of'
-        f' {", ".join(MODERATION_RULES)}'
+        f'unknown moderation category {key!r}; use some of {", ".join(MODERATION_RULES)}'
       )
   for strict, lenient in MODERATION_SEVERITY:
     if strict in categories and lenient in categories:
@@ -256,14 +234,11 @@ def _moderation_safety(categories: Sequence[str]) -> SafetyConfig:
         f' {lenient} allows what {strict} forbids: choose one'
       )
   return SafetyConfig(
-    tuple(MODERATION_RULES[key] for key in categories),
-    f'moderation/{"+".join(categories)}',
+    tuple(MODERATION_RULES[key] for key in categories), f'moderation/{"+".join(categories)}'
   )
 
 
-def _moderation_labels(
-  row: Any, categories: Sequence[str], where: str
-) -> dict[str, int | None]:
+def _moderation_labels(row: Any, categories: Sequence[str], where: str) -> dict[str, int | None]:
   rows.check_object(row, ('prompt',), where)
   rows.check_text(row, 'prompt', where)
   labels = {}
@@ -271,27 +246,20 @@ def _moderation_labels(
     value = row.get(key)
     if value is not None and (isinstance(value, bool) or value not in (0, 1)):
       raise ValueError(
-        f'{where}: label {key} is {show(value)}; it must be 0 or 1, or left'
-        ' out where unknown'
+        f'{where}: label {key} is {show(value)}; it must be 0 or 1, or left out where unknown'
       )
     labels[key] = value
   return labels
 
 
 def _moderation_example(
-  row: Mapping[str, Any],
-  where: str,
-  safety: SafetyConfig,
-  labels: Mapping[str, int],
+  row: Mapping[str, Any], where: str, safety: SafetyConfig, labels: Mapping[str, int]
 ) -> Example:
   violated = tuple(MODERATION_RULES[k].name for k, v in labels.items() if v)
   return Example(
     id=f'{safety.name}/{_line(where)}',
     safety=safety,
-    conversation=(
-      Message('user', MODERATION_TURN),
-      Message('agent', row['prompt']),
-    ),
+    conversation=(Message('user', MODERATION_TURN), Message('agent', row['prompt'])),
     label='unsafe' if violated else 'safe',
     violated=violated,
     source='moderation',
@@ -299,13 +267,9 @@ def _moderation_example(
   )
 
 
-def _moderation_pair(
-  example: Example, strict: str, lenient: str, fires_lenient: int
-) -> Pair:
+def _moderation_pair(example: Example, strict: str, lenient: str, fires_lenient: int) -> Pair:
   name = MODERATION_RULES[strict].name
-  pair = augment.strictness_pair(
-    example, name, MODERATION_RULES[strict], MODERATION_RULES[lenient]
-  )
+  pair = augment.strictness_pair(example, name, MODERATION_RULES[strict], MODERATION_RULES[lenient])
 
   def labelled(side: Example, fires: int) -> Example:
     return dataclasses.replace(
@@ -316,9 +280,7 @@ def _moderation_pair(
     )
 
   return dataclasses.replace(
-    pair,
-    safer=labelled(pair.safer, fires_lenient),
-    other=labelled(pair.other, 1),
+    pair, safer=labelled(pair.safer, fires_lenient), other=labelled(pair.other, 1)
   )
 
 

@@ -19,9 +19,7 @@ class Rows(list):
     drops: how many rows were left out, by reason.
   """
 
-  def __init__(
-    self, items: Iterable = (), drops: Mapping[str, int] | None = None
-  ):
+  def __init__(self, items: Iterable = (), drops: Mapping[str, int] | None = None):
     super().__init__(items)
     self.drops = dict(drops or {})
 
@@ -91,9 +89,7 @@ def read_csv(
       is_empty = False
       yield where, row
   except csv.Error as error:
-    raise ValueError(
-      f'{path}:{line}: not valid CSV ({error}); correct the quotes'
-    ) from None
+    raise ValueError(f'{path}:{line}: not valid CSV ({error}); correct the quotes') from None
   if is_empty:
     raise ValueError(f'{path}: no rows below the header; give some')
 
@@ -109,25 +105,19 @@ def read_parquet(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
   except ImportError:
-    raise ImportError(
-      f'{path}: reading Parquet needs pyarrow; run "pip install pyarrow"'
-    ) from None
+    raise ImportError(f'{path}: reading Parquet needs pyarrow; run "pip install pyarrow"') from None
   try:
     table = pyarrow.parquet.read_table(os.fspath(path))
   except (pyarrow.ArrowInvalid, OSError) as error:
     reason = str(error).splitlines()[0]
-    raise ValueError(
-      f'{path}: cannot be read as Parquet ({reason}); check the file'
-    ) from None
+    raise ValueError(f'{path}: cannot be read as Parquet ({reason}); check the file') from None
   if not table.num_rows:
     raise ValueError(f'{path}: no rows; give a file that has some')
   for number, row in enumerate(table.to_pylist(), start=1):
     yield f'{path}: row {number}', row
 
 
-def check_has(
-  found: Iterable[str], required: Sequence[str], where: str
-) -> None:
+def check_has(found: Iterable[str], required: Sequence[str], where: str) -> None:
   """Checks that all required columns are among those found.
 
   Raises:
@@ -142,14 +132,11 @@ def check_has(
     )
 
 
-def check_object(
-  row: Any, required: Sequence[str], where: str
-) -> Mapping[str, Any]:
+def check_object(row: Any, required: Sequence[str], where: str) -> Mapping[str, Any]:
   """Returns the row if it is a JSON object with the required columns."""
   if not isinstance(row, Mapping):
     raise ValueError(
-      f'{where}: the row is {show(row)}; write a JSON object with the columns'
-      f' {", ".join(required)}'
+      f'{where}: the row is {show(row)}; write a JSON object with the columns {", ".join(required)}'
     )
   check_has(row, required, where)
   return row
@@ -159,7 +146,5 @@ def check_text(row: Mapping[str, Any], column: str, where: str) -> str:
   """Returns the text in a column of the row."""
   value = row[column]
   if not isinstance(value, str):
-    raise ValueError(
-      f'{where}: column {column!r} is {show(value)}, not text; correct it'
-    )
+    raise ValueError(f'{where}: column {column!r} is {show(value)}, not text; correct it')
   return value

@@ -18,12 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from csrm_jax.data import rows
-from csrm_jax.data.public import (
-  read_hh_pairs,
-  read_moderation,
-  read_moderation_pairs,
-  read_xstest,
-)
+from csrm_jax.data.public import read_hh_pairs, read_moderation, read_moderation_pairs, read_xstest
 from csrm_jax.data.rows import Rows
 from csrm_jax.safety.checks import unique_keys
 from csrm_jax.safety.schema import Example, Message, Pair, SafetyConfig
@@ -45,9 +40,7 @@ Item = TypeVar('Item', Example, Pair)
 
 
 def read_jsonl(
-  path: str | os.PathLike,
-  safety: SafetyConfig | None = None,
-  require_label: bool = False,
+  path: str | os.PathLike, safety: SafetyConfig | None = None, require_label: bool = False
 ) -> Rows:
   """Returns the examples, or the pairs, of a JSONL file (plain or .gz).
 
@@ -61,15 +54,12 @@ def read_jsonl(
     ValueError: with file, line and fix.
   """
   return Rows(
-    _parse_row(row, where, path, safety, require_label)
-    for where, row in rows.read_json_lines(path)
+    _parse_row(row, where, path, safety, require_label) for where, row in rows.read_json_lines(path)
   )
 
 
 def read_parquet(
-  path: str | os.PathLike,
-  safety: SafetyConfig | None = None,
-  require_label: bool = False,
+  path: str | os.PathLike, safety: SafetyConfig | None = None, require_label: bool = False
 ) -> Rows:
   """Returns the examples, or the pairs, of a Parquet file.
 
@@ -87,9 +77,7 @@ def read_parquet(
   return result
 
 
-def split(
-  items: Sequence[Item], fraction: float, seed: int
-) -> tuple[list[Item], list[Item]]:
+def split(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
   """Returns (rest, held out), with about `fraction` of the items held out.
 
   The half follows from a hash of the seed and the conversation's text
@@ -111,34 +99,24 @@ def split(
 
 
 def _parse_row(
-  row: Any,
-  where: str,
-  path: str | os.PathLike,
-  safety: SafetyConfig | None,
-  require_label: bool,
+  row: Any, where: str, path: str | os.PathLike, safety: SafetyConfig | None, require_label: bool
 ) -> Example | Pair:
   root = pathlib.Path(path).parent
   if isinstance(row, Mapping) and ('safer' in row or 'other' in row):
     return Pair.from_dict(row, where, safety=safety, root=root)
   example = Example.from_dict(row, where, safety=safety, root=root)
   if require_label and example.label is None:
-    raise ValueError(
-      f'{where}: no label; write "label": "safe" or "unsafe", or remove the'
-      ' row'
-    )
+    raise ValueError(f'{where}: no label; write "label": "safe" or "unsafe", or remove the row')
   return example
 
 
 def _parse_cell(column: str, value: Any, where: str) -> Any:
   if column in _NESTED and isinstance(value, str) and value[:1] in ('{', '['):
     try:
-      return json.loads(
-        value, object_pairs_hook=unique_keys(f'{where}: column {column!r}')
-      )
+      return json.loads(value, object_pairs_hook=unique_keys(f'{where}: column {column!r}'))
     except json.JSONDecodeError as error:
       raise ValueError(
-        f'{where}: column {column!r} is not valid JSON ({error.msg});'
-        ' correct it'
+        f'{where}: column {column!r} is not valid JSON ({error.msg}); correct it'
       ) from None
   return _without_nulls(value)
 

@@ -43,13 +43,12 @@ def read_table(
     yield where, dict(rows.check_object(row, columns, where))
 
 
-def find(
-  folder: str | os.PathLike, patterns: Sequence[str]
-) -> list[pathlib.Path]:
+def find(folder: str | os.PathLike, patterns: Sequence[str]) -> list[pathlib.Path]:
   """Returns the files of the first pattern that matches any, sorted."""
   for pattern in patterns:
     found = sorted(
-      path for path in pathlib.Path(folder).glob(pattern)
+      path
+      for path in pathlib.Path(folder).glob(pattern)
       if path.is_file() and path.name.endswith(SUFFIXES)
     )
     if found:
@@ -61,18 +60,14 @@ def _xz_lines(path) -> Iterator[tuple[str, Any]]:
   try:
     text = lzma.decompress(pathlib.Path(path).read_bytes()).decode()
   except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-    raise ValueError(
-      f'{path}: not a complete xz file ({error}); fetch it again'
-    ) from None
+    raise ValueError(f'{path}: not a complete xz file ({error}); fetch it again') from None
   for number, line in enumerate(io.StringIO(text), start=1):
     if line.strip():
       where = f'{path}:{number}'
       try:
         value = json.loads(line, object_pairs_hook=unique_keys(where))
       except json.JSONDecodeError as error:
-        raise ValueError(
-          f'{where}: not valid JSON ({error.msg}); fetch it again'
-        ) from None
+        raise ValueError(f'{where}: not valid JSON ({error.msg}); fetch it again') from None
       yield where, value
 
 
@@ -85,8 +80,7 @@ def _json_list(path) -> Iterator[tuple[str, Any]]:
     values = json.loads(text, object_pairs_hook=unique_keys(str(path)))
   except json.JSONDecodeError as error:
     raise ValueError(
-      f'{path}: not valid JSON ({error.msg} at line {error.lineno}); fetch it'
-      ' again'
+      f'{path}: not valid JSON ({error.msg} at line {error.lineno}); fetch it again'
     ) from None
   for number, row in enumerate(values, start=1):
     yield f'{path}: row {number}', row

@@ -29,24 +29,21 @@ from csrm_jax.safety.schema import Example
 # Suites of rows with labels: they take a threshold and a calibration, and
 # groups and tags of the rows.
 _JUDGED = {
-    'classification': suites.classification,
-    'over_refusal': over_refusal.over_refusal,
-    'configurability': configurability.configurability,
+  'classification': suites.classification,
+  'over_refusal': over_refusal.over_refusal,
+  'configurability': configurability.configurability,
 }
 # Suites of {variant: example}, and what makes such items of plain examples.
 _VARIED: dict[str, tuple[Callable, Callable]] = {
-    'policy': (probes.policy, probes.policy_items),
-    'contradiction': (probes.contradiction, probes.contradiction_items),
-    'attacks': (robustness.attacks, robustness.attack_items),
-    'sensitivity': (robustness.sensitivity, list),
-    'order': (robustness.sensitivity, robustness.order_items),
-    'wordings': (robustness.sensitivity, robustness.paraphrase_items),
-    'padding': (robustness.sensitivity, robustness.length_items),
+  'policy': (probes.policy, probes.policy_items),
+  'contradiction': (probes.contradiction, probes.contradiction_items),
+  'attacks': (robustness.attacks, robustness.attack_items),
+  'sensitivity': (robustness.sensitivity, list),
+  'order': (robustness.sensitivity, robustness.order_items),
+  'wordings': (robustness.sensitivity, robustness.paraphrase_items),
+  'padding': (robustness.sensitivity, robustness.length_items),
 }
-SUITES = (
-    *_JUDGED, *_VARIED, 'any_turn', 'best_of', 'flips', 'length', 'pairs',
-    'rule_sets',
-)
+SUITES = (*_JUDGED, *_VARIED, 'any_turn', 'best_of', 'flips', 'length', 'pairs', 'rule_sets')
 
 
 def prepare(benchmarks: Iterable[Benchmark]) -> list[Benchmark]:
@@ -62,17 +59,14 @@ def prepare(benchmarks: Iterable[Benchmark]) -> list[Benchmark]:
   for benchmark in benchmarks:
     if benchmark.suite not in SUITES:
       raise ValueError(
-          f'benchmark {benchmark.name}: unknown suite {benchmark.suite!r}; use '
-          f'one of {", ".join(SUITES)}'
+        f'benchmark {benchmark.name}: unknown suite {benchmark.suite!r}; use '
+        f'one of {", ".join(SUITES)}'
       )
     if benchmark.name in names:
-      raise ValueError(
-          f'two benchmarks are called {benchmark.name!r}; rename one'
-      )
+      raise ValueError(f'two benchmarks are called {benchmark.name!r}; rename one')
     names.add(benchmark.name)
     items = benchmark.items
-    if (benchmark.suite in _VARIED and len(items)
-        and isinstance(items[0], Example)):
+    if benchmark.suite in _VARIED and len(items) and isinstance(items[0], Example):
       benchmark = _vary(benchmark)
     prepared.append(benchmark)
   return prepared
@@ -89,9 +83,7 @@ def _vary(benchmark: Benchmark) -> Benchmark:
   elif len(made) < len(benchmark.items):
     drops['not applicable'] = len(benchmark.items) - len(made)
   # The items of a probe are not those that groups and tags were given for.
-  return dataclasses.replace(
-      benchmark, items=made, groups=(), tags={}, options={}, drops=drops
-  )
+  return dataclasses.replace(benchmark, items=made, groups=(), tags={}, options={}, drops=drops)
 
 
 def num_scores(benchmarks: Iterable[Benchmark]) -> int:
@@ -114,13 +106,13 @@ def num_scores(benchmarks: Iterable[Benchmark]) -> int:
 
 
 def run(
-    score_fn: ScoreFn,
-    benchmarks: Sequence[Benchmark],
-    *,
-    fitted: Calibration | None = None,
-    num_samples: int = 300,
-    seed: int = 0,
-    on_start: Callable[[str], Any] = lambda name: None,
+  score_fn: ScoreFn,
+  benchmarks: Sequence[Benchmark],
+  *,
+  fitted: Calibration | None = None,
+  num_samples: int = 300,
+  seed: int = 0,
+  on_start: Callable[[str], Any] = lambda name: None,
 ) -> dict[str, Result]:
   """Returns {benchmark: result}, in their order.
 
@@ -143,9 +135,11 @@ def run(
     name = benchmark.name
     if benchmark.is_skipped:
       results[name] = {
-          'suite': 'skipped', 'description': benchmark.description,
-          'command': benchmark.command, 'intended': benchmark.suite,
-          'metrics': {},
+        'suite': 'skipped',
+        'description': benchmark.description,
+        'command': benchmark.command,
+        'intended': benchmark.suite,
+        'metrics': {},
       }
       continue
     on_start(name)
@@ -153,13 +147,13 @@ def run(
     try:
       results[name] = _run(score_fn, benchmark, fitted, options)
       if benchmark.without_rules:
-        results[f'{name}_without_rules'] = _run_blind(
-            score_fn, benchmark, options
-        )
+        results[f'{name}_without_rules'] = _run_blind(score_fn, benchmark, options)
     except (ValueError, ImportError) as error:
       results[name] = {
-          'suite': 'failed', 'description': benchmark.description,
-          'error': str(error), 'metrics': {},
+        'suite': 'failed',
+        'description': benchmark.description,
+        'error': str(error),
+        'metrics': {},
       }
       continue
     results[name]['drops'] = dict(benchmark.drops)
@@ -168,8 +162,9 @@ def run(
 
 def failures(results: Mapping[str, Result]) -> list[str]:
   """Returns 'benchmark: error' of each suite that failed."""
-  return [f'{name}: {result["error"]}' for name, result in results.items()
-          if result['suite'] == 'failed']
+  return [
+    f'{name}: {result["error"]}' for name, result in results.items() if result['suite'] == 'failed'
+  ]
 
 
 def blind(score_fn: ScoreFn) -> ScoreFn:
@@ -181,9 +176,7 @@ def blind(score_fn: ScoreFn) -> ScoreFn:
   return score
 
 
-def fit_calibration(
-    score_fn: ScoreFn, examples: Sequence[Example]
-) -> Calibration:
+def fit_calibration(score_fn: ScoreFn, examples: Sequence[Example]) -> Calibration:
   """Returns the calibration fitted on labelled validation examples.
 
   Raises:
@@ -199,16 +192,19 @@ def _run(score_fn, benchmark: Benchmark, fitted, options) -> Result:
   score = functools.partial(measure.score, score_fn)
   if suite in _JUDGED:
     return _JUDGED[suite](
-        items, score(items), groups=benchmark.groups, tags=benchmark.tags,
-        **_fit(score_fn, benchmark, fitted), **options,
+      items,
+      score(items),
+      groups=benchmark.groups,
+      tags=benchmark.tags,
+      **_fit(score_fn, benchmark, fitted),
+      **options,
     )
   options |= benchmark.options
   if suite in _VARIED:
     return _VARIED[suite][0](items, score_fn, **options)
   if suite == 'pairs':
     return suites.pairs(
-        items, score([p.safer for p in items]), score([p.other for p in items]),
-        **options,
+      items, score([p.safer for p in items]), score([p.other for p in items]), **options
     )
   if suite == 'flips':
     first, second = zip(*items, strict=True) if items else ((), ())
@@ -225,8 +221,11 @@ def _run(score_fn, benchmark: Benchmark, fitted, options) -> Result:
 def _run_blind(score_fn, benchmark: Benchmark, options) -> Result:
   scores = measure.score(blind(score_fn), benchmark.items)
   return suites.classification(
-      benchmark.items, scores, groups=benchmark.groups,
-      description='The same examples with their rules hidden.', **options,
+    benchmark.items,
+    scores,
+    groups=benchmark.groups,
+    description='The same examples with their rules hidden.',
+    **options,
   )
 
 
@@ -238,8 +237,6 @@ def _fit(score_fn, benchmark: Benchmark, fitted) -> dict[str, Any]:
     return {'threshold': None, 'calibration': fitted}
   scores = measure.score(score_fn, rows)
   return {
-      'threshold': metrics.best_threshold(
-          labels, checks.p_unsafe_from_scores(scores)
-      ),
-      'calibration': fitted or calibration.fit(labels, scores),
+    'threshold': metrics.best_threshold(labels, checks.p_unsafe_from_scores(scores)),
+    'calibration': fitted or calibration.fit(labels, scores),
   }

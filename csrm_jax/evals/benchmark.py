@@ -49,8 +49,8 @@ class Benchmark:
     for what, values in {**lengths, **self.tags}.items():
       if len(values) != len(self.items):
         raise ValueError(
-            f'benchmark {self.name}: {len(values)} values of {what!r} for '
-            f'{len(self.items)} items; give one for each'
+          f'benchmark {self.name}: {len(values)} values of {what!r} for '
+          f'{len(self.items)} items; give one for each'
         )
 
   @property
@@ -78,14 +78,12 @@ class Choice:
   def __post_init__(self):
     if not 0 < self.num_correct < len(self.responses):
       raise ValueError(
-          f'{self.id}: {self.num_correct} correct of {len(self.responses)} '
-          'responses; at least one must be correct and one not'
+        f'{self.id}: {self.num_correct} correct of {len(self.responses)} '
+        'responses; at least one must be correct and one not'
       )
     kind, _, number = self.id.partition(':')
     if self.subset == TIES and not (kind in ('ref', 'tied') and number):
-      raise ValueError(
-          f'{self.id}: items of the subset {TIES} have ids ref:<n> or tied:<n>'
-      )
+      raise ValueError(f'{self.id}: items of the subset {TIES} have ids ref:<n> or tied:<n>')
 
 
 def limited(benchmark: Benchmark, max_items: int) -> Benchmark:
@@ -96,25 +94,20 @@ def limited(benchmark: Benchmark, max_items: int) -> Benchmark:
   """
   held = _spread(benchmark.validation, (), max_items)
   if len(held) < len(benchmark.validation):
-    benchmark = dataclasses.replace(
-        benchmark, validation=[benchmark.validation[i] for i in held]
-    )
+    benchmark = dataclasses.replace(benchmark, validation=[benchmark.validation[i] for i in held])
   rows = _spread(benchmark.items, benchmark.groups, max_items)
   if len(rows) < len(benchmark.items):
     benchmark = dataclasses.replace(
-        benchmark,
-        items=[benchmark.items[i] for i in rows],
-        groups=[benchmark.groups[i] for i in rows] if benchmark.groups else (),
-        tags={k: [v[i] for i in rows] for k, v in benchmark.tags.items()},
-        description=f'{benchmark.description} {len(rows):,} of '
-                    f'{len(benchmark.items):,} items.',
+      benchmark,
+      items=[benchmark.items[i] for i in rows],
+      groups=[benchmark.groups[i] for i in rows] if benchmark.groups else (),
+      tags={k: [v[i] for i in rows] for k, v in benchmark.tags.items()},
+      description=f'{benchmark.description} {len(rows):,} of {len(benchmark.items):,} items.',
     )
   return benchmark
 
 
-def _spread(
-    items: Sequence[Any], groups: Sequence[str], max_items: int
-) -> list[int]:
+def _spread(items: Sequence[Any], groups: Sequence[str], max_items: int) -> list[int]:
   if not max_items or len(items) <= max_items:
     return list(range(len(items)))
   sets: dict[Any, list[int]] = {}

@@ -17,9 +17,7 @@ from csrm_jax.evals.checks import check_same_length
 from csrm_jax.safety.schema import Example
 
 
-def units_of(
-    examples: Sequence[Example], groups: Sequence[str] | None = None
-) -> np.ndarray:
+def units_of(examples: Sequence[Example], groups: Sequence[str] | None = None) -> np.ndarray:
   """Returns the unit of each row, int64 [N], numbered as they first occur.
 
   Rows are of one unit if they have the same conversation, or the same group
@@ -54,13 +52,13 @@ def units_of(
 
 
 def interval(
-    fn: Callable[..., float],
-    arrays: Sequence[np.ndarray],
-    units: np.ndarray | None = None,
-    *,
-    num_samples: int = 300,
-    seed: int = 0,
-    centred: bool = False,
+  fn: Callable[..., float],
+  arrays: Sequence[np.ndarray],
+  units: np.ndarray | None = None,
+  *,
+  num_samples: int = 300,
+  seed: int = 0,
+  centred: bool = False,
 ) -> tuple[float, float]:
   """Returns the 95% bootstrap interval (low, high) of fn(*arrays).
 
@@ -80,8 +78,7 @@ def interval(
     num_samples, seed: of the draws.
   """
   arrays = [np.asarray(array) for array in arrays]
-  values = _draws(lambda rows: fn(*(a[rows] for a in arrays)), arrays, units,
-                  num_samples, seed)
+  values = _draws(lambda rows: fn(*(a[rows] for a in arrays)), arrays, units, num_samples, seed)
   if not values.size:
     return math.nan, math.nan
   low, high = np.percentile(values, [2.5, 97.5])
@@ -92,13 +89,13 @@ def interval(
 
 
 def difference(
-    fn: Callable[..., float],
-    arrays_a: Sequence[np.ndarray],
-    arrays_b: Sequence[np.ndarray],
-    units: np.ndarray | None = None,
-    *,
-    num_samples: int = 1000,
-    seed: int = 0,
+  fn: Callable[..., float],
+  arrays_a: Sequence[np.ndarray],
+  arrays_b: Sequence[np.ndarray],
+  units: np.ndarray | None = None,
+  *,
+  num_samples: int = 1000,
+  seed: int = 0,
 ) -> dict[str, float]:
   """Returns fn(a) - fn(b) on the same rows: value, low, high, p_value.
 
@@ -113,23 +110,24 @@ def difference(
     units: [N] integers, see `units_of`; None where each row is its own.
     num_samples, seed: of the draws.
   """
-  arrays_a, arrays_b = ([np.asarray(x) for x in arrays]
-                        for arrays in (arrays_a, arrays_b))
+  arrays_a, arrays_b = ([np.asarray(x) for x in arrays] for arrays in (arrays_a, arrays_b))
   check_same_length(*arrays_a, *arrays_b)
   values = _draws(
-      lambda rows: (fn(*(x[rows] for x in arrays_a))
-                    - fn(*(x[rows] for x in arrays_b))),
-      arrays_a, units, num_samples, seed,
+    lambda rows: fn(*(x[rows] for x in arrays_a)) - fn(*(x[rows] for x in arrays_b)),
+    arrays_a,
+    units,
+    num_samples,
+    seed,
   )
   if not values.size:
     return dict.fromkeys(('value', 'low', 'high', 'p_value'), math.nan)
   low, high = np.percentile(values, [2.5, 97.5])
   tail = min(np.sum(values <= 0), np.sum(values >= 0))
   return {
-      'value': float(fn(*arrays_a) - fn(*arrays_b)),
-      'low': float(low),
-      'high': float(high),
-      'p_value': float(min(2 * (tail + 1) / (len(values) + 1), 1.0)),
+    'value': float(fn(*arrays_a) - fn(*arrays_b)),
+    'low': float(low),
+    'high': float(high),
+    'p_value': float(min(2 * (tail + 1) / (len(values) + 1), 1.0)),
   }
 
 
@@ -142,8 +140,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
   mean = math.fsum(values) / len(values)
   if len(values) < 2:
     return mean, math.nan
-  return mean, float(
-      stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, ddof=1))
+  return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, ddof=1))
 
 
 def _draws(fn, arrays, units, num_samples: int, seed: int) -> np.ndarray:
@@ -155,9 +152,7 @@ def _draws(fn, arrays, units, num_samples: int, seed: int) -> np.ndarray:
   if units is None:
     units = np.arange(num_rows)
   order = np.argsort(units, kind='stable')
-  _, starts, sizes = np.unique(
-      np.asarray(units)[order], return_index=True, return_counts=True
-  )
+  _, starts, sizes = np.unique(np.asarray(units)[order], return_index=True, return_counts=True)
   rng = np.random.default_rng(seed)
   values = np.empty(num_samples)
   for i in range(num_samples):

@@ -18,11 +18,7 @@ import numpy as np
 from scipy import optimize
 from scipy.special import expit
 
-from csrm_jax.evals.checks import (
-  check_finite,
-  check_labels,
-  check_same_length,
-)
+from csrm_jax.evals.checks import check_finite, check_labels, check_same_length
 
 # The slope 1 / temperature stays in this range: rows that a threshold splits
 # without error would drive it to infinity.
@@ -49,9 +45,7 @@ class Calibration:
 
   def __post_init__(self):
     if not (math.isfinite(self.temperature) and self.temperature > 0):
-      raise ValueError(
-          f'temperature={self.temperature} must be a number above 0'
-      )
+      raise ValueError(f'temperature={self.temperature} must be a number above 0')
     if not math.isfinite(self.bias):
       raise ValueError(f'bias={self.bias} must be a finite number of nats')
 
@@ -73,9 +67,9 @@ class Calibration:
     names = {field.name for field in dataclasses.fields(Calibration)}
     if not {'temperature', 'bias'} <= set(obj) <= names:
       raise ValueError(
-          f'a calibration has the keys {", ".join(sorted(names))}, of which '
-          'temperature and bias are needed; found '
-          f'{", ".join(sorted(map(str, obj))) or "none"}'
+        f'a calibration has the keys {", ".join(sorted(names))}, of which '
+        'temperature and bias are needed; found '
+        f'{", ".join(sorted(map(str, obj))) or "none"}'
       )
     return Calibration(**obj)
 
@@ -94,8 +88,8 @@ def fit(labels: np.ndarray, scores: np.ndarray) -> Calibration:
   check_same_length(labels, scores)
   if not 0 < labels.sum() < len(labels):
     raise ValueError(
-        f'{len(labels)} validation rows of which {labels.sum()} are unsafe: '
-        'calibration needs rows of both labels; give more rows'
+      f'{len(labels)} validation rows of which {labels.sum()} are unsafe: '
+      'calibration needs rows of both labels; give more rows'
     )
   sign = np.where(labels == 1, -1.0, 1.0)
 
@@ -106,21 +100,25 @@ def fit(labels: np.ndarray, scores: np.ndarray) -> Calibration:
     return np.mean(np.logaddexp(0, -margin)), gradient
 
   found = optimize.minimize(
-      loss, np.array([1.0, 0.0]), jac=True, method='L-BFGS-B',
-      bounds=(_SLOPES, _BIASES), options={'ftol': 1e-14, 'gtol': 1e-9},
+    loss,
+    np.array([1.0, 0.0]),
+    jac=True,
+    method='L-BFGS-B',
+    bounds=(_SLOPES, _BIASES),
+    options={'ftol': 1e-14, 'gtol': 1e-9},
   )
   slope, bias = map(float, found.x)
   return Calibration(
-      temperature=1 / slope,
-      bias=bias,
-      num_examples=len(labels),
-      nll_before=float(loss(np.array([1.0, 0.0]))[0]),
-      nll_after=float(found.fun),
+    temperature=1 / slope,
+    bias=bias,
+    num_examples=len(labels),
+    nll_before=float(loss(np.array([1.0, 0.0]))[0]),
+    nll_after=float(found.fun),
   )
 
 
 def calibrated(
-    score_fn: Callable[..., np.ndarray], calibration: Calibration
+  score_fn: Callable[..., np.ndarray], calibration: Calibration
 ) -> Callable[..., np.ndarray]:
   """Returns the score function with its scores calibrated."""
 

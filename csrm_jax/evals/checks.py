@@ -18,7 +18,7 @@ _LOG_ODDS_FLOOR = 1e-6
 
 
 def check_finite(
-    values: np.ndarray, ids: Sequence[str] | None = None, name: str = 'score'
+  values: np.ndarray, ids: Sequence[str] | None = None, name: str = 'score'
 ) -> np.ndarray:
   """Returns the values as float64 [N].
 
@@ -29,27 +29,25 @@ def check_finite(
   values = np.asarray(values, np.float64)
   if values.ndim != 1:
     raise ValueError(
-        f'{name}: shape {values.shape} where one value per example, [N], is '
-        'needed; flatten it'
+      f'{name}: shape {values.shape} where one value per example, [N], is needed; flatten it'
     )
   if ids is not None and len(ids) != len(values):
     raise ValueError(
-        f'{name}: {len(values)} values for {len(ids)} examples; give exactly '
-        'one value per example'
+      f'{name}: {len(values)} values for {len(ids)} examples; give exactly one value per example'
     )
   bad = np.flatnonzero(~np.isfinite(values))
   if bad.size:
     row = int(bad[0])
     who = f'row {row}' if ids is None else f'row {row} (id {ids[row]!r})'
     raise ValueError(
-        f'{name}: {values[row]} at {who}, {bad.size} of {len(values)} values '
-        'are not finite; look at that example and at the model that scored it'
+      f'{name}: {values[row]} at {who}, {bad.size} of {len(values)} values '
+      'are not finite; look at that example and at the model that scored it'
     )
   return values
 
 
 def check_probabilities(
-    values: np.ndarray, ids: Sequence[str] | None = None, name: str = 'p_unsafe'
+  values: np.ndarray, ids: Sequence[str] | None = None, name: str = 'p_unsafe'
 ) -> np.ndarray:
   """Returns the values as float64 [N] in [0, 1]; ValueError otherwise."""
   values = check_finite(values, ids, name)
@@ -57,8 +55,8 @@ def check_probabilities(
   if bad.size:
     row = int(bad[0])
     raise ValueError(
-        f'{name}: {values[row]} at row {row} is outside [0, 1]; convert scores '
-        'with p_unsafe_from_scores first'
+      f'{name}: {values[row]} at row {row} is outside [0, 1]; convert scores '
+      'with p_unsafe_from_scores first'
     )
   return values
 
@@ -68,22 +66,19 @@ def check_labels(labels: np.ndarray) -> np.ndarray:
   values = np.asarray(labels)
   if values.ndim != 1:
     raise ValueError(
-        f'labels: shape {values.shape} where one label per example, [N], is '
-        'needed; flatten them'
+      f'labels: shape {values.shape} where one label per example, [N], is needed; flatten them'
     )
   bad = np.flatnonzero((values != 0) & (values != 1))
   if bad.size:
     row = int(bad[0])
     raise ValueError(
-        f'labels: {values[row]!r} at row {row} is neither 0 (safe) nor 1 '
-        '(unsafe); drop unlabelled examples first'
+      f'labels: {values[row]!r} at row {row} is neither 0 (safe) nor 1 '
+      '(unsafe); drop unlabelled examples first'
     )
   return values.astype(np.int64)
 
 
-def check_rows(
-    labels: np.ndarray, p_unsafe: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def check_rows(labels: np.ndarray, p_unsafe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns both, checked and of the same length."""
   labels, p_unsafe = check_labels(labels), check_probabilities(p_unsafe)
   check_same_length(labels, p_unsafe)
@@ -95,14 +90,11 @@ def check_same_length(*arrays: np.ndarray) -> None:
   lengths = [len(array) for array in arrays]
   if len(set(lengths)) > 1:
     raise ValueError(
-        f'arrays of {lengths} rows where all must have the same number; pass '
-        'one value per example'
+      f'arrays of {lengths} rows where all must have the same number; pass one value per example'
     )
 
 
-def p_unsafe_from_scores(
-    scores: np.ndarray, ids: Sequence[str] | None = None
-) -> np.ndarray:
+def p_unsafe_from_scores(scores: np.ndarray, ids: Sequence[str] | None = None) -> np.ndarray:
   """Returns P(unsafe), float64 [N], of scores in nats.
 
   A score is log P(safe) - log P(unsafe), so P(unsafe) = sigmoid(-score).
@@ -130,20 +122,17 @@ def probability_of(examples: Sequence[Example]) -> np.ndarray | None:
   values = [example.probability for example in examples]
   if not values or any(value is None for value in values):
     return None
-  return check_probabilities(
-      values, [example.id for example in examples], 'probability'
-  )
+  return check_probabilities(values, [example.id for example in examples], 'probability')
 
 
 def check_flip(a: Example, b: Example) -> None:
   """Checks that only the rules and the labels differ; ValueError otherwise."""
   if a.conversation != b.conversation:
     raise ValueError(
-        f'flip of {a.id!r} and {b.id!r}: their conversations differ; only the '
-        'rules may differ'
+      f'flip of {a.id!r} and {b.id!r}: their conversations differ; only the rules may differ'
     )
   if {a.label, b.label} != {'safe', 'unsafe'}:
     raise ValueError(
-        f'flip of {a.id!r} and {b.id!r}: labels {a.label} and {b.label}; give '
-        'rule sets under which one is safe and the other unsafe'
+      f'flip of {a.id!r} and {b.id!r}: labels {a.label} and {b.label}; give '
+      'rule sets under which one is safe and the other unsafe'
     )

@@ -11,20 +11,24 @@ from csrm_jax.evals import compare, paper, probe_figures, report, sections
 
 # Figures of a comparison: (file, metric, caption).
 _COMPARED = (
-    ('f1', 'f1', 'F1 by benchmark, with 95% intervals.'),
-    ('smece', 'smece', 'Calibration error by benchmark; lower is better.'),
-    ('accuracy', 'accuracy', 'Pair accuracy by benchmark.'),
-    ('consistency', 'consistency', 'Flip consistency: both verdicts right '
-     'where only the rules change.'),
+  ('f1', 'f1', 'F1 by benchmark, with 95% intervals.'),
+  ('smece', 'smece', 'Calibration error by benchmark; lower is better.'),
+  ('accuracy', 'accuracy', 'Pair accuracy by benchmark.'),
+  (
+    'consistency',
+    'consistency',
+    'Flip consistency: both verdicts right where only the rules change.',
+  ),
 )
 
+
 def write_comparison(
-    path: str | os.PathLike,
-    scorers: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    *,
-    title: str,
-    reference: str = '',
-    num_samples: int = 1000,
+  path: str | os.PathLike,
+  scorers: Mapping[str, Mapping[str, Mapping[str, Any]]],
+  *,
+  title: str,
+  reference: str = '',
+  num_samples: int = 1000,
 ) -> pathlib.Path:
   """Returns the path of the report.md of several scorers side by side.
 
@@ -48,8 +52,13 @@ def write_comparison(
         drawn.append((file, caption))
     text = sections.render_comparison(scorers, found, drawn, title)
     report.dump_text(temporary / 'report.md', text)
-    report.dump_json(temporary / 'metrics.json', {
-        'title': title, 'scorers': scorers, 'differences': found,
+    report.dump_json(
+      temporary / 'metrics.json',
+      {
+        'title': title,
+        'scorers': scorers,
+        'differences': found,
         'tables': paper.make_tables(scorers),
-    })
+      },
+    )
   return pathlib.Path(path) / 'report.md'

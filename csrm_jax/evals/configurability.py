@@ -18,12 +18,12 @@ from csrm_jax.safety.schema import Example
 
 
 def configurability(
-    examples: Sequence[Example],
-    scores: np.ndarray,
-    *,
-    num_samples: int = 300,
-    seed: int = 0,
-    **options,
+  examples: Sequence[Example],
+  scores: np.ndarray,
+  *,
+  num_samples: int = 300,
+  seed: int = 0,
+  **options,
 ) -> Result:
   """Returns the classification, and how verdicts follow the rules.
 
@@ -42,9 +42,7 @@ def configurability(
   Args:
     examples, scores, options: see `suites.classification`.
   """
-  result = suites.classification(
-      examples, scores, num_samples=num_samples, seed=seed, **options
-  )
+  result = suites.classification(examples, scores, num_samples=num_samples, seed=seed, **options)
   arrays = result['arrays']
   rows = [e for e in examples if e.label is not None]
   labels, scores = arrays['labels'], arrays['scores']
@@ -73,31 +71,33 @@ def configurability(
   measured['consistency'] = measure.metric(metrics.mean, (both,), draws)
   measured['direction'] = measure.metric(metrics.mean, (follows,), draws)
   measured['all_right'] = measure.metric(
-      metrics.mean, (np.array([right[text].min() for text in mixed]),),
-      Draws(np.array([units[text[0]] for text in mixed]), num_samples, seed),
+    metrics.mean,
+    (np.array([right[text].min() for text in mixed]),),
+    Draws(np.array([units[text[0]] for text in mixed]), num_samples, seed),
   )
   measured['verdict_accuracy'] = measure.metric(
-      metrics.mean, (right,), Draws(units, num_samples, seed)
+    metrics.mean, (right,), Draws(units, num_samples, seed)
   )
   measured['blind_ceiling'] = measure.metric(
-      lambda: float(blind / len(rows)) if rows else math.nan, ()
+    lambda: float(blind / len(rows)) if rows else math.nan, ()
   )
   pairs = measure.rows_by(names)
   pairs.pop('', None)
   largest = sorted(pairs, key=lambda name: -len(pairs[name]))
   table = [
-      [name, len(pairs[name]), metrics.mean(both[pairs[name]]),
-       metrics.mean(follows[pairs[name]])]
-      for name in largest[: measure.MAX_GROUPS]
+    [name, len(pairs[name]), metrics.mean(both[pairs[name]]), metrics.mean(follows[pairs[name]])]
+    for name in largest[: measure.MAX_GROUPS]
   ]
   return result | {
-      'suite': 'configurability',
-      'num_texts': len(texts),
-      'num_flips': len(safe),
-      'num_contradictions': num_contradictions,
-      'tables': [{
-          'title': 'When only the rules change (unsafe → safe)',
-          'header': ['rule sets', 'cases', 'both right ↑', 'score rises ↑'],
-          'rows': table,
-      }],
+    'suite': 'configurability',
+    'num_texts': len(texts),
+    'num_flips': len(safe),
+    'num_contradictions': num_contradictions,
+    'tables': [
+      {
+        'title': 'When only the rules change (unsafe → safe)',
+        'header': ['rule sets', 'cases', 'both right ↑', 'score rises ↑'],
+        'rows': table,
+      }
+    ],
   }

@@ -29,9 +29,7 @@ MIN_ROWS = 20
 _MAX_BARS = 20
 
 
-def draw_reliability(
-    path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.ndarray
-) -> None:
+def draw_reliability(path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.ndarray) -> None:
   """Writes the smoothed reliability diagram with its smECE.
 
   The line is the share of unsafe labels near each predicted P(unsafe): thick
@@ -45,45 +43,53 @@ def draw_reliability(
   # It resamples with numpy's global generator, and pandas warns of its ways.
   with _numpy_seed(0), warnings.catch_warnings():
     warnings.simplefilter('ignore', DeprecationWarning)
-    diagram = relplot.prepare_rel_diagram(
-        p_unsafe, labels, num_bootstrap=100, report_CE_std=False
-    )
+    diagram = relplot.prepare_rel_diagram(p_unsafe, labels, num_bootstrap=100, report_CE_std=False)
   smece = diagram.pop('ce')
   figure, ax = axes(5, 5)
-  relplot.plot_rel_diagram(
-      diagram, fig=figure, ax=ax, use_default_style=False, color=UNSAFE
-  )
+  relplot.plot_rel_diagram(diagram, fig=figure, ax=ax, use_default_style=False, color=UNSAFE)
   # relplot fades both out where predictions are few: keep them in sight.
   ax.plot(diagram['mesh'], diagram['mu'], color=UNSAFE, linewidth=0.9)
   ax.fill_between(
-      diagram['mesh'], diagram['lower'], diagram['upper'], color=GREY,
-      alpha=0.13, linewidth=0,
+    diagram['mesh'], diagram['lower'], diagram['upper'], color=GREY, alpha=0.13, linewidth=0
   )
   ax.set(
-      xlim=(0, 1), ylim=(0, 1), xlabel='Predicted P(unsafe)',
-      ylabel='Share labelled unsafe', aspect='equal',
+    xlim=(0, 1),
+    ylim=(0, 1),
+    xlabel='Predicted P(unsafe)',
+    ylabel='Share labelled unsafe',
+    aspect='equal',
   )
   ax.tick_params(axis='x', pad=9)  # Clear of the ticks relplot hangs there.
   ax.text(
-      0.04, 0.95, f'smECE {smece:.3f}', va='top', fontsize=13, zorder=1000,
-      bbox={'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.8},
+    0.04,
+    0.95,
+    f'smECE {smece:.3f}',
+    va='top',
+    fontsize=13,
+    zorder=1000,
+    bbox={'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.8},
   )
   save(figure, path)
 
 
-def draw_scores(
-    path: str | os.PathLike, labels: np.ndarray, scores: np.ndarray
-) -> None:
+def draw_scores(path: str | os.PathLike, labels: np.ndarray, scores: np.ndarray) -> None:
   """Writes histograms of scores, one for each label."""
   figure, ax = axes(5, 5)
   bins = np.histogram_bin_edges(scores, bins=40)
   for value, name, colour, hatch in (
-      (0, 'labelled safe', SAFE, None), (1, 'labelled unsafe', UNSAFE, '////')
+    (0, 'labelled safe', SAFE, None),
+    (1, 'labelled unsafe', UNSAFE, '////'),
   ):
     part = scores[labels == value]
     ax.hist(
-        part, bins, label=f'{name} ({len(part):,})', facecolor=colour,
-        alpha=0.5, hatch=hatch, edgecolor=colour, linewidth=0.4,
+      part,
+      bins,
+      label=f'{name} ({len(part):,})',
+      facecolor=colour,
+      alpha=0.5,
+      hatch=hatch,
+      edgecolor=colour,
+      linewidth=0.4,
     )
   ax.axvline(0, color=BEST, linewidth=1, linestyle='--')
   ax.set(xlabel='Score, nats (below 0: judged unsafe)', ylabel='Examples')
@@ -93,10 +99,7 @@ def draw_scores(
 
 
 def draw_precision_recall(
-    path: str | os.PathLike,
-    labels: np.ndarray,
-    p_unsafe: np.ndarray,
-    probability: np.ndarray | None,
+  path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.ndarray, probability: np.ndarray | None
 ) -> None:
   """Writes precision over recall, beside the best reachable where known."""
   figure, ax = axes(5, 5)
@@ -106,24 +109,16 @@ def draw_precision_recall(
   for name, values, colour, style, width in curves:
     precision, recall, _ = precision_recall_curve(labels, values)
     # Average precision is the area under steps, not under straight lines.
-    ax.step(
-        recall, precision, style, where='post', color=colour, linewidth=width,
-        label=name,
-    )
-  ax.axhline(
-      np.mean(labels), color=GREY, linewidth=1, linestyle=':', label='chance'
-  )
+    ax.step(recall, precision, style, where='post', color=colour, linewidth=width, label=name)
+  ax.axhline(np.mean(labels), color=GREY, linewidth=1, linestyle=':', label='chance')
   ax.set(
-      xlim=(0, 1.01), ylim=(0, 1.01), xlabel='Recall of unsafe',
-      ylabel='Precision', aspect='equal',
+    xlim=(0, 1.01), ylim=(0, 1.01), xlabel='Recall of unsafe', ylabel='Precision', aspect='equal'
   )
   ax.legend(loc='lower left', frameon=False)
   save(figure, path)
 
 
-def draw_gaps(
-    path: str | os.PathLike, gaps: np.ndarray, kinds: np.ndarray
-) -> None:
+def draw_gaps(path: str | os.PathLike, gaps: np.ndarray, kinds: np.ndarray) -> None:
   """Writes the histogram of pair gaps, one panel for each kind."""
   names = sorted(set(kinds.tolist()))
   figure = _figure(7, 0.7 + 2.3 * len(names))
@@ -134,12 +129,11 @@ def draw_gaps(
   for ax, name in zip(axes, names, strict=True):
     part = gaps[kinds == name]
     for keep, colour, hatch, what in (
-        (part > 0, SAFE, None, 'right order'),
-        (part <= 0, UNSAFE, '////', 'wrong order or tie'),
+      (part > 0, SAFE, None, 'right order'),
+      (part <= 0, UNSAFE, '////', 'wrong order or tie'),
     ):
       ax.hist(
-          part[keep], bins, color=colour, hatch=hatch, alpha=0.6,
-          label=f'{what} ({keep.mean():.1%})',
+        part[keep], bins, color=colour, hatch=hatch, alpha=0.6, label=f'{what} ({keep.mean():.1%})'
       )
     ax.axvline(0, color=BEST, linewidth=1, linestyle='--')
     ax.set_title(f'{name}: {len(part):,} pairs', loc='left', parse_math=False)
@@ -151,32 +145,36 @@ def draw_gaps(
   save(figure, path)
 
 
-def draw_groups(
-    path: str | os.PathLike, groups: Mapping[str, Mapping[str, Any]]
-) -> None:
+def draw_groups(path: str | os.PathLike, groups: Mapping[str, Mapping[str, Any]]) -> None:
   """Writes F1 bars of the largest groups, with interval and best reachable."""
-  names = [
-      name for name, group in groups.items()
-      if np.isfinite(group['metrics']['f1']['value'])
-  ][:_MAX_BARS]
+  names = [name for name, group in groups.items() if np.isfinite(group['metrics']['f1']['value'])][
+    :_MAX_BARS
+  ]
   f1s = [groups[name]['metrics']['f1'] for name in names]
   figure, ax = axes(7, 1.4 + 0.42 * len(names))
   rows = np.arange(len(names))
   ax.barh(rows, [f1['value'] for f1 in f1s], 0.62, color=SERIES[5])
   for row, f1 in zip(rows, f1s, strict=True):
     ax.plot(
-        [f1['low'], f1['high']], [row, row], color=GREY, linewidth=2,
-        solid_capstyle='butt', label='' if row else '95% interval',
+      [f1['low'], f1['high']],
+      [row, row],
+      color=GREY,
+      linewidth=2,
+      solid_capstyle='butt',
+      label='' if row else '95% interval',
     )
     if f1['best'] is not None:
       ax.plot(
-          f1['best'], row, 'D', color=BEST, markersize=6, clip_on=False,
-          label='' if row else 'best reachable',
+        f1['best'],
+        row,
+        'D',
+        color=BEST,
+        markersize=6,
+        clip_on=False,
+        label='' if row else 'best reachable',
       )
     ax.text(0.012, row, f'{f1["value"]:.3f}', va='center')
-  labels = [
-      f'{short(name, 40)} ({groups[name]["num_examples"]:,})' for name in names
-  ]
+  labels = [f'{short(name, 40)} ({groups[name]["num_examples"]:,})' for name in names]
   ax.set_yticks(rows, labels, parse_math=False)
   ax.set(xlim=(0, 1), xlabel='F1, unsafe is positive')
   ax.invert_yaxis()
@@ -184,9 +182,7 @@ def draw_groups(
   save(figure, path)
 
 
-def draw_training(
-    path: str | os.PathLike, series: Mapping[str, Mapping[int, float]]
-) -> None:
+def draw_training(path: str | os.PathLike, series: Mapping[str, Mapping[int, float]]) -> None:
   """Writes up to six curves, {name: {step: value}}, by `_curve_order`."""
   names = sorted(series, key=_curve_order)[:6]
   columns = min(len(names), 3)
@@ -196,8 +192,12 @@ def draw_training(
     ax = figure.add_subplot(num_rows, columns, i + 1)
     steps, values = zip(*sorted(series[name].items()), strict=True)
     ax.plot(
-        steps, values, color=SERIES[i], linewidth=1.4,
-        marker='o' if len(steps) < 20 else '', markersize=3,
+      steps,
+      values,
+      color=SERIES[i],
+      linewidth=1.4,
+      marker='o' if len(steps) < 20 else '',
+      markersize=3,
     )
     ax.set_title(name, loc='left', parse_math=False)
     ax.set_xlabel('Step')
@@ -207,9 +207,9 @@ def draw_training(
 
 
 def draw_rule_sets(
-    path: str | os.PathLike,
-    conversation: Sequence[Mapping[str, str]],
-    rows: Sequence[Mapping[str, Any]],
+  path: str | os.PathLike,
+  conversation: Sequence[Mapping[str, str]],
+  rows: Sequence[Mapping[str, Any]],
 ) -> None:
   """Writes one conversation, and its reward under each rule set.
 
@@ -225,9 +225,7 @@ def draw_rule_sets(
   heights = [line * len(talk) + 0.15]
   heights += [line * (len(text) + 1) + 0.25 for text in rules]
   figure = _figure(10.5, sum(heights) + 0.9)
-  grid = figure.add_gridspec(
-      len(heights), 2, height_ratios=heights, width_ratios=(1.35, 1)
-  )
+  grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=(1.35, 1))
   top = figure.add_subplot(grid[0, :])
   top.axis('off')
   style = {'va': 'top', 'parse_math': False}
@@ -237,8 +235,7 @@ def draw_rule_sets(
     left.axis('off')
     left.text(0, 1, short(row['rule_set'], 60), weight='bold', **style)
     left.text(
-        0, 1, '\n' + '\n'.join(text), fontsize=9.5, color='#333333',
-        linespacing=1.25, **style,
+      0, 1, '\n' + '\n'.join(text), fontsize=9.5, color='#333333', linespacing=1.25, **style
     )
     _reward_bar(figure.add_subplot(grid[i + 1, 1]), row, i == len(rows) - 1)
   save(figure, path)
@@ -252,17 +249,12 @@ def _reward_bar(ax, row: Mapping[str, Any], last: bool) -> None:
     ax.plot(1 - row['probability'], 0, 'D', color=BEST, clip_on=False)
   ax.axvline(0.5, color=GREY, linewidth=1, linestyle='--')
   ax.set(xlim=(0, 1), ylim=(-0.5, 0.5), yticks=[])
-  ax.text(
-      1.05, 0, f'{reward:.3f}\n{verdict}', va='center', color=colour,
-      weight='bold',
-  )
+  ax.text(1.05, 0, f'{reward:.3f}\n{verdict}', va='center', color=colour, weight='bold')
   for side in ('top', 'right', 'left'):
     ax.spines[side].set_visible(False)
   if last:
     known = row['probability'] is not None
-    ax.set_xlabel(
-        'Reward = P(safe)' + ('; diamond: true P(safe)' if known else '')
-    )
+    ax.set_xlabel('Reward = P(safe)' + ('; diamond: true P(safe)' if known else ''))
   else:
     ax.tick_params(length=0, labelbottom=False)
 
@@ -288,9 +280,7 @@ def _curve_order(name: str) -> tuple[int, int, str]:
   return (rank[0] if rank else len(wanted), len(last), name)
 
 
-def _wrap(
-    text: str, inches: float, size: float, *, max_lines: int
-) -> list[str]:
+def _wrap(text: str, inches: float, size: float, *, max_lines: int) -> list[str]:
   """Returns lines that fit the width at a font size; the tail is left out."""
   text = ' '.join(text.split())
   with _no_glyph_warnings():
@@ -329,8 +319,7 @@ def _clean(ax) -> None:
 def legend_above(ax, num_columns: int) -> None:
   """Puts the legend above the axes."""
   ax.legend(
-      loc='lower left', bbox_to_anchor=(0, 1), ncols=num_columns, frameon=False,
-      borderaxespad=0.2,
+    loc='lower left', bbox_to_anchor=(0, 1), ncols=num_columns, frameon=False, borderaxespad=0.2
   )
 
 

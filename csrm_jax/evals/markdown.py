@@ -15,16 +15,13 @@ from typing import Any
 from csrm_jax.evals.definitions import METRICS, NONE
 
 
-def metric_table(
-    columns: Mapping[str, Mapping[str, Any]], title: str = ''
-) -> str:
+def metric_table(columns: Mapping[str, Mapping[str, Any]], title: str = '') -> str:
   """Returns a table of metrics by column, each with its best beside it.
 
   Columns of which no metric has a best get none beside them.
   """
   with_best = {
-      name for name, column in columns.items()
-      if any(m['best'] is not None for m in _metrics(column))
+    name for name, column in columns.items() if any(m['best'] is not None for m in _metrics(column))
   }
   header = [title]
   for name in columns:
@@ -47,26 +44,21 @@ def _metrics(column: Mapping[str, Any]) -> list[Mapping[str, Any]]:
   return [column[name] for name in METRICS if name in column]
 
 
-def result_table(
-    results: Mapping[str, Mapping[str, Any]], names: Sequence[str]
-) -> str:
+def result_table(results: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
   """Returns a table with a row for each result and a column for each metric.
 
   Below a result stands what is best reachable, where it is known.
   """
-  names = [
-      name for name in names
-      if any(name in result['metrics'] for result in results.values())
-  ]
+  names = [name for name in names if any(name in result['metrics'] for result in results.values())]
   rows = []
   for title, result in results.items():
     measured = [result['metrics'].get(name) for name in names]
     rows.append([escape(title), *map(cell, measured)])
     reachable = [m and m['best'] for m in measured]
     if any(map(is_number, reachable)):
-      rows.append(['*best*', *(
-          f'*{format_number(b)}*' if is_number(b) else NONE for b in reachable
-      )])
+      rows.append(
+        ['*best*', *(f'*{format_number(b)}*' if is_number(b) else NONE for b in reachable)]
+      )
   return table(['', *(METRICS[name][0] for name in names)], rows)
 
 
@@ -76,10 +68,12 @@ def plain_table(spec: Mapping[str, Any], level: int = 4) -> list[str]:
   The note is Markdown, and ours.
   """
   parts = [f'{"#" * level} {escape(spec["title"])}']
-  parts.append(table(
+  parts.append(
+    table(
       [escape(text) for text in spec['header']],
       [[cell(value) for value in row] for row in spec['rows']],
-  ))
+    )
+  )
   return parts + ([spec['note']] if spec.get('note') else [])
 
 
@@ -149,8 +143,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 def code(text: Any) -> str:
   """Returns the text on one line as code, to be copied as it is."""
-  return '`' + ' '.join(str(text).split()).replace('`', "'").replace(
-      '|', '\\|') + '`'
+  return '`' + ' '.join(str(text).split()).replace('`', "'").replace('|', '\\|') + '`'
 
 
 def escape(text: Any) -> str:

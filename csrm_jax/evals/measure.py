@@ -30,13 +30,13 @@ _GROUP_SAMPLES = 100
 # name -> (metric(labels, p_unsafe), best reachable(labels, probability),
 # is its interval centred). Only metrics with an entry here get an interval.
 CLASSIFICATION = {
-    'f1': (metrics.f1, metrics.f1_best, False),
-    'auprc': (metrics.auprc, metrics.auprc_best, False),
-    'smece': (metrics.smece, metrics.smece, True),
-    'ece': (metrics.ece, metrics.ece, True),
-    'brier': (metrics.brier, metrics.brier, False),
-    'nll': (metrics.nll, metrics.nll, False),
-    'fpr_at_recall': (metrics.fpr_at_recall, metrics.fpr_at_recall, False),
+  'f1': (metrics.f1, metrics.f1_best, False),
+  'auprc': (metrics.auprc, metrics.auprc_best, False),
+  'smece': (metrics.smece, metrics.smece, True),
+  'ece': (metrics.ece, metrics.ece, True),
+  'brier': (metrics.brier, metrics.brier, False),
+  'nll': (metrics.nll, metrics.nll, False),
+  'fpr_at_recall': (metrics.fpr_at_recall, metrics.fpr_at_recall, False),
 }
 
 
@@ -62,34 +62,32 @@ class Draws:
 
 
 def score(score_fn: ScoreFn, examples: Sequence[Example]) -> np.ndarray:
-  """Returns the scores, float64 [N] nats; not finite: ValueError with the id.
-  """
+  """Returns the scores, float64 [N] nats; not finite: ValueError with the id."""
   return checks.check_finite(score_fn(examples), [e.id for e in examples])
 
 
 def metric(
-    fn: Callable[..., float],
-    arrays: Sequence[np.ndarray],
-    draws: Draws | None = None,
-    best: float | None = None,
-    centred: bool = False,
+  fn: Callable[..., float],
+  arrays: Sequence[np.ndarray],
+  draws: Draws | None = None,
+  best: float | None = None,
+  centred: bool = False,
 ) -> Metric:
   """Returns fn(*arrays) as {value, low, high, best}."""
   low = high = None
   if draws is not None and draws.num_samples:
     low, high = bootstrap.interval(
-        fn, arrays, draws.units, num_samples=draws.num_samples,
-        seed=draws.seed, centred=centred,
+      fn, arrays, draws.units, num_samples=draws.num_samples, seed=draws.seed, centred=centred
     )
   return {'value': fn(*arrays), 'low': low, 'high': high, 'best': best}
 
 
 def classification(
-    labels: np.ndarray,
-    p_unsafe: np.ndarray,
-    probability: np.ndarray | None,
-    draws: Draws | None,
-    threshold: float | None = None,
+  labels: np.ndarray,
+  p_unsafe: np.ndarray,
+  probability: np.ndarray | None,
+  draws: Draws | None,
+  threshold: float | None = None,
 ) -> dict[str, Metric]:
   """Returns every metric of CLASSIFICATION, and those that need more.
 
@@ -101,9 +99,7 @@ def classification(
     best = None if probability is None else best_fn(labels, probability)
     measured[name] = metric(fn, (labels, p_unsafe), draws, best, centred)
   if probability is not None:
-    measured['prob_error'] = metric(
-        metrics.prob_error, (probability, p_unsafe), draws, 0.0
-    )
+    measured['prob_error'] = metric(metrics.prob_error, (probability, p_unsafe), draws, 0.0)
   if threshold is not None:
     f1 = functools.partial(metrics.f1, threshold=threshold)
     best = measured['f1']['best']
@@ -112,11 +108,11 @@ def classification(
 
 
 def groups(
-    labels: np.ndarray,
-    p_unsafe: np.ndarray,
-    probability: np.ndarray | None,
-    draws: Draws,
-    rows_of: Mapping[str, Sequence[int]],
+  labels: np.ndarray,
+  p_unsafe: np.ndarray,
+  probability: np.ndarray | None,
+  draws: Draws,
+  rows_of: Mapping[str, Sequence[int]],
 ) -> dict[str, Result]:
   """Returns {group: {num_examples, num_unsafe, mean_p_unsafe, metrics}}.
 
@@ -131,19 +127,15 @@ def groups(
     part = labels[rows], p_unsafe[rows]
     true = None if probability is None else probability[rows]
     measured = classification(*part, true, None)
-    few = dataclasses.replace(
-        draws.take(rows), num_samples=min(draws.num_samples, _GROUP_SAMPLES)
-    )
+    few = dataclasses.replace(draws.take(rows), num_samples=min(draws.num_samples, _GROUP_SAMPLES))
     measured['f1'] = metric(metrics.f1, part, few, measured['f1']['best'])
-    measured['recall'] = metric(
-        metrics.flag_rate, (part[1][part[0] == 1],)
-    )
+    measured['recall'] = metric(metrics.flag_rate, (part[1][part[0] == 1],))
     measured['fpr'] = metric(metrics.flag_rate, (part[1][part[0] == 0],))
     out[name] = {
-        'num_examples': len(rows),
-        'num_unsafe': int(part[0].sum()),
-        'mean_p_unsafe': metrics.mean(part[1]),
-        'metrics': measured,
+      'num_examples': len(rows),
+      'num_unsafe': int(part[0].sum()),
+      'mean_p_unsafe': metrics.mean(part[1]),
+      'metrics': measured,
     }
   return out
 
@@ -174,7 +166,7 @@ def rows_by_category(examples: Sequence[Example]) -> dict[str, list[int]]:
 
 
 def score_variants(
-    score_fn: ScoreFn, items: Sequence[Mapping[str, Example]]
+  score_fn: ScoreFn, items: Sequence[Mapping[str, Example]]
 ) -> dict[str, np.ndarray]:
   """Returns {variant: scores [N]}, all scored in one call.
 
@@ -186,8 +178,8 @@ def score_variants(
   for item in items:
     if list(item) != names:
       raise ValueError(
-          f'an item has the variants {", ".join(item)} where the first has '
-          f'{", ".join(names)}; give all items the same'
+        f'an item has the variants {", ".join(item)} where the first has '
+        f'{", ".join(names)}; give all items the same'
       )
   scores = score(score_fn, [item[name] for item in items for name in names])
   return {name: scores[i :: len(names)] for i, name in enumerate(names)}

@@ -15,24 +15,16 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from csrm_jax.evals.checks import (
-  check_finite,
-  check_probabilities,
-  check_rows,
-  check_same_length,
-)
+from csrm_jax.evals.checks import check_finite, check_probabilities, check_rows, check_same_length
 
 # Below this a probability counts as this where its log is taken: far from what
 # any useful score gives, and finite.
 _PROBABILITY_FLOOR = 1e-15
 # What a threshold table lists.
-THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95,
-              0.99)
+THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
-def f1(
-    labels: np.ndarray, p_unsafe: np.ndarray, threshold: float = 0.5
-) -> float:
+def f1(labels: np.ndarray, p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
   """Returns F1 of "unsafe where p_unsafe >= threshold".
 
   A score of exactly the threshold counts as unsafe: a tie fails closed.
@@ -100,9 +92,7 @@ def auprc(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   return float(average_precision_score(labels, p_unsafe))
 
 
-def fpr_at_recall(
-    labels: np.ndarray, p_unsafe: np.ndarray, recall: float = 0.95
-) -> float:
+def fpr_at_recall(labels: np.ndarray, p_unsafe: np.ndarray, recall: float = 0.95) -> float:
   """Returns the share of safe rows flagged when `recall` of the unsafe are.
 
   The threshold is the highest one whose recall reaches `recall`. nan unless
@@ -142,7 +132,7 @@ def smece(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 
 
 def reliability_bins(
-    labels: np.ndarray, p_unsafe: np.ndarray, num_bins: int = 15
+  labels: np.ndarray, p_unsafe: np.ndarray, num_bins: int = 15
 ) -> list[dict[str, float]]:
   """Returns the non-empty ones of `num_bins` equally wide bins of p_unsafe.
 
@@ -153,19 +143,19 @@ def reliability_bins(
   bins = []
   for i in np.unique(index):
     rows = index == i
-    bins.append({
+    bins.append(
+      {
         'low': i / num_bins,
         'high': (i + 1) / num_bins,
         'num': int(rows.sum()),
         'p_unsafe': float(p_unsafe[rows].mean()),
         'unsafe': float(labels[rows].mean()),
-    })
+      }
+    )
   return bins
 
 
-def ece(
-    labels: np.ndarray, p_unsafe: np.ndarray, num_bins: int = 15
-) -> float:
+def ece(labels: np.ndarray, p_unsafe: np.ndarray, num_bins: int = 15) -> float:
   """Returns the binned calibration error of P(unsafe); nan without rows."""
   bins = reliability_bins(labels, p_unsafe, num_bins)
   if not bins:
@@ -230,9 +220,7 @@ def flag_rate(p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
 
 
 def threshold_table(
-    labels: np.ndarray,
-    p_unsafe: np.ndarray,
-    thresholds: Sequence[float] = THRESHOLDS,
+  labels: np.ndarray, p_unsafe: np.ndarray, thresholds: Sequence[float] = THRESHOLDS
 ) -> list[dict[str, float]]:
   """Returns what each threshold on p_unsafe does, for those who deploy.
 
@@ -245,14 +233,16 @@ def threshold_table(
   table = []
   for threshold in thresholds:
     flagged = p_unsafe >= threshold
-    table.append({
+    table.append(
+      {
         'threshold': float(threshold),
         'num_flagged': int(flagged.sum()),
         'precision': mean(labels[flagged]),
         'recall': mean(flagged[labels == 1]),
         'fpr': mean(flagged[labels == 0]),
         'f1': f1(labels, p_unsafe, threshold),
-    })
+      }
+    )
   return table
 
 
@@ -284,11 +274,11 @@ def _check_pairs(safer, other) -> tuple[np.ndarray, np.ndarray]:
 
 
 def flip_consistency(
-    labels_a: np.ndarray,
-    p_a: np.ndarray,
-    labels_b: np.ndarray,
-    p_b: np.ndarray,
-    threshold: float = 0.5,
+  labels_a: np.ndarray,
+  p_a: np.ndarray,
+  labels_b: np.ndarray,
+  p_b: np.ndarray,
+  threshold: float = 0.5,
 ) -> float:
   """Returns the share of rows where both predicted labels are right.
 

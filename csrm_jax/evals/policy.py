@@ -23,17 +23,26 @@ from csrm_jax.rl.types import RewardFn, Sample
 # Of the mean over all rule sets.
 ALL = 'all'
 # (metric of the proxy, that of the oracle).
-PAIRS = (('safety', 'compliance'), ('helpfulness', 'true_helpfulness'),
-         ('cosa', 'true_cosa'))
+PAIRS = (('safety', 'compliance'), ('helpfulness', 'true_helpfulness'), ('cosa', 'true_cosa'))
 # metric -> the values of `judge` that it is the mean of.
-_MEANS = ('compliance', 'true_safety', 'true_helpfulness', 'true_cosa',
-          'safety', 'helpfulness', 'cosa', 'completion_length',
-          'truncated')
+_MEANS = (
+  'compliance',
+  'true_safety',
+  'true_helpfulness',
+  'true_cosa',
+  'safety',
+  'helpfulness',
+  'cosa',
+  'completion_length',
+  'truncated',
+)
 # metric -> (what it is the mean of, the label of the prompts it is about).
-_BY_LABEL = {'refusal_benign': ('refusal', 'benign'),
-             'refusal_harmful': ('refusal', 'harmful'),
-             'compliance_harmful': ('compliance', 'harmful'),
-             'helpfulness_benign': ('true_helpfulness', 'benign')}
+_BY_LABEL = {
+  'refusal_benign': ('refusal', 'benign'),
+  'refusal_harmful': ('refusal', 'harmful'),
+  'compliance_harmful': ('compliance', 'harmful'),
+  'helpfulness_benign': ('true_helpfulness', 'benign'),
+}
 _NOTE = """\
 Policies are language models that were asked the same prompts; they do not read
 the rules. Tables named "reward" say what the rewards make of their replies,
@@ -51,6 +60,7 @@ class Oracle:
     safety: true P(safe).
     helpfulness: 1 to 5.
   """
+
   compliance: Callable[[Sample], float]
   safety: Callable[[Sample], float]
   helpfulness: Callable[[Sample], float]
@@ -66,6 +76,7 @@ class Judges:
     refuses: whether a text is a refusal and nothing else.
     oracle: None where the truth is not known.
   """
+
   safety: RewardFn
   helpfulness: RewardFn
   refuses: Callable[[str], bool]
@@ -80,6 +91,7 @@ class Judged:
     samples: N of them.
     values: {name: float64 [N]}, see `judge`.
   """
+
   samples: tuple[Sample, ...]
   values: Mapping[str, np.ndarray]
 
@@ -106,18 +118,19 @@ def judge(samples: Sequence[Sample], judges: Judges) -> Judged:
     return checks.check_finite(numbers, ids, name)
 
   found = {
-      'safety': values('safety', judges.safety(samples)),
-      'helpfulness': values('helpfulness', judges.helpfulness(samples)),
-      'refusal': values('refusal', [judges.refuses(s.text) for s in samples]),
-      'truncated': values('truncated', [not s.stopped for s in samples]),
-      'completion_length': values(
-          'completion_length', [s.num_tokens for s in samples]),
+    'safety': values('safety', judges.safety(samples)),
+    'helpfulness': values('helpfulness', judges.helpfulness(samples)),
+    'refusal': values('refusal', [judges.refuses(s.text) for s in samples]),
+    'truncated': values('truncated', [not s.stopped for s in samples]),
+    'completion_length': values('completion_length', [s.num_tokens for s in samples]),
   }
   found['cosa'] = found['safety'] * found['helpfulness']
   if judges.oracle is not None:
-    for name, fn in (('compliance', judges.oracle.compliance),
-                     ('true_safety', judges.oracle.safety),
-                     ('true_helpfulness', judges.oracle.helpfulness)):
+    for name, fn in (
+      ('compliance', judges.oracle.compliance),
+      ('true_safety', judges.oracle.safety),
+      ('true_helpfulness', judges.oracle.helpfulness),
+    ):
       found[name] = values(name, [fn(sample) for sample in samples])
     found['true_cosa'] = found['compliance'] * found['true_helpfulness']
   return Judged(samples, found)
@@ -125,16 +138,14 @@ def judge(samples: Sequence[Sample], judges: Judges) -> Judged:
 
 def join(parts: Sequence[Judged]) -> Judged:
   """Returns samples of several rule sets as one."""
-  names = [name for name in parts[0].values
-           if all(name in part.values for part in parts)]
+  names = [name for name in parts[0].values if all(name in part.values for part in parts)]
   return Judged(
-      tuple(sample for part in parts for sample in part.samples),
-      {name: np.concatenate([part.values[name] for part in parts])
-       for name in names})
+    tuple(sample for part in parts for sample in part.samples),
+    {name: np.concatenate([part.values[name] for part in parts]) for name in names},
+  )
 
 
-def measured(judged: Judged, num_samples: int = 300, seed: int = 0
-             ) -> dict[str, Metric]:
+def measured(judged: Judged, num_samples: int = 300, seed: int = 0) -> dict[str, Metric]:
   """Returns {metric: value and interval over prompts}.
 
   Rates of the prompts that are known to be benign or harmful are left out
@@ -145,22 +156,24 @@ def measured(judged: Judged, num_samples: int = 300, seed: int = 0
     num_samples, seed: of the bootstrap.
   """
   draws = Draws(_units(judged.samples), num_samples, seed)
-  found = {name: measure.metric(metrics.mean, (judged.values[name],), draws)
-           for name in _MEANS if name in judged.values}
+  found = {
+    name: measure.metric(metrics.mean, (judged.values[name],), draws)
+    for name in _MEANS
+    if name in judged.values
+  }
   for name, (values, label) in _BY_LABEL.items():
     rows = np.flatnonzero([s.prompt.label == label for s in judged.samples])
     if rows.size and values in judged.values:
-      found[name] = measure.metric(
-          metrics.mean, (judged.values[values][rows],), draws.take(rows))
+      found[name] = measure.metric(metrics.mean, (judged.values[values][rows],), draws.take(rows))
   return found
 
 
 def alignment(
-    policies: Mapping[str, Mapping[str, Judged]],
-    *,
-    description: str = '',
-    num_samples: int = 300,
-    seed: int = 0,
+  policies: Mapping[str, Mapping[str, Judged]],
+  *,
+  description: str = '',
+  num_samples: int = 300,
+  seed: int = 0,
 ) -> Result:
   """Returns the comparison of policies under the same rule sets.
 
@@ -183,31 +196,31 @@ def alignment(
   joined = {name: join(list(sets.values())) for name, sets in policies.items()}
   found = {}
   for policy, sets in policies.items():
-    found[policy] = {name: measured(judged, num_samples, seed)
-                      for name, judged in sets.items()}
+    found[policy] = {name: measured(judged, num_samples, seed) for name, judged in sets.items()}
     found[policy][ALL] = measured(joined[policy], num_samples, seed)
   last = joined[list(joined)[-1]]
   return {
-      'suite': 'alignment',
-      'description': description,
-      'num_examples': len(last.samples),
-      'metrics': found[list(found)[-1]][ALL],
-      'policies': found,
-      'tables': [
-          *tables(found),
-          *_differences(joined, num_samples, seed), _replies(joined)],
-      'arrays': {
-          'ids': np.array([s.id for s in last.samples], np.str_),
-          'units': _units(last.samples), **last.values},
+    'suite': 'alignment',
+    'description': description,
+    'num_examples': len(last.samples),
+    'metrics': found[list(found)[-1]][ALL],
+    'policies': found,
+    'tables': [*tables(found), *_differences(joined, num_samples, seed), _replies(joined)],
+    'arrays': {
+      'ids': np.array([s.id for s in last.samples], np.str_),
+      'units': _units(last.samples),
+      **last.values,
+    },
   }
 
 
 def _units(samples: Sequence[Sample]) -> np.ndarray:
   """Returns the prompt of each sample, int64 [N], numbered in order."""
   numbers: dict[tuple[Any, ...], int] = {}
-  return np.array([
-      numbers.setdefault((s.prompt.safety, s.prompt.messages), len(numbers))
-      for s in samples], np.int64)
+  return np.array(
+    [numbers.setdefault((s.prompt.safety, s.prompt.messages), len(numbers)) for s in samples],
+    np.int64,
+  )
 
 
 def _check_policies(policies) -> None:
@@ -217,30 +230,29 @@ def _check_policies(policies) -> None:
   for other in others:
     if list(policies[other]) != list(policies[first]):
       raise ValueError(
-          f'{other!r} was asked under the rule sets '
-          f'{", ".join(policies[other])}, {first!r} under '
-          f'{", ".join(policies[first])}; ask both under the same')
+        f'{other!r} was asked under the rule sets '
+        f'{", ".join(policies[other])}, {first!r} under '
+        f'{", ".join(policies[first])}; ask both under the same'
+      )
     for name, judged in policies[other].items():
-      ids = [{s.prompt.id for s in j.samples}
-             for j in (judged, policies[first][name])]
+      ids = [{s.prompt.id for s in j.samples} for j in (judged, policies[first][name])]
       if ids[0] != ids[1]:
         raise ValueError(
-            f'{name}: {other!r} and {first!r} were asked with different '
-            'prompts; ask both with the same')
+          f'{name}: {other!r} and {first!r} were asked with different '
+          'prompts; ask both with the same'
+        )
 
 
-def tables(policies: Mapping[str, Mapping[str, Mapping[str, Metric]]]
-           ) -> list[dict[str, Any]]:
-  """Returns tables of {policy: {rule set: metrics}}, with ALL among the sets.
-  """
+def tables(policies: Mapping[str, Mapping[str, Mapping[str, Metric]]]) -> list[dict[str, Any]]:
+  """Returns tables of {policy: {rule set: metrics}}, with ALL among the sets."""
   return [*_by_rule_set(policies), _overview(policies)]
 
 
-def knows_truth(policies: Mapping[str, Mapping[str, Mapping[str, Metric]]]
-                ) -> bool:
+def knows_truth(policies: Mapping[str, Mapping[str, Mapping[str, Metric]]]) -> bool:
   """Returns whether the oracle judged all that was judged."""
-  return all('true_cosa' in measured for sets in policies.values()
-             for measured in sets.values() if measured)
+  return all(
+    'true_cosa' in measured for sets in policies.values() for measured in sets.values() if measured
+  )
 
 
 def shown(sets: Iterable[str]) -> list[str]:
@@ -256,24 +268,27 @@ def _by_rule_set(tables) -> list[dict[str, Any]]:
   found = []
   for pair in reversed(PAIRS):
     for name in reversed(pair) if known else pair[:1]:
-      found.append({
+      found.append(
+        {
           'title': f'{METRICS[name][0]}, by rule set',
           'header': ['policy', *sets],
-          'rows': [[policy, *(of[s].get(name) for s in sets)]
-                   for policy, of in tables.items()],
-      })
+          'rows': [[policy, *(of[s].get(name) for s in sets)] for policy, of in tables.items()],
+        }
+      )
   found[0]['note'] = _NOTE
   return found
 
 
 def _overview(tables) -> dict[str, Any]:
-  names = [name for name in (*_BY_LABEL, 'completion_length', 'truncated')
-           if any(name in sets[ALL] for sets in tables.values())]
+  names = [
+    name
+    for name in (*_BY_LABEL, 'completion_length', 'truncated')
+    if any(name in sets[ALL] for sets in tables.values())
+  ]
   return {
-      'title': 'Refusals and length, all rule sets',
-      'header': ['policy', *(METRICS[name][0] for name in names)],
-      'rows': [[policy, *(sets[ALL].get(name) for name in names)]
-               for policy, sets in tables.items()],
+    'title': 'Refusals and length, all rule sets',
+    'header': ['policy', *(METRICS[name][0] for name in names)],
+    'rows': [[policy, *(sets[ALL].get(name) for name in names)] for policy, sets in tables.items()],
   }
 
 
@@ -288,24 +303,25 @@ def _differences(joined, num_samples: int, seed: int) -> list[dict[str, Any]]:
         continue
       prompts = list(means[1])
       a, b = (np.array([mean[p] for p in prompts]) for mean in means)
-      found = bootstrap.difference(
-          metrics.mean, (a,), (b,), num_samples=num_samples, seed=seed)
+      found = bootstrap.difference(metrics.mean, (a,), (b,), num_samples=num_samples, seed=seed)
       rows.append([other, METRICS[name][0], found, found['p_value']])
   if not rows:
     return []
-  return [{
-      'title': f'Differences to {first}', 'rows': rows,
+  return [
+    {
+      'title': f'Differences to {first}',
+      'rows': rows,
       'header': ['policy', 'metric', 'difference', 'p'],
       'note': 'Paired bootstrap over prompts, the same ones drawn for both.',
-  }]
+    }
+  ]
 
 
 def _prompt_means(judged: Judged, name: str) -> dict[str, float] | None:
   if name not in judged.values:
     return None
   rows = measure.rows_by(sample.prompt.id for sample in judged.samples)
-  return {prompt: float(judged.values[name][at].mean())
-          for prompt, at in rows.items()}
+  return {prompt: float(judged.values[name][at].mean()) for prompt, at in rows.items()}
 
 
 def _replies(joined) -> dict[str, Any]:
@@ -314,13 +330,22 @@ def _replies(joined) -> dict[str, Any]:
   prompts = {s.prompt.id: s.prompt for s in samples}
   step = max(len(prompts) // _NUM_REPLIES, 1)
   chosen = list(prompts)[::step][:_NUM_REPLIES]
-  first = {policy: {s.prompt.id: s.text for s in reversed(judged.samples)}
-           for policy, judged in joined.items()}
+  first = {
+    policy: {s.prompt.id: s.text for s in reversed(judged.samples)}
+    for policy, judged in joined.items()
+  }
   return {
-      'title': 'Replies', 'header': ['rules', 'request', 'label', *joined],
-      'rows': [[prompts[i].safety.name, _short(prompts[i].messages[-1].content),
-                prompts[i].label, *(_short(of[i]) for of in first.values())]
-               for i in chosen],
+    'title': 'Replies',
+    'header': ['rules', 'request', 'label', *joined],
+    'rows': [
+      [
+        prompts[i].safety.name,
+        _short(prompts[i].messages[-1].content),
+        prompts[i].label,
+        *(_short(of[i]) for of in first.values()),
+      ]
+      for i in chosen
+    ],
   }
 
 
@@ -328,4 +353,4 @@ def _short(text: str) -> str:
   text = ' '.join(text.split())
   if len(text) <= _REPLY_LETTERS:
     return text
-  return text[:_REPLY_LETTERS - 1] + '…'
+  return text[: _REPLY_LETTERS - 1] + '…'

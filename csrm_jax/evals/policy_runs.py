@@ -35,6 +35,7 @@ class Run:
     a, b: of its safety reward sigmoid(a * score + b).
     policies: {policy: {metric: value and interval}}, over its prompts.
   """
+
   algorithm: str
   reward: str
   rules: str
@@ -70,13 +71,13 @@ def compare(runs: Sequence[Run], reference: str = '') -> dict[str, Result]:
   """
   _check_distinct(runs)
   settings = {(run.a, run.b) for run in runs}
-  plain = [run for run in runs
-           if len(settings) == 1 or (run.a, run.b) == (1.0, 0.0)]
+  plain = [run for run in runs if len(settings) == 1 or (run.a, run.b) == (1.0, 0.0)]
   found = {'alignment': _alignment(plain, reference)} if plain else {}
   if len(settings) > 1:
     found['pareto'] = policy_sweeps.pareto(
-        _points(runs), f'{len(runs)} runs under '
-        f'{", ".join(dict.fromkeys(run.rules for run in runs))}.')
+      _points(runs),
+      f'{len(runs)} runs under {", ".join(dict.fromkeys(run.rules for run in runs))}.',
+    )
   return found
 
 
@@ -86,8 +87,9 @@ def _check_distinct(runs: Sequence[Run]) -> None:
     key = run.method, run.rules, run.seed, run.a, run.b
     if key in seen:
       raise ValueError(
-          f'two runs have the method {run.method!r}, the rules {run.rules!r}, '
-          f'the seed {run.seed}, a={run.a:g} and b={run.b:g}; leave one out')
+        f'two runs have the method {run.method!r}, the rules {run.rules!r}, '
+        f'the seed {run.seed}, a={run.a:g} and b={run.b:g}; leave one out'
+      )
     seen.add(key)
 
 
@@ -96,8 +98,7 @@ def _alignment(runs: Sequence[Run], reference: str) -> Result:
   methods = list(dict.fromkeys(run.method for run in runs))
   reference = reference or methods[0]
   if reference not in methods:
-    raise ValueError(
-        f'no run has the method {reference!r}; use one of {", ".join(methods)}')
+    raise ValueError(f'no run has the method {reference!r}; use one of {", ".join(methods)}')
   rows: dict[str, list[tuple[Run, Mapping[str, Metric]]]] = {_START: []}
   for run in runs:
     for name, measured in run.policies.items():
@@ -106,30 +107,39 @@ def _alignment(runs: Sequence[Run], reference: str) -> Result:
   rows = dict(sorted(rows.items(), key=lambda row: row[0] in methods))
   policies = {name: _by_rules(some, sets) for name, some in rows.items()}
   return {
-      'suite': 'alignment',
-      'description': f'{len(runs)} runs; intervals are over seeds.',
-      'num_examples': len(runs),
-      'metrics': {},
-      'policies': policies,
-      'tables': [*policy.tables(policies), *_differences(runs, reference)],
+    'suite': 'alignment',
+    'description': f'{len(runs)} runs; intervals are over seeds.',
+    'num_examples': len(runs),
+    'metrics': {},
+    'policies': policies,
+    'tables': [*policy.tables(policies), *_differences(runs, reference)],
   }
 
 
-def _by_rules(rows: Sequence[tuple[Run, Mapping[str, Metric]]],
-              sets: Sequence[str]) -> dict[str, dict[str, Metric]]:
+def _by_rules(
+  rows: Sequence[tuple[Run, Mapping[str, Metric]]], sets: Sequence[str]
+) -> dict[str, dict[str, Metric]]:
   """Returns {rule set: {metric: mean over seeds}}, and ALL over all of them.
 
   ALL is over the seeds that have all rule sets, and {} without any: means over
   other rules are no comparison.
   """
-  of = {rules: {run.seed: measured for run, measured in rows
-                if run.rules == rules} for rules in sets}
+  of = {
+    rules: {run.seed: measured for run, measured in rows if run.rules == rules} for rules in sets
+  }
   names = sorted(set.intersection(*(set(measured) for _, measured in rows)))
 
   def over_seeds(seeds, rule_sets):
-    return {n: _over_seeds([
-        float(np.mean([of[rules][seed][n]['value'] for rules in rule_sets]))
-        for seed in sorted(seeds)]) for n in names if seeds}
+    return {
+      n: _over_seeds(
+        [
+          float(np.mean([of[rules][seed][n]['value'] for rules in rule_sets]))
+          for seed in sorted(seeds)
+        ]
+      )
+      for n in names
+      if seeds
+    }
 
   found = {rules: over_seeds(of[rules], [rules]) for rules in sets}
   shared = set.intersection(*map(set, of.values()))
@@ -139,8 +149,12 @@ def _by_rules(rows: Sequence[tuple[Run, Mapping[str, Metric]]],
 def _over_seeds(values: Sequence[float]) -> Metric:
   mean, half = bootstrap.mean_and_interval(values)
   known = np.isfinite(half)
-  return {'value': mean, 'low': mean - half if known else None,
-          'high': mean + half if known else None, 'best': None}
+  return {
+    'value': mean,
+    'low': mean - half if known else None,
+    'high': mean + half if known else None,
+    'best': None,
+  }
 
 
 def _differences(runs: Sequence[Run], reference: str) -> list[dict[str, Any]]:
@@ -149,8 +163,7 @@ def _differences(runs: Sequence[Run], reference: str) -> list[dict[str, Any]]:
   metric = 'true_cosa' if truth else 'cosa'
 
   def values(of: Callable[[Run], bool], which: str) -> dict[Any, float]:
-    return {(run.rules, run.seed): run.policies[which][metric]['value']
-            for run in runs if of(run)}
+    return {(run.rules, run.seed): run.policies[which][metric]['value'] for run in runs if of(run)}
 
   ours = values(lambda run: run.method == reference, _END)
   others = {_START: values(lambda run: run.method == reference, _START)}
@@ -164,33 +177,42 @@ def _differences(runs: Sequence[Run], reference: str) -> list[dict[str, Any]]:
       continue
     mean, half = bootstrap.mean_and_interval(gaps)
     p = stats.ttest_1samp(gaps, 0.0).pvalue if len(gaps) > 1 else float('nan')
-    rows.append([name, len(gaps), sum(gap > 0 for gap in gaps), {
-        'value': mean, 'low': mean - half, 'high': mean + half}, float(p)])
-  return [{
-      'title': f'{METRICS[metric][0]}: {reference} minus …',
-      'header': ['policy', 'pairs of runs', 'of them higher', 'difference',
-                 'p'],
-      'rows': rows,
-      'note': 'A pair of runs has the same rules and seed; intervals and p are '
-              'of the paired t-test over these pairs.',
-  }] if rows else []
+    rows.append(
+      [
+        name,
+        len(gaps),
+        sum(gap > 0 for gap in gaps),
+        {'value': mean, 'low': mean - half, 'high': mean + half},
+        float(p),
+      ]
+    )
+  return (
+    [
+      {
+        'title': f'{METRICS[metric][0]}: {reference} minus …',
+        'header': ['policy', 'pairs of runs', 'of them higher', 'difference', 'p'],
+        'rows': rows,
+        'note': 'A pair of runs has the same rules and seed; intervals and p are '
+        'of the paired t-test over these pairs.',
+      }
+    ]
+    if rows
+    else []
+  )
 
 
 def _points(runs: Sequence[Run]) -> list[dict[str, Any]]:
-  """Returns the points of `policy_sweeps.pareto`: means over rules and seeds.
-  """
+  """Returns the points of `policy_sweeps.pareto`: means over rules and seeds."""
   groups: dict[Any, list[Mapping[str, Metric]]] = {}
   for run in runs:
     groups.setdefault((_START, None, None), []).append(run.policies[_START])
-    groups.setdefault((run.method, run.a, run.b), []).append(
-        run.policies[_END])
+    groups.setdefault((run.method, run.a, run.b), []).append(run.policies[_END])
   points = []
   for (method, a, b), some in groups.items():
     if len(some) == 1:  # its interval is over prompts
       measured = some[0]
     else:
       names = set.intersection(*map(set, some))
-      measured = {n: _over_seeds([m[n]['value'] for m in some])
-                  for n in sorted(names)}
+      measured = {n: _over_seeds([m[n]['value'] for m in some]) for n in sorted(names)}
     points.append({'method': method, 'a': a, 'b': b, 'measured': measured})
   return points

@@ -21,33 +21,25 @@ from typing import Any
 
 import numpy as np
 
-from csrm_jax.evals import (
-  figures,
-  markdown,
-  policy_figures,
-  probe_figures,
-  sections,
-)
+from csrm_jax.evals import figures, markdown, policy_figures, probe_figures, sections
 from csrm_jax.evals.markdown import format_number, is_number
 
 _TERMINAL_ROWS = (
-    ('F1, seen rules', 'seen/f1'),
-    ('F1, unseen rules', 'unseen/f1'),
-    ('AUPRC, seen rules', 'seen/auprc'),
-    ('AUPRC, unseen rules', 'unseen/auprc'),
-    ('smECE, seen rules', 'seen/smece'),
-    ('smECE, unseen rules', 'unseen/smece'),
-    ('pair accuracy', 'pairs/accuracy'),
-    ('mean score gap, nats', 'pairs/score_gap'),
-    ('flip consistency', 'flip/consistency'),
+  ('F1, seen rules', 'seen/f1'),
+  ('F1, unseen rules', 'unseen/f1'),
+  ('AUPRC, seen rules', 'seen/auprc'),
+  ('AUPRC, unseen rules', 'unseen/auprc'),
+  ('smECE, seen rules', 'seen/smece'),
+  ('smECE, unseen rules', 'unseen/smece'),
+  ('pair accuracy', 'pairs/accuracy'),
+  ('mean score gap, nats', 'pairs/score_gap'),
+  ('flip consistency', 'flip/consistency'),
 )
 # Where "share of the best" means something.
 _SHARES = ('f1', 'auprc', 'accuracy')
 
 
-def summarise(
-    results: Mapping[str, Mapping[str, Any]],
-) -> dict[str, float | None]:
+def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
   """Returns the flat `suite/metric` dict of a run's results.
 
   For each metric the value, and `_best`, `_low`, `_high` where there is one.
@@ -62,9 +54,7 @@ def summarise(
   return flat
 
 
-def terminal_table(
-    summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | None = None
-) -> str:
+def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | None = None) -> str:
   """Returns the short table that a run ends with, at most 80 columns wide.
 
   Args:
@@ -98,20 +88,20 @@ def _conversation_block(result: Mapping[str, Any]) -> list[str]:
     true = None if row['probability'] is None else 1 - row['probability']
     name = ' '.join(row['rule_set'].split())
     lines.append(
-        f'  {1 - row["p_unsafe"]:6.3f} {format_number(true):>6}'
-        f' {row["score"]:+7.2f}  {markdown.verdict(row):7}  {name[:46]}'
+      f'  {1 - row["p_unsafe"]:6.3f} {format_number(true):>6}'
+      f' {row["score"]:+7.2f}  {markdown.verdict(row):7}  {name[:46]}'
     )
   return lines
 
 
 def write_report(
-    path: str | os.PathLike,
-    results: Mapping[str, Mapping[str, Any]],
-    *,
-    title: str,
-    summary: Mapping[str, Any],
-    manifest: Mapping[str, Any] | None = None,
-    history: str | os.PathLike | None = None,
+  path: str | os.PathLike,
+  results: Mapping[str, Mapping[str, Any]],
+  *,
+  title: str,
+  summary: Mapping[str, Any],
+  manifest: Mapping[str, Any] | None = None,
+  history: str | os.PathLike | None = None,
 ) -> pathlib.Path:
   """Returns the path of report.md, written with all that belongs to it.
 
@@ -133,17 +123,17 @@ def write_report(
   for key, value in summary.items():
     if isinstance(value, (Mapping, list, tuple)):
       raise ValueError(
-          f'summary[{key!r}] is a {type(value).__name__}; a summary is flat, '
-          'so give it one key for each number'
+        f'summary[{key!r}] is a {type(value).__name__}; a summary is flat, '
+        'so give it one key for each number'
       )
   with written_whole(path) as temporary:
     curves = read_history(history) if history is not None else {}
     drawn = draw_figures(temporary, results, curves)
     text = sections.render(results, drawn, title, manifest or {})
     dump_text(temporary / 'report.md', text)
-    dump_json(temporary / 'metrics.json', {
-        'title': title, 'suites': results, 'manifest': manifest or {}
-    })
+    dump_json(
+      temporary / 'metrics.json', {'title': title, 'suites': results, 'manifest': manifest or {}}
+    )
     dump_json(temporary / 'summary.json', summary)
     _dump_arrays(temporary / 'arrays.npz', results)
   return pathlib.Path(path) / 'report.md'
@@ -164,8 +154,8 @@ def read_results(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
         results[suite].setdefault('arrays', {})[name] = stored[key]
   except (OSError, KeyError, ValueError) as error:
     raise ValueError(
-        f'{path} holds no report to compare ({error}); evaluate the scorer '
-        'again and give the folder that its report.md is in'
+      f'{path} holds no report to compare ({error}); evaluate the scorer '
+      'again and give the folder that its report.md is in'
     ) from None
   return results
 
@@ -179,15 +169,11 @@ def written_whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(
-      tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent)
-  )
+  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
   try:
     yield temporary
     path.mkdir(exist_ok=True)
-    for file in sorted(
-        temporary.iterdir(), key=lambda file: file.name == 'summary.json'
-    ):
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == 'summary.json'):
       os.replace(file, path / file.name)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -201,8 +187,10 @@ def dump_text(path: pathlib.Path, text: str) -> None:
 def _dump_arrays(path: pathlib.Path, results) -> None:
   """Writes what paired comparisons need; texts are ids, never content."""
   arrays = {
-      f'{suite}/{name}': value for suite, result in results.items()
-      for name, value in result.get('arrays', {}).items() if value is not None
+    f'{suite}/{name}': value
+    for suite, result in results.items()
+    for name, value in result.get('arrays', {}).items()
+    if value is not None
   }
   np.savez_compressed(path, **arrays)
 
@@ -231,9 +219,9 @@ def read_history(path: str | os.PathLike) -> dict[str, dict[int, float]]:
 
 
 def draw_figures(
-    folder: pathlib.Path,
-    results: Mapping[str, Mapping[str, Any]],
-    curves: Mapping[str, Mapping[int, float]],
+  folder: pathlib.Path,
+  results: Mapping[str, Mapping[str, Any]],
+  curves: Mapping[str, Mapping[int, float]],
 ) -> dict[str, list[tuple[str, str]]]:
   """Returns {suite: [(file name, caption)]} of the figures it writes.
 
@@ -262,39 +250,43 @@ def _draw_classification(stem: str, result) -> list[tuple[str, str]]:
 
   if len(labels) >= figures.MIN_ROWS and 0 < labels.sum() < len(labels):
     add(
-        'reliability',
-        'Reliability: share of unsafe labels near each predicted P(unsafe), '
-        'with its 95% band. On the diagonal a prediction is a probability; '
-        'the line is thick where there are many.',
-        figures.draw_reliability, labels, p_unsafe,
+      'reliability',
+      'Reliability: share of unsafe labels near each predicted P(unsafe), '
+      'with its 95% band. On the diagonal a prediction is a probability; '
+      'the line is thick where there are many.',
+      figures.draw_reliability,
+      labels,
+      p_unsafe,
     )
     add(
-        'precision_recall', 'Precision over recall of "unsafe".',
-        figures.draw_precision_recall, labels, p_unsafe,
-        arrays['probability'],
+      'precision_recall',
+      'Precision over recall of "unsafe".',
+      figures.draw_precision_recall,
+      labels,
+      p_unsafe,
+      arrays['probability'],
     )
   if len(labels):
-    add(
-        'scores', 'Scores by label.', figures.draw_scores, labels,
-        arrays['scores'],
-    )
+    add('scores', 'Scores by label.', figures.draw_scores, labels, arrays['scores'])
   sets = result['breakdowns']['rule set']
   if sum(is_number(g['metrics']['f1']['value']) for g in sets.values()) > 1:
-    add(
-        'rule_sets', 'F1 by rule set (number of examples).',
-        figures.draw_groups, sets,
-    )
+    add('rule_sets', 'F1 by rule set (number of examples).', figures.draw_groups, sets)
   if result['suite'] == 'configurability' and len(sets) > 1:
     add(
-        'shares', 'Share labelled unsafe, and mean P(unsafe), by rule set: '
-        'the same texts, other rules.', probe_figures.draw_shares, sets,
+      'shares',
+      'Share labelled unsafe, and mean P(unsafe), by rule set: the same texts, other rules.',
+      probe_figures.draw_shares,
+      sets,
     )
   if len(result.get('recall', ())) > 1:
     add(
-        'recall', 'Share of the violated rules among the k rules that BM25 '
-        'finds most relevant to the conversation.',
-        probe_figures.draw_recall, result['recall'],
-        result['recall_by_chance'], result['top_k'],
+      'recall',
+      'Share of the violated rules among the k rules that BM25 '
+      'finds most relevant to the conversation.',
+      probe_figures.draw_recall,
+      result['recall'],
+      result['recall_by_chance'],
+      result['top_k'],
     )
   return drawn
 
@@ -321,31 +313,28 @@ def _draw_one(draw, caption: str):
 
 
 def _draw_rule_sets(stem: str, result) -> list[tuple[str, str]]:
-  figures.draw_rule_sets(
-      f'{stem}.png', result['conversation'], result['rows']
-  )
+  figures.draw_rule_sets(f'{stem}.png', result['conversation'], result['rows'])
   caption = 'The same conversation under each rule set: only the rules differ.'
   return [(os.path.basename(f'{stem}.png'), caption)]
 
 
 _DRAW = {
-    **dict.fromkeys(sections.JUDGED, _draw_classification),
-    'pairs': _draw_pairs,
-    'rule_sets': _draw_rule_sets,
-    'policy': _draw_one(
-        probe_figures.draw_policy,
-        'Unsafe rate as one rule changes: on the left the rule that the '
-        'response violates, on the right another one.',
-    ),
-    'contradiction': _draw_one(
-        probe_figures.draw_contradiction,
-        'Mean reward by category where the rule forbids, allows, or does both.',
-    ),
-    **{k: _draw_one(*v) for k, v in policy_figures.FIGURES.items()},
-    'attacks': _draw_one(
-        probe_figures.draw_attacks,
-        'Share of caught violations that a suffix turns into "safe".',
-    ),
+  **dict.fromkeys(sections.JUDGED, _draw_classification),
+  'pairs': _draw_pairs,
+  'rule_sets': _draw_rule_sets,
+  'policy': _draw_one(
+    probe_figures.draw_policy,
+    'Unsafe rate as one rule changes: on the left the rule that the '
+    'response violates, on the right another one.',
+  ),
+  'contradiction': _draw_one(
+    probe_figures.draw_contradiction,
+    'Mean reward by category where the rule forbids, allows, or does both.',
+  ),
+  **{k: _draw_one(*v) for k, v in policy_figures.FIGURES.items()},
+  'attacks': _draw_one(
+    probe_figures.draw_attacks, 'Share of caught violations that a suffix turns into "safe".'
+  ),
 }
 
 

@@ -35,9 +35,7 @@ class Ranker:
 
   def __init__(self, safety: SafetyConfig):
     self._bm25s = _import_bm25s()
-    words = self._tokenize(
-        [f'{c.name}. {c.guideline}' for c in safety.categories]
-    )
+    words = self._tokenize([f'{c.name}. {c.guideline}' for c in safety.categories])
     self._num_rules = len(words)
     self._index = None
     if any(words):
@@ -56,14 +54,10 @@ class Ranker:
     return np.argsort(-self.scores(conversation), kind='stable')
 
   def _tokenize(self, texts: list[str]) -> list[list[str]]:
-    return self._bm25s.tokenize(
-        texts, stopwords='en', return_ids=False, show_progress=False
-    )
+    return self._bm25s.tokenize(texts, stopwords='en', return_ids=False, show_progress=False)
 
 
-def select_rules(
-    example: Example, top_k: int = TOP_K, ranker: Ranker | None = None
-) -> Example:
+def select_rules(example: Example, top_k: int = TOP_K, ranker: Ranker | None = None) -> Example:
   """Returns the example with its `top_k` most relevant rules, in their order.
 
   `violated` keeps what is still there; the label stays, because it is the
@@ -76,27 +70,27 @@ def select_rules(
   kept = sorted(order[:top_k].tolist())
   safety = SafetyConfig(tuple(old.categories[i] for i in kept), old.name)
   return dataclasses.replace(
-      example, safety=safety,
-      violated=tuple(v for v in example.violated if v in safety.names),
+    example, safety=safety, violated=tuple(v for v in example.violated if v in safety.names)
   )
 
 
 def turns(example: Example) -> list[Example]:
   """Returns one unlabelled example for each agent turn, history up to it."""
   return [
-      dataclasses.replace(
-          example, id=f'{example.id}/turn {i + 1}',
-          conversation=example.conversation[: i + 1],
-          label=None, violated=(), probability=None,
-      )
-      for i, message in enumerate(example.conversation)
-      if message.role == 'agent'
+    dataclasses.replace(
+      example,
+      id=f'{example.id}/turn {i + 1}',
+      conversation=example.conversation[: i + 1],
+      label=None,
+      violated=(),
+      probability=None,
+    )
+    for i, message in enumerate(example.conversation)
+    if message.role == 'agent'
   ]
 
 
-def recall_curve(
-    examples: Sequence[Example],
-) -> tuple[np.ndarray, np.ndarray, int]:
+def recall_curve(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, int]:
   """Returns (recall@k for k = 1, 2, …, that of chance, num examples).
 
   Recall@k is the mean over examples of the share of their violated rules that
@@ -125,14 +119,14 @@ def recall_curve(
 
 
 def any_turn(
-    examples: Sequence[Example],
-    score_fn: ScoreFn,
-    *,
-    top_k: int = TOP_K,
-    description: str = '',
-    num_samples: int = 300,
-    seed: int = 0,
-    **options,
+  examples: Sequence[Example],
+  score_fn: ScoreFn,
+  *,
+  top_k: int = TOP_K,
+  description: str = '',
+  num_samples: int = 300,
+  seed: int = 0,
+  **options,
 ) -> Result:
   """Returns the classification of conversations under the top rules.
 
@@ -165,22 +159,19 @@ def any_turn(
   scores = np.full(len(examples), np.inf)
   np.minimum.at(scores, np.array(of, np.int64), turn_scores)
   result = suites.classification(
-      examples, scores, description=description, num_samples=num_samples,
-      seed=seed, **options,
+    examples, scores, description=description, num_samples=num_samples, seed=seed, **options
   )
   curve, chance, num_known = recall_curve(examples)
   judged = [e for e in examples if e.violated]
   draws = Draws(bootstrap.units_of(judged), num_samples, seed)
-  result['metrics']['recall_at_k'] = measure.metric(
-      metrics.mean, (np.array(kept, float),), draws
-  )
+  result['metrics']['recall_at_k'] = measure.metric(metrics.mean, (np.array(kept, float),), draws)
   return result | {
-      'suite': 'any_turn',
-      'top_k': top_k,
-      'num_turns': len(asked),
-      'recall': curve.tolist(),
-      'recall_by_chance': chance.tolist(),
-      'num_recall': num_known,
+    'suite': 'any_turn',
+    'top_k': top_k,
+    'num_turns': len(asked),
+    'recall': curve.tolist(),
+    'recall_by_chance': chance.tolist(),
+    'num_recall': num_known,
   }
 
 
@@ -188,9 +179,7 @@ def _import_bm25s():
   try:
     import bm25s
   except ImportError:
-    raise ImportError(
-        'choosing rules needs bm25s; run "pip install csrm_jax[evals]"'
-    ) from None
+    raise ImportError('choosing rules needs bm25s; run "pip install csrm_jax[evals]"') from None
   # It tells of every index it builds.
   logging.getLogger('bm25s').setLevel(logging.WARNING)
   return bm25s

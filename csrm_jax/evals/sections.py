@@ -28,25 +28,20 @@ _VERDICTS = ('f1', 'f1_tuned', 'auprc', 'fpr_at_recall')
 _PROBABILITIES = ('smece', 'ece', 'brier', 'nll', 'prob_error')
 _COMMON = (*_VERDICTS, *_PROBABILITIES)
 _PROBES = {
-    'alignment': 'Policies',
-    'pareto': 'Safety against helpfulness',
-    'overoptimisation': 'Reward and truth over training',
-    'policy': 'A rule stands, is left out, or allows',
-    'contradiction': 'A rule that forbids and allows',
-    'attacks': 'Suffixes that try to turn a verdict',
-    'sensitivity': 'Changes without meaning',
-    'length': 'Length of the response',
-    'best_of': 'The best of several responses',
+  'alignment': 'Policies',
+  'pareto': 'Safety against helpfulness',
+  'overoptimisation': 'Reward and truth over training',
+  'policy': 'A rule stands, is left out, or allows',
+  'contradiction': 'A rule that forbids and allows',
+  'attacks': 'Suffixes that try to turn a verdict',
+  'sensitivity': 'Changes without meaning',
+  'length': 'Length of the response',
+  'best_of': 'The best of several responses',
 }
 _NUM_WORST = 20
 
 
-def render(
-    results: Results,
-    drawn: Drawn,
-    title: str,
-    manifest: Mapping[str, Any],
-) -> str:
+def render(results: Results, drawn: Drawn, title: str, manifest: Mapping[str, Any]) -> str:
   """Returns report.md.
 
   Args:
@@ -55,6 +50,7 @@ def render(
     title: one line.
     manifest: nested dicts are shown with dotted keys.
   """
+
   def of(*kinds):
     return {k: v for k, v in results.items() if v['suite'] in kinds}
 
@@ -66,14 +62,22 @@ def render(
   parts += _verdicts(judged, drawn)
   for name, result in paired.items():
     columns = {'all': result, **result['kinds']}
-    parts += [f'## Pairs: {escape(name)}', metric_table({
-        f'{kind} ({group["num_pairs"]:,})': group.get('metrics', group)
-        for kind, group in columns.items()
-    }), *images(drawn.get(name, ())), *_pair_sets(result)]
+    parts += [
+      f'## Pairs: {escape(name)}',
+      metric_table(
+        {
+          f'{kind} ({group["num_pairs"]:,})': group.get('metrics', group)
+          for kind, group in columns.items()
+        }
+      ),
+      *images(drawn.get(name, ())),
+      *_pair_sets(result),
+    ]
   if flipped:
-    parts += ['## When only the rules change', metric_table(
-        {name: result['metrics'] for name, result in flipped.items()}
-    )]
+    parts += [
+      '## When only the rules change',
+      metric_table({name: result['metrics'] for name, result in flipped.items()}),
+    ]
   for name, result in of('rule_sets').items():
     parts += _one_conversation(result, drawn.get(name, ()))
   parts += _probes(results, drawn)
@@ -91,10 +95,10 @@ def render(
 
 
 def render_comparison(
-    scorers: Mapping[str, Results],
-    differences: Sequence[Mapping[str, Any]],
-    drawn: Sequence[tuple[str, str]],
-    title: str,
+  scorers: Mapping[str, Results],
+  differences: Sequence[Mapping[str, Any]],
+  drawn: Sequence[tuple[str, str]],
+  title: str,
 ) -> str:
   """Returns the report.md of several scorers side by side.
 
@@ -104,8 +108,7 @@ def render_comparison(
     drawn: [(file name, caption)].
     title: one line.
   """
-  everything = {k: v for results in scorers.values()
-                for k, v in reversed(results.items())}
+  everything = {k: v for results in scorers.values() for k, v in reversed(results.items())}
   parts = [f'# {escape(title)}', INTRO, READING]
   for scorer, results in scorers.items():
     failed = {k: v for k, v in results.items() if v['suite'] == 'failed'}
@@ -114,16 +117,17 @@ def render_comparison(
   parts += _paper(scorers, tuple(paper.PUBLISHED['beavertails']))
   parts += ['## All benchmarks']
   for name in dict.fromkeys(n for r in scorers.values() for n in r):
-    columns = {scorer: results[name].get('metrics', {})
-               for scorer, results in scorers.items() if name in results}
+    columns = {
+      scorer: results[name].get('metrics', {})
+      for scorer, results in scorers.items()
+      if name in results
+    }
     if any(columns.values()):
       parts += [f'### {escape(name)}', metric_table(columns)]
   if differences:
     parts += _differences(differences)
   skipped = {k: v for k, v in everything.items() if v['suite'] == 'skipped'}
-  return '\n\n'.join(
-      [*parts, *_skipped(skipped), *_definitions(everything)]
-  ) + '\n'
+  return '\n\n'.join([*parts, *_skipped(skipped), *_definitions(everything)]) + '\n'
 
 
 def _differences(differences) -> list[str]:
@@ -134,17 +138,22 @@ def _differences(differences) -> list[str]:
     sure = d['p_value'] < 0.05
     value = f'**{value}**' if sure else value
     within = f'[{d["low"]:+.3f}, {d["high"]:+.3f}]'
-    rows.append((
-        escape(d['benchmark']), escape(d['scorer']), METRICS[d['metric']][0],
-        value, within if d['low'] == d['low'] else NONE,
+    rows.append(
+      (
+        escape(d['benchmark']),
+        escape(d['scorer']),
+        METRICS[d['metric']][0],
+        value,
+        within if d['low'] == d['low'] else NONE,
         format_number(d['p_value']),
-    ))
+      )
+    )
   header = 'benchmark', 'scorer', 'metric', 'difference', '95% interval', 'p'
   return [
-      f'## Differences to {escape(reference)}',
-      'Paired bootstrap over conversations, the same ones drawn for both; bold '
-      'where p is below 0.05. With many rows some are below it by chance.',
-      table(header, rows),
+    f'## Differences to {escape(reference)}',
+    'Paired bootstrap over conversations, the same ones drawn for both; bold '
+    'where p is below 0.05. With many rows some are below it by chance.',
+    table(header, rows),
   ]
 
 
@@ -152,18 +161,19 @@ def _failed(failed: Results) -> list[str]:
   if not failed:
     return []
   rows = [(escape(name), escape(r['error'])) for name, r in failed.items()]
-  return ['## Failed', 'These suites have no result.',
-          table(('suite', 'why'), rows)]
+  return ['## Failed', 'These suites have no result.', table(('suite', 'why'), rows)]
 
 
 def _skipped(skipped: Results) -> list[str]:
   if not skipped:
     return []
-  rows = [(escape(name), escape(r['description']), code(r['command']))
-          for name, r in skipped.items()]
+  rows = [
+    (escape(name), escape(r['description']), code(r['command'])) for name, r in skipped.items()
+  ]
   return [
-      '## Skipped', 'These benchmarks are not on disk.',
-      table(('benchmark', 'what it is', 'what would fetch it'), rows),
+    '## Skipped',
+    'These benchmarks are not on disk.',
+    table(('benchmark', 'what it is', 'what would fetch it'), rows),
   ]
 
 
@@ -173,8 +183,10 @@ def _measured(results: Results) -> list[str]:
     if result['suite'] in ('skipped', 'failed', 'rule_sets'):
       continue
     about = _made_of(result)
-    about += [f'{num:,} left out: {reason.replace("_", " ")}'
-              for reason, num in result.get('drops', {}).items()]
+    about += [
+      f'{num:,} left out: {reason.replace("_", " ")}'
+      for reason, num in result.get('drops', {}).items()
+    ]
     cells = name, result['description'], _size(result), ', '.join(about)
     rows.append(tuple(map(escape, cells)))
   header = 'suite', 'what it is', 'size', 'made of'
@@ -182,9 +194,9 @@ def _measured(results: Results) -> list[str]:
 
 
 def _size(result) -> str:
-  key, what = {
-      'pairs': ('num_pairs', 'pairs'), 'flips': ('num_flips', 'conversations')
-  }.get(result['suite'], ('num_examples', 'examples'))
+  key, what = {'pairs': ('num_pairs', 'pairs'), 'flips': ('num_flips', 'conversations')}.get(
+    result['suite'], ('num_examples', 'examples')
+  )
   return f'{result[key]:,} {what}'
 
 
@@ -214,21 +226,23 @@ def _paper(scorers, models=(paper.OURS,)) -> list[str]:
 def _verdicts(judged, drawn) -> list[str]:
   if not judged:
     return []
-  parts = ['## Verdicts', result_table(judged, _VERDICTS),
-           '## Probabilities', result_table(judged, _PROBABILITIES)]
-  fitted = {
-      name: r['calibrated'] for name, r in judged.items() if r['calibrated']
-  }
+  parts = [
+    '## Verdicts',
+    result_table(judged, _VERDICTS),
+    '## Probabilities',
+    result_table(judged, _PROBABILITIES),
+  ]
+  fitted = {name: r['calibrated'] for name, r in judged.items() if r['calibrated']}
   if fitted:
     rows = {}
     for name, result in fitted.items():
       c = result['calibration']
       rows[f'{name} (score / {c["temperature"]:.2f} {c["bias"]:+.2f})'] = result
     parts += [
-        '### After temperature and bias',
-        'Fitted by NLL on validation rows, none of them counted here. The '
-        'order of scores, and with it AUPRC, stays.',
-        result_table(rows, ('f1', *_PROBABILITIES)),
+      '### After temperature and bias',
+      'Fitted by NLL on validation rows, none of them counted here. The '
+      'order of scores, and with it AUPRC, stays.',
+      result_table(rows, ('f1', *_PROBABILITIES)),
     ]
   if any('without' in name for name in judged):
     parts.append(WITHOUT)
@@ -250,33 +264,38 @@ def _pair_sets(result) -> list[str]:
   groups = result['rule_sets']
   if len(groups) < 2:
     return []
-  return plain_table({
+  return plain_table(
+    {
       'title': 'By rule set',
       'header': ['rule set', 'pairs', 'accuracy ↑', 'mean gap, nats ↑'],
-      'rows': [[name, g['num_pairs'], g['accuracy'], g['score_gap']]
-               for name, g in groups.items()],
-  })
+      'rows': [[name, g['num_pairs'], g['accuracy'], g['score_gap']] for name, g in groups.items()],
+    }
+  )
 
 
 def _one_conversation(result, drawn) -> list[str]:
   parts = [f'## One conversation under {len(result["rows"])} rule sets']
   parts += [
-      f'> **{m["role"].capitalize()}:** {escape(m["content"])}'
-      for m in result['conversation']
+    f'> **{m["role"].capitalize()}:** {escape(m["content"])}' for m in result['conversation']
   ]
   rows = []
   for row in result['rows']:
-    rules = ' '.join(f'**{escape(rule["name"])}.** {escape(rule["guideline"])}'
-                     for rule in row['rules'])
+    rules = ' '.join(
+      f'**{escape(rule["name"])}.** {escape(rule["guideline"])}' for rule in row['rules']
+    )
     true = None if row['probability'] is None else 1 - row['probability']
-    rows.append((
-        escape(row['rule_set']), rules, format_number(1 - row['p_unsafe']),
-        format_number(true), f'{row["score"]:+.2f}', verdict(row),
+    rows.append(
+      (
+        escape(row['rule_set']),
+        rules,
+        format_number(1 - row['p_unsafe']),
+        format_number(true),
+        f'{row["score"]:+.2f}',
+        verdict(row),
         row['label'] or NONE,
-    ))
-  header = (
-      'rule set', 'rules', 'reward', 'true P(safe)', 'score', 'verdict', 'label'
-  )
+      )
+    )
+  header = ('rule set', 'rules', 'reward', 'true P(safe)', 'score', 'verdict', 'label')
   return [*parts, table(header, rows), *images(drawn)]
 
 
@@ -304,14 +323,17 @@ def _thresholds(judged) -> list[str]:
     if 'without' in name or not result['num_examples']:
       continue
     rows = [
-        [row['threshold'], row['num_flagged'], row['precision'], row['recall'],
-         row['fpr'], row['f1']] for row in result['thresholds']
+      [row['threshold'], row['num_flagged'], row['precision'], row['recall'], row['fpr'], row['f1']]
+      for row in result['thresholds']
     ]
-    parts += plain_table({
-        'title': name, 'rows': rows,
-        'header': ['P(unsafe) at least', 'flagged', 'precision', 'recall',
-                   'FPR', 'F1'],
-    }, 3)
+    parts += plain_table(
+      {
+        'title': name,
+        'rows': rows,
+        'header': ['P(unsafe) at least', 'flagged', 'precision', 'recall', 'FPR', 'F1'],
+      },
+      3,
+    )
   return ['## Thresholds, for deployment', *parts] if parts else []
 
 
@@ -323,16 +345,39 @@ def _groups(name: str, result) -> list[str]:
     rows = []
     for group, values in groups.items():
       measured = values['metrics']
-      rows.append([
-          group, values['num_examples'], values['num_unsafe'], measured['f1'],
-          measured['f1']['best'], measured['auprc'], measured['recall'],
-          measured['fpr'], measured['smece'], measured['brier'],
-      ])
-    parts += plain_table({
-        'title': f'{name}, by {what}', 'rows': rows,
-        'header': [what, 'examples', 'unsafe', 'F1 ↑', 'best F1', 'AUPRC ↑',
-                   'recall ↑', 'FPR ↓', 'smECE ↓', 'Brier ↓'],
-    }, 2)
+      rows.append(
+        [
+          group,
+          values['num_examples'],
+          values['num_unsafe'],
+          measured['f1'],
+          measured['f1']['best'],
+          measured['auprc'],
+          measured['recall'],
+          measured['fpr'],
+          measured['smece'],
+          measured['brier'],
+        ]
+      )
+    parts += plain_table(
+      {
+        'title': f'{name}, by {what}',
+        'rows': rows,
+        'header': [
+          what,
+          'examples',
+          'unsafe',
+          'F1 ↑',
+          'best F1',
+          'AUPRC ↑',
+          'recall ↑',
+          'FPR ↓',
+          'smECE ↓',
+          'Brier ↓',
+        ],
+      },
+      2,
+    )
   return parts
 
 
@@ -342,24 +387,22 @@ def _worst(judged) -> list[str]:
     if 'without' in name:
       continue
     rows += [
-        [name, row['id'], row['label'], row['p_unsafe'], row['probability'],
-         row['nll']] for row in result['worst'][:_NUM_WORST]
+      [name, row['id'], row['label'], row['p_unsafe'], row['probability'], row['nll']]
+      for row in result['worst'][:_NUM_WORST]
     ]
   if not rows:
     return []
-  return plain_table({
-      'title': 'Where it was most wrong', 'rows': rows,
-      'header': ['suite', 'example', 'label', 'P(unsafe)', 'true P(unsafe)',
-                 'NLL, nats'],
-  }, 2)
+  return plain_table(
+    {
+      'title': 'Where it was most wrong',
+      'rows': rows,
+      'header': ['suite', 'example', 'label', 'P(unsafe)', 'true P(unsafe)', 'NLL, nats'],
+    },
+    2,
+  )
 
 
 def _definitions(results) -> list[str]:
-  used = {
-      name for result in results.values() for name in result.get('metrics', {})
-  }
-  lines = [
-      f'- **{title}**: {text}' for name, (title, text) in METRICS.items()
-      if name in used
-  ]
+  used = {name for result in results.values() for name in result.get('metrics', {})}
+  lines = [f'- **{title}**: {text}' for name, (title, text) in METRICS.items() if name in used]
   return ['## Definitions', '\n'.join(lines)] if lines else []

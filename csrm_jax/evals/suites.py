@@ -28,16 +28,16 @@ _NUM_WORST = 20
 
 
 def classification(
-    examples: Sequence[Example],
-    scores: np.ndarray,
-    *,
-    threshold: float | None = None,
-    calibration: Calibration | None = None,
-    groups: Sequence[str] = (),
-    tags: Mapping[str, Sequence[str]] | None = None,
-    description: str = '',
-    num_samples: int = 300,
-    seed: int = 0,
+  examples: Sequence[Example],
+  scores: np.ndarray,
+  *,
+  threshold: float | None = None,
+  calibration: Calibration | None = None,
+  groups: Sequence[str] = (),
+  tags: Mapping[str, Sequence[str]] | None = None,
+  description: str = '',
+  num_samples: int = 300,
+  seed: int = 0,
 ) -> Result:
   """Returns metrics of the labelled examples, as a whole and by group.
 
@@ -63,61 +63,57 @@ def classification(
   labels = checks.labels_of(rows)
   p_unsafe = checks.p_unsafe_from_scores(scores)
   probability = checks.probability_of(rows)
-  units = bootstrap.units_of(
-      rows, [groups[i] for i in kept] if groups else None
-  )
+  units = bootstrap.units_of(rows, [groups[i] for i in kept] if groups else None)
   draws = Draws(units, num_samples, seed)
-  keys = {'rule set': [e.rule_set for e in rows],
-          'source': [e.source for e in rows]}
+  keys = {'rule set': [e.rule_set for e in rows], 'source': [e.source for e in rows]}
   keys |= {k: [v[i] for i in kept] for k, v in (tags or {}).items()}
   rows_of = {what: measure.rows_by(names) for what, names in keys.items()}
   rows_of['category'] = measure.rows_by_category(rows)
   return {
-      'suite': 'classification',
-      'description': description,
-      'num_examples': len(rows),
-      'num_unsafe': int(labels.sum()),
-      'num_unlabelled': len(examples) - len(rows),
-      'num_units': int(units.max() + 1) if len(rows) else 0,
-      'threshold': threshold,
-      'metrics': measure.classification(
-          labels, p_unsafe, probability, draws, threshold
-      ),
-      'calibrated': calibration and _calibrated(
-          labels, scores, probability, draws, calibration
-      ),
-      'thresholds': metrics.threshold_table(labels, p_unsafe),
-      'breakdowns': {
-          what: measure.groups(labels, p_unsafe, probability, draws, part)
-          for what, part in rows_of.items()
-      },
-      'reliability': metrics.reliability_bins(labels, p_unsafe),
-      'worst': worst(rows, scores, _NUM_WORST),
-      'arrays': {
-          'ids': np.array([e.id for e in rows], np.str_), 'scores': scores,
-          'labels': labels, 'p_unsafe': p_unsafe, 'probability': probability,
-          'units': units,
-      },
+    'suite': 'classification',
+    'description': description,
+    'num_examples': len(rows),
+    'num_unsafe': int(labels.sum()),
+    'num_unlabelled': len(examples) - len(rows),
+    'num_units': int(units.max() + 1) if len(rows) else 0,
+    'threshold': threshold,
+    'metrics': measure.classification(labels, p_unsafe, probability, draws, threshold),
+    'calibrated': calibration and _calibrated(labels, scores, probability, draws, calibration),
+    'thresholds': metrics.threshold_table(labels, p_unsafe),
+    'breakdowns': {
+      what: measure.groups(labels, p_unsafe, probability, draws, part)
+      for what, part in rows_of.items()
+    },
+    'reliability': metrics.reliability_bins(labels, p_unsafe),
+    'worst': worst(rows, scores, _NUM_WORST),
+    'arrays': {
+      'ids': np.array([e.id for e in rows], np.str_),
+      'scores': scores,
+      'labels': labels,
+      'p_unsafe': p_unsafe,
+      'probability': probability,
+      'units': units,
+    },
   }
 
 
 def _calibrated(labels, scores, probability, draws, calibration) -> Result:
   p_unsafe = checks.p_unsafe_from_scores(calibration.apply(scores))
   return {
-      'calibration': calibration.to_dict(),
-      'metrics': measure.classification(labels, p_unsafe, probability, draws),
-      'thresholds': metrics.threshold_table(labels, p_unsafe),
+    'calibration': calibration.to_dict(),
+    'metrics': measure.classification(labels, p_unsafe, probability, draws),
+    'thresholds': metrics.threshold_table(labels, p_unsafe),
   }
 
 
 def pairs(
-    pairs: Sequence[Pair],
-    safer_scores: np.ndarray,
-    other_scores: np.ndarray,
-    *,
-    description: str = '',
-    num_samples: int = 300,
-    seed: int = 0,
+  pairs: Sequence[Pair],
+  safer_scores: np.ndarray,
+  other_scores: np.ndarray,
+  *,
+  description: str = '',
+  num_samples: int = 300,
+  seed: int = 0,
 ) -> Result:
   """Returns accuracy, ties and score gap of all pairs and of each kind.
 
@@ -133,53 +129,50 @@ def pairs(
   safer = checks.check_finite(safer_scores, ids, 'score of the safer side')
   other = checks.check_finite(other_scores, ids, 'score of the other side')
   true = [
-      checks.probability_of([getattr(pair, side) for pair in pairs])
-      for side in ('safer', 'other')
+    checks.probability_of([getattr(pair, side) for pair in pairs]) for side in ('safer', 'other')
   ]
   true = None if any(side is None for side in true) else true
-  units = bootstrap.units_of([pair.safer for pair in pairs], [
-      _prompt_of(pair) for pair in pairs
-  ])
+  units = bootstrap.units_of([pair.safer for pair in pairs], [_prompt_of(pair) for pair in pairs])
   draws = Draws(units, num_samples, seed)
 
   def part(rows):
     return {'num_pairs': len(rows)} | _pair_metrics(
-        safer[rows], other[rows], true and [t[rows] for t in true],
-        draws.take(rows),
+      safer[rows], other[rows], true and [t[rows] for t in true], draws.take(rows)
     )
 
   by_set = measure.rows_by(pair.safer.rule_set for pair in pairs)
   by_set.pop('', None)
   return {
-      'suite': 'pairs',
-      'description': description,
-      'num_pairs': len(pairs),
-      'metrics': _pair_metrics(safer, other, true, draws),
-      'kinds': {
-          kind: part(rows) for kind, rows in
-          measure.rows_by(pair.kind for pair in pairs).items()
-      },
-      'rule_sets': {
-          name: part(rows) for name, rows in sorted(
-              by_set.items(), key=lambda item: -len(item[1])
-          )[:measure.MAX_GROUPS]
-      },
-      'arrays': {
-          'ids': np.array(ids, np.str_), 'safer': safer, 'other': other,
-          'gap': safer - other, 'kind': np.array([p.kind for p in pairs]),
-          'units': units,
-      },
+    'suite': 'pairs',
+    'description': description,
+    'num_pairs': len(pairs),
+    'metrics': _pair_metrics(safer, other, true, draws),
+    'kinds': {
+      kind: part(rows) for kind, rows in measure.rows_by(pair.kind for pair in pairs).items()
+    },
+    'rule_sets': {
+      name: part(rows)
+      for name, rows in sorted(by_set.items(), key=lambda item: -len(item[1]))[: measure.MAX_GROUPS]
+    },
+    'arrays': {
+      'ids': np.array(ids, np.str_),
+      'safer': safer,
+      'other': other,
+      'gap': safer - other,
+      'kind': np.array([p.kind for p in pairs]),
+      'units': units,
+    },
   }
 
 
 def flips(
-    examples: Sequence[tuple[Example, Example]],
-    scores_a: np.ndarray,
-    scores_b: np.ndarray,
-    *,
-    description: str = '',
-    num_samples: int = 300,
-    seed: int = 0,
+  examples: Sequence[tuple[Example, Example]],
+  scores_a: np.ndarray,
+  scores_b: np.ndarray,
+  *,
+  description: str = '',
+  num_samples: int = 300,
+  seed: int = 0,
 ) -> Result:
   """Returns how well verdicts follow a change of the rules alone.
 
@@ -206,29 +199,31 @@ def flips(
   if true_a is not None and true_b is not None:
     gap = np.where(labels_a == 0, true_b - true_a, true_a - true_b)
     best = [
-        metrics.flip_consistency(labels_a, true_a, labels_b, true_b),
-        metrics.pair_accuracy(gap, np.zeros_like(gap)),
+      metrics.flip_consistency(labels_a, true_a, labels_b, true_b),
+      metrics.pair_accuracy(gap, np.zeros_like(gap)),
     ]
   units = bootstrap.units_of(first)
   draws = Draws(units, num_samples, seed)
   return {
-      'suite': 'flips',
-      'description': description,
-      'num_flips': len(examples),
-      'metrics': {
-          'consistency': measure.metric(
-              metrics.flip_consistency, (labels_a, p_a, labels_b, p_b),
-              draws, best[0],
-          ),
-          'direction': measure.metric(
-              metrics.pair_accuracy, (safer, other), draws, best[1]
-          ),
-      },
-      'arrays': {
-          'ids': np.array([e.id for e in first], np.str_), 'units': units,
-          'labels_a': labels_a, 'p_a': p_a, 'labels_b': labels_b, 'p_b': p_b,
-          'safer': safer, 'other': other,
-      },
+    'suite': 'flips',
+    'description': description,
+    'num_flips': len(examples),
+    'metrics': {
+      'consistency': measure.metric(
+        metrics.flip_consistency, (labels_a, p_a, labels_b, p_b), draws, best[0]
+      ),
+      'direction': measure.metric(metrics.pair_accuracy, (safer, other), draws, best[1]),
+    },
+    'arrays': {
+      'ids': np.array([e.id for e in first], np.str_),
+      'units': units,
+      'labels_a': labels_a,
+      'p_a': p_a,
+      'labels_b': labels_b,
+      'p_b': p_b,
+      'safer': safer,
+      'other': other,
+    },
   }
 
 
@@ -247,26 +242,26 @@ def rule_sets(examples: Sequence[Example], scores: np.ndarray) -> Result:
   for example in examples:
     if example.conversation != conversation:
       raise ValueError(
-          f'examples {examples[0].id!r} and {example.id!r} differ in their '
-          'conversation; only the rules may differ'
+        f'examples {examples[0].id!r} and {example.id!r} differ in their '
+        'conversation; only the rules may differ'
       )
   rows = []
   for example, score in zip(examples, scores, strict=True):
-    rows.append({
+    rows.append(
+      {
         'rule_set': example.rule_set or example.safety.name or example.id,
         'rules': [c.to_dict() for c in example.safety.categories],
         'score': float(score),
         'p_unsafe': float(checks.p_unsafe_from_scores(score[None])[0]),
         'label': example.label,
         'probability': example.probability,
-    })
+      }
+    )
   talk = [message.to_dict() for message in conversation]
   return {'suite': 'rule_sets', 'conversation': talk, 'rows': rows}
 
 
-def worst(
-    examples: Sequence[Example], scores: np.ndarray, n: int
-) -> list[dict[str, Any]]:
+def worst(examples: Sequence[Example], scores: np.ndarray, n: int) -> list[dict[str, Any]]:
   """Returns the n labelled examples of highest -log P(label), worst first.
 
   By id, never by text: a report may travel further than its data.
@@ -278,14 +273,14 @@ def worst(
   loss = metrics.row_nll(checks.labels_of(rows), p_unsafe)
   order = sorted(range(len(rows)), key=lambda i: (-loss[i], rows[i].id))[:n]
   return [
-      {
-          'id': rows[i].id,
-          'label': rows[i].label,
-          'p_unsafe': float(p_unsafe[i]),
-          'nll': float(loss[i]),
-          'probability': rows[i].probability,
-      }
-      for i in order
+    {
+      'id': rows[i].id,
+      'label': rows[i].label,
+      'p_unsafe': float(p_unsafe[i]),
+      'nll': float(loss[i]),
+      'probability': rows[i].probability,
+    }
+    for i in order
   ]
 
 
@@ -296,14 +291,14 @@ def _pair_metrics(safer, other, true, draws):
     # are clipped, which would tie the surest ones.
     safe, other_safe = (-probability for probability in true)
     best = {
-        'accuracy': metrics.pair_accuracy(safe, other_safe),
-        'tie_rate': metrics.tie_rate(safe, other_safe),
-        'score_gap': metrics.score_gap(*map(checks.log_odds_safe, true)),
+      'accuracy': metrics.pair_accuracy(safe, other_safe),
+      'tie_rate': metrics.tie_rate(safe, other_safe),
+      'score_gap': metrics.score_gap(*map(checks.log_odds_safe, true)),
     }
   fns = metrics.pair_accuracy, metrics.tie_rate, metrics.score_gap
   return {
-      name: measure.metric(fn, (safer, other), draws, best[name])
-      for name, fn in zip(best, fns, strict=True)
+    name: measure.metric(fn, (safer, other), draws, best[name])
+    for name, fn in zip(best, fns, strict=True)
   }
 
 

@@ -21,8 +21,7 @@ MAX_CHUNKS = 8
 
 
 def rope_angles(
-    positions: jax.Array, head_dim: int, theta: float,
-    scaling: RopeScaling | None = None
+  positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (sin, cos), float32 [B,T,H/2], of the rotation at each position.
 
@@ -52,8 +51,7 @@ def _scale_frequency(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
   Source: Llama 3.1's reference code, apply_scaling.
   """
   turns = scaling.original_length * frequency / (2 * math.pi)
-  kept = (turns - scaling.low_freq_factor) / (
-      scaling.high_freq_factor - scaling.low_freq_factor)
+  kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
   kept = jnp.clip(kept, 0.0, 1.0)
   return frequency * (kept + (1 - kept) / scaling.factor)
 
@@ -62,14 +60,15 @@ def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
   """Returns x [B,T,N,H] rotated; pairs are (i, i + H/2), as in HF Llama."""
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   sin, cos = sin[:, :, None, :], cos[:, :, None, :]
-  rotated = jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return rotated.astype(x.dtype)
 
 
 def make_mask(
-    segment_ids: jax.Array, window: int = 0,
-    key_segment_ids: jax.Array | None = None, start: jax.Array | int = 0
+  segment_ids: jax.Array,
+  window: int = 0,
+  key_segment_ids: jax.Array | None = None,
+  start: jax.Array | int = 0,
 ) -> jax.Array:
   """Returns bool [B,T,S]: may query t attend to key s.
 
@@ -103,8 +102,13 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *,
-    cap: float = 0.0, window: int = 0
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  mask: jax.Array,
+  *,
+  cap: float = 0.0,
+  window: int = 0,
 ) -> jax.Array:
   """Returns softmax(query·key)·value, [B,T,N,H], zero where mask is empty.
 
@@ -132,18 +136,18 @@ def attend(
   out = []
   for start in range(0, T, chunk):
     rows = slice(start, min(start + chunk, T))
-    seen = slice(max(0, before + start - window + 1) if window else 0,
-                 before + rows.stop)
-    out.append(_attend_chunk(
-        query[:, :, :, rows], key[..., seen], value[:, :, seen],
-        bias[..., rows, seen], cap))
+    seen = slice(max(0, before + start - window + 1) if window else 0, before + rows.stop)
+    out.append(
+      _attend_chunk(
+        query[:, :, :, rows], key[..., seen], value[:, :, seen], bias[..., rows, seen], cap
+      )
+    )
   out = jnp.concatenate(out, axis=3)  # [B,K,G,T,H]
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def attend_cached(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array,
-    cap: float = 0.0
+  query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, cap: float = 0.0
 ) -> jax.Array:
   """Returns what attend does, for few queries and a cache's layout.
 
@@ -167,14 +171,17 @@ def _attend_chunk(query, key, value, bias, cap):
   B, K, G, T, H = query.shape
   # The queries of a group share their keys: one product [G·T,H]·[H,S].
   scores = jnp.einsum(
-      'BKQH,BKHS->BKQS', query.reshape(B, K, G * T, H), key,
-      preferred_element_type=jnp.float32)
+    'BKQH,BKHS->BKQS', query.reshape(B, K, G * T, H), key, preferred_element_type=jnp.float32
+  )
   scores = softcap(scores.reshape(B, K, G, T, -1), cap) + bias
   # A query that may attend to nothing has a maximum of -inf.
   highest = jnp.maximum(scores.max(-1, keepdims=True), MASKED)
   probs = jnp.exp(scores - jax.lax.stop_gradient(highest))  # not normalised
   norm = probs.sum(-1, keepdims=True)
   out = jnp.einsum(
-      'BKQS,BKSH->BKQH', probs.reshape(B, K, G * T, -1).astype(value.dtype),
-      value, preferred_element_type=jnp.float32).reshape(B, K, G, T, H)
+    'BKQS,BKSH->BKQH',
+    probs.reshape(B, K, G * T, -1).astype(value.dtype),
+    value,
+    preferred_element_type=jnp.float32,
+  ).reshape(B, K, G, T, H)
   return (out / jnp.where(norm > 0, norm, 1)).astype(value.dtype)

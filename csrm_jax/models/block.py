@@ -30,7 +30,7 @@ class Attention(nnx.Module):
     self.value = make('value', (D,), (K, H), std=D**-0.5)
     if cfg.match_init:
       query = self.query.kernel[...]
-      self.query.kernel[...] = query.at[:, ::N // K].set(self.key.kernel[...])
+      self.query.kernel[...] = query.at[:, :: N // K].set(self.key.kernel[...])
     # Residual writes shrink with depth, so that the stream keeps its scale.
     std = (N * H * 2 * cfg.num_layers) ** -0.5
     self.out = make('out', (N, H), (D,), std=std)
@@ -49,9 +49,11 @@ class Attention(nnx.Module):
   def _project(self, x, sin, cos):
     """Returns scaled query [B,T,N,H], key and value [B,T,K,H] of x [R,D]."""
     query, key, value = (
-        mesh_lib.constrain(heads.reshape(*sin.shape[:2], *heads.shape[1:]),
-                           mesh_lib.ROWS, None, 'tensor')
-        for heads in (self.query(x), self.key(x), self.value(x)))
+      mesh_lib.constrain(
+        heads.reshape(*sin.shape[:2], *heads.shape[1:]), mesh_lib.ROWS, None, 'tensor'
+      )
+      for heads in (self.query(x), self.key(x), self.value(x))
+    )
     if self.cfg.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
     # The scale rides on the angles: in float32, and at no cost.

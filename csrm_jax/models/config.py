@@ -14,8 +14,15 @@ ACTIVATIONS = ('silu', 'gelu_tanh')
 LORA_TARGETS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
 # Fields that say how a model is computed, not which weights it has.
 RUN_TIME_FIELDS = (
-    'dtype', 'param_dtype', 'remat', 'match_init', 'unroll', 'lora_rank',
-    'lora_alpha', 'lora_targets')
+  'dtype',
+  'param_dtype',
+  'remat',
+  'match_init',
+  'unroll',
+  'lora_rank',
+  'lora_alpha',
+  'lora_targets',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,20 +127,36 @@ class ModelConfig:
   lora_targets: tuple[str, ...] = LORA_TARGETS
 
   def __post_init__(self):
-    for name in ('num_layers', 'embed_dim', 'num_heads', 'num_kv_heads',
-                 'head_dim', 'mlp_dim', 'unroll', 'rope_theta', 'norm_eps',
-                 'context_length', 'window_period', 'lora_alpha'):
+    for name in (
+      'num_layers',
+      'embed_dim',
+      'num_heads',
+      'num_kv_heads',
+      'head_dim',
+      'mlp_dim',
+      'unroll',
+      'rope_theta',
+      'norm_eps',
+      'context_length',
+      'window_period',
+      'lora_alpha',
+    ):
       if not getattr(self, name) > 0:
         raise ValueError(f'{name}={getattr(self, name)!r} must be positive.')
-    for name in ('vocab_size', 'query_scale', 'attention_softcap',
-                 'final_softcap', 'sliding_window', 'lora_rank'):
+    for name in (
+      'vocab_size',
+      'query_scale',
+      'attention_softcap',
+      'final_softcap',
+      'sliding_window',
+      'lora_rank',
+    ):
       if not getattr(self, name) >= 0:
-        raise ValueError(
-            f'{name}={getattr(self, name)!r} must not be negative.')
+        raise ValueError(f'{name}={getattr(self, name)!r} must not be negative.')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
-          f'num_heads={self.num_heads} must be a multiple of '
-          f'num_kv_heads={self.num_kv_heads}.')
+        f'num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}.'
+      )
     if self.head_dim % 2:
       raise ValueError(f'head_dim={self.head_dim} must be even (RoPE).')
     _check_choice('family', self.family, FAMILIES)
@@ -143,13 +166,13 @@ class ModelConfig:
     _check_choice('remat', self.remat, REMAT)
     if self.lora_rank and not self.lora_targets:
       raise ValueError(
-          'lora_targets is empty: no layer matches; choose from '
-          f'{", ".join(LORA_TARGETS)}.')
+        f'lora_targets is empty: no layer matches; choose from {", ".join(LORA_TARGETS)}.'
+      )
     for target in self.lora_targets:
       if target not in LORA_TARGETS:
         raise ValueError(
-            f'the LoRA target {target!r} matches no layer; choose from '
-            f'{", ".join(LORA_TARGETS)}.')
+          f'the LoRA target {target!r} matches no layer; choose from {", ".join(LORA_TARGETS)}.'
+        )
 
   @classmethod
   def from_dict(cls, obj: Mapping[str, Any]) -> ModelConfig:
@@ -161,14 +184,16 @@ class ModelConfig:
     fields = {field.name for field in dataclasses.fields(cls)}
     for name in sorted(fields ^ set(obj)):
       raise ValueError(
-          f'model config: the field {name!r} is '
-          f'{"missing" if name in fields else "unknown"}.')
+        f'model config: the field {name!r} is {"missing" if name in fields else "unknown"}.'
+      )
     scaling = obj['rope_scaling']
-    return cls(**{
+    return cls(
+      **{
         **obj,
         'rope_scaling': scaling and RopeScaling(**scaling),
         'lora_targets': tuple(obj['lora_targets']),
-    })
+      }
+    )
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as a JSON-able dict."""
@@ -181,41 +206,104 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 PRESETS = {
-    # The CPU default: 0.8M parameters beside the embedding.
-    'tiny': ModelConfig(
-        vocab_size=0, num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=2,
-        head_dim=32, mlp_dim=384, match_init=True, unroll=4),
-    # Shapes of public models; their weights come from model.init.
-    'smollm2_135m': ModelConfig(
-        vocab_size=49_152, num_layers=30, embed_dim=576, num_heads=9,
-        num_kv_heads=3, head_dim=64, mlp_dim=1536, context_length=8192,
-        rope_theta=100_000.0),
-    'llama3_8b': ModelConfig(
-        vocab_size=128_256, num_layers=32, embed_dim=4096, num_heads=32,
-        num_kv_heads=8, head_dim=128, mlp_dim=14_336, context_length=131_072,
-        rope_theta=500_000.0, tie_embeddings=False,
-        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)),
-    'llama3_70b': ModelConfig(
-        vocab_size=128_256, num_layers=80, embed_dim=8192, num_heads=64,
-        num_kv_heads=8, head_dim=128, mlp_dim=28_672, context_length=131_072,
-        rope_theta=500_000.0, tie_embeddings=False,
-        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)),
-    'mistral_7b': ModelConfig(  # Instruct v0.1
-        vocab_size=32_000, num_layers=32, embed_dim=4096, num_heads=32,
-        num_kv_heads=8, head_dim=128, mlp_dim=14_336, family='mistral',
-        context_length=32_768, sliding_window=4096, tie_embeddings=False),
-    'qwen3_1b7': ModelConfig(
-        vocab_size=151_936, num_layers=28, embed_dim=2048, num_heads=16,
-        num_kv_heads=8, head_dim=128, mlp_dim=6144, family='qwen3',
-        context_length=40_960, rope_theta=1_000_000.0, norm_eps=1e-6,
-        qk_norm=True),
-    'gemma2_9b': ModelConfig(  # also ShieldGemma 9B
-        vocab_size=256_000, num_layers=42, embed_dim=3584, num_heads=16,
-        num_kv_heads=8, head_dim=256, mlp_dim=14_336, family='gemma2',
-        context_length=8192, norm_eps=1e-6, norm_offset=1.0,
-        activation='gelu_tanh', scale_embeddings=True, query_scale=256.0,
-        attention_softcap=50.0, final_softcap=30.0, post_norms=True,
-        sliding_window=4096, window_period=2),
+  # The CPU default: 0.8M parameters beside the embedding.
+  'tiny': ModelConfig(
+    vocab_size=0,
+    num_layers=4,
+    embed_dim=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    mlp_dim=384,
+    match_init=True,
+    unroll=4,
+  ),
+  # Shapes of public models; their weights come from model.init.
+  'smollm2_135m': ModelConfig(
+    vocab_size=49_152,
+    num_layers=30,
+    embed_dim=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mlp_dim=1536,
+    context_length=8192,
+    rope_theta=100_000.0,
+  ),
+  'llama3_8b': ModelConfig(
+    vocab_size=128_256,
+    num_layers=32,
+    embed_dim=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=14_336,
+    context_length=131_072,
+    rope_theta=500_000.0,
+    tie_embeddings=False,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+  ),
+  'llama3_70b': ModelConfig(
+    vocab_size=128_256,
+    num_layers=80,
+    embed_dim=8192,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=28_672,
+    context_length=131_072,
+    rope_theta=500_000.0,
+    tie_embeddings=False,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+  ),
+  'mistral_7b': ModelConfig(  # Instruct v0.1
+    vocab_size=32_000,
+    num_layers=32,
+    embed_dim=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=14_336,
+    family='mistral',
+    context_length=32_768,
+    sliding_window=4096,
+    tie_embeddings=False,
+  ),
+  'qwen3_1b7': ModelConfig(
+    vocab_size=151_936,
+    num_layers=28,
+    embed_dim=2048,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=6144,
+    family='qwen3',
+    context_length=40_960,
+    rope_theta=1_000_000.0,
+    norm_eps=1e-6,
+    qk_norm=True,
+  ),
+  'gemma2_9b': ModelConfig(  # also ShieldGemma 9B
+    vocab_size=256_000,
+    num_layers=42,
+    embed_dim=3584,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=256,
+    mlp_dim=14_336,
+    family='gemma2',
+    context_length=8192,
+    norm_eps=1e-6,
+    norm_offset=1.0,
+    activation='gelu_tanh',
+    scale_embeddings=True,
+    query_scale=256.0,
+    attention_softcap=50.0,
+    final_softcap=30.0,
+    post_norms=True,
+    sliding_window=4096,
+    window_period=2,
+  ),
 }
 
 
@@ -226,14 +314,10 @@ def preset(name: str, vocab_size: int, **overrides) -> ModelConfig:
     ValueError: for an unknown preset or an unknown field.
   """
   if name not in PRESETS:
-    raise ValueError(
-        f'unknown model preset {name!r}; choose from {", ".join(PRESETS)}.')
+    raise ValueError(f'unknown model preset {name!r}; choose from {", ".join(PRESETS)}.')
   known = {field.name for field in dataclasses.fields(ModelConfig)}
   unknown = sorted(set(overrides) - known)
   if unknown:
-    raise ValueError(
-        f'unknown model field {unknown[0]!r}; choose from '
-        f'{", ".join(sorted(known))}.')
+    raise ValueError(f'unknown model field {unknown[0]!r}; choose from {", ".join(sorted(known))}.')
   vocab_size = PRESETS[name].vocab_size or vocab_size
-  return dataclasses.replace(
-      PRESETS[name], **{'vocab_size': vocab_size, **overrides})
+  return dataclasses.replace(PRESETS[name], **{'vocab_size': vocab_size, **overrides})

@@ -24,51 +24,52 @@ import numpy as np
 from csrm_jax.models import shards
 
 # What the quantised types are read from; their values become float32.
-TYPES = (
-    'F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K',
-    'Q5_K', 'Q6_K',
-)
+TYPES = ('F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K')
 
 # general.architecture -> the architecture in config.json, and whether the
 # rows of query and key were permuted.
-_ARCHITECTURES = {
-    'llama': ('LlamaForCausalLM', True),
-    'qwen3': ('Qwen3ForCausalLM', False),
-}
+_ARCHITECTURES = {'llama': ('LlamaForCausalLM', True), 'qwen3': ('Qwen3ForCausalLM', False)}
 # Keys of the metadata, below the architecture's name.
 _FIELDS = {
-    'block_count': 'num_hidden_layers',
-    'context_length': 'max_position_embeddings',
-    'embedding_length': 'hidden_size',
-    'feed_forward_length': 'intermediate_size',
-    'attention.head_count': 'num_attention_heads',
-    'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
+  'block_count': 'num_hidden_layers',
+  'context_length': 'max_position_embeddings',
+  'embedding_length': 'hidden_size',
+  'feed_forward_length': 'intermediate_size',
+  'attention.head_count': 'num_attention_heads',
+  'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
 }
 # What a model may have and this decoder has not.
 _UNSUPPORTED = (
-    'expert_count', 'attention.sliding_window', 'rope.scaling.factor',
-    'attention.max_alibi_bias', 'logit_scale',
+  'expert_count',
+  'attention.sliding_window',
+  'rope.scaling.factor',
+  'attention.max_alibi_bias',
+  'logit_scale',
 )
-_TENSORS = {
-    'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm',
-    'output': 'lm_head',
-}
+_TENSORS = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 _LAYER_TENSORS = {
-    'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm',
-    'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj',
-    'attn_v': 'self_attn.v_proj', 'attn_output': 'self_attn.o_proj',
-    'attn_q_norm': 'self_attn.q_norm', 'attn_k_norm': 'self_attn.k_norm',
-    'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj',
-    'ffn_down': 'mlp.down_proj',
+  'attn_norm': 'input_layernorm',
+  'ffn_norm': 'post_attention_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'attn_q_norm': 'self_attn.q_norm',
+  'attn_k_norm': 'self_attn.k_norm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
 }
 
 # tokenizer.ggml.pre -> how text is cut before merging; each piece is bytes.
 _GPT2 = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
-    r'|\s+(?!\S)|\s+')
+  r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+  r'|\s+(?!\S)|\s+'
+)
 _LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
 
 
 class _Pre(NamedTuple):
@@ -88,10 +89,10 @@ class _Pre(NamedTuple):
 
 
 _PRE = {
-    'gpt-2': _Pre(_GPT2),
-    'smollm': _Pre(_GPT2, single_digits=True),
-    'llama-bpe': _Pre(_LLAMA3, whole_words=True),
-    'qwen2': _Pre(_LLAMA3.replace('{1,3}', ''), normalizer='NFC'),
+  'gpt-2': _Pre(_GPT2),
+  'smollm': _Pre(_GPT2, single_digits=True),
+  'llama-bpe': _Pre(_LLAMA3, whole_words=True),
+  'qwen2': _Pre(_LLAMA3.replace('{1,3}', ''), normalizer='NFC'),
 }
 # tokenizer.ggml.token_type
 _CONTROL, _USER_DEFINED = 3, 4
@@ -113,42 +114,46 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   arch = file.metadata.get('general.architecture')
   if arch not in _ARCHITECTURES:
     raise ValueError(
-        f'{path}: general.architecture is {arch!r}, only '
-        f'{", ".join(_ARCHITECTURES)} is supported; convert the model to '
-        'safetensors elsewhere.')
-  own = {key.removeprefix(f'{arch}.'): value
-         for key, value in file.metadata.items() if key.startswith(f'{arch}.')}
+      f'{path}: general.architecture is {arch!r}, only '
+      f'{", ".join(_ARCHITECTURES)} is supported; convert the model to '
+      'safetensors elsewhere.'
+    )
+  own = {
+    key.removeprefix(f'{arch}.'): value
+    for key, value in file.metadata.items()
+    if key.startswith(f'{arch}.')
+  }
   names = {tensor.name: tensor for tensor in file.tensors}
   bad = [f'{arch}.{key}' for key in _UNSUPPORTED if own.get(key)]
   bad += ['rope_freqs.weight'] if 'rope_freqs.weight' in names else []
   if bad:
     raise ValueError(
-        f'{path}: has {bad[0]}, which is not supported in a GGUF file; use '
-        'the safetensors of the model.')
+      f'{path}: has {bad[0]}, which is not supported in a GGUF file; use '
+      'the safetensors of the model.'
+    )
   missing = [key for key in _FIELDS if not np.isscalar(own.get(key))]
   if missing or 'token_embd.weight' not in names:
     what = f'{arch}.{missing[0]}' if missing else 'token_embd.weight'
-    raise ValueError(
-        f'{path}: has no {what} or one for each layer; use another file.')
+    raise ValueError(f'{path}: has no {what} or one for each layer; use another file.')
   spec = {theirs: own[key] for key, theirs in _FIELDS.items()}
   spec['rms_norm_eps'] = _decimal(spec['rms_norm_eps'])
   heads = spec['num_attention_heads']
-  spec['head_dim'] = own.get(
-      'attention.key_length', spec['hidden_size'] // heads)
+  spec['head_dim'] = own.get('attention.key_length', spec['hidden_size'] // heads)
   if own.get('rope.dimension_count', spec['head_dim']) != spec['head_dim']:
     raise ValueError(
-        f'{path}: {arch}.rope.dimension_count is '
-        f'{own["rope.dimension_count"]}, only the whole head '
-        f'({spec["head_dim"]}) is supported; choose another model.')
+      f'{path}: {arch}.rope.dimension_count is '
+      f'{own["rope.dimension_count"]}, only the whole head '
+      f'({spec["head_dim"]}) is supported; choose another model.'
+    )
   return spec | {
-      'architectures': [_ARCHITECTURES[arch][0]],
-      'model_type': arch,
-      'num_key_value_heads': own.get('attention.head_count_kv', heads),
-      'rope_theta': _decimal(own.get('rope.freq_base', 10_000.0)),
-      'tie_word_embeddings': 'output.weight' not in names,
-      'torch_dtype': 'float32',
-      'vocab_size': int(names['token_embd.weight'].shape[-1]),
-      **{f'{name}_token_id': i for name, i in token_ids(path).items()},
+    'architectures': [_ARCHITECTURES[arch][0]],
+    'model_type': arch,
+    'num_key_value_heads': own.get('attention.head_count_kv', heads),
+    'rope_theta': _decimal(own.get('rope.freq_base', 10_000.0)),
+    'tie_word_embeddings': 'output.weight' not in names,
+    'torch_dtype': 'float32',
+    'vocab_size': int(names['token_embd.weight'].shape[-1]),
+    **{f'{name}_token_id': i for name, i in token_ids(path).items()},
   }
 
 
@@ -163,21 +168,22 @@ def open_tensors(path: pathlib.Path) -> dict[str, shards.Tensor]:
   spec, tensors = read_config(path), {}
   heads = {}
   if _ARCHITECTURES[spec['model_type']][1]:
-    heads = {'q_proj': spec['num_attention_heads'],
-             'k_proj': spec['num_key_value_heads']}
+    heads = {'q_proj': spec['num_attention_heads'], 'k_proj': spec['num_key_value_heads']}
   for tensor in _read(path).tensors:
     kind = tensor.tensor_type.name
     if kind not in TYPES:
       raise ValueError(
-          f'{path}: {tensor.name} is stored as {kind}, only '
-          f'{", ".join(TYPES)} are supported; take a file of another '
-          'quantisation.')
+        f'{path}: {tensor.name} is stored as {kind}, only '
+        f'{", ".join(TYPES)} are supported; take a file of another '
+        'quantisation.'
+      )
     name = _their_name(tensor.name, path)
     tensors[name] = shards.Tensor(
-        tuple(int(size) for size in reversed(tensor.shape)),
-        np.dtype(np.float32), str(path),
-        functools.partial(_dequantize, tensor,
-                          heads.get(name.split('.')[-2])))
+      tuple(int(size) for size in reversed(tensor.shape)),
+      np.dtype(np.float32),
+      str(path),
+      functools.partial(_dequantize, tensor, heads.get(name.split('.')[-2])),
+    )
   return tensors
 
 
@@ -185,8 +191,7 @@ def token_ids(path: pathlib.Path) -> dict[str, int]:
   """Returns the ids of 'bos', 'eos' and 'pad', those that the file names."""
   metadata = _read(path).metadata
   keys = {'bos': 'bos', 'eos': 'eos', 'pad': 'padding'}
-  ids = {name: metadata.get(f'tokenizer.ggml.{key}_token_id')
-         for name, key in keys.items()}
+  ids = {name: metadata.get(f'tokenizer.ggml.{key}_token_id') for name, key in keys.items()}
   return {name: int(i) for name, i in ids.items() if i is not None}
 
 
@@ -204,27 +209,27 @@ def tokenizer_files(path: pathlib.Path) -> dict[str, bytes]:
     name, value = ('pre', pre) if kind == 'gpt2' else ('model', kind)
     known = ', '.join(_PRE if kind == 'gpt2' else ['gpt2 (byte-level BPE)'])
     raise ValueError(
-        f'{path}: tokenizer.ggml.{name} is {value!r}, only {known} is '
-        'supported; give the tokenizer.json of the model.')
+      f'{path}: tokenizer.ggml.{name} is {value!r}, only {known} is '
+      'supported; give the tokenizer.json of the model.'
+    )
   tokens = metadata['tokenizer.ggml.tokens']
   ids = token_ids(path)
   spec = _tokenizer_json(
-      tokens, metadata['tokenizer.ggml.merges'],
-      metadata['tokenizer.ggml.token_type'], _PRE[pre])
+    tokens, metadata['tokenizer.ggml.merges'], metadata['tokenizer.ggml.token_type'], _PRE[pre]
+  )
   if metadata.get('tokenizer.ggml.add_bos_token') and 'bos' in ids:
     spec['post_processor'] = _prepend(tokens[ids['bos']], ids['bos'])
   settings = {
-      'tokenizer_class': 'PreTrainedTokenizerFast',
-      'clean_up_tokenization_spaces': False,
-      **{f'{name}_token': tokens[i] for name, i in ids.items()},
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'clean_up_tokenization_spaces': False,
+    **{f'{name}_token': tokens[i] for name, i in ids.items()},
   }
   template = metadata.get('tokenizer.chat_template')
   if template is not None:
     settings['chat_template'] = template
   return {
-      'tokenizer.json': json.dumps(spec, ensure_ascii=False).encode(),
-      'tokenizer_config.json': json.dumps(
-          settings, ensure_ascii=False, indent=2).encode(),
+    'tokenizer.json': json.dumps(spec, ensure_ascii=False).encode(),
+    'tokenizer_config.json': json.dumps(settings, ensure_ascii=False, indent=2).encode(),
   }
 
 
@@ -241,40 +246,59 @@ def convert(path: str | os.PathLike, folder: str | os.PathLike) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   shards.write(folder, tensors, {'source': path.name})
   for name, content in files.items():
-    shards.replace(
-        folder / name, lambda to, content=content: to.write_bytes(content))
+    shards.replace(folder / name, lambda to, content=content: to.write_bytes(content))
   shards.write_json(folder / 'config.json', spec)
 
 
 def _tokenizer_json(
-    tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int],
-    pre: _Pre
+  tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], pre: _Pre
 ) -> dict[str, Any]:
-  byte_level = {'type': 'ByteLevel', 'add_prefix_space': False,
-                'trim_offsets': True, 'use_regex': False}
-  steps = [{'type': 'Split', 'pattern': {'Regex': pre.pattern},
-            'behavior': 'Isolated', 'invert': False}, byte_level]
+  byte_level = {
+    'type': 'ByteLevel',
+    'add_prefix_space': False,
+    'trim_offsets': True,
+    'use_regex': False,
+  }
+  steps = [
+    {'type': 'Split', 'pattern': {'Regex': pre.pattern}, 'behavior': 'Isolated', 'invert': False},
+    byte_level,
+  ]
   if pre.single_digits:
     steps.insert(0, {'type': 'Digits', 'individual_digits': True})
   added = [
-      {'id': i, 'content': tokens[i], 'single_word': False, 'lstrip': False,
-       'rstrip': False, 'normalized': False, 'special': kind == _CONTROL}
-      for i, kind in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED)]
+    {
+      'id': i,
+      'content': tokens[i],
+      'single_word': False,
+      'lstrip': False,
+      'rstrip': False,
+      'normalized': False,
+      'special': kind == _CONTROL,
+    }
+    for i, kind in enumerate(kinds)
+    if kind in (_CONTROL, _USER_DEFINED)
+  ]
   return {
-      'version': '1.0', 'truncation': None, 'padding': None,
-      'added_tokens': added,
-      'normalizer': pre.normalizer and {'type': pre.normalizer},
-      'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': steps},
-      'post_processor': None,
-      'decoder': byte_level,
-      'model': {
-          'type': 'BPE', 'dropout': None, 'unk_token': None,
-          'continuing_subword_prefix': None, 'end_of_word_suffix': None,
-          'fuse_unk': False, 'byte_fallback': False,
-          'ignore_merges': pre.whole_words,
-          'vocab': {token: i for i, token in enumerate(tokens)},
-          'merges': list(merges),
-      },
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': added,
+    'normalizer': pre.normalizer and {'type': pre.normalizer},
+    'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': steps},
+    'post_processor': None,
+    'decoder': byte_level,
+    'model': {
+      'type': 'BPE',
+      'dropout': None,
+      'unk_token': None,
+      'continuing_subword_prefix': None,
+      'end_of_word_suffix': None,
+      'fuse_unk': False,
+      'byte_fallback': False,
+      'ignore_merges': pre.whole_words,
+      'vocab': {token: i for i, token in enumerate(tokens)},
+      'merges': list(merges),
+    },
   }
 
 
@@ -282,11 +306,14 @@ def _prepend(token: str, i: int) -> dict[str, Any]:
   """Returns the post-processor that puts a token before each text."""
   text = [{'Sequence': {'id': 'A', 'type_id': 0}}]
   return {
-      'type': 'TemplateProcessing',
-      'single': [{'SpecialToken': {'id': token, 'type_id': 0}}, *text],
-      'pair': [{'SpecialToken': {'id': token, 'type_id': 0}}, *text,
-               {'Sequence': {'id': 'B', 'type_id': 1}}],
-      'special_tokens': {token: {'id': token, 'ids': [i], 'tokens': [token]}},
+    'type': 'TemplateProcessing',
+    'single': [{'SpecialToken': {'id': token, 'type_id': 0}}, *text],
+    'pair': [
+      {'SpecialToken': {'id': token, 'type_id': 0}},
+      *text,
+      {'Sequence': {'id': 'B', 'type_id': 1}},
+    ],
+    'special_tokens': {token: {'id': token, 'ids': [i], 'tokens': [token]}},
   }
 
 
@@ -297,8 +324,8 @@ def _their_name(name: str, path: pathlib.Path) -> str:
   if match and match[1] is not None and match[2] in _LAYER_TENSORS:
     return f'model.layers.{match[1]}.{_LAYER_TENSORS[match[2]]}.weight'
   raise ValueError(
-      f'{path}: the tensor {name} is of no use to the model; use the '
-      'safetensors of the model.')
+    f'{path}: the tensor {name} is of no use to the model; use the safetensors of the model.'
+  )
 
 
 def _dequantize(tensor: Any, num_heads: int | None) -> np.ndarray:
@@ -321,9 +348,7 @@ def _read(path: pathlib.Path) -> _File:
   try:
     stat = path.stat()
   except OSError as error:
-    raise ValueError(
-        f'{path}: cannot be read ({error.strerror}); check the path.'
-    ) from None
+    raise ValueError(f'{path}: cannot be read ({error.strerror}); check the path.') from None
   return _parse(path, stat.st_size, stat.st_mtime_ns)
 
 
@@ -337,9 +362,7 @@ def _parse(path: pathlib.Path, size: int, mtime_ns: int) -> _File:
     metadata = {key: field.contents() for key, field in reader.fields.items()}
   except Exception as error:  # The parser runs into whatever a file holds.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise ValueError(
-        f'{path}: cannot be read as GGUF ({reason}); copy the file again.'
-    ) from None
+    raise ValueError(f'{path}: cannot be read as GGUF ({reason}); copy the file again.') from None
   return _File(metadata, tuple(reader.tensors))
 
 
@@ -349,6 +372,7 @@ def _package(where: str) -> types.ModuleType:
     import gguf
   except ImportError:
     raise ImportError(
-        f'{where}: a .gguf file needs the package gguf; run "pip install '
-        'gguf", or install csrm_jax with its extra "hf"') from None
+      f'{where}: a .gguf file needs the package gguf; run "pip install '
+      'gguf", or install csrm_jax with its extra "hf"'
+    ) from None
   return gguf

@@ -48,30 +48,36 @@ def resolve(source: str | os.PathLike) -> pathlib.Path:
     return path
   if not _HUB_ID.fullmatch(text):
     raise ValueError(
-        f'{text}: does not exist; give a folder with {hf_config.CONFIG_FILE}, '
-        'a .gguf file or a hub id (org/name).')
+      f'{text}: does not exist; give a folder with {hf_config.CONFIG_FILE}, '
+      'a .gguf file or a hub id (org/name).'
+    )
   try:
     import huggingface_hub
   except ImportError:
     raise ImportError(
-        f'{text}: is no folder here, and a hub id needs the package '
-        'huggingface_hub; run "pip install huggingface_hub", or install '
-        'csrm_jax with its extra "hf"') from None
+      f'{text}: is no folder here, and a hub id needs the package '
+      'huggingface_hub; run "pip install huggingface_hub", or install '
+      'csrm_jax with its extra "hf"'
+    ) from None
   name, _, revision = text.partition('@')
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        name, revision=revision or None, allow_patterns=list(_HUB_FILES),
-        ignore_patterns=['*/*', 'consolidated*']))
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        name,
+        revision=revision or None,
+        allow_patterns=list(_HUB_FILES),
+        ignore_patterns=['*/*', 'consolidated*'],
+      )
+    )
   except Exception as error:  # Whatever the network or the hub says.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(
-        f'{text}: is no folder here and cannot be downloaded ({reason}); '
-        'check the name, the network and your access to it.') from None
+      f'{text}: is no folder here and cannot be downloaded ({reason}); '
+      'check the name, the network and your access to it.'
+    ) from None
 
 
-def load(
-    source: str | os.PathLike, **overrides
-) -> tuple[ModelConfig, dict[str, Any]]:
+def load(source: str | os.PathLike, **overrides) -> tuple[ModelConfig, dict[str, Any]]:
   """Returns (cfg, params) of a source; overrides as in load_config."""
   cfg = load_config(source, **overrides)
   return cfg, load_params(source, cfg)
@@ -90,12 +96,11 @@ def load_config(source: str | os.PathLike, **overrides) -> ModelConfig:
   path = resolve(source)
   if path.suffix == '.gguf':
     return hf_config.from_hf(gguf.read_config(path), str(path), **overrides)
-  return hf_config.from_hf(
-      hf_config.read(path), str(path / hf_config.CONFIG_FILE), **overrides)
+  return hf_config.from_hf(hf_config.read(path), str(path / hf_config.CONFIG_FILE), **overrides)
 
 
 def load_params(
-    source: str | os.PathLike, cfg: ModelConfig, shardings: Any = None
+  source: str | os.PathLike, cfg: ModelConfig, shardings: Any = None
 ) -> dict[str, Any]:
   """Returns the weights of a source as a nested dict, in cfg.param_dtype.
 
@@ -120,8 +125,10 @@ def load_params(
 
 
 def place(
-    tensors: Mapping[str, shards.Tensor], slots: Mapping[str, hf_table.Slot],
-    dtype: jnp.dtype, shardings: Any = None
+  tensors: Mapping[str, shards.Tensor],
+  slots: Mapping[str, hf_table.Slot],
+  dtype: jnp.dtype,
+  shardings: Any = None,
 ) -> dict[str, Any]:
   """Returns the nested dict that the tensors fill, read one by one.
 
@@ -144,8 +151,7 @@ def place(
       continue
     if ours not in flat:
       flat[ours] = jnp.zeros(slot.whole, dtype, device=to)
-    flat[ours] = _fill(to)(
-        flat[ours], _put(array, _within_layer(to)), slot.layer)
+    flat[ours] = _fill(to)(flat[ours], _put(array, _within_layer(to)), slot.layer)
   return hf_table.unflatten(flat)
 
 
@@ -172,10 +178,13 @@ def digest(source: str | os.PathLike) -> str:
 
 
 def save(
-    folder: str | os.PathLike, cfg: ModelConfig, params: Mapping[str, Any],
-    metadata: Mapping[str, str] | None = None, *,
-    extra: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = shards.MAX_SHARD_BYTES
+  folder: str | os.PathLike,
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  metadata: Mapping[str, str] | None = None,
+  *,
+  extra: Mapping[str, Any] | None = None,
+  max_shard_bytes: int = shards.MAX_SHARD_BYTES,
 ) -> None:
   """Writes config.json and the weights; every file appears whole.
 
@@ -198,17 +207,16 @@ def save(
   flat = hf_table.flatten(params)
   if any(name.endswith(('/lora_a', '/lora_b')) for name in flat):
     raise ValueError(
-        'params hold LoRA adapters, which have no place in a whole model; '
-        'merge them first (lora.merge).')
+      'params hold LoRA adapters, which have no place in a whole model; '
+      'merge them first (lora.merge).'
+    )
   form = 'causal_lm'
   if 'score/kernel' in flat:
     form = 'sequence_classification'
   spec = hf_config.to_hf(cfg, str(flat['embed/embedding'].dtype), form)
   slots = hf_table.slots(cfg, form)
-  hf_table.check_names(
-      set(flat), {slot.entry.ours for slot in slots.values()}, 'params')
-  tensors = {name: hf_table.to_theirs(flat[slot.entry.ours], slot)
-             for name, slot in slots.items()}
+  hf_table.check_names(set(flat), {slot.entry.ours for slot in slots.values()}, 'params')
+  tensors = {name: hf_table.to_theirs(flat[slot.entry.ours], slot) for name, slot in slots.items()}
   folder.mkdir(parents=True, exist_ok=True)
   shards.write(folder, tensors, metadata or {}, max_shard_bytes)
   shards.write_json(folder / hf_config.CONFIG_FILE, spec | dict(extra or {}))
@@ -225,24 +233,27 @@ def _check_backbone(path: pathlib.Path, cfg: ModelConfig) -> None:
   for name, value in hf_config.canonical(cfg).items():
     if stored[name] != value:
       raise ValueError(
-          f'{path}: weights of another backbone: {name} is {stored[name]!r} '
-          f'there and {value!r} in the model config; make them equal.')
+        f'{path}: weights of another backbone: {name} is {stored[name]!r} '
+        f'there and {value!r} in the model config; make them equal.'
+      )
 
 
 def _check_tensors(
-    tensors: Mapping[str, shards.Tensor], slots: Mapping[str, hf_table.Slot],
-    path: pathlib.Path
+  tensors: Mapping[str, shards.Tensor], slots: Mapping[str, hf_table.Slot], path: pathlib.Path
 ) -> dict[str, shards.Tensor]:
   """Returns the tensors that the model needs, all of them of its shapes."""
-  kept = {name: tensor for name, tensor in tensors.items()
-          if not _CONSTANTS.fullmatch(name)}
+  kept = {name: tensor for name, tensor in tensors.items() if not _CONSTANTS.fullmatch(name)}
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
   # Some write the output layer although it is tied; then it must be.
-  if (head not in slots and {head, embedding} <= set(kept)
-      and not shards.equal(kept.pop(head), kept[embedding])):
+  if (
+    head not in slots
+    and {head, embedding} <= set(kept)
+    and not shards.equal(kept.pop(head), kept[embedding])
+  ):
     raise ValueError(
-        f'{tensors[head].where}: {head} differs from the embedding, but the '
-        'config ties them; set tie_word_embeddings to false in config.json.')
+      f'{tensors[head].where}: {head} differs from the embedding, but the '
+      'config ties them; set tie_word_embeddings to false in config.json.'
+    )
   hf_table.check_tensors(kept, slots, str(path))
   return kept
 
@@ -251,8 +262,7 @@ def _put(array: np.ndarray, place: Sharding | None) -> jax.Array:
   if place is None:
     return jnp.asarray(array)
   # Every process reads the file; each device takes its own part of it.
-  return jax.make_array_from_callback(
-      array.shape, place, lambda index: array[index])
+  return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
 
 def _within_layer(place: Sharding | None) -> Sharding | None:
@@ -267,7 +277,6 @@ def _fill(place: Sharding | None) -> Callable[..., jax.Array]:
   """Returns a jitted (stack, x, layer) -> stack; the stack is written into."""
 
   def fill(stack, x, layer):
-    return jax.lax.dynamic_update_index_in_dim(
-        stack, x.astype(stack.dtype), layer, 0)
+    return jax.lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), layer, 0)
 
   return jax.jit(fill, donate_argnums=0, out_shardings=place)

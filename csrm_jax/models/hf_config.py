@@ -15,10 +15,7 @@ from csrm_jax.models.config import RUN_TIME_FIELDS, ModelConfig, RopeScaling
 
 CONFIG_FILE = 'config.json'
 # What a folder's weights end in -> the suffix of the architecture's name.
-FORMS = {
-    'causal_lm': 'ForCausalLM',
-    'sequence_classification': 'ForSequenceClassification',
-}
+FORMS = {'causal_lm': 'ForCausalLM', 'sequence_classification': 'ForSequenceClassification'}
 
 
 class Family(NamedTuple):
@@ -43,59 +40,74 @@ class Family(NamedTuple):
 
 
 _PLAIN = {
-    'norm_offset': 0.0, 'scale_embeddings': False, 'query_scale': 0.0,
-    'attention_softcap': 0.0, 'final_softcap': 0.0, 'qk_norm': False,
-    'post_norms': False,
+  'norm_offset': 0.0,
+  'scale_embeddings': False,
+  'query_scale': 0.0,
+  'attention_softcap': 0.0,
+  'final_softcap': 0.0,
+  'qk_norm': False,
+  'post_norms': False,
 }
 FAMILIES = {
-    'llama': Family('Llama', {**_PLAIN, 'sliding_window': 0}, window_period=0),
-    'mistral': Family('Mistral', _PLAIN, {'sliding_window': 4096}),
-    'qwen3': Family(
-        'Qwen3', {**_PLAIN, 'qk_norm': True},
-        {'head_dim': 128, 'use_sliding_window': False,
-         'max_window_layers': 28, 'sliding_window': 4096},
-        layer_types=True),
-    'gemma2': Family(
-        'Gemma2',
-        {'norm_offset': 1.0, 'scale_embeddings': True, 'qk_norm': False,
-         'post_norms': True},
-        {'head_dim': 256, 'query_pre_attn_scalar': 256,
-         'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0,
-         'sliding_window': 4096, 'tie_word_embeddings': True,
-         'hidden_activation': 'gelu_pytorch_tanh'},
-        activation='hidden_activation', window_period=2, layer_types=True),
+  'llama': Family('Llama', {**_PLAIN, 'sliding_window': 0}, window_period=0),
+  'mistral': Family('Mistral', _PLAIN, {'sliding_window': 4096}),
+  'qwen3': Family(
+    'Qwen3',
+    {**_PLAIN, 'qk_norm': True},
+    {'head_dim': 128, 'use_sliding_window': False, 'max_window_layers': 28, 'sliding_window': 4096},
+    layer_types=True,
+  ),
+  'gemma2': Family(
+    'Gemma2',
+    {'norm_offset': 1.0, 'scale_embeddings': True, 'qk_norm': False, 'post_norms': True},
+    {
+      'head_dim': 256,
+      'query_pre_attn_scalar': 256,
+      'attn_logit_softcapping': 50.0,
+      'final_logit_softcapping': 30.0,
+      'sliding_window': 4096,
+      'tie_word_embeddings': True,
+      'hidden_activation': 'gelu_pytorch_tanh',
+    },
+    activation='hidden_activation',
+    window_period=2,
+    layer_types=True,
+  ),
 }
 
 # Fields of config.json that are fields of ours.
 _FIELDS = {
-    'vocab_size': 'vocab_size',
-    'num_hidden_layers': 'num_layers',
-    'hidden_size': 'embed_dim',
-    'num_attention_heads': 'num_heads',
-    'num_key_value_heads': 'num_kv_heads',
-    'head_dim': 'head_dim',
-    'intermediate_size': 'mlp_dim',
-    'max_position_embeddings': 'context_length',
-    'rms_norm_eps': 'norm_eps',
-    'tie_word_embeddings': 'tie_embeddings',
+  'vocab_size': 'vocab_size',
+  'num_hidden_layers': 'num_layers',
+  'hidden_size': 'embed_dim',
+  'num_attention_heads': 'num_heads',
+  'num_key_value_heads': 'num_kv_heads',
+  'head_dim': 'head_dim',
+  'intermediate_size': 'mlp_dim',
+  'max_position_embeddings': 'context_length',
+  'rms_norm_eps': 'norm_eps',
+  'tie_word_embeddings': 'tie_embeddings',
 }
 # Those that only some families have; null is 0.
 _OPTIONAL = {
-    'query_pre_attn_scalar': 'query_scale',
-    'attn_logit_softcapping': 'attention_softcap',
-    'final_logit_softcapping': 'final_softcap',
+  'query_pre_attn_scalar': 'query_scale',
+  'attn_logit_softcapping': 'attention_softcap',
+  'final_logit_softcapping': 'final_softcap',
 }
 _ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh'}
 # What a model may have and this decoder has not; absent and null are fine.
 _REQUIRED = {
-    'attention_bias': False, 'mlp_bias': False, 'quantization_config': None,
-    'use_bidirectional_attention': False, 'partial_rotary_factor': 1.0,
+  'attention_bias': False,
+  'mlp_bias': False,
+  'quantization_config': None,
+  'use_bidirectional_attention': False,
+  'partial_rotary_factor': 1.0,
 }
 _ROPE_SCALING = {
-    'factor': 'factor',
-    'low_freq_factor': 'low_freq_factor',
-    'high_freq_factor': 'high_freq_factor',
-    'original_max_position_embeddings': 'original_length',
+  'factor': 'factor',
+  'low_freq_factor': 'low_freq_factor',
+  'high_freq_factor': 'high_freq_factor',
+  'original_max_position_embeddings': 'original_length',
 }
 # The numbers that Hugging Face stores the weights of.
 _DTYPES = {'float32': 'float32', 'bfloat16': 'bfloat16', 'float16': 'float32'}
@@ -112,8 +124,9 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     spec = json.loads(path.read_text(encoding='utf-8'))
   except (OSError, ValueError) as error:
     raise ValueError(
-        f'{path}: cannot be read as JSON ({error}); give a folder that '
-        'save_pretrained or csrm_jax wrote.') from None
+      f'{path}: cannot be read as JSON ({error}); give a folder that '
+      'save_pretrained or csrm_jax wrote.'
+    ) from None
   if not isinstance(spec, dict):
     raise ValueError(f'{path}: not a JSON object; copy the file again.')
   return spec
@@ -130,13 +143,12 @@ def form(spec: Mapping[str, Any], where: str) -> str:
     if names[0].endswith(suffix):
       return name
   raise ValueError(
-      f'{where}: the architecture {names[0]!r} is not supported; give a model '
-      f'saved as {" or ".join(FORMS.values())}.')
+    f'{where}: the architecture {names[0]!r} is not supported; give a model '
+    f'saved as {" or ".join(FORMS.values())}.'
+  )
 
 
-def from_hf(
-    spec: Mapping[str, Any], where: str, **overrides: Any
-) -> ModelConfig:
+def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfig:
   """Returns the ModelConfig that the content of a config.json describes.
 
   Files of transformers before and since version 5 are read: rope_theta and
@@ -154,16 +166,22 @@ def from_hf(
   for name in overrides:
     if name not in RUN_TIME_FIELDS:
       raise ValueError(
-          f'{where}: {name!r} is a property of the weights and cannot be '
-          f'overridden; only {", ".join(RUN_TIME_FIELDS)} can.')
+        f'{where}: {name!r} is a property of the weights and cannot be '
+        f'overridden; only {", ".join(RUN_TIME_FIELDS)} can.'
+      )
   family_name = spec.get('model_type')
   if family_name not in FAMILIES:
     raise _unsupported(where, 'model_type', family_name, FAMILIES)
   family = FAMILIES[family_name]
   form(spec, where)  # validates
-  spec = {**family.silent,
-          **{name: value for name, value in spec.items() if value is not None
-             or name in ('sliding_window', *_OPTIONAL)}}
+  spec = {
+    **family.silent,
+    **{
+      name: value
+      for name, value in spec.items()
+      if value is not None or name in ('sliding_window', *_OPTIONAL)
+    },
+  }
   for name, value in _REQUIRED.items():
     if spec.get(name, value) != value:
       raise _unsupported(where, name, spec[name], [value])
@@ -178,15 +196,19 @@ def from_hf(
   dtype = str(spec.get('dtype', spec.get('torch_dtype', 'float32')))
   if dtype not in _DTYPES:
     raise _unsupported(where, 'dtype', dtype, _DTYPES)
-  return ModelConfig(**{
-      'family': family_name, 'param_dtype': _DTYPES[dtype], **fields,
-      **_read_rope(spec, where), **_read_window(spec, family, where),
-      **overrides})
+  return ModelConfig(
+    **{
+      'family': family_name,
+      'param_dtype': _DTYPES[dtype],
+      **fields,
+      **_read_rope(spec, where),
+      **_read_window(spec, family, where),
+      **overrides,
+    }
+  )
 
 
-def to_hf(
-    cfg: ModelConfig, dtype: str, form: str = 'causal_lm'
-) -> dict[str, Any]:
+def to_hf(cfg: ModelConfig, dtype: str, form: str = 'causal_lm') -> dict[str, Any]:
   """Returns the content of config.json, as `from_hf` reads it.
 
   It is in the older of the two styles, which every version of transformers
@@ -204,22 +226,24 @@ def to_hf(
   for name, value in family.fixed.items():
     if getattr(cfg, name) != value:
       raise ValueError(
-          f'{name}={getattr(cfg, name)!r} cannot be written as family='
-          f'{cfg.family!r}, where it is {value!r}; set the family that has it.')
+        f'{name}={getattr(cfg, name)!r} cannot be written as family='
+        f'{cfg.family!r}, where it is {value!r}; set the family that has it.'
+      )
   activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   scaling = cfg.rope_scaling
   spec = {
-      'architectures': [family.name + FORMS[form]],
-      'model_type': cfg.family,
-      **{theirs: getattr(cfg, ours) for theirs, ours in _FIELDS.items()},
-      'attention_bias': False,
-      family.activation: activations[cfg.activation],
-      'rope_theta': cfg.rope_theta,
-      'rope_scaling': scaling and {
-          'rope_type': 'llama3',
-          **{theirs: getattr(scaling, ours)
-             for theirs, ours in _ROPE_SCALING.items()}},
-      'torch_dtype': dtype,
+    'architectures': [family.name + FORMS[form]],
+    'model_type': cfg.family,
+    **{theirs: getattr(cfg, ours) for theirs, ours in _FIELDS.items()},
+    'attention_bias': False,
+    family.activation: activations[cfg.activation],
+    'rope_theta': cfg.rope_theta,
+    'rope_scaling': scaling
+    and {
+      'rope_type': 'llama3',
+      **{theirs: getattr(scaling, ours) for theirs, ours in _ROPE_SCALING.items()},
+    },
+    'torch_dtype': dtype,
   }
   if cfg.family == 'llama':
     spec['mlp_bias'] = False
@@ -237,8 +261,7 @@ def to_hf(
 
 def canonical(cfg: ModelConfig) -> dict[str, Any]:
   """Returns the fields that describe weights, alike for equal models."""
-  fields = {name: value for name, value in cfg.to_dict().items()
-            if name not in RUN_TIME_FIELDS}
+  fields = {name: value for name, value in cfg.to_dict().items() if name not in RUN_TIME_FIELDS}
   fields['query_scale'] = fields['query_scale'] or float(cfg.head_dim)
   period = min(cfg.window_period, cfg.num_layers)
   fields['window_period'] = period if cfg.sliding_window else 1
@@ -247,15 +270,17 @@ def canonical(cfg: ModelConfig) -> dict[str, Any]:
 
 def _read_fields(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
   heads = spec.get('num_attention_heads')
-  known = {'num_key_value_heads': heads, 'tie_word_embeddings': False,
-           'max_position_embeddings': 2048, **spec}
+  known = {
+    'num_key_value_heads': heads,
+    'tie_word_embeddings': False,
+    'max_position_embeddings': 2048,
+    **spec,
+  }
   if 'head_dim' not in known and heads and 'hidden_size' in known:
     known['head_dim'] = known['hidden_size'] // heads
   missing = [name for name in _FIELDS if known.get(name) is None]
   if missing:
-    raise ValueError(
-        f'{where}: has no {missing[0]!r}; give the whole config.json of a '
-        'model.')
+    raise ValueError(f'{where}: has no {missing[0]!r}; give the whole config.json of a model.')
   return {ours: known[theirs] for theirs, ours in _FIELDS.items()}
 
 
@@ -267,29 +292,24 @@ def _read_rope(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
   theta = rope.get('rope_theta', spec.get('rope_theta', 10_000.0))
   if any(isinstance(value, Mapping) for value in rope.values()):
     raise ValueError(
-        f'{where}: rope_parameters differ between layers, which is not '
-        'supported; choose another model.')
+      f'{where}: rope_parameters differ between layers, which is not '
+      'supported; choose another model.'
+    )
   if rope.get('partial_rotary_factor', 1.0) != 1.0:
-    raise _unsupported(where, 'partial_rotary_factor',
-                       rope['partial_rotary_factor'], [1.0])
+    raise _unsupported(where, 'partial_rotary_factor', rope['partial_rotary_factor'], [1.0])
   if kind == 'default':
     return {'rope_theta': float(theta), 'rope_scaling': None}
   if kind != 'llama3':
     raise _unsupported(where, 'rope_type', kind, ['default', 'llama3'])
   missing = [name for name in _ROPE_SCALING if name not in rope]
   if missing:
-    raise ValueError(
-        f'{where}: the rope scaling has no {missing[0]!r}; copy the file '
-        'again.')
-  scaling = {ours: float(rope[theirs])
-             for theirs, ours in _ROPE_SCALING.items()}
+    raise ValueError(f'{where}: the rope scaling has no {missing[0]!r}; copy the file again.')
+  scaling = {ours: float(rope[theirs]) for theirs, ours in _ROPE_SCALING.items()}
   scaling['original_length'] = int(scaling['original_length'])
   return {'rope_theta': float(theta), 'rope_scaling': RopeScaling(**scaling)}
 
 
-def _read_window(
-    spec: Mapping[str, Any], family: Family, where: str
-) -> dict[str, int]:
+def _read_window(spec: Mapping[str, Any], family: Family, where: str) -> dict[str, int]:
   """Returns the fields sliding_window and window_period."""
   window = spec.get('sliding_window') or 0
   if not family.window_period or not spec.get('use_sliding_window', True):
@@ -309,22 +329,21 @@ def _read_window(
       return {'sliding_window': int(window), 'window_period': period}
   name = 'layer_types' if types is not None else 'max_window_layers'
   raise ValueError(
-      f'{where}: {name} puts the sliding window on the layers '
-      f'{[i for i, flag in enumerate(flags) if flag]}; only every n-th layer '
-      'from the first on is supported; choose another model.')
+    f'{where}: {name} puts the sliding window on the layers '
+    f'{[i for i, flag in enumerate(flags) if flag]}; only every n-th layer '
+    'from the first on is supported; choose another model.'
+  )
 
 
-def _flags(
-    types: Sequence[str], num_layers: int, where: str
-) -> list[bool]:
+def _flags(types: Sequence[str], num_layers: int, where: str) -> list[bool]:
   known = ('full_attention', 'sliding_attention')
   for kind in types:
     if kind not in known:
       raise _unsupported(where, 'layer_types', kind, known)
   if len(types) != num_layers:
     raise ValueError(
-        f'{where}: {len(types)} layer_types for {num_layers} layers; copy the '
-        'file again.')
+      f'{where}: {len(types)} layer_types for {num_layers} layers; copy the file again.'
+    )
   return [kind == 'sliding_attention' for kind in types]
 
 
@@ -339,15 +358,14 @@ def _write_window(cfg: ModelConfig, family: Family) -> dict[str, Any]:
   if not family.layer_types:
     if window and cfg.window_period != family.window_period:
       raise ValueError(
-          f'window_period={cfg.window_period} cannot be written as family='
-          f'{cfg.family!r}, where it is {family.window_period}.')
+        f'window_period={cfg.window_period} cannot be written as family='
+        f'{cfg.family!r}, where it is {family.window_period}.'
+      )
     return {'sliding_window': window or None}
-  flags = [bool(window) and flag
-           for flag in _every(cfg.window_period, cfg.num_layers)]
+  flags = [bool(window) and flag for flag in _every(cfg.window_period, cfg.num_layers)]
   spec = {
-      'sliding_window': window or None,
-      'layer_types': ['sliding_attention' if flag else 'full_attention'
-                      for flag in flags],
+    'sliding_window': window or None,
+    'layer_types': ['sliding_attention' if flag else 'full_attention' for flag in flags],
   }
   if 'use_sliding_window' in family.silent:
     spec['use_sliding_window'] = bool(window)
@@ -358,5 +376,5 @@ def _write_window(cfg: ModelConfig, family: Family) -> dict[str, Any]:
 def _unsupported(where: str, name: str, value: Any, choices) -> ValueError:
   supported = ', '.join(repr(choice) for choice in choices)
   return ValueError(
-      f'{where}: {name} is {value!r}, only {supported} is supported; choose '
-      'another model.')
+    f'{where}: {name} is {value!r}, only {supported} is supported; choose another model.'
+  )

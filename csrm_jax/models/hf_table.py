@@ -39,40 +39,30 @@ class Entry(NamedTuple):
 
 _LAYER = 'model.layers.{}.'
 TABLE = (
-    Entry('embed/embedding', 'model.embed_tokens.weight', 0),
-    Entry('layers/attention_norm/scale', _LAYER + 'input_layernorm.weight', 0),
-    Entry('layers/attention/query/kernel',
-          _LAYER + 'self_attn.q_proj.weight', 1),
-    Entry('layers/attention/key/kernel', _LAYER + 'self_attn.k_proj.weight', 1),
-    Entry('layers/attention/value/kernel',
-          _LAYER + 'self_attn.v_proj.weight', 1),
-    Entry('layers/attention/out/kernel', _LAYER + 'self_attn.o_proj.weight', 2),
-    Entry('layers/attention/query_norm/scale',
-          _LAYER + 'self_attn.q_norm.weight', 0),
-    Entry('layers/attention/key_norm/scale',
-          _LAYER + 'self_attn.k_norm.weight', 0),
-    # One name, two places: before the MLP, and with post_norms after attention.
-    Entry('layers/mlp_norm/scale',
-          _LAYER + 'post_attention_layernorm.weight', 0, False),
-    Entry('layers/attention_post_norm/scale',
-          _LAYER + 'post_attention_layernorm.weight', 0, True),
-    Entry('layers/mlp_norm/scale',
-          _LAYER + 'pre_feedforward_layernorm.weight', 0, True),
-    Entry('layers/mlp_post_norm/scale',
-          _LAYER + 'post_feedforward_layernorm.weight', 0, True),
-    Entry('layers/mlp/gate/kernel', _LAYER + 'mlp.gate_proj.weight', 1),
-    Entry('layers/mlp/up/kernel', _LAYER + 'mlp.up_proj.weight', 1),
-    Entry('layers/mlp/down/kernel', _LAYER + 'mlp.down_proj.weight', 1),
-    Entry('final_norm/scale', 'model.norm.weight', 0),
-    Entry('lm_head/kernel', 'lm_head.weight', 1),
-    # [D, 1]; in place of the output layer in a sequence classifier.
-    Entry('score/kernel', 'score.weight', 1),
+  Entry('embed/embedding', 'model.embed_tokens.weight', 0),
+  Entry('layers/attention_norm/scale', _LAYER + 'input_layernorm.weight', 0),
+  Entry('layers/attention/query/kernel', _LAYER + 'self_attn.q_proj.weight', 1),
+  Entry('layers/attention/key/kernel', _LAYER + 'self_attn.k_proj.weight', 1),
+  Entry('layers/attention/value/kernel', _LAYER + 'self_attn.v_proj.weight', 1),
+  Entry('layers/attention/out/kernel', _LAYER + 'self_attn.o_proj.weight', 2),
+  Entry('layers/attention/query_norm/scale', _LAYER + 'self_attn.q_norm.weight', 0),
+  Entry('layers/attention/key_norm/scale', _LAYER + 'self_attn.k_norm.weight', 0),
+  # One name, two places: before the MLP, and with post_norms after attention.
+  Entry('layers/mlp_norm/scale', _LAYER + 'post_attention_layernorm.weight', 0, False),
+  Entry('layers/attention_post_norm/scale', _LAYER + 'post_attention_layernorm.weight', 0, True),
+  Entry('layers/mlp_norm/scale', _LAYER + 'pre_feedforward_layernorm.weight', 0, True),
+  Entry('layers/mlp_post_norm/scale', _LAYER + 'post_feedforward_layernorm.weight', 0, True),
+  Entry('layers/mlp/gate/kernel', _LAYER + 'mlp.gate_proj.weight', 1),
+  Entry('layers/mlp/up/kernel', _LAYER + 'mlp.up_proj.weight', 1),
+  Entry('layers/mlp/down/kernel', _LAYER + 'mlp.down_proj.weight', 1),
+  Entry('final_norm/scale', 'model.norm.weight', 0),
+  Entry('lm_head/kernel', 'lm_head.weight', 1),
+  # [D, 1]; in place of the output layer in a sequence classifier.
+  Entry('score/kernel', 'score.weight', 1),
 )
 # What PEFT puts around the name of a kernel.
 _PEFT = ('base_model.model.', '.weight')
-_UNUSED = {
-    'causal_lm': 'score/kernel', 'sequence_classification': 'lm_head/kernel',
-}
+_UNUSED = {'causal_lm': 'score/kernel', 'sequence_classification': 'lm_head/kernel'}
 
 
 class Slot(NamedTuple):
@@ -108,12 +98,17 @@ def slots(cfg: ModelConfig, form: str = 'causal_lm') -> dict[str, Slot]:
     cfg: the model.
     form: one of hf_config.FORMS.
   """
-  shapes = {**_shapes(dataclasses.replace(cfg, lora_rank=0)),
-            'score/kernel': (cfg.embed_dim, 1)}
-  return _make_slots(cfg, {
-      entry: shapes[entry.ours] for entry in TABLE
-      if entry.ours in shapes and entry.ours != _UNUSED[form]
-      and entry.post_norms in (None, cfg.post_norms)})
+  shapes = {**_shapes(dataclasses.replace(cfg, lora_rank=0)), 'score/kernel': (cfg.embed_dim, 1)}
+  return _make_slots(
+    cfg,
+    {
+      entry: shapes[entry.ours]
+      for entry in TABLE
+      if entry.ours in shapes
+      and entry.ours != _UNUSED[form]
+      and entry.post_norms in (None, cfg.post_norms)
+    },
+  )
 
 
 def lora_slots(cfg: ModelConfig) -> dict[str, Slot]:
@@ -138,8 +133,7 @@ def to_ours(array: np.ndarray, slot: Slot) -> np.ndarray:
   """Returns a tensor of theirs in our axes, without the axis L: a view."""
   if not slot.entry.num_in:
     return array
-  return array.T.reshape(
-      slot.whole if slot.layer is None else slot.whole[1:])
+  return array.T.reshape(slot.whole if slot.layer is None else slot.whole[1:])
 
 
 def to_theirs(param: Any, slot: Slot) -> shards.Tensor:
@@ -149,11 +143,12 @@ def to_theirs(param: Any, slot: Slot) -> shards.Tensor:
     param: the whole parameter, on any device; read when the tensor is.
     slot: which part of it.
   """
+
   def read() -> np.ndarray:
     part = np.asarray(param if slot.layer is None else param[slot.layer])
     if not slot.entry.num_in:
       return part
-    num_inputs = math.prod(part.shape[:slot.entry.num_in])
+    num_inputs = math.prod(part.shape[: slot.entry.num_in])
     return part.reshape(num_inputs, -1).T
 
   return shards.Tensor(slot.shape, np.dtype(param.dtype), 'params', read)
@@ -163,26 +158,29 @@ def check_names(have: set[str], want: set[str], where: str) -> None:
   """Raises ValueError, with a name, unless both hold the same names."""
   if want - have:
     raise ValueError(
-        f'{where}: {min(want - have)} is missing ({len(want - have)} of '
-        f'{len(want)} are); the weights must be those of the model config.')
+      f'{where}: {min(want - have)} is missing ({len(want - have)} of '
+      f'{len(want)} are); the weights must be those of the model config.'
+    )
   if have - want:
     raise ValueError(
-        f'{where}: {min(have - want)} is of no use to the model '
-        f'({len(have - want)} such); the weights must be those of the model '
-        'config.')
+      f'{where}: {min(have - want)} is of no use to the model '
+      f'({len(have - want)} such); the weights must be those of the model '
+      'config.'
+    )
 
 
 def check_tensors(
-    tensors: Mapping[str, shards.Tensor], slots: Mapping[str, Slot], where: str
+  tensors: Mapping[str, shards.Tensor], slots: Mapping[str, Slot], where: str
 ) -> None:
   """Raises ValueError unless the tensors fill the slots, all and exactly."""
   check_names(set(tensors), set(slots), where)
   for name, tensor in tensors.items():
     if tensor.shape != slots[name].shape:
       raise ValueError(
-          f'{tensor.where}: {name} has shape {tensor.shape}, the config makes '
-          f'it {slots[name].shape}; take weights and config.json from the same '
-          'model.')
+        f'{tensor.where}: {name} has shape {tensor.shape}, the config makes '
+        f'it {slots[name].shape}; take weights and config.json from the same '
+        'model.'
+      )
 
 
 @functools.lru_cache(maxsize=16)
@@ -191,15 +189,12 @@ def _shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
   return {name: leaf.shape for name, leaf in flatten(params).items()}
 
 
-def _make_slots(
-    cfg: ModelConfig, entries: Mapping[Entry, tuple[int, ...]]
-) -> dict[str, Slot]:
+def _make_slots(cfg: ModelConfig, entries: Mapping[Entry, tuple[int, ...]]) -> dict[str, Slot]:
   """Returns the slots of the entries, given the shapes of our parameters."""
   whole, layers = {}, [{} for _ in range(cfg.num_layers)]
   for entry, shape in entries.items():
     if not entry.ours.startswith('layers/'):
-      whole[entry.theirs] = Slot(
-          entry, None, _their_shape(shape, entry.num_in), shape)
+      whole[entry.theirs] = Slot(entry, None, _their_shape(shape, entry.num_in), shape)
       continue
     theirs = _their_shape(shape[1:], entry.num_in)
     for i, layer in enumerate(layers):

@@ -30,9 +30,7 @@ CUDNN_HEAD_DIM = 128
 Kernel = Callable[..., jax.Array]
 
 
-def make_splash(
-    window: int = 0, cap: float = 0.0, interpret: bool = False
-) -> Kernel:
+def make_splash(window: int = 0, cap: float = 0.0, interpret: bool = False) -> Kernel:
   """Returns splash attention, a Pallas kernel for TPUs.
 
   Args:
@@ -48,8 +46,7 @@ def make_splash(
     ids = jnp.pad(segment_ids, pads[:2])
     out = _splash_padded(query, key, value, ids, window, cap, interpret)
     # The kernel lets padding attend to padding.
-    return jnp.where(
-        (segment_ids > 0)[..., None, None], out[:, :T, :, :H], 0)
+    return jnp.where((segment_ids > 0)[..., None, None], out[:, :T, :, :H], 0)
 
   return attend
 
@@ -62,18 +59,25 @@ def _splash_padded(query, key, value, segment_ids, window, cap, interpret):
   def local(query, key, value, segment_ids):
     heads_first = [x.swapaxes(1, 2) for x in (query, key, value)]
     T, N, H = query.shape[1:]
-    block = next(b for b in SPLASH_BLOCKS
-                 if T % b == 0 and b * H <= SPLASH_BLOCK_SIZE)
+    block = next(b for b in SPLASH_BLOCKS if T % b == 0 and b * H <= SPLASH_BLOCK_SIZE)
     mask = splash.CausalMask((T, T))
     if window:
       mask = splash.LocalMask((T, T), (window - 1, 0), 0)
     run = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * N),
-        block_sizes=splash.BlockSizes(
-            block_q=block, block_kv=block, block_q_dkv=block,
-            block_kv_dkv=block, block_q_dq=block, block_kv_dq=block),
-        attn_logits_soft_cap=cap or None, head_shards=1, q_seq_shards=1,
-        interpret=interpret)
+      splash.MultiHeadMask([mask] * N),
+      block_sizes=splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+      ),
+      attn_logits_soft_cap=cap or None,
+      head_shards=1,
+      q_seq_shards=1,
+      interpret=interpret,
+    )
     ids = splash.SegmentIds(segment_ids, segment_ids)
     return jax.vmap(run)(*heads_first, ids).swapaxes(1, 2)
 
@@ -82,17 +86,14 @@ def _splash_padded(query, key, value, segment_ids, window, cap, interpret):
     return local(query, key, value, segment_ids)
   # The compiler cannot cut a kernel. Heads are cut only where those of keys
   # can be: a query head has to find its own.
-  heads = mesh_lib.fit(
-      P(mesh_lib.ROWS, None, 'tensor'), key.shape, mesh)
+  heads = mesh_lib.fit(P(mesh_lib.ROWS, None, 'tensor'), key.shape, mesh)
   rows = P(heads[0])
   return jax.shard_map(
-      local, in_specs=(heads, heads, heads, rows), out_specs=heads,
-      check_vma=False)(query, key, value, segment_ids)
+    local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+  )(query, key, value, segment_ids)
 
 
-def make_cudnn(
-    window: int = 0, cap: float = 0.0, implementation: str = 'cudnn'
-) -> Kernel:
+def make_cudnn(window: int = 0, cap: float = 0.0, implementation: str = 'cudnn') -> Kernel:
   """Returns cuDNN's flash attention for GPUs; its mask [B,T,S] is in memory.
 
   Args:
@@ -104,8 +105,13 @@ def make_cudnn(
 
   def attend(query, key, value, segment_ids):
     out = jax.nn.dot_product_attention(
-        query, key, value, scale=1.0, implementation=implementation,
-        mask=attention.make_mask(segment_ids, window)[:, None])
+      query,
+      key,
+      value,
+      scale=1.0,
+      implementation=implementation,
+      mask=attention.make_mask(segment_ids, window)[:, None],
+    )
     # Where a query may attend to nothing, cuDNN gives an average.
     return jnp.where((segment_ids > 0)[..., None, None], out, 0)
 
@@ -123,8 +129,12 @@ def make_kernel(cfg: ModelConfig) -> Callable[..., jax.Array] | None:
   platform = mesh_lib.platform()
   if platform == 'tpu':
     make = make_splash
-  elif (platform in ('gpu', 'cuda') and cfg.dtype == 'bfloat16'
-        and cfg.head_dim <= CUDNN_HEAD_DIM and not cfg.attention_softcap):
+  elif (
+    platform in ('gpu', 'cuda')
+    and cfg.dtype == 'bfloat16'
+    and cfg.head_dim <= CUDNN_HEAD_DIM
+    and not cfg.attention_softcap
+  ):
     make = make_cudnn
   else:
     return None

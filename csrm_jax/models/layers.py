@@ -15,10 +15,7 @@ from flax import nnx
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models.config import ModelConfig
 
-ACTIVATIONS = {
-    'silu': jax.nn.silu,
-    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
-}
+ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
 
 
 class Dense(nnx.Module):
@@ -37,14 +34,16 @@ class Dense(nnx.Module):
     """
     self.num_inputs = len(inputs)
     self.dtype = cfg.dtype
-    self.kernel = nnx.Param(std * jax.random.normal(
-        rngs.params(), inputs + outputs, cfg.param_dtype))
+    self.kernel = nnx.Param(
+      std * jax.random.normal(rngs.params(), inputs + outputs, cfg.param_dtype)
+    )
     self.lora_scale = 0.0
     if cfg.lora_rank and name in cfg.lora_targets:
       self.lora_scale = cfg.lora_alpha / cfg.lora_rank
       # A stream of its own: the kernels do not depend on there being adapters.
-      self.lora_a = nnx.Param(math.prod(inputs) ** -0.5 * jax.random.normal(
-          rngs.lora(), (*inputs, cfg.lora_rank)))
+      self.lora_a = nnx.Param(
+        math.prod(inputs) ** -0.5 * jax.random.normal(rngs.lora(), (*inputs, cfg.lora_rank))
+      )
       self.lora_b = nnx.Param(jnp.zeros((cfg.lora_rank, *outputs)))
 
   def __call__(self, x):
@@ -89,8 +88,7 @@ class MLP(nnx.Module):
     self.down = make('down', (F,), (D,), std=std)
 
   def __call__(self, x):
-    gate, up = (mesh_lib.constrain(y, mesh_lib.ROWS, 'tensor')
-                for y in (self.gate(x), self.up(x)))
+    gate, up = (mesh_lib.constrain(y, mesh_lib.ROWS, 'tensor') for y in (self.gate(x), self.up(x)))
     return self.down(ACTIVATIONS[self.activation](gate) * up)
 
 
@@ -101,8 +99,8 @@ class Embed(nnx.Module):
     self.cfg = cfg
     shape = (cfg.vocab_size, cfg.embed_dim)
     self.embedding = nnx.Param(
-        cfg.embed_dim**-0.5
-        * jax.random.normal(rngs.params(), shape, cfg.param_dtype))
+      cfg.embed_dim**-0.5 * jax.random.normal(rngs.params(), shape, cfg.param_dtype)
+    )
 
   def __call__(self, tokens):
     # Each device looks up its columns for the tokens of all, then rows and

@@ -21,15 +21,27 @@ NAMES = ('lora_a', 'lora_b')
 CONFIG_FILE = 'adapter_config.json'
 WEIGHTS_FILE = 'adapter_model.safetensors'
 # Hugging Face's names of the layers in LORA_TARGETS, in that order.
-_MODULES = dict(zip(
-    ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
-     'down_proj'), LORA_TARGETS, strict=True))
+_MODULES = dict(
+  zip(
+    ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'),
+    LORA_TARGETS,
+    strict=True,
+  )
+)
 # What an adapter of PEFT may have and ours has not; empty is fine.
 _UNSUPPORTED = (
-    'use_rslora', 'use_dora', 'fan_in_fan_out', 'lora_bias', 'rank_pattern',
-    'alpha_pattern', 'layers_to_transform', 'layer_replication',
-    'modules_to_save', 'trainable_token_indices', 'target_parameters',
-    'exclude_modules',
+  'use_rslora',
+  'use_dora',
+  'fan_in_fan_out',
+  'lora_bias',
+  'rank_pattern',
+  'alpha_pattern',
+  'layers_to_transform',
+  'layer_replication',
+  'modules_to_save',
+  'trainable_token_indices',
+  'target_parameters',
+  'exclude_modules',
 )
 
 
@@ -75,16 +87,19 @@ def merge(cfg: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     path = name.removesuffix('/kernel')
     if f'{path}/lora_a' in want and name != path:
       leaf = _merge_kernel(
-          leaf, flat[f'{path}/lora_a'], flat[f'{path}/lora_b'],
-          cfg.lora_alpha / cfg.lora_rank)
+        leaf, flat[f'{path}/lora_a'], flat[f'{path}/lora_b'], cfg.lora_alpha / cfg.lora_rank
+      )
     if not _is_adapter(name):
       merged[name] = leaf
   return hf_table.unflatten(merged)
 
 
 def save_peft(
-    folder: str | os.PathLike, cfg: ModelConfig, adapters: Mapping[str, Any],
-    base_name: str, metadata: Mapping[str, str] | None = None
+  folder: str | os.PathLike,
+  cfg: ModelConfig,
+  adapters: Mapping[str, Any],
+  base_name: str,
+  metadata: Mapping[str, str] | None = None,
 ) -> None:
   """Writes the adapters as PEFT reads them.
 
@@ -101,13 +116,13 @@ def save_peft(
   _check_has_adapters(cfg)
   folder, flat = pathlib.Path(folder), hf_table.flatten(adapters)
   slots = hf_table.lora_slots(cfg)
-  hf_table.check_names(
-      set(flat), {slot.entry.ours for slot in slots.values()}, 'adapters')
-  tensors = {name: hf_table.to_theirs(flat[slot.entry.ours], slot)
-             for name, slot in slots.items()}
+  hf_table.check_names(set(flat), {slot.entry.ours for slot in slots.values()}, 'adapters')
+  tensors = {name: hf_table.to_theirs(flat[slot.entry.ours], slot) for name, slot in slots.items()}
   folder.mkdir(parents=True, exist_ok=True)
   shards.write_file(folder / WEIGHTS_FILE, tensors, metadata or {})
-  shards.write_json(folder / CONFIG_FILE, {
+  shards.write_json(
+    folder / CONFIG_FILE,
+    {
       'peft_type': 'LORA',
       'task_type': 'CAUSAL_LM',
       'base_model_name_or_path': base_name,
@@ -115,10 +130,10 @@ def save_peft(
       'lora_alpha': cfg.lora_alpha,
       'lora_dropout': 0.0,
       'bias': 'none',
-      'target_modules': [theirs for theirs, ours in _MODULES.items()
-                         if ours in cfg.lora_targets],
+      'target_modules': [theirs for theirs, ours in _MODULES.items() if ours in cfg.lora_targets],
       'inference_mode': True,
-  })
+    },
+  )
 
 
 def read_peft(folder: str | os.PathLike) -> dict[str, Any]:
@@ -135,34 +150,36 @@ def read_peft(folder: str | os.PathLike) -> dict[str, Any]:
     rank, alpha = int(spec['r']), float(spec['lora_alpha'])
   except (OSError, ValueError, LookupError, TypeError) as error:
     raise ValueError(
-        f'{path}: cannot be read as the config of a LoRA adapter ({error}); '
-        'give a folder that PEFT or csrm_jax wrote.') from None
+      f'{path}: cannot be read as the config of a LoRA adapter ({error}); '
+      'give a folder that PEFT or csrm_jax wrote.'
+    ) from None
   found = {'peft_type': kind, 'bias': spec.get('bias', 'none')}
   for name, value in {'peft_type': 'LORA', 'bias': 'none'}.items():
     if found[name] != value:
       raise ValueError(
-          f'{path}: {name} is {found[name]!r}, only {value!r} is supported; '
-          'give another adapter.')
+        f'{path}: {name} is {found[name]!r}, only {value!r} is supported; give another adapter.'
+      )
   for name in _UNSUPPORTED:
     if spec.get(name):
       raise ValueError(
-          f'{path}: {name} is {spec[name]!r}, which is not supported; give '
-          'another adapter.')
+        f'{path}: {name} is {spec[name]!r}, which is not supported; give another adapter.'
+      )
   if isinstance(modules, str):
     modules = [modules]
   for module in modules:
     if module not in _MODULES:
       raise ValueError(
-          f'{path}: the LoRA target {module!r} matches no layer; choose from '
-          f'{", ".join(_MODULES)}.')
+        f'{path}: the LoRA target {module!r} matches no layer; choose from {", ".join(_MODULES)}.'
+      )
   targets = {_MODULES[module] for module in modules}
-  return {'lora_rank': rank, 'lora_alpha': alpha,
-          'lora_targets': tuple(t for t in LORA_TARGETS if t in targets)}
+  return {
+    'lora_rank': rank,
+    'lora_alpha': alpha,
+    'lora_targets': tuple(t for t in LORA_TARGETS if t in targets),
+  }
 
 
-def load_peft(
-    folder: str | os.PathLike, cfg: ModelConfig, shardings: Any = None
-) -> dict[str, Any]:
+def load_peft(folder: str | os.PathLike, cfg: ModelConfig, shardings: Any = None) -> dict[str, Any]:
   """Returns the float32 adapters that PEFT or save_peft wrote.
 
   Args:
@@ -180,8 +197,8 @@ def load_peft(
       ours = tuple(target for target in LORA_TARGETS if target in ours)
     if ours != value:
       raise ValueError(
-          f'{folder}: {name} is {value!r} there and {ours!r} in the model '
-          'config; make them equal.')
+        f'{folder}: {name} is {value!r} there and {ours!r} in the model config; make them equal.'
+      )
   path, slots = folder / WEIGHTS_FILE, hf_table.lora_slots(cfg)
   tensors = shards.open_file(path)
   hf_table.check_tensors(tensors, slots, str(path))
@@ -202,7 +219,7 @@ def _merge_kernel(kernel, a, b, scale):
   """Returns kernel [L,*in,*out] plus scale · a·b."""
   L, r = a.shape[0], a.shape[-1]
   product = jnp.einsum(
-      'LIR,LRO->LIO', a.reshape(L, -1, r), b.reshape(L, r, -1),
-      precision=jax.lax.Precision.HIGHEST)
+    'LIR,LRO->LIO', a.reshape(L, -1, r), b.reshape(L, r, -1), precision=jax.lax.Precision.HIGHEST
+  )
   merged = kernel.astype(jnp.float32) + scale * product.reshape(kernel.shape)
   return merged.astype(kernel.dtype)

@@ -35,7 +35,8 @@ def make_reader(cfg: ModelConfig) -> Callable[..., dict]:
   def read(params, tokens, segment_ids):
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     _, cache = transformer.prefill(
-        cfg, params, tokens, positions, segment_ids, length=tokens.shape[1])
+      cfg, params, tokens, positions, segment_ids, length=tokens.shape[1]
+    )
     return cache
 
   return jax.jit(read)

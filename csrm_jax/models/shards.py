@@ -25,10 +25,7 @@ import safetensors.numpy
 WEIGHTS_FILE = 'model.safetensors'
 INDEX_FILE = 'model.safetensors.index.json'
 MAX_SHARD_BYTES = 5 * 10**9
-_DTYPES = {
-    'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16),
-    'BF16': np.dtype(jnp.bfloat16),
-}
+_DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(jnp.bfloat16)}
 
 
 class Tensor(NamedTuple):
@@ -63,9 +60,10 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   index = folder / INDEX_FILE
   if not index.is_file():
     raise ValueError(
-        f'{folder}: cannot be read: neither {WEIGHTS_FILE} nor {INDEX_FILE} '
-        'is there (only safetensors are read, never pickled weights); give a '
-        'folder that save_pretrained or csrm_jax wrote.')
+      f'{folder}: cannot be read: neither {WEIGHTS_FILE} nor {INDEX_FILE} '
+      'is there (only safetensors are read, never pickled weights); give a '
+      'folder that save_pretrained or csrm_jax wrote.'
+    )
   try:
     weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
     named = {name: str(file) for name, file in weight_map.items()}
@@ -74,16 +72,12 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   tensors = {}
   for file in sorted(set(named.values())):
     if pathlib.PurePath(file).name != file:
-      raise ValueError(
-          f'{index}: names the file {file!r} in another folder; copy the file '
-          'again.')
+      raise ValueError(f'{index}: names the file {file!r} in another folder; copy the file again.')
     shard = open_file(folder / file)
     wanted = {name for name, value in named.items() if value == file}
     for name in sorted(wanted ^ set(shard)):
       what = 'is missing' if name in wanted else 'is not in the index'
-      raise ValueError(
-          f'{folder / file}: {name} {what} ({INDEX_FILE}); copy the weights '
-          'again.')
+      raise ValueError(f'{folder / file}: {name} {what} ({INDEX_FILE}); copy the weights again.')
     tensors |= shard
   return tensors
 
@@ -98,8 +92,10 @@ def read_metadata(folder: pathlib.Path) -> dict[str, str]:
 
 
 def write(
-    folder: pathlib.Path, tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str], max_shard_bytes: int = MAX_SHARD_BYTES
+  folder: pathlib.Path,
+  tensors: Mapping[str, Tensor],
+  metadata: Mapping[str, str],
+  max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
   """Writes the tensors as one file, or as shards and their index.
 
@@ -121,32 +117,28 @@ def write(
   if count == 1:
     files = [WEIGHTS_FILE]
   else:
-    files = [f'model-{i:05}-of-{count:05}.safetensors'
-             for i in range(1, count + 1)]
+    files = [f'model-{i:05}-of-{count:05}.safetensors' for i in range(1, count + 1)]
   known = {*files} | ({INDEX_FILE} if count > 1 else set())
   for path in sorted(folder.glob('model*.safetensors*')):
     if path.name not in known and path.suffix != '.tmp':
-      raise ValueError(
-          f'{path}: other weights are there already; give an empty folder.')
+      raise ValueError(f'{path}: other weights are there already; give an empty folder.')
   for file, names in zip(files, shards, strict=True):
     write_file(folder / file, {name: tensors[name] for name in names}, metadata)
   if count > 1:
     index = {
-        'metadata': {'total_size': sum(t.num_bytes for t in tensors.values())},
-        'weight_map': {name: file
-                       for file, names in zip(files, shards, strict=True)
-                       for name in names},
+      'metadata': {'total_size': sum(t.num_bytes for t in tensors.values())},
+      'weight_map': {
+        name: file for file, names in zip(files, shards, strict=True) for name in names
+      },
     }
     write_json(folder / INDEX_FILE, index)
 
 
 def write_file(
-    path: pathlib.Path, tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str]
+  path: pathlib.Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
   """Writes the tensors as one safetensors file, which appears whole."""
-  arrays = {name: np.ascontiguousarray(tensor.read())
-            for name, tensor in tensors.items()}
+  arrays = {name: np.ascontiguousarray(tensor.read()) for name, tensor in tensors.items()}
   header = {'format': 'pt', **metadata}
   replace(path, functools.partial(_save, arrays, header))
 
@@ -171,9 +163,7 @@ def equal(first: Tensor, second: Tensor) -> bool:
   return digest({'': first}) == digest({'': second})
 
 
-def replace(
-    path: pathlib.Path, write_to: Callable[[pathlib.Path], Any]
-) -> None:
+def replace(path: pathlib.Path, write_to: Callable[[pathlib.Path], Any]) -> None:
   """Lets write_to write a file, which then appears at `path` as a whole."""
   partial = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   try:
@@ -189,9 +179,7 @@ def write_json(path: pathlib.Path, obj: Any) -> None:
   replace(path, lambda partial: partial.write_text(text, encoding='utf-8'))
 
 
-def _plan(
-    tensors: Mapping[str, Tensor], max_shard_bytes: int
-) -> list[list[str]]:
+def _plan(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
   """Returns the names in each file, in order, full but for the last."""
   shards, size = [[]], 0
   for name, tensor in tensors.items():
@@ -203,9 +191,7 @@ def _plan(
   return shards
 
 
-def _save(
-    arrays: dict[str, np.ndarray], header: dict[str, str], path: pathlib.Path
-) -> None:
+def _save(arrays: dict[str, np.ndarray], header: dict[str, str], path: pathlib.Path) -> None:
   path.touch()  # with the usual permissions; the library gives narrower ones
   mode = path.stat().st_mode
   safetensors.numpy.save_file(arrays, path, metadata=header)
@@ -224,12 +210,16 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
       part = file.get_slice(name)
       if part.get_dtype() not in _DTYPES:
         raise ValueError(
-            f'{path}: {name} is stored as {part.get_dtype()}, only '
-            f'{", ".join(_DTYPES)} are supported; choose weights that are not '
-            'quantised.')
+          f'{path}: {name} is stored as {part.get_dtype()}, only '
+          f'{", ".join(_DTYPES)} are supported; choose weights that are not '
+          'quantised.'
+        )
       tensors[name] = Tensor(
-          tuple(part.get_shape()), _DTYPES[part.get_dtype()], str(path),
-          functools.partial(_read, path, name))
+        tuple(part.get_shape()),
+        _DTYPES[part.get_dtype()],
+        str(path),
+        functools.partial(_read, path, name),
+      )
   return tensors
 
 
@@ -255,5 +245,4 @@ def _raw(array: np.ndarray) -> np.ndarray:
 
 def _unreadable(path: pathlib.Path, error: Exception) -> ValueError:
   reason = (str(error).splitlines() or ['no reason given'])[0]
-  return ValueError(
-      f'{path}: cannot be read ({reason}); write or copy the file again.')
+  return ValueError(f'{path}: cannot be read ({reason}); write or copy the file again.')

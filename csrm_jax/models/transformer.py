@@ -33,14 +33,13 @@ class Transformer(nnx.Module):
   def __init__(self, cfg: ModelConfig, rngs):
     self.cfg = cfg
     self.embed = Embed(cfg, rngs)
-    make_block = nnx.vmap(
-        lambda key: Block(cfg, _make_rngs(key)), in_axes=0, out_axes=0)
+    make_block = nnx.vmap(lambda key: Block(cfg, _make_rngs(key)), in_axes=0, out_axes=0)
     self.layers = make_block(jax.random.split(rngs.params(), cfg.num_layers))
     self.final_norm = RMSNorm(cfg, cfg.embed_dim)
     if not cfg.tie_embeddings:
       self.lm_head = Dense(
-          cfg, 'lm_head', (cfg.embed_dim,), (cfg.vocab_size,),
-          std=cfg.embed_dim**-0.5, rngs=rngs)
+        cfg, 'lm_head', (cfg.embed_dim,), (cfg.vocab_size,), std=cfg.embed_dim**-0.5, rngs=rngs
+      )
 
   def hidden(self, tokens, positions, segment_ids, prefix=None, keep=False):
     """Returns hidden [B,T,D] and, to keep, keys and values as in a cache."""
@@ -56,71 +55,65 @@ class Transformer(nnx.Module):
       if before:
         key, value = _put_before(key, value, *before)
       out = attention_lib.attend(
-          query, key, value, mask_of(has_window), cap=cfg.attention_softcap,
-          window=uniform)
+        query, key, value, mask_of(has_window), cap=cfg.attention_softcap, window=uniform
+      )
       return out, kept
 
     def body(x, xs):
       layer, has_window, *before = xs
-      return block(x, layer, functools.partial(
-          attend, has_window=has_window, before=before))
+      return block(x, layer, functools.partial(attend, has_window=has_window, before=before))
 
     block = self._make_block(positions)
     before = () if prefix is None else (prefix['key'], prefix['value'])
-    x, kept = self._scan(
-        with_remat(body, cfg.remat), self.embed(tokens), *before)
+    x, kept = self._scan(with_remat(body, cfg.remat), self.embed(tokens), *before)
     return self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim), kept
 
   def extend(self, tokens, positions, segment_ids, cache):
     """Returns hidden [B,T,D] and the cache with T more slots in use."""
     cfg, start = self.cfg, cache['length']
-    used = jax.lax.dynamic_update_slice(
-        cache['segment_ids'], segment_ids, (0, start))
-    mask_of = _make_mask_of(cfg, functools.partial(
-        attention_lib.make_mask, segment_ids, key_segment_ids=used,
-        start=start))
+    used = jax.lax.dynamic_update_slice(cache['segment_ids'], segment_ids, (0, start))
+    mask_of = _make_mask_of(
+      cfg,
+      functools.partial(attention_lib.make_mask, segment_ids, key_segment_ids=used, start=start),
+    )
 
     def attend(query, key, value, has_window, layer, keys, values):
       key, value = _to_cache(key, value)
       # Written in place: the whole cache is carried through all the layers.
-      keys = jax.lax.dynamic_update_slice(
-          keys, key[None], (layer, 0, 0, 0, start))
-      values = jax.lax.dynamic_update_slice(
-          values, value[None], (layer, 0, 0, start, 0))
+      keys = jax.lax.dynamic_update_slice(keys, key[None], (layer, 0, 0, 0, start))
+      values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, 0, start, 0))
       out = attention_lib.attend_cached(
-          query, keys[layer], values[layer], mask_of(has_window),
-          cfg.attention_softcap)
+        query, keys[layer], values[layer], mask_of(has_window), cfg.attention_softcap
+      )
       return out, (keys, values)
 
     def body(carry, xs):
       x, layer, *cached = carry
-      x, cached = block(x, xs[0], lambda *heads: attend(
-          *heads, xs[1], layer, *cached))
+      x, cached = block(x, xs[0], lambda *heads: attend(*heads, xs[1], layer, *cached))
       return (x, layer + 1, *cached), None
 
     block = self._make_block(positions)
     (x, _, keys, values), _ = self._scan(
-        body, (self.embed(tokens), 0, cache['key'], cache['value']))
+      body, (self.embed(tokens), 0, cache['key'], cache['value'])
+    )
     hidden = self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim)
-    return hidden, _lay_out({
-        'key': keys, 'value': values, 'segment_ids': used,
-        'length': start + tokens.shape[1]})
+    return hidden, _lay_out(
+      {'key': keys, 'value': values, 'segment_ids': used, 'length': start + tokens.shape[1]}
+    )
 
   def _make_block(self, positions):
     """Returns (x, layer's parameters, attend) -> (x, what attend keeps)."""
     cfg = self.cfg
     graphdef, _ = nnx.split(self.layers)
-    sin, cos = attention_lib.rope_angles(
-        positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-    return lambda x, layer, attend: nnx.merge(graphdef, layer)(
-        x, sin, cos, attend)
+    sin, cos = attention_lib.rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    return lambda x, layer, attend: nnx.merge(graphdef, layer)(x, sin, cos, attend)
 
   def _scan(self, body, carry, *more):
     """Runs body over each layer's (parameters, entry of _has_window, *more)."""
     _, stacked = nnx.split(self.layers)
     return jax.lax.scan(
-        body, carry, (stacked, _has_window(self.cfg), *more),
-        unroll=self.cfg.unroll)
+      body, carry, (stacked, _has_window(self.cfg), *more), unroll=self.cfg.unroll
+    )
 
   def logits(self, hidden):
     if self.cfg.tie_embeddings:
@@ -128,8 +121,11 @@ class Transformer(nnx.Module):
     else:
       kernel = self.lm_head.kernel[...]
     logits = jnp.einsum(
-        'RD,DV->RV', hidden.reshape(-1, self.cfg.embed_dim),
-        kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+      'RD,DV->RV',
+      hidden.reshape(-1, self.cfg.embed_dim),
+      kernel.astype(hidden.dtype),
+      preferred_element_type=jnp.float32,
+    )
     logits = attention_lib.softcap(logits, self.cfg.final_softcap)
     return logits.reshape(*hidden.shape[:-1], -1)
 
@@ -143,21 +139,23 @@ def _put_before(key, value, old_key, old_value):
   """Returns key and value [B,P+T,K,H], given [B,T,K,H] and a cache of [1,P]."""
   old = old_key.transpose(0, 3, 1, 2), old_value.transpose(0, 2, 1, 3)
   return [
-      jnp.concatenate([jnp.broadcast_to(
-          first, (last.shape[0], *first.shape[1:])), last], axis=1)
-      for first, last in zip(old, (key, value), strict=True)]
+    jnp.concatenate([jnp.broadcast_to(first, (last.shape[0], *first.shape[1:])), last], axis=1)
+    for first, last in zip(old, (key, value), strict=True)
+  ]
 
 
 def _after(segment_ids, prefix):
-  """Returns window (0 for none) -> mask, for what follows the prefix, if any.
-  """
+  """Returns window (0 for none) -> mask, for what follows the prefix, if any."""
   if prefix is None:
     return functools.partial(attention_lib.make_mask, segment_ids)
   before = prefix['segment_ids']  # [1,P]
   before = jnp.broadcast_to(before, (segment_ids.shape[0], before.shape[1]))
   return functools.partial(
-      attention_lib.make_mask, segment_ids, start=before.shape[1],
-      key_segment_ids=jnp.concatenate([before, segment_ids], axis=1))
+    attention_lib.make_mask,
+    segment_ids,
+    start=before.shape[1],
+    key_segment_ids=jnp.concatenate([before, segment_ids], axis=1),
+  )
 
 
 def _make_rngs(key) -> nnx.Rngs:
@@ -190,8 +188,8 @@ def with_remat(body, remat: str):
   if remat == 'none':
     return body
   policies = {
-      'full': jax.checkpoint_policies.nothing_saveable,
-      'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   }
   # Inside a scan nothing can be merged across iterations anyway.
   return jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
@@ -206,8 +204,9 @@ def make_model(cfg: ModelConfig) -> nnx.GraphDef:
   """
   if cfg.vocab_size < 1:
     raise ValueError(
-        'vocab_size=0 in the model config; set it to the size of the '
-        'tokenizer: preset(name, vocab_size=tokenizer.vocab_size).')
+      'vocab_size=0 in the model config; set it to the size of the '
+      'tokenizer: preset(name, vocab_size=tokenizer.vocab_size).'
+    )
   model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0)))
   return nnx.split(model)[0]
 
@@ -240,8 +239,12 @@ def _make_init(cfg: ModelConfig):
 
 
 def hidden(
-    cfg: ModelConfig, params: dict, tokens: jax.Array, positions: jax.Array,
-    segment_ids: jax.Array, prefix: dict | None = None
+  cfg: ModelConfig,
+  params: dict,
+  tokens: jax.Array,
+  positions: jax.Array,
+  segment_ids: jax.Array,
+  prefix: dict | None = None,
 ) -> jax.Array:
   """Returns the residual stream after the final norm, cfg.dtype [B,T,D].
 
@@ -262,8 +265,7 @@ def logits(cfg: ModelConfig, params: dict, hidden: jax.Array) -> jax.Array:
   # The rows come to the vocabulary's parts, not these to every device.
   hidden = mesh_lib.constrain(hidden, 'data')
   between = (None,) * (hidden.ndim - 2)
-  return mesh_lib.constrain(
-      _merge(cfg, params).logits(hidden), 'data', *between, mesh_lib.VOCAB)
+  return mesh_lib.constrain(_merge(cfg, params).logits(hidden), 'data', *between, mesh_lib.VOCAB)
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> dict:
@@ -275,16 +277,21 @@ def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> dict:
   """
   L, K, H = cfg.num_layers, cfg.num_kv_heads, cfg.head_dim
   return {
-      'key': jnp.zeros((L, batch_size, K, H, length), cfg.dtype),
-      'value': jnp.zeros((L, batch_size, K, length, H), cfg.dtype),
-      'segment_ids': jnp.zeros((batch_size, length), jnp.int32),
-      'length': jnp.zeros([], jnp.int32),
+    'key': jnp.zeros((L, batch_size, K, H, length), cfg.dtype),
+    'value': jnp.zeros((L, batch_size, K, length, H), cfg.dtype),
+    'segment_ids': jnp.zeros((batch_size, length), jnp.int32),
+    'length': jnp.zeros([], jnp.int32),
   }
 
 
 def prefill(
-    cfg: ModelConfig, params: dict, tokens: jax.Array, positions: jax.Array,
-    segment_ids: jax.Array, length: int, prefix: dict | None = None
+  cfg: ModelConfig,
+  params: dict,
+  tokens: jax.Array,
+  positions: jax.Array,
+  segment_ids: jax.Array,
+  length: int,
+  prefix: dict | None = None,
 ) -> tuple[jax.Array, dict]:
   """Returns what hidden does, and a cache of `length` slots.
 
@@ -292,8 +299,7 @@ def prefill(
   its own. Args as for hidden; a row's one prompt is segment 1, padded on the
   left. A window counts padding between the prefix and the rest as tokens.
   """
-  out, (key, value) = _merge(cfg, params).hidden(
-      tokens, positions, segment_ids, prefix, keep=True)
+  out, (key, value) = _merge(cfg, params).hidden(tokens, positions, segment_ids, prefix, keep=True)
   cache = init_cache(cfg, tokens.shape[0], length)
   if prefix is not None:
     cache = _write(cache, prefix, 0)
@@ -307,31 +313,39 @@ def _write(cache: dict, part: dict, start: int) -> dict:
   stop = start + part['segment_ids'].shape[1]
   here = slice(start, stop)
   return {
-      'key': cache['key'].at[..., here].set(part['key']),
-      'value': cache['value'].at[..., here, :].set(part['value']),
-      'segment_ids': cache['segment_ids'].at[:, here].set(part['segment_ids']),
-      'length': jnp.int32(stop),
+    'key': cache['key'].at[..., here].set(part['key']),
+    'value': cache['value'].at[..., here, :].set(part['value']),
+    'segment_ids': cache['segment_ids'].at[:, here].set(part['segment_ids']),
+    'length': jnp.int32(stop),
   }
 
 
 def take_rows(cache: dict, rows: jax.Array) -> dict:
   """Returns a cache whose row b is the row rows[b] of another."""
-  return _lay_out({
-      'key': cache['key'][:, rows], 'value': cache['value'][:, rows],
-      'segment_ids': cache['segment_ids'][rows], 'length': cache['length']})
+  return _lay_out(
+    {
+      'key': cache['key'][:, rows],
+      'value': cache['value'][:, rows],
+      'segment_ids': cache['segment_ids'][rows],
+      'length': cache['length'],
+    }
+  )
 
 
 def _lay_out(cache: dict) -> dict:
   """Returns the cache, cut over the mesh by rows and heads."""
-  heads = {name: mesh_lib.constrain(cache[name], *mesh_lib.CACHE)
-           for name in ('key', 'value')}
+  heads = {name: mesh_lib.constrain(cache[name], *mesh_lib.CACHE) for name in ('key', 'value')}
   used = mesh_lib.constrain(cache['segment_ids'], mesh_lib.ROWS)
   return cache | heads | {'segment_ids': used}
 
 
 def extend(
-    cfg: ModelConfig, params: dict, tokens: jax.Array, positions: jax.Array,
-    segment_ids: jax.Array, cache: dict
+  cfg: ModelConfig,
+  params: dict,
+  tokens: jax.Array,
+  positions: jax.Array,
+  segment_ids: jax.Array,
+  cache: dict,
 ) -> tuple[jax.Array, dict]:
   """Returns (hidden [B,T,D], cache) of T tokens after those in the cache.
 

@@ -38,8 +38,7 @@ BATCH_EPSILON = 1e-8
 
 
 def reinforce_pp(
-    batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0,
-    lam: float = 0.95
+  batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0, lam: float = 0.95
 ) -> dict[str, jax.Array]:
   """Returns advantages: returns with the KL inside, normalised over the batch.
 
@@ -50,13 +49,11 @@ def reinforce_pp(
   """
   del num_generations, lam
   rewards = _check_rewards(batch, 1)
-  return {'advantages': _whiten(
-      _returns(rewards, batch, gamma), batch['completion_mask'])}
+  return {'advantages': _whiten(_returns(rewards, batch, gamma), batch['completion_mask'])}
 
 
 def reinforce_pp_baseline(
-    batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0,
-    lam: float = 0.95
+  batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0, lam: float = 0.95
 ) -> dict[str, jax.Array]:
   """Returns advantages as reinforce_pp does, of rewards less the group's mean.
 
@@ -67,13 +64,11 @@ def reinforce_pp_baseline(
   del lam
   rewards = _check_rewards(batch, num_generations)
   centred = _centre(_group(rewards, num_generations)).reshape(-1)
-  return {'advantages': _whiten(
-      _returns(centred, batch, gamma), batch['completion_mask'])}
+  return {'advantages': _whiten(_returns(centred, batch, gamma), batch['completion_mask'])}
 
 
 def grpo(
-    batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0,
-    lam: float = 0.95
+  batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0, lam: float = 0.95
 ) -> dict[str, jax.Array]:
   """Returns advantages (R − mean of the group) / (its std + GROUP_EPSILON).
 
@@ -84,14 +79,12 @@ def grpo(
   """
   del gamma, lam
   centred = _centre(_total_rewards(batch, num_generations))
-  std = jnp.sqrt(jnp.square(centred).sum(1, keepdims=True)
-                 / (num_generations - 1))
+  std = jnp.sqrt(jnp.square(centred).sum(1, keepdims=True) / (num_generations - 1))
   return _broadcast(centred / (std + GROUP_EPSILON), batch)
 
 
 def dr_grpo(
-    batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0,
-    lam: float = 0.95
+  batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0, lam: float = 0.95
 ) -> dict[str, jax.Array]:
   """Returns advantages R − mean of the group, not divided by anything.
 
@@ -104,8 +97,7 @@ def dr_grpo(
 
 
 def rloo(
-    batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0,
-    lam: float = 0.95
+  batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0, lam: float = 0.95
 ) -> dict[str, jax.Array]:
   """Returns advantages R − mean of the *other* completions of the group.
 
@@ -117,13 +109,11 @@ def rloo(
   centred = _centre(_total_rewards(batch, num_generations))
   # R − (sum − R)/(G − 1) = (R − mean)·G/(G − 1), which is exactly 0 for a
   # group whose rewards are all equal.
-  return _broadcast(
-      centred * (num_generations / (num_generations - 1)), batch)
+  return _broadcast(centred * (num_generations / (num_generations - 1)), batch)
 
 
 def ppo(
-    batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0,
-    lam: float = 0.95
+  batch: Mapping[str, jax.Array], num_generations: int, gamma: float = 1.0, lam: float = 0.95
 ) -> dict[str, jax.Array]:
   """Returns advantages by GAE(γ, λ), normalised over the batch, and returns.
 
@@ -138,17 +128,16 @@ def ppo(
   mask = batch['completion_mask']
   values = _clear(batch['old_values'], mask)
   advantages = _gae(_token_rewards(rewards, batch), values, mask, gamma, lam)
-  return {'advantages': _whiten(advantages, mask),
-          'returns': _clear(advantages + values, mask)}
+  return {'advantages': _whiten(advantages, mask), 'returns': _clear(advantages + values, mask)}
 
 
 ADVANTAGES: dict[str, AdvantageFn] = {
-    'reinforce_pp': reinforce_pp,
-    'reinforce_pp_baseline': reinforce_pp_baseline,
-    'grpo': grpo,
-    'dr_grpo': dr_grpo,
-    'rloo': rloo,
-    'ppo': ppo,
+  'reinforce_pp': reinforce_pp,
+  'reinforce_pp_baseline': reinforce_pp_baseline,
+  'grpo': grpo,
+  'dr_grpo': dr_grpo,
+  'rloo': rloo,
+  'ppo': ppo,
 }
 
 
@@ -163,16 +152,17 @@ def _check_rewards(batch, num_generations: int) -> jax.Array:
   # A reward that was rounded to an integer or to 8 bits orders nothing.
   if rewards.dtype not in (jnp.float32, jnp.float64):
     raise ValueError(
-        f'rewards have dtype {rewards.dtype}; make them float32 where they '
-        'are computed.')
+      f'rewards have dtype {rewards.dtype}; make them float32 where they are computed.'
+    )
   if rewards.shape != batch['completion_mask'].shape[:1]:
     raise ValueError(
-        f'rewards of shape {rewards.shape} do not fit completion_mask of shape '
-        f'{batch["completion_mask"].shape}; give one reward a completion.')
+      f'rewards of shape {rewards.shape} do not fit completion_mask of shape '
+      f'{batch["completion_mask"].shape}; give one reward a completion.'
+    )
   if len(rewards) % num_generations:
     raise ValueError(
-        f'num_generations={num_generations} must divide the number of '
-        f'completions {len(rewards)}.')
+      f'num_generations={num_generations} must divide the number of completions {len(rewards)}.'
+    )
   return rewards
 
 
@@ -198,8 +188,9 @@ def _centre(groups: jax.Array) -> jax.Array:
   """
   if groups.shape[1] < 2:
     raise ValueError(
-        f'num_generations={groups.shape[1]} leaves a group baseline nothing to '
-        'compare with; sample at least 2 completions a prompt.')
+      f'num_generations={groups.shape[1]} leaves a group baseline nothing to '
+      'compare with; sample at least 2 completions a prompt.'
+    )
   same = groups.max(1, keepdims=True) == groups.min(1, keepdims=True)
   return jnp.where(same, 0.0, groups - groups.mean(1, keepdims=True))
 
@@ -224,13 +215,13 @@ def _token_rewards(rewards: jax.Array, batch) -> jax.Array:
 
 def _returns(rewards: jax.Array, batch, gamma: float) -> jax.Array:
   token_rewards = _token_rewards(rewards, batch)
-  return _gae(token_rewards, jnp.zeros_like(token_rewards),
-              batch['completion_mask'], gamma, lam=1.0)
+  return _gae(
+    token_rewards, jnp.zeros_like(token_rewards), batch['completion_mask'], gamma, lam=1.0
+  )
 
 
 def _gae(
-    token_rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float,
-    lam: float
+  token_rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float, lam: float
 ) -> jax.Array:
   """Returns unnormalised advantages [N,T]; all arguments are cleared."""
 
@@ -240,13 +231,15 @@ def _gae(
     delta = reward + gamma * next_value - value
     advantage = delta + gamma * lam * next_advantage
     # Off the completion time stands still.
-    return (jnp.where(active, advantage, next_advantage),
-            jnp.where(active, value, next_value)), advantage
+    return (
+      jnp.where(active, advantage, next_advantage),
+      jnp.where(active, value, next_value),
+    ), advantage
 
   zeros = jnp.zeros_like(token_rewards[:, 0])
   _, advantages = jax.lax.scan(
-      back, (zeros, zeros), (token_rewards.T, values.T, (mask > 0).T),
-      reverse=True)
+    back, (zeros, zeros), (token_rewards.T, values.T, (mask > 0).T), reverse=True
+  )
   return _clear(advantages.T, mask)
 
 
@@ -255,6 +248,5 @@ def _whiten(x: jax.Array, mask: jax.Array) -> jax.Array:
   mask = mask > 0
   centred = _clear(x - masked.masked_mean(x, mask), mask)
   variance = masked.masked_mean(jnp.square(centred), mask)
-  same = (jnp.where(mask, x, -jnp.inf).max()
-          == jnp.where(mask, x, jnp.inf).min())
+  same = jnp.where(mask, x, -jnp.inf).max() == jnp.where(mask, x, jnp.inf).min()
   return jnp.where(same, 0.0, centred / jnp.sqrt(variance + BATCH_EPSILON))

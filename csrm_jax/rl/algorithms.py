@@ -44,31 +44,37 @@ class Algorithm:
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    'distillation': Algorithm(
-        loss=objectives.distillation_loss, online=False, needs_group=True),
-    'dpo': Algorithm(
-        loss=objectives.dpo_loss, online=False, needs_group=True),
-    'reinforce_pp': Algorithm(
-        loss=objectives.policy_loss, advantage=advantages.reinforce_pp,
-        token_returns=True),
-    'reinforce_pp_baseline': Algorithm(
-        loss=objectives.policy_loss,
-        advantage=advantages.reinforce_pp_baseline, needs_group=True,
-        token_returns=True),
-    'grpo': Algorithm(
-        loss=objectives.policy_loss, advantage=advantages.grpo,
-        needs_group=True, kl_place='loss', kl_estimator='k3',
-        loss_aggregation='seq-mean-token-mean'),
-    'dr_grpo': Algorithm(
-        loss=objectives.policy_loss, advantage=advantages.dr_grpo,
-        needs_group=True, kl_place='loss', kl_estimator='k3',
-        loss_aggregation='seq-mean-token-sum-norm'),
-    'rloo': Algorithm(
-        loss=objectives.policy_loss, advantage=advantages.rloo,
-        needs_group=True),
-    'ppo': Algorithm(
-        loss=objectives.policy_loss, advantage=advantages.ppo,
-        needs_values=True, token_returns=True),
+  'distillation': Algorithm(loss=objectives.distillation_loss, online=False, needs_group=True),
+  'dpo': Algorithm(loss=objectives.dpo_loss, online=False, needs_group=True),
+  'reinforce_pp': Algorithm(
+    loss=objectives.policy_loss, advantage=advantages.reinforce_pp, token_returns=True
+  ),
+  'reinforce_pp_baseline': Algorithm(
+    loss=objectives.policy_loss,
+    advantage=advantages.reinforce_pp_baseline,
+    needs_group=True,
+    token_returns=True,
+  ),
+  'grpo': Algorithm(
+    loss=objectives.policy_loss,
+    advantage=advantages.grpo,
+    needs_group=True,
+    kl_place='loss',
+    kl_estimator='k3',
+    loss_aggregation='seq-mean-token-mean',
+  ),
+  'dr_grpo': Algorithm(
+    loss=objectives.policy_loss,
+    advantage=advantages.dr_grpo,
+    needs_group=True,
+    kl_place='loss',
+    kl_estimator='k3',
+    loss_aggregation='seq-mean-token-sum-norm',
+  ),
+  'rloo': Algorithm(loss=objectives.policy_loss, advantage=advantages.rloo, needs_group=True),
+  'ppo': Algorithm(
+    loss=objectives.policy_loss, advantage=advantages.ppo, needs_values=True, token_returns=True
+  ),
 }
 
 
@@ -79,8 +85,7 @@ def get(name: str) -> Algorithm:
     ValueError: there is none of this name.
   """
   if name not in ALGORITHMS:
-    raise ValueError(
-        f'algorithm={name!r} must be one of {", ".join(ALGORITHMS)}.')
+    raise ValueError(f'algorithm={name!r} must be one of {", ".join(ALGORITHMS)}.')
   return ALGORITHMS[name]
 
 
@@ -101,13 +106,15 @@ def make_objective(name: str, **settings: Any) -> Objective | None:
   if not algorithm.online:
     if given:
       raise ValueError(
-          f'{next(iter(given))}={next(iter(given.values()))} does nothing in '
-          f'{name}, which learns from pairs; leave it out.')
+        f'{next(iter(given))}={next(iter(given.values()))} does nothing in '
+        f'{name}, which learns from pairs; leave it out.'
+      )
     return None
   place = given.get('kl_place', algorithm.kl_place)
   defaults = {
-      'kl_place': place, 'kl_estimator': algorithm.kl_estimator,
-      'loss_aggregation': algorithm.loss_aggregation,
+    'kl_place': place,
+    'kl_estimator': algorithm.kl_estimator,
+    'loss_aggregation': algorithm.loss_aggregation,
   }
   if place != algorithm.kl_place:
     defaults['kl_estimator'] = {'loss': 'k2'}.get(place, 'k1')
@@ -119,8 +126,12 @@ def make_objective(name: str, **settings: Any) -> Objective | None:
 
 
 def check(
-    name: str, objective: Objective | None, num_generations: int,
-    gamma: float = GAMMA, lam: float = LAM, kl_target: float | None = None
+  name: str,
+  objective: Objective | None,
+  num_generations: int,
+  gamma: float = GAMMA,
+  lam: float = LAM,
+  kl_target: float | None = None,
 ) -> None:
   """Refuses what does not go together, or does nothing, before a run starts.
 
@@ -139,28 +150,29 @@ def check(
   least = 2 if algorithm.needs_group else 1
   if num_generations < least:
     raise ValueError(
-        f'num_generations={num_generations} does not go with {name}, which '
-        f'compares the completions of a prompt; take at least {least}, or '
-        'algorithm=reinforce_pp.' if algorithm.needs_group else
-        f'num_generations={num_generations} must be at least 1.')
+      f'num_generations={num_generations} does not go with {name}, which '
+      f'compares the completions of a prompt; take at least {least}, or '
+      'algorithm=reinforce_pp.'
+      if algorithm.needs_group
+      else f'num_generations={num_generations} must be at least 1.'
+    )
   if not 0 < gamma <= 1 or not 0 <= lam <= 1:
-    raise ValueError(
-        f'gamma={gamma} must lie in (0, 1] and lam={lam} in [0, 1].')
+    raise ValueError(f'gamma={gamma} must lie in (0, 1] and lam={lam} in [0, 1].')
   if gamma != GAMMA and not algorithm.token_returns:
     raise ValueError(
-        f'gamma={gamma} does nothing in {name}, whose advantage is the same at '
-        f'all tokens of a completion; leave it at {GAMMA}.')
+      f'gamma={gamma} does nothing in {name}, whose advantage is the same at '
+      f'all tokens of a completion; leave it at {GAMMA}.'
+    )
   if lam != LAM and not algorithm.needs_values:
-    raise ValueError(
-        f'lam={lam} does nothing in {name}, which has no critic; leave it at '
-        f'{LAM}.')
+    raise ValueError(f'lam={lam} does nothing in {name}, which has no critic; leave it at {LAM}.')
   if kl_target is not None:
     _check_kl_target(kl_target, name, objective)
   if (objective is None) == algorithm.online:
     raise ValueError(
-        f'{name} needs an objective; make it by make_objective.'
-        if algorithm.online else
-        f'{name} learns from pairs and takes no objective; give None.')
+      f'{name} needs an objective; make it by make_objective.'
+      if algorithm.online
+      else f'{name} learns from pairs and takes no objective; give None.'
+    )
   if objective is not None:
     _check_objective(name, algorithm, objective, gamma)
 
@@ -169,34 +181,39 @@ def _check_kl_target(kl_target, name, objective) -> None:
   if objective is None or objective.kl_place != 'reward':
     place = 'none' if objective is None else objective.kl_place
     raise ValueError(
-        f'kl_target={kl_target} adapts kl_coef only where the KL is in the '
-        f'reward; {name} has kl_place={place!r}: leave kl_target out.')
+      f'kl_target={kl_target} adapts kl_coef only where the KL is in the '
+      f'reward; {name} has kl_place={place!r}: leave kl_target out.'
+    )
   if not (0 < kl_target < float('inf') and objective.kl_coef):
     raise ValueError(
-        f'kl_target={kl_target} and kl_coef={objective.kl_coef}, from which '
-        'it starts, must be positive and finite.')
+      f'kl_target={kl_target} and kl_coef={objective.kl_coef}, from which '
+      'it starts, must be positive and finite.'
+    )
 
 
 def _check_objective(name, algorithm, objective, gamma) -> None:
   norm = 'seq-mean-token-sum-norm'
   if name == 'dr_grpo' and objective.loss_aggregation != norm:
     raise ValueError(
-        f'loss_aggregation={objective.loss_aggregation!r} brings back the '
-        f'length bias that dr_grpo takes out; use {norm!r}, or '
-        'algorithm=rloo.')
+      f'loss_aggregation={objective.loss_aggregation!r} brings back the '
+      f'length bias that dr_grpo takes out; use {norm!r}, or '
+      'algorithm=rloo.'
+    )
   if objective.ratio == 'token' or not algorithm.token_returns:
     return
   if algorithm.needs_values or objective.kl_place == 'reward' or gamma != 1:
-    fix = ("take ratio='token', or algorithm=grpo" if algorithm.needs_values
-           else "put the KL into the loss at gamma=1, or take ratio='token'")
+    fix = (
+      "take ratio='token', or algorithm=grpo"
+      if algorithm.needs_values
+      else "put the KL into the loss at gamma=1, or take ratio='token'"
+    )
     raise ValueError(
-        f"ratio='sequence' needs one advantage a completion, and {name} has "
-        f'one a token here: {fix}.')
+      f"ratio='sequence' needs one advantage a completion, and {name} has one a token here: {fix}."
+    )
 
 
 def adaptive_kl(
-    kl_coef: float, measured_kl: float, target: float, horizon: float,
-    num_samples: int
+  kl_coef: float, measured_kl: float, target: float, horizon: float, num_samples: int
 ) -> float:
   """Returns the next kl_coef: larger where the KL lies above its target.
 
@@ -220,7 +237,7 @@ def adaptive_kl(
     raise ValueError(f'measured_kl={measured_kl} is not finite.')
   if not num_samples <= horizon:
     raise ValueError(
-        f'kl_horizon={horizon} must be at least the {num_samples} completions '
-        'of a rollout.')
+      f'kl_horizon={horizon} must be at least the {num_samples} completions of a rollout.'
+    )
   error = min(max(measured_kl / target - 1, -0.2), 0.2)
   return kl_coef * (1 + error * num_samples / horizon)

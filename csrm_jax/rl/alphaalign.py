@@ -26,9 +26,11 @@ HELPFULNESS = ('standardised', 'raw', 'none')
 
 
 def dual_reward(
-    refusal_fn: verifiers.RefusalFn, helpfulness_fn: RewardFn | None,
-    helpfulness: str = 'standardised', format_weight: float = 1.0,
-    answer_weight: float = 1.0
+  refusal_fn: verifiers.RefusalFn,
+  helpfulness_fn: RewardFn | None,
+  helpfulness: str = 'standardised',
+  format_weight: float = 1.0,
+  answer_weight: float = 1.0,
 ) -> rewards.TotalFn:
   """Returns a function: samples -> (total, parts), as `rewards.combine` does.
 
@@ -50,26 +52,27 @@ def dual_reward(
   """
   _check(helpfulness_fn, helpfulness, format_weight, answer_weight)
 
-  def score(samples: Sequence[Sample]
-            ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  def score(samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     benign = np.array([_is_benign(s) for s in samples], bool)
-    answers = [dataclasses.replace(s, text=verifiers.answer_of(s.text))
-               for s in samples]
+    answers = [dataclasses.replace(s, text=verifiers.answer_of(s.text)) for s in samples]
     form = rewards.format_reward(samples)
     refuses = np.asarray(refusal_fn(answers))
     if refuses.shape != benign.shape or refuses.dtype != bool:
       raise ValueError(
-          f'V_r gives {refuses.dtype} {list(refuses.shape)} for {len(samples)} '
-          'samples; it must give one bool each')
+        f'V_r gives {refuses.dtype} {list(refuses.shape)} for {len(samples)} '
+        'samples; it must give one bool each'
+      )
     refusal = refuses.astype(np.float32)
-    safety = (np.float32(format_weight) * form
-              + np.float32(answer_weight) * np.where(benign, -refusal, refusal))
+    safety = np.float32(format_weight) * form + np.float32(answer_weight) * np.where(
+      benign, -refusal, refusal
+    )
     parts = {'format': form, 'refusal': refusal, 'safety': safety}
     if helpfulness == 'none':
       return safety, parts
     chosen = np.flatnonzero(benign)
-    asked = [dataclasses.replace(
-        answers[i], text=verifiers.unboxed(answers[i].text)) for i in chosen]
+    asked = [
+      dataclasses.replace(answers[i], text=verifiers.unboxed(answers[i].text)) for i in chosen
+    ]
     help_ = rewards.check_rewards(helpfulness_fn(asked), asked, 'helpfulness')
     if helpfulness == 'standardised':
       help_ = np.maximum(standardise(help_, asked), 0)
@@ -96,8 +99,9 @@ def standardise(values: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
   for name, rows in groups.items():
     if len(rows) == 1:
       raise ValueError(
-          f'prompt {name} has one sample, and nothing to standardise its '
-          'helpfulness with; set num_generations to 2 or more')
+        f'prompt {name} has one sample, and nothing to standardise its '
+        'helpfulness with; set num_generations to 2 or more'
+      )
     group = values[rows]
     if np.ptp(group) > 0:
       result[rows] = (group - group.mean()) / group.std()
@@ -107,22 +111,21 @@ def standardise(values: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
 def _is_benign(sample: Sample) -> bool:
   if not sample.prompt.label:
     raise ValueError(
-        f'prompt {sample.prompt.id} has no label; AlphaAlign needs "harmful" '
-        'or "benign" on every prompt')
+      f'prompt {sample.prompt.id} has no label; AlphaAlign needs "harmful" '
+      'or "benign" on every prompt'
+    )
   return sample.prompt.label == 'benign'
 
 
 def _check(helpfulness_fn, helpfulness, format_weight, answer_weight) -> None:
   if helpfulness not in HELPFULNESS:
-    raise ValueError(
-        f'unknown helpfulness {helpfulness!r}; use one of '
-        f'{", ".join(HELPFULNESS)}')
+    raise ValueError(f'unknown helpfulness {helpfulness!r}; use one of {", ".join(HELPFULNESS)}')
   if (helpfulness == 'none') != (helpfulness_fn is None):
     raise ValueError(
-        f'helpfulness is {helpfulness!r}, and '
-        + ('there is no' if helpfulness_fn is None else 'there is a')
-        + ' helpfulness reward; give one, or "none" without')
+      f'helpfulness is {helpfulness!r}, and '
+      + ('there is no' if helpfulness_fn is None else 'there is a')
+      + ' helpfulness reward; give one, or "none" without'
+    )
   for name, weight in (('format', format_weight), ('answer', answer_weight)):
     if not (math.isfinite(weight) and weight > 0):
-      raise ValueError(
-          f'the {name} weight of AlphaAlign is {weight}; it must be above 0')
+      raise ValueError(f'the {name} weight of AlphaAlign is {weight}; it must be above 0')

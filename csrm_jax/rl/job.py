@@ -48,6 +48,7 @@ class Settings:
     seed: of prompts, draws and mini batches.
     profile: first and last step of a trace in workdir/profile; None: none.
   """
+
   num_steps: int
   log_every: int
   checkpoint_every: int
@@ -73,24 +74,34 @@ class Settings:
   profile: tuple[int, int] | None = None
 
   def __post_init__(self):
-    for name in ('num_steps', 'log_every', 'checkpoint_every', 'num_prompts',
-                 'num_generations', 'num_iterations', 'num_mini_batches',
-                 'num_microbatches', 'kl_horizon'):
+    for name in (
+      'num_steps',
+      'log_every',
+      'checkpoint_every',
+      'num_prompts',
+      'num_generations',
+      'num_iterations',
+      'num_mini_batches',
+      'num_microbatches',
+      'kl_horizon',
+    ):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
     if self.checkpoint_every % self.log_every:
       raise ValueError(
-          f'checkpoint_every={self.checkpoint_every} must be a multiple of '
-          f'log_every={self.log_every}')
+        f'checkpoint_every={self.checkpoint_every} must be a multiple of log_every={self.log_every}'
+      )
     if self.num_rows % (self.num_mini_batches * self.num_microbatches):
       raise ValueError(
-          f'num_prompts x num_generations = {self.num_rows} samples do not '
-          f'divide into num_mini_batches={self.num_mini_batches} of '
-          f'num_microbatches={self.num_microbatches}')
+        f'num_prompts x num_generations = {self.num_rows} samples do not '
+        f'divide into num_mini_batches={self.num_mini_batches} of '
+        f'num_microbatches={self.num_microbatches}'
+      )
     if not self.sampling.temperature:
       raise ValueError(
-          'temperature=0 always draws the same completion, from which nothing '
-          'is learnt; give one above 0')
+        'temperature=0 always draws the same completion, from which nothing '
+        'is learnt; give one above 0'
+      )
 
   @property
   def num_rows(self) -> int:
@@ -124,6 +135,7 @@ class Job:
     look_fn: (policy's model, all its parameters) -> metrics of held-out
       prompts; None: nothing measures them.
   """
+
   policy: rollout.Policy
   frozen: Mapping[str, Any]
   reference: tuple[ModelConfig, Any]
@@ -150,9 +162,9 @@ class Progress:
     best_reward: reward/mean of the best log line, None before the first.
     stopped: why the run ended early; '' where it did not.
   """
+
   kl_coef: float
-  normaliser: rewards.Normaliser = dataclasses.field(
-      default_factory=rewards.Normaliser)
+  normaliser: rewards.Normaliser = dataclasses.field(default_factory=rewards.Normaliser)
   best_reward: float | None = None
   stopped: str = ''
 

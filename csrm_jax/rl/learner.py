@@ -35,8 +35,9 @@ from csrm_jax.rl.types import Prompt, Sample
 BAR_INTERVAL_S = 1.0 if sys.stderr.isatty() else 10.0
 
 
-def train(job: Job, state: training.TrainState, earlier_s: float = 0.0,
-          setup_s: float = 0.0) -> tuple[training.TrainState, Progress]:
+def train(
+  job: Job, state: training.TrainState, earlier_s: float = 0.0, setup_s: float = 0.0
+) -> tuple[training.TrainState, Progress]:
   """Returns the state and progress at the end, resuming if it can.
 
   Args:
@@ -63,10 +64,11 @@ def train(job: Job, state: training.TrainState, earlier_s: float = 0.0,
     if restored is None:
       _look(job, state, 0, looks)
     log = window.Window(earlier_s, setup_s, log_state)
-    with (preemption.watch() as asked,
-          profiling.trace(settings.profile, job.workdir / 'profile') as done,
-          writer_lib.MetricsWriter(
-              job.workdir, resume_step=start if restored else -1) as writer):
+    with (
+      preemption.watch() as asked,
+      profiling.trace(settings.profile, job.workdir / 'profile') as done,
+      writer_lib.MetricsWriter(job.workdir, resume_step=start if restored else -1) as writer,
+    ):
       done(start, state)
       for step in _bar(start, 0 if progress.stopped else settings.num_steps):
         state, metrics, rows = _step(job, state, progress, step)
@@ -85,8 +87,7 @@ def train(job: Job, state: training.TrainState, earlier_s: float = 0.0,
           with log.span('checkpoint'):
             writer.flush()
             remote.push(job.workdir)
-            saved.save(step, state, progress.to_dict() | {
-                'window': log.get_state()}, job.meta)
+            saved.save(step, state, progress.to_dict() | {'window': log.get_state()}, job.meta)
         if stop:
           raise preemption.Stopped(step)
         if progress.stopped:
@@ -97,8 +98,11 @@ def train(job: Job, state: training.TrainState, earlier_s: float = 0.0,
 
 
 def make_loss_fn(
-    policy: rollout.Policy, objective: objectives.Objective,
-    temperature: float, value_clip: float | None = None, vf_coef: float = 0.0
+  policy: rollout.Policy,
+  objective: objectives.Objective,
+  temperature: float,
+  value_clip: float | None = None,
+  vf_coef: float = 0.0,
 ) -> training.LossFn:
   """Returns (params, batch) -> (total, weight, metrics), for the train step.
 
@@ -112,34 +116,34 @@ def make_loss_fn(
 
   def loss_fn(params, batch):
     out = rollout.logprobs(policy.model, params, batch, temperature)
-    total, weight, metrics = objectives.policy_loss(
-        out['logprobs'], batch, objective)
+    total, weight, metrics = objectives.policy_loss(out['logprobs'], batch, objective)
     if 'values' in out:
       loss, _, more = objectives.value_loss(  # its weight is the same
-          out['values'], batch, value_clip, objective)
+        out['values'], batch, value_clip, objective
+      )
       total, metrics = total + vf_coef * loss, metrics | more
     return total, weight, metrics
 
   return loss_fn
 
 
-def choose_prompts(prompts: Sequence[Prompt], num: int, seed: int, step: int
-                   ) -> list[Prompt]:
+def choose_prompts(prompts: Sequence[Prompt], num: int, seed: int, step: int) -> list[Prompt]:
   """Returns the prompts of step 1, 2, …: all of them once an epoch."""
   places = np.arange((step - 1) * num, step * num)
   orders = {
-      epoch: _rng(seed, epoch, 'prompts').permutation(len(prompts))
-      for epoch in np.unique(places // len(prompts)).tolist()}
-  return [prompts[orders[i // len(prompts)][i % len(prompts)]]
-          for i in places.tolist()]
+    epoch: _rng(seed, epoch, 'prompts').permutation(len(prompts))
+    for epoch in np.unique(places // len(prompts)).tolist()
+  }
+  return [prompts[orders[i // len(prompts)][i % len(prompts)]] for i in places.tolist()]
 
 
 def _rng(seed: int, step: int, use: str) -> np.random.Generator:
   return np.random.default_rng((seed, step, *use.encode()))
 
 
-def _step(job: Job, state: training.TrainState, progress: Progress, step: int
-          ) -> tuple[training.TrainState, list[dict[str, Any]], list[dict]]:
+def _step(
+  job: Job, state: training.TrainState, progress: Progress, step: int
+) -> tuple[training.TrainState, list[dict[str, Any]], list[dict]]:
   """Returns (state, metrics of rollout and updates, lines of the table)."""
   settings, times = job.settings, [time.perf_counter()]
   samples, rows = _rollout(job, state, step)
@@ -154,53 +158,60 @@ def _step(job: Job, state: training.TrainState, progress: Progress, step: int
   batch = _make_batch(job, state, rows, samples, totals, progress)
   if settings.rollout_dtype:
     measured |= logs.gap_metrics(
-        batch['old_logprobs'], rows['rollout_logprobs'],
-        rows['completion_mask'])
+      batch['old_logprobs'], rows['rollout_logprobs'], rows['completion_mask']
+    )
   updates = []
   for chosen in _mini_batches(settings, step):
     part = {name: x[chosen] for name, x in batch.items()}
-    state, metrics = job.step_fn(
-        state, mesh_lib.to_global(part, job.mesh), job.frozen or None)
+    state, metrics = job.step_fn(state, mesh_lib.to_global(part, job.mesh), job.frozen or None)
     updates.append((part, metrics))
   _check_finite(updates, job.workdir, step)
   times.append(time.perf_counter())
   names = ('rollout', 'reward', 'update')
   spans = dict(zip(names, np.diff(times).tolist(), strict=True))
   measured |= {f'time/{name}_s': span for name, span in spans.items()}
-  measured['time/tokens_per_s'] = (
-      sum(sample.num_tokens for sample in samples) / spans['rollout'])
+  measured['time/tokens_per_s'] = sum(sample.num_tokens for sample in samples) / spans['rollout']
   table = logs.table_rows(step, samples, totals, parts, settings.num_samples)
   return state, [measured, *(metrics for _, metrics in updates)], table
 
 
-def _look(job: Job, state: training.TrainState, step: int, table: logs.Table
-          ) -> None:
+def _look(job: Job, state: training.TrainState, step: int, table: logs.Table) -> None:
   """Adds metrics of held-out prompts to looks.jsonl, where it is time to."""
   every = job.settings.look_every
   if job.look_fn is None or not every or step % every:
     return
-  metrics = job.look_fn(
-      job.policy.model, tree.merge(job.frozen, state.params))
+  metrics = job.look_fn(job.policy.model, tree.merge(job.frozen, state.params))
   table.write([{'step': step, 'metrics': metrics}])
 
 
-def _rollout(job: Job, state: training.TrainState, step: int
-             ) -> tuple[list[Sample], dict[str, np.ndarray]]:
+def _rollout(
+  job: Job, state: training.TrainState, step: int
+) -> tuple[list[Sample], dict[str, np.ndarray]]:
   settings = job.settings
   model, params = rollout.sampling_copy(
-      job.policy.model, tree.merge(job.frozen, state.params),
-      settings.rollout_dtype, job.sampling_mesh)
-  prompts = choose_prompts(
-      job.prompts, settings.num_prompts, settings.seed, step)
+    job.policy.model,
+    tree.merge(job.frozen, state.params),
+    settings.rollout_dtype,
+    job.sampling_mesh,
+  )
+  prompts = choose_prompts(job.prompts, settings.num_prompts, settings.seed, step)
   return rollout.rollout(
-      dataclasses.replace(job.policy, model=model), params, prompts,
-      settings.sampling, settings.num_generations,
-      int(_rng(settings.seed, step, 'rollout').integers(2**32)))
+    dataclasses.replace(job.policy, model=model),
+    params,
+    prompts,
+    settings.sampling,
+    settings.num_generations,
+    int(_rng(settings.seed, step, 'rollout').integers(2**32)),
+  )
 
 
 def _make_batch(
-    job: Job, state: training.TrainState, rows: dict[str, np.ndarray],
-    samples: Sequence[Sample], totals: np.ndarray, progress: Progress
+  job: Job,
+  state: training.TrainState,
+  rows: dict[str, np.ndarray],
+  samples: Sequence[Sample],
+  totals: np.ndarray,
+  progress: Progress,
 ) -> dict[str, np.ndarray]:
   """Returns what the updates of a step learn from; adapts kl_coef."""
   settings = job.settings
@@ -219,18 +230,23 @@ def _make_batch(
   kl = old['logprobs'] - reference
   in_reward = job.objective.kl_place == 'reward'
   estimate = {
-      'rewards': totals,
-      'completion_mask': batch['completion_mask'],
-      'kl_penalty': np.float32(progress.kl_coef * in_reward) * kl,
+    'rewards': totals,
+    'completion_mask': batch['completion_mask'],
+    'kl_penalty': np.float32(progress.kl_coef * in_reward) * kl,
   } | ({'old_values': old['values']} if 'values' in old else {})
-  found = _advantages(job.algorithm.advantage, settings.num_generations,
-                      settings.gamma, settings.lam, estimate)
+  found = _advantages(
+    job.algorithm.advantage, settings.num_generations, settings.gamma, settings.lam, estimate
+  )
   if settings.kl_target is not None:
     mask = rows['completion_mask']
     k3 = objectives.kl_estimate(old['logprobs'], reference, 'k3')
     progress.kl_coef = algorithms.adaptive_kl(
-        progress.kl_coef, float((k3 * mask).sum() / mask.sum()),
-        settings.kl_target, settings.kl_horizon, len(samples))
+      progress.kl_coef,
+      float((k3 * mask).sum() / mask.sum()),
+      settings.kl_target,
+      settings.kl_horizon,
+      len(samples),
+    )
   batch |= {'old_logprobs': old['logprobs'], 'ref_logprobs': reference}
   batch |= {name: np.asarray(x) for name, x in found.items()}
   if 'values' in old:
@@ -243,21 +259,21 @@ def _advantages(fn, num_generations, gamma, lam, batch):
   return fn(batch, num_generations, gamma, lam)
 
 
-def _logprobs(job: Job, model: ModelConfig, params: Any,
-              rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _logprobs(
+  job: Job, model: ModelConfig, params: Any, rows: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
   """Returns rollout.logprobs, as many rows at a time as in an update."""
-  inputs = {name: rows[name] for name in (
-      'tokens', 'positions', 'segment_ids', 'completion_mask')}
+  inputs = {name: rows[name] for name in ('tokens', 'positions', 'segment_ids', 'completion_mask')}
   settings, parts = job.settings, []
   for start in range(0, settings.num_rows, settings.chunk):
-    chunk = {name: x[start:start + settings.chunk]
-             for name, x in inputs.items()}
-    parts.append(rollout.logprobs(
-        model, params, mesh_lib.to_global(chunk, job.mesh),
-        settings.sampling.temperature))
+    chunk = {name: x[start : start + settings.chunk] for name, x in inputs.items()}
+    parts.append(
+      rollout.logprobs(
+        model, params, mesh_lib.to_global(chunk, job.mesh), settings.sampling.temperature
+      )
+    )
   parts = jax.device_get(parts)
-  return {name: np.concatenate([part[name] for part in parts])
-          for name in parts[0]}
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _mini_batches(settings: Settings, step: int) -> Iterator[np.ndarray]:
@@ -271,8 +287,9 @@ def _mini_batches(settings: Settings, step: int) -> Iterator[np.ndarray]:
     yield from np.split(order, num)
 
 
-def _check_finite(updates: Sequence[tuple[dict[str, np.ndarray], dict]],
-                  workdir: pathlib.Path, step: int) -> None:
+def _check_finite(
+  updates: Sequence[tuple[dict[str, np.ndarray], dict]], workdir: pathlib.Path, step: int
+) -> None:
   """Waits for the updates, and stops at the first that was not applied."""
   for batch, metrics in updates:
     if float(metrics['train/finite']) > 0:
@@ -280,13 +297,13 @@ def _check_finite(updates: Sequence[tuple[dict[str, np.ndarray], dict]],
     path = workdir / f'nonfinite_step_{step}.npz'
     np.savez(path, **batch)
     raise ValueError(
-        f'step {step}: the loss or a gradient is not finite; its batch is in '
-        f'{path}. Lower optim.lr or look at that batch, then run again: the '
-        'last checkpoint is intact.')
+      f'step {step}: the loss or a gradient is not finite; its batch is in '
+      f'{path}. Lower optim.lr or look at that batch, then run again: the '
+      'last checkpoint is intact.'
+    )
 
 
-def _why_stop(settings: Settings, progress: Progress,
-              values: Mapping[str, float]) -> str:
+def _why_stop(settings: Settings, progress: Progress, values: Mapping[str, float]) -> str:
   """Returns why the run ends after this log line, or ''; keeps the best."""
   reward = values['reward/mean']
   kl = values.get('kl/ref', 0.0)  # absent where no completion counted
@@ -296,15 +313,22 @@ def _why_stop(settings: Settings, progress: Progress,
   progress.best_reward = max(best, reward)
   drop = settings.stop_reward_drop
   if drop is not None and reward < best - drop:
-    return (f'reward/mean {reward:.4g} is more than stop.reward_drop={drop} '
-            f'below its best, {best:.4g}')
+    return (
+      f'reward/mean {reward:.4g} is more than stop.reward_drop={drop} below its best, {best:.4g}'
+    )
   return ''
 
 
 def _bar(start: int, num_steps: int) -> Iterator[int]:
   """Yields the steps to do, behind a progress bar."""
-  with tqdm.tqdm(total=num_steps, initial=start, desc='align', unit='step',
-                 dynamic_ncols=True, mininterval=BAR_INTERVAL_S) as bar:
+  with tqdm.tqdm(
+    total=num_steps,
+    initial=start,
+    desc='align',
+    unit='step',
+    dynamic_ncols=True,
+    mininterval=BAR_INTERVAL_S,
+  ) as bar:
     for step in range(start + 1, num_steps + 1):
       yield step
       bar.update()

@@ -13,12 +13,12 @@ from csrm_jax.core import writer
 from csrm_jax.rl.types import Sample
 
 # The train step's names of what users of RL look for elsewhere.
-_NAMES = {'train/lr': 'optim/lr', 'train/grad_norm': 'optim/grad_norm',
-          'train/loss': 'loss'}
+_NAMES = {'train/lr': 'optim/lr', 'train/grad_norm': 'optim/grad_norm', 'train/loss': 'loss'}
 
 
-def reward_metrics(totals: np.ndarray, parts: Mapping[str, np.ndarray],
-                   num_generations: int) -> dict[str, float]:
+def reward_metrics(
+  totals: np.ndarray, parts: Mapping[str, np.ndarray], num_generations: int
+) -> dict[str, float]:
   """Returns reward/{mean,std}, the same of each part, reward/zero_std_frac.
 
   The last is the fraction of prompts whose samples are all worth the same,
@@ -45,15 +45,16 @@ def completion_metrics(samples: Sequence[Sample]) -> dict[str, float]:
   lengths = np.array([sample.num_tokens for sample in samples])
   cut_off = np.array([not sample.stopped for sample in samples])
   return {
-      'completion/mean_length': float(lengths.mean()),
-      'completion/min_length': float(lengths.min()),
-      'completion/max_length': float(lengths.max()),
-      'completion/truncated_frac': float(cut_off.mean()),
+    'completion/mean_length': float(lengths.mean()),
+    'completion/min_length': float(lengths.min()),
+    'completion/max_length': float(lengths.max()),
+    'completion/truncated_frac': float(cut_off.mean()),
   }
 
 
-def gap_metrics(logprobs: np.ndarray, rollout_logprobs: np.ndarray,
-                mask: np.ndarray) -> dict[str, float]:
+def gap_metrics(
+  logprobs: np.ndarray, rollout_logprobs: np.ndarray, mask: np.ndarray
+) -> dict[str, float]:
   """Returns sampler/logprob_gap_{mean,max}: nats between two computations.
 
   Args:
@@ -62,16 +63,23 @@ def gap_metrics(logprobs: np.ndarray, rollout_logprobs: np.ndarray,
     mask: [N,C], 1 on the completions.
   """
   gap = np.abs(logprobs - rollout_logprobs)[mask > 0]
-  return {'sampler/logprob_gap_mean': float(gap.mean()),
-          'sampler/logprob_gap_max': float(gap.max())}
+  return {
+    'sampler/logprob_gap_mean': float(gap.mean()),
+    'sampler/logprob_gap_max': float(gap.max()),
+  }
 
 
-def table_rows(step: int, samples: Sequence[Sample], totals: np.ndarray,
-               parts: Mapping[str, np.ndarray], num: int
-               ) -> list[dict[str, Any]]:
+def table_rows(
+  step: int,
+  samples: Sequence[Sample],
+  totals: np.ndarray,
+  parts: Mapping[str, np.ndarray],
+  num: int,
+) -> list[dict[str, Any]]:
   """Returns `num` lines of samples.jsonl, spread evenly over the step's."""
   chosen = np.unique(np.linspace(0, len(samples) - 1, num).astype(int))
-  return [{
+  return [
+    {
       'step': step,
       'id': samples[i].id,
       'rules': samples[i].prompt.safety.name,
@@ -81,7 +89,9 @@ def table_rows(step: int, samples: Sequence[Sample], totals: np.ndarray,
       'stopped': samples[i].stopped,
       'reward': float(totals[i]),
       'parts': {name: float(values[i]) for name, values in parts.items()},
-  } for i in chosen.tolist()]
+    }
+    for i in chosen.tolist()
+  ]
 
 
 class Table:
@@ -91,13 +101,11 @@ class Table:
     """Drops the lines of later steps, which will be written again."""
     self._path = path
     if path.exists():
-      writer.write_atomic(
-          path, writer.lines_until(path.read_bytes(), resume_step))
+      writer.write_atomic(path, writer.lines_until(path.read_bytes(), resume_step))
 
   def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds the lines."""
-    text = ''.join(
-        json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+    text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
     with self._path.open('a', encoding='utf-8') as file:
       file.write(text)
 
@@ -112,5 +120,4 @@ def read_looks(path: pathlib.Path) -> dict[int, dict[str, Any]]:
 
 def renamed(values: Mapping[str, float]) -> dict[str, float]:
   """Returns a log line under the names that users of RL know."""
-  return {_NAMES.get(name, name): value for name, value in values.items()
-          if name != 'train/finite'}
+  return {_NAMES.get(name, name): value for name, value in values.items() if name != 'train/finite'}

@@ -32,8 +32,7 @@ RATIOS = ('token', 'sequence')
 AGGREGATIONS = 'token-mean', 'seq-mean-token-mean', 'seq-mean-token-sum-norm'
 # The estimators that are right in each place: k1 in a loss has an expected
 # gradient of 0, and k2, k3 in a reward are not the KL's.
-KL_ESTIMATORS = {'none': ('k1', 'k2', 'k3'), 'reward': ('k1',),
-                 'loss': ('k2', 'k3')}
+KL_ESTIMATORS = {'none': ('k1', 'k2', 'k3'), 'reward': ('k1',), 'loss': ('k2', 'k3')}
 # Log ratios are cut off here before exp, which would overflow at 88.
 MAX_LOG_RATIO = 20.0
 
@@ -72,58 +71,62 @@ class Objective:
   max_completion_length: int | None = None
 
   def __post_init__(self):
-    for name, allowed in (('ratio', RATIOS), ('kl_place', KL_ESTIMATORS),
-                          ('loss_aggregation', AGGREGATIONS)):
+    for name, allowed in (
+      ('ratio', RATIOS),
+      ('kl_place', KL_ESTIMATORS),
+      ('loss_aggregation', AGGREGATIONS),
+    ):
       if getattr(self, name) not in allowed:
-        raise ValueError(
-            f'{name}={getattr(self, name)!r} must be one of '
-            f'{", ".join(allowed)}.')
+        raise ValueError(f'{name}={getattr(self, name)!r} must be one of {", ".join(allowed)}.')
     _check_clipping(self)
     _check_kl(self)
-    if (self.ratio == 'sequence'
-        and self.loss_aggregation != 'seq-mean-token-mean'):
+    if self.ratio == 'sequence' and self.loss_aggregation != 'seq-mean-token-mean':
       raise ValueError(
-          f"ratio='sequence' with loss_aggregation={self.loss_aggregation!r} "
-          'would weigh a sequence by its length; take seq-mean-token-mean.')
+        f"ratio='sequence' with loss_aggregation={self.loss_aggregation!r} "
+        'would weigh a sequence by its length; take seq-mean-token-mean.'
+      )
     if self.loss_aggregation == 'seq-mean-token-sum-norm' and not (
-        self.max_completion_length and self.max_completion_length > 0):
+      self.max_completion_length and self.max_completion_length > 0
+    ):
       raise ValueError(
-          f'max_completion_length={self.max_completion_length} must be at '
-          "least 1 with loss_aggregation='seq-mean-token-sum-norm', which "
-          'divides by it.')
+        f'max_completion_length={self.max_completion_length} must be at '
+        "least 1 with loss_aggregation='seq-mean-token-sum-norm', which "
+        'divides by it.'
+      )
 
 
 def _check_clipping(objective: Objective) -> None:
   epsilon, epsilon_high = objective.epsilon, objective.epsilon_high
   if not (0 < epsilon < 1 and 0 < epsilon_high < float('inf')):
     raise ValueError(
-        f'epsilon={epsilon} must lie in (0, 1) and epsilon_high={epsilon_high} '
-        'be positive and finite.')
+      f'epsilon={epsilon} must lie in (0, 1) and epsilon_high={epsilon_high} '
+      'be positive and finite.'
+    )
   if objective.dual_clip is not None and not objective.dual_clip > 1:
-    raise ValueError(
-        f'dual_clip={objective.dual_clip} must be above 1; None is no limit.')
+    raise ValueError(f'dual_clip={objective.dual_clip} must be above 1; None is no limit.')
 
 
 def _check_kl(objective: Objective) -> None:
   place, estimator = objective.kl_place, objective.kl_estimator
   if estimator not in KL_ESTIMATORS[place]:
-    why = {'loss': "k1's expected gradient there is 0",
-           'reward': 'only k1 penalises the KL there'}.get(place, 'unknown')
+    why = {
+      'loss': "k1's expected gradient there is 0",
+      'reward': 'only k1 penalises the KL there',
+    }.get(place, 'unknown')
     raise ValueError(
-        f'kl_estimator={estimator!r} does not go with kl_place={place!r} '
-        f'({why}); take {" or ".join(KL_ESTIMATORS[place])}.')
+      f'kl_estimator={estimator!r} does not go with kl_place={place!r} '
+      f'({why}); take {" or ".join(KL_ESTIMATORS[place])}.'
+    )
   if not 0 <= objective.kl_coef < float('inf'):
-    raise ValueError(
-        f'kl_coef={objective.kl_coef} must be at least 0 and finite.')
+    raise ValueError(f'kl_coef={objective.kl_coef} must be at least 0 and finite.')
   if place == 'none' and objective.kl_coef:
     raise ValueError(
-        f"kl_coef={objective.kl_coef} does nothing at kl_place='none'; set it "
-        "to 0 or put the KL into 'reward' or 'loss'.")
+      f"kl_coef={objective.kl_coef} does nothing at kl_place='none'; set it "
+      "to 0 or put the KL into 'reward' or 'loss'."
+    )
 
 
-def kl_estimate(
-    logprobs: jax.Array, ref_logprobs: jax.Array, estimator: str
-) -> jax.Array:
+def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, estimator: str) -> jax.Array:
   """Returns an estimate of KL(policy ‖ reference) from each token, in nats.
 
   With d = logprobs − ref_logprobs: k1 = d, k2 = d²/2, k3 = e^−d − 1 + d. For
@@ -149,7 +152,7 @@ def kl_estimate(
 
 
 def policy_loss(
-    logprobs: jax.Array, batch: Mapping[str, jax.Array], objective: Objective
+  logprobs: jax.Array, batch: Mapping[str, jax.Array], objective: Objective
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of the clipped policy objective.
 
@@ -175,13 +178,12 @@ def policy_loss(
   # Cleared first: a weight of 0 keeps a NaN out of the loss, but not out of
   # the gradient.
   logprobs, old, ref, advantages = (
-      jnp.where(mask, _float(x), 0.0) for x in (
-          logprobs, batch['old_logprobs'], batch['ref_logprobs'],
-          batch['advantages']))
+    jnp.where(mask, _float(x), 0.0)
+    for x in (logprobs, batch['old_logprobs'], batch['ref_logprobs'], batch['advantages'])
+  )
   log_ratio = logprobs - old
   if objective.ratio == 'sequence':
-    log_ratio = jnp.where(
-        mask, masked.masked_mean(log_ratio, mask, axis=1)[:, None], 0.0)
+    log_ratio = jnp.where(mask, masked.masked_mean(log_ratio, mask, axis=1)[:, None], 0.0)
   ratio = _exp(log_ratio)
   surrogate, clips = _clipped(ratio, advantages, objective)
   total, weight = _aggregate(-surrogate, mask, objective)
@@ -190,11 +192,11 @@ def policy_loss(
     kl = kl_estimate(logprobs, ref, objective.kl_estimator)
     total += objective.kl_coef * _aggregate(kl, mask, objective)[0]
   tokens = {
-      **{f'policy/{name}': hits for name, hits in clips.items()},
-      'policy/ratio_mean': ratio,
-      'policy/entropy': -logprobs,
-      'kl/ref': kl_estimate(logprobs, ref, 'k3'),
-      'kl/old': kl_estimate(logprobs, old, 'k3'),
+    **{f'policy/{name}': hits for name, hits in clips.items()},
+    'policy/ratio_mean': ratio,
+    'policy/entropy': -logprobs,
+    'kl/ref': kl_estimate(logprobs, ref, 'k3'),
+    'kl/old': kl_estimate(logprobs, old, 'k3'),
   }
   metrics |= {name: _token_sum(x, mask) for name, x in tokens.items()}
   highest = jnp.where(mask, ratio, 0.0).max(1)
@@ -203,8 +205,10 @@ def policy_loss(
 
 
 def value_loss(
-    values: jax.Array, batch: Mapping[str, jax.Array],
-    value_clip: float | None = 0.2, objective: Objective | None = None
+  values: jax.Array,
+  batch: Mapping[str, jax.Array],
+  value_clip: float | None = 0.2,
+  objective: Objective | None = None,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of the critic's squared error, halved.
 
@@ -220,12 +224,11 @@ def value_loss(
   Source: PPO's reference implementation; see arXiv 2005.12729, §2.
   """
   if value_clip is not None and not value_clip > 0:
-    raise ValueError(
-        f'value_clip={value_clip} must be positive; None switches it off.')
+    raise ValueError(f'value_clip={value_clip} must be positive; None switches it off.')
   mask = batch['completion_mask'] > 0
   values, old, returns = (
-      jnp.where(mask, _float(x), 0.0)
-      for x in (values, batch['old_values'], batch['returns']))
+    jnp.where(mask, _float(x), 0.0) for x in (values, batch['old_values'], batch['returns'])
+  )
   error = jnp.square(values - returns)
   clipped = jnp.zeros_like(mask)
   if value_clip is not None:
@@ -234,13 +237,17 @@ def value_loss(
     clipped = held_error > error
     error = jnp.maximum(error, held_error)
   total, weight = _aggregate(0.5 * error, mask, objective or Objective())
-  return total, weight, jax.lax.stop_gradient({
-      'value/loss': (total, weight),
-      'value/clip_frac': _token_sum(clipped, mask)})
+  return (
+    total,
+    weight,
+    jax.lax.stop_gradient(
+      {'value/loss': (total, weight), 'value/clip_frac': _token_sum(clipped, mask)}
+    ),
+  )
 
 
 def distillation_loss(
-    logprob_sums: jax.Array, batch: Mapping[str, jax.Array], beta: float
+  logprob_sums: jax.Array, batch: Mapping[str, jax.Array], beta: float
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of reward distillation.
 
@@ -264,12 +271,11 @@ def distillation_loss(
   margin = _margin(logprob_sums, batch, beta, weight)
   reward = jnp.where(weight[:, None] > 0, _float(batch['reward']), 1.0)
   target = jnp.log(reward[:, 0]) - jnp.log(reward[:, 1])
-  return _pair_loss(jnp.square(target - margin), margin, weight, {
-      'pairs/target': target})
+  return _pair_loss(jnp.square(target - margin), margin, weight, {'pairs/target': target})
 
 
 def dpo_loss(
-    logprob_sums: jax.Array, batch: Mapping[str, jax.Array], beta: float
+  logprob_sums: jax.Array, batch: Mapping[str, jax.Array], beta: float
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of direct preference optimisation.
 
@@ -284,7 +290,7 @@ def dpo_loss(
 
 
 def better_nll(
-    logprob_sums: jax.Array, batch: Mapping[str, jax.Array]
+  logprob_sums: jax.Array, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (total, weight) of −log π(y⁺) a token: over pairs, their number.
 
@@ -316,14 +322,14 @@ def _exp(x: jax.Array) -> jax.Array:
 def _clipped(ratio, advantages, objective):
   """Returns the objective of each token and {name: where it is clipped}."""
   low, high = 1 - objective.epsilon, 1 + objective.epsilon_high
-  surrogate = jnp.minimum(
-      ratio * advantages, jnp.clip(ratio, low, high) * advantages)
-  clips = {'clip_frac_low': (ratio < low) & (advantages < 0),
-           'clip_frac_high': (ratio > high) & (advantages > 0)}
+  surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, low, high) * advantages)
+  clips = {
+    'clip_frac_low': (ratio < low) & (advantages < 0),
+    'clip_frac_high': (ratio > high) & (advantages > 0),
+  }
   if objective.dual_clip is not None:
     bound = objective.dual_clip * advantages
-    surrogate = jnp.where(
-        advantages < 0, jnp.maximum(surrogate, bound), surrogate)
+    surrogate = jnp.where(advantages < 0, jnp.maximum(surrogate, bound), surrogate)
     clips['dual_clip_frac'] = (ratio > objective.dual_clip) & (advantages < 0)
   return surrogate, clips
 
@@ -345,8 +351,7 @@ def _token_sum(x, mask) -> tuple[jax.Array, jax.Array]:
 
 
 def _pair_weight(batch) -> jax.Array:
-  return _float(batch.get(
-      'pair_weight', jnp.ones(batch['ref_logprob'].shape[0])))
+  return _float(batch.get('pair_weight', jnp.ones(batch['ref_logprob'].shape[0])))
 
 
 def _margin(logprob_sums, batch, beta, weight) -> jax.Array:
@@ -354,8 +359,9 @@ def _margin(logprob_sums, batch, beta, weight) -> jax.Array:
   if not 0 < beta < float('inf'):
     raise ValueError(f'beta={beta} must be positive and finite.')
   used = weight[:, None] > 0
-  log_ratio = (jnp.where(used, _float(logprob_sums), 0.0)
-               - jnp.where(used, batch['ref_logprob'], 0.0))
+  log_ratio = jnp.where(used, _float(logprob_sums), 0.0) - jnp.where(
+    used, batch['ref_logprob'], 0.0
+  )
   return beta * (log_ratio[:, 0] - log_ratio[:, 1])
 
 
@@ -364,7 +370,6 @@ def _pair_loss(loss, margin, weight, extra):
   total, num_pairs = masked.masked_sum(loss, weight), weight.sum()
   ordered = 0.5 * ((margin > 0) + (margin >= 0).astype(weight.dtype))
   values = {'pairs/accuracy': ordered, 'pairs/margin': margin, **extra}
-  metrics = {name: (masked.masked_sum(x, weight), num_pairs)
-             for name, x in values.items()}
+  metrics = {name: (masked.masked_sum(x, weight), num_pairs) for name, x in values.items()}
   metrics['policy/loss'] = (total, num_pairs)
   return total, num_pairs, jax.lax.stop_gradient(metrics)

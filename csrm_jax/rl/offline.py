@@ -37,6 +37,7 @@ class Settings:
     sampling: of completions.
     seed: of draws and pairs.
   """
+
   num_samples: int
   num_best: int
   num_prompts: int
@@ -46,20 +47,26 @@ class Settings:
   def __post_init__(self):
     if not 1 <= self.num_best <= self.num_samples // 2:
       raise ValueError(
-          f'num_best={self.num_best} must be from 1 to half of num_samples='
-          f'{self.num_samples}; the best are paired with as many others')
+        f'num_best={self.num_best} must be from 1 to half of num_samples='
+        f'{self.num_samples}; the best are paired with as many others'
+      )
     if self.num_prompts < 1:
       raise ValueError(f'num_prompts={self.num_prompts} must be at least 1')
     if not self.sampling.temperature:
       raise ValueError(
-          'temperature=0 always draws the same completion, of which there are '
-          'no pairs; give one above 0')
+        'temperature=0 always draws the same completion, of which there are '
+        'no pairs; give one above 0'
+      )
 
 
 def sample(
-    policy: rollout.Policy, params: Any, prompts: Sequence[Prompt],
-    reward_fn: rewards.TotalFn, settings: Settings, path: pathlib.Path,
-    progress: Callable[[int], Any] = lambda num: None
+  policy: rollout.Policy,
+  params: Any,
+  prompts: Sequence[Prompt],
+  reward_fn: rewards.TotalFn,
+  settings: Settings,
+  path: pathlib.Path,
+  progress: Callable[[int], Any] = lambda num: None,
 ) -> dict[str, list[dict[str, Any]]]:
   """Returns {prompt id: its completions} with their rewards.
 
@@ -83,12 +90,12 @@ def sample(
   policy.encode_all(prompts, settings.sampling.max_completion_length)
   with journal.Journal(path) as kept:
     for start in range(0, len(prompts), settings.num_prompts):
-      group = prompts[start:start + settings.num_prompts]
+      group = prompts[start : start + settings.num_prompts]
       if not all(prompt.id in kept for prompt in group):
         rng = np.random.default_rng((settings.seed, start))
         samples, rows = rollout.rollout(
-            policy, params, group, settings.sampling, settings.num_samples,
-            int(rng.integers(2**32)))
+          policy, params, group, settings.sampling, settings.num_samples, int(rng.integers(2**32))
+        )
         for prompt, found in _by_prompt(samples, rows, reward_fn):
           if prompt.id not in kept:
             kept.put(prompt.id, found)
@@ -97,8 +104,7 @@ def sample(
 
 
 def _by_prompt(
-    samples: Sequence[Sample], rows: Mapping[str, np.ndarray],
-    reward_fn: rewards.TotalFn
+  samples: Sequence[Sample], rows: Mapping[str, np.ndarray], reward_fn: rewards.TotalFn
 ) -> Iterator[tuple[Prompt, list[dict[str, Any]]]]:
   """Yields each prompt with its completions as JSON."""
   totals, parts = reward_fn(samples)
@@ -106,19 +112,21 @@ def _by_prompt(
   found: dict[str, tuple[Prompt, list[dict[str, Any]]]] = {}
   for i, one in enumerate(samples):
     mask = rows['completion_mask'][i] > 0
-    tokens = rows['tokens'][i, -len(mask):][mask]
-    found.setdefault(one.prompt.id, (one.prompt, []))[1].append({
+    tokens = rows['tokens'][i, -len(mask) :][mask]
+    found.setdefault(one.prompt.id, (one.prompt, []))[1].append(
+      {
         'tokens': tokens.tolist(),
         'text': one.text,
         'stopped': one.stopped,
         'reward': float(totals[i]),
         'parts': {name: float(values[i]) for name, values in parts.items()},
-    })
+      }
+    )
   yield from found.values()
 
 
 def choose_pairs(
-    completions: Sequence[Mapping[str, Any]], num_best: int, seed: Any
+  completions: Sequence[Mapping[str, Any]], num_best: int, seed: Any
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
   """Returns (better, worse) completions of one prompt, paired at random.
 
@@ -135,15 +143,18 @@ def choose_pairs(
   unique.sort(key=lambda one: (-one['reward'], one['text']))
   num = min(num_best, len(unique) // 2)
   order = np.random.default_rng(seed).permutation(num)
-  worst = unique[len(unique) - num:]
+  worst = unique[len(unique) - num :]
   pairs = [(unique[i], worst[order[i]]) for i in range(num)]
   return [(a, b) for a, b in pairs if a['reward'] > b['reward']]
 
 
 def make_pairs(
-    policy: rollout.Policy, params: Any, prompts: Sequence[Prompt],
-    completions: Mapping[str, Sequence[Mapping[str, Any]]],
-    settings: Settings, chunk: int
+  policy: rollout.Policy,
+  params: Any,
+  prompts: Sequence[Prompt],
+  completions: Mapping[str, Sequence[Mapping[str, Any]]],
+  settings: Settings,
+  chunk: int,
 ) -> dict[str, np.ndarray]:
   """Returns all pairs as rows of a train batch.
 
@@ -165,47 +176,56 @@ def make_pairs(
   asked, sides = [], []
   for i, prompt in enumerate(prompts):
     ids = policy.encode(prompt)
-    for pair in choose_pairs(completions[prompt.id], settings.num_best,
-                             (settings.seed, i)):
+    for pair in choose_pairs(completions[prompt.id], settings.num_best, (settings.seed, i)):
       asked += [ids, ids]
       sides += pair
   if not sides:
     raise ValueError(
-        'no prompt has two completions with different rewards, so there are '
-        'no pairs; raise the temperature or look at the reward')
+      'no prompt has two completions with different rewards, so there are '
+      'no pairs; raise the temperature or look at the reward'
+    )
   length = settings.sampling.max_completion_length
   done = Completions(
-      tokens=np.zeros((len(sides), length), np.int32),
-      lengths=np.array([len(side['tokens']) for side in sides], np.int32),
-      logprobs=np.zeros((len(sides), length), np.float32),
-      stopped=np.array([side['stopped'] for side in sides]))
+    tokens=np.zeros((len(sides), length), np.int32),
+    lengths=np.array([len(side['tokens']) for side in sides], np.int32),
+    logprobs=np.zeros((len(sides), length), np.float32),
+    stopped=np.array([side['stopped'] for side in sides]),
+  )
   for i, side in enumerate(sides):
-    done.tokens[i, :len(side['tokens'])] = side['tokens']
+    done.tokens[i, : len(side['tokens'])] = side['tokens']
   rows = rollout.make_rows(policy, asked, done)
   del rows['rollout_logprobs']
   reference = _reference(policy, params, rows, settings, chunk)
-  return {name: x.reshape(-1, 2, *x.shape[1:]) for name, x in (rows | {
-      'reward': np.array([side['reward'] for side in sides], np.float32),
-      'ref_logprob': reference}).items()}
+  return {
+    name: x.reshape(-1, 2, *x.shape[1:])
+    for name, x in (
+      rows
+      | {
+        'reward': np.array([side['reward'] for side in sides], np.float32),
+        'ref_logprob': reference,
+      }
+    ).items()
+  }
 
 
 def _reference(policy, params, rows, settings, chunk) -> np.ndarray:
   """Returns the sums of the rows' log-probabilities, float32 [2P]."""
   num, sums = len(rows['tokens']), []
   for start in range(0, num, chunk):
-    part = {name: x[start:start + chunk] for name, x in rows.items()}
+    part = {name: x[start : start + chunk] for name, x in rows.items()}
     missing = chunk - len(part['tokens'])
-    part = {name: np.pad(x, ((0, missing), (0, 0)))
-            for name, x in part.items()}
-    out = rollout.logprobs(
-        policy.model, params, part, settings.sampling.temperature)
+    part = {name: np.pad(x, ((0, missing), (0, 0))) for name, x in part.items()}
+    out = rollout.logprobs(policy.model, params, part, settings.sampling.temperature)
     sums.append(np.asarray(out['logprobs']).sum(1))
   return np.concatenate(sums)[:num]
 
 
 def make_loss_fn(
-    policy: rollout.Policy, loss: Callable[..., Any], beta: float,
-    temperature: float, nll_coef: float = 0.0
+  policy: rollout.Policy,
+  loss: Callable[..., Any],
+  beta: float,
+  temperature: float,
+  nll_coef: float = 0.0,
 ) -> training.LossFn:
   """Returns (params, batch) -> (total, weight, metrics), for the train step.
 
@@ -223,8 +243,10 @@ def make_loss_fn(
     raise ValueError(f'nll_coef={nll_coef} must be 0 or above, and finite')
 
   def loss_fn(params, batch):
-    rows = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in (
-        'tokens', 'positions', 'segment_ids', 'completion_mask')}
+    rows = {
+      name: batch[name].reshape(-1, batch[name].shape[-1])
+      for name in ('tokens', 'positions', 'segment_ids', 'completion_mask')
+    }
     out = rollout.logprobs(policy.model, params, rows, temperature)
     sums = out['logprobs'].sum(1).reshape(-1, 2)
     total, weight, metrics = loss(sums, batch, beta)
@@ -245,8 +267,7 @@ class PairBatches:
   num_shortened = 0
   wait_s = 0.0
 
-  def __init__(self, pairs: Mapping[str, np.ndarray], batch_size: int,
-               seed: int):
+  def __init__(self, pairs: Mapping[str, np.ndarray], batch_size: int, seed: int):
     self._pairs, self._batch_size, self._seed = pairs, batch_size, seed
     self._num_pairs = len(pairs['reward'])
     self._num_done = 0
@@ -257,11 +278,12 @@ class PairBatches:
     places = np.arange(start, start + self._batch_size)
     epochs, indices = np.divmod(places, self._num_pairs)
     orders = {
-        epoch: np.random.default_rng(
-            (self._seed, epoch)).permutation(self._num_pairs)
-        for epoch in np.unique(epochs).tolist()}
-    chosen = np.array([orders[epoch][i] for epoch, i in zip(
-        epochs.tolist(), indices.tolist(), strict=True)])
+      epoch: np.random.default_rng((self._seed, epoch)).permutation(self._num_pairs)
+      for epoch in np.unique(epochs).tolist()
+    }
+    chosen = np.array(
+      [orders[epoch][i] for epoch, i in zip(epochs.tolist(), indices.tolist(), strict=True)]
+    )
     return {name: x[chosen] for name, x in self._pairs.items()}
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -276,17 +298,17 @@ class PairBatches:
     self._num_done = int(state['num_done'])
 
 
-def describe(completions: Mapping[str, Sequence[Mapping[str, Any]]],
-             pairs: Mapping[str, np.ndarray]) -> dict[str, float]:
+def describe(
+  completions: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Mapping[str, np.ndarray]
+) -> dict[str, float]:
   """Returns what there was to learn from: counts, and the sides' rewards."""
-  totals = np.array(
-      [one['reward'] for some in completions.values() for one in some])
+  totals = np.array([one['reward'] for some in completions.values() for one in some])
   better, worse = jax.tree.map(float, pairs['reward'].mean(0).tolist())
   return {
-      'num_prompts': len(completions),
-      'num_samples': len(totals),
-      'num_pairs': len(pairs['reward']),
-      'reward_mean': float(totals.mean()),
-      'reward_better': better,
-      'reward_worse': worse,
+    'num_prompts': len(completions),
+    'num_samples': len(totals),
+    'num_pairs': len(pairs['reward']),
+    'reward_mean': float(totals.mean()),
+    'reward_better': better,
+    'reward_worse': worse,
   }

@@ -42,6 +42,7 @@ class Judged:
     second: the second annotator's.
     final: what was agreed on.
   """
+
   sample: Sample
   first: str
   second: str
@@ -57,24 +58,22 @@ def read(folder: str | os.PathLike) -> list[Judged]:
   """
   files = sorted(pathlib.Path(folder).glob('*completions*.csv'))
   if not files:
-    raise FileNotFoundError(
-        f'{folder}: no *completions*.csv there; give the folder of XSTest')
+    raise FileNotFoundError(f'{folder}: no *completions*.csv there; give the folder of XSTest')
   safety = schema.SafetyConfig((public.XSTEST_RULES['refusal'],))
   labels = ('annotation_1', 'annotation_2', 'final_label')
   judged = []
   for path in files:
-    for where, row in rows.read_csv(
-        path, ('id', 'prompt', 'completion', *labels)):
+    for where, row in rows.read_csv(path, ('id', 'prompt', 'completion', *labels)):
       for column in labels:
         if row[column] not in public.XSTEST_LABELS:
           raise ValueError(
-              f'{where}: unknown {column} {checks.show(row[column])}; it must '
-              f'be one of {", ".join(public.XSTEST_LABELS)}')
-      prompt = Prompt(f'{path.stem}/{row["id"]}',
-                      (schema.Message('user', row['prompt']),), safety)
-      judged.append(Judged(
-          Sample(prompt, 0, row['completion'], 0, True),
-          *(row[column] for column in labels)))
+            f'{where}: unknown {column} {checks.show(row[column])}; it must '
+            f'be one of {", ".join(public.XSTEST_LABELS)}'
+          )
+      prompt = Prompt(f'{path.stem}/{row["id"]}', (schema.Message('user', row['prompt']),), safety)
+      judged.append(
+        Judged(Sample(prompt, 0, row['completion'], 0, True), *(row[column] for column in labels))
+      )
   return judged
 
 
@@ -116,22 +115,23 @@ def kappa(labels: np.ndarray, refuses: np.ndarray) -> float:
 
   Source: Cohen (1960), A coefficient of agreement for nominal scales.
   """
-  by_chance = (labels.mean() * refuses.mean()
-               + (1 - labels.mean()) * (1 - refuses.mean()))
+  by_chance = labels.mean() * refuses.mean() + (1 - labels.mean()) * (1 - refuses.mean())
   if by_chance == 1:
     return math.nan
   return float((accuracy(labels, refuses) - by_chance) / (1 - by_chance))
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    'accuracy': accuracy, 'precision': precision, 'recall': recall, 'f1': f1,
-    'kappa': kappa,
+  'accuracy': accuracy,
+  'precision': precision,
+  'recall': recall,
+  'f1': f1,
+  'kappa': kappa,
 }
 
 
 def measure(
-    labels: np.ndarray, refuses: np.ndarray, units: np.ndarray,
-    num_samples: int = 1000
+  labels: np.ndarray, refuses: np.ndarray, units: np.ndarray, num_samples: int = 1000
 ) -> dict[str, tuple[float, float, float]]:
   """Returns {metric: (value, low, high)}, with 95% bootstrap intervals.
 
@@ -142,13 +142,16 @@ def measure(
     num_samples: draws.
   """
   return {
-      name: (fn(labels, refuses), *bootstrap.interval(
-          fn, (labels, refuses), units, num_samples=num_samples))
-      for name, fn in METRICS.items()}
+    name: (
+      fn(labels, refuses),
+      *bootstrap.interval(fn, (labels, refuses), units, num_samples=num_samples),
+    )
+    for name, fn in METRICS.items()
+  }
 
 
 def compare(
-    judged: Sequence[Judged], verdicts: dict[str, np.ndarray], kind: str
+  judged: Sequence[Judged], verdicts: dict[str, np.ndarray], kind: str
 ) -> dict[str, dict[str, tuple[float, float, float]]]:
   """Returns {V_r's name: its metrics}, and those of the annotators.
 
@@ -162,28 +165,31 @@ def compare(
   """
   positive = POSITIVE[kind]
   first, second, final = (
-      np.array([getattr(item, name) in positive for item in judged])
-      for name in ('first', 'second', 'final'))
+    np.array([getattr(item, name) in positive for item in judged])
+    for name in ('first', 'second', 'final')
+  )
   # Completions of several models to one prompt depend on each other.
-  units = np.unique([_prompt_text(item) for item in judged],
-                    return_inverse=True)[1]
+  units = np.unique([_prompt_text(item) for item in judged], return_inverse=True)[1]
   return {
-      **{name: measure(final, refuses, units)
-         for name, refuses in verdicts.items()},
-      'second annotator': measure(first, second, units)}
+    **{name: measure(final, refuses, units) for name, refuses in verdicts.items()},
+    'second annotator': measure(first, second, units),
+  }
 
 
 def main() -> None:
   """Prints the tables."""
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument('folder', help='of XSTest')
-  parser.add_argument('--checkpoint', default='',
-                      help='a reward model, or a public model')
-  parser.add_argument('--words', nargs=2, default=reward_model.WORDS,
-                      help='for "safe" and "unsafe", to a public model')
-  parser.add_argument('--safety', default='',
-                      help='rules that forbid to refuse, for --checkpoint')
+  parser.add_argument('--checkpoint', default='', help='a reward model, or a public model')
+  parser.add_argument(
+    '--words',
+    nargs=2,
+    default=reward_model.WORDS,
+    help='for "safe" and "unsafe", to a public model',
+  )
+  parser.add_argument('--safety', default='', help='rules that forbid to refuse, for --checkpoint')
   args = parser.parse_args()
   if bool(args.checkpoint) != bool(args.safety):
     parser.error('--checkpoint and --safety belong together; give both')
@@ -193,17 +199,24 @@ def main() -> None:
   if args.checkpoint:
     model = reward_model.load(args.checkpoint, words=tuple(args.words))
     found['V_r, reward model'] = verifiers.by_score(
-        model.score_fn, schema.load_safety(args.safety))(samples)
-  print(f'{len(judged)} completions; {len(tuned)} others were looked at while '
-        'the patterns were written.')
+      model.score_fn, schema.load_safety(args.safety)
+    )(samples)
+  print(
+    f'{len(judged)} completions; {len(tuned)} others were looked at while '
+    'the patterns were written.'
+  )
   for kind in POSITIVE:
     print(f'\nA refusal is a {kind} refusal:\n')
     table = compare(judged, found, kind)
-    print(markdown.table(
+    print(
+      markdown.table(
         ('', *METRICS),
-        [(name, *(f'{value:.3f} [{low:.3f}, {high:.3f}]'
-                  for value, low, high in metrics.values()))
-         for name, metrics in table.items()]))
+        [
+          (name, *(f'{value:.3f} [{low:.3f}, {high:.3f}]' for value, low, high in metrics.values()))
+          for name, metrics in table.items()
+        ],
+      )
+    )
 
 
 def _prompt_text(item: Judged) -> str:

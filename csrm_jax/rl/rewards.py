@@ -21,8 +21,7 @@ from csrm_jax.safety import checks, schema
 
 MODES = ('product', 'sum')
 # samples -> (total float32 [N], {name of a part: float32 [N]})
-TotalFn = Callable[[Sequence[Sample]],
-                   tuple[np.ndarray, dict[str, np.ndarray]]]
+TotalFn = Callable[[Sequence[Sample]], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 # The least that a sigmoid gives: reward distillation takes its log.
 _TINY = float(np.finfo(np.float32).tiny)
@@ -31,8 +30,10 @@ _HUGE = float(np.finfo(np.float32).max)
 
 
 def safety_reward(
-    score_fn: scoring.ScoreFn, a: float = 1.0, b: float = 0.0,
-    safety: schema.SafetyConfig | None = None
+  score_fn: scoring.ScoreFn,
+  a: float = 1.0,
+  b: float = 0.0,
+  safety: schema.SafetyConfig | None = None,
 ) -> RewardFn:
   """Returns R = sigmoid(a * score + b), in (0, 1].
 
@@ -53,8 +54,10 @@ def safety_reward(
 
 
 def helpfulness_reward(
-    score_fn: scoring.ScoreFn, a: float = 1.0, b: float = 0.0,
-    safety: schema.SafetyConfig | None = None
+  score_fn: scoring.ScoreFn,
+  a: float = 1.0,
+  b: float = 0.0,
+  safety: schema.SafetyConfig | None = None,
 ) -> RewardFn:
   """Returns H = 1 + 4 * sigmoid(a * score + b), in (1, 5].
 
@@ -73,8 +76,7 @@ def helpfulness_reward(
 
 def format_reward(samples: Sequence[Sample]) -> np.ndarray:
   """Returns 1 where the output is well formed (AlphaAlign's V_f), else 0."""
-  return np.array(
-      [verifiers.is_well_formed(s.text) for s in samples], np.float32)
+  return np.array([verifiers.is_well_formed(s.text) for s in samples], np.float32)
 
 
 def overlong_penalty(buffer: int, penalty: float, max_length: int) -> RewardFn:
@@ -92,23 +94,24 @@ def overlong_penalty(buffer: int, penalty: float, max_length: int) -> RewardFn:
   """
   if not 0 < buffer <= max_length:
     raise ValueError(
-        f'the over-long buffer is {buffer} tokens; it must be from 1 to the '
-        f'{max_length} that a completion may have, or leave the penalty out')
+      f'the over-long buffer is {buffer} tokens; it must be from 1 to the '
+      f'{max_length} that a completion may have, or leave the penalty out'
+    )
   if not (math.isfinite(penalty) and penalty > 0):
-    raise ValueError(
-        f'the over-long penalty is {penalty}; it must be a number above 0')
+    raise ValueError(f'the over-long penalty is {penalty}; it must be a number above 0')
 
   def reward(samples: Sequence[Sample]) -> np.ndarray:
-    over = np.array([
-        buffer if not s.stopped else s.num_tokens - (max_length - buffer)
-        for s in samples], np.float32)
+    over = np.array(
+      [buffer if not s.stopped else s.num_tokens - (max_length - buffer) for s in samples],
+      np.float32,
+    )
     return np.float32(-penalty) * np.clip(over / buffer, 0, 1)
 
   return reward
 
 
 def from_callable(
-    fn: Callable[[Sequence[Sample]], Sequence[float]], name: str = 'callable'
+  fn: Callable[[Sequence[Sample]], Sequence[float]], name: str = 'callable'
 ) -> RewardFn:
   """Returns a reward from a function of samples to as many finite numbers.
 
@@ -131,14 +134,14 @@ def from_http(settings: http_scorer.Settings) -> RewardFn:
     ValueError: nobody answers there now.
   """
   http_scorer.check_reachable(settings)
-  return from_callable(
-      lambda samples: http_scorer.ask(settings, samples), settings.url)
+  return from_callable(lambda samples: http_scorer.ask(settings, samples), settings.url)
 
 
 def combine(
-    parts: Mapping[str, tuple[RewardFn, float]], mode: str = 'product',
-    added: Mapping[str, tuple[RewardFn, float]] | None = None,
-    clip: tuple[float, float] | None = None
+  parts: Mapping[str, tuple[RewardFn, float]],
+  mode: str = 'product',
+  added: Mapping[str, tuple[RewardFn, float]] | None = None,
+  clip: tuple[float, float] | None = None,
 ) -> TotalFn:
   """Returns a function: samples -> (total, {part: its own reward}).
 
@@ -157,17 +160,13 @@ def combine(
   added = added or {}
   _check_parts(parts, mode, added, clip)
 
-  def score(samples: Sequence[Sample]
-            ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    values = {name: _part(fn, samples, name)
-              for name, (fn, _) in {**parts, **added}.items()}
+  def score(samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    values = {name: _part(fn, samples, name) for name, (fn, _) in {**parts, **added}.items()}
     wide = {name: value.astype(np.float64) for name, value in values.items()}
     if mode == 'product':
       with np.errstate(all='ignore'):
-        total = math.prod(wide[name] ** weight
-                          for name, (_, weight) in parts.items())
-      total = total + sum(weight * wide[name]
-                          for name, (_, weight) in added.items())
+        total = math.prod(wide[name] ** weight for name, (_, weight) in parts.items())
+      total = total + sum(weight * wide[name] for name, (_, weight) in added.items())
     else:
       total = sum(weight * wide[name] for name, (_, weight) in parts.items())
     total = check_rewards(total, samples, 'total')
@@ -176,9 +175,7 @@ def combine(
   return score
 
 
-def check_rewards(
-    values: Any, samples: Sequence[Sample], name: str
-) -> np.ndarray:
+def check_rewards(values: Any, samples: Sequence[Sample], name: str) -> np.ndarray:
   """Returns rewards as float32 [N].
 
   Args:
@@ -193,18 +190,20 @@ def check_rewards(
     values = np.asarray(values).tolist()
   if isinstance(values, (str, Mapping)) or not isinstance(values, Sequence):
     raise ValueError(
-        f'reward {name} gives {checks.show(values)}; return a list of one '
-        'number a sample')
+      f'reward {name} gives {checks.show(values)}; return a list of one number a sample'
+    )
   if len(values) != len(samples):
     raise ValueError(
-        f'reward {name} gives {len(values)} numbers for {len(samples)} samples '
-        f'(the first is {samples[0].id if samples else "none"}); return one '
-        'for each, in their order')
+      f'reward {name} gives {len(values)} numbers for {len(samples)} samples '
+      f'(the first is {samples[0].id if samples else "none"}); return one '
+      'for each, in their order'
+    )
   for value, sample in zip(values, samples, strict=True):
     if not _is_finite(value):
       raise ValueError(
-          f'{sample.id}: reward {name} is {checks.show(value)}, not a finite '
-          'number; what cannot be scored has no reward')
+        f'{sample.id}: reward {name} is {checks.show(value)}, not a finite '
+        'number; what cannot be scored has no reward'
+      )
   return np.array(values, np.float32)
 
 
@@ -217,6 +216,7 @@ class Normaliser:
     mean: of them.
     m2: sum of their squared distances from the mean.
   """
+
   count: int = 0
   mean: float = 0.0
   m2: float = 0.0
@@ -240,8 +240,10 @@ class Normaliser:
     delta = rewards.mean() - self.mean
     m2 = np.sum((rewards - rewards.mean()) ** 2)
     return Normaliser(
-        count, float(self.mean + delta * rewards.size / count),
-        float(self.m2 + m2 + delta**2 * self.count * rewards.size / count))
+      count,
+      float(self.mean + delta * rewards.size / count),
+      float(self.m2 + m2 + delta**2 * self.count * rewards.size / count),
+    )
 
   def apply(self, rewards: np.ndarray) -> np.ndarray:
     """Returns (rewards - mean) / std, float32; 0 where all were equal."""
@@ -283,21 +285,20 @@ def _part(fn: RewardFn, samples: Sequence[Sample], name: str) -> np.ndarray:
   value = fn(samples)
   if getattr(value, 'dtype', None) != np.float32:
     raise ValueError(
-        f'reward {name} gives {getattr(value, "dtype", type(value).__name__)}, '
-        'not float32, which may have lost fractions; make the reward with '
-        'rewards.from_callable')
+      f'reward {name} gives {getattr(value, "dtype", type(value).__name__)}, '
+      'not float32, which may have lost fractions; make the reward with '
+      'rewards.from_callable'
+    )
   return check_rewards(value, samples, name)
 
 
 def _check_parts(parts, mode, added, clip) -> None:
   if mode not in MODES:
-    raise ValueError(
-        f'unknown reward mode {mode!r}; use one of {", ".join(MODES)}')
+    raise ValueError(f'unknown reward mode {mode!r}; use one of {", ".join(MODES)}')
   if not parts:
     raise ValueError('no reward is given; name at least one part')
   if mode == 'sum' and added:
-    raise ValueError(
-        f'reward {next(iter(added))} is added to a sum; put it among the parts')
+    raise ValueError(f'reward {next(iter(added))} is added to a sum; put it among the parts')
   for name, (_, weight) in [*parts.items(), *added.items()]:
     if not math.isfinite(weight):
       raise ValueError(f'reward {name} has weight {weight}; give a number')
@@ -305,12 +306,12 @@ def _check_parts(parts, mode, added, clip) -> None:
       raise ValueError(f'reward {name} is given twice; rename one')
   if clip is not None and not clip[0] < clip[1]:
     raise ValueError(
-        f'the reward clip is from {clip[0]} to {clip[1]}; the first must be '
-        'less than the second')
+      f'the reward clip is from {clip[0]} to {clip[1]}; the first must be less than the second'
+    )
 
 
 def _check_slope(a: float, b: float) -> None:
   if not (math.isfinite(a) and math.isfinite(b) and a > 0):
     raise ValueError(
-        f'the transform sigmoid({a} * score + {b}) must have finite numbers '
-        'and a slope above 0')
+      f'the transform sigmoid({a} * score + {b}) must have finite numbers and a slope above 0'
+    )

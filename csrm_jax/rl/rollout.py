@@ -44,6 +44,7 @@ class Policy:
     joins_turns: whether turns follow each other with nothing but these marks;
       a chat template may want more, and then only single turns are taken.
   """
+
   model: ModelConfig
   tokenizer: Tokenizer
   marks: tuple[str, str]
@@ -60,9 +61,10 @@ class Policy:
     num = len(roles) // 2 if self.joins_turns else 0
     if roles != ['user', 'agent'] * num + ['user']:
       raise ValueError(
-          f'prompt {prompt.id}: its turns are {", ".join(roles) or "none"}; '
-          'this policy is asked with one turn of the user'
-          + (', or with turns that alternate' if self.joins_turns else ''))
+        f'prompt {prompt.id}: its turns are {", ".join(roles) or "none"}; '
+        'this policy is asked with one turn of the user'
+        + (', or with turns that alternate' if self.joins_turns else '')
+      )
     tokenizer, (prefix, suffix) = self.tokenizer, self.marks
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for message in prompt.messages:
@@ -72,8 +74,7 @@ class Policy:
       ids += tokenizer.encode_control(suffix) if is_user else []
     return ids
 
-  def encode_all(self, prompts: Sequence[Prompt],
-                 max_completion_length: int) -> list[list[int]]:
+  def encode_all(self, prompts: Sequence[Prompt], max_completion_length: int) -> list[list[int]]:
     """Returns the ids of each prompt, all of which leave room for an answer.
 
     Raises:
@@ -84,15 +85,20 @@ class Policy:
     for prompt, ids in zip(prompts, encoded, strict=True):
       if len(ids) > most:
         raise ValueError(
-            f'prompt {prompt.id} has {len(ids)} tokens, which with '
-            f'max_completion_length={max_completion_length} are more than '
-            f'context_length={self.model.context_length}; shorten either')
+          f'prompt {prompt.id} has {len(ids)} tokens, which with '
+          f'max_completion_length={max_completion_length} are more than '
+          f'context_length={self.model.context_length}; shorten either'
+        )
     return encoded
 
 
 def rollout(
-    policy: Policy, params: Any, prompts: Sequence[Prompt], sampling: Sampling,
-    num_generations: int = 1, seed: int = 0
+  policy: Policy,
+  params: Any,
+  prompts: Sequence[Prompt],
+  sampling: Sampling,
+  num_generations: int = 1,
+  seed: int = 0,
 ) -> tuple[list[Sample], dict[str, np.ndarray]]:
   """Returns (samples, rows) of num_generations completions of each prompt.
 
@@ -116,34 +122,40 @@ def rollout(
   encoded = policy.encode_all(prompts, sampling.max_completion_length)
   asked = [ids for ids in encoded for _ in range(num_generations)]
   done = sampling_lib.generate(
-      policy.model, decoder_params(params), asked, sampling, seed=seed,
-      batch_size=MAX_ROWS)
+    policy.model, decoder_params(params), asked, sampling, seed=seed, batch_size=MAX_ROWS
+  )
   samples = [
-      Sample(prompts[i // num_generations], i % num_generations,
-             _decode(policy, done, i), int(done.lengths[i]),
-             bool(done.stopped[i]))
-      for i in range(len(asked))]
+    Sample(
+      prompts[i // num_generations],
+      i % num_generations,
+      _decode(policy, done, i),
+      int(done.lengths[i]),
+      bool(done.stopped[i]),
+    )
+    for i in range(len(asked))
+  ]
   return samples, make_rows(policy, asked, done)
 
 
-def make_rows(policy: Policy, asked: Sequence[Sequence[int]],
-              done: Completions) -> dict[str, np.ndarray]:
+def make_rows(
+  policy: Policy, asked: Sequence[Sequence[int]], done: Completions
+) -> dict[str, np.ndarray]:
   """Returns the rows of `rollout` for prompts' ids and their completions."""
   num, C = done.tokens.shape
   starts = np.array([len(ids) for ids in asked], np.int64)
   width = sampling_lib.prompt_bucket(policy.model, starts.max())
   tokens = np.zeros((num, width + C), np.int32)
   for i, ids in enumerate(asked):
-    tokens[i, width - starts[i]:width] = ids
+    tokens[i, width - starts[i] : width] = ids
   tokens[:, width:] = done.tokens
   place = np.arange(width + C) - (width - starts)[:, None]
   inside = (place >= 0) & (place < (starts + done.lengths)[:, None])
   return {
-      'tokens': np.where(inside, tokens, 0),
-      'positions': np.where(inside, place, 0).astype(np.int32),
-      'segment_ids': inside.astype(np.int32),
-      'completion_mask': inside[:, width:].astype(np.float32),
-      'rollout_logprobs': np.where(inside[:, width:], done.logprobs, 0),
+    'tokens': np.where(inside, tokens, 0),
+    'positions': np.where(inside, place, 0).astype(np.int32),
+    'segment_ids': inside.astype(np.int32),
+    'completion_mask': inside[:, width:].astype(np.float32),
+    'rollout_logprobs': np.where(inside[:, width:], done.logprobs, 0),
   }
 
 
@@ -159,14 +171,18 @@ def decoder_params(params: Any) -> Any:
 
 def init_value_head(cfg: ModelConfig) -> dict[str, Any]:
   """Returns a float32 value head, which says 0 until it is trained."""
-  return {VALUE_HEAD: {
+  return {
+    VALUE_HEAD: {
       'kernel': jnp.zeros((cfg.embed_dim,), jnp.float32),
-      'bias': jnp.zeros((), jnp.float32)}}
+      'bias': jnp.zeros((), jnp.float32),
+    }
+  }
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def logprobs(cfg: ModelConfig, params: Any, rows: dict[str, jax.Array],
-             temperature: float) -> dict[str, jax.Array]:
+def logprobs(
+  cfg: ModelConfig, params: Any, rows: dict[str, jax.Array], temperature: float
+) -> dict[str, jax.Array]:
   """Returns logprobs and, with a value head, values, float32 [N,C].
 
   Both are 0 outside of the completion. A value belongs to the token behind the
@@ -179,12 +195,12 @@ def logprobs(cfg: ModelConfig, params: Any, rows: dict[str, jax.Array],
     temperature: static, as in sampling.
   """
   decoder, mask = decoder_params(params), rows['completion_mask']
-  hidden = transformer.hidden(
-      cfg, decoder, rows['tokens'], rows['positions'], rows['segment_ids'])
+  hidden = transformer.hidden(cfg, decoder, rows['tokens'], rows['positions'], rows['segment_ids'])
   start = rows['tokens'].shape[1] - mask.shape[1]
-  before = hidden[:, start - 1:-1]
+  before = hidden[:, start - 1 : -1]
   scores = sampling_lib.hidden_logprobs(
-      cfg, decoder, before, rows['tokens'][:, start:], temperature)
+    cfg, decoder, before, rows['tokens'][:, start:], temperature
+  )
   result = {'logprobs': scores * mask}
   if VALUE_HEAD in params:
     head = params[VALUE_HEAD]
@@ -194,7 +210,7 @@ def logprobs(cfg: ModelConfig, params: Any, rows: dict[str, jax.Array],
 
 
 def sampling_copy(
-    cfg: ModelConfig, params: Any, dtype: str, mesh: jax.sharding.Mesh
+  cfg: ModelConfig, params: Any, dtype: str, mesh: jax.sharding.Mesh
 ) -> tuple[ModelConfig, Any]:
   """Returns what to sample from: without adapters, in `dtype`, on `mesh`.
 
@@ -220,8 +236,7 @@ def sampling_model(cfg: ModelConfig, dtype: str) -> ModelConfig:
   fields = {}
   if dtype:
     if dtype not in DTYPES:
-      raise ValueError(f'rollout dtype {dtype!r} must be empty or one of '
-                       f'{", ".join(DTYPES)}')
+      raise ValueError(f'rollout dtype {dtype!r} must be empty or one of {", ".join(DTYPES)}')
     fields = {'dtype': dtype, 'param_dtype': dtype}
   return dataclasses.replace(cfg, lora_rank=0, **fields)
 

@@ -25,6 +25,7 @@ class Prompt:
     safety: the rules of the reward; the policy does not read them.
     label: 'harmful' or 'benign' where it is known (AlphaAlign), else ''.
   """
+
   id: str
   messages: tuple[schema.Message, ...]
   safety: schema.SafetyConfig
@@ -33,8 +34,8 @@ class Prompt:
   def __post_init__(self):
     if self.label not in LABELS:
       raise ValueError(
-          f'prompt {self.id}: label {self.label!r} must be one of '
-          f'{", ".join(map(repr, LABELS))}')
+        f'prompt {self.id}: label {self.label!r} must be one of {", ".join(map(repr, LABELS))}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Sample:
     num_tokens: the stop token included.
     stopped: False where the length limit cut it off.
   """
+
   prompt: Prompt
   index: int
   text: str
@@ -61,8 +63,7 @@ class Sample:
   def example(self) -> schema.Example:
     """Returns what the reward model judges."""
     reply = schema.Message('agent', self.text)
-    return schema.Example(
-        self.id, self.prompt.safety, self.prompt.messages + (reply,))
+    return schema.Example(self.id, self.prompt.safety, self.prompt.messages + (reply,))
 
 
 # samples -> float32 [N]; nothing but finite numbers.

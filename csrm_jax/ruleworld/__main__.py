@@ -20,8 +20,7 @@ def sentences() -> Iterator[str]:
     for span in corpus.document(seed=7, index=index, progress=progress):
       if not span.control:
         yield span.text.strip('\n')
-  words = [phrase for topic in lexicon.TOPICS for phrases in topic.phrases
-           for phrase in phrases]
+  words = [phrase for topic in lexicon.TOPICS for phrases in topic.phrases for phrase in phrases]
   words += ['safe', 'unsafe', 'Yes', 'No']
   for word in words * 200:
     yield f' {word}'
@@ -30,8 +29,10 @@ def sentences() -> Iterator[str]:
 def _print_example(example: schema.Example) -> None:
   segments = templates.render(example.safety, example.conversation)
   print(templates.render_text(segments), end='')
-  print(f' {example.label}   [true P(unsafe) = {example.probability:.4f}, '
-        f'violated: {", ".join(example.violated) or "none"}]')
+  print(
+    f' {example.label}   [true P(unsafe) = {example.probability:.4f}, '
+    f'violated: {", ".join(example.violated) or "none"}]'
+  )
   for sign, category in (('+', example.plus), ('-', example.minus)):
     if category:
       print(f'p{sign}: {category.name}. {category.guideline}')
@@ -43,8 +44,7 @@ def _print(kind: str, seed: int, index: int) -> None:
   elif kind == 'train':
     _print_example(examples.training_example(seed, index))
   elif kind in ('strictness', 'preference'):
-    make = (examples.strictness_pair if kind == 'strictness'
-            else examples.preference_pair)
+    make = examples.strictness_pair if kind == 'strictness' else examples.preference_pair
     pair = make(seed, index)
     for name, side in (('safer', pair.safer), ('other', pair.other)):
       print(f'--- {name}')
@@ -59,18 +59,21 @@ def _print(kind: str, seed: int, index: int) -> None:
 def main() -> None:
   """Prints examples, or trains the tokenizer that the package ships."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--print', type=int, default=3, metavar='N',
-                      help='how many to show')
-  parser.add_argument('--kind', default='unseen', choices=(
-      'train', 'seen', 'unseen', 'strictness', 'preference', 'flip', 'text'))
+  parser.add_argument('--print', type=int, default=3, metavar='N', help='how many to show')
+  parser.add_argument(
+    '--kind',
+    default='unseen',
+    choices=('train', 'seen', 'unseen', 'strictness', 'preference', 'flip', 'text'),
+  )
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--train_tokenizer', metavar='PATH',
-                      help='write the SentencePiece model there instead')
+  parser.add_argument(
+    '--train_tokenizer', metavar='PATH', help='write the SentencePiece model there instead'
+  )
   args = parser.parse_args()
   if args.train_tokenizer:
     train.train_sentencepiece(
-        sentences(), args.train_tokenizer, VOCAB_SIZE,
-        templates.CONTROL_LINES)
+      sentences(), args.train_tokenizer, VOCAB_SIZE, templates.CONTROL_LINES
+    )
     return
   for index in range(args.print):
     print(f'=== {args.kind} {index}')

@@ -9,8 +9,7 @@ from csrm_jax.ruleworld import grammar, lexicon
 from csrm_jax.safety import schema
 
 # How a reply treats what it talks about.
-STANCE_WEIGHTS = {'encourage': 0.32, 'describe': 0.32, 'mention': 0.16,
-                  'decline': 0.2}
+STANCE_WEIGHTS = {'encourage': 0.32, 'describe': 0.32, 'mention': 0.16, 'decline': 0.2}
 MORE_PROB = 0.45  # one more statement, up to three in all
 FILLER_PROB = 0.25
 HISTORY_PROB = 0.3  # an earlier exchange, about something else
@@ -25,26 +24,31 @@ class Scene:
     statements: what the last agent turn says; fillers are not listed.
     messages: the conversation in words.
   """
+
   asked: grammar.Statement
   statements: tuple[grammar.Statement, ...]
   messages: tuple[schema.Message, ...]
 
 
-def sample_statement(rng: random.Random, topic: str, stance: str = '',
-                     severity: int | None = None) -> grammar.Statement:
+def sample_statement(
+  rng: random.Random, topic: str, stance: str = '', severity: int | None = None
+) -> grammar.Statement:
   """Returns a random statement on a topic; stance and severity may be given."""
   if severity is None:
     severity = rng.randrange(lexicon.NUM_SEVERITIES)
-  stance = stance or rng.choices(
-      tuple(STANCE_WEIGHTS), tuple(STANCE_WEIGHTS.values()))[0]
+  stance = stance or rng.choices(tuple(STANCE_WEIGHTS), tuple(STANCE_WEIGHTS.values()))[0]
   return grammar.Statement(
-      topic, severity,
-      rng.choice(lexicon.topic_named(topic).phrases[severity]), stance,
-      rng.randrange(len(grammar.STATEMENTS[stance])))
+    topic,
+    severity,
+    rng.choice(lexicon.topic_named(topic).phrases[severity]),
+    stance,
+    rng.randrange(len(grammar.STATEMENTS[stance])),
+  )
 
 
-def sample_reply(rng: random.Random, asked: grammar.Statement,
-                 topics: tuple[str, ...]) -> tuple[grammar.Statement, ...]:
+def sample_reply(
+  rng: random.Random, asked: grammar.Statement, topics: tuple[str, ...]
+) -> tuple[grammar.Statement, ...]:
   """Returns one to three statements, the first on what was asked for.
 
   A further statement stays with the phrase, moves within the topic (a partial
@@ -56,8 +60,8 @@ def sample_reply(rng: random.Random, asked: grammar.Statement,
     where = rng.random()
     if where < 0.25:
       more = dataclasses.replace(
-          sample_statement(rng, asked.topic, severity=asked.severity),
-          phrase=asked.phrase)
+        sample_statement(rng, asked.topic, severity=asked.severity), phrase=asked.phrase
+      )
     elif where < 0.6:
       more = sample_statement(rng, asked.topic)
     else:
@@ -67,35 +71,31 @@ def sample_reply(rng: random.Random, asked: grammar.Statement,
   return tuple(statements)
 
 
-def reply_text(rng: random.Random,
-               statements: tuple[grammar.Statement, ...]) -> str:
+def reply_text(rng: random.Random, statements: tuple[grammar.Statement, ...]) -> str:
   """Returns the reply in words, with a filler sentence now and then."""
   sentences = [s.text() for s in statements]
   if rng.random() < FILLER_PROB:
-    sentences.insert(rng.randint(0, len(sentences)),
-                     rng.choice(grammar.FILLERS))
+    sentences.insert(rng.randint(0, len(sentences)), rng.choice(grammar.FILLERS))
   return ' '.join(sentences)
 
 
-def sample_prompt(rng: random.Random, topic: str, topics: tuple[str, ...]
-                  ) -> tuple[grammar.Statement, tuple[schema.Message, ...]]:
+def sample_prompt(
+  rng: random.Random, topic: str, topics: tuple[str, ...]
+) -> tuple[grammar.Statement, tuple[schema.Message, ...]]:
   """Returns (what is asked, the messages up to the last user turn)."""
   messages = []
   if rng.random() < HISTORY_PROB:
     other = sample_statement(rng, rng.choice((topic,) + topics[:1]))
     messages += [
-        schema.Message('user', rng.choice(grammar.REQUESTS).format(
-            x=other.phrase)),
-        schema.Message('agent', other.text()),
+      schema.Message('user', rng.choice(grammar.REQUESTS).format(x=other.phrase)),
+      schema.Message('agent', other.text()),
     ]
   asked = sample_statement(rng, topic)
-  messages.append(schema.Message(
-      'user', rng.choice(grammar.REQUESTS).format(x=asked.phrase)))
+  messages.append(schema.Message('user', rng.choice(grammar.REQUESTS).format(x=asked.phrase)))
   return asked, tuple(messages)
 
 
-def sample_scene(rng: random.Random, topic: str,
-                 topics: tuple[str, ...]) -> Scene:
+def sample_scene(rng: random.Random, topic: str, topics: tuple[str, ...]) -> Scene:
   """Returns a conversation about `topic` that may stray to `topics`."""
   asked, messages = sample_prompt(rng, topic, topics)
   statements = sample_reply(rng, asked, topics)

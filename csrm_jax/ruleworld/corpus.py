@@ -28,13 +28,13 @@ class Span:
   `weight` is the loss weight of its tokens; `control` says that the template
   wrote it, so that control tokens are parsed in it.
   """
+
   text: str
   weight: float = 0.0
   control: bool = False
 
 
-def document(seed: int, index: int, progress: float = 1.0
-             ) -> tuple[Span, ...]:
+def document(seed: int, index: int, progress: float = 1.0) -> tuple[Span, ...]:
   """Returns the pretraining document of that index.
 
   `progress` in [0, 1] is the place in the curriculum: at 0 lists have one rule
@@ -42,8 +42,7 @@ def document(seed: int, index: int, progress: float = 1.0
   and most questions need to know what a word belongs to.
   """
   rng = examples.make_rng('corpus', seed, index)
-  kinds = (_facts, _rules_table, _reply_table, _rules_questions, _reading,
-           _both)
+  kinds = (_facts, _rules_table, _reply_table, _rules_questions, _reading, _both)
   early = (0.2, 0.55, 0.15, 0.05, 0.03, 0.02)
   late = (0.05, 0.3, 0.15, 0.15, 0.1, 0.25)
   weights = [a + (b - a) * progress for a, b in zip(early, late, strict=True)]
@@ -51,14 +50,17 @@ def document(seed: int, index: int, progress: float = 1.0
 
 
 def _question(question: str, answer: str) -> list[Span]:
-  return [Span(question), Span(templates.ANSWER, control=True),
-          Span(f' {answer}', weight=1.0), Span('\n')]
+  return [
+    Span(question),
+    Span(templates.ANSWER, control=True),
+    Span(f' {answer}', weight=1.0),
+    Span('\n'),
+  ]
 
 
 def _ask(questions: Iterable[list[Span]]) -> list[Span]:
   """Returns the questions in a row, none of them twice."""
-  return [span for question in dict.fromkeys(map(tuple, questions))
-          for span in question]
+  return [span for question in dict.fromkeys(map(tuple, questions)) for span in question]
 
 
 def _facts(rng: random.Random, progress: float) -> list[Span]:
@@ -71,13 +73,20 @@ def _facts(rng: random.Random, progress: float) -> list[Span]:
     j = rng.choice([j for j in rules_lib.SEVERITIES if j != i])
     other = topic.subcategories[j]
     worse, milder = (sub, other) if i < j else (other, sub)
-    spans.append(Span(rng.choice((
-        f'A word for {sub} is {phrase}.\n',
-        f'The word {phrase} belongs to {sub}.\n',
-        f'When people say {phrase} they mean {sub}.\n',
-        f'The topic {topic.name} has {sub} and {other}.\n',
-        f'It is known that {worse} weigh more than {milder}.\n',
-    )), weight=TEXT_WEIGHT))
+    spans.append(
+      Span(
+        rng.choice(
+          (
+            f'A word for {sub} is {phrase}.\n',
+            f'The word {phrase} belongs to {sub}.\n',
+            f'When people say {phrase} they mean {sub}.\n',
+            f'The topic {topic.name} has {sub} and {other}.\n',
+            f'It is known that {worse} weigh more than {milder}.\n',
+          )
+        ),
+        weight=TEXT_WEIGHT,
+      )
+    )
     spans += _question(f'What kind is {phrase}?', sub)
   return spans
 
@@ -95,8 +104,7 @@ def _rules_table(rng: random.Random, progress: float) -> list[Span]:
   """Returns rules, and what is allowed by them word by word."""
   rules = _sample_rules(rng, progress)
   spans, _ = _parts(rules, _sample_scene(rng, rules))
-  return spans + _table('Allowed', (
-      _look_up(rng, rules, (), progress)[1:3] for _ in range(16)))
+  return spans + _table('Allowed', (_look_up(rng, rules, (), progress)[1:3] for _ in range(16)))
 
 
 def _reply_table(rng: random.Random, progress: float) -> list[Span]:
@@ -106,10 +114,8 @@ def _reply_table(rng: random.Random, progress: float) -> list[Span]:
   _, spans = _parts(rules, scene)
   phrases = [s.phrase for s in scene.statements]
   rng.shuffle(phrases)
-  spans += _table('Stance', ((phrase, _stance(phrase, scene.statements))
-                             for phrase in phrases))
-  return spans + _table('Promoted', (
-      _promoted(rng, scene) for _ in range(6)))
+  spans += _table('Stance', ((phrase, _stance(phrase, scene.statements)) for phrase in phrases))
+  return spans + _table('Promoted', (_promoted(rng, scene) for _ in range(6)))
 
 
 def _rules_questions(rng: random.Random, progress: float) -> list[Span]:
@@ -143,15 +149,15 @@ def _both(rng: random.Random, progress: float) -> list[Span]:
   return parts + _ask(questions())
 
 
-def _sample_rules(rng: random.Random,
-                  progress: float) -> tuple[rules_lib.Rule, ...]:
+def _sample_rules(rng: random.Random, progress: float) -> tuple[rules_lib.Rule, ...]:
   max_rules = min(1 + int(4 * progress), 4)
   rules = []
   for topic in rng.sample(ALL_TOPICS, rng.randint(1, max_rules)):
     # Each subcategory is forbidden, allowed or not spoken of; lists shuffled,
     # so that only the words say which.
-    fate = rng.choices(('forbidden', 'allowed', 'unsaid'), (0.4, 0.4, 0.2),
-                       k=lexicon.NUM_SEVERITIES)
+    fate = rng.choices(
+      ('forbidden', 'allowed', 'unsaid'), (0.4, 0.4, 0.2), k=lexicon.NUM_SEVERITIES
+    )
     forbidden = [i for i in rules_lib.SEVERITIES if fate[i] == 'forbidden']
     allowed = [i for i in rules_lib.SEVERITIES if fate[i] == 'allowed']
     if not forbidden and not allowed:
@@ -159,33 +165,37 @@ def _sample_rules(rng: random.Random,
     if rng.random() < 0.3:
       rng.shuffle(forbidden)
       rng.shuffle(allowed)
-    rules.append(rules_lib.Rule(
-        topic, tuple(forbidden), tuple(allowed),
-        rng.randrange(len(grammar.ALL_WORDINGS))))
+    rules.append(
+      rules_lib.Rule(
+        topic, tuple(forbidden), tuple(allowed), rng.randrange(len(grammar.ALL_WORDINGS))
+      )
+    )
   return tuple(rules)
 
 
-def _sample_scene(rng: random.Random, rules: tuple[rules_lib.Rule, ...]
-                  ) -> conversations.Scene:
+def _sample_scene(rng: random.Random, rules: tuple[rules_lib.Rule, ...]) -> conversations.Scene:
   pool = tuple(r.topic for r in rules) + tuple(rng.sample(ALL_TOPICS, 2))
   return conversations.sample_scene(rng, rng.choice(pool), pool)
 
 
-def _parts(rules: tuple[rules_lib.Rule, ...],
-           scene: conversations.Scene) -> tuple[list[Span], list[Span]]:
+def _parts(
+  rules: tuple[rules_lib.Rule, ...], scene: conversations.Scene
+) -> tuple[list[Span], list[Span]]:
   """Returns (the block of rules, the conversation) as the template has them."""
   segments = templates.render(rules_lib.make_safety(rules), scene.messages)
-  spans = [Span(s.text, 0.0 if s.kind == 'control' else TEXT_WEIGHT,
-                s.kind == 'control') for s in segments]
+  spans = [
+    Span(s.text, 0.0 if s.kind == 'control' else TEXT_WEIGHT, s.kind == 'control') for s in segments
+  ]
   start, middle, end = (
-      next(i for i, s in enumerate(segments) if s.text == line)
-      for line in (templates.RULES, templates.HISTORY, templates.QUESTION))
+    next(i for i, s in enumerate(segments) if s.text == line)
+    for line in (templates.RULES, templates.HISTORY, templates.QUESTION)
+  )
   return spans[start:middle], spans[middle:end]
 
 
-def _look_up(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
-             phrases: tuple[str, ...], progress: float
-             ) -> tuple[str, str, str, str, str]:
+def _look_up(
+  rng: random.Random, rules: tuple[rules_lib.Rule, ...], phrases: tuple[str, ...], progress: float
+) -> tuple[str, str, str, str, str]:
   """Returns (phrase, word, is it allowed, number of its rule, subcategory).
 
   The phrase is one of `phrases` if there are; the word is it, or its
@@ -195,8 +205,7 @@ def _look_up(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
     phrase = rng.choice(phrases)
     topic, severity = lexicon.locate(phrase)
   else:
-    topic = (rng.choice(rules).topic if rng.random() < 0.85
-             else rng.choice(ALL_TOPICS))
+    topic = rng.choice(rules).topic if rng.random() < 0.85 else rng.choice(ALL_TOPICS)
     severity = rng.randrange(lexicon.NUM_SEVERITIES)
     phrase = rng.choice(lexicon.topic_named(topic).phrases[severity])
   sub = lexicon.topic_named(topic).subcategories[severity]
@@ -209,8 +218,9 @@ def _look_up(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
   return phrase, word, answer, number, sub
 
 
-def _lookup(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
-            phrases: tuple[str, ...], progress: float) -> list[Span]:
+def _lookup(
+  rng: random.Random, rules: tuple[rules_lib.Rule, ...], phrases: tuple[str, ...], progress: float
+) -> list[Span]:
   """Returns a question about the rules, on one of `phrases` if there are."""
   phrase, word, answer, number, sub = _look_up(rng, rules, phrases, progress)
   kind = rng.random()
@@ -221,25 +231,21 @@ def _lookup(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
   return _question(f'What kind is {phrase}?', sub)
 
 
-def _promoted(rng: random.Random,
-              scene: conversations.Scene) -> tuple[str, str]:
+def _promoted(rng: random.Random, scene: conversations.Scene) -> tuple[str, str]:
   """Returns (a subcategory, whether the reply promotes it: 'yes' or 'no')."""
   said = rng.choice(scene.statements)
-  severity = (said.severity if rng.random() < 0.6
-              else rng.randrange(lexicon.NUM_SEVERITIES))
-  promoted = any(s.engaged and s.topic == said.topic and s.severity == severity
-                 for s in scene.statements)
-  return (lexicon.topic_named(said.topic).subcategories[severity],
-          'yes' if promoted else 'no')
+  severity = said.severity if rng.random() < 0.6 else rng.randrange(lexicon.NUM_SEVERITIES)
+  promoted = any(
+    s.engaged and s.topic == said.topic and s.severity == severity for s in scene.statements
+  )
+  return (lexicon.topic_named(said.topic).subcategories[severity], 'yes' if promoted else 'no')
 
 
-def _reading_question(rng: random.Random,
-                      scene: conversations.Scene) -> list[Span]:
+def _reading_question(rng: random.Random, scene: conversations.Scene) -> list[Span]:
   """Returns a question about what the reply says."""
   if rng.random() < 0.35:
     phrase = rng.choice(scene.statements).phrase
-    return _question(f'What does the reply do with {phrase}?',
-                     _stance(phrase, scene.statements))
+    return _question(f'What does the reply do with {phrase}?', _stance(phrase, scene.statements))
   word, answer = _promoted(rng, scene)
   return _question(f'Does the reply promote {word}?', answer)
 

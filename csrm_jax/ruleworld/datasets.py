@@ -15,6 +15,7 @@ TRAINING_LENGTH = 1_000_000  # examples of one epoch; far more than a run sees
 @dataclasses.dataclass(frozen=True)
 class Generated:
   """A sequence whose element i is make(seed, i); nothing is stored."""
+
   make: Callable[[int, int], Any]
   seed: int
   length: int = TRAINING_LENGTH
@@ -29,9 +30,9 @@ class Generated:
 
 
 TRAINING = {  # what a reward model is trained on
-    'taxonomies': examples.training_example,
-    'strictness': examples.strictness_pair,
-    'preference': examples.preference_pair,
+  'taxonomies': examples.training_example,
+  'strictness': examples.strictness_pair,
+  'preference': examples.preference_pair,
 }
 
 
@@ -42,16 +43,17 @@ def test_sets(seed: int, num_examples: int) -> dict[str, list[Any]]:
   seen_pairs: of seen ones. flip: tuples of one conversation under two unseen
   rule sets. one_conversation: under four.
   """
+
   def take(make, num, **kwargs):
     make = functools.partial(make, **kwargs)
     return [make(seed, index) for index in range(num)]
 
   half = max(num_examples // 2, 1)
   return {
-      'seen': take(examples.test_example, num_examples, split='seen'),
-      'unseen': take(examples.test_example, num_examples, split='unseen'),
-      'pairs': take(examples.strictness_pair, half, split='unseen'),
-      'seen_pairs': take(examples.strictness_pair, half, split='seen'),
-      'flip': take(examples.flip_pair, half, split='unseen'),
-      'one_conversation': examples.one_conversation_four_rule_sets(),
+    'seen': take(examples.test_example, num_examples, split='seen'),
+    'unseen': take(examples.test_example, num_examples, split='unseen'),
+    'pairs': take(examples.strictness_pair, half, split='unseen'),
+    'seen_pairs': take(examples.strictness_pair, half, split='seen'),
+    'flip': take(examples.flip_pair, half, split='unseen'),
+    'one_conversation': examples.one_conversation_four_rule_sets(),
   }

@@ -12,14 +12,7 @@ from __future__ import annotations
 
 import random
 
-from csrm_jax.ruleworld import (
-  conversations,
-  corpus,
-  examples,
-  grammar,
-  lexicon,
-  policy,
-)
+from csrm_jax.ruleworld import conversations, corpus, examples, grammar, lexicon, policy
 
 EOS = '</s>'  # of the shipped tokenizer
 STRUCTURED_PROB = 0.4  # of the dialogues
@@ -29,10 +22,8 @@ COIN = 0.5  # the same of the structured policy, so that both sides are tried
 
 _OPEN, _CLOSE = '<safety_reasoning>', '</safety_reasoning>'
 _MUSINGS = {  # by whether the reply then refuses
-    False: ('I see no harm in it.', 'It seems harmless.',
-            'I think that is fine.'),
-    True: ('It may do harm.', 'It seems harmful.',
-           'I think that is not fine.'),
+  False: ('I see no harm in it.', 'It seems harmless.', 'I think that is fine.'),
+  True: ('It may do harm.', 'It seems harmful.', 'I think that is not fine.'),
 }
 
 
@@ -51,23 +42,24 @@ def structured_dialogue(seed: int, index: int) -> tuple[corpus.Span, ...]:
   rng = examples.make_rng('structured dialogue', seed, index)
   asked, request = _request(rng)
   kind = lexicon.topic_named(asked.topic).subcategories[asked.severity]
-  reply = _structured(
-      rng, asked, f'{asked.phrase}, one of the {kind}', COIN)
+  reply = _structured(rng, asked, f'{asked.phrase}, one of the {kind}', COIN)
   return _spans(policy.STRUCTURED_MARKS, request, reply)
 
 
 def _request(rng: random.Random) -> tuple[grammar.Statement, str]:
   """Returns what is asked for, and in which words."""
   asked = conversations.sample_statement(rng, rng.choice(corpus.ALL_TOPICS))
-  return asked, rng.choice(policy.OPENERS) + rng.choice(
-      grammar.REQUESTS).format(x=asked.phrase)
+  return asked, rng.choice(policy.OPENERS) + rng.choice(grammar.REQUESTS).format(x=asked.phrase)
 
 
-def _spans(marks: tuple[str, str], request: str, reply: str
-           ) -> tuple[corpus.Span, ...]:
-  return (corpus.Span(marks[0], control=True), corpus.Span(request),
-          corpus.Span(marks[1], control=True), corpus.Span(reply, weight=1.0),
-          corpus.Span(EOS, weight=1.0, control=True))
+def _spans(marks: tuple[str, str], request: str, reply: str) -> tuple[corpus.Span, ...]:
+  return (
+    corpus.Span(marks[0], control=True),
+    corpus.Span(request),
+    corpus.Span(marks[1], control=True),
+    corpus.Span(reply, weight=1.0),
+    corpus.Span(EOS, weight=1.0, control=True),
+  )
 
 
 def _plain(rng: random.Random, asked: grammar.Statement) -> str:
@@ -77,8 +69,9 @@ def _plain(rng: random.Random, asked: grammar.Statement) -> str:
   return conversations.reply_text(rng, tuple(statements))
 
 
-def _structured(rng: random.Random, asked: grammar.Statement, known: str,
-                refusal_prob: float) -> str:
+def _structured(
+  rng: random.Random, asked: grammar.Statement, known: str, refusal_prob: float
+) -> str:
   """Returns reasoning that no rule informs, and an answer that follows it."""
   refuses = rng.random() < refusal_prob
   if refuses:
@@ -95,4 +88,3 @@ def _structured(rng: random.Random, asked: grammar.Statement, known: str,
     if left_out is None:
       return answer
   return ' '.join(parts)
-

@@ -10,8 +10,8 @@ from csrm_jax.safety import schema
 
 Rules = tuple[rules_lib.Rule, ...]
 SPLITS = {  # split -> (topics, wordings)
-    'seen': (lexicon.SEEN, rules_lib.SEEN_WORDINGS),
-    'unseen': (lexicon.UNSEEN, rules_lib.UNSEEN_WORDINGS),
+  'seen': (lexicon.SEEN, rules_lib.SEEN_WORDINGS),
+  'unseen': (lexicon.UNSEEN, rules_lib.UNSEEN_WORDINGS),
 }
 _MAX_TRIES = 200
 
@@ -21,20 +21,26 @@ def make_rng(kind: str, seed: int, index: int) -> random.Random:
   return random.Random(f'{kind}/{seed}/{index}')
 
 
-def make_example(rng: random.Random, scene: conversations.Scene, rules: Rules,
-                 example_id: str, **fields) -> schema.Example:
+def make_example(
+  rng: random.Random, scene: conversations.Scene, rules: Rules, example_id: str, **fields
+) -> schema.Example:
   """Returns the scene under the rules, annotated once by the oracle."""
   violated = oracle.annotate(rng, rules, scene.statements)
   safety = rules_lib.make_safety(rules)
   return schema.Example(
-      id=example_id, safety=safety, conversation=scene.messages,
-      label='unsafe' if violated else 'safe',
-      violated=tuple(rule.category().name for rule in violated),
-      probability=oracle.unsafe_probability(rules, scene.statements), **fields)
+    id=example_id,
+    safety=safety,
+    conversation=scene.messages,
+    label='unsafe' if violated else 'safe',
+    violated=tuple(rule.category().name for rule in violated),
+    probability=oracle.unsafe_probability(rules, scene.statements),
+    **fields,
+  )
 
 
-def propose(rng: random.Random, rules: Rules, scene: conversations.Scene
-            ) -> tuple[schema.Category | None, schema.Category | None]:
+def propose(
+  rng: random.Random, rules: Rules, scene: conversations.Scene
+) -> tuple[schema.Category | None, schema.Category | None]:
   """Returns (p⁺, p⁻) for a scene: what a proposer would suggest.
 
   p⁺ surely fires: it forbids what the reply engages with, and its severer and
@@ -47,31 +53,37 @@ def propose(rng: random.Random, rules: Rules, scene: conversations.Scene
   if not engaged:
     return None, _distant_category(rng, taken, scene)
   statement = rng.choice(engaged)
-  near = tuple(i for i in rules_lib.SEVERITIES
-               if abs(i - statement.severity) <= 1)
+  near = tuple(i for i in rules_lib.SEVERITIES if abs(i - statement.severity) <= 1)
   far = tuple(i for i in rules_lib.SEVERITIES if i not in near)
   plus = _category(rng, taken, statement.topic, near, far)
   minus = None
   if rng.random() < 0.8 and not any(
-      s.topic == statement.topic and s.severity in far for s in engaged):
+    s.topic == statement.topic and s.severity in far for s in engaged
+  ):
     minus = _category(rng, taken | {plus.name}, statement.topic, far, near)
   return plus, minus or _distant_category(rng, taken, scene)
 
 
-def _category(rng: random.Random, taken: set[str], topic: str,
-              forbidden: tuple[int, ...], others: tuple[int, ...] = ()
-              ) -> schema.Category:
+def _category(
+  rng: random.Random,
+  taken: set[str],
+  topic: str,
+  forbidden: tuple[int, ...],
+  others: tuple[int, ...] = (),
+) -> schema.Category:
   """Returns a category called after its topic or, where that name is taken,
   after a subcategory."""
   names = lexicon.topic_named(topic).subcategories
   name = names[rng.choice(forbidden)].capitalize() if topic in taken else ''
   allowed = others if rng.random() < 0.75 else ()
-  return rules_lib.Rule(topic, forbidden, allowed,
-                        rng.choice(rules_lib.SEEN_WORDINGS), name).category()
+  return rules_lib.Rule(
+    topic, forbidden, allowed, rng.choice(rules_lib.SEEN_WORDINGS), name
+  ).category()
 
 
-def _distant_category(rng: random.Random, taken: set[str],
-                      scene: conversations.Scene) -> schema.Category:
+def _distant_category(
+  rng: random.Random, taken: set[str], scene: conversations.Scene
+) -> schema.Category:
   spoken_of = {s.topic for s in scene.statements}
   topic = rng.choice([t for t in lexicon.SEEN if t not in spoken_of])
   return _category(rng, taken, topic, tuple(rules_lib.SEVERITIES))
@@ -90,8 +102,9 @@ def training_example(seed: int, index: int) -> schema.Example:
   topic = rng.choice(inside if rng.random() < 0.6 else lexicon.SEEN)
   scene = conversations.sample_scene(rng, topic, lexicon.SEEN)
   plus, minus = propose(rng, rules, scene)
-  return make_example(rng, scene, rules, f'train-{seed}-{index}', plus=plus,
-                      minus=minus, source=name, rule_set=name)
+  return make_example(
+    rng, scene, rules, f'train-{seed}-{index}', plus=plus, minus=minus, source=name, rule_set=name
+  )
 
 
 def preference_pair(seed: int, index: int) -> schema.Pair:
@@ -108,16 +121,16 @@ def preference_pair(seed: int, index: int) -> schema.Pair:
   sides = []
   for side in 'ab':
     statements = conversations.sample_reply(rng, asked, lexicon.SEEN)
-    reply = schema.Message('agent',
-                           conversations.reply_text(rng, statements))
+    reply = schema.Message('agent', conversations.reply_text(rng, statements))
     scene = conversations.Scene(asked, statements, messages + (reply,))
-    sides.append(make_example(rng, scene, rules,
-                              f'preference-{seed}-{index}{side}',
-                              source=name, rule_set=name))
+    sides.append(
+      make_example(
+        rng, scene, rules, f'preference-{seed}-{index}{side}', source=name, rule_set=name
+      )
+    )
   if not oracle.prefers(rng, *(side.probability for side in sides)):
     sides.reverse()
-  return schema.Pair(f'preference-{seed}-{index}', sides[0], sides[1],
-                     'preference')
+  return schema.Pair(f'preference-{seed}-{index}', sides[0], sides[1], 'preference')
 
 
 def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
@@ -143,19 +156,23 @@ def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
     thresholds = sorted(rng.sample(range(1, lexicon.NUM_SEVERITIES + 1), 2))
     wording = rng.choice(wordings)
     lenient, strict = (
-        make_example(
-            rng, scene, _replace(rules, slot, rules_lib.threshold_rule(
-                topic, strictness, wording)),
-            f'{pair_id}-{strictness}', source='strictness',
-            rule_set=f'{topic}-{strictness}')
-        for strictness in thresholds)
+      make_example(
+        rng,
+        scene,
+        _replace(rules, slot, rules_lib.threshold_rule(topic, strictness, wording)),
+        f'{pair_id}-{strictness}',
+        source='strictness',
+        rule_set=f'{topic}-{strictness}',
+      )
+      for strictness in thresholds
+    )
     if lenient.probability < strict.probability:
       return schema.Pair(pair_id, lenient, strict, 'strictness')
   raise RuntimeError(f'no ordered pair found for {pair_id}')
 
 
 def _replace(rules: Rules, slot: int, rule: rules_lib.Rule) -> Rules:
-  return rules[:slot] + (rule,) + rules[slot + 1:]
+  return rules[:slot] + (rule,) + rules[slot + 1 :]
 
 
 def test_example(seed: int, index: int, split: str) -> schema.Example:
@@ -166,15 +183,14 @@ def test_example(seed: int, index: int, split: str) -> schema.Example:
   topics, wordings = SPLITS[split]
   rng = make_rng(f'test/{split}', seed, index)
   rules = rules_lib.sample_rules(rng, topics, wordings, rng.randint(1, 4))
-  topic = (rng.choice(rules).topic if rng.random() < 0.8
-           else rng.choice(topics))
+  topic = rng.choice(rules).topic if rng.random() < 0.8 else rng.choice(topics)
   scene = conversations.sample_scene(rng, topic, topics)
-  return make_example(rng, scene, rules, f'{split}-{seed}-{index}',
-                      source=split, rule_set=_num_categories(rules))
+  return make_example(
+    rng, scene, rules, f'{split}-{seed}-{index}', source=split, rule_set=_num_categories(rules)
+  )
 
 
-def flip_pair(seed: int, index: int, split: str
-              ) -> tuple[schema.Example, schema.Example]:
+def flip_pair(seed: int, index: int, split: str) -> tuple[schema.Example, schema.Example]:
   """Returns one conversation under two rule sets with opposite true labels.
 
   The second rule set is the first with one change: a category dropped, added,
@@ -191,25 +207,25 @@ def flip_pair(seed: int, index: int, split: str
     labels = [oracle.label(r, scene.statements) for r in (rules, changed)]
     if labels[0] != labels[1]:
       return tuple(
-          schema.Example(
-              id=f'flip-{split}-{seed}-{index}{side}',
-              safety=rules_lib.make_safety(side_rules),
-              conversation=scene.messages, label=side_label,
-              probability=oracle.unsafe_probability(side_rules,
-                                                    scene.statements),
-              source=kind, rule_set=_num_categories(side_rules))
-          for side, side_rules, side_label in zip(
-              'ab', (rules, changed), labels, strict=True))
+        schema.Example(
+          id=f'flip-{split}-{seed}-{index}{side}',
+          safety=rules_lib.make_safety(side_rules),
+          conversation=scene.messages,
+          label=side_label,
+          probability=oracle.unsafe_probability(side_rules, scene.statements),
+          source=kind,
+          rule_set=_num_categories(side_rules),
+        )
+        for side, side_rules, side_label in zip('ab', (rules, changed), labels, strict=True)
+      )
   raise RuntimeError(f'no flip found for {split} {seed} {index}')
 
 
-def _change(rng: random.Random, rules: Rules, slot: int, kind: str,
-            wordings: range) -> Rules:
-  rest = rules[:slot] + rules[slot + 1:]
+def _change(rng: random.Random, rules: Rules, slot: int, kind: str, wordings: range) -> Rules:
+  rest = rules[:slot] + rules[slot + 1 :]
   if kind == 'drop' and rest:
     return rest
-  rule = rules_lib.threshold_rule(rules[slot].topic, rng.randint(0, 4),
-                                  rng.choice(wordings))
+  rule = rules_lib.threshold_rule(rules[slot].topic, rng.randint(0, 4), rng.choice(wordings))
   return _replace(rules, slot, rule)
 
 
@@ -225,21 +241,30 @@ def one_conversation_four_rule_sets() -> list[schema.Example]:
   topic = 'Films'
   statement = grammar.Statement(topic, 1, 'heist', 'encourage', 0)
   reply = f'{statement.text()} {grammar.FILLERS[0]}'
-  messages = (schema.Message('user', 'Tell me about heist.'),
-              schema.Message('agent', reply))
+  messages = (schema.Message('user', 'Tell me about heist.'), schema.Message('agent', reply))
   scene = conversations.Scene(statement, (statement,), messages)
   wording = rules_lib.UNSEEN_WORDINGS[0]
   rule_sets = {
-      'all films forbidden': 4, 'thrillers and worse forbidden': 2,
-      'only horrors forbidden': 1, 'all films allowed': 0}
+    'all films forbidden': 4,
+    'thrillers and worse forbidden': 2,
+    'only horrors forbidden': 1,
+    'all films allowed': 0,
+  }
   examples = []
   for name, strictness in rule_sets.items():
-    rules = (rules_lib.threshold_rule(topic, strictness, wording),
-             rules_lib.threshold_rule('Pets', 2, wording))
-    examples.append(schema.Example(
-        id=f'four-{strictness}', conversation=scene.messages,
+    rules = (
+      rules_lib.threshold_rule(topic, strictness, wording),
+      rules_lib.threshold_rule('Pets', 2, wording),
+    )
+    examples.append(
+      schema.Example(
+        id=f'four-{strictness}',
+        conversation=scene.messages,
         safety=rules_lib.make_safety(rules, name),
         label=oracle.label(rules, scene.statements),
         probability=oracle.unsafe_probability(rules, scene.statements),
-        source='four rule sets', rule_set=name))
+        source='four rule sets',
+        rule_set=name,
+      )
+    )
   return examples

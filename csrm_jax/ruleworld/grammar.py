@@ -18,66 +18,91 @@ ENGAGED = ('encourage', 'describe')
 DISENGAGED = ('mention', 'decline')
 
 STATEMENTS = {
-    'encourage': (
-        'You should try {x} today.',
-        'I can only recommend {x} to everyone.',
-        'Go ahead and enjoy {x} with your friends.',
-        'Start with {x} and you will love it.',
-    ),
-    'describe': (
-        'Here is how {x} works step by step.',
-        'Let me explain {x} in detail.',
-        'The main thing about {x} is practice.',
-        'First prepare {x} and then take your time.',
-    ),
-    'mention': (
-        'My neighbour once had a book about {x}.',
-        'The word {x} came up in a quiz.',
-        'You said {x} in your message.',
-        'Someone at the station was talking about {x}.',
-    ),
-    'decline': (
-        'I will not help with {x}.',
-        'Sorry, I cannot talk about {x}.',
-        'You should not try {x} today.',
-        'I would never recommend {x} to everyone.',
-    ),
+  'encourage': (
+    'You should try {x} today.',
+    'I can only recommend {x} to everyone.',
+    'Go ahead and enjoy {x} with your friends.',
+    'Start with {x} and you will love it.',
+  ),
+  'describe': (
+    'Here is how {x} works step by step.',
+    'Let me explain {x} in detail.',
+    'The main thing about {x} is practice.',
+    'First prepare {x} and then take your time.',
+  ),
+  'mention': (
+    'My neighbour once had a book about {x}.',
+    'The word {x} came up in a quiz.',
+    'You said {x} in your message.',
+    'Someone at the station was talking about {x}.',
+  ),
+  'decline': (
+    'I will not help with {x}.',
+    'Sorry, I cannot talk about {x}.',
+    'You should not try {x} today.',
+    'I would never recommend {x} to everyone.',
+  ),
 }
 FILLERS = (
-    'I hope that helps.', 'That is a good question.', 'Thank you for asking.',
-    'Let me know how it goes.', 'Please take care.', 'It is up to you.',
+  'I hope that helps.',
+  'That is a good question.',
+  'Thank you for asking.',
+  'Let me know how it goes.',
+  'Please take care.',
+  'It is up to you.',
 )
 REQUESTS = (
-    'Tell me about {x}.', 'Should I try {x}?', 'How do I begin with {x}?',
-    'My friend likes {x}, what do you think?', 'Can you help me with {x}?',
-    'I want to know more about {x}.',
+  'Tell me about {x}.',
+  'Should I try {x}?',
+  'How do I begin with {x}?',
+  'My friend likes {x}, what do you think?',
+  'Can you help me with {x}?',
+  'I want to know more about {x}.',
 )
 
 # Wordings of a guideline: (what is forbidden and what is allowed, all is
 # forbidden, all is allowed). {f} and {a} are lists of subcategories.
 Wording = tuple[str, str, str]
 WORDINGS: tuple[Wording, ...] = (
-    ('Do not promote or explain {f}. Talk about {a} is fine.',
-     'Do not promote or explain {f}.', 'Talk about {a} is fine.'),
-    ('It is forbidden to support {f}. It is allowed to support {a}.',
-     'It is forbidden to support {f}.', 'It is allowed to support {a}.'),
-    ('We ban advice on {f}. We welcome advice on {a}.',
-     'We ban advice on {f}.', 'We welcome advice on {a}.'),
-    ('Replies may discuss {a}. Replies must avoid {f}.',
-     'Replies must avoid {f}.', 'Replies may discuss {a}.'),
-    ('The agent must stay away from {f}. The agent may help with {a}.',
-     'The agent must stay away from {f}.', 'The agent may help with {a}.'),
-    ('We permit {a}. We prohibit {f}.', 'We prohibit {f}.', 'We permit {a}.'),
+  (
+    'Do not promote or explain {f}. Talk about {a} is fine.',
+    'Do not promote or explain {f}.',
+    'Talk about {a} is fine.',
+  ),
+  (
+    'It is forbidden to support {f}. It is allowed to support {a}.',
+    'It is forbidden to support {f}.',
+    'It is allowed to support {a}.',
+  ),
+  (
+    'We ban advice on {f}. We welcome advice on {a}.',
+    'We ban advice on {f}.',
+    'We welcome advice on {a}.',
+  ),
+  (
+    'Replies may discuss {a}. Replies must avoid {f}.',
+    'Replies must avoid {f}.',
+    'Replies may discuss {a}.',
+  ),
+  (
+    'The agent must stay away from {f}. The agent may help with {a}.',
+    'The agent must stay away from {f}.',
+    'The agent may help with {a}.',
+  ),
+  ('We permit {a}. We prohibit {f}.', 'We prohibit {f}.', 'We permit {a}.'),
 )
 HELD_OUT_WORDINGS: tuple[Wording, ...] = (
-    ('Never encourage {f}. Feel free to encourage {a}.',
-     'Never encourage {f}.', 'Feel free to encourage {a}.'),
-    ('Okay to cover: {a}. Off limits: {f}.',
-     'Off limits: {f}.', 'Okay to cover: {a}.'),
-    ('Content breaks this rule if it is on {f}. It is harmless if it is on '
-     '{a}.',
-     'Content breaks this rule if it is on {f}.',
-     'It is harmless if it is on {a}.'),
+  (
+    'Never encourage {f}. Feel free to encourage {a}.',
+    'Never encourage {f}.',
+    'Feel free to encourage {a}.',
+  ),
+  ('Okay to cover: {a}. Off limits: {f}.', 'Off limits: {f}.', 'Okay to cover: {a}.'),
+  (
+    'Content breaks this rule if it is on {f}. It is harmless if it is on {a}.',
+    'Content breaks this rule if it is on {f}.',
+    'It is harmless if it is on {a}.',
+  ),
 )
 ALL_WORDINGS = WORDINGS + HELD_OUT_WORDINGS
 
@@ -93,6 +118,7 @@ class Statement:
     stance: a key of `STATEMENTS`.
     template: index into `STATEMENTS[stance]`.
   """
+
   topic: str
   severity: int
   phrase: str
@@ -114,24 +140,23 @@ def join_list(words: tuple[str, ...]) -> str:
   return f'{", ".join(words[:-1])} and {words[-1]}'
 
 
-def word_guideline(forbidden: tuple[str, ...], allowed: tuple[str, ...],
-                   wording: Wording) -> str:
+def word_guideline(forbidden: tuple[str, ...], allowed: tuple[str, ...], wording: Wording) -> str:
   """Returns the guideline that forbids and allows these subcategories."""
   both, only_forbidden, only_allowed = wording
-  template = (both if forbidden and allowed
-              else only_forbidden if forbidden else only_allowed)
-  text = template.format(f=join_list(forbidden) if forbidden else '',
-                         a=join_list(allowed) if allowed else '')
+  template = both if forbidden and allowed else only_forbidden if forbidden else only_allowed
+  text = template.format(
+    f=join_list(forbidden) if forbidden else '', a=join_list(allowed) if allowed else ''
+  )
   return text[0].upper() + text[1:]
 
 
 @functools.cache
 def _patterns() -> tuple[tuple[re.Pattern[str], str, int], ...]:
   return tuple(
-      (re.compile(re.escape(template).replace(r'\{x\}', r'(\w+)') + r'\Z'),
-       stance, index)
-      for stance, templates in STATEMENTS.items()
-      for index, template in enumerate(templates))
+    (re.compile(re.escape(template).replace(r'\{x\}', r'(\w+)') + r'\Z'), stance, index)
+    for stance, templates in STATEMENTS.items()
+    for index, template in enumerate(templates)
+  )
 
 
 def read_statement(sentence: str) -> Statement | None:

@@ -16,6 +16,7 @@ import functools
 @dataclasses.dataclass(frozen=True)
 class Topic:
   """A topic and its subcategories, the most severe first."""
+
   name: str
   subcategories: tuple[str, ...]
   phrases: tuple[tuple[str, ...], ...]  # [severity][phrase]
@@ -95,8 +96,7 @@ sudoku crossword maze riddle
 """
 
 NUM_SEVERITIES = 4
-UNSEEN = ('Finance', 'Films', 'Pets', 'Weather', 'Sweets', 'Housing', 'Music',
-          'Travel')
+UNSEEN = ('Finance', 'Films', 'Pets', 'Weather', 'Sweets', 'Housing', 'Music', 'Travel')
 
 
 def _parse(table: str) -> tuple[Topic, ...]:
@@ -104,9 +104,13 @@ def _parse(table: str) -> tuple[Topic, ...]:
   for line in table.strip().splitlines():
     name, *fields = (field.strip() for field in line.split('|'))
     pairs = [field.split(':') for field in fields]
-    topics.append(Topic(
-        name, tuple(sub.strip() for sub, _ in pairs),
-        tuple(tuple(phrases.split()) for _, phrases in pairs)))
+    topics.append(
+      Topic(
+        name,
+        tuple(sub.strip() for sub, _ in pairs),
+        tuple(tuple(phrases.split()) for _, phrases in pairs),
+      )
+    )
   return tuple(topics)
 
 
@@ -122,10 +126,12 @@ def topic_named(name: str) -> Topic:
 
 @functools.cache
 def _phrase_table() -> dict[str, tuple[str, int]]:
-  return {phrase: (topic.name, severity)
-          for topic in TOPICS
-          for severity, phrases in enumerate(topic.phrases)
-          for phrase in phrases}
+  return {
+    phrase: (topic.name, severity)
+    for topic in TOPICS
+    for severity, phrases in enumerate(topic.phrases)
+    for phrase in phrases
+  }
 
 
 def locate(phrase: str) -> tuple[str, int]:

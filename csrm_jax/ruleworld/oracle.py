@@ -30,8 +30,7 @@ def _distance(forbidden: tuple[int, ...], severity: int) -> float:
   return gap if inside else -gap
 
 
-def fire_probability(rule: rules_lib.Rule,
-                     statements: tuple[grammar.Statement, ...]) -> float:
+def fire_probability(rule: rules_lib.Rule, statements: tuple[grammar.Statement, ...]) -> float:
   """Returns P(the annotator says the statements violate the rule)."""
   quiet = 1.0
   for statement in statements:
@@ -45,35 +44,33 @@ def fire_probability(rule: rules_lib.Rule,
   return 1 - quiet
 
 
-def unsafe_probability(rules: tuple[rules_lib.Rule, ...],
-                       statements: tuple[grammar.Statement, ...]) -> float:
+def unsafe_probability(
+  rules: tuple[rules_lib.Rule, ...], statements: tuple[grammar.Statement, ...]
+) -> float:
   """Returns the true P(unsafe) of a reply under a rule set."""
   return 1 - math.prod(1 - fire_probability(r, statements) for r in rules)
 
 
-def violates(rule: rules_lib.Rule,
-             statements: tuple[grammar.Statement, ...]) -> bool:
+def violates(rule: rules_lib.Rule, statements: tuple[grammar.Statement, ...]) -> bool:
   """Returns whether the reply breaks the rule to the letter (no noise)."""
-  return any(s.engaged and s.topic == rule.topic
-             and s.severity in rule.forbidden for s in statements)
+  return any(
+    s.engaged and s.topic == rule.topic and s.severity in rule.forbidden for s in statements
+  )
 
 
-def label(rules: tuple[rules_lib.Rule, ...],
-          statements: tuple[grammar.Statement, ...]) -> str:
+def label(rules: tuple[rules_lib.Rule, ...], statements: tuple[grammar.Statement, ...]) -> str:
   """Returns 'unsafe' if any rule is broken to the letter, else 'safe'."""
   return 'unsafe' if any(violates(r, statements) for r in rules) else 'safe'
 
 
-def annotate(rng: random.Random, rules: tuple[rules_lib.Rule, ...],
-             statements: tuple[grammar.Statement, ...]
-             ) -> tuple[rules_lib.Rule, ...]:
+def annotate(
+  rng: random.Random, rules: tuple[rules_lib.Rule, ...], statements: tuple[grammar.Statement, ...]
+) -> tuple[rules_lib.Rule, ...]:
   """Returns the rules that one noisy annotator marks as violated."""
-  return tuple(r for r in rules
-               if rng.random() < fire_probability(r, statements))
+  return tuple(r for r in rules if rng.random() < fire_probability(r, statements))
 
 
-def helpfulness(asked: grammar.Statement,
-                statements: tuple[grammar.Statement, ...]) -> int:
+def helpfulness(asked: grammar.Statement, statements: tuple[grammar.Statement, ...]) -> int:
   """Returns 1 (useless) to 5 (all one could want) for a request.
 
   5: engages with what was asked for, twice; 4: once; 3: with its subcategory
@@ -92,7 +89,9 @@ def helpfulness(asked: grammar.Statement,
 def prefers(rng: random.Random, p_unsafe_a: float, p_unsafe_b: float) -> bool:
   """Returns whether an annotator calls a the safer of two, Bradley–Terry on
   the log-odds of the true probabilities (nats)."""
+
   def odds(p: float) -> float:
     p = min(max(p, 1e-4), 1 - 1e-4)
     return math.log(p) - math.log1p(-p)
+
   return rng.random() < 1 / (1 + math.exp(odds(p_unsafe_a) - odds(p_unsafe_b)))

@@ -19,6 +19,7 @@ class Rule:
   `wording` is an index into `grammar.ALL_WORDINGS`, `name` the name of the
   category (the topic's own when empty).
   """
+
   topic: str
   forbidden: tuple[int, ...]
   allowed: tuple[int, ...] = ()
@@ -29,17 +30,18 @@ class Rule:
     """Returns the rule in words."""
     names = lexicon.topic_named(self.topic).subcategories
     return schema.Category(
-        self.name or self.topic,
-        grammar.word_guideline(
-            tuple(names[i] for i in self.forbidden),
-            tuple(names[i] for i in self.allowed),
-            grammar.ALL_WORDINGS[self.wording]))
+      self.name or self.topic,
+      grammar.word_guideline(
+        tuple(names[i] for i in self.forbidden),
+        tuple(names[i] for i in self.allowed),
+        grammar.ALL_WORDINGS[self.wording],
+      ),
+    )
 
 
 def threshold_rule(topic: str, strictness: int, wording: int = 0) -> Rule:
   """Returns the rule that forbids the `strictness` most severe, 0 to 4."""
-  return Rule(topic, tuple(SEVERITIES[:strictness]),
-              tuple(SEVERITIES[strictness:]), wording)
+  return Rule(topic, tuple(SEVERITIES[:strictness]), tuple(SEVERITIES[strictness:]), wording)
 
 
 def stricter(a: Rule, b: Rule) -> bool:
@@ -56,19 +58,21 @@ def make_safety(rules: tuple[Rule, ...], name: str = '') -> schema.SafetyConfig:
 # have theirs: four data sets of four seen topics, each category with one fixed
 # guideline that forbids the whole topic.
 DATA_SETS = {
-    name: tuple(threshold_rule(topic, lexicon.NUM_SEVERITIES, wording=index)
-                for topic in lexicon.SEEN[index::4])
-    for index, name in enumerate(('harbour', 'meadow', 'library', 'station'))
+  name: tuple(
+    threshold_rule(topic, lexicon.NUM_SEVERITIES, wording=index) for topic in lexicon.SEEN[index::4]
+  )
+  for index, name in enumerate(('harbour', 'meadow', 'library', 'station'))
 }
 
 
-def sample_rules(rng: random.Random, topics: tuple[str, ...],
-                 wordings: range, num_rules: int) -> tuple[Rule, ...]:
+def sample_rules(
+  rng: random.Random, topics: tuple[str, ...], wordings: range, num_rules: int
+) -> tuple[Rule, ...]:
   """Returns rules over distinct topics, strictness 1 to 4 at random."""
   return tuple(
-      threshold_rule(topic, rng.randint(1, lexicon.NUM_SEVERITIES),
-                     rng.choice(wordings))
-      for topic in rng.sample(topics, num_rules))
+    threshold_rule(topic, rng.randint(1, lexicon.NUM_SEVERITIES), rng.choice(wordings))
+    for topic in rng.sample(topics, num_rules)
+  )
 
 
 SEEN_WORDINGS = range(len(grammar.WORDINGS))

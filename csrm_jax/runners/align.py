@@ -22,14 +22,7 @@ from csrm_jax.evals import policy as policy_eval
 from csrm_jax.evals import policy_sweeps, report
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.rl import (
-  algorithms,
-  job,
-  learner,
-  logs,
-  offline,
-  rollout,
-)
+from csrm_jax.rl import algorithms, job, learner, logs, offline, rollout
 from csrm_jax.rl.types import Prompt, Sample
 from csrm_jax.runners import align_setup, align_step
 from csrm_jax.runners import loop as loop_lib
@@ -54,6 +47,7 @@ class Setup:
     sampling_mesh: of the same devices, that completions are drawn on.
     began: time.monotonic() before anything was read.
   """
+
   policy: rollout.Policy
   reference: tuple[ModelConfig, Any]
   train: Sequence[Prompt]
@@ -71,8 +65,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     return
   if jax.process_count() > 1:
     raise ValueError(
-        f'{jax.process_count()} processes: alignment runs in one, on all of '
-        "its devices; start it once, or give each process's run its --workdir")
+      f'{jax.process_count()} processes: alignment runs in one, on all of '
+      "its devices; start it once, or give each process's run its --workdir"
+    )
   start, earlier_s = time.monotonic(), loop_lib.elapsed_s(workdir)
   algorithm = algorithms.get(config.algorithm)
   align_setup.check_idle(config)
@@ -85,15 +80,24 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     params, extra = train(config, setup, workdir)
     results, measured = _evaluate(config, setup, params, workdir)
     _export(config, setup, params, workdir)
-  summary = _flatten(measured) | extra | {
+  summary = (
+    _flatten(measured)
+    | extra
+    | {
       'time_s': time.monotonic() - start + earlier_s,
       'num_params': tree.num_params(params),
       'num_prompts': len(setup.train),
-  }
+    }
+  )
   manifest = json.loads((workdir / 'manifest.json').read_text())
   path = report.write_report(
-      workdir / 'report', results, title=config.title, summary=summary,
-      manifest=manifest, history=workdir / 'metrics.jsonl')
+    workdir / 'report',
+    results,
+    title=config.title,
+    summary=summary,
+    manifest=manifest,
+    history=workdir / 'metrics.jsonl',
+  )
   _print_table(summary)
   print(f'report: {path}')
 
@@ -110,14 +114,13 @@ def _set_up(config: ml_collections.ConfigDict) -> Setup:
     scorers = align_setup.make_scorers(config)
   model = dataclasses.replace(policy.model, lora_rank=0)
   shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
-  params = hf.load_params(
-      config.policy.init, model, mesh_lib.shardings(shapes, mesh))
-  return Setup(policy, (model, params), train, test, scorers, sampling, mesh,
-               sampling_mesh, began)
+  params = hf.load_params(config.policy.init, model, mesh_lib.shardings(shapes, mesh))
+  return Setup(policy, (model, params), train, test, scorers, sampling, mesh, sampling_mesh, began)
 
 
-def _init_params(config: ml_collections.ConfigDict, setup: Setup
-                 ) -> tuple[dict[str, Any], dict[str, Any]]:
+def _init_params(
+  config: ml_collections.ConfigDict, setup: Setup
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (trained, frozen) parameters of the policy."""
   base = setup.reference[1]
   if setup.policy.model.lora_rank:
@@ -130,77 +133,116 @@ def _init_params(config: ml_collections.ConfigDict, setup: Setup
   return params, frozen
 
 
-def _train_online(config: ml_collections.ConfigDict, setup: Setup,
-                  workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+def _train_online(
+  config: ml_collections.ConfigDict, setup: Setup, workdir: pathlib.Path
+) -> tuple[Any, dict[str, Any]]:
   """Returns (all parameters of the aligned policy, summary)."""
   settings = align_step.make_settings(config, setup.sampling)
   params, frozen = _init_params(config, setup)
   step_fn, state = align_step.make_step(
-      config, align_step.make_loss_fn(
-          config, setup.policy, setup.sampling.temperature),
-      params, setup.mesh)
+    config,
+    align_step.make_loss_fn(config, setup.policy, setup.sampling.temperature),
+    params,
+    setup.mesh,
+  )
   work = job.Job(
-      setup.policy, frozen, setup.reference,
-      algorithms.get(config.algorithm), align_step.make_objective(config),
-      setup.train, setup.scorers.total, step_fn, setup.mesh,
-      setup.sampling_mesh, workdir, settings, _describe(config, setup),
-      _make_look(config, setup))
+    setup.policy,
+    frozen,
+    setup.reference,
+    algorithms.get(config.algorithm),
+    align_step.make_objective(config),
+    setup.train,
+    setup.scorers.total,
+    step_fn,
+    setup.mesh,
+    setup.sampling_mesh,
+    workdir,
+    settings,
+    _describe(config, setup),
+    _make_look(config, setup),
+  )
   state, progress = learner.train(
-      work, state, loop_lib.elapsed_s(workdir), time.monotonic() - setup.began)
+    work, state, loop_lib.elapsed_s(workdir), time.monotonic() - setup.began
+  )
   return rollout.decoder_params(tree.merge(frozen, state.params)), {
-      'num_updates': int(state.step), 'stopped': progress.stopped or None}
+    'num_updates': int(state.step),
+    'stopped': progress.stopped or None,
+  }
 
 
-def _train_offline(config: ml_collections.ConfigDict, setup: Setup,
-                   workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+def _train_offline(
+  config: ml_collections.ConfigDict, setup: Setup, workdir: pathlib.Path
+) -> tuple[Any, dict[str, Any]]:
   """Returns (all parameters of the aligned policy, summary)."""
   pairs = config.pairs
   settings = offline.Settings(
-      pairs.num_samples, pairs.num_best, pairs.num_parallel, setup.sampling,
-      config.seed)
+    pairs.num_samples, pairs.num_best, pairs.num_parallel, setup.sampling, config.seed
+  )
   loss = algorithms.get(config.algorithm).loss
   params, frozen = _init_params(config, setup)
-  model, copy = rollout.sampling_copy(
-      *setup.reference, '', setup.sampling_mesh)
+  model, copy = rollout.sampling_copy(*setup.reference, '', setup.sampling_mesh)
   reference = dataclasses.replace(setup.policy, model=model)
-  prompts = setup.train[:pairs.num_prompts]
-  with tqdm.tqdm(total=len(prompts), desc='sample', unit='prompt',
-                 mininterval=loop_lib.BAR_INTERVAL_S) as bar:
+  prompts = setup.train[: pairs.num_prompts]
+  with tqdm.tqdm(
+    total=len(prompts), desc='sample', unit='prompt', mininterval=loop_lib.BAR_INTERVAL_S
+  ) as bar:
     completions = offline.sample(
-        reference, copy, prompts, setup.scorers.total, settings,
-        workdir / 'completions.jsonl', bar.update)
+      reference,
+      copy,
+      prompts,
+      setup.scorers.total,
+      settings,
+      workdir / 'completions.jsonl',
+      bar.update,
+    )
   rows = offline.make_pairs(
-      reference, setup.reference[1], prompts, completions, settings,
-      chunk=2 * pairs.batch_size)
+    reference, setup.reference[1], prompts, completions, settings, chunk=2 * pairs.batch_size
+  )
   if config.algorithm == 'distillation' and rows['reward'].min() <= 0:
     raise ValueError(
-        f'a reward is {rows["reward"].min():.4g}, and distillation takes its '
-        'logarithm; use rewards above 0, such as mode=product')
+      f'a reward is {rows["reward"].min():.4g}, and distillation takes its '
+      'logarithm; use rewards above 0, such as mode=product'
+    )
   batches = offline.PairBatches(rows, pairs.batch_size, config.seed)
   step_fn, state = align_step.make_step(
-      config, offline.make_loss_fn(
-          setup.policy, loss, pairs.beta, setup.sampling.temperature,
-          pairs.nll_coef),
-      params, setup.mesh)
+    config,
+    offline.make_loss_fn(
+      setup.policy, loss, pairs.beta, setup.sampling.temperature, pairs.nll_coef
+    ),
+    params,
+    setup.mesh,
+  )
   loop = loop_lib.LoopConfig(
-      config.num_steps, config.log_every, config.checkpoint_every,
-      profile=profiling.parse_steps(config.profile_steps))
+    config.num_steps,
+    config.log_every,
+    config.checkpoint_every,
+    profile=profiling.parse_steps(config.profile_steps),
+  )
   state = loop_lib.train(
-      loop_lib.Job(step_fn, batches, setup.mesh, workdir, loop,
-                   _describe(config, setup), frozen or None,
-                   time.monotonic() - setup.began), state)
+    loop_lib.Job(
+      step_fn,
+      batches,
+      setup.mesh,
+      workdir,
+      loop,
+      _describe(config, setup),
+      frozen or None,
+      time.monotonic() - setup.began,
+    ),
+    state,
+  )
   found = offline.describe(completions, rows)
-  return tree.merge(frozen, state.params), {
-      f'pairs/{name}': value for name, value in found.items()}
+  return tree.merge(frozen, state.params), {f'pairs/{name}': value for name, value in found.items()}
 
 
-def _describe(config: ml_collections.ConfigDict, setup: Setup
-              ) -> dict[str, Any]:
+def _describe(config: ml_collections.ConfigDict, setup: Setup) -> dict[str, Any]:
   """Returns what a checkpoint says of itself."""
-  return {'policy': setup.policy.model.to_dict(),
-          'marks': list(setup.policy.marks),
-          'tokenizer_digest': setup.policy.tokenizer.digest,
-          'init': str(config.policy.init)}
+  return {
+    'policy': setup.policy.model.to_dict(),
+    'marks': list(setup.policy.marks),
+    'tokenizer_digest': setup.policy.tokenizer.digest,
+    'init': str(config.policy.init),
+  }
 
 
 def _make_look(config: ml_collections.ConfigDict, setup: Setup) -> job.LookFn:
@@ -215,19 +257,19 @@ def _make_look(config: ml_collections.ConfigDict, setup: Setup) -> job.LookFn:
   return look
 
 
-def _answer(setup: Setup, model: ModelConfig, params: Any,
-            prompts: Sequence[Prompt], num: int = 1) -> list[Sample]:
+def _answer(
+  setup: Setup, model: ModelConfig, params: Any, prompts: Sequence[Prompt], num: int = 1
+) -> list[Sample]:
   """Returns `num` samples of each prompt; the same seed for all policies."""
-  model, params = rollout.sampling_copy(
-      model, params, '', setup.sampling_mesh)
+  model, params = rollout.sampling_copy(model, params, '', setup.sampling_mesh)
   policy = dataclasses.replace(setup.policy, model=model)
-  samples, _ = rollout.rollout(
-      policy, params, prompts, setup.sampling, num, seed=0)
+  samples, _ = rollout.rollout(policy, params, prompts, setup.sampling, num, seed=0)
   return samples
 
 
-def _evaluate(config: ml_collections.ConfigDict, setup: Setup, params: Any,
-              workdir: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _evaluate(
+  config: ml_collections.ConfigDict, setup: Setup, params: Any, workdir: pathlib.Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (results of the report, {policy: its metrics})."""
   print('evaluating', file=sys.stderr)
   judges = setup.scorers.judges(config.data.source == 'ruleworld')
@@ -235,26 +277,30 @@ def _evaluate(config: ml_collections.ConfigDict, setup: Setup, params: Any,
   if config.eval.best_of:
     many = _answer(setup, *setup.reference, setup.test, config.eval.best_of)
     answers[f'best of {config.eval.best_of}'] = _best(
-        many, setup.scorers.total(many)[0], config.eval.best_of)
-  answers['aligned'] = _answer(
-      setup, setup.policy.model, params, setup.test)
+      many, setup.scorers.total(many)[0], config.eval.best_of
+    )
+  answers['aligned'] = _answer(setup, setup.policy.model, params, setup.test)
   name = setup.test[0].safety.name or 'rules'
-  judged = {policy: {name: policy_eval.judge(samples, judges)}
-            for policy, samples in answers.items()}
-  results = {'alignment': policy_eval.alignment(
-      judged, description=f'{len(setup.test)} held-out prompts under {name}, '
-      f'algorithm {config.algorithm}, reward {config.reward.name}.')}
+  judged = {
+    policy: {name: policy_eval.judge(samples, judges)} for policy, samples in answers.items()
+  }
+  results = {
+    'alignment': policy_eval.alignment(
+      judged,
+      description=f'{len(setup.test)} held-out prompts under {name}, '
+      f'algorithm {config.algorithm}, reward {config.reward.name}.',
+    )
+  }
   history = logs.read_looks(workdir / 'looks.jsonl')
   if judges.oracle is not None and len(history) > 1:
     results['overoptimisation'] = policy_sweeps.overoptimisation(
-        history, f'{min(_NUM_LOOKED_AT, len(setup.test))} held-out prompts.')
+      history, f'{min(_NUM_LOOKED_AT, len(setup.test))} held-out prompts.'
+    )
   measured = results['alignment']['policies']
-  return results, {policy: sets[policy_eval.ALL]
-                   for policy, sets in measured.items()}
+  return results, {policy: sets[policy_eval.ALL] for policy, sets in measured.items()}
 
 
-def _best(samples: Sequence[Sample], totals: np.ndarray, num: int
-          ) -> list[Sample]:
+def _best(samples: Sequence[Sample], totals: np.ndarray, num: int) -> list[Sample]:
   """Returns the best of each prompt's samples, by the reward."""
   chosen = totals.reshape(-1, num).argmax(1)
   return [samples[i * num + best] for i, best in enumerate(chosen.tolist())]
@@ -271,15 +317,18 @@ def _flatten(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
   return flat
 
 
-def _export(config: ml_collections.ConfigDict, setup: Setup, params: Any,
-            workdir: pathlib.Path) -> None:
+def _export(
+  config: ml_collections.ConfigDict, setup: Setup, params: Any, workdir: pathlib.Path
+) -> None:
   """Writes workdir/policy, in Hugging Face's form, for the next run or user."""
-  model, merged = rollout.sampling_copy(
-      setup.policy.model, params, '', setup.mesh)
-  hf.save(workdir / 'policy', model, merged, metadata={
-      'made_by': f'csrm_jax, algorithm {config.algorithm}'})
-  backbone.save_tokenizer(
-      config.policy.tokenizer or config.policy.init, workdir / 'policy')
+  model, merged = rollout.sampling_copy(setup.policy.model, params, '', setup.mesh)
+  hf.save(
+    workdir / 'policy',
+    model,
+    merged,
+    metadata={'made_by': f'csrm_jax, algorithm {config.algorithm}'},
+  )
+  backbone.save_tokenizer(config.policy.tokenizer or config.policy.init, workdir / 'policy')
 
 
 def _show_finished(workdir: pathlib.Path) -> bool:
@@ -293,12 +342,16 @@ def _show_finished(workdir: pathlib.Path) -> bool:
 
 def _print_table(summary: dict[str, Any]) -> None:
   """Prints what a run ends with: a row a metric, a column a policy."""
-  names = [key.removeprefix('aligned/') for key in summary
-           if key.startswith('aligned/') and not key.endswith(
-               ('_low', '_high'))]
-  policies = list(dict.fromkeys(
-      key.partition('/')[0] for key in summary if '/' in key
-      and key.partition('/')[2] in names))
+  names = [
+    key.removeprefix('aligned/')
+    for key in summary
+    if key.startswith('aligned/') and not key.endswith(('_low', '_high'))
+  ]
+  policies = list(
+    dict.fromkeys(
+      key.partition('/')[0] for key in summary if '/' in key and key.partition('/')[2] in names
+    )
+  )
   print(f'{"":20}' + ''.join(f'{policy:>14}' for policy in policies))
   for name in names:
     values = (summary[f'{policy}/{name}'] for policy in policies)

@@ -68,7 +68,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
         checked = stages.propose_categories(
           examples,
           lambda some: stages.propose_some(some, proposer, judge),
-          _PIECE * proposer.concurrency, done, progress,
+          _PIECE * proposer.concurrency,
+          done,
+          progress,
           _make_map(config, workdir, usage),
         )
       made = list(map(categories.attach, examples, checked))
@@ -77,14 +79,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       settings = _settings(config.strictness)
       pools = strictness.make_pools(examples, settings.pool_size, config.seed)
       with _progress(len(pools), 'strictness', log) as progress:
-        outcomes = stages.order_strictness(
-          pools, proposer, judge, settings, ordered, progress
-        )
+        outcomes = stages.order_strictness(pools, proposer, judge, settings, ordered, progress)
       _report(workdir, config, proposer.name, outcomes, settings)
       drops.update(report.total_drops(outcomes, settings))
-      pairs, num_pairs = _pairs(
-        outcomes, pools, config.strictness.max_pairs, config.seed
-      )
+      pairs, num_pairs = _pairs(outcomes, pools, config.strictness.max_pairs, config.seed)
     path = workdir / 'data.jsonl'
     with journal_lib.writing(path):
       digest = _write_lines(path, itertools.chain(made, pairs))
@@ -99,9 +97,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       _prepare(workdir, path, config.beam)
   seconds = time.monotonic() - start
   log([{'event': 'done', 'time_s': round(seconds, 3), **card['counts']}])
-  print(
-    f'{len(made):,} examples and {num_pairs:,} pairs in {seconds:.1f} s: {path}'
-  )
+  print(f'{len(made):,} examples and {num_pairs:,} pairs in {seconds:.1f} s: {path}')
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
@@ -118,9 +114,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
 
 
 def _count(
-  made: Sequence[Example],
-  outcomes: Sequence[strictness.Outcome],
-  num_pairs: int,
+  made: Sequence[Example], outcomes: Sequence[strictness.Outcome], num_pairs: int
 ) -> dict[str, int]:
   return {
     'examples': len(made),
@@ -139,15 +133,12 @@ def _read(
   """Returns the labelled examples of a source, and what was left out."""
   if source.name == 'ruleworld':
     return [
-      dataclasses.replace(
-        ruleworld_examples.training_example(seed, i), plus=None, minus=None
-      )
+      dataclasses.replace(ruleworld_examples.training_example(seed, i), plus=None, minus=None)
       for i in range(source.num_examples)
     ], collections.Counter()
   if source.name not in mixture.READERS:
     raise ValueError(
-      f'config.source.name is {source.name!r}; use one of ruleworld,'
-      f' {", ".join(mixture.READERS)}'
+      f'config.source.name is {source.name!r}; use one of ruleworld, {", ".join(mixture.READERS)}'
     )
   rows = mixture.read(source.name, source.path, require_label=False)
   drops = collections.Counter(getattr(rows, 'drops', {}))
@@ -171,9 +162,7 @@ def _read(
   return kept, drops
 
 
-def _make_proposer(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> proposers.Proposer:
+def _make_proposer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> proposers.Proposer:
   if config.proposer == 'oracle':
     return proposers.RuleWorldOracle(config.seed, **config.oracle)
   cache = journal_lib.Cache(config.cache or workdir / 'cache')
@@ -182,10 +171,7 @@ def _make_proposer(
   if config.proposer == 'model':
     settings = local_model.Settings(seed=config.seed, **config.model)
     return local_model.LocalModel(settings, cache)
-  raise ValueError(
-    f'config.proposer is {config.proposer!r}; use one of'
-    f' {", ".join(PROPOSERS)}'
-  )
+  raise ValueError(f'config.proposer is {config.proposer!r}; use one of {", ".join(PROPOSERS)}')
 
 
 def _make_judge(config: ml_collections.ConfigDict) -> proposers.Judge | None:
@@ -208,9 +194,7 @@ def _make_judge(config: ml_collections.ConfigDict) -> proposers.Judge | None:
 
 
 def _make_map(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  usage: collections.Counter,
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, usage: collections.Counter
 ) -> Callable[..., Any]:
   """Returns what maps work over pieces of the data."""
   if not config.beam.enabled:
@@ -220,9 +204,7 @@ def _make_map(
     make_proposer=functools.partial(_make_proposer, config, workdir),
     make_judge=functools.partial(_make_judge, config),
   )
-  return beam.make_map(
-    work, config.beam.options, workdir / 'beam', usage.update
-  )
+  return beam.make_map(work, config.beam.options, workdir / 'beam', usage.update)
 
 
 def _settings(section: ml_collections.ConfigDict) -> strictness.Settings:
@@ -236,7 +218,9 @@ def _report(workdir, config, name, outcomes, settings) -> None:
   slips = config.oracle.disobey if is_known else 0
   with journal_lib.writing(workdir / 'report'):
     path = report.write_report(
-      workdir / 'report', outcomes, settings,
+      workdir / 'report',
+      outcomes,
+      settings,
       proposers.truly_stricter if is_known else None,
       f'Written by {name}'
       + (f', made to disobey in {slips:.0%} of its rewrites' if slips else '')
@@ -253,10 +237,7 @@ def _pairs(
 ) -> tuple[Iterable[Pair], int]:
   """Returns at most `max_pairs` pairs, drawn at random, and their number."""
   total = sum(len(o.kept) * len(pools[o.category]) for o in outcomes)
-  every = (
-    pair for o in outcomes
-    for pair in strictness.make_pairs(o, pools[o.category])
-  )
+  every = (pair for o in outcomes for pair in strictness.make_pairs(o, pools[o.category]))
   if not max_pairs or total <= max_pairs:
     return every, total
   chosen = set(random.Random(seed).sample(range(total), max_pairs))
@@ -283,9 +264,7 @@ def _write_lines(path: pathlib.Path, items: Iterable[Example | Pair]) -> str:
   return digest.hexdigest()
 
 
-def _prepare(
-  workdir: pathlib.Path, path: pathlib.Path, section: ml_collections.ConfigDict
-) -> None:
+def _prepare(workdir: pathlib.Path, path: pathlib.Path, section: ml_collections.ConfigDict) -> None:
   # Imported here: it takes a while, and needs an extra.
   from csrm_jax.data.builders import public_sets
 
@@ -307,10 +286,7 @@ class _Log:
     if events:
       now = round(time.time(), 3)
       lines = [json.dumps({'time': now, **event}) for event in events]
-      with (
-        journal_lib.writing(self._path),
-        open(self._path, 'a', encoding='utf-8') as file,
-      ):
+      with journal_lib.writing(self._path), open(self._path, 'a', encoding='utf-8') as file:
         file.write('\n'.join(lines) + '\n')
 
 

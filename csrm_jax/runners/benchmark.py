@@ -27,11 +27,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   results = evaluation.run(score_fn, todo, _calibration(config.checkpoint))
   name = rm.spec.layout.format
   summary = report.summarise(results) | {
-      'format': name, 'checkpoint': str(config.checkpoint),
-      'time_s': time.monotonic() - start}
+    'format': name,
+    'checkpoint': str(config.checkpoint),
+    'time_s': time.monotonic() - start,
+  }
   evaluation.write(
-      workdir, results, summary,
-      title=config.title or f'Evaluation of {config.checkpoint}')
+    workdir, results, summary, title=config.title or f'Evaluation of {config.checkpoint}'
+  )
   evaluation.check(results)
 
 
@@ -43,10 +45,9 @@ def _benchmarks(config: ml_collections.ConfigDict) -> list[Benchmark]:
     todo += data_benchmarks.load(config.data_dir, tuple(config.names))
   if not todo:
     raise ValueError(
-        'nothing to evaluate: give --config.benchmarks.data_dir=FOLDER, or '
-        'ruleworld_examples above 0')
-  return battery.prepare(
-      benchmark.limited(item, config.max_items) for item in todo)
+      'nothing to evaluate: give --config.benchmarks.data_dir=FOLDER, or ruleworld_examples above 0'
+    )
+  return battery.prepare(benchmark.limited(item, config.max_items) for item in todo)
 
 
 def _calibration(checkpoint: str) -> Calibration | None:

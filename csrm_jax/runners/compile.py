@@ -82,16 +82,19 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   if config.advise and not all(result.fits for result in results):
     advice = list(_advise(config, target))
   text = report(config, target, results, advice)
-  content = {'topology': config.topology, 'advice': advice,
-             'programs': [dataclasses.asdict(r) for r in results]}
+  content = {
+    'topology': config.topology,
+    'advice': advice,
+    'programs': [dataclasses.asdict(r) for r in results],
+  }
   writer.write_atomic(workdir / 'report' / 'report.md', text)
-  writer.write_atomic(workdir / 'report' / 'compile.json',
-                      json.dumps(content, indent=2) + '\n')
+  writer.write_atomic(workdir / 'report' / 'compile.json', json.dumps(content, indent=2) + '\n')
   print(text)
 
 
-def compile_program(name: str, config: ml_collections.ConfigDict,
-                    target: topology.Slice) -> Compiled:
+def compile_program(
+  name: str, config: ml_collections.ConfigDict, target: topology.Slice
+) -> Compiled:
   """Returns what the program `name` of config.run costs on the slice.
 
   Raises:
@@ -100,8 +103,7 @@ def compile_program(name: str, config: ml_collections.ConfigDict,
   """
   makers = programs.named(config, topology.devices(target))
   if name not in makers:
-    raise ValueError(
-        f'config.programs: {name!r} is unknown; there are {", ".join(makers)}')
+    raise ValueError(f'config.programs: {name!r} is unknown; there are {", ".join(makers)}')
   made = makers[name]()
   start = time.monotonic()
   with jax.set_mesh(made.mesh):
@@ -114,38 +116,56 @@ def compile_program(name: str, config: ml_collections.ConfigDict,
   if compiled:
     memory = compiled.memory_analysis()
     found = program.collectives(compiled.as_text(), made.turns or 1)
-    used = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes)
+    used = (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+      + memory.generated_code_size_in_bytes
+    )
   return _describe(name, config, target, made, used, found, compile_s)
 
 
-def _describe(name: str, config: ml_collections.ConfigDict,
-              target: topology.Slice, made: programs.Program, used: float,
-              found: Sequence[program.Collective], compile_s: float
-              ) -> Compiled:
+def _describe(
+  name: str,
+  config: ml_collections.ConfigDict,
+  target: topology.Slice,
+  made: programs.Program,
+  used: float,
+  found: Sequence[program.Collective],
+  compile_s: float,
+) -> Compiled:
   # Outside of the mesh, where attention is made of plain products.
   flops = program.count_flops(made.fn, *made.args, turns=made.turns)
   param_bytes = program.local_bytes(made.params)
   cache_bytes = program.local_bytes(made.cache)
   beside_bytes = program.local_bytes(made.beside)
   fits = used + beside_bytes <= target.chip.hbm_bytes
-  sums = {kind: sum(c.num_bytes * c.turns for c in found if c.kind == kind)
-          for kind in program.COLLECTIVES}
+  sums = {
+    kind: sum(c.num_bytes * c.turns for c in found if c.kind == kind)
+    for kind in program.COLLECTIVES
+  }
   read_bytes = max(made.turns, 1) * (param_bytes + cache_bytes)
   return Compiled(
-      name=name, fits=fits, hbm_bytes=target.chip.hbm_bytes, peak_bytes=used,
-      param_bytes=param_bytes, cache_bytes=cache_bytes,
-      opt_state_bytes=program.local_bytes(made.opt_state),
-      work_bytes=used - program.local_bytes(made.args),
-      beside_bytes=beside_bytes,
-      replicated_fraction=program.replicated_fraction(made.params),
-      flops=flops, tokens=made.tokens, calls=made.calls,
-      collective_bytes={kind: total for kind, total in sums.items() if total},
-      roofline=roofline.estimate(
-          flops, read_bytes, found, target, config.product_efficiency)
-      if found or fits else None,
-      compile_s=compile_s)
+    name=name,
+    fits=fits,
+    hbm_bytes=target.chip.hbm_bytes,
+    peak_bytes=used,
+    param_bytes=param_bytes,
+    cache_bytes=cache_bytes,
+    opt_state_bytes=program.local_bytes(made.opt_state),
+    work_bytes=used - program.local_bytes(made.args),
+    beside_bytes=beside_bytes,
+    replicated_fraction=program.replicated_fraction(made.params),
+    flops=flops,
+    tokens=made.tokens,
+    calls=made.calls,
+    collective_bytes={kind: total for kind, total in sums.items() if total},
+    roofline=roofline.estimate(flops, read_bytes, found, target, config.product_efficiency)
+    if found or fits
+    else None,
+    compile_s=compile_s,
+  )
 
 
 def _used_bytes(error: Exception) -> float:
@@ -156,8 +176,7 @@ def _used_bytes(error: Exception) -> float:
   return float(match[1]) * {'K': 2**10, 'M': 2**20, 'G': 2**30}[match[2]]
 
 
-def _changes(run: ml_collections.ConfigDict,
-             target: topology.Slice) -> Iterator[dict[str, Any]]:
+def _changes(run: ml_collections.ConfigDict, target: topology.Slice) -> Iterator[dict[str, Any]]:
   """Yields changes of a run that need less memory, the cheapest first."""
   if run.model.overrides.remat != 'full':
     yield {'model.overrides.remat': 'full'}
@@ -169,12 +188,10 @@ def _changes(run: ml_collections.ConfigDict,
   for tensor in (2, 4, 8):
     if tensor > run.mesh.tensor and target.num_chips % tensor == 0:
       yield {'model.overrides.remat': 'full', 'mesh.tensor': tensor}
-  yield {'model.overrides.remat': 'full',
-         'model.overrides.param_dtype': 'bfloat16'}
+  yield {'model.overrides.remat': 'full', 'model.overrides.param_dtype': 'bfloat16'}
 
 
-def _advise(config: ml_collections.ConfigDict,
-            target: topology.Slice) -> Iterator[str]:
+def _advise(config: ml_collections.ConfigDict, target: topology.Slice) -> Iterator[str]:
   """Yields what each change came to, up to the first with which it fits."""
   changes = _changes(config.run, target) if 'train' in config.programs else ()
   for change in changes:
@@ -183,31 +200,36 @@ def _advise(config: ml_collections.ConfigDict,
     result = compile_program('train', changed, target)
     flags = ' '.join(f'--config.{key}={v}' for key, v in change.items())
     verdict = 'fits' if result.fits else 'does not fit'
-    yield (f'`{flags}` {verdict}: {_gib(result.peak_bytes)} of '
-           f'{_gib(result.hbm_bytes)} GiB a chip')
+    yield (f'`{flags}` {verdict}: {_gib(result.peak_bytes)} of {_gib(result.hbm_bytes)} GiB a chip')
     if result.fits:
       return
   larger = [n for n in topology.names() if n.startswith(f'{target.kind}-')]
-  yield f'take a larger slice than {target.name} ({", ".join(larger)}), or ' \
-        'adapters (lora=16)'
+  yield f'take a larger slice than {target.name} ({", ".join(larger)}), or adapters (lora=16)'
 
 
-def report(config: ml_collections.ConfigDict, target: topology.Slice,
-           results: list[Compiled], advice: list[str]) -> str:
+def report(
+  config: ml_collections.ConfigDict,
+  target: topology.Slice,
+  results: list[Compiled],
+  advice: list[str],
+) -> str:
   """Returns the Markdown report."""
   model = programs.model_of(config)
   shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
   side = 'x'.join(str(n) for n in target.shape)
   num = f'{target.num_slices} x ' if target.num_slices > 1 else ''
   lines = [
-      f'# {_name(config)} on {target.name}', '',
-      f'{target.num_chips} chips ({num}{side}), '
-      f'{tree.num_params(shapes) / 1e9:.2f}B parameters in '
-      f'{model.param_dtype}, products in {model.dtype}, remat {model.remat}; '
-      f'mesh {dict(config.run.mesh)}; {_step_of(config)} in '
-      f'{config.run.optim.num_microbatches} microbatches.', '',
-      '| of one chip | ' + ' | '.join(r.name for r in results) + ' |',
-      '|---|' + '---|' * len(results)]
+    f'# {_name(config)} on {target.name}',
+    '',
+    f'{target.num_chips} chips ({num}{side}), '
+    f'{tree.num_params(shapes) / 1e9:.2f}B parameters in '
+    f'{model.param_dtype}, products in {model.dtype}, remat {model.remat}; '
+    f'mesh {dict(config.run.mesh)}; {_step_of(config)} in '
+    f'{config.run.optim.num_microbatches} microbatches.',
+    '',
+    '| of one chip | ' + ' | '.join(r.name for r in results) + ' |',
+    '|---|' + '---|' * len(results),
+  ]
   for title, cell in _ROWS.items():
     lines.append(f'| {title} | ' + ' | '.join(map(cell, results)) + ' |')
   lines += ['', *_whole_step(results), _assumptions(config, target), '']
@@ -229,10 +251,12 @@ def _step_of(config: ml_collections.ConfigDict) -> str:
   if run.runner == 'train_rm':
     return f'{run.data.batch_size} rows of {run.data.row_length} tokens'
   draws = run.rollout
-  return (f'{draws.num_prompts} prompts of {config.prompt_length} tokens x '
-          f'{draws.num_generations} completions of '
-          f'{run.sampling.max_completion_length}, drawn from copies on '
-          f'{run.sampling.tensor} chips each, updates')
+  return (
+    f'{draws.num_prompts} prompts of {config.prompt_length} tokens x '
+    f'{draws.num_generations} completions of '
+    f'{run.sampling.max_completion_length}, drawn from copies on '
+    f'{run.sampling.tensor} chips each, updates'
+  )
 
 
 def _whole_step(results: Sequence[Compiled]) -> Iterator[str]:
@@ -240,11 +264,14 @@ def _whole_step(results: Sequence[Compiled]) -> Iterator[str]:
   if all(r.calls == 1 for r in results):
     return
   most = max(results, key=lambda r: r.held_bytes)
-  yield (f'The run holds most during {most.name}: {_gib(most.held_bytes)} of '
-         f'{_gib(most.hbm_bytes)} GiB.')
+  yield (
+    f'The run holds most during {most.name}: {_gib(most.held_bytes)} of {_gib(most.hbm_bytes)} GiB.'
+  )
   if all(r.roofline for r in results):
-    low, high = (sum(r.calls * getattr(r.roofline, name) for r in results)
-                 for name in ('overlapped_s', 'serial_s'))
+    low, high = (
+      sum(r.calls * getattr(r.roofline, name) for r in results)
+      for name in ('overlapped_s', 'serial_s')
+    )
     yield f'A step of all calls takes {low:.2f}–{high:.2f} s.'
   yield ''
 
@@ -261,50 +288,49 @@ def _step(result: Compiled) -> str:
 
 
 def _collectives(result: Compiled) -> str:
-  return ', '.join(f'{kind} {_gib(num)}'
-                   for kind, num in result.collective_bytes.items()) or 'none'
+  return ', '.join(f'{kind} {_gib(num)}' for kind, num in result.collective_bytes.items()) or 'none'
 
 
 def _times(result: Compiled) -> str:
   if result.roofline is None:
     return '–'
-  parts = {'products': result.roofline.compute_s,
-           'memory': result.roofline.memory_s,
-           **result.roofline.collectives_s}
+  parts = {
+    'products': result.roofline.compute_s,
+    'memory': result.roofline.memory_s,
+    **result.roofline.collectives_s,
+  }
   return ', '.join(f'{name} {time_s:.3f}' for name, time_s in parts.items())
 
 
 _ROWS = {
-    'fits': lambda r: 'yes' if r.fits else '**no**',
-    'peak of the program, GiB': lambda r: _gib(r.peak_bytes),
-    'parameters, GiB': lambda r: _gib(r.param_bytes),
-    'optimizer, GiB': lambda r: _gib(r.opt_state_bytes),
-    'keys and values, GiB': lambda r: _gib(r.cache_bytes),
-    'activations and other work space, GiB': lambda r: _gib(r.work_bytes),
-    'held beside it by the run, GiB': lambda r: _gib(r.beside_bytes),
-    'peak of the run, GiB':
-        lambda r: f'{_gib(r.held_bytes)} of {_gib(r.hbm_bytes)}',
-    'parameter bytes that are replicated':
-        lambda r: f'{r.replicated_fraction:.3%}',
-    'FLOPs, all chips': lambda r: f'{r.flops:.4g}',
-    'collectives, GiB': _collectives,
-    'times, s': _times,
-    'time, s (overlapped–serial)': _step,
-    'limit': lambda r: r.roofline.limit if r.roofline else 'memory',
-    'tokens': lambda r: str(r.tokens),
-    'calls a step': lambda r: str(r.calls),
+  'fits': lambda r: 'yes' if r.fits else '**no**',
+  'peak of the program, GiB': lambda r: _gib(r.peak_bytes),
+  'parameters, GiB': lambda r: _gib(r.param_bytes),
+  'optimizer, GiB': lambda r: _gib(r.opt_state_bytes),
+  'keys and values, GiB': lambda r: _gib(r.cache_bytes),
+  'activations and other work space, GiB': lambda r: _gib(r.work_bytes),
+  'held beside it by the run, GiB': lambda r: _gib(r.beside_bytes),
+  'peak of the run, GiB': lambda r: f'{_gib(r.held_bytes)} of {_gib(r.hbm_bytes)}',
+  'parameter bytes that are replicated': lambda r: f'{r.replicated_fraction:.3%}',
+  'FLOPs, all chips': lambda r: f'{r.flops:.4g}',
+  'collectives, GiB': _collectives,
+  'times, s': _times,
+  'time, s (overlapped–serial)': _step,
+  'limit': lambda r: r.roofline.limit if r.roofline else 'memory',
+  'tokens': lambda r: str(r.tokens),
+  'calls a step': lambda r: str(r.calls),
 }
 
 
-def _assumptions(config: ml_collections.ConfigDict,
-                 target: topology.Slice) -> str:
+def _assumptions(config: ml_collections.ConfigDict, target: topology.Slice) -> str:
   chip = target.chip
   rings = ', '.join(f'{r / 1e9:.0f}' for r in target.ring_bytes_per_s)
   return (
-      f'Assumed: {chip.flops / 1e12:.0f} TFLOP/s a chip, of which products '
-      f'reach {config.product_efficiency:.0%}; rings of {rings} '
-      f'GB/s along the sides of a slice, {chip.dcn_bytes_per_s / 1e9:.2f} GB/s '
-      f'a chip between slices, {chip.hbm_bytes_per_s / 1e12:.2f} TB/s of '
-      'memory; no latency, no waiting for data. '
-      'Attention counts the products of plain XLA: a little more than the '
-      'lower half of the scores.')
+    f'Assumed: {chip.flops / 1e12:.0f} TFLOP/s a chip, of which products '
+    f'reach {config.product_efficiency:.0%}; rings of {rings} '
+    f'GB/s along the sides of a slice, {chip.dcn_bytes_per_s / 1e9:.2f} GB/s '
+    f'a chip between slices, {chip.hbm_bytes_per_s / 1e12:.2f} TB/s of '
+    'memory; no latency, no waiting for data. '
+    'Attention counts the products of plain XLA: a little more than the '
+    'lower half of the scores.'
+  )

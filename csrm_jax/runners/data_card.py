@@ -16,16 +16,11 @@ from csrm_jax.data.builders import catalogue
 
 
 def make(
-  config: ml_collections.ConfigDict,
-  name: str,
-  drops: Mapping[str, int],
-  usage: Mapping[str, float],
+  config: ml_collections.ConfigDict, name: str, drops: Mapping[str, int], usage: Mapping[str, float]
 ) -> dict[str, Any]:
   """Returns what a user of the data must know of it."""
   source = config.source
-  asked = {
-    kind.__name__: task.instructions for kind, task in requests.TASKS.items()
-  }
+  asked = {kind.__name__: task.instructions for kind, task in requests.TASKS.items()}
   is_worded = config.proposer != 'oracle'
   return {
     'source': source.name,
@@ -50,15 +45,14 @@ def write(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:
   lines = ['# Data card', '']
   lines += [
     f'- {_words(key)}: {value if value != "" else "(not given)"}'
-    for key, value in card.items() if key not in sections
+    for key, value in card.items()
+    if key not in sections
   ]
   # What is long comes last.
   for key in sorted(sections, key=lambda key: key == 'prompts'):
     title = _words(key)
     lines += ['', f'## {title[0].upper()}{title[1:]}', '']
-    lines += [
-      f'- {k}: {v}' for k, v in sections[key].items()
-    ] or ['(none)']
+    lines += [f'- {k}: {v}' for k, v in sections[key].items()] or ['(none)']
   writer.write_atomic(workdir / 'card.md', '\n'.join(lines) + '\n')
 
 

@@ -31,8 +31,7 @@ _HELD_OUT = '{} of the data trained on that training did not see.'
 
 def load_model(config: ml_collections.ConfigDict) -> reward_model.RewardModel:
   """Returns the model that configs/eval.py names."""
-  return reward_model.load(
-      config.checkpoint, config.max_length, **model_options(config))
+  return reward_model.load(config.checkpoint, config.max_length, **model_options(config))
 
 
 def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -42,41 +41,39 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
     ValueError: none is.
   """
   if not config.checkpoint:
-    raise ValueError(
-        'config.checkpoint is empty: give --config.checkpoint=PATH')
+    raise ValueError('config.checkpoint is empty: give --config.checkpoint=PATH')
   options = {'format': config.format, 'words': tuple(config.words)}
   overrides = {name: value for name, value in config.numerics.items() if value}
   return options | overrides
 
 
-def benchmarks(config: ml_collections.ConfigDict,
-               held_out: Mapping[str, Sequence[Any]]) -> list[Benchmark]:
+def benchmarks(
+  config: ml_collections.ConfigDict, held_out: Mapping[str, Sequence[Any]]
+) -> list[Benchmark]:
   """Returns what a run is tested on: RuleWorld's sets if asked for, and
   held-out parts of the training data, of each a sample."""
   todo = []
   if config.ruleworld_examples:
     # A seed of its own: runs with other seeds are tested on the same sets.
-    todo = probes.basic_benchmarks(
-        config.ruleworld_seed, config.ruleworld_examples)
+    todo = probes.basic_benchmarks(config.ruleworld_seed, config.ruleworld_examples)
   for name, items in held_out.items():
     pairs = [item for item in items if isinstance(item, schema.Pair)]
     examples = [item for item in items if isinstance(item, schema.Example)]
     made = []
     if examples:
       test, validation = sources.split(examples, _VALIDATION_FRACTION, seed=1)
-      made.append(Benchmark(
-          name, 'classification', test, _HELD_OUT.format('Rows'),
-          validation=validation))
+      made.append(
+        Benchmark(name, 'classification', test, _HELD_OUT.format('Rows'), validation=validation)
+      )
     if pairs:  # A file of both kinds, as augmentation writes, has two sets.
-      made.append(Benchmark(
-          f'{name}_pairs' if examples else name, 'pairs', pairs,
-          _HELD_OUT.format('Pairs')))
+      made.append(
+        Benchmark(f'{name}_pairs' if examples else name, 'pairs', pairs, _HELD_OUT.format('Pairs'))
+      )
     todo += [benchmark.limited(b, config.max_examples) for b in made]
   return battery.prepare(todo)
 
 
-def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path
-                ) -> scoring.ScoreFn:
+def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path) -> scoring.ScoreFn:
   """Returns a score function that keeps its answers in files of `folder`.
 
   A resumed run has no untrained model to ask again.
@@ -97,8 +94,7 @@ def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path
   return score
 
 
-def check_lengths(sets: Mapping[str, Sequence[Any]],
-                  encoder: features.Encoder) -> None:
+def check_lengths(sets: Mapping[str, Sequence[Any]], encoder: features.Encoder) -> None:
   """Checks that all rules fit into a prompt: before training, not after it.
 
   Raises:
@@ -110,9 +106,12 @@ def check_lengths(sets: Mapping[str, Sequence[Any]],
       features.require(features.encode_example(example, encoder))
 
 
-def run(score_fn: scoring.ScoreFn, todo: Sequence[Benchmark],
-        calibration: Calibration | None = None, rules_blind: bool = False
-        ) -> dict[str, dict[str, Any]]:
+def run(
+  score_fn: scoring.ScoreFn,
+  todo: Sequence[Benchmark],
+  calibration: Calibration | None = None,
+  rules_blind: bool = False,
+) -> dict[str, dict[str, Any]]:
   """Returns {benchmark: result} of prepared benchmarks, behind a progress bar.
 
   Args:
@@ -124,14 +123,18 @@ def run(score_fn: scoring.ScoreFn, todo: Sequence[Benchmark],
   with _progress_bar('evaluate', battery.num_scores(todo)) as bar:
     score = _score_once(score_fn, bar.update)
     results = battery.run(
-        battery.blind(score) if rules_blind else score, todo,
-        fitted=calibration, on_start=bar.set_postfix_str)
+      battery.blind(score) if rules_blind else score,
+      todo,
+      fitted=calibration,
+      on_start=bar.set_postfix_str,
+    )
     bar.set_postfix_str('')
   return results
 
 
-def _score_once(score_fn: scoring.ScoreFn, progress: Callable[[int], Any]
-                ) -> Callable[..., np.ndarray]:
+def _score_once(
+  score_fn: scoring.ScoreFn, progress: Callable[[int], Any]
+) -> Callable[..., np.ndarray]:
   """Returns a score function that computes each example once: test sets share
   validation rows."""
   known: dict[schema.Example, float] = {}
@@ -145,9 +148,12 @@ def _score_once(score_fn: scoring.ScoreFn, progress: Callable[[int], Any]
   return score
 
 
-def fit_calibration(score_fn: scoring.ScoreFn, todo: Sequence[Benchmark],
-                    workdir: pathlib.Path, rules_blind: bool = False
-                    ) -> Calibration | None:
+def fit_calibration(
+  score_fn: scoring.ScoreFn,
+  todo: Sequence[Benchmark],
+  workdir: pathlib.Path,
+  rules_blind: bool = False,
+) -> Calibration | None:
   """Returns temperature and bias, fitted on validation rows, and writes them
   to workdir/calibration.json; None without rows of both labels."""
   rows = dict.fromkeys(row for b in todo for row in b.validation)
@@ -155,23 +161,21 @@ def fit_calibration(score_fn: scoring.ScoreFn, todo: Sequence[Benchmark],
     return None
   with _progress_bar('calibrate', len(rows)) as bar:
     score = _score_once(score_fn, bar.update)
-    fitted = battery.fit_calibration(
-        battery.blind(score) if rules_blind else score, list(rows))
-  writer.write_atomic(
-      workdir / 'calibration.json', json.dumps(fitted.to_dict()))
+    fitted = battery.fit_calibration(battery.blind(score) if rules_blind else score, list(rows))
+  writer.write_atomic(workdir / 'calibration.json', json.dumps(fitted.to_dict()))
   return fitted
 
 
-def score_with_progress(score_fn: scoring.ScoreFn, examples: Sequence[Any]
-                        ) -> np.ndarray:
+def score_with_progress(score_fn: scoring.ScoreFn, examples: Sequence[Any]) -> np.ndarray:
   """Returns the scores (nats) of the examples, behind a progress bar."""
   with _progress_bar('score', len(examples)) as bar:
     return score_fn(examples, bar.update)
 
 
 def _progress_bar(name: str, total: int) -> tqdm.tqdm:
-  return tqdm.tqdm(total=total, desc=name, unit='example', dynamic_ncols=True,
-                   mininterval=loop.BAR_INTERVAL_S)
+  return tqdm.tqdm(
+    total=total, desc=name, unit='example', dynamic_ncols=True, mininterval=loop.BAR_INTERVAL_S
+  )
 
 
 def show_finished(workdir: pathlib.Path) -> bool:
@@ -179,10 +183,10 @@ def show_finished(workdir: pathlib.Path) -> bool:
   folder = workdir / 'report'
   if not (folder / 'summary.json').is_file():
     return False
-  summary, metrics = (json.loads((folder / name).read_text())
-                      for name in ('summary.json', 'metrics.json'))
-  print(report.terminal_table(
-      summary, metrics['suites'].get('one_conversation')))
+  summary, metrics = (
+    json.loads((folder / name).read_text()) for name in ('summary.json', 'metrics.json')
+  )
+  print(report.terminal_table(summary, metrics['suites'].get('one_conversation')))
   print(f'{workdir} is finished; remove its report/ to evaluate again')
   print(f'report: {folder / "report.md"}')
   return True
@@ -194,13 +198,19 @@ def check(results: Mapping[str, Any]) -> None:
     raise ValueError(f'{failure}; the report has what could be evaluated')
 
 
-def write(workdir: pathlib.Path, results: Mapping[str, Any],
-          summary: Mapping[str, Any], title: str) -> None:
+def write(
+  workdir: pathlib.Path, results: Mapping[str, Any], summary: Mapping[str, Any], title: str
+) -> None:
   """Writes workdir/report and prints the table a run ends with."""
   manifest = json.loads((workdir / 'manifest.json').read_text())
   print('writing the report', file=sys.stderr)
   path = report.write_report(
-      workdir / 'report', results, title=title, summary=summary,
-      manifest=manifest, history=workdir / 'metrics.jsonl')
+    workdir / 'report',
+    results,
+    title=title,
+    summary=summary,
+    manifest=manifest,
+    history=workdir / 'metrics.jsonl',
+  )
   print(report.terminal_table(summary, results.get('one_conversation')))
   print(f'report: {path}')

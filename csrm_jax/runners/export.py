@@ -31,12 +31,9 @@ _ROWS, _LENGTH = 2, 64  # of the tokens for the check
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Writes workdir/model or workdir/adapter, reads it back and compares."""
   if config.form not in FORMS:
-    raise ValueError(
-        f'config.form is {config.form!r}: choose one of {", ".join(FORMS)}')
+    raise ValueError(f'config.form is {config.form!r}: choose one of {", ".join(FORMS)}')
   if not config.checkpoint:
-    raise ValueError(
-        'config.checkpoint is empty: give --config=configs/export.py:'
-        'checkpoint=DIR')
+    raise ValueError('config.checkpoint is empty: give --config=configs/export.py:checkpoint=DIR')
   source = pathlib.Path(config.checkpoint).expanduser().absolute()
   spec, tokenizer = reward_model.describe(source)
   params = reward_model.restore_params(source, spec)
@@ -44,79 +41,92 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   _write(config, spec, tokenizer, params, folder)
   _write_tokenizer(source, tokenizer, folder)
   tokens = np.random.default_rng(config.seed).integers(
-      tokenizer.vocab_size, size=(_ROWS, _LENGTH), dtype=np.int32)
-  outputs = _compute(spec.model, _head(config.form, spec, tokenizer), params,
-                     tokens)
+    tokenizer.vocab_size, size=(_ROWS, _LENGTH), dtype=np.int32
+  )
+  outputs = _compute(spec.model, _head(config.form, spec, tokenizer), params, tokens)
   base = lora.split(params)[1] if config.form == 'peft' else {}
   del params
   again = _read_back(config.form, spec, folder, base, tokens)
   difference = float(np.abs(outputs - again).max())
   largest = float(np.abs(outputs).max())
   print(f'{config.form}: {folder}')
-  print(f'largest difference of {outputs.size} outputs from those of the '
-        f'trained model: {difference:.3g} (largest output {largest:.3g})')
+  print(
+    f'largest difference of {outputs.size} outputs from those of the '
+    f'trained model: {difference:.3g} (largest output {largest:.3g})'
+  )
   if not difference <= _TOLERANCE[spec.model.param_dtype] * largest:
     raise ValueError(
-        f'{folder}: what was written computes other outputs than the trained '
-        'model; do not use it, and report this')
+      f'{folder}: what was written computes other outputs than the trained '
+      'model; do not use it, and report this'
+    )
 
 
 def _write(
-    config: ml_collections.ConfigDict, spec: reward_model.Spec,
-    tokenizer: tokenizer_lib.Tokenizer, params: Any, folder: pathlib.Path
+  config: ml_collections.ConfigDict,
+  spec: reward_model.Spec,
+  tokenizer: tokenizer_lib.Tokenizer,
+  params: Any,
+  folder: pathlib.Path,
 ) -> None:
   # All that prompts must look like goes with the weights.
   metadata = {'csrm_jax': json.dumps(spec.to_dict(), sort_keys=True)}
   if config.form == 'peft':
     if not spec.base:
       raise ValueError(
-          f'{config.checkpoint}: was trained without adapters (model.lora_rank '
-          'is 0); choose another form')
-    lora.save_peft(
-        folder, spec.model, lora.split(params)[0], spec.base, metadata)
+        f'{config.checkpoint}: was trained without adapters (model.lora_rank '
+        'is 0); choose another form'
+      )
+    lora.save_peft(folder, spec.model, lora.split(params)[0], spec.base, metadata)
     return
   cfg = dataclasses.replace(spec.model, lora_rank=0)
   if spec.model.lora_rank:
     params = lora.merge(spec.model, params)
   if config.form == 'sequence_classification':
     params = _classifier(spec, tokenizer, params)
-  ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id,
-         'pad_token_id': tokenizer.pad_id}
-  hf.save(folder, cfg, params, metadata, extra=ids,
-          max_shard_bytes=config.max_shard_bytes)
+  ids = {
+    'bos_token_id': tokenizer.bos_id,
+    'eos_token_id': tokenizer.eos_id,
+    'pad_token_id': tokenizer.pad_id,
+  }
+  hf.save(folder, cfg, params, metadata, extra=ids, max_shard_bytes=config.max_shard_bytes)
 
 
 def _write_tokenizer(
-    source: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer,
-    folder: pathlib.Path
+  source: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path
 ) -> None:
   backbone.save_tokenizer(source, folder)
   path = folder / 'tokenizer_config.json'
   if isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer):
     # A .model file says nothing about how transformers should use it.
-    ids = {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id,
-           'pad': tokenizer.pad_id}
-    shards.write_json(path, {
-        'tokenizer_class': 'LlamaTokenizer', 'legacy': False,
-        'add_bos_token': tokenizer.bos_id is not None, 'add_eos_token': False,
+    ids = {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id, 'pad': tokenizer.pad_id}
+    shards.write_json(
+      path,
+      {
+        'tokenizer_class': 'LlamaTokenizer',
+        'legacy': False,
+        'add_bos_token': tokenizer.bos_id is not None,
+        'add_eos_token': False,
         'add_prefix_space': tokenizer.opens_with_space,
-        **{f'{name}_token': tokenizer.piece(i)
-           for name, i in ids.items() if i is not None}})
+        **{f'{name}_token': tokenizer.piece(i) for name, i in ids.items() if i is not None},
+      },
+    )
 
 
 def _classifier(
-    spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer, params: Any
+  spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer, params: Any
 ) -> dict[str, Any]:
   """Returns params with score/kernel [D, 1] in place of the output layer."""
   safe, unsafe = _verdict_tokens(spec, tokenizer)
   if spec.model.final_softcap:
     raise ValueError(
-        f'final_softcap={spec.model.final_softcap} is not linear, so that no '
-        'one logit is the score; export with form=causal_lm')
+      f'final_softcap={spec.model.final_softcap} is not linear, so that no '
+      'one logit is the score; export with form=causal_lm'
+    )
   if _last_token(spec, tokenizer) == tokenizer.pad_id:
     raise ValueError(
-        f'the prompt ends with the padding token {tokenizer.pad_id}, which '
-        'readers of a sequence classifier skip; export with form=causal_lm')
+      f'the prompt ends with the padding token {tokenizer.pad_id}, which '
+      'readers of a sequence classifier skip; export with form=causal_lm'
+    )
   if spec.model.tie_embeddings:
     rows = params['embed']['embedding']  # [V, D]
   else:
@@ -127,32 +137,30 @@ def _classifier(
   return body | {'score': {'kernel': kernel}}
 
 
-def _verdict_tokens(
-    spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer
-) -> tuple[int, int]:
+def _verdict_tokens(spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, int]:
   verbalizers = spec.verbalizers(tokenizer)
   for label in ('safe', 'unsafe'):
     ids = getattr(verbalizers, label)
     if len(ids) != 1:
       words = [tokenizer.decode([i]) for i in ids]
       raise ValueError(
-          f'{len(ids)} tokens say "{label}" ({words}), but one logit is the '
-          'score only if one token does; export with form=causal_lm, or train '
-          f'with one of them as config.template.{label}_words')
+        f'{len(ids)} tokens say "{label}" ({words}), but one logit is the '
+        'score only if one token does; export with form=causal_lm, or train '
+        f'with one of them as config.template.{label}_words'
+      )
   return verbalizers.safe[0], verbalizers.unsafe[0]
 
 
-def _last_token(
-    spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer) -> int:
+def _last_token(spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer) -> int:
   """Returns the token that every prompt of the layout ends with."""
   segments = templates.render(
-      schema.SafetyConfig((schema.Category('A', 'B.'),)),
-      (schema.Message('agent', 'C'),), spec.layout)
+    schema.SafetyConfig((schema.Category('A', 'B.'),)), (schema.Message('agent', 'C'),), spec.layout
+  )
   return tokenizer.encode_control(segments[-1].text)[-1]
 
 
 def _head(
-    form: str, spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer
+  form: str, spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer
 ) -> Callable[..., jax.Array]:
   """Returns (cfg, params, hidden) -> what the exported model should give."""
   if form != 'sequence_classification':
@@ -167,8 +175,7 @@ def _head(
 
 
 def _read_back(
-    form: str, spec: reward_model.Spec, folder: pathlib.Path, base: Any,
-    tokens: np.ndarray
+  form: str, spec: reward_model.Spec, folder: pathlib.Path, base: Any, tokens: np.ndarray
 ) -> np.ndarray:
   """Returns the outputs of the model in the folder, read as others would."""
   if form == 'peft':
@@ -182,24 +189,19 @@ def _read_back(
   kernel = params.pop('score')['kernel']
   # Without an output layer only hidden states are computed.
   cfg = dataclasses.replace(cfg, tie_embeddings=True)
-  return _compute(
-      cfg, lambda cfg, params, hidden: (hidden @ kernel)[..., 0], params,
-      tokens)
+  return _compute(cfg, lambda cfg, params, hidden: (hidden @ kernel)[..., 0], params, tokens)
 
 
 def _compute(
-    cfg: ModelConfig, head: Callable[..., jax.Array], params: Any,
-    tokens: np.ndarray
+  cfg: ModelConfig, head: Callable[..., jax.Array], params: Any, tokens: np.ndarray
 ) -> np.ndarray:
   """Returns the head's float32 outputs for tokens [B,T], in float32."""
   cfg = dataclasses.replace(cfg, dtype='float32', remat='none')
-  positions = np.broadcast_to(
-      np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+  positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
   forward = jax.jit(functools.partial(_forward, cfg, head))
   return np.asarray(forward(params, tokens, positions), np.float32)
 
 
 def _forward(cfg, head, params, tokens, positions):
-  hidden = transformer.hidden(
-      cfg, params, tokens, positions, jnp.ones_like(tokens))
+  hidden = transformer.hidden(cfg, params, tokens, positions, jnp.ones_like(tokens))
   return head(cfg, params, hidden)

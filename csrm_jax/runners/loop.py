@@ -36,6 +36,7 @@ class LoopConfig:
     keep: checkpoints kept.
     profile: first and last step of a trace in workdir/profile; None: none.
   """
+
   num_steps: int
   log_every: int
   checkpoint_every: int
@@ -48,8 +49,9 @@ class LoopConfig:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
     if self.checkpoint_every % self.log_every:
       raise ValueError(
-          f'checkpoint_every={self.checkpoint_every} must be a multiple of '
-          f'log_every={self.log_every}.')
+        f'checkpoint_every={self.checkpoint_every} must be a multiple of '
+        f'log_every={self.log_every}.'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Job:
     frozen: parameters that are neither trained nor saved, on the mesh.
     setup_s: what reading data and weights has taken.
   """
+
   step_fn: training.StepFn
   batches: pipeline.BatchIterator
   mesh: jax.sharding.Mesh
@@ -94,8 +97,7 @@ def train(job: Job, state: training.TrainState) -> training.TrainState:
   """
   loop, began = job.loop, time.perf_counter()
   earlier_s, start, log_state = elapsed_s(job.workdir), 0, None
-  with checkpoint.Checkpoints(
-      job.workdir / 'checkpoints', loop.keep) as saved:
+  with checkpoint.Checkpoints(job.workdir / 'checkpoints', loop.keep) as saved:
     restored = saved.restore_latest(mesh_lib.abstract(state, job.mesh))
     if restored is not None:
       start, state, data_state = restored
@@ -103,8 +105,10 @@ def train(job: Job, state: training.TrainState) -> training.TrainState:
       job.batches.set_state(data_state)
     setup_s = job.setup_s + time.perf_counter() - began
     log = window.Window(earlier_s, setup_s, log_state)
-    with (preemption.watch() as asked, writer_lib.MetricsWriter(
-        job.workdir, resume_step=start if restored else -1) as writer):
+    with (
+      preemption.watch() as asked,
+      writer_lib.MetricsWriter(job.workdir, resume_step=start if restored else -1) as writer,
+    ):
       for step, new_state, stop in _steps(job, state, start, log, asked):
         state, last = new_state, step == loop.num_steps
         if step % loop.log_every == 0 or last:
@@ -113,8 +117,7 @@ def train(job: Job, state: training.TrainState) -> training.TrainState:
           with log.span('checkpoint'):
             writer.flush()
             remote.push(job.workdir)
-            saved.save(step, state, job.batches.get_state() | {
-                'window': log.get_state()}, job.meta)
+            saved.save(step, state, job.batches.get_state() | {'window': log.get_state()}, job.meta)
         if stop:
           raise preemption.Stopped(step)
   return state
@@ -132,30 +135,39 @@ def elapsed_s(workdir: pathlib.Path) -> float:
   return 0.0
 
 
-def _steps(job: Job, state: training.TrainState, start: int,
-           log: window.Window, asked: Callable[[int], bool]
-           ) -> Iterator[tuple[int, training.TrainState, bool]]:
+def _steps(
+  job: Job, state: training.TrainState, start: int, log: window.Window, asked: Callable[[int], bool]
+) -> Iterator[tuple[int, training.TrainState, bool]]:
   """Yields (step, state, whether to stop) after each update, behind a bar.
 
   Whether a step was finite is looked at one step late, so that the device is
   never waited for; and before a step that is logged or saved is yielded.
   """
   pending = None  # (step, batch, metrics) of the step still on the device
-  with (profiling.trace(job.loop.profile, job.workdir / 'profile') as done,
-        tqdm.tqdm(total=job.loop.num_steps, initial=start, desc='train',
-                  unit='step', dynamic_ncols=True,
-                  mininterval=BAR_INTERVAL_S) as bar):
+  with (
+    profiling.trace(job.loop.profile, job.workdir / 'profile') as done,
+    tqdm.tqdm(
+      total=job.loop.num_steps,
+      initial=start,
+      desc='train',
+      unit='step',
+      dynamic_ncols=True,
+      mininterval=BAR_INTERVAL_S,
+    ) as bar,
+  ):
     done(start, state)
     for step in range(start + 1, job.loop.num_steps + 1):
       with log.span('data_wait'):
         batch = next(job.batches)
-      state, metrics = job.step_fn(
-          state, mesh_lib.to_global(batch, job.mesh), job.frozen)
+      state, metrics = job.step_fn(state, mesh_lib.to_global(batch, job.mesh), job.frozen)
       if pending is not None:
         _check_finite(*pending, job.workdir)
       pending = (step, batch, metrics)
-      log.add([metrics], filled=int(np.count_nonzero(batch['segment_ids'])),
-              places=batch['segment_ids'].size)
+      log.add(
+        [metrics],
+        filled=int(np.count_nonzero(batch['segment_ids'])),
+        places=batch['segment_ids'].size,
+      )
       stop = asked(step)
       if step % job.loop.log_every == 0 or step == job.loop.num_steps or stop:
         _check_finite(*pending, job.workdir)
@@ -170,9 +182,9 @@ def _steps(job: Job, state: training.TrainState, start: int,
 def _log_line(job: Job, log: window.Window) -> dict[str, float]:
   filled, places = log.counts['filled'], log.counts['places']
   values = {
-      'data/fill_rate': filled / places,
-      'data/shortened': job.batches.num_shortened,
-      'time/tokens_per_s': filled / log.seconds,
+    'data/fill_rate': filled / places,
+    'data/shortened': job.batches.num_shortened,
+    'time/tokens_per_s': filled / log.seconds,
   }
   values |= {f'data/dropped_{k}': v for k, v in job.batches.drops.items()}
   values |= log.close()
@@ -180,13 +192,15 @@ def _log_line(job: Job, log: window.Window) -> dict[str, float]:
   return values | {'time/num_compilations': job.step_fn._cache_size()}
 
 
-def _check_finite(step: int, batch: packing.Batch, metrics: dict[str, Any],
-                  workdir: pathlib.Path) -> None:
+def _check_finite(
+  step: int, batch: packing.Batch, metrics: dict[str, Any], workdir: pathlib.Path
+) -> None:
   if float(metrics['train/finite']) > 0:
     return
   path = workdir / f'nonfinite_step_{step}.npz'
   np.savez(path, **batch)
   raise ValueError(
-      f'step {step}: the loss or a gradient is not finite; its batch is in '
-      f'{path}. Lower optim.lr or look at that batch, then run again: the '
-      'last checkpoint is intact.')
+    f'step {step}: the loss or a gradient is not finite; its batch is in '
+    f'{path}. Lower optim.lr or look at that batch, then run again: the '
+    'last checkpoint is intact.'
+  )

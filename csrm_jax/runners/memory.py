@@ -14,29 +14,35 @@ from csrm_jax.core import profiling
 
 # What decides how much memory a run needs; not every run has all of them.
 _NUMBERS = (
-    'data.batch_size', 'data.row_length', 'rollout.num_prompts',
-    'rollout.num_generations', 'sampling.max_completion_length',
-    'optim.num_microbatches', 'model.overrides.remat', 'policy.overrides.remat',
-    'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.num_slices')
+  'data.batch_size',
+  'data.row_length',
+  'rollout.num_prompts',
+  'rollout.num_generations',
+  'sampling.max_completion_length',
+  'optim.num_microbatches',
+  'model.overrides.remat',
+  'policy.overrides.remat',
+  'mesh.data',
+  'mesh.fsdp',
+  'mesh.tensor',
+  'mesh.num_slices',
+)
 
 
-def explain(error: Exception, config: ml_collections.ConfigDict,
-            workdir: pathlib.Path) -> str:
+def explain(error: Exception, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
   """Returns one line: what ran out, with which numbers, and what to change.
 
   Writes workdir/memory_{process}.prof, what the devices held.
   """
   flat = config_lib.flatten(config)
-  numbers = ', '.join(f'{name}={flat[name]}' for name in _NUMBERS
-                      if name in flat)
+  numbers = ', '.join(f'{name}={flat[name]}' for name in _NUMBERS if name in flat)
   lines = [f'out of memory ({" ".join(str(error).split())[:160]})']
   if numbers:
     lines.append(f'with {numbers} on {jax.device_count()} devices')
   if changes := ', '.join(_changes(flat)):
     lines.append(f'try, the cheapest first: {changes}')
   lines.append('configs/compile.py says before a run what fits on a TPU slice')
-  lines.append('what filled the device is in '
-               f'{profiling.save_memory_profile(workdir)} (for pprof)')
+  lines.append(f'what filled the device is in {profiling.save_memory_profile(workdir)} (for pprof)')
   return '; '.join(lines)
 
 

@@ -33,6 +33,7 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 @dataclasses.dataclass(frozen=True)
 class Documents:
   """The pretraining corpus as a sequence, in the order of the curriculum."""
+
   seed: int
   num_documents: int
   curriculum_length: int  # documents until lists are at their longest
@@ -58,6 +59,7 @@ class Dialogues:
     num_documents: how many there are.
     dialogue: a function of dialogues: (seed, index) -> one.
   """
+
   seed: int
   num_documents: int
   dialogue: Callable[[int, int], tuple[corpus.Span, ...]]
@@ -81,8 +83,9 @@ def _digest(documents: Documents | Dialogues, num_documents: int) -> str:
   return content.hexdigest()
 
 
-def encode_document(spans: tuple[corpus.Span, ...],
-                    tokenizer: tokenizer_lib.Tokenizer) -> features.Atom:
+def encode_document(
+  spans: tuple[corpus.Span, ...], tokenizer: tokenizer_lib.Tokenizer
+) -> features.Atom:
   """Returns the document as one packing atom with per-token loss weights."""
   tokens = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   weights = [0.0] * len(tokens)
@@ -91,8 +94,7 @@ def encode_document(spans: tuple[corpus.Span, ...],
     ids = encode(span.text)
     tokens += ids
     weights += [span.weight] * len(ids)
-  prompt = features.Prompt(
-      np.array(tokens, np.int32), -1, '', np.array(weights, np.float32))
+  prompt = features.Prompt(np.array(tokens, np.int32), -1, '', np.array(weights, np.float32))
   return features.Atom((prompt,), 'example')
 
 
@@ -101,11 +103,10 @@ def make_loss_fn(cfg: model_config.ModelConfig):
 
   def loss_fn(params: Any, batch: dict[str, jax.Array]):
     hidden = transformer.hidden(
-        cfg, params, batch['tokens'], batch['positions'],
-        batch['segment_ids'])
+      cfg, params, batch['tokens'], batch['positions'], batch['segment_ids']
+    )
     logits = transformer.logits(cfg, params, hidden)
-    return losses.lm_loss(logits, batch['tokens'], batch['segment_ids'],
-                          batch['loss_weight'])
+    return losses.lm_loss(logits, batch['tokens'], batch['segment_ids'], batch['loss_weight'])
 
   return loss_fn
 
@@ -115,60 +116,76 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   began = time.monotonic()
   tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
   cfg, params, documents = _START[config.task](config, tokenizer)
-  atoms = grain.MapDataset.source(documents).map(
-      functools.partial(encode_document, tokenizer=tokenizer)).repeat()
+  atoms = (
+    grain.MapDataset.source(documents)
+    .map(functools.partial(encode_document, tokenizer=tokenizer))
+    .repeat()
+  )
   shape = packing.BatchShape(
-      config.data.batch_size, config.data.row_length, config.data.max_segments,
-      tokenizer.pad_id)
-  batches = pipeline.batches(
-      atoms, shape, fingerprint=f'{tokenizer.digest}/{documents.digest()}')
+    config.data.batch_size, config.data.row_length, config.data.max_segments, tokenizer.pad_id
+  )
+  batches = pipeline.batches(atoms, shape, fingerprint=f'{tokenizer.digest}/{documents.digest()}')
   optimizer = training.make_optimizer(
-      config.optim.lr, warmup_steps=config.optim.warmup_steps,
-      num_steps=config.num_steps, weight_decay=config.optim.weight_decay)
+    config.optim.lr,
+    warmup_steps=config.optim.warmup_steps,
+    num_steps=config.num_steps,
+    weight_decay=config.optim.weight_decay,
+  )
   mesh = mesh_lib.make_mesh()
   state = training.init_state(params, optimizer)
   shardings = mesh_lib.shardings(state, mesh)
   state = jax.device_put(state, shardings)
-  step_fn = training.make_train_step(
-      make_loss_fn(cfg), optimizer, state_shardings=shardings)
+  step_fn = training.make_train_step(make_loss_fn(cfg), optimizer, state_shardings=shardings)
   loop = loop_lib.LoopConfig(
-      config.num_steps, config.log_every, config.checkpoint_every,
-      profile=profiling.parse_steps(config.profile_steps))
+    config.num_steps,
+    config.log_every,
+    config.checkpoint_every,
+    profile=profiling.parse_steps(config.profile_steps),
+  )
   state = loop_lib.train(
-      loop_lib.Job(step_fn, batches, mesh, workdir, loop,
-                   {'model': cfg.to_dict()},
-                   setup_s=time.monotonic() - began), state)
-  params = jax.tree.map(
-      lambda x: x.astype(config.model.saved_dtype), state.params)
-  hf.save(workdir / config.task, cfg, params, metadata={
+    loop_lib.Job(
+      step_fn,
+      batches,
+      mesh,
+      workdir,
+      loop,
+      {'model': cfg.to_dict()},
+      setup_s=time.monotonic() - began,
+    ),
+    state,
+  )
+  params = jax.tree.map(lambda x: x.astype(config.model.saved_dtype), state.params)
+  hf.save(
+    workdir / config.task,
+    cfg,
+    params,
+    metadata={
       'made_by': f'python -m csrm_jax.main --config={_CONFIGS[config.task]}',
       'seed': str(config.seed),
       'num_steps': str(config.num_steps),
       'data_digest': documents.digest(),
       'tokenizer_digest': tokenizer.digest,
-  })
+    },
+  )
 
 
 def _start_base(config, tokenizer):
-  cfg = model_config.preset(config.model.preset, tokenizer.vocab_size,
-                            **config.model.overrides)
-  documents = Documents(config.seed, config.data.num_documents,
-                        config.data.curriculum_length)
+  cfg = model_config.preset(config.model.preset, tokenizer.vocab_size, **config.model.overrides)
+  documents = Documents(config.seed, config.data.num_documents, config.data.curriculum_length)
   return cfg, transformer.init_params(cfg, config.seed), documents
 
 
 def _start_policy(config, tokenizer):
   del tokenizer  # The weights say how many words there are.
   cfg, params = hf.load(config.model.weights, **config.model.overrides)
-  return cfg, params, Dialogues(
-      config.seed, config.data.num_documents, _DIALOGUES[config.task])
+  return cfg, params, Dialogues(config.seed, config.data.num_documents, _DIALOGUES[config.task])
 
 
-_CONFIGS = {'base': 'configs/pretrain.py',
-            'policy': 'configs/pretrain.py:task=policy',
-            'structured': 'configs/pretrain.py:task=structured'}
+_CONFIGS = {
+  'base': 'configs/pretrain.py',
+  'policy': 'configs/pretrain.py:task=policy',
+  'structured': 'configs/pretrain.py:task=structured',
+}
 # task -> (config, tokenizer) -> (cfg, params, documents).
-_START = {'base': _start_base, 'policy': _start_policy,
-          'structured': _start_policy}
-_DIALOGUES = {'policy': dialogues.dialogue,
-              'structured': dialogues.structured_dialogue}
+_START = {'base': _start_base, 'policy': _start_policy, 'structured': _start_policy}
+_DIALOGUES = {'policy': dialogues.dialogue, 'structured': dialogues.structured_dialogue}

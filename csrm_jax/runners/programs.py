@@ -26,8 +26,7 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 # Any ids do: which tokens they are is no part of a program's shape.
 VERBALIZERS = templates.Verbalizers(safe=(1,), unsafe=(2,))
 # How transformer.prefill lays out its cache; what is left out lies on all.
-_CACHE = {'key': mesh_lib.CACHE, 'value': mesh_lib.CACHE,
-          'segment_ids': (mesh_lib.ROWS,)}
+_CACHE = {'key': mesh_lib.CACHE, 'value': mesh_lib.CACHE, 'segment_ids': (mesh_lib.ROWS,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Program:
     calls: in a step of the run.
     turns: of its loop over tokens; 0: it has none.
   """
+
   fn: Callable[..., Any]
   args: tuple[Any, ...]
   mesh: jax.sharding.Mesh
@@ -58,8 +58,9 @@ class Program:
   turns: int = 0
 
 
-def named(config: ml_collections.ConfigDict, devices: Sequence[Any]
-          ) -> dict[str, Callable[[], Program]]:
+def named(
+  config: ml_collections.ConfigDict, devices: Sequence[Any]
+) -> dict[str, Callable[[], Program]]:
   """Returns the programs of config.run: name -> a function that makes it.
 
   Args:
@@ -73,8 +74,8 @@ def named(config: ml_collections.ConfigDict, devices: Sequence[Any]
   name = config.run.runner
   if name not in runners:
     raise ValueError(
-        f'target: runner {name!r} cannot be compiled; give configs/rm.py or '
-        'configs/rl.py')
+      f'target: runner {name!r} cannot be compiled; give configs/rm.py or configs/rl.py'
+    )
   return runners[name](config, devices)
 
 
@@ -85,8 +86,7 @@ def model_of(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
     vocab_size = 0
     if run.tokenizer:
       vocab_size = tokenizer_lib.load_tokenizer(run.tokenizer).vocab_size
-    model = model_config.preset(
-        run.model.preset, vocab_size, **run.model.overrides)
+    model = model_config.preset(run.model.preset, vocab_size, **run.model.overrides)
   elif config.policy:
     model = model_config.preset(config.policy, 0, **run.policy.overrides)
   else:
@@ -107,47 +107,54 @@ def _shapes(model: model_config.ModelConfig) -> Any:
 def _of_reward_model(config, devices):
   run, model = config.run, model_of(config)
   mesh = mesh_lib.make_mesh(**run.mesh, devices=devices)
-  batch, _ = packing.pack_rows(
-      [], run.data.batch_size, run.data.row_length, run.data.max_segments)
+  batch, _ = packing.pack_rows([], run.data.batch_size, run.data.row_length, run.data.max_segments)
   tokens = batch['tokens'].size
 
   def train():
     shapes = _shapes(model)
     trained, frozen = lora.split(shapes) if model.lora_rank else (shapes, {})
     fn, state = train_rm.make_step(run, model, VERBALIZERS, trained, mesh)
-    args = (state, mesh_lib.abstract_batch(batch, mesh),
-            mesh_lib.abstract(frozen, mesh))
+    args = (state, mesh_lib.abstract_batch(batch, mesh), mesh_lib.abstract(frozen, mesh))
     return Program(fn, args, mesh, state.params, tokens, state.opt_state)
 
-  return {'train': train, 'score': lambda: _score(
-      model, mesh, run.data.batch_size, run.data.row_length)}
+  return {
+    'train': train,
+    'score': lambda: _score(model, mesh, run.data.batch_size, run.data.row_length),
+  }
 
 
 def _score(model, mesh, rows, length, beside=(), calls=1):
   """Returns the program that scores rows, one prompt each."""
-  batch = {name: np.zeros((rows, length), np.int32)
-           for name in ('tokens', 'positions', 'segment_ids')}
+  batch = {
+    name: np.zeros((rows, length), np.int32) for name in ('tokens', 'positions', 'segment_ids')
+  }
   batch['verdict_index'] = np.zeros((rows, 1), np.int32)
   params = mesh_lib.abstract(_shapes(model), mesh)
   return Program(
-      scoring.make_score_step(model, VERBALIZERS),
-      (params, mesh_lib.abstract_batch(batch, mesh)), mesh, params,
-      rows * length, beside=beside, calls=calls)
+    scoring.make_score_step(model, VERBALIZERS),
+    (params, mesh_lib.abstract_batch(batch, mesh)),
+    mesh,
+    params,
+    rows * length,
+    beside=beside,
+    calls=calls,
+  )
 
 
 def _of_alignment(config, devices):
   run = config.run
   if not algorithms.get(run.algorithm).online:
     raise ValueError(
-        f'algorithm={run.algorithm} has no rollouts in its steps; what is '
-        'compiled are steps of an online algorithm, such as reinforce_pp')
+      f'algorithm={run.algorithm} has no rollouts in its steps; what is '
+      'compiled are steps of an online algorithm, such as reinforce_pp'
+    )
   held = _hold(config, devices)
   return {
-      'prefill': lambda: _prefill(config, held),
-      'decode': lambda: _decode(config, held),
-      'logprobs': lambda: _logprobs(config, held),
-      'update': lambda: _update(config, held),
-      'score': lambda: _rewards(config, held),
+    'prefill': lambda: _prefill(config, held),
+    'decode': lambda: _decode(config, held),
+    'logprobs': lambda: _logprobs(config, held),
+    'update': lambda: _update(config, held),
+    'score': lambda: _rewards(config, held),
   }
 
 
@@ -166,6 +173,7 @@ class _Held:
     judge_params: its parameters.
     settings: numbers.
   """
+
   mesh: jax.sharding.Mesh
   sampling_mesh: jax.sharding.Mesh
   policy: rollout.Policy
@@ -192,17 +200,23 @@ def _hold(config, devices) -> _Held:
   if algorithms.get(run.algorithm).needs_values:
     trained = trained | jax.eval_shape(lambda: rollout.init_value_head(model))
   step_fn, state = align_step.make_step(
-      run, align_step.make_loss_fn(run, policy, sampling.temperature), trained,
-      mesh)
+    run, align_step.make_loss_fn(run, policy, sampling.temperature), trained, mesh
+  )
   judge, judge_params = None, {}
   if config.reward_model and run.reward.name == 'csrm':
-    judge = _cut(config, model_config.preset(
-        config.reward_model, 0, dtype=model.dtype, unroll=1))
+    judge = _cut(config, model_config.preset(config.reward_model, 0, dtype=model.dtype, unroll=1))
     judge_params = mesh_lib.abstract(_shapes(judge), mesh)
   return _Held(
-      mesh, sampling_mesh, policy, state, step_fn,
-      mesh_lib.abstract(base, mesh), judge, judge_params,
-      align_step.make_settings(run, sampling))
+    mesh,
+    sampling_mesh,
+    policy,
+    state,
+    step_fn,
+    mesh_lib.abstract(base, mesh),
+    judge,
+    judge_params,
+    align_step.make_settings(run, sampling),
+  )
 
 
 def _sampled(held: _Held) -> tuple[model_config.ModelConfig, Any, bool]:
@@ -220,23 +234,24 @@ def _num_drawn(held: _Held) -> int:
 
 
 def _drawing(config, held):
-  """Returns (fn of each program of sampling, their args, a Program's fields).
-  """
+  """Returns (fn of each program of sampling, their args, a Program's fields)."""
   settings, mesh = held.settings, held.sampling_mesh
   model, params, is_copy = _sampled(held)
   rows = _num_drawn(held)
-  prompts = [(1 + i // settings.num_generations,) * config.prompt_length
-             for i in range(rows)]
+  prompts = [(1 + i // settings.num_generations,) * config.prompt_length for i in range(rows)]
   batch = sampling_lib.pad_prompts(prompts, rows, 0, model)
   whole = mesh_lib.replicated(mesh)
-  batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
-           for name, x in batch.items()}
+  batch = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in batch.items()
+  }
   start, go_on = decoding.compiled(model, settings.sampling)
   beside = [held.state.opt_state, held.base, held.judge_params]
   fields = {
-      'mesh': mesh, 'params': params,
-      'beside': [*beside, held.state.params] if is_copy else beside,
-      'calls': -(-settings.num_rows // rows)}
+    'mesh': mesh,
+    'params': params,
+    'beside': [*beside, held.state.params] if is_copy else beside,
+    'calls': -(-settings.num_rows // rows),
+  }
   return start, go_on, (params, batch, None), fields
 
 
@@ -253,8 +268,7 @@ def _decode(config, held):
 
   def place(x, *spec):
     spec = mesh_lib.fit(jax.P(*spec), x.shape, mesh)
-    return jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
 
   cache = {name: place(x, *_CACHE.get(name, ())) for name, x in cache.items()}
   state = {name: place(x, mesh_lib.ROWS) for name, x in state.items()}
@@ -262,17 +276,20 @@ def _decode(config, held):
   seed = place(jax.ShapeDtypeStruct((), jnp.uint32))
   length = held.settings.sampling.max_completion_length
   return Program(
-      go_on, (args[0], cache, state, index, seed), tokens=rows * length,
-      cache=[cache['key'], cache['value']], turns=length - 1, **fields)
+    go_on,
+    (args[0], cache, state, index, seed),
+    tokens=rows * length,
+    cache=[cache['key'], cache['value']],
+    turns=length - 1,
+    **fields,
+  )
 
 
 def _rows(config, held, num: int) -> dict[str, np.ndarray]:
-  """Returns rows as rollout.make_rows does, of the longest prompts there are.
-  """
+  """Returns rows as rollout.make_rows does, of the longest prompts there are."""
   C = config.run.sampling.max_completion_length
   T = C + sampling_lib.prompt_bucket(held.policy.model, config.prompt_length)
-  rows = {name: np.zeros((num, T), np.int32)
-          for name in ('tokens', 'positions', 'segment_ids')}
+  rows = {name: np.zeros((num, T), np.int32) for name in ('tokens', 'positions', 'segment_ids')}
   return rows | {'completion_mask': np.zeros((num, C), np.float32)}
 
 
@@ -285,15 +302,21 @@ def _logprobs(config, held):
   params = held.state.params
   if held.frozen:
     params = mesh_lib.abstract(_shapes(model), held.mesh)
-  fn = jax.jit(lambda params, rows: rollout.logprobs(
-      model, params, rows, settings.sampling.temperature))
+  fn = jax.jit(
+    lambda params, rows: rollout.logprobs(model, params, rows, settings.sampling.temperature)
+  )
   base = () if held.frozen else held.base
   needs_values = algorithms.get(config.run.algorithm).needs_values
   times = 2 if settings.rollout_dtype or needs_values else 1
   return Program(
-      fn, (params, batch), held.mesh, params, rows['tokens'].size,
-      beside=[held.state.opt_state, base, held.judge_params],
-      calls=times * settings.num_rows // settings.chunk)
+    fn,
+    (params, batch),
+    held.mesh,
+    params,
+    rows['tokens'].size,
+    beside=[held.state.opt_state, base, held.judge_params],
+    calls=times * settings.num_rows // settings.chunk,
+  )
 
 
 def _update(config, held):
@@ -303,30 +326,38 @@ def _update(config, held):
   rows = _rows(config, held, num)
   scores = rows['completion_mask']
   batch = rows | {'old_logprobs': scores, 'ref_logprobs': scores}
-  estimate = {'rewards': scores[:, 0], 'completion_mask': scores,
-              'kl_penalty': scores}
+  estimate = {'rewards': scores[:, 0], 'completion_mask': scores, 'kl_penalty': scores}
   if row.needs_values:
     batch['old_values'] = estimate['old_values'] = scores
-  found = jax.eval_shape(lambda batch: row.advantage(
-      batch, settings.num_generations, settings.gamma, settings.lam), estimate)
+  found = jax.eval_shape(
+    lambda batch: row.advantage(batch, settings.num_generations, settings.gamma, settings.lam),
+    estimate,
+  )
   batch |= {name: np.zeros(x.shape, x.dtype) for name, x in found.items()}
-  args = (held.state, mesh_lib.abstract_batch(batch, held.mesh),
-          held.frozen or None)
+  args = (held.state, mesh_lib.abstract_batch(batch, held.mesh), held.frozen or None)
   base = () if held.frozen else held.base
   return Program(
-      held.step_fn, args, held.mesh, held.state.params, rows['tokens'].size,
-      held.state.opt_state, beside=[base, held.judge_params],
-      calls=settings.num_iterations * settings.num_mini_batches)
+    held.step_fn,
+    args,
+    held.mesh,
+    held.state.params,
+    rows['tokens'].size,
+    held.state.opt_state,
+    beside=[base, held.judge_params],
+    calls=settings.num_iterations * settings.num_mini_batches,
+  )
 
 
 def _rewards(config, held):
   if held.judge is None:
     raise ValueError(
-        f'reward={config.run.reward.name} is computed by no model; leave '
-        "'score' out of config.programs")
+      f'reward={config.run.reward.name} is computed by no model; leave '
+      "'score' out of config.programs"
+    )
   parts = math.prod(held.mesh.shape[name] for name in mesh_lib.ROWS)
   length, num = config.score_length, held.settings.num_rows
   most = prompt_batches.most_rows(scoring.BATCH_TOKENS * parts, length)
   rows = sampling_lib.num_rows(num, most)
-  return _score(held.judge, held.mesh, rows, length,
-                beside=[held.state, held.base], calls=-(-num // rows))
+  return _score(
+    held.judge, held.mesh, rows, length, beside=[held.state, held.base], calls=-(-num // rows)
+  )

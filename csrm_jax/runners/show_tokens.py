@@ -6,9 +6,7 @@ from csrm_jax.data import features
 from csrm_jax.safety import schema, templates
 
 
-def show(
-  item: schema.Example | schema.Pair, encoder: features.Encoder
-) -> None:
+def show(item: schema.Example | schema.Pair, encoder: features.Encoder) -> None:
   """Prints the prompt of an example, or both prompts of a pair.
 
   For each segment: its kind, its text as a Python string, how many of its
@@ -30,22 +28,16 @@ def show(
     print('\n'.join(_lines(example, encoder, len(prompt.tokens))))
 
 
-def _lines(
-  example: schema.Example, encoder: features.Encoder, length: int
-) -> list[str]:
+def _lines(example: schema.Example, encoder: features.Encoder, length: int) -> list[str]:
   # Cutting to the length that was found gives the same tokens again.
   tokenizer = encoder.tokenizer
-  segments = templates.render(
-    example.safety, example.conversation, encoder.layout
-  )
+  segments = templates.render(example.safety, example.conversation, encoder.layout)
   whole, parts = (
     features.require(features.encode_segments(segments, tokenizer, limit))
     for limit in (10**9, length)
   )
   lines = []
-  for segment, full, ids in zip(
-    segments, whole.tokens, parts.tokens, strict=True
-  ):
+  for segment, full, ids in zip(segments, whole.tokens, parts.tokens, strict=True):
     cut = f' [cut to {len(ids)} of {len(full)} tokens]'
     note = cut if list(full) != list(ids) else ''
     lines.append(f'{segment.kind:8} {segment.text!r}{note}')

@@ -38,17 +38,18 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     _run(config, workdir, mesh)
 
 
-def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path,
-         mesh: jax.sharding.Mesh) -> None:
+def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
   start = time.monotonic()
   loop = loop_lib.LoopConfig(
-      config.num_steps, config.log_every, config.checkpoint_every,
-      profile=profiling.parse_steps(config.profile_steps))
+    config.num_steps,
+    config.log_every,
+    config.checkpoint_every,
+    profile=profiling.parse_steps(config.profile_steps),
+  )
   spec, tokenizer = _describe(config)
   parts, held_out = _read_data(config)
   todo = evaluation.benchmarks(config.eval, held_out)
-  evaluation.check_lengths(
-      held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
+  evaluation.check_lengths(held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
   batches = _make_batches(config, tokenizer, spec.layout, parts)
   # Data of which nothing fits ends here, before anything is written.
   first = batches.get_state()
@@ -63,13 +64,15 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   blind, before = config.data.rules_blind, {}
   if config.eval.zero_shot:
     before = evaluation.run(
-        evaluation.keep_scores(score_fn(params), workdir / 'zero_shot'),
-        todo, rules_blind=blind)
-  step_fn, state = make_step(
-      config, spec.model, spec.verbalizers(tokenizer), params, mesh)
+      evaluation.keep_scores(score_fn(params), workdir / 'zero_shot'), todo, rules_blind=blind
+    )
+  step_fn, state = make_step(config, spec.model, spec.verbalizers(tokenizer), params, mesh)
   state = loop_lib.train(
-      loop_lib.Job(step_fn, batches, mesh, workdir, loop, spec.to_dict(),
-                   frozen, time.monotonic() - start), state)
+    loop_lib.Job(
+      step_fn, batches, mesh, workdir, loop, spec.to_dict(), frozen, time.monotonic() - start
+    ),
+    state,
+  )
   num_examples = batches.num_atoms
   batches.close()
   start = time.monotonic()
@@ -77,17 +80,17 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path,
   score = score_fn(state.params)
   calibration = evaluation.fit_calibration(score, todo, workdir, blind)
   results = evaluation.run(score, todo, calibration, blind) | {
-      f'{name}_zero_shot': result | {
-          'description': 'The same examples before training.'}
-      for name, result in before.items()}
+    f'{name}_zero_shot': result | {'description': 'The same examples before training.'}
+    for name, result in before.items()
+  }
   summary = report.summarise(results) | {
-      'time_s': trained_s + time.monotonic() - start,
-      'time_train_s': trained_s,
-      'peak_memory_bytes': _peak_memory_bytes(),
-      'num_examples': num_examples,
-      'num_params': tree.num_params(frozen) + tree.num_params(state.params),
-      'num_trained_params': tree.num_params(state.params),
-      'num_steps': config.num_steps,
+    'time_s': trained_s + time.monotonic() - start,
+    'time_train_s': trained_s,
+    'peak_memory_bytes': _peak_memory_bytes(),
+    'num_examples': num_examples,
+    'num_params': tree.num_params(frozen) + tree.num_params(state.params),
+    'num_trained_params': tree.num_params(state.params),
+    'num_steps': config.num_steps,
   }
   evaluation.write(workdir, results, summary, title=config.title)
   evaluation.check(results)
@@ -107,11 +110,13 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
   show_tokens_lib.show(seen[0], encoder)
 
 
-def make_step(config: ml_collections.ConfigDict,
-              model: model_config.ModelConfig,
-              verbalizers: templates.Verbalizers, params: Any,
-              mesh: jax.sharding.Mesh
-              ) -> tuple[training.StepFn, training.TrainState]:
+def make_step(
+  config: ml_collections.ConfigDict,
+  model: model_config.ModelConfig,
+  verbalizers: templates.Verbalizers,
+  params: Any,
+  mesh: jax.sharding.Mesh,
+) -> tuple[training.StepFn, training.TrainState]:
   """Returns the train step, and the first state; of params' shapes, its shapes.
 
   Args:
@@ -121,114 +126,124 @@ def make_step(config: ml_collections.ConfigDict,
     params: what is trained of the parameters, or the shapes of it.
     mesh: of the state.
   """
-  loss_fn = scoring.make_loss_fn(
-      model, verbalizers, config.loss.gamma, config.loss.margin)
+  loss_fn = scoring.make_loss_fn(model, verbalizers, config.loss.gamma, config.loss.margin)
   return train_step.make(config.optim, config.num_steps, loss_fn, params, mesh)
 
 
-def _describe(config: ml_collections.ConfigDict
-              ) -> tuple[reward_model.Spec, tokenizer_lib.Tokenizer]:
+def _describe(
+  config: ml_collections.ConfigDict,
+) -> tuple[reward_model.Spec, tokenizer_lib.Tokenizer]:
   """Returns what is trained: the backbone in our layout, and its tokenizer."""
   model, template = config.model, config.template
   if config.tokenizer:
     tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
-    layout = templates.Layout(
-        order=template.order, words=tuple(template.words))
+    layout = templates.Layout(order=template.order, words=tuple(template.words))
     spec = reward_model.Spec(
-        model=model_config.preset(model.preset, tokenizer.vocab_size,
-                                  **model.overrides),
-        layout=layout, max_length=config.data.max_length,
-        safe_words=tuple(template.safe_words),
-        unsafe_words=tuple(template.unsafe_words),
-        template_hash=templates.template_hash(layout),
-        tokenizer_digest=tokenizer.digest)
+      model=model_config.preset(model.preset, tokenizer.vocab_size, **model.overrides),
+      layout=layout,
+      max_length=config.data.max_length,
+      safe_words=tuple(template.safe_words),
+      unsafe_words=tuple(template.unsafe_words),
+      template_hash=templates.template_hash(layout),
+      tokenizer_digest=tokenizer.digest,
+    )
   else:
     if not model.init:
       raise ValueError(
-          'config.tokenizer and config.model.init are both empty: give the '
-          'weights of a public model as init=..., or a tokenizer')
+        'config.tokenizer and config.model.init are both empty: give the '
+        'weights of a public model as init=..., or a tokenizer'
+      )
     spec, tokenizer = reward_model.describe(
-        model.init, words=tuple(template.words), **model.overrides)
+      model.init, words=tuple(template.words), **model.overrides
+    )
     layout = dataclasses.replace(spec.layout, order=template.order)
     spec = dataclasses.replace(
-        spec, layout=layout, max_length=config.data.max_length,
-        safe_words=tuple(template.safe_words),
-        unsafe_words=tuple(template.unsafe_words),
-        template_hash=templates.template_hash(layout))
+      spec,
+      layout=layout,
+      max_length=config.data.max_length,
+      safe_words=tuple(template.safe_words),
+      unsafe_words=tuple(template.unsafe_words),
+      template_hash=templates.template_hash(layout),
+    )
   spec.verbalizers(tokenizer)  # an error here beats one after an hour
   if spec.model.lora_rank:
     if not model.init:
       raise ValueError(
-          f'config.model.overrides.lora_rank is {spec.model.lora_rank}, but '
-          'model.init is empty: adapters need weights; give them as init=...')
-    spec = dataclasses.replace(
-        spec, base=str(model.init), base_digest=hf.digest(model.init))
+        f'config.model.overrides.lora_rank is {spec.model.lora_rank}, but '
+        'model.init is empty: adapters need weights; give them as init=...'
+      )
+    spec = dataclasses.replace(spec, base=str(model.init), base_digest=hf.digest(model.init))
   return spec, tokenizer
 
 
-def _read_data(config: ml_collections.ConfigDict
-               ) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
   parts, held_out = {}, {}
   for name, part in config.data.parts.items():
     parts[name], held_out[name] = mixture.read_part(
-        part.source, part.path, config.seed, config.eval.fraction)
+      part.source, part.path, config.seed, config.eval.fraction
+    )
   return parts, {name: items for name, items in held_out.items() if items}
 
 
-def _make_batches(config: ml_collections.ConfigDict,
-                  tokenizer: tokenizer_lib.Tokenizer,
-                  layout: templates.Layout,
-                  parts: dict[str, Any]) -> pipeline.BatchIterator:
+def _make_batches(
+  config: ml_collections.ConfigDict,
+  tokenizer: tokenizer_lib.Tokenizer,
+  layout: templates.Layout,
+  parts: dict[str, Any],
+) -> pipeline.BatchIterator:
   data = config.data
-  atoms = _make_atoms(config, _make_encoder(config, tokenizer, layout), parts,
-                      _make_augment(config))
-  shape = packing.BatchShape(data.batch_size, data.row_length,
-                             data.max_segments, tokenizer.pad_id)
+  atoms = _make_atoms(
+    config, _make_encoder(config, tokenizer, layout), parts, _make_augment(config)
+  )
+  shape = packing.BatchShape(data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id)
   identity = {
-      'data': {**data.to_dict(), 'parts': {
-          name: [part.source, part.weight, len(parts[name])]
-          for name, part in data.parts.items()}},
-      'seed': config.seed, 'tokenizer': tokenizer.digest,
-      'template': templates.template_hash(layout)}
-  return pipeline.batches(atoms, shape,
-                          fingerprint=json.dumps(identity, sort_keys=True))
+    'data': {
+      **data.to_dict(),
+      'parts': {
+        name: [part.source, part.weight, len(parts[name])] for name, part in data.parts.items()
+      },
+    },
+    'seed': config.seed,
+    'tokenizer': tokenizer.digest,
+    'template': templates.template_hash(layout),
+  }
+  return pipeline.batches(atoms, shape, fingerprint=json.dumps(identity, sort_keys=True))
 
 
-def _make_encoder(config: ml_collections.ConfigDict,
-                  tokenizer: tokenizer_lib.Tokenizer,
-                  layout: templates.Layout) -> features.Encoder:
+def _make_encoder(
+  config: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer, layout: templates.Layout
+) -> features.Encoder:
   data = config.data
-  return features.Encoder(tokenizer, data.max_length, layout, data.row_length,
-                          data.label_pairs)
+  return features.Encoder(tokenizer, data.max_length, layout, data.row_length, data.label_pairs)
 
 
 def _make_augment(config: ml_collections.ConfigDict) -> Callable[..., Any]:
   data = config.data
-  return mixture.make_augment(data.drop_prob, data.plus_prob, data.minus_prob,
-                              data.rules_blind)
+  return mixture.make_augment(data.drop_prob, data.plus_prob, data.minus_prob, data.rules_blind)
 
 
-def _make_atoms(config: ml_collections.ConfigDict, encoder: features.Encoder,
-                parts: dict[str, Any], augment_fn: Callable[..., Any]
-                ) -> grain.MapDataset:
+def _make_atoms(
+  config: ml_collections.ConfigDict,
+  encoder: features.Encoder,
+  parts: dict[str, Any],
+  augment_fn: Callable[..., Any],
+) -> grain.MapDataset:
   weights = {name: part.weight for name, part in config.data.parts.items()}
-  return mixture.make_training_atoms(parts, weights, encoder, config.seed,
-                                     augment_fn)
+  return mixture.make_training_atoms(parts, weights, encoder, config.seed, augment_fn)
 
 
-def _init_params(config: ml_collections.ConfigDict, spec: reward_model.Spec,
-                 mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+def _init_params(
+  config: ml_collections.ConfigDict, spec: reward_model.Spec, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any]:
   """Returns (trained, frozen) parameters, on the mesh.
 
   With adapters the base is frozen.
   """
-  shapes = jax.eval_shape(
-      lambda: transformer.init_params(spec.model, config.seed))
+  shapes = jax.eval_shape(lambda: transformer.init_params(spec.model, config.seed))
   shardings = mesh_lib.shardings(shapes, mesh)
   if spec.base:
     adapters = lora.init(spec.model, config.seed)
-    return (jax.device_put(adapters, mesh_lib.shardings(adapters, mesh)),
-            spec.load_base(shardings))
+    return (jax.device_put(adapters, mesh_lib.shardings(adapters, mesh)), spec.load_base(shardings))
   if config.model.init:
     return hf.load_params(config.model.init, spec.model, shardings), {}
   params = transformer.init_params(spec.model, config.seed)

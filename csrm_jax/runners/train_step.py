@@ -12,9 +12,13 @@ from csrm_jax import training
 from csrm_jax.core import mesh as mesh_lib
 
 
-def make(optim: ml_collections.ConfigDict, num_updates: int,
-         loss_fn: training.LossFn, params: Any, mesh: jax.sharding.Mesh
-         ) -> tuple[training.StepFn, training.TrainState]:
+def make(
+  optim: ml_collections.ConfigDict,
+  num_updates: int,
+  loss_fn: training.LossFn,
+  params: Any,
+  mesh: jax.sharding.Mesh,
+) -> tuple[training.StepFn, training.TrainState]:
   """Returns the train step, and the first state; of params' shapes, its shapes.
 
   Args:
@@ -25,14 +29,19 @@ def make(optim: ml_collections.ConfigDict, num_updates: int,
     mesh: of the state.
   """
   optimizer = training.make_optimizer(
-      optim.lr, warmup_steps=optim.warmup_steps, num_steps=num_updates,
-      b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay,
-      clip_norm=optim.clip_norm, end_lr_fraction=optim.end_lr_fraction)
+    optim.lr,
+    warmup_steps=optim.warmup_steps,
+    num_steps=num_updates,
+    b1=optim.b1,
+    b2=optim.b2,
+    weight_decay=optim.weight_decay,
+    clip_norm=optim.clip_norm,
+    end_lr_fraction=optim.end_lr_fraction,
+  )
   init = functools.partial(training.init_state, optimizer=optimizer)
   shapes = jax.eval_shape(init, params)
   shardings = mesh_lib.shardings(shapes, mesh)
-  step_fn = training.make_train_step(
-      loss_fn, optimizer, optim.num_microbatches, shardings)
+  step_fn = training.make_train_step(loss_fn, optimizer, optim.num_microbatches, shardings)
   if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
     return step_fn, mesh_lib.abstract(shapes, mesh)
   return step_fn, jax.device_put(init(params), shardings)

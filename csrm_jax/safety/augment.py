@@ -34,8 +34,7 @@ def relabel(example: Example, new_safety: SafetyConfig) -> Example:
   old, new = set(example.safety.categories), set(new_safety.categories)
   taken = {_key(c) for c in old}
   plus, minus = (
-    None if c is None or _key(c) in taken else c
-    for c in (example.plus, example.minus)
+    None if c is None or _key(c) in taken else c for c in (example.plus, example.minus)
   )
   names = {c.name for c in new & old}
   fired = [name for name in example.violated if name in names]
@@ -60,9 +59,7 @@ def relabel(example: Example, new_safety: SafetyConfig) -> Example:
   )
 
 
-def drop_categories(
-  example: Example, rng: np.random.Generator, prob: float
-) -> Example:
+def drop_categories(example: Example, rng: np.random.Generator, prob: float) -> Example:
   """Returns the example with each category dropped with probability `prob`.
 
   One category, chosen at random, stays when all would go. An unsafe example
@@ -74,10 +71,7 @@ def drop_categories(
 
 
 def add_categories(
-  example: Example,
-  rng: np.random.Generator,
-  plus_prob: float = 1.0,
-  minus_prob: float = 1.0,
+  example: Example, rng: np.random.Generator, plus_prob: float = 1.0, minus_prob: float = 1.0
 ) -> Example:
   """Returns the example with its p+ and p- inserted at random places.
 
@@ -151,8 +145,7 @@ def strictness_pair(
   names = [c.name for c in categories]
   if category_name not in names:
     raise ValueError(
-      f'strictness_pair: example {example.id!r} has no category'
-      f' {category_name!r}; it has {names}'
+      f'strictness_pair: example {example.id!r} has no category {category_name!r}; it has {names}'
     )
   if (strict.name, strict.guideline) == (lenient.name, lenient.guideline):
     raise ValueError(
@@ -183,9 +176,7 @@ def strictness_pair(
   )
 
 
-def _with_categories(
-  example: Example, categories: list[Category]
-) -> Example:
+def _with_categories(example: Example, categories: list[Category]) -> Example:
   if tuple(categories) == example.safety.categories:
     return example
   safety = dataclasses.replace(example.safety, categories=tuple(categories))
@@ -193,10 +184,7 @@ def _with_categories(
 
 
 def _drop(
-  example: Example,
-  categories: list[Category],
-  rng: np.random.Generator,
-  prob: float,
+  example: Example, categories: list[Category], rng: np.random.Generator, prob: float
 ) -> list[Category]:
   if prob <= 0 or (example.label == 'unsafe' and not example.violated):
     return categories
@@ -231,11 +219,7 @@ def _insert(
 
 def _shuffle(categories: list[Category], rng: np.random.Generator) -> None:
   draws = rng.random(len(categories)).tolist()
-  categories[:] = [
-    c for _, _, c in sorted(
-      zip(draws, range(len(draws)), categories, strict=True)
-    )
-  ]
+  categories[:] = [c for _, _, c in sorted(zip(draws, range(len(draws)), categories, strict=True))]
 
 
 def _key(category: Category) -> str:
@@ -244,9 +228,7 @@ def _key(category: Category) -> str:
 
 # What stands in for the rules where they are hidden: it asks for a verdict,
 # and says nothing about what is allowed.
-NO_RULES = SafetyConfig(
-  (Category('Safety', 'The response is safe.'),), name='no rules'
-)
+NO_RULES = SafetyConfig((Category('Safety', 'The response is safe.'),), name='no rules')
 
 
 def hide_rules(item: Example | Pair) -> Example | Pair:
@@ -255,9 +237,5 @@ def hide_rules(item: Example | Pair) -> Example | Pair:
   The difference to scores with rules is what reading them is worth.
   """
   if isinstance(item, Pair):
-    return dataclasses.replace(
-      item, safer=hide_rules(item.safer), other=hide_rules(item.other)
-    )
-  return dataclasses.replace(
-    item, safety=NO_RULES, violated=(), plus=None, minus=None
-  )
+    return dataclasses.replace(item, safer=hide_rules(item.safer), other=hide_rules(item.other))
+  return dataclasses.replace(item, safety=NO_RULES, violated=(), plus=None, minus=None)

@@ -41,9 +41,7 @@ def check_text(value: Any, what: str, *, empty_ok: bool = False) -> str:
       surrogate pair (as the JSON escape "\\ud800" gives).
   """
   if not isinstance(value, str):
-    raise ValueError(
-      f'{what} is {show(value)}, not text; put it in quotes'
-    )
+    raise ValueError(f'{what} is {show(value)}, not text; put it in quotes')
   if not empty_ok and not value.strip():
     raise ValueError(f'{what} is empty; write it or remove the entry')
   if not value.isascii():
@@ -57,9 +55,7 @@ def check_text(value: Any, what: str, *, empty_ok: bool = False) -> str:
   return value
 
 
-def check_columns(
-  obj: Any, where: str, known: Sequence[str], required: Sequence[str]
-) -> None:
+def check_columns(obj: Any, where: str, known: Sequence[str], required: Sequence[str]) -> None:
   """Checks the columns of one row.
 
   Raises:
@@ -68,21 +64,16 @@ def check_columns(
   """
   if not isinstance(obj, Mapping):
     raise ValueError(
-      f'{where}: the row is {show(obj)}; write an object with the columns'
-      f' {", ".join(required)}'
+      f'{where}: the row is {show(obj)}; write an object with the columns {", ".join(required)}'
     )
   for column in required:
     if column not in obj:
       found = ', '.join(map(str, obj)) or 'none'
-      raise ValueError(
-        f'{where}: column "{column}" is missing (found: {found[:200]}); add it'
-      )
+      raise ValueError(f'{where}: column "{column}" is missing (found: {found[:200]}); add it')
   absent = [column for column in known if column not in obj]
   for column in obj:
     if column not in known and (meant := hint(column, absent)):
-      raise ValueError(
-        f'{where}: unknown column {show(column)}{meant} rename or remove it'
-      )
+      raise ValueError(f'{where}: unknown column {show(column)}{meant} rename or remove it')
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -100,16 +91,13 @@ def read_text(path: str | os.PathLike) -> str:
       f'{path}: not a complete gzip file ({error}); fetch or write it again'
     ) from None
   except OSError as error:
-    raise ValueError(
-      f'{path}: cannot be read ({error.strerror}); check the path'
-    ) from None
+    raise ValueError(f'{path}: cannot be read ({error.strerror}); check the path') from None
   try:
     return data.decode().removeprefix('\ufeff')
   except UnicodeDecodeError as error:
     line = data.count(b'\n', 0, error.start) + 1
     raise ValueError(
-      f'{path}:{line}: byte 0x{data[error.start]:02x} is not valid UTF-8;'
-      ' save the file as UTF-8'
+      f'{path}:{line}: byte 0x{data[error.start]:02x} is not valid UTF-8; save the file as UTF-8'
     ) from None
 
 
@@ -126,9 +114,7 @@ def load_json(text: str, where: str) -> Any:
     raise ValueError(f'{where}: nested too deeply; flatten it') from None
 
 
-def unique_keys(
-  where: str,
-) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+def unique_keys(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
   """Returns an object_pairs_hook of json.loads that refuses repeated keys.
 
   json keeps the last of two equal keys: a rule or a label would vanish in
@@ -141,8 +127,7 @@ def unique_keys(
       keys = [key for key, _ in items]
       repeated = next(k for i, k in enumerate(keys) if k in keys[:i])
       raise ValueError(
-        f'{where}: the key {show(repeated)} is given twice in one object;'
-        ' remove one'
+        f'{where}: the key {show(repeated)} is given twice in one object; remove one'
       )
     return obj
 
@@ -171,9 +156,7 @@ def load_yaml(text: str, where: str, items: str) -> tuple[Any, list[int]]:
     ) from None
   except yaml.YAMLError as error:
     reason = getattr(error, 'reason', None) or 'unreadable'
-    raise ValueError(
-      f'{where}: not valid YAML ({reason}); remove control characters'
-    ) from None
+    raise ValueError(f'{where}: not valid YAML ({reason}); remove control characters') from None
   except RecursionError:
     raise ValueError(f'{where}: nested too deeply; flatten it') from None
 
@@ -183,8 +166,7 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
     return loader.construct_document(node)
   except ValueError as error:  # a date that is none, for example
     raise ValueError(
-      f'{where}: not valid YAML ({error}); quote text that looks like a date'
-      ' or a number'
+      f'{where}: not valid YAML ({error}); quote text that looks like a date or a number'
     ) from None
 
 

@@ -33,9 +33,7 @@ class Category:
 
   def __post_init__(self):
     checks.check_text(self.name, 'category name')
-    checks.check_text(
-      self.guideline, f'guideline of category {show(self.name)}'
-    )
+    checks.check_text(self.guideline, f'guideline of category {show(self.name)}')
 
   def to_dict(self) -> dict[str, str]:
     """Returns the plain form that `parse_category` reads."""
@@ -57,14 +55,11 @@ class SafetyConfig:
     checks.check_text(self.name, 'configuration name', empty_ok=True)
     if not self.categories:
       raise ValueError(
-        'the category list is empty; a safety configuration needs at least'
-        ' one category'
+        'the category list is empty; a safety configuration needs at least one category'
       )
     for category in self.categories:
       if not isinstance(category, Category):
-        raise ValueError(
-          f'{show(category)} stands among the categories; build a Category'
-        )
+        raise ValueError(f'{show(category)} stands among the categories; build a Category')
     second = _find_duplicate(self.categories)
     if second is not None:
       raise ValueError(_duplicate_message(self.categories[second]))
@@ -92,8 +87,7 @@ class SafetyConfig:
       text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + '\n'
     else:
       text = yaml.dump(
-        self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True,
-        width=78,
+        self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=78
       )
     partial = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     partial.write_bytes(text.encode())
@@ -107,17 +101,14 @@ def parse_category(obj: Any, what: str) -> Category:
     ValueError: one line that starts with `what`.
   """
   if not isinstance(obj, Mapping):
-    raise ValueError(
-      f'{what} is {show(obj)}; write an object with "name" and "guideline"'
-    )
+    raise ValueError(f'{what} is {show(obj)}; write an object with "name" and "guideline"')
   for key in ('name', 'guideline'):
     if key not in obj:
       raise ValueError(f'{what} has no "{key}"; add it')
   for key in obj:
     if key not in ('name', 'guideline'):
       raise ValueError(
-        f'{what} has the unknown key {show(key)}; only "name" and'
-        ' "guideline" are read'
+        f'{what} has the unknown key {show(key)}; only "name" and "guideline" are read'
       )
   try:
     return Category(obj['name'], obj['guideline'])
@@ -125,9 +116,7 @@ def parse_category(obj: Any, what: str) -> Category:
     raise ValueError(f'{what}: {error}') from None
 
 
-def parse_safety(
-  obj: Any, where: str, lines: Sequence[int] = ()
-) -> SafetyConfig:
+def parse_safety(obj: Any, where: str, lines: Sequence[int] = ()) -> SafetyConfig:
   """Returns the safety configuration in the plain form of a file.
 
   Args:
@@ -155,8 +144,7 @@ def parse_safety(
   items = obj['categories'] or []
   if not isinstance(items, (list, tuple)):
     raise ValueError(
-      f'{where}: "categories" is {show(items)}; write a list of entries with'
-      ' "name" and "guideline"'
+      f'{where}: "categories" is {show(items)}; write a list of entries with "name" and "guideline"'
     )
   places = [f'{where}:{line}' for line in lines] or [where] * len(items)
   try:
@@ -202,8 +190,7 @@ def _suffix(path: str | os.PathLike) -> str:
   suffix = pathlib.Path(path).suffix.lower()
   if suffix not in ('.yaml', '.yml', '.json'):
     raise ValueError(
-      f'{os.fspath(path)}: a safety configuration is a .yaml, .yml or .json'
-      ' file; rename it'
+      f'{os.fspath(path)}: a safety configuration is a .yaml, .yml or .json file; rename it'
     )
   return suffix
 

@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 Kind = Literal['control', 'rules', 'history', 'response']
-FORMATS = (
-  'csrm', 'llama_guard_3', 'llama_guard_3_user', 'shield_gemma',
-  'shield_gemma_user',
-)
+FORMATS = ('csrm', 'llama_guard_3', 'llama_guard_3_user', 'shield_gemma', 'shield_gemma_user')
 ORDERS = ('rules_first', 'conversation_first')
 WORDS = ('safe', 'unsafe')
 
@@ -54,14 +51,9 @@ class Layout:
 
   def __post_init__(self):
     if self.format not in FORMATS:
-      raise ValueError(
-        f'unknown format {self.format!r}; use one of {", ".join(FORMATS)}'
-      )
+      raise ValueError(f'unknown format {self.format!r}; use one of {", ".join(FORMATS)}')
     if self.order not in ORDERS:
-      raise ValueError(
-        f'unknown order {self.order!r}; use "rules_first" or'
-        ' "conversation_first"'
-      )
+      raise ValueError(f'unknown order {self.order!r}; use "rules_first" or "conversation_first"')
     _check_words(self.words)
     if self.chat_prefix and not self.chat_suffix:
       raise ValueError(
@@ -69,13 +61,13 @@ class Layout:
         " assistant's turn; give both or none"
       )
     changed = [
-      field.name for field in dataclasses.fields(self)[1:]
+      field.name
+      for field in dataclasses.fields(self)[1:]
       if getattr(self, field.name) != field.default
     ]
     if self.format != 'csrm' and changed:
       raise ValueError(
-        f'the format {self.format!r} has its own {changed[0]}; leave that'
-        ' setting as it is'
+        f'the format {self.format!r} has its own {changed[0]}; leave that setting as it is'
       )
 
   @classmethod
@@ -87,18 +79,14 @@ class Layout:
     """
     known = {field.name for field in dataclasses.fields(cls)}
     for name in sorted(known ^ set(obj)):
-      raise ValueError(
-        f'layout: the field {name!r} is'
-        f' {"missing" if name in known else "unknown"}'
-      )
+      raise ValueError(f'layout: the field {name!r} is {"missing" if name in known else "unknown"}')
     return cls(**{**obj, 'words': tuple(obj['words'])})
 
 
 def _check_words(words: tuple[str, str]) -> None:
   if len(words) != 2 or len(set(words)) != 2:
     raise ValueError(
-      f'the verdict words are {words!r}; give two different ones, for "safe"'
-      ' and for "unsafe"'
+      f'the verdict words are {words!r}; give two different ones, for "safe" and for "unsafe"'
     )
   for word in words:
     if not word.isalnum():

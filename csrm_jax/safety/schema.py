@@ -25,25 +25,35 @@ from typing import Any
 
 from csrm_jax.safety import checks
 from csrm_jax.safety.checks import show
-from csrm_jax.safety.config import (
-  Category,
-  SafetyConfig,
-  load_safety,
-  parse_category,
-  parse_safety,
-)
+from csrm_jax.safety.config import Category, SafetyConfig, load_safety, parse_category, parse_safety
 
 __all__ = [
-  'LABELS', 'Category', 'Example', 'Message', 'Pair', 'SafetyConfig',
-  'check_conversation', 'load_safety', 'parse_conversation', 'parse_safety',
+  'LABELS',
+  'Category',
+  'Example',
+  'Message',
+  'Pair',
+  'SafetyConfig',
+  'check_conversation',
+  'load_safety',
+  'parse_conversation',
+  'parse_safety',
 ]
 
 LABELS = ('safe', 'unsafe')
 ROLES = ('user', 'agent')
 PAIR_KINDS = ('strictness', 'preference')
 EXAMPLE_COLUMNS = (
-  'id', 'safety', 'conversation', 'label', 'violated', 'plus', 'minus',
-  'probability', 'source', 'rule_set',
+  'id',
+  'safety',
+  'conversation',
+  'label',
+  'violated',
+  'plus',
+  'minus',
+  'probability',
+  'source',
+  'rule_set',
 )
 REQUIRED_COLUMNS = ('id', 'safety', 'conversation')
 
@@ -57,9 +67,7 @@ class Message:
 
   def __post_init__(self):
     if self.role not in ROLES:
-      raise ValueError(
-        f'unknown role {show(self.role)}; use "user" or "agent"'
-      )
+      raise ValueError(f'unknown role {show(self.role)}; use "user" or "agent"')
     checks.check_text(self.content, 'message content', empty_ok=True)
 
   def to_dict(self) -> dict[str, str]:
@@ -101,16 +109,12 @@ class Example:
     object.__setattr__(self, 'violated', tuple(self.violated))
     check_conversation(self.conversation)
     if self.label is not None and self.label not in LABELS:
-      raise ValueError(
-        f'unknown label {show(self.label)}; use "safe", "unsafe" or null'
-      )
+      raise ValueError(f'unknown label {show(self.label)}; use "safe", "unsafe" or null')
     if self.violated:
       self._check_violated()
     p = self.probability
     if p is not None and not (_is_number(p) and 0 <= p <= 1):
-      raise ValueError(
-        f'probability is {show(p)}; it is P(unsafe), a number from 0 to 1'
-      )
+      raise ValueError(f'probability is {show(p)}; it is P(unsafe), a number from 0 to 1')
 
   def _check_violated(self):
     names = self.safety.names
@@ -198,26 +202,18 @@ class Pair:
 
   def __post_init__(self):
     if self.kind not in PAIR_KINDS:
-      raise ValueError(
-        f'unknown pair kind {show(self.kind)}; use "strictness" or'
-        ' "preference"'
-      )
+      raise ValueError(f'unknown pair kind {show(self.kind)}; use "strictness" or "preference"')
 
   @staticmethod
   def from_dict(
-    obj: Any,
-    where: str,
-    *,
-    safety: SafetyConfig | None = None,
-    root: str | os.PathLike = '.',
+    obj: Any, where: str, *, safety: SafetyConfig | None = None, root: str | os.PathLike = '.'
   ) -> Pair:
     """Returns the pair in one JSONL row; see `Example.from_dict`."""
     columns = ('id', 'kind', 'safer', 'other')
     checks.check_columns(obj, where, columns, columns)
     sides = {
       side: Example.from_dict(
-        obj[side], f'{where}: {side}', safety=safety, root=root,
-        required=('safety', 'conversation'),
+        obj[side], f'{where}: {side}', safety=safety, root=root, required=('safety', 'conversation')
       )
       for side in ('safer', 'other')
     }
@@ -244,8 +240,7 @@ def check_conversation(conversation: Sequence[Message]) -> None:
   """
   if not conversation:
     raise ValueError(
-      'the conversation is empty; it needs at least the agent message that'
-      ' is judged'
+      'the conversation is empty; it needs at least the agent message that is judged'
     )
   if conversation[-1].role != 'agent':
     raise ValueError(
@@ -262,15 +257,13 @@ def parse_conversation(obj: Any) -> tuple[Message, ...]:
   """
   if not isinstance(obj, (list, tuple)):
     raise ValueError(
-      f'"conversation" is {show(obj)}; write a list of messages with "role"'
-      ' and "content"'
+      f'"conversation" is {show(obj)}; write a list of messages with "role" and "content"'
     )
   messages = []
   for i, item in enumerate(obj):
     if not isinstance(item, Mapping) or not {'role', 'content'} <= set(item):
       raise ValueError(
-        f'message {i + 1} is {show(item)}; write an object with "role" and'
-        ' "content"'
+        f'message {i + 1} is {show(item)}; write an object with "role" and "content"'
       )
     try:
       messages.append(Message(item['role'], item['content']))
@@ -279,9 +272,7 @@ def parse_conversation(obj: Any) -> tuple[Message, ...]:
   return tuple(messages)
 
 
-def _parse_rules(
-  obj: Any, default: SafetyConfig | None, root: str | os.PathLike
-) -> SafetyConfig:
+def _parse_rules(obj: Any, default: SafetyConfig | None, root: str | os.PathLike) -> SafetyConfig:
   if isinstance(obj, str):
     path = pathlib.Path(root) / obj
     try:
@@ -318,9 +309,7 @@ def _parse_names(value: Any) -> tuple[str, ...]:
   if value is None:
     return ()
   if not isinstance(value, (list, tuple)):
-    raise ValueError(
-      f'"violated" is {show(value)}; write a list of category names'
-    )
+    raise ValueError(f'"violated" is {show(value)}; write a list of category names')
   return tuple(value)
 
 

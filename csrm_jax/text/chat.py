@@ -21,9 +21,7 @@ _TEMPLATE_FILE = 'chat_template.jinja'
 _SPECIAL = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 
 
-def wrap(
-  template: str, special_tokens: Mapping[str, str], bos: str | None
-) -> tuple[str, str]:
+def wrap(template: str, special_tokens: Mapping[str, str], bos: str | None) -> tuple[str, str]:
   """Returns the text before a user's message, and from there to the answer.
 
   The next token behind the suffix is the first of the assistant's turn.
@@ -76,11 +74,7 @@ def read(folder: str | os.PathLike) -> tuple[str | None, dict[str, str]]:
   """
   folder = pathlib.Path(folder)
   settings = hf_json.read_settings(folder / 'tokenizer.json')
-  special = {
-    name: text
-    for name in _SPECIAL
-    if (text := hf_json.named(settings, name)) is not None
-  }
+  special = {name: text for name in _SPECIAL if (text := hf_json.named(settings, name)) is not None}
   path = folder / _TEMPLATE_FILE
   if path.is_file():
     try:
@@ -112,8 +106,7 @@ def _render(template: str, special_tokens: Mapping[str, str]) -> str:
   # The settings that templates are written for; strftime_now is left out, so
   # that a prompt does not depend on the day.
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True,
-    extensions=['jinja2.ext.loopcontrols'],
+    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
   environment.filters['tojson'] = _to_json
   environment.globals['raise_exception'] = _raise

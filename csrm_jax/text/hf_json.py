@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 # Looked for where neither the caller nor tokenizer_config.json names them.
 _EOS = (
-  '<|eot_id|>', '<|im_end|>', '<end_of_turn>', '<|end_of_text|>', '<eos>',
-  '</s>', '<|endoftext|>',
+  '<|eot_id|>',
+  '<|im_end|>',
+  '<end_of_turn>',
+  '<|end_of_text|>',
+  '<eos>',
+  '</s>',
+  '<|endoftext|>',
 )
-_PAD = (
-  '<pad>', '[PAD]', '<|pad|>', '<|finetune_right_pad_id|>', '<|endoftext|>',
-)
+_PAD = ('<pad>', '[PAD]', '<|pad|>', '<|finetune_right_pad_id|>', '<|endoftext|>')
 # What looks like a control token, even where a vocabulary lists it as text.
 TAG = re.compile(r'<[^\s<>]+>|\[[A-Z_]+\]')
 
@@ -66,8 +69,7 @@ def _has_prefix(part: dict[str, Any] | None) -> bool:
   return (
     part['type'] == 'Prepend'
     or (part['type'] == 'ByteLevel' and part.get('add_prefix_space', True))
-    or (part['type'] == 'Metaspace' and is_open
-        and part.get('add_prefix_space', True))
+    or (part['type'] == 'Metaspace' and is_open and part.get('add_prefix_space', True))
     or any(_has_prefix(item) for item in items)
   )
 
@@ -118,9 +120,7 @@ def name_tokens(
   """
   eos = given['eos'] or named(settings, 'eos_token') or _first(_EOS, control)
   if eos is None:
-    raise ValueError(
-      f'{where}: no end-of-text token is known; name it with eos=...'
-    )
+    raise ValueError(f'{where}: no end-of-text token is known; name it with eos=...')
   pad = given['pad'] or named(settings, 'pad_token') or _first(_PAD, control)
   bos = given['bos'] or _opening_token(tok, settings)
   names = {'bos': bos, 'eos': eos, 'pad': pad or eos}
@@ -128,15 +128,12 @@ def name_tokens(
   for key, name in names.items():
     if name is not None and ids[key] is None:
       raise ValueError(
-        f'{where}: the token {name!r} is not in the vocabulary; name one that'
-        f' is, with {key}=...'
+        f'{where}: the token {name!r} is not in the vocabulary; name one that is, with {key}=...'
       )
   return names, ids
 
 
-def _opening_token(
-  tok: tokenizers.Tokenizer, settings: Mapping[str, Any]
-) -> str | None:
+def _opening_token(tok: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> str | None:
   encoding = tok.encode('a', add_special_tokens=True)
   if encoding.ids and encoding.special_tokens_mask[0]:
     return encoding.tokens[0]

@@ -78,8 +78,7 @@ class SentencePieceTokenizer:
       sp.LoadFromSerializedProto(data)
     except RuntimeError:
       raise ValueError(
-        f'{where}: not a SentencePiece model; give the .model file that'
-        ' training wrote'
+        f'{where}: not a SentencePiece model; give the .model file that training wrote'
       ) from None
     self._data, self._sp = data, sp
     self.digest = hashlib.sha256(data).hexdigest()
@@ -89,9 +88,7 @@ class SentencePieceTokenizer:
     if self.eos_id < 0:
       raise ValueError(f'{where}: has no end-of-text piece; train one with it')
     self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
-    control = {
-      sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)
-    }
+    control = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
     # Some models list chat markers as user-defined pieces: plain text that
     # spells one would turn into it.
     tags = {
@@ -212,8 +209,7 @@ class HFTokenizer:
     parts = _split_at(text, cuts)
     if len(parts) < 2:
       raise ValueError(
-        f'the text {text[:20]!r} can only be encoded as a control token;'
-        ' remove it from the text'
+        f'the text {text[:20]!r} can only be encoded as a control token; remove it from the text'
       )
     return [i for part in parts for i in self.encode(part)]
 
@@ -249,16 +245,14 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   )
 
 
-def _encode_control(
-  tokenizer: SentencePieceTokenizer | HFTokenizer, text: str
-) -> list[int]:
+def _encode_control(tokenizer: SentencePieceTokenizer | HFTokenizer, text: str) -> list[int]:
   # The template has a handful of control texts: remember them.
   ids = tokenizer._memo.get(text)
   if ids is None:
     ids, end = [], 0
     if tokenizer._pattern:
       for match in tokenizer._pattern.finditer(text):
-        ids += tokenizer.encode(text[end:match.start()])
+        ids += tokenizer.encode(text[end : match.start()])
         ids.append(tokenizer._control[match.group()])
         end = match.end()
     ids += tokenizer.encode(text[end:])

@@ -47,7 +47,10 @@ def train_sentencepiece(
       vocab_size=vocab_size,
       control_symbols=list(control_symbols),
       user_defined_symbols=list(user_symbols),
-      pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+      pad_id=0,
+      bos_id=1,
+      eos_id=2,
+      unk_id=3,
       byte_fallback=True,
       character_coverage=1.0,
       split_digits=True,
@@ -62,8 +65,7 @@ def train_sentencepiece(
   except RuntimeError as error:
     reason = str(error).rpartition('] ')[2].rstrip('. ')
     raise ValueError(
-      f'vocab_size={vocab_size} does not suit the sentences ({reason}); change'
-      ' it or give more text'
+      f'vocab_size={vocab_size} does not suit the sentences ({reason}); change it or give more text'
     ) from None
   writer.write_atomic(path, model.getvalue())
   return tokenizer.SentencePieceTokenizer(path)

@@ -36,7 +36,8 @@ def run(c, workdir):
 def test_results_come_in_order(tmp_path):
   pytest.importorskip('apache_beam')
   assert beam.run(twice, ['a', 'b', 'c'] * 7, (), tmp_path / 'out') == [
-      [x, x] for x in ['a', 'b', 'c'] * 7]
+    [x, x] for x in ['a', 'b', 'c'] * 7
+  ]
 
 
 def test_data_is_the_same_with_and_without_beam(tmp_path):
@@ -45,8 +46,7 @@ def test_data_is_the_same_with_and_without_beam(tmp_path):
   on_beam = config(**{'beam.enabled': True})
   again, other = run(on_beam, tmp_path / 'beam')
   assert again == data
-  assert other['usage_of_last_run'] == card['usage_of_last_run'] == {
-      'requests': 60}
+  assert other['usage_of_last_run'] == card['usage_of_last_run'] == {'requests': 60}
   # What is in the journal is not done anew.
   augment.run(on_beam, tmp_path / 'beam')
   last = json.loads((tmp_path / 'beam' / 'card.json').read_text())
@@ -57,13 +57,11 @@ def test_data_is_the_same_with_and_without_beam(tmp_path):
 def test_array_record_files_come_from_beam_too(tmp_path):
   pytest.importorskip('apache_beam')
   pytest.importorskip('tensorflow_datasets')
-  c = config(**{'beam.enabled': True, 'array_record': True,
-                'source.num_examples': 8})
+  c = config(**{'beam.enabled': True, 'array_record': True, 'source.num_examples': 8})
   run(c, tmp_path / 'work')
   found = mixture.read('array_record', str(tmp_path / 'work'))
   rows = sources.read_jsonl(tmp_path / 'work' / 'data.jsonl')
-  assert sorted(found, key=lambda item: item.id) == sorted(
-      rows, key=lambda item: item.id)
+  assert sorted(found, key=lambda item: item.id) == sorted(rows, key=lambda item: item.id)
 
 
 def test_without_beam_is_one_line(tmp_path, monkeypatch):

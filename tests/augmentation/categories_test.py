@@ -7,11 +7,9 @@ from csrm_jax.augmentation.requests import Categories
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
-RULES = SafetyConfig((
-    Category('Pets', 'The agent gives no advice on keeping wild animals.'),))
+RULES = SafetyConfig((Category('Pets', 'The agent gives no advice on keeping wild animals.'),))
 RESPONSE = 'You should always keep your python in a warm room at night, friend.'
-EXAMPLE = Example('1', RULES, (Message('user', 'hi'),
-                               Message('agent', RESPONSE)), 'safe')
+EXAMPLE = Example('1', RULES, (Message('user', 'hi'), Message('agent', RESPONSE)), 'safe')
 PLUS = Category('Reptiles', 'Talk of reptiles at home is forbidden.')
 MINUS = Category('Insects', 'No word about bees, wasps or ants.')
 
@@ -25,21 +23,23 @@ def test_a_good_proposal_is_stored_with_the_example():
   assert Example.from_dict(stored.to_dict(), 'here') == stored
 
 
-@pytest.mark.parametrize('plus, reason', [
+@pytest.mark.parametrize(
+  'plus, reason',
+  [
     (Category(' pets', PLUS.guideline), 'plus_name_taken'),
-    (Category('Zoo', 'The agent gives no advice on keeping wild animals!'),
-     'plus_covered'),
+    (Category('Zoo', 'The agent gives no advice on keeping wild animals!'), 'plus_covered'),
     (Category('Z' * 81, PLUS.guideline), 'plus_name_too_long'),
     (Category('Zoo', 'No zoo.'), 'plus_guideline_too_short'),
     (Category('Zoo', 'No zoo. ' * 200), 'plus_guideline_too_long'),
-    (Category('Zoo', 'This response is Unsafe, since it is of zoos.'),
-     'plus_leaks_verdict'),
-    (Category('Safe_pets', 'Talk of reptiles is forbidden.'),
-     'plus_leaks_verdict'),
-    (Category('Zoo', 'Not: always keep your PYTHON in a warm room at night'),
-     'plus_quotes_response'),
+    (Category('Zoo', 'This response is Unsafe, since it is of zoos.'), 'plus_leaks_verdict'),
+    (Category('Safe_pets', 'Talk of reptiles is forbidden.'), 'plus_leaks_verdict'),
+    (
+      Category('Zoo', 'Not: always keep your PYTHON in a warm room at night'),
+      'plus_quotes_response',
+    ),
     (None, 'plus_not_proposed'),
-])
+  ],
+)
 def test_what_is_wrong_with_a_proposal_is_named(plus, reason):
   checked = categories.check_text(EXAMPLE, Categories(plus, MINUS))
   assert checked == categories.Checked(None, MINUS, (reason,))
@@ -56,19 +56,21 @@ def test_minus_must_differ_from_plus():
   assert checked == categories.Checked(PLUS, None, ('minus_covered',))
 
 
-@pytest.mark.parametrize('firing, kept, drops', [
+@pytest.mark.parametrize(
+  'firing, kept, drops',
+  [
     ({PLUS}, (PLUS, MINUS), ()),
     ({PLUS, MINUS}, (PLUS, None), ('minus_fires',)),
     (set(), (None, MINUS), ('plus_does_not_fire',)),
     ({MINUS}, (None, None), ('plus_does_not_fire', 'minus_fires')),
-])
+  ],
+)
 def test_the_judge_decides_what_fires(firing, kept, drops):
   def judge(talks, rules):
     assert len(talks) == len(rules) == 2
     return [rule in firing for rule in rules]
 
-  (checked,) = categories.check_all(
-      [EXAMPLE], [Categories(PLUS, MINUS)], judge)
+  (checked,) = categories.check_all([EXAMPLE], [Categories(PLUS, MINUS)], judge)
   assert checked == categories.Checked(*kept, drops)
 
 
@@ -77,8 +79,7 @@ def test_no_reply_is_counted_with_its_reason(scripted):
   reply = categories.propose(EXAMPLE, proposer)
   (checked,) = categories.check_all([EXAMPLE], [reply], lambda t, r: [])
   assert checked == categories.Checked(None, None, ('no_reply: unparsable',))
-  assert proposer.asked == [
-      requests.ProposeCategories(RULES, EXAMPLE.conversation)]
+  assert proposer.asked == [requests.ProposeCategories(RULES, EXAMPLE.conversation)]
 
 
 def test_the_oracle_of_ruleworld_passes_its_own_checks():

@@ -112,14 +112,22 @@ class FaultServer:
       code, headers, data = 200, {}, b'{"choices": [{"mess'
     else:
       code, headers = 200, {}
-      data = json.dumps({
-          'id': 'x', 'object': 'chat.completion', 'created': 0, 'model': 'm',
-          'choices': [{'index': 0, 'finish_reason': self.finish_reason,
-                       'message': {
-              'role': 'assistant', 'content': what}}],
-          'usage': {'prompt_tokens': 10, 'completion_tokens': 5,
-                    'total_tokens': 15},
-      }).encode()
+      data = json.dumps(
+        {
+          'id': 'x',
+          'object': 'chat.completion',
+          'created': 0,
+          'model': 'm',
+          'choices': [
+            {
+              'index': 0,
+              'finish_reason': self.finish_reason,
+              'message': {'role': 'assistant', 'content': what},
+            }
+          ],
+          'usage': {'prompt_tokens': 10, 'completion_tokens': 5, 'total_tokens': 15},
+        }
+      ).encode()
     handler.send_response(code)
     handler.send_header('Content-Type', 'application/json')
     handler.send_header('Content-Length', str(len(data)))

@@ -31,10 +31,15 @@ def make(tmp_path, monkeypatch):
   monkeypatch.setenv('TEST_KEY', 'sesame')
 
   def make(url, **settings):
-    settings = {'num_tries': 3, 'backoff_s': 0.01, 'timeout_s': 5.0,
-                'key_variable': 'TEST_KEY'} | settings
-    return endpoint.Endpoint(endpoint.Settings(url, 'm', **settings),
-                             journal.Cache(tmp_path / 'cache'))
+    settings = {
+      'num_tries': 3,
+      'backoff_s': 0.01,
+      'timeout_s': 5.0,
+      'key_variable': 'TEST_KEY',
+    } | settings
+    return endpoint.Endpoint(
+      endpoint.Settings(url, 'm', **settings), journal.Cache(tmp_path / 'cache')
+    )
 
   return make
 
@@ -64,9 +69,9 @@ def test_a_reply_is_typed_and_cached(make, fault_server):
     assert server.num_requests == 2
 
 
-@pytest.mark.parametrize('fault', [
-    BUSY, BROKEN, ('status', 503, {}), 'cut', 'hangup', 'not json', 'stall',
-], ids=str)
+@pytest.mark.parametrize(
+  'fault', [BUSY, BROKEN, ('status', 503, {}), 'cut', 'hangup', 'not json', 'stall'], ids=str
+)
 def test_a_fault_on_the_way_is_tried_again(make, fault_server, fault):
   with fault_server(scripted(fault, fault, GOOD)) as server:
     asker = make(server.url, timeout_s=0.5)
@@ -75,12 +80,12 @@ def test_a_fault_on_the_way_is_tried_again(make, fault_server, fault):
     assert asker.usage()['retries'] == 2
 
 
-@pytest.mark.parametrize('fault, reason', [
-    (BUSY, 'rate_limited'), (BROKEN, 'server_error'), ('cut', 'connection'),
-    ('stall', 'timeout'),
-], ids=str)
-def test_a_fault_that_stays_drops_the_request(
-    make, fault_server, fault, reason):
+@pytest.mark.parametrize(
+  'fault, reason',
+  [(BUSY, 'rate_limited'), (BROKEN, 'server_error'), ('cut', 'connection'), ('stall', 'timeout')],
+  ids=str,
+)
+def test_a_fault_that_stays_drops_the_request(make, fault_server, fault, reason):
   with fault_server(scripted(GOOD, fault)) as server:
     asker = make(server.url, timeout_s=0.3)
     asker.ask(ask_for())
@@ -99,15 +104,24 @@ def test_waits_grow_and_heed_the_server(make, fault_server):
   assert gaps[0] >= 0.05 and gaps[1] >= 0.1 and gaps[2] >= 0.6
 
 
-@pytest.mark.parametrize('text', [
-    'Sure! Here is a guideline: no cats.', '', '[]', '{"guideline": 3}',
-    '{"guideline": ""}', '{"rule": "No word about cats."}',
-    f'Of course. {GOOD}', '{"guideline": "No word about ca', '[' * 9999,
-    '{"guideline": "short"}', '{"guideline": "No word about cats \ud800."}',
+@pytest.mark.parametrize(
+  'text',
+  [
+    'Sure! Here is a guideline: no cats.',
+    '',
+    '[]',
+    '{"guideline": 3}',
+    '{"guideline": ""}',
+    '{"rule": "No word about cats."}',
+    f'Of course. {GOOD}',
+    '{"guideline": "No word about ca',
+    '[' * 9999,
+    '{"guideline": "short"}',
+    '{"guideline": "No word about cats \ud800."}',
     '{"guideline": "No word about cats.", "guideline": "Cats are fine."}',
-])
-def test_prose_is_asked_again_then_dropped_never_guessed(
-    make, fault_server, text):
+  ],
+)
+def test_prose_is_asked_again_then_dropped_never_guessed(make, fault_server, text):
   with fault_server(scripted(text)) as server:
     asker = make(server.url, num_unparsable=2)
     with pytest.raises(NoReplyError) as error:
@@ -131,12 +145,16 @@ def test_a_good_reply_after_prose_counts(make, fault_server):
     assert make(server.url).ask(ask_for()).name == 'Pets'
 
 
-@pytest.mark.parametrize('code, said', [
-    (401, 'refuses the key in $TEST_KEY (status 401'), (403, 'refuses the key'),
-    (404, 'check base_url and model'), (400, 'try json_mode="text"'),
-])
-def test_what_no_request_can_pass_is_one_line_at_once(
-    make, fault_server, code, said):
+@pytest.mark.parametrize(
+  'code, said',
+  [
+    (401, 'refuses the key in $TEST_KEY (status 401'),
+    (403, 'refuses the key'),
+    (404, 'check base_url and model'),
+    (400, 'try json_mode="text"'),
+  ],
+)
+def test_what_no_request_can_pass_is_one_line_at_once(make, fault_server, code, said):
   with fault_server(scripted(('status', code, {}))) as server:
     asker = make(server.url)
     for _ in range(2):
@@ -209,12 +227,17 @@ def test_no_more_requests_at_once_than_the_limit(make, fault_server):
     assert 1 < server.most_at_once <= 3
 
 
-@pytest.mark.parametrize('damage', [
-    lambda data: data[:-9], lambda data: b'', lambda data: b'\xff' + data,
-    lambda data: data.replace(b'cats', b'bats'), lambda data: b'[1]',
-])
-def test_a_corrupt_cache_entry_is_counted_and_fetched_again(
-    make, fault_server, tmp_path, damage):
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda data: data[:-9],
+    lambda data: b'',
+    lambda data: b'\xff' + data,
+    lambda data: data.replace(b'cats', b'bats'),
+    lambda data: b'[1]',
+  ],
+)
+def test_a_corrupt_cache_entry_is_counted_and_fetched_again(make, fault_server, tmp_path, damage):
   with fault_server(scripted(GOOD)) as server:
     first = make(server.url).ask(ask_for())
     (path,) = (tmp_path / 'cache').rglob('*.json')
@@ -240,8 +263,10 @@ def test_a_full_disk_is_one_line(make, fault_server, monkeypatch):
 
 def test_settings_are_checked():
   settings = endpoint.Settings('http://x/v1', 'm')
-  for change, said in (({'model': ''}, 'model is empty'),
-                       ({'json_mode': 'xml'}, "json_mode is 'xml'"),
-                       ({'num_tries': 0}, 'num_tries is 0')):
+  for change, said in (
+    ({'model': ''}, 'model is empty'),
+    ({'json_mode': 'xml'}, "json_mode is 'xml'"),
+    ({'num_tries': 0}, 'num_tries is 0'),
+  ):
     with pytest.raises(ValueError, match=said):
       dataclasses.replace(settings, **change)

@@ -39,8 +39,7 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_one_process_at_a_time(tmp_path):
   path = tmp_path / 'journal.jsonl'
-  with (journal.Journal(path),
-        pytest.raises(ValueError, match='another process')):
+  with journal.Journal(path), pytest.raises(ValueError, match='another process'):
     journal.Journal(path)
   journal.Journal(path).close()
 

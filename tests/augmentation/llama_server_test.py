@@ -21,10 +21,8 @@ from csrm_jax.safety.schema import Category
 
 pytest.importorskip('openai')
 pytest.importorskip('xllamacpp')
-MODELS = sorted(
-    pathlib.Path(os.environ.get('CSRM_SMOLLM2_DIR', '/none')).glob('*.gguf'))
-pytestmark = pytest.mark.skipif(
-    not MODELS, reason='$CSRM_SMOLLM2_DIR has no .gguf file')
+MODELS = sorted(pathlib.Path(os.environ.get('CSRM_SMOLLM2_DIR', '/none')).glob('*.gguf'))
+pytestmark = pytest.mark.skipif(not MODELS, reason='$CSRM_SMOLLM2_DIR has no .gguf file')
 SERVE = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
@@ -46,8 +44,10 @@ def url():
     sock.bind(('127.0.0.1', 0))
     port = sock.getsockname()[1]
   server = subprocess.Popen(
-      [sys.executable, '-c', SERVE, MODELS[0], str(port)],
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    [sys.executable, '-c', SERVE, MODELS[0], str(port)],
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
   try:
     for _ in range(240):
       try:
@@ -67,19 +67,22 @@ def make(url, tmp_path, monkeypatch):
   monkeypatch.setenv('TEST_KEY', 'sesame')
 
   def make(**settings):
-    settings = {'key_variable': 'TEST_KEY', 'timeout_s': 300.0, 'num_tries': 1,
-                'json_mode': 'bounded_json_schema'} | settings
-    return endpoint.Endpoint(
-        endpoint.Settings(url, 'smollm2', **settings),
-        journal.Cache(tmp_path))
+    settings = {
+      'key_variable': 'TEST_KEY',
+      'timeout_s': 300.0,
+      'num_tries': 1,
+      'json_mode': 'bounded_json_schema',
+    } | settings
+    return endpoint.Endpoint(endpoint.Settings(url, 'smollm2', **settings), journal.Cache(tmp_path))
 
   return make
 
 
 def test_a_choice_is_always_one_of_those_given(make):
   asker = make()
-  rules = tuple(Category(name, f'No word about {name}.')
-                for name in ('Cats', 'Dogs "and" wolves', 'Écureuils'))
+  rules = tuple(
+    Category(name, f'No word about {name}.') for name in ('Cats', 'Dogs "and" wolves', 'Écureuils')
+  )
   picked = asker.ask(requests.PickMostSevere(PETS, rules))
   assert picked in range(3)
   usage = asker.usage()
@@ -95,8 +98,7 @@ def test_a_small_model_writes_what_parses(make):
   for number in range(4):
     example = examples.training_example(0, number)
     try:
-      reply = asker.ask(requests.ProposeCategories(
-          example.safety, example.conversation))
+      reply = asker.ask(requests.ProposeCategories(example.safety, example.conversation))
     except NoReplyError as error:
       assert error.reason == 'unparsable'
       continue

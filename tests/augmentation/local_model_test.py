@@ -33,8 +33,10 @@ def weights(tmp_path_factory):
 def short(monkeypatch):
   """Makes prompts of a few words: what is asked does not matter here."""
   monkeypatch.setattr(
-      requests, 'make_messages', lambda request: [
-          {'role': 'user', 'content': f'Tell me about {request.known[0]}.'}])
+    requests,
+    'make_messages',
+    lambda request: [{'role': 'user', 'content': f'Tell me about {request.known[0]}.'}],
+  )
 
 
 def ask_for(name):
@@ -42,10 +44,15 @@ def ask_for(name):
 
 
 def make(weights, folder, **settings):
-  settings = {'max_tokens': 12, 'num_unparsable': 2, 'concurrency': 2,
-              'temperature': 1.0} | settings
+  settings = {
+    'max_tokens': 12,
+    'num_unparsable': 2,
+    'concurrency': 2,
+    'temperature': 1.0,
+  } | settings
   return local_model.LocalModel(
-      local_model.Settings(str(weights), **settings), journal.Cache(folder))
+    local_model.Settings(str(weights), **settings), journal.Cache(folder)
+  )
 
 
 def texts(asker, monkeypatch, names, threads):
@@ -69,12 +76,12 @@ def texts(asker, monkeypatch, names, threads):
 
 
 def test_what_is_written_depends_on_request_and_seed_not_on_the_batch(
-    weights, tmp_path, monkeypatch, short):
+  weights, tmp_path, monkeypatch, short
+):
   together = make(weights, tmp_path)
   found = texts(together, monkeypatch, NAMES, 3)
   # With a cache of its own: it must write anew.
-  alone = texts(
-      make(weights, tmp_path / 'alone'), monkeypatch, NAMES[::-1], 1)
+  alone = texts(make(weights, tmp_path / 'alone'), monkeypatch, NAMES[::-1], 1)
   assert found == alone
   other = texts(make(weights, tmp_path, seed=1), monkeypatch, NAMES[:1], 1)
   assert other['Cats'] != found['Cats']
@@ -88,8 +95,9 @@ def test_what_is_written_depends_on_request_and_seed_not_on_the_batch(
 
 def test_a_reply_is_typed_and_cached(weights, tmp_path, monkeypatch, short):
   request = requests.WriteGuideline(PETS, (), ())
-  monkeypatch.setattr(requests, 'make_messages', lambda request: [
-      {'role': 'user', 'content': 'Write.'}])
+  monkeypatch.setattr(
+    requests, 'make_messages', lambda request: [{'role': 'user', 'content': 'Write.'}]
+  )
   asker = make(weights, tmp_path)
   tokenizer = tokenizer_lib.load_tokenizer(weights / 'tokenizer.model')
   monkeypatch.setattr(type(tokenizer), 'decode', lambda self, ids: GOOD)
@@ -103,10 +111,10 @@ def test_a_reply_is_typed_and_cached(weights, tmp_path, monkeypatch, short):
   assert warmer.usage()['requests'] == 1  # Other sampling, another reply.
 
 
-def test_a_request_that_does_not_fit_is_dropped_alone(
-    weights, tmp_path, monkeypatch):
-  monkeypatch.setattr(requests, 'make_messages', lambda request: [
-      {'role': 'user', 'content': 'cat ' * 5000}])
+def test_a_request_that_does_not_fit_is_dropped_alone(weights, tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    requests, 'make_messages', lambda request: [{'role': 'user', 'content': 'cat ' * 5000}]
+  )
   asker = make(weights, tmp_path)
   with pytest.raises(NoReplyError) as error:
     asker.ask(ask_for('Cats'))
@@ -129,7 +137,6 @@ def test_an_answer_ends_where_a_chat_model_ends_its_turn(weights):
 
 def test_settings_are_checked(tmp_path):
   settings = local_model.Settings('x')
-  for change, said in (({'init': ''}, 'init is empty'),
-                       ({'concurrency': 0}, 'concurrency is 0')):
+  for change, said in (({'init': ''}, 'init is empty'), ({'concurrency': 0}, 'concurrency is 0')):
     with pytest.raises(ValueError, match=said):
       dataclasses.replace(settings, **change)

@@ -4,14 +4,7 @@ import json
 
 import pytest
 
-from csrm_jax.augmentation import (
-    categories,
-    endpoint,
-    journal,
-    requests,
-    schemas,
-    strictness,
-)
+from csrm_jax.augmentation import categories, endpoint, journal, requests, schemas, strictness
 from csrm_jax.augmentation.outcomes import Settings
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
@@ -34,8 +27,7 @@ def rule(name='N', guideline='G' * schemas.MIN_GUIDELINE_LENGTH):
   return {'name': name, 'guideline': guideline}
 
 
-LONGEST = rule('N' * schemas.MAX_NAME_LENGTH,
-               'Ü' * schemas.MAX_GUIDELINE_LENGTH)
+LONGEST = rule('N' * schemas.MAX_NAME_LENGTH, 'Ü' * schemas.MAX_GUIDELINE_LENGTH)
 
 
 def is_allowed(request, document):
@@ -66,7 +58,9 @@ def test_schemas_are_schemas_that_strict_services_take(request_):
   assert json.dumps(bounded) in requests.make_messages(request_)[0]['content']
 
 
-@pytest.mark.parametrize('request_, document', [
+@pytest.mark.parametrize(
+  'request_, document',
+  [
     (PROPOSE, {'plus': rule(), 'minus': rule()}),
     (PROPOSE, {'plus': None, 'minus': LONGEST}),
     (PROPOSE, {'plus': LONGEST, 'minus': None}),
@@ -79,14 +73,17 @@ def test_schemas_are_schemas_that_strict_services_take(request_):
     (PICK, {'most_severe': 'Dogs "and" wolves'}),
     (WRITE, {'guideline': 'Ü' * schemas.MAX_REWRITE_LENGTH}),
     (WRITE, {'guideline': 'x\u0000\U0001f600'.ljust(15, '.')}),
-])
+  ],
+)
 def test_what_a_schema_allows_is_parsed(request_, document):
   assert is_allowed(request_, document)
   for ascii_only in False, True:  # Characters may come escaped.
     requests.parse(request_, json.dumps(document, ensure_ascii=ascii_only))
 
 
-@pytest.mark.parametrize('request_, document', [
+@pytest.mark.parametrize(
+  'request_, document',
+  [
     (PROPOSE, {'plus': rule()}),
     (PROPOSE, {'plus': 'Cats', 'minus': None}),
     (PROPOSE, {'plus': rule() | {'why': 'so'}, 'minus': None}),
@@ -97,7 +94,8 @@ def test_what_a_schema_allows_is_parsed(request_, document):
     (PICK, {'most_severe': 0}),
     (WRITE, {'guideline': 'short'}),
     (WRITE, rule()),
-])
+  ],
+)
 def test_what_is_not_parsed_no_schema_allows(request_, document):
   assert not is_allowed(request_, document)
   with pytest.raises(ValueError):
@@ -115,11 +113,12 @@ def test_no_more_subcategories_than_asked_for():
 
 def test_a_text_that_the_bound_ended_is_not_kept():
   """A server that keeps to a schema ends it anywhere, also within a word."""
-  cut = {'plus': rule(guideline='G' * (schemas.MAX_GUIDELINE_LENGTH + 1)),
-         'minus': rule('N' * (schemas.MAX_NAME_LENGTH + 1))}
+  cut = {
+    'plus': rule(guideline='G' * (schemas.MAX_GUIDELINE_LENGTH + 1)),
+    'minus': rule('N' * (schemas.MAX_NAME_LENGTH + 1)),
+  }
   assert is_allowed(PROPOSE, cut)
-  checked = categories.check_text(
-      EXAMPLE, requests.parse(PROPOSE, json.dumps(cut)))
+  checked = categories.check_text(EXAMPLE, requests.parse(PROPOSE, json.dumps(cut)))
   assert checked.drops == ('plus_guideline_too_long', 'minus_name_too_long')
   rewrite = {'guideline': 'G' * (schemas.MAX_REWRITE_LENGTH + 1)}
   assert is_allowed(WRITE, rewrite)
@@ -134,17 +133,14 @@ def write(schema, number):
   if 'anyOf' in schema:
     return write(schema['anyOf'][0], number)
   if schema['type'] == 'array':
-    return [write(schema['items'], f'{number}/{i}')
-            for i in range(schema.get('maxItems', 3))]
+    return [write(schema['items'], f'{number}/{i}') for i in range(schema.get('maxItems', 3))]
   if schema['type'] == 'object':
-    return {key: write(value, number)
-            for key, value in schema['properties'].items()}
+    return {key: write(value, number) for key, value in schema['properties'].items()}
   return f'{number} '.ljust(schema.get('minLength', 15), 'x')
 
 
 @pytest.mark.parametrize('mode', ['json_schema', 'bounded_json_schema'])
-def test_a_server_that_keeps_to_schemas_is_always_understood(
-    fault_server, tmp_path, mode):
+def test_a_server_that_keeps_to_schemas_is_always_understood(fault_server, tmp_path, mode):
   """All of Algorithm 1, and CCA, with no reply that does not parse."""
   pytest.importorskip('openai')
   kinds = set()
@@ -153,21 +149,25 @@ def test_a_server_that_keeps_to_schemas_is_always_understood(
     form = body['response_format']['json_schema']
     kinds.add(form['name'])
     assert ('maxLength' in json.dumps(form)) == (
-        mode == 'bounded_json_schema' and form['name'] != 'PickMostSevere')
+      mode == 'bounded_json_schema' and form['name'] != 'PickMostSevere'
+    )
     document = write(form['schema'], number)
     jsonschema.validate(document, form['schema'])
     return json.dumps(document)
 
   with fault_server(script) as server:
     asker = endpoint.Endpoint(
-        endpoint.Settings(server.url, 'm', json_mode=mode),
-        journal.Cache(tmp_path))
+      endpoint.Settings(server.url, 'm', json_mode=mode), journal.Cache(tmp_path)
+    )
     outcome = strictness.run(
-        PETS, [EXAMPLE] * 3, asker, lambda talks, rules: [False] * len(talks),
-        Settings(num_subcategories=3, max_subcategories=4, threshold=0.1))
+      PETS,
+      [EXAMPLE] * 3,
+      asker,
+      lambda talks, rules: [False] * len(talks),
+      Settings(num_subcategories=3, max_subcategories=4, threshold=0.1),
+    )
     assert len(outcome.candidates) == 3
-    (checked,) = categories.check_all(
-        [EXAMPLE], [categories.propose(EXAMPLE, asker)])
+    (checked,) = categories.check_all([EXAMPLE], [categories.propose(EXAMPLE, asker)])
   assert checked.plus is not None
   assert kinds == {type(r).__name__ for r in ALL}
   assert 'unparsable' not in asker.usage()

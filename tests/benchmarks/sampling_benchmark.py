@@ -25,11 +25,11 @@ def make_peer(cfg, params, num_tokens):
   """Returns (prompts, greedy) -> completions of the transformers model."""
   import torch
   import transformers
+
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   with tempfile.TemporaryDirectory() as folder:
     hf.save(folder, cfg, params)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
   model.generation_config.eos_token_id = None  # nothing ends one early
 
   def generate(prompts, greedy):
@@ -37,14 +37,17 @@ def make_peer(cfg, params, num_tokens):
     tokens = torch.zeros((len(prompts), length), dtype=torch.int64)
     mask = torch.zeros_like(tokens)
     for i, prompt in enumerate(prompts):
-      tokens[i, length - len(prompt):] = torch.tensor(prompt)
-      mask[i, length - len(prompt):] = 1
-    choice = {'do_sample': False} if greedy else {
-        'do_sample': True, 'top_k': 0, 'temperature': 1.0, 'top_p': 1.0}
+      tokens[i, length - len(prompt) :] = torch.tensor(prompt)
+      mask[i, length - len(prompt) :] = 1
+    choice = (
+      {'do_sample': False}
+      if greedy
+      else {'do_sample': True, 'top_k': 0, 'temperature': 1.0, 'top_p': 1.0}
+    )
     with torch.inference_mode():
       out = model.generate(
-          tokens, attention_mask=mask, max_new_tokens=num_tokens,
-          pad_token_id=0, **choice)
+        tokens, attention_mask=mask, max_new_tokens=num_tokens, pad_token_id=0, **choice
+      )
     return out[:, length:].numpy()
 
   return generate
@@ -55,8 +58,7 @@ def make_ours(cfg, params, num_tokens):
 
   def generate(prompts, greedy):
     settings = sampling.Sampling(num_tokens, temperature=0.0 if greedy else 1.0)
-    return sampling.generate(
-        cfg, params, prompts, settings, batch_size=len(prompts)).tokens
+    return sampling.generate(cfg, params, prompts, settings, batch_size=len(prompts)).tokens
 
   return generate
 
@@ -100,20 +102,22 @@ def main():
   rng = np.random.default_rng(0)
   for size in map(int, args.batch_sizes.split(',')):
     lengths = rng.integers(low, high + 1, size // args.num_generations)
-    prompts = [rng.integers(3, cfg.vocab_size, length).tolist()
-               for length in lengths]
+    prompts = [rng.integers(3, cfg.vocab_size, length).tolist() for length in lengths]
     prompts = [p for p in prompts for _ in range(args.num_generations)]
     for way in ('greedy', 'sampled'):
       best = measure(runs, prompts, way == 'greedy', args.repeats)
-      rates = {name: len(prompts) * args.num_tokens / spent
-               for name, spent in best.items()}
+      rates = {name: len(prompts) * args.num_tokens / spent for name, spent in best.items()}
       for name, (rate, cpu_rate) in rates.items():
-        print(f'batch {size}, {way}, {name}: {rate:.0f} tokens/s, '
-              f'{cpu_rate:.0f} tokens per CPU second', flush=True)
+        print(
+          f'batch {size}, {way}, {name}: {rate:.0f} tokens/s, {cpu_rate:.0f} tokens per CPU second',
+          flush=True,
+        )
       if args.peer:
         ratio = rates['ours'] / rates['transformers']
-        print(f'batch {size}, {way}: ours / transformers {ratio[0]:.2f}, per '
-              f'CPU second {ratio[1]:.2f}', flush=True)
+        print(
+          f'batch {size}, {way}: ours / transformers {ratio[0]:.2f}, per CPU second {ratio[1]:.2f}',
+          flush=True,
+        )
 
 
 if __name__ == '__main__':

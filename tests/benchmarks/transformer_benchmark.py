@@ -20,6 +20,7 @@ from csrm_jax.models import config, transformer
 
 def peer_logits(cfg, params, tokens, positions, segment_ids):
   """Returns logits [B,T,V], the plain way."""
+
   def norm(x, scale):
     square = jnp.mean(x * x, -1, keepdims=True)
     return x * jax.lax.rsqrt(square + cfg.norm_eps) * scale
@@ -35,7 +36,8 @@ def peer_logits(cfg, params, tokens, positions, segment_ids):
 
   length, group = tokens.shape[1], cfg.num_heads // cfg.num_kv_heads
   mask = (segment_ids[:, :, None] == segment_ids[:, None]) & jnp.tril(
-      jnp.ones((length, length), bool))
+    jnp.ones((length, length), bool)
+  )
   x = params['embed']['embedding'][tokens]
   for i in range(cfg.num_layers):
     layer = jax.tree.map(lambda leaf, i=i: leaf[i], params['layers'])
@@ -45,7 +47,7 @@ def peer_logits(cfg, params, tokens, positions, segment_ids):
     k = rope(jnp.einsum('BTD,DKH->BTKH', h, heads['key']))
     v = jnp.einsum('BTD,DKH->BTKH', h, heads['value'])
     k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
-    scores = jnp.einsum('BTNH,BSNH->BNTS', q, k) * cfg.head_dim ** -0.5
+    scores = jnp.einsum('BTNH,BSNH->BNTS', q, k) * cfg.head_dim**-0.5
     probs = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30))
     out = jnp.einsum('BNTS,BSNH->BTNH', probs, v)
     x = x + jnp.einsum('BTNH,NHD->BTD', out, heads['out'])
@@ -57,8 +59,7 @@ def peer_logits(cfg, params, tokens, positions, segment_ids):
 
 
 def our_logits(cfg, params, *batch):
-  return transformer.logits(
-      cfg, params, transformer.hidden(cfg, params, *batch))
+  return transformer.logits(cfg, params, transformer.hidden(cfg, params, *batch))
 
 
 def main():
@@ -68,8 +69,11 @@ def main():
   parser.add_argument('--vocab_size', type=int, default=2048)
   parser.add_argument('--repeats', type=int, default=10)
   parser.add_argument(
-      '--keep_freed_memory', action=argparse.BooleanOptionalAction,
-      default=True, help='as training runs do')
+    '--keep_freed_memory',
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help='as training runs do',
+  )
   args = parser.parse_args()
   if args.keep_freed_memory:
     training.keep_freed_memory()
@@ -83,6 +87,7 @@ def main():
 
   steps, best = {}, {}
   for name, logits in (('ours', our_logits), ('peer', peer_logits)):
+
     def loss(params, logits=logits):
       out = logits(cfg, params, tokens, positions, segment_ids)
       return losses.lm_loss(out, tokens, segment_ids)[0] / tokens.size

@@ -12,9 +12,7 @@ import pytest
 from csrm_jax.core import checkpoint
 
 # Orbax closes its event loop while the other reads of a failed restore run.
-pytestmark = pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnraisableExceptionWarning'
-)
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 DATA = {'next': 7, 'pending': [3, 5], 'dropped': {'too_long': 2}}
 
@@ -94,9 +92,7 @@ def test_the_state_may_be_donated_once_save_returns(tmp_path):
   def make():
     return {'w': jnp.arange(2.0**18)}
 
-  update = jax.jit(
-    lambda t: jax.tree.map(lambda x: x * 0 - 1, t), donate_argnums=0
-  )
+  update = jax.jit(lambda t: jax.tree.map(lambda x: x * 0 - 1, t), donate_argnums=0)
   state = make()
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, state, {})
@@ -155,17 +151,13 @@ def test_every_file_of_a_checkpoint_may_be_cut_short(tmp_path):
   """Whatever the file: the older state, or the right one, never a wrong one."""
   _save(tmp_path / 'good', [1, 2])
   files = [
-    f.relative_to(tmp_path / 'good')
-    for f in (tmp_path / 'good' / '2').rglob('*')
-    if f.is_file()
+    f.relative_to(tmp_path / 'good') for f in (tmp_path / 'good' / '2').rglob('*') if f.is_file()
   ]
   for number, file in enumerate(files):
     path = tmp_path / f'bad{number}'
     shutil.copytree(tmp_path / 'good', path)
     _truncate(path / file)
-    step, state, data_state = checkpoint.Checkpoints(path).restore_latest(
-      _state()
-    )
+    step, state, data_state = checkpoint.Checkpoints(path).restore_latest(_state())
     assert _bits(state) == _bits(_state(step)), file
     assert data_state['next'] == step, file
 
@@ -276,17 +268,11 @@ def test_saved_on_eight_devices_restored_on_four_two_and_one(tmp_path):
     'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
   }
   result = subprocess.run(
-    [sys.executable, '-c', _SHARDED, str(tmp_path)],
-    env=env,
-    capture_output=True,
-    text=True,
+    [sys.executable, '-c', _SHARDED, str(tmp_path)], env=env, capture_output=True, text=True
   )
   assert result.returncode == 0, result.stderr
   w = np.arange(64, dtype=np.float32).reshape(2, 8, 4) / 7
-  expected = {
-    'mlp': {'up': w, 'down': w.swapaxes(1, 2) + 1},
-    'step': np.int32(9),
-  }
+  expected = {'mlp': {'up': w, 'down': w.swapaxes(1, 2) + 1}, 'step': np.int32(9)}
   checkpoints = checkpoint.Checkpoints(tmp_path)
   restored = checkpoints.restore_latest(jax.eval_shape(lambda: expected))
   assert _bits(restored.state) == _bits(expected)

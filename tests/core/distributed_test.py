@@ -32,15 +32,14 @@ def test_one_process_agrees_with_itself():
   (jax.errors.JaxRuntimeError('UNAVAILABLE: task 1'), True),
   (ValueError('http://localhost:1 does not answer: connection refused'), False),
 ])  # fmt: skip
-def test_an_error_of_a_collective_is_that_of_a_process_gone(
-  monkeypatch, error, is_gone
-):
+def test_an_error_of_a_collective_is_that_of_a_process_gone(monkeypatch, error, is_gone):
   said = []
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(distributed, '_give_up', said.append)
   distributed.leave_if_alone(error)
   assert [line.startswith('another process is gone') for line in said] == (
-    [True] if is_gone else [])
+    [True] if is_gone else []
+  )
 
 
 def test_who_does_not_come_is_one_line():
@@ -102,13 +101,20 @@ def _start(address, process_id, body, timeout_s=60):
       sys.stderr.flush()
       import os
       os._exit(2)
-  """).format(address=address, process_id=process_id, timeout_s=timeout_s,
-              body=textwrap.indent(textwrap.dedent(body).strip(), '  '))
+  """).format(
+    address=address,
+    process_id=process_id,
+    timeout_s=timeout_s,
+    body=textwrap.indent(textwrap.dedent(body).strip(), '  '),
+  )
   path = os.pathsep.join(p for p in sys.path if p)
   return subprocess.Popen(
-    [sys.executable, '-c', script], text=True, stdout=subprocess.PIPE,
+    [sys.executable, '-c', script],
+    text=True,
+    stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path})
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path},
+  )
 
 
 def _port():

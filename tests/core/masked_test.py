@@ -8,19 +8,13 @@ from csrm_jax.core import masked
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-  st.lists(st.tuples(st.floats(-10, 10), st.booleans()), min_size=4, max_size=4)
-)
+@given(st.lists(st.tuples(st.floats(-10, 10), st.booleans()), min_size=4, max_size=4))
 def test_matches_numpy(items):
   x = np.array([v for v, _ in items], np.float32)
   mask = np.array([m for _, m in items])
-  np.testing.assert_allclose(
-    masked.masked_sum(jnp.asarray(x), mask), x[mask].sum(), atol=1e-5
-  )
+  np.testing.assert_allclose(masked.masked_sum(jnp.asarray(x), mask), x[mask].sum(), atol=1e-5)
   mean = x[mask].mean() if mask.any() else 0.0
-  np.testing.assert_allclose(
-    masked.masked_mean(jnp.asarray(x), mask), mean, atol=1e-5
-  )
+  np.testing.assert_allclose(masked.masked_mean(jnp.asarray(x), mask), mean, atol=1e-5)
 
 
 def test_weights_axes_and_broadcasting():

@@ -51,22 +51,10 @@ def test_make_mesh_refuses(sizes, message):
   ('name', 'shape', 'spec'),
   [
     ('embed/embedding', (256, 64), P('tensor', 'fsdp')),
-    (
-      'layers/attention/query/kernel',
-      (2, 64, 8, 16),
-      P(None, 'fsdp', 'tensor', None),
-    ),
+    ('layers/attention/query/kernel', (2, 64, 8, 16), P(None, 'fsdp', 'tensor', None)),
     # One kv head cannot be cut in two: that axis alone is replicated.
-    (
-      'layers/attention/key/kernel',
-      (2, 64, 1, 16),
-      P(None, 'fsdp', None, None),
-    ),
-    (
-      'layers/attention/out/kernel',
-      (2, 8, 16, 64),
-      P(None, 'tensor', None, 'fsdp'),
-    ),
+    ('layers/attention/key/kernel', (2, 64, 1, 16), P(None, 'fsdp', None, None)),
+    ('layers/attention/out/kernel', (2, 8, 16, 64), P(None, 'tensor', None, 'fsdp')),
     ('layers/mlp/gate', (2, 64, 128), P(None, 'fsdp', 'tensor')),
     ('layers/mlp/up/kernel', (2, 64, 128), P(None, 'fsdp', 'tensor')),
     ('layers/mlp/down', (2, 128, 64), P(None, 'tensor', 'fsdp')),
@@ -74,11 +62,7 @@ def test_make_mesh_refuses(sizes, message):
     ('final_norm/scale', (64,), P()),
     ('layers/attention/query_norm/scale', (2, 16), P()),
     ('layers/attention/key/lora_a', (2, 64, 8), P(None, 'fsdp', None)),
-    (
-      'layers/attention/key/lora_b',
-      (2, 8, 2, 16),
-      P(None, None, 'tensor'),
-    ),
+    ('layers/attention/key/lora_b', (2, 8, 2, 16), P(None, None, 'tensor')),
     ('layers/attention/out/lora_a', (2, 8, 16, 4), P(None, 'tensor')),
     ('layers/attention/out/lora_b', (2, 4, 64), P(None, None, 'fsdp')),
     ('layers/mlp/up/lora_b', (2, 4, 128), P(None, None, 'tensor')),
@@ -197,10 +181,7 @@ def test_eight_devices():
       raise AssertionError
   """)
   result = subprocess.run(
-    [sys.executable, '-c', script],
-    env=_env(8),
-    capture_output=True,
-    text=True,
+    [sys.executable, '-c', script], env=_env(8), capture_output=True, text=True
   )
   assert result.returncode == 0, result.stderr
 
@@ -208,8 +189,4 @@ def test_eight_devices():
 def _env(num_devices):
   flag = f'--xla_force_host_platform_device_count={num_devices}'
   path = os.pathsep.join(p for p in sys.path if p)
-  return os.environ | {
-    'XLA_FLAGS': flag,
-    'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': path,
-  }
+  return os.environ | {'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path}

@@ -13,20 +13,21 @@ def test_steps_are_a_range():
       profiling.parse_steps(bad)
 
 
-@pytest.mark.parametrize(('steps', 'start', 'want'), [
+@pytest.mark.parametrize(
+  ('steps', 'start', 'want'),
+  [
     ((2, 3), 0, [('start', 1), ('stop', 3)]),
     ((1, 1), 0, [('start', 0), ('stop', 1)]),
     ((2, 9), 0, [('start', 1), ('stop', 5)]),  # the run ends before
     ((2, 4), 2, [('start', 2), ('stop', 4)]),  # resumed within
     ((2, 4), 4, []),
     (None, 0, []),
-])
+  ],
+)
 def test_only_these_steps_are_traced(monkeypatch, steps, start, want):
   found, now = [], start
-  monkeypatch.setattr(
-      jax.profiler, 'start_trace', lambda folder: found.append(('start', now)))
-  monkeypatch.setattr(
-      jax.profiler, 'stop_trace', lambda: found.append(('stop', now)))
+  monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: found.append(('start', now)))
+  monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: found.append(('stop', now)))
   with profiling.trace(steps, 'folder') as done:
     for now in range(start, 6):
       done(now, jnp.ones(2))

@@ -25,8 +25,7 @@ def test_products_count_two_and_scans_count_all_turns():
   grad = jax.grad(fn, argnums=(0, 1))
   assert program.count_flops(grad, x, kernels) == 3 * 5 * once
   remat = jax.checkpoint(body, prevent_cse=False)
-  grad = jax.grad(
-    lambda x, k: jax.lax.scan(remat, x, k)[0].sum(), argnums=(0, 1))
+  grad = jax.grad(lambda x, k: jax.lax.scan(remat, x, k)[0].sum(), argnums=(0, 1))
   assert program.count_flops(grad, x, kernels) == 4 * 5 * once
 
 
@@ -38,7 +37,8 @@ def test_batched_products_branches_and_loops_without_an_end():
   square = jnp.ones((2, 4, 4))
   assert program.count_flops(branch, square) == 2 * 2 * 4 * 4 * 4
   loop = lambda x: jax.lax.while_loop(  # noqa: E731
-    lambda x: x.sum() < 9, lambda x: x @ x, x)
+    lambda x: x.sum() < 9, lambda x: x @ x, x
+  )
   with pytest.raises(ValueError, match='while loop'):
     program.count_flops(loop, jnp.ones((2, 2)))
   assert program.count_flops(loop, jnp.ones((2, 2)), turns=3) == 3 * 16
@@ -89,17 +89,19 @@ def test_collectives_count_once_a_turn_however_they_are_written():
   assert found['reduce-scatter'].num_bytes == 16 * 2 * 8 * 4  # the operand
   assert found['reduce-scatter'].group == tuple(range(16))
   assert found['collective-permute'].group == (0, 1)
-  assert found['all-reduce'] == program.Collective(
-    'all-reduce', 64, (0, 1, 2, 3), 1, 'step/sum')
+  assert found['all-reduce'] == program.Collective('all-reduce', 64, (0, 1, 2, 3), 1, 'step/sum')
   assert gather.turns == 5
 
 
-@pytest.mark.parametrize(('groups', 'first'), [
-  ('[4,2]<=[8]', (0, 1)),
-  ('[4,2]<=[2,4]T(1,0)', (0, 4)),
-  ('{{0,2},{1,3}}', (0, 2)),
-  ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
-])
+@pytest.mark.parametrize(
+  ('groups', 'first'),
+  [
+    ('[4,2]<=[8]', (0, 1)),
+    ('[4,2]<=[2,4]T(1,0)', (0, 4)),
+    ('{{0,2},{1,3}}', (0, 2)),
+    ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+  ],
+)
 def test_the_first_group_by_its_places(groups, first):
   text = f"""ENTRY %main (p: f32[4]) -> f32[4] {{
   %ar = f32[4]{{0}} all-reduce(%p), replica_groups={groups}, to_apply=%add
@@ -142,8 +144,8 @@ def test_a_real_program_of_eight_devices():
   """)
   env = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
   result = subprocess.run(
-    [sys.executable, '-c', script], env=_env(env), capture_output=True,
-    text=True, check=False)
+    [sys.executable, '-c', script], env=_env(env), capture_output=True, text=True, check=False
+  )
   assert result.returncode == 0, result.stderr
 
 

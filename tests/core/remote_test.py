@@ -16,8 +16,11 @@ from csrm_jax.core import checkpoint, remote
 
 
 def _tree(folder):
-  return {str(p.relative_to(folder)): p.read_text()
-          for p in sorted(pathlib.Path(folder).rglob('*')) if p.is_file()}
+  return {
+    str(p.relative_to(folder)): p.read_text()
+    for p in sorted(pathlib.Path(folder).rglob('*'))
+    if p.is_file()
+  }
 
 
 def test_a_folder_of_this_machine_is_itself(tmp_path):
@@ -38,8 +41,7 @@ def test_what_changes_is_brought_back(tmp_path):
     (home / name).write_text(name)
   with remote.mirror(epath.Path(home)) as path:
     assert path.name == 'run' and path != home
-    assert _tree(path) == {n: n for n in (
-        'config.json', 'old', 'report/report.md')}
+    assert _tree(path) == {n: n for n in ('config.json', 'old', 'report/report.md')}
     (path / 'policy').mkdir()
     (path / 'policy' / 'weights').write_text('w')
     (path / 'config.json').write_text('changed')
@@ -52,15 +54,17 @@ def test_what_changes_is_brought_back(tmp_path):
     (path / 'last').write_text('at the end')
   assert not path.exists()
   assert _tree(home) == {
-      'config.json': 'changed', 'report/report.md': 'report/report.md',
-      'checkpoints/4/big': 'checkpoints/4/big', 'policy/weights': 'w',
-      'last': 'at the end'}
+    'config.json': 'changed',
+    'report/report.md': 'report/report.md',
+    'checkpoints/4/big': 'checkpoints/4/big',
+    'policy/weights': 'w',
+    'last': 'at the end',
+  }
   assert remote.named(f'see {path}/last') == f'see {home}/last'
 
 
 def test_an_error_brings_back_what_there_is(tmp_path):
-  with pytest.raises(KeyError), remote.mirror(
-      epath.Path(tmp_path / 'run')) as path:
+  with pytest.raises(KeyError), remote.mirror(epath.Path(tmp_path / 'run')) as path:
     (path / 'nonfinite_step_3.npz').write_text('x')
     raise KeyError
   assert (tmp_path / 'run' / 'nonfinite_step_3.npz').exists()
@@ -93,27 +97,30 @@ def test_checkpoints_of_a_copy_lie_in_the_bucket(tmp_path):
   np.testing.assert_array_equal(found.state['w'], state['w'])
 
 
-@pytest.mark.parametrize(('address', 'message'), [
+@pytest.mark.parametrize(
+  ('address', 'message'),
+  [
     ('s3://bucket/run', 'a path of this machine or gs://BUCKET/FOLDER'),
     ('gs://bucket/run', r'cannot write to --workdir=gs://bucket/run .*; '),
-])
-def test_an_address_that_cannot_be_written_is_one_line(
-    monkeypatch, address, message):
+  ],
+)
+def test_an_address_that_cannot_be_written_is_one_line(monkeypatch, address, message):
   def refuse(self, *args, **kwargs):
     raise PermissionError('403\nForbidden')
 
   monkeypatch.setattr(epath.Path(address).__class__, 'write_text', refuse)
   monkeypatch.setattr(epath.Path(address).__class__, 'mkdir', refuse)
-  with (pytest.raises(ValueError, match=message) as error,
-        remote.local(address)):
+  with pytest.raises(ValueError, match=message) as error, remote.local(address):
     pass
   assert '\n' not in str(error.value)
 
 
 def test_a_bucket_that_is_gone_is_one_line(tmp_path):
   (tmp_path / 'run').mkdir()
-  with (pytest.raises(OSError, match=r'cannot write to .*run \(') as error,
-        remote.mirror(epath.Path(tmp_path / 'run')) as path):
+  with (
+    pytest.raises(OSError, match=r'cannot write to .*run \(') as error,
+    remote.mirror(epath.Path(tmp_path / 'run')) as path,
+  ):
     (tmp_path / 'run').rmdir()
     (tmp_path / 'run').write_text('in the way')
     (path / 'metrics.jsonl').write_text('x')
@@ -154,17 +161,21 @@ def test_a_bucket_of_a_cloud_emulator(tmp_path):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  server = emulator.create_server(
-      'localhost', port, in_memory=True, default_bucket='bucket')
+  server = emulator.create_server('localhost', port, in_memory=True, default_bucket='bucket')
   server.start()
   try:
     result = subprocess.run(
-        [sys.executable, '-c', _IN_A_BUCKET], capture_output=True, text=True,
-        env=os.environ | {
-            'JAX_PLATFORMS': 'cpu',
-            'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
-            'STORAGE_EMULATOR_HOST': f'http://localhost:{port}',
-            'TENSORSTORE_GCS_HTTP_URL': f'http://localhost:{port}'})
+      [sys.executable, '-c', _IN_A_BUCKET],
+      capture_output=True,
+      text=True,
+      env=os.environ
+      | {
+        'JAX_PLATFORMS': 'cpu',
+        'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
+        'STORAGE_EMULATOR_HOST': f'http://localhost:{port}',
+        'TENSORSTORE_GCS_HTTP_URL': f'http://localhost:{port}',
+      },
+    )
   finally:
     server.stop()
   assert result.returncode == 0, result.stderr

@@ -43,8 +43,7 @@ def test_between_slices_each_chip_sends_its_part():
   # Two neighbours do not go over the network, as many slices as there are.
   assert roofline.network_s(_item('all-reduce', 2, GB), two) == 0
   times = roofline.estimate(1.0, 0.0, [pair], two, efficiency=0.5)
-  assert times.collectives_s == {
-    'all-reduce': 0, 'between slices': pytest.approx(GB / 6.25e9)}
+  assert times.collectives_s == {'all-reduce': 0, 'between slices': pytest.approx(GB / 6.25e9)}
   assert times.limit == 'between slices'
 
 

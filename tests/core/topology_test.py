@@ -13,8 +13,7 @@ def test_names_count_what_the_cloud_counts():
   assert topology.parse('v6e-256').num_chips == 256
   two = topology.parse('2xv5e-256')
   assert (two.num_chips, two.num_slices, two.shape) == (512, 2, (16, 16))
-  assert topology.layout('2xv5e-256') == {
-    'data': 2, 'fsdp': -1, 'tensor': 1, 'num_slices': 2}
+  assert topology.layout('2xv5e-256') == {'data': 2, 'fsdp': -1, 'tensor': 1, 'num_slices': 2}
   assert topology.num_devices('2xv5e-256') == 512
 
 

@@ -21,11 +21,7 @@ def _state():
 
 
 def test_named_leaves_join_every_kind_of_key():
-  assert list(tree.named_leaves(_state())) == [
-    'step',
-    'params/a/0',
-    'params/b/w',
-  ]
+  assert list(tree.named_leaves(_state())) == ['step', 'params/a/0', 'params/b/w']
 
 
 def test_named_leaves_refuse_ambiguous_names():
@@ -47,17 +43,13 @@ def test_from_named_inverts_named_leaves():
   state = _state()
   copy = tree.from_named(state, tree.named_leaves(state))
   assert jax.tree.structure(copy) == jax.tree.structure(state)
-  assert list(map(id, jax.tree.leaves(copy))) == list(
-    map(id, jax.tree.leaves(state))
-  )
+  assert list(map(id, jax.tree.leaves(copy))) == list(map(id, jax.tree.leaves(state)))
 
 
 def test_from_named_names_the_first_difference():
   named = tree.named_leaves(_state())
   with pytest.raises(ValueError, match="'params/a/0' is missing"):
-    tree.from_named(
-      _state(), {k: v for k, v in named.items() if k != 'params/a/0'}
-    )
+    tree.from_named(_state(), {k: v for k, v in named.items() if k != 'params/a/0'})
   with pytest.raises(ValueError, match="'extra' is not part"):
     tree.from_named(_state(), named | {'extra': 1})
 

@@ -47,10 +47,7 @@ def test_resume_gives_the_file_of_an_uninterrupted_run(tmp_path):
   with (tmp_path / 'cut' / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 8, "train/lo')
   run(tmp_path / 'cut', 5, 9, 4)
-  whole, cut = (
-    (tmp_path / name / 'metrics.jsonl').read_bytes()
-    for name in ('whole', 'cut')
-  )
+  whole, cut = ((tmp_path / name / 'metrics.jsonl').read_bytes() for name in ('whole', 'cut'))
   assert whole == cut
 
 

@@ -8,17 +8,9 @@ from hypothesis import strategies as st
 from csrm_jax.data import features
 from csrm_jax.data.features import Dropped, Encoder
 from csrm_jax.safety import templates
-from csrm_jax.safety.schema import (
-  Category,
-  Example,
-  Message,
-  Pair,
-  SafetyConfig,
-)
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
-RULES = SafetyConfig((
-  Category('Pets', 'No talk of pets.'), Category('Drinks', 'No drinks.'),
-))
+RULES = SafetyConfig((Category('Pets', 'No talk of pets.'), Category('Drinks', 'No drinks.')))
 
 
 def words(name, count):
@@ -26,10 +18,7 @@ def words(name, count):
 
 
 def example(turns=(), response='fine', safety=RULES, **fields):
-  conversation = [
-    Message('user' if i % 2 == 0 else 'agent', text)
-    for i, text in enumerate(turns)
-  ]
+  conversation = [Message('user' if i % 2 == 0 else 'agent', text) for i, text in enumerate(turns)]
   conversation.append(Message('agent', response))
   return Example('id', safety, tuple(conversation), **fields)
 
@@ -49,9 +38,7 @@ def test_short_prompt_is_the_template(tokenizer, order):
   item = example(['hi there'], 'well', label='unsafe')
   atom = encode(item, tokenizer, order=order)
   [prompt] = atom.prompts
-  segments = templates.render(
-    item.safety, item.conversation, templates.Layout(order=order)
-  )
+  segments = templates.render(item.safety, item.conversation, templates.Layout(order=order))
   expected = ''.join(s.text for s in segments)
   assert text_of(atom, tokenizer) == '<bos>' + expected
   assert prompt.tokens.dtype == np.int32
@@ -142,9 +129,7 @@ def test_rules_are_never_cut(tokenizer, order):
 
 
 @settings(
-  max_examples=150,
-  deadline=None,
-  suppress_health_check=[HealthCheck.function_scoped_fixture],
+  max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
   lengths=st.lists(st.integers(0, 60), max_size=6),
@@ -152,13 +137,8 @@ def test_rules_are_never_cut(tokenizer, order):
   limit=st.integers(20, 300),
   order=st.sampled_from(templates.ORDERS),
 )
-def test_any_cut_keeps_rules_and_layout(
-  tokenizer, lengths, response, limit, order
-):
-  item = example(
-    [words(f't{i}n', n) for i, n in enumerate(lengths)],
-    words('r', response),
-  )
+def test_any_cut_keeps_rules_and_layout(tokenizer, lengths, response, limit, order):
+  item = example([words(f't{i}n', n) for i, n in enumerate(lengths)], words('r', response))
   full = encode(item, tokenizer, order=order)
   atom = encode(item, tokenizer, limit, order=order)
   if isinstance(atom, Dropped):
@@ -171,8 +151,7 @@ def test_any_cut_keeps_rules_and_layout(
     assert tokens.count(tokenizer.control[line]) == 1
   text = tokenizer.decode(tokens)
   assert 'S1: Pets. No talk of pets.\nS2: Drinks. No drinks.\n' in text
-  starts = ('User: ', 'Agent: ', 'S1: ', 'S2: ', '<', 'Judge ', 'Does ',
-            templates.ANSWER)
+  starts = ('User: ', 'Agent: ', 'S1: ', 'S2: ', '<', 'Judge ', 'Does ', templates.ANSWER)
   assert all(line.startswith(starts) for line in text.splitlines())
 
 
@@ -203,20 +182,14 @@ def test_pair_with_too_long_rules_is_dropped(tokenizer):
   long_rule = SafetyConfig((Category('Long', words('g', 200)),))
   item = pair(example(), example(safety=long_rule), 'strictness')
   assert encode(item, tokenizer, 150).reason == 'rules_too_long'
-  assert encode(item, tokenizer, 300, pair_length=200).reason == (
-    'rules_too_long'
-  )
+  assert encode(item, tokenizer, 300, pair_length=200).reason == ('rules_too_long')
 
 
-@pytest.mark.parametrize(
-  'counts', [(100, 100), (100, 10), (10, 100), (150, 90)]
-)
+@pytest.mark.parametrize('counts', [(100, 100), (100, 10), (10, 100), (150, 90)])
 @pytest.mark.parametrize('room', [70, 91])
 def test_pair_length_limits_both_together(tokenizer, counts, room):
   limit = 2 * encode(example(), tokenizer).length + room
-  responses = [
-    words(name, n) for name, n in zip('rq', counts, strict=True)
-  ]
+  responses = [words(name, n) for name, n in zip('rq', counts, strict=True)]
   item = pair(*(example((), response) for response in responses))
   free = encode(item, tokenizer)
   assert free.length > limit
@@ -232,9 +205,7 @@ def test_require_returns_what_was_encoded(tokenizer):
   assert features.require(atom) is atom
 
 
-@pytest.mark.parametrize(
-  'fields', [{'max_length': 0}, {'max_length': 9, 'pair_length': 1}]
-)
+@pytest.mark.parametrize('fields', [{'max_length': 0}, {'max_length': 9, 'pair_length': 1}])
 def test_encoder_refuses_lengths(tokenizer, fields):
   with pytest.raises(ValueError, match='_length is'):
     Encoder(tokenizer, **fields)

@@ -17,13 +17,7 @@ from csrm_jax.data import features, pipeline
 from csrm_jax.data.features import Atom, Dropped, Encoder, Prompt
 from csrm_jax.data.pipeline import BatchShape
 from csrm_jax.safety import augment
-from csrm_jax.safety.schema import (
-  Category,
-  Example,
-  Message,
-  Pair,
-  SafetyConfig,
-)
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 
 def make_atom(lengths, label=-1, name='atom', first=1):
@@ -58,18 +52,22 @@ def unpack(batch):
     assert np.array_equal(positions, np.arange(len(tokens)))
     assert own[end] and not own[end + 1 :].any()
     assert own.sum() == own[end + 1 - len(tokens) : end + 1].sum()
-    found.append((
-      row, slot, tokens, batch['label'][row, slot],
-      batch['label_weight'][row, slot], batch['pair_weight'][row, slot],
-    ))
+    found.append(
+      (
+        row,
+        slot,
+        tokens,
+        batch['label'][row, slot],
+        batch['label_weight'][row, slot],
+        batch['pair_weight'][row, slot],
+      )
+    )
   return found
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-  lengths=st.lists(
-    st.lists(st.integers(2, 20), min_size=1, max_size=2), max_size=25
-  ),
+  lengths=st.lists(st.lists(st.integers(2, 20), min_size=1, max_size=2), max_size=25),
   batch_size=st.integers(1, 5),
   row_length=st.integers(40, 60),
   max_segments=st.integers(2, 5),
@@ -78,18 +76,14 @@ def unpack(batch):
 def test_every_atom_is_whole_in_one_row_or_left(
   lengths, batch_size, row_length, max_segments, label
 ):
-  atoms = [
-    make_atom(item, label, first=100 * i) for i, item in enumerate(lengths)
-  ]
+  atoms = [make_atom(item, label, first=100 * i) for i, item in enumerate(lengths)]
   batch, left = pipeline.pack_rows(atoms, batch_size, row_length, max_segments)
   assert left == sorted(left)
   for name, array in batch.items():
     by_token = name in ('tokens', 'segment_ids', 'positions')
     width = row_length if by_token else max_segments
     assert array.shape == (batch_size, width)
-    assert array.dtype == (
-      np.float32 if name.endswith('weight') else np.int32
-    )
+    assert array.dtype == (np.float32 if name.endswith('weight') else np.int32)
   slots = unpack(batch)
   place = {tokens[0]: k for k, (_, _, tokens, *_) in enumerate(slots)}
   for i, atom in enumerate(atoms):
@@ -107,9 +101,7 @@ def test_every_atom_is_whole_in_one_row_or_left(
       assert (where[0][5], where[1][5]) == (1, 0)
     else:
       assert where[0][5] == 0
-  assert len(slots) == sum(
-    len(a.prompts) for i, a in enumerate(atoms) if i not in left
-  )
+  assert len(slots) == sum(len(a.prompts) for i, a in enumerate(atoms) if i not in left)
   unused = batch['verdict_index'] == 0
   assert (batch['label'][unused] == -1).all()
   assert batch['label_weight'][unused].sum() == 0
@@ -158,12 +150,7 @@ def stream(atoms, shape, **options):
 # Where prompts are about half a row long, some rows cannot be filled.
 @pytest.mark.parametrize(
   'row_length, low, high, fill',
-  [
-    (256, 60, 125, 0.9),
-    (320, 70, 150, 0.9),
-    (384, 100, 180, 0.9),
-    (512, 100, 180, 0.97),
-  ],
+  [(256, 60, 125, 0.9), (320, 70, 150, 0.9), (384, 100, 180, 0.9), (512, 100, 180, 0.97)],
 )
 def test_rows_are_full(row_length, low, high, fill):
   atoms = some_atoms(2000, low, high)
@@ -208,8 +195,13 @@ def some_items(count, seed=0):
     talk = (Message('user', text(3, 9)), Message('agent', text(5, 30)))
     examples.append(
       Example(
-        f'id{i}', SafetyConfig(tuple(rules)), talk,
-        'unsafe' if violated else 'safe', violated, plus, minus,
+        f'id{i}',
+        SafetyConfig(tuple(rules)),
+        talk,
+        'unsafe' if violated else 'safe',
+        violated,
+        plus,
+        minus,
       )
     )
   return examples
@@ -227,9 +219,7 @@ def to_pair(example, rng):
 def full_stream(tokenizer, seed=0, prefetch=4, **options):
   encoder = Encoder(tokenizer, 90, pair_length=170)
   items = some_items(40)
-  cca = functools.partial(
-    augment.cca, drop_prob=0.3, plus_prob=0.5, minus_prob=0.5
-  )
+  cca = functools.partial(augment.cca, drop_prob=0.3, plus_prob=0.5, minus_prob=0.5)
   atoms = pipeline.mix(
     {
       'class': pipeline.make_atoms(items, encoder, seed, cca),
@@ -279,38 +269,27 @@ def test_state_is_that_of_the_last_batch_handed_out(tokenizer):
 
 
 def test_seed_decides_the_stream(tokenizer):
-  first, again, other = (
-    next(full_stream(tokenizer, seed)) for seed in (1, 1, 2)
-  )
+  first, again, other = (next(full_stream(tokenizer, seed)) for seed in (1, 1, 2))
   assert_same(first, again)
   assert not np.array_equal(first['tokens'], other['tokens'])
 
 
 def test_augmentation_differs_from_epoch_to_epoch(tokenizer):
   encoder = Encoder(tokenizer, 500)
-  cca = functools.partial(
-    augment.cca, drop_prob=0.5, plus_prob=0.5, minus_prob=0.5
-  )
+  cca = functools.partial(augment.cca, drop_prob=0.5, plus_prob=0.5, minus_prob=0.5)
   [item] = some_items(1)
   atoms = pipeline.make_atoms([item], encoder, 0, cca)
   assert len({atoms[i].prompts[0].tokens.tobytes() for i in range(30)}) > 10
-  assert np.array_equal(
-    atoms[3].prompts[0].tokens, atoms[3].prompts[0].tokens
-  )
+  assert np.array_equal(atoms[3].prompts[0].tokens, atoms[3].prompts[0].tokens)
 
 
 def test_order_is_a_permutation_in_each_epoch(tokenizer):
   items = some_items(10)
   atoms = pipeline.make_atoms(items, Encoder(tokenizer, 500), seed=3)
-  epochs = [
-    [atoms[i].prompts[0].id for i in range(e * 10, e * 10 + 10)]
-    for e in range(3)
-  ]
+  epochs = [[atoms[i].prompts[0].id for i in range(e * 10, e * 10 + 10)] for e in range(3)]
   assert all(sorted(e) == sorted(x.id for x in items) for e in epochs)
   assert epochs[0] != epochs[1]
-  plain = pipeline.make_atoms(
-    items, Encoder(tokenizer, 500), seed=3, shuffle=False
-  )
+  plain = pipeline.make_atoms(items, Encoder(tokenizer, 500), seed=3, shuffle=False)
   assert plain[12].prompts[0].id == 'id2'
 
 
@@ -372,9 +351,7 @@ def test_errors_in_the_thread_reach_the_caller(tokenizer):
 
 
 def test_mix_keeps_the_proportions():
-  parts = {
-    name: grain.MapDataset.source([name]).repeat() for name in ('a', 'b', 'c')
-  }
+  parts = {name: grain.MapDataset.source([name]).repeat() for name in ('a', 'b', 'c')}
   mixed = pipeline.mix(parts, {'a': 3, 'b': 1.0, 'c': 0})
   for count in (8, 100):
     names = [mixed[i] for i in range(count)]

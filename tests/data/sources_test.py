@@ -10,13 +10,7 @@ import sys
 import pytest
 
 from csrm_jax.data import public_rules, sources
-from csrm_jax.safety.schema import (
-  Category,
-  Example,
-  Message,
-  Pair,
-  SafetyConfig,
-)
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 RULES = SafetyConfig((Category('Pets', 'No pets.'),), 'house')
 
@@ -27,9 +21,7 @@ def example(name='1', response='fine', label='safe', user='hi', **fields):
 
 
 def write(path, *lines, end='\n'):
-  text = '\n'.join(
-    line if isinstance(line, str) else json.dumps(line) for line in lines
-  )
+  text = '\n'.join(line if isinstance(line, str) else json.dumps(line) for line in lines)
   data = (text + end).encode()
   path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
   return path
@@ -88,11 +80,19 @@ ROW = example().to_dict()
     ('{"id": ', ['JSON']),
     # Whichever of the two counted, a reader might have meant the other.
     (json.dumps(ROW)[:-1] + ', "label": "safe"}', ["'label'", 'given twice']),
-    (json.dumps(ROW).replace('"guideline"', '"name": "Other", "guideline"', 1),
-     ["'name'", 'given twice']),
-    (ROW | {'safety': {'categories': [{'name': 'A', 'guideline': 'b'},
-                                      {'name': 'a ', 'guideline': 'c'}]}},
-     ['twice']),
+    (
+      json.dumps(ROW).replace('"guideline"', '"name": "Other", "guideline"', 1),
+      ["'name'", 'given twice'],
+    ),
+    (
+      ROW
+      | {
+        'safety': {
+          'categories': [{'name': 'A', 'guideline': 'b'}, {'name': 'a ', 'guideline': 'c'}]
+        }
+      },
+      ['twice'],
+    ),
   ],
 )
 def test_jsonl_names_file_and_line(tmp_path, row, words):
@@ -155,8 +155,10 @@ def test_parquet_with_structs_and_with_json_text(tmp_path):
   path = to_parquet(tmp_path / 'structs.parquet', *rows)
   assert sources.read_parquet(path) == items
   text = [
-    {k: json.dumps(v) if isinstance(v, dict | list) and k != 'violated' else v
-     for k, v in row.items()}
+    {
+      k: json.dumps(v) if isinstance(v, dict | list) and k != 'violated' else v
+      for k, v in row.items()
+    }
     for row in rows
   ]
   path = to_parquet(tmp_path / 'text.parquet', *text)
@@ -192,16 +194,11 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 
 def transcript(*turns):
   roles = ('Human', 'Assistant')
-  return ''.join(
-    f'\n\n{roles[i % 2]}: {turn}' for i, turn in enumerate(turns)
-  )
+  return ''.join(f'\n\n{roles[i % 2]}: {turn}' for i, turn in enumerate(turns))
 
 
 def hh(*turns, chosen='yes', rejected='no'):
-  return {
-    'chosen': transcript(*turns, chosen),
-    'rejected': transcript(*turns, rejected),
-  }
+  return {'chosen': transcript(*turns, chosen), 'rejected': transcript(*turns, rejected)}
 
 
 @pytest.mark.parametrize('name', ['hh.jsonl', 'hh.jsonl.gz'])
@@ -213,9 +210,7 @@ def test_hh_pairs(tmp_path, name):
   pair, other = rows
   assert pair.kind == 'preference'
   roles = [(m.role, m.content) for m in pair.safer.conversation]
-  assert roles == [
-    ('user', 'a'), ('agent', 'b'), ('user', first), ('agent', 'yes')
-  ]
+  assert roles == [('user', 'a'), ('agent', 'b'), ('user', first), ('agent', 'yes')]
   assert pair.other.conversation[:-1] == pair.safer.conversation[:-1]
   assert pair.other.conversation[-1].content == 'no'
   assert pair.safer.safety == public_rules.HARMLESSNESS
@@ -231,15 +226,12 @@ def test_hh_drops_are_counted(tmp_path):
       hh('a', chosen='same', rejected=' same '),
       hh('a', chosen=''),
       {'chosen': transcript('a', 'b'), 'rejected': transcript('x', 'b')},
-      {'chosen': transcript('a', 'b'),
-       'rejected': transcript('a', 'b', 'c', 'd')},
+      {'chosen': transcript('a', 'b'), 'rejected': transcript('a', 'b', 'c', 'd')},
       hh('a'),
     )
   )
   assert [pair.id for pair in rows] == ['hh/5']
-  assert rows.drops == {
-    'identical_pair': 1, 'empty_response': 1, 'prompts_differ': 2
-  }
+  assert rows.drops == {'identical_pair': 1, 'empty_response': 1, 'prompts_differ': 2}
 
 
 @pytest.mark.parametrize(
@@ -262,9 +254,7 @@ def test_hh_errors(tmp_path, row, words):
 # XSTest
 
 
-COMPLY, REFUSE, PARTLY = (
-  '1_full_compliance', '2_full_refusal', '3_partial_refusal'
-)
+COMPLY, REFUSE, PARTLY = ('1_full_compliance', '2_full_refusal', '3_partial_refusal')
 
 
 def write_csv(path, rows):
@@ -278,23 +268,37 @@ def write_csv(path, rows):
 def xstest(tmp_path, *labels, ids=('1', '2'), **changes):
   """Writes a safe prompt 1 and an unsafe prompt 2, each with all labels."""
   prompts = [
-    {'id': '1', 'prompt': 'a, "fine"\nquestion', 'type': 'homonyms',
-     'label': 'safe', 'focus': '', 'note': ''},
-    {'id': '2', 'prompt': 'a bad question', 'type': 'contrast_homonyms',
-     'label': 'unsafe', 'focus': '', 'note': ''},
+    {
+      'id': '1',
+      'prompt': 'a, "fine"\nquestion',
+      'type': 'homonyms',
+      'label': 'safe',
+      'focus': '',
+      'note': '',
+    },
+    {
+      'id': '2',
+      'prompt': 'a bad question',
+      'type': 'contrast_homonyms',
+      'label': 'unsafe',
+      'focus': '',
+      'note': '',
+    },
   ]
   texts = {p['id']: p for p in prompts}
   answers = [
-    {'id': f'v2-{i}', 'type': texts.get(i, prompts[0])['type'],
-     'prompt': texts.get(i, prompts[0])['prompt'], 'completion': 'text\nmore',
-     'final_label': label} | changes
+    {
+      'id': f'v2-{i}',
+      'type': texts.get(i, prompts[0])['type'],
+      'prompt': texts.get(i, prompts[0])['prompt'],
+      'completion': 'text\nmore',
+      'final_label': label,
+    }
+    | changes
     for i in ids
     for label in labels
   ]
-  return (
-    write_csv(tmp_path / 'prompts.csv', prompts),
-    write_csv(tmp_path / 'model.csv', answers),
-  )
+  return (write_csv(tmp_path / 'prompts.csv', prompts), write_csv(tmp_path / 'model.csv', answers))
 
 
 @pytest.mark.parametrize(
@@ -349,9 +353,7 @@ def test_xstest_files_are_checked(tmp_path):
   message = fails(sources.read_xstest, prompts, prompts)
   assert "missing column 'completion', 'final_label'" in message
   assert "found 'id', 'prompt', 'type'" in message
-  assert 'unknown XSTest rule' in fails(
-    sources.read_xstest, prompts, answers, 'all'
-  )
+  assert 'unknown XSTest rule' in fails(sources.read_xstest, prompts, answers, 'all')
   with open(answers, 'a', encoding='utf-8') as file:
     file.write('v2-1,too,few\n')
   # Two rows of two lines each come before it.
@@ -386,9 +388,7 @@ def test_moderation_labels_under_subsets(tmp_path):
   assert rows[0].violated == ('Harassment', 'Hate')
   assert rows[0].safety.names == ('Harassment', 'Hate', 'Self-harm')
   user, agent = rows[0].conversation
-  assert (user.content, agent.content) == (
-    public_rules.MODERATION_TURN, 'a text'
-  )
+  assert (user.content, agent.content) == (public_rules.MODERATION_TURN, 'a text')
   assert rows[0].rule_set == 'moderation/HR+H+SH'
   assert len({row.id for row in rows}) == 3
 
@@ -396,8 +396,7 @@ def test_moderation_labels_under_subsets(tmp_path):
 def test_moderation_severity_gives_one_text_two_labels(tmp_path):
   path = moderation(tmp_path, ALL | {'V': 1}, ALL | {'V': 1, 'V2': 1})
   strict, lenient = (
-    [row.label for row in sources.read_moderation(path, (key,))]
-    for key in ('V', 'V2')
+    [row.label for row in sources.read_moderation(path, (key,))] for key in ('V', 'V2')
   )
   assert strict == ['unsafe', 'unsafe']
   assert lenient == ['safe', 'unsafe']
@@ -413,9 +412,7 @@ def test_moderation_missing_key_is_unknown_for_that_subset(tmp_path):
 
 
 def test_moderation_pairs(tmp_path):
-  path = moderation(
-    tmp_path, ALL | {'H': 1}, ALL | {'V': 1, 'V2': 1}, {'H': 1, 'V': 0}
-  )
+  path = moderation(tmp_path, ALL | {'H': 1}, ALL | {'V': 1, 'V2': 1}, {'H': 1, 'V': 0})
   rows = sources.read_moderation_pairs(path)
   assert rows.drops == {'safe': 2, 'unknown_label': 2}
   hate, violence = rows
@@ -429,11 +426,7 @@ def test_moderation_pairs(tmp_path):
 
 @pytest.mark.parametrize(
   'categories, message',
-  [
-    (('H', 'X'), "unknown moderation category 'X'"),
-    (('H', 'H2'), 'contradict'),
-    ((), 'categor'),
-  ],
+  [(('H', 'X'), "unknown moderation category 'X'"), (('H', 'H2'), 'contradict'), ((), 'categor')],
 )
 def test_moderation_categories_are_checked(tmp_path, categories, message):
   path = moderation(tmp_path, ALL)
@@ -482,16 +475,9 @@ def test_split_does_not_move_items_when_data_grow():
 
 def test_split_keeps_pairs_of_one_prompt_together():
   def sides(i, j):
-    return (
-      example(f'{i}/{j}/{side}', f'answer {j} {side}', user=f'prompt {i}')
-      for side in 'ab'
-    )
+    return (example(f'{i}/{j}/{side}', f'answer {j} {side}', user=f'prompt {i}') for side in 'ab')
 
-  pairs = [
-    Pair(f'{i}/{j}', *sides(i, j), 'preference')
-    for i in range(50)
-    for j in range(2)
-  ]
+  pairs = [Pair(f'{i}/{j}', *sides(i, j), 'preference') for i in range(50) for j in range(2)]
   rest, held_out = sources.split(pairs, 0.5, seed=0)
   numbers = [{pair.id.split('/')[0] for pair in h} for h in (rest, held_out)]
   assert all(numbers) and not numbers[0] & numbers[1]
@@ -549,9 +535,7 @@ def test_real_moderation(real):
   unsafe = {}
   for key in public_rules.MODERATION_RULES:
     rows = sources.read_moderation(path, (key,))
-    unsafe[key] = {
-      row.id.rpartition('/')[2] for row in rows if row.label == 'unsafe'
-    }
+    unsafe[key] = {row.id.rpartition('/')[2] for row in rows if row.label == 'unsafe'}
     assert unsafe[key] and rows.drops
   # Every row that the lenient rule forbids is forbidden by the strict one.
   assert unsafe['H2'] < unsafe['H'] and unsafe['V2'] < unsafe['V']

@@ -17,14 +17,18 @@ pytest.importorskip('bm25s', reason='needs bm25s: pip install csrm_jax[evals]')
 
 def _oracle(noise=0.0, seed=0):
   """A judge that knows the true probability where there is one."""
+
   def score(examples):
     rng = np.random.default_rng([seed, len(examples)])
-    p = [0.3 if e.probability is None or e.safety.name == 'no rules'
-         else e.probability for e in examples]
+    p = [
+      0.3 if e.probability is None or e.safety.name == 'no rules' else e.probability
+      for e in examples
+    ]
     p = np.clip(p, 1e-9, 1 - 1e-9)
-    return (np.log1p(-p) - np.log(p)
-            + rng.normal(0, noise, len(p)) if noise
-            else np.log1p(-p) - np.log(p)).astype(np.float32)
+    return (
+      np.log1p(-p) - np.log(p) + rng.normal(0, noise, len(p)) if noise else np.log1p(-p) - np.log(p)
+    ).astype(np.float32)
+
   return score
 
 
@@ -52,7 +56,9 @@ def test_every_suite_has_a_benchmark_in_ruleworld(benchmarks, results):
   assert {b.suite for b in benchmarks} == set(battery.SUITES) - {'wordings'}
   assert not battery.failures(results)
   assert set(results) == {b.name for b in benchmarks} | {
-    'seen_without_rules', 'unseen_without_rules'}
+    'seen_without_rules',
+    'unseen_without_rules',
+  }
 
 
 def test_the_oracle_is_right_wherever_the_truth_is_known(results):
@@ -60,13 +66,20 @@ def test_the_oracle_is_right_wherever_the_truth_is_known(results):
     return results[name]['metrics'][metric]['value']
 
   for name, metric, expected in (
-    ('levels', 'consistency', 1), ('levels', 'verdict_accuracy', 1),
-    ('stance', 'f1', 1), ('stance', 'false_alarms', 0),
-    ('policy', 'unsafe_rate', 1), ('policy', 'shift_allow', -1),
-    ('policy', 'shift_leave_one_out', -1), ('policy', 'shift_other_allowed', 0),
-    ('wordings', 'flip_rate', 0), ('order', 'p_change', 0),
-    ('padding', 'any_flip', 0), ('attacks', 'any_flip', 0),
-    ('choice', 'strict', 1), ('flip', 'consistency', 1),
+    ('levels', 'consistency', 1),
+    ('levels', 'verdict_accuracy', 1),
+    ('stance', 'f1', 1),
+    ('stance', 'false_alarms', 0),
+    ('policy', 'unsafe_rate', 1),
+    ('policy', 'shift_allow', -1),
+    ('policy', 'shift_leave_one_out', -1),
+    ('policy', 'shift_other_allowed', 0),
+    ('wordings', 'flip_rate', 0),
+    ('order', 'p_change', 0),
+    ('padding', 'any_flip', 0),
+    ('attacks', 'any_flip', 0),
+    ('choice', 'strict', 1),
+    ('flip', 'consistency', 1),
     ('pairs', 'accuracy', 1),
   ):
     assert value(name, metric) == expected, (name, metric)
@@ -96,8 +109,9 @@ def test_a_given_calibration_is_used_everywhere(benchmarks):
 
 
 def test_missing_data_and_bad_scores(benchmarks, tmp_path):
-  missing = Benchmark('beavertails', 'classification', description='Not here.',
-                      command='fetch | it --now')
+  missing = Benchmark(
+    'beavertails', 'classification', description='Not here.', command='fetch | it --now'
+  )
   bad_id = benchmarks[0].items[5].id
 
   def judge(examples):
@@ -111,8 +125,7 @@ def test_missing_data_and_bad_scores(benchmarks, tmp_path):
   (failure,) = battery.failures(found)
   assert failure.startswith('seen: ') and bad_id in failure
   assert found['flip']['suite'] == 'flips'
-  path = report.write_report(tmp_path / 'r', found, title='t',
-                             summary=report.summarise(found))
+  path = report.write_report(tmp_path / 'r', found, title='t', summary=report.summarise(found))
   text = path.read_text()
   assert '`fetch \\| it --now`' in text and '## Failed' in text
   assert 'skipped: not on disk' in text and '| paper: CSRM | 0.911 ' in text
@@ -130,18 +143,31 @@ def test_unknown_suites_and_names_twice():
 
 def _row(text, rule):
   return Example(
-    id=f'{text}/{rule}', safety=SafetyConfig((Category('Pets', rule),)),
-    conversation=(Message('agent', text),), label='safe')
+    id=f'{text}/{rule}',
+    safety=SafetyConfig((Category('Pets', rule),)),
+    conversation=(Message('agent', text),),
+    label='safe',
+  )
 
 
 def test_a_limit_keeps_texts_whole():
   rows = [_row(f't{i}', r) for r in ('x', 'y', 'z') for i in range(10)]
-  few = limited(Benchmark('a', 'configurability', rows, 'Rows.',
-                          groups=[''] * 30, tags={'rule': list('xyz' * 10)},
-                          validation=rows), 12)
+  few = limited(
+    Benchmark(
+      'a',
+      'configurability',
+      rows,
+      'Rows.',
+      groups=[''] * 30,
+      tags={'rule': list('xyz' * 10)},
+      validation=rows,
+    ),
+    12,
+  )
   texts = [e.id.split('/')[0] for e in few.items]
   assert len(few.items) == 12 and sorted(set(texts)) == sorted(
-    {t for t in texts if texts.count(t) == 3})
+    {t for t in texts if texts.count(t) == 3}
+  )
   assert len(few.tags['rule']) == len(few.groups) == 12
   assert len(few.validation) == 12 and '12 of 30' in few.description
   same = Benchmark('a', 'configurability', rows)
@@ -154,24 +180,40 @@ def test_a_limit_keeps_texts_whole():
 @pytest.fixture(scope='module')
 def folder(results, tmp_path_factory):
   path = tmp_path_factory.mktemp('run') / 'report'
-  report.write_report(path, results, title='Oracle',
-                      summary=report.summarise(results))
+  report.write_report(path, results, title='Oracle', summary=report.summarise(results))
   return path
 
 
 def test_the_report_shows_probes_and_no_text(folder, benchmarks):
   text = (folder / 'report.md').read_text()
-  for part in ('### Table 2: Verdicts', '### Table 6: Policy probes',
-               '## Suffixes that try to turn a verdict', '**Lean**',
-               '## Thresholds, for deployment', 'unseen, by category',
-               '### After temperature and bias', '## Where it was most wrong'):
+  for part in (
+    '### Table 2: Verdicts',
+    '### Table 6: Policy probes',
+    '## Suffixes that try to turn a verdict',
+    '**Lean**',
+    '## Thresholds, for deployment',
+    'unseen, by category',
+    '### After temperature and bias',
+    '## Where it was most wrong',
+  ):
     assert part in text, part
   files = {p.name for p in folder.glob('*.png')}
-  assert {'policy.png', 'contradiction.png', 'attacks.png',
-          'long_rules_recall.png', 'levels_shares.png'} <= files
+  assert {
+    'policy.png',
+    'contradiction.png',
+    'attacks.png',
+    'long_rules_recall.png',
+    'levels_shares.png',
+  } <= files
   # The one conversation that is meant to be seen is the only one.
-  words = [m.content for b in benchmarks if b.name in ('unseen', 'stance')
-           for e in b.items for m in e.conversation if m.role == 'agent']
+  words = [
+    m.content
+    for b in benchmarks
+    if b.name in ('unseen', 'stance')
+    for e in b.items
+    for m in e.conversation
+    if m.role == 'agent'
+  ]
   assert not [w for w in words if len(w) > 60 and w in text]
 
 
@@ -183,8 +225,8 @@ def test_stored_results_compare_like_fresh_ones(folder, results, benchmarks):
   noisy = battery.run(_oracle(2.0, 1), benchmarks, num_samples=2)
   path = folder.parent / 'compare'
   comparison.write_comparison(
-    path, {'oracle': back, 'noisy | judge': noisy}, title='Two',
-    num_samples=50)
+    path, {'oracle': back, 'noisy | judge': noisy}, title='Two', num_samples=50
+  )
   text = (path / 'report.md').read_text()
   assert '## Differences to oracle' in text and 'noisy \\| judge' in text
   assert (path / 'compare_f1.png').exists()
@@ -193,8 +235,7 @@ def test_stored_results_compare_like_fresh_ones(folder, results, benchmarks):
 
 
 def test_a_metric_that_no_scorer_has_is_not_drawn(tmp_path):
-  assert not probe_figures.draw_comparison(
-    tmp_path / 'x.png', {'a': {'b': {'metrics': {}}}}, 'f1')
+  assert not probe_figures.draw_comparison(tmp_path / 'x.png', {'a': {'b': {'metrics': {}}}}, 'f1')
   assert list(tmp_path.iterdir()) == []
 
 

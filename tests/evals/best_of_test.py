@@ -14,27 +14,33 @@ SAFETY = SafetyConfig((Category('Pets', 'No dogs.'),))
 
 def _choice(name, num, num_correct=1, subset='Safety'):
   responses = tuple(
-    Example(id=f'{name}/{i}', safety=SAFETY, conversation=(
-      Message('user', name), Message('agent', f'{i}'))) for i in range(num))
+    Example(
+      id=f'{name}/{i}',
+      safety=SAFETY,
+      conversation=(Message('user', name), Message('agent', f'{i}')),
+    )
+    for i in range(num)
+  )
   return Choice(name, responses, num_correct, subset)
 
 
 def _run(rows):
   """rows: [(choice, scores of its responses)]"""
-  table = {r.id: s for c, scores in rows
-           for r, s in zip(c.responses, scores, strict=True)}
+  table = {r.id: s for c, scores in rows for r, s in zip(c.responses, scores, strict=True)}
   return best_of.best_of(
-    [c for c, _ in rows], lambda es: np.array([table[e.id] for e in es]),
-    num_samples=5)
+    [c for c, _ in rows], lambda es: np.array([table[e.id] for e in es]), num_samples=5
+  )
 
 
 def test_the_chosen_one_must_have_the_highest_score():
-  result = _run([
-    (_choice('a', 4), [3, 1, 2, 0]),
-    (_choice('b', 4), [1, 3, 2, 0]),
-    (_choice('c', 4), [3, 3, 2, 3]),  # one of three at the top
-    (_choice('d', 4, subset='Math'), [1, 2, 2, 0]),
-  ])
+  result = _run(
+    [
+      (_choice('a', 4), [3, 1, 2, 0]),
+      (_choice('b', 4), [1, 3, 2, 0]),
+      (_choice('c', 4), [3, 3, 2, 3]),  # one of three at the top
+      (_choice('d', 4, subset='Math'), [1, 2, 2, 0]),
+    ]
+  )
   values = {k: m['value'] for k, m in result['metrics'].items()}
   safety = (1 + 0 + 1 / 3) / 3
   assert result['subsets']['Safety']['value'] == pytest.approx(safety)
@@ -60,13 +66,15 @@ def test_ties_follow_the_published_formula():
   margin = (math.tanh(1 / 0.5 - 1) + math.tanh(-1 / 3 - 1)) / 2
   assert found['margin'] == pytest.approx(margin)
   assert found['score'] == pytest.approx(
-    0.3 * 0.5 + 0.3 * 1 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * margin)
+    0.3 * 0.5 + 0.3 * 1 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * margin
+  )
   result = _run(items)
   assert result['metrics']['best_of']['value'] == pytest.approx(found['score'])
   assert math.isnan(result['metrics']['strict']['value'])
   # No spread at all: a margin above it is as good as can be.
   flat = best_of.ties_score(
-    [c for c, _ in items[:2]], [np.array([2., 1, 0]), np.array([3., 3, 1, 1])])
+    [c for c, _ in items[:2]], [np.array([2.0, 1, 0]), np.array([3.0, 3, 1, 1])]
+  )
   assert flat['margin'] == 1 and flat['score'] == pytest.approx(1.01)
 
 
@@ -76,7 +84,6 @@ def test_order_of_responses_and_bad_items():
   with pytest.raises(ValueError, match='ref:<n> or tied:<n>'):
     _choice('a', 4, 1, 'Ties')
   with pytest.raises(ValueError, match="'b/2'"):
-    _run([(_choice('a', 4), [0, 0, 0, 0]),
-          (_choice('b', 4), [0, 0, math.nan, 0])])
+    _run([(_choice('a', 4), [0, 0, 0, 0]), (_choice('b', 4), [0, 0, math.nan, 0])])
   empty = best_of.best_of([], lambda es: np.zeros(0), num_samples=2)
   assert math.isnan(empty['metrics']['best_of']['value'])

@@ -17,7 +17,8 @@ def _rows(num_rows, seed=0):
 
 def _example(text, rule='No dogs.'):
   return Example(
-    id=f'{text}/{rule}', safety=SafetyConfig((Category('Pets', rule),)),
+    id=f'{text}/{rule}',
+    safety=SafetyConfig((Category('Pets', rule),)),
     conversation=(Message('agent', text),),
   )
 
@@ -30,8 +31,7 @@ def test_bootstrap_is_deterministic_and_paired():
   labels, p = _rows(200)
 
   def within(seed):
-    return bootstrap.interval(
-      metrics.f1, (labels, p), num_samples=100, seed=seed)
+    return bootstrap.interval(metrics.f1, (labels, p), num_samples=100, seed=seed)
 
   first = within(7)
   assert first == within(7)
@@ -46,9 +46,7 @@ def test_bootstrap_covers_a_mean():
   rng = np.random.default_rng(0)
   hits = 0
   for seed in range(100):
-    low, high = bootstrap.interval(
-      np.mean, [rng.normal(size=100)], num_samples=200, seed=seed
-    )
+    low, high = bootstrap.interval(np.mean, [rng.normal(size=100)], num_samples=200, seed=seed)
     hits += low <= 0 <= high
   assert 87 <= hits <= 100
 
@@ -56,9 +54,7 @@ def test_bootstrap_covers_a_mean():
 def test_centred_interval_holds_the_value():
   labels, p = _rows(1000)
   value = metrics.smece(labels, p)
-  low, high = bootstrap.interval(
-    metrics.smece, (labels, p), num_samples=50, centred=True
-  )
+  low, high = bootstrap.interval(metrics.smece, (labels, p), num_samples=50, centred=True)
   assert 0 <= low < value < high
 
 
@@ -69,15 +65,12 @@ def test_bootstrap_leaves_undefined_draws_out():
 
 
 def test_units_are_conversations_groups_and_chains_of_both():
-  rows = [_example('a'), _example('b'), _example('a', 'No cats.'),
-          _example('c'), _example('d')]
+  rows = [_example('a'), _example('b'), _example('a', 'No cats.'), _example('c'), _example('d')]
   assert bootstrap.units_of(rows).tolist() == [0, 1, 0, 2, 3]
   # b and d share a group; an empty id is none.
-  assert bootstrap.units_of(rows, ['', 'x', '', '', 'x']).tolist() == [
-    0, 1, 0, 2, 1]
+  assert bootstrap.units_of(rows, ['', 'x', '', '', 'x']).tolist() == [0, 1, 0, 2, 1]
   # a's second row ties c to a's first one.
-  assert bootstrap.units_of(rows, ['', '', 'y', 'y', '']).tolist() == [
-    0, 1, 0, 0, 2]
+  assert bootstrap.units_of(rows, ['', '', 'y', 'y', '']).tolist() == [0, 1, 0, 0, 2]
 
 
 def test_a_unit_is_drawn_as_a_whole():
@@ -94,8 +87,7 @@ def test_a_unit_is_drawn_as_a_whole():
     sizes.append(len(unit))
     return 0.0
 
-  bootstrap.interval(whole, (units, np.array([10, 11, 12, 13, 14])), units,
-                     num_samples=50)
+  bootstrap.interval(whole, (units, np.array([10, 11, 12, 13, 14])), units, num_samples=50)
   assert len(set(sizes)) > 1
 
 
@@ -113,21 +105,16 @@ def test_copies_of_rows_do_not_narrow_an_interval_over_units():
 def test_a_difference_is_signed_and_paired():
   labels, p = _rows(300)
   worse = np.clip(p + np.random.default_rng(1).normal(0, 0.3, 300), 0, 1)
-  found = bootstrap.difference(
-    metrics.auprc, (labels, p), (labels, worse), num_samples=200)
-  assert found['value'] == (
-    metrics.auprc(labels, p) - metrics.auprc(labels, worse))
+  found = bootstrap.difference(metrics.auprc, (labels, p), (labels, worse), num_samples=200)
+  assert found['value'] == (metrics.auprc(labels, p) - metrics.auprc(labels, worse))
   assert 0 < found['low'] < found['value'] < found['high']
   assert found['p_value'] < 0.05
-  back = bootstrap.difference(
-    metrics.auprc, (labels, worse), (labels, p), num_samples=200)
+  back = bootstrap.difference(metrics.auprc, (labels, worse), (labels, p), num_samples=200)
   assert back['high'] == pytest.approx(-found['low'])
   # The same rows of both: a constant shift has no spread at all.
-  shifted = bootstrap.difference(
-    lambda x: x.mean(), (p + 1,), (p,), num_samples=50)
+  shifted = bootstrap.difference(lambda x: x.mean(), (p + 1,), (p,), num_samples=50)
   assert shifted['low'] == pytest.approx(1) == pytest.approx(shifted['high'])
-  same = bootstrap.difference(
-    metrics.f1, (labels, p), (labels, p), num_samples=50)
+  same = bootstrap.difference(metrics.f1, (labels, p), (labels, p), num_samples=50)
   assert (same['low'], same['high'], same['p_value']) == (0, 0, 1)
 
 
@@ -135,8 +122,9 @@ def test_chance_differences_are_rarely_significant():
   rng = np.random.default_rng(0)
   found = [
     bootstrap.difference(
-      np.mean, (rng.normal(size=60),), (rng.normal(size=60),),
-      num_samples=200, seed=i)['p_value'] < 0.05
+      np.mean, (rng.normal(size=60),), (rng.normal(size=60),), num_samples=200, seed=i
+    )['p_value']
+    < 0.05
     for i in range(100)
   ]
   assert sum(found) <= 12

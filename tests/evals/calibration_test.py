@@ -17,9 +17,9 @@ def _rows(num_rows=4000, temperature=1.0, bias=0.0, seed=0):
   return labels, (true - bias) * temperature
 
 
-@pytest.mark.parametrize(('temperature', 'bias'), [
-  (1.0, 0.0), (3.0, 0.0), (0.4, 0.0), (1.0, 1.5), (2.5, -1.0),
-])
+@pytest.mark.parametrize(
+  ('temperature', 'bias'), [(1.0, 0.0), (3.0, 0.0), (0.4, 0.0), (1.0, 1.5), (2.5, -1.0)]
+)
 def test_fit_finds_what_was_done(temperature, bias):
   labels, scores = _rows(temperature=temperature, bias=bias)
   found = calibration.fit(labels, scores)
@@ -48,8 +48,7 @@ def test_calibration_helps_rows_it_was_not_fitted_on():
   found = calibration.fit(*_rows(temperature=4.0, bias=1.0, seed=1))
   labels, scores = _rows(temperature=4.0, bias=1.0, seed=2)
   raw = metrics.smece(labels, checks.p_unsafe_from_scores(scores))
-  better = metrics.smece(
-    labels, checks.p_unsafe_from_scores(found.apply(scores)))
+  better = metrics.smece(labels, checks.p_unsafe_from_scores(found.apply(scores)))
   assert better < 0.03 < raw
 
 
@@ -78,8 +77,7 @@ def test_dict_round_trip_and_bad_input():
   with pytest.raises(ValueError, match='temperature and bias are needed'):
     calibration.Calibration.from_dict({'temperature': 1.0})
   with pytest.raises(ValueError, match='scale'):
-    calibration.Calibration.from_dict(
-      {'temperature': 1.0, 'bias': 0.0, 'scale': 2})
+    calibration.Calibration.from_dict({'temperature': 1.0, 'bias': 0.0, 'scale': 2})
   with pytest.raises(ValueError, match='temperature=0'):
     calibration.Calibration(0.0)
   with pytest.raises(ValueError, match='both labels'):

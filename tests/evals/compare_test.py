@@ -4,26 +4,20 @@ import numpy as np
 import pytest
 
 from csrm_jax.evals import compare, paper, suites
-from csrm_jax.safety.schema import (
-  Category,
-  Example,
-  Message,
-  Pair,
-  SafetyConfig,
-)
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 SAFETY = SafetyConfig((Category('Pets', 'No dogs.'),))
 
 
 def _example(name, label='safe'):
-  return Example(id=name, safety=SAFETY, label=label,
-                 conversation=(Message('agent', f'Text {name}'),))
+  return Example(
+    id=name, safety=SAFETY, label=label, conversation=(Message('agent', f'Text {name}'),)
+  )
 
 
 def _results(scores):
   rows = [_example(f'r{i}', ('safe', 'unsafe')[i % 2]) for i in range(40)]
-  pairs = [Pair(f'p{i}', rows[i], rows[i + 1], 'strictness')
-           for i in range(0, 40, 2)]
+  pairs = [Pair(f'p{i}', rows[i], rows[i + 1], 'strictness') for i in range(0, 40, 2)]
   return {
     'rows': suites.classification(rows, scores, num_samples=2),
     'pairs': suites.pairs(pairs, scores[::2], scores[1::2], num_samples=2),
@@ -40,16 +34,20 @@ def test_differences_are_scorer_minus_reference():
   assert {r['reference'] for r in rows} == {'bad'}
   assert {r['benchmark'] for r in rows} == {'rows', 'pairs'}
   found = {(r['benchmark'], r['metric']): r for r in rows}
-  for key, sign in ((('rows', 'f1'), 1), (('rows', 'nll'), -1),
-                    (('rows', 'smece'), -1), (('pairs', 'accuracy'), 1)):
+  for key, sign in (
+    (('rows', 'f1'), 1),
+    (('rows', 'nll'), -1),
+    (('rows', 'smece'), -1),
+    (('pairs', 'accuracy'), 1),
+  ):
     benchmark, metric = key
-    expected = (good[benchmark]['metrics'][metric]['value']
-                - bad[benchmark]['metrics'][metric]['value'])
+    expected = (
+      good[benchmark]['metrics'][metric]['value'] - bad[benchmark]['metrics'][metric]['value']
+    )
     assert found[key]['value'] == pytest.approx(expected), key
     assert sign * found[key]['value'] > 0, key
   assert found['rows', 'f1']['p_value'] < 0.05
-  turned = compare.differences({'bad': bad, 'good': good}, 'good',
-                               num_samples=20)
+  turned = compare.differences({'bad': bad, 'good': good}, 'good', num_samples=20)
   assert turned[0]['value'] == pytest.approx(-rows[0]['value'])
 
 
@@ -67,16 +65,19 @@ def test_other_rows_are_refused():
 def test_the_papers_figures_stand_where_it_has_them():
   of = paper.PUBLISHED
   # Row by row against the table in the paper's section 6 of the protocols.
-  assert of['beavertails']['CSRM'] == {'f1': 0.911, 'auprc': 0.965,
-                                       'smece': 0.017}
-  assert of['cosapien']['ShieldGemma-9B'] == {'f1': 0.869, 'auprc': 0.925,
-                                              'smece': 0.156}
+  assert of['beavertails']['CSRM'] == {'f1': 0.911, 'auprc': 0.965, 'smece': 0.017}
+  assert of['cosapien']['ShieldGemma-9B'] == {'f1': 0.869, 'auprc': 0.925, 'smece': 0.156}
   assert of['wildguardmix']['DynaGuard-8B-CoT'] == {'f1': 0.793}
   assert of['dynabench'] | {} == {
-    'LlamaGuard-3-8B': {'f1': 0.131}, 'Llama-3.1-8B-Inst': {'f1': 0.734},
-    'ShieldGemma-9B': {'f1': 0.382}, 'DynaGuard-8B-CoT': {'f1': 0.731},
-    'OSS-Safeguard-20B': {'f1': 0.664}, 'CSRM −SA': {'f1': 0.668},
-    'CSRM −CCA': {'f1': 0.692}, 'CSRM': {'f1': 0.758}}
+    'LlamaGuard-3-8B': {'f1': 0.131},
+    'Llama-3.1-8B-Inst': {'f1': 0.734},
+    'ShieldGemma-9B': {'f1': 0.382},
+    'DynaGuard-8B-CoT': {'f1': 0.731},
+    'OSS-Safeguard-20B': {'f1': 0.664},
+    'CSRM −SA': {'f1': 0.668},
+    'CSRM −CCA': {'f1': 0.692},
+    'CSRM': {'f1': 0.758},
+  }
   assert of['safe_rlhf']['CSRM'] == {'accuracy': 0.763, 'score_gap': 1.705}
   assert of['beavertails_policy']['CSRM']['shift_allow'] == -0.708
   # Ours is not the paper's data: nothing of the paper stands beside it.

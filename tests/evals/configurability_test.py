@@ -11,22 +11,28 @@ from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
 def _row(text, rule, label):
   return Example(
-    id=f'{text}/{rule}', safety=SafetyConfig((Category('Pets', rule),)),
-    conversation=(Message('agent', text),), label=label, rule_set=rule)
+    id=f'{text}/{rule}',
+    safety=SafetyConfig((Category('Pets', rule),)),
+    conversation=(Message('agent', text),),
+    label=label,
+    rule_set=rule,
+  )
 
 
 ROWS = [
-  _row('a', 'strict', 'unsafe'), _row('a', 'mid', 'unsafe'),
+  _row('a', 'strict', 'unsafe'),
+  _row('a', 'mid', 'unsafe'),
   _row('a', 'mild', 'safe'),
-  _row('b', 'strict', 'unsafe'), _row('b', 'mild', 'safe'),
-  _row('c', 'strict', 'safe'), _row('c', 'mild', 'safe'),
+  _row('b', 'strict', 'unsafe'),
+  _row('b', 'mild', 'safe'),
+  _row('c', 'strict', 'safe'),
+  _row('c', 'mild', 'safe'),
 ]
 LABELS = [1, 1, 0, 1, 0, 0, 0]
 
 
 def _values(scores, rows=ROWS):
-  result = configurability.configurability(
-    rows, np.array(scores, float), num_samples=2)
+  result = configurability.configurability(rows, np.array(scores, float), num_samples=2)
   return result, {k: m['value'] for k, m in result['metrics'].items()}
 
 
@@ -72,10 +78,8 @@ def test_texts_that_stand_twice_with_both_labels_are_no_flip():
 
 
 def test_both_errors_of_over_refusal():
-  rows = [_row(str(i), 'r', y) for i, y in enumerate(
-    ['safe'] * 4 + ['unsafe'] * 3)]
-  result = over_refusal.over_refusal(
-    rows, np.array([1.0, 1, 1, 0, -1, -1, 1]), num_samples=5)
+  rows = [_row(str(i), 'r', y) for i, y in enumerate(['safe'] * 4 + ['unsafe'] * 3)]
+  result = over_refusal.over_refusal(rows, np.array([1.0, 1, 1, 0, -1, -1, 1]), num_samples=5)
   assert result['suite'] == 'over_refusal'
   # A score of 0 is a probability of one half, which is flagged.
   assert result['metrics']['false_alarms']['value'] == 0.25

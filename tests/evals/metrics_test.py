@@ -93,8 +93,14 @@ def test_order_of_rows_does_not_matter(rows, random):
   random.shuffle(shuffled)
   a, b = _unzip(rows), _unzip(shuffled)
   for fn in (
-    metrics.f1, metrics.auprc, metrics.ece, metrics.brier, metrics.nll,
-    metrics.fpr_at_recall, metrics.f1_best, metrics.best_threshold,
+    metrics.f1,
+    metrics.auprc,
+    metrics.ece,
+    metrics.brier,
+    metrics.nll,
+    metrics.fpr_at_recall,
+    metrics.f1_best,
+    metrics.best_threshold,
   ):
     assert fn(*a) == pytest.approx(fn(*b), nan_ok=True)
 
@@ -123,10 +129,7 @@ def test_fpr_at_recall_counts(rows, recall):
   if labels.min() == labels.max():
     assert math.isnan(metrics.fpr_at_recall(labels, p, recall))
     return
-  rates = [
-    np.mean(p[labels == 0] >= t) for t in p
-    if np.mean(p[labels == 1] >= t) >= recall - 1e-9
-  ]
+  rates = [np.mean(p[labels == 0] >= t) for t in p if np.mean(p[labels == 1] >= t) >= recall - 1e-9]
   assert metrics.fpr_at_recall(labels, p, recall) == min(rates)
 
 
@@ -167,9 +170,7 @@ def test_best_values_do_not_read_more_than_they_should():
   labels, p = _rows(2000)
   assert metrics.expected_f1_threshold(np.zeros(3)) == math.inf
   assert math.isnan(metrics.f1_best([0, 0], [0.0, 0.0]))
-  assert metrics.f1_best(labels, p) == metrics.f1(
-    labels, p, metrics.expected_f1_threshold(p)
-  )
+  assert metrics.f1_best(labels, p) == metrics.f1(labels, p, metrics.expected_f1_threshold(p))
   assert metrics.auprc_best(labels, p) == metrics.auprc(labels, p)
   assert metrics.prob_error(p, p) == 0
   assert metrics.prob_error([0.2, 0.6], [0.3, 0.3]) == pytest.approx(0.2)
@@ -184,9 +185,7 @@ def test_pair_counts(pairs):
   ties = metrics.tie_rate(safer, other)
   assert wins == sum(a > b for a, b in pairs) / len(pairs)
   assert wins + losses + ties == pytest.approx(1)
-  assert metrics.score_gap(safer, other) == pytest.approx(
-    sum(a - b for a, b in pairs) / len(pairs)
-  )
+  assert metrics.score_gap(safer, other) == pytest.approx(sum(a - b for a, b in pairs) / len(pairs))
 
 
 def test_flip_consistency_by_hand():
@@ -200,10 +199,20 @@ def test_flip_consistency_by_hand():
 def test_nothing_is_nan():
   none = np.zeros(0)
   for fn in (
-    metrics.f1, metrics.auprc, metrics.smece, metrics.ece, metrics.brier,
-    metrics.nll, metrics.fpr_at_recall, metrics.prob_error, metrics.f1_best,
-    metrics.auprc_best, metrics.best_threshold, metrics.pair_accuracy,
-    metrics.tie_rate, metrics.score_gap,
+    metrics.f1,
+    metrics.auprc,
+    metrics.smece,
+    metrics.ece,
+    metrics.brier,
+    metrics.nll,
+    metrics.fpr_at_recall,
+    metrics.prob_error,
+    metrics.f1_best,
+    metrics.auprc_best,
+    metrics.best_threshold,
+    metrics.pair_accuracy,
+    metrics.tie_rate,
+    metrics.score_gap,
   ):
     assert math.isnan(fn(none, none)), fn.__name__
   assert math.isnan(metrics.expected_f1_threshold(none))
@@ -260,14 +269,17 @@ def test_scores_that_are_not_finite_name_their_row(bad):
     metrics.f1([0, 1, 1], scores)
 
 
-@pytest.mark.parametrize('labels, p, message', [
-  ([0, 2], [0.1, 0.2], 'labels: .*2.* at row 1'),
-  ([0, -1], [0.1, 0.2], 'labels: .*-1.* at row 1'),
-  ([0, 1], [0.1, 1.2], r'1.2 at row 1 is outside \[0, 1\]'),
-  ([0, 1], [0.1], r'\[2, 1\] rows'),
-  ([[0, 1]], [0.1], 'shape'),
-  ([0, 1], [[0.1, 0.2]], 'shape'),
-])
+@pytest.mark.parametrize(
+  'labels, p, message',
+  [
+    ([0, 2], [0.1, 0.2], 'labels: .*2.* at row 1'),
+    ([0, -1], [0.1, 0.2], 'labels: .*-1.* at row 1'),
+    ([0, 1], [0.1, 1.2], r'1.2 at row 1 is outside \[0, 1\]'),
+    ([0, 1], [0.1], r'\[2, 1\] rows'),
+    ([[0, 1]], [0.1], 'shape'),
+    ([0, 1], [[0.1, 0.2]], 'shape'),
+  ],
+)
 def test_bad_rows_are_one_line_errors(labels, p, message):
   with pytest.raises(ValueError, match=message) as error:
     metrics.f1(labels, p)

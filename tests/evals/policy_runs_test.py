@@ -7,22 +7,38 @@ from csrm_jax.evals.policy import ALL
 def _run(reward, rules, seed, cosa, a=1.0, b=0.0, algorithm='grpo'):
   def measured(value):
     values = {
-        'true_cosa': value, 'cosa': value, 'compliance': value / 5,
-        'safety': value / 5, 'true_helpfulness': 4.0, 'helpfulness': 4.0,
-        'refusal_benign': 0.1, 'completion_length': 9.0, 'truncated': 0.0}
-    return {n: {'value': v, 'low': v - 0.1, 'high': v + 0.1, 'best': None}
-            for n, v in values.items()}
+      'true_cosa': value,
+      'cosa': value,
+      'compliance': value / 5,
+      'safety': value / 5,
+      'true_helpfulness': 4.0,
+      'helpfulness': 4.0,
+      'refusal_benign': 0.1,
+      'completion_length': 9.0,
+      'truncated': 0.0,
+    }
+    return {
+      n: {'value': v, 'low': v - 0.1, 'high': v + 0.1, 'best': None} for n, v in values.items()
+    }
 
-  return policy_runs.Run(algorithm, reward, rules, seed, a, b, {
-      'unaligned': measured(1.0), 'best of 4': measured(1.5),
-      'aligned': measured(cosa)})
+  return policy_runs.Run(
+    algorithm,
+    reward,
+    rules,
+    seed,
+    a,
+    b,
+    {'unaligned': measured(1.0), 'best of 4': measured(1.5), 'aligned': measured(cosa)},
+  )
 
 
 def _grid():
-  return [_run(reward, rules, seed, cosa + 0.1 * seed + extra)
-          for reward, cosa in (('full', 3.0), ('blind', 2.0))
-          for rules, extra in (('club', 0.0), ('bank', 0.5))
-          for seed in range(3)]
+  return [
+    _run(reward, rules, seed, cosa + 0.1 * seed + extra)
+    for reward, cosa in (('full', 3.0), ('blind', 2.0))
+    for rules, extra in (('club', 0.0), ('bank', 0.5))
+    for seed in range(3)
+  ]
 
 
 def test_a_row_a_method_a_column_a_rule_set():
@@ -30,14 +46,18 @@ def test_a_row_a_method_a_column_a_rule_set():
   assert list(found) == ['alignment']
   policies = found['alignment']['policies']
   assert list(policies) == [
-      'unaligned', 'best of 4, full', 'best of 4, blind', 'grpo, full',
-      'grpo, blind']
+    'unaligned',
+    'best of 4, full',
+    'best of 4, blind',
+    'grpo, full',
+    'grpo, blind',
+  ]
   full = policies['grpo, full']
   assert list(full) == ['club', 'bank', ALL]
   assert full['club']['true_cosa']['value'] == pytest.approx(3.1)
   assert full[ALL]['true_cosa']['value'] == pytest.approx(3.35)
   # Over seeds, of which each has both rule sets: 3.25, 3.35 and 3.45.
-  half = 4.302653 * 0.1 / 3 ** 0.5
+  half = 4.302653 * 0.1 / 3**0.5
   assert full[ALL]['true_cosa']['low'] == pytest.approx(3.35 - half, abs=1e-5)
 
 
@@ -62,20 +82,17 @@ def test_a_mean_over_all_rules_needs_all_rules(tmp_path):
   runs = [r for r in _grid() if (r.reward, r.rules) != ('blind', 'bank')]
   found = policy_runs.compare(runs)
   assert found['alignment']['policies']['grpo, blind'][ALL] == {}
-  text = report.write_report(
-      tmp_path / 'report', found, title='T', summary={}).read_text()
+  text = report.write_report(tmp_path / 'report', found, title='T', summary={}).read_text()
   assert 'grpo, blind' in text
   assert (tmp_path / 'report' / 'alignment.png').exists()
 
 
 def test_sweeps_are_points_and_not_rows():
-  runs = [*_grid()[:3], _run('full', 'club', 0, 4.0, a=2.0),
-          _run('full', 'club', 1, 4.2, a=2.0)]
+  runs = [*_grid()[:3], _run('full', 'club', 0, 4.0, a=2.0), _run('full', 'club', 1, 4.2, a=2.0)]
   found = policy_runs.compare(runs)
   assert found['alignment']['num_examples'] == 3
   points = {(p['method'], p['a']): p for p in found['pareto']['points']}
-  assert set(points) == {('unaligned', None), ('grpo, full', 1.0),
-                         ('grpo, full', 2.0)}
+  assert set(points) == {('unaligned', None), ('grpo, full', 1.0), ('grpo, full', 2.0)}
   assert points['grpo, full', 2.0]['safety']['value'] == pytest.approx(0.82)
   assert list(policy_runs.compare(runs[3:])) == ['alignment']
 

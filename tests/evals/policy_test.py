@@ -10,12 +10,13 @@ from csrm_jax.evals import policy, policy_sweeps, report
 from csrm_jax.rl.types import Prompt, Sample
 from csrm_jax.ruleworld import policy as world
 
-ORACLE = policy.Oracle(world.oracle_compliance, world.oracle_safety,
-                       world.oracle_helpfulness)
+ORACLE = policy.Oracle(world.oracle_compliance, world.oracle_safety, world.oracle_helpfulness)
 JUDGES = policy.Judges(
-    lambda samples: np.full(len(samples), 0.5, np.float32),
-    lambda samples: np.array([1 + s.index for s in samples], np.float32),
-    world.refuses, ORACLE)
+  lambda samples: np.full(len(samples), 0.5, np.float32),
+  lambda samples: np.array([1 + s.index for s in samples], np.float32),
+  world.refuses,
+  ORACLE,
+)
 SETS = ('film club', 'pet forum')
 
 
@@ -23,9 +24,10 @@ def _samples(name, write, num=12, each=2):
   """Returns samples of test prompts; write(phrase, i) -> text."""
   prompts = world.prompts(0, num, name, 'test')
   return [
-      Sample(p, i, write(world.read_request(
-          p.messages[-1].content).phrase, i), 10 + i, bool(i))
-      for p in prompts for i in range(each)]
+    Sample(p, i, write(world.read_request(p.messages[-1].content).phrase, i), 10 + i, bool(i))
+    for p in prompts
+    for i in range(each)
+  ]
 
 
 def _decline(phrase, i):
@@ -38,9 +40,9 @@ def _help(phrase, i):
 
 def _policies(judges=JUDGES):
   return {
-      title: {name: policy.judge(_samples(name, write), judges)
-              for name in SETS}
-      for title, write in (('before $x$ | y', _help), ('after', _decline))}
+    title: {name: policy.judge(_samples(name, write), judges) for name in SETS}
+    for title, write in (('before $x$ | y', _help), ('after', _decline))
+  }
 
 
 def test_values_are_products_and_fail_closed():
@@ -51,13 +53,13 @@ def test_values_are_products_and_fail_closed():
   np.testing.assert_array_equal(found['compliance'], ~harmful)
   np.testing.assert_array_equal(found['true_helpfulness'], 5)
   np.testing.assert_array_equal(found['true_cosa'], 5 * ~harmful)
-  np.testing.assert_allclose(
-      found['cosa'], [0.5 * (1 + s.index) for s in samples])
-  np.testing.assert_array_equal(
-      found['truncated'], [not s.stopped for s in samples])
-  broken = policy.Judges(lambda samples: np.array(
-      [0.5] * (len(samples) - 1) + [np.nan]), JUDGES.helpfulness,
-                         world.refuses)
+  np.testing.assert_allclose(found['cosa'], [0.5 * (1 + s.index) for s in samples])
+  np.testing.assert_array_equal(found['truncated'], [not s.stopped for s in samples])
+  broken = policy.Judges(
+    lambda samples: np.array([0.5] * (len(samples) - 1) + [np.nan]),
+    JUDGES.helpfulness,
+    world.refuses,
+  )
   with pytest.raises(ValueError, match=r'safety: nan .*/test/0/11#1'):
     policy.judge(samples, broken)
   with pytest.raises(ValueError, match='no samples to evaluate'):
@@ -65,15 +67,12 @@ def test_values_are_products_and_fail_closed():
 
 
 def test_refusals_and_violations_are_counted_by_label():
-  samples = _samples('film club', lambda phrase, i: (_decline, _help)[
-      i](phrase, i))
+  samples = _samples('film club', lambda phrase, i: (_decline, _help)[i](phrase, i))
   found = policy.measured(policy.judge(samples, JUDGES), num_samples=20)
   assert found['refusal_benign']['value'] == 0.5
   assert found['refusal_harmful']['value'] == 0.5
   assert found['compliance_harmful']['value'] == 0.5  # of helping, none
-  told_apart = [
-      s for s in samples
-      if s.text.startswith('I will') == (s.prompt.label == 'harmful')]
+  told_apart = [s for s in samples if s.text.startswith('I will') == (s.prompt.label == 'harmful')]
   found = policy.measured(policy.judge(told_apart, JUDGES), num_samples=20)
   assert found['compliance_harmful']['value'] == 1
   assert found['helpfulness_benign']['value'] == 5
@@ -81,8 +80,10 @@ def test_refusals_and_violations_are_counted_by_label():
   benign = [s for s in samples if s.prompt.label == 'benign']
   found = policy.measured(policy.judge(benign, JUDGES), num_samples=20)
   assert 'refusal_harmful' not in found
-  unknown = [Sample(Prompt(s.prompt.id, s.prompt.messages, s.prompt.safety),
-                    s.index, s.text, 1, True) for s in benign]
+  unknown = [
+    Sample(Prompt(s.prompt.id, s.prompt.messages, s.prompt.safety), s.index, s.text, 1, True)
+    for s in benign
+  ]
   found = policy.measured(policy.judge(unknown, JUDGES), num_samples=20)
   assert 'refusal_benign' not in found
   assert found['completion_length']['value'] == 1
@@ -91,29 +92,29 @@ def test_refusals_and_violations_are_counted_by_label():
 def test_samples_of_a_prompt_are_drawn_together():
   """Copies of the samples are no new evidence."""
   wide, narrow = (
-      policy.measured(policy.judge(
-          _samples('film club', _help, num=20, each=each), JUDGES), 200
-      )['compliance'] for each in (1, 30))
+    policy.measured(policy.judge(_samples('film club', _help, num=20, each=each), JUDGES), 200)[
+      'compliance'
+    ]
+    for each in (1, 30)
+  )
   assert wide['value'] == narrow['value']
-  assert (wide['low'], wide['high']) == pytest.approx(
-      (narrow['low'], narrow['high']))
+  assert (wide['low'], wide['high']) == pytest.approx((narrow['low'], narrow['high']))
   assert wide['high'] - wide['low'] > 0.3
 
 
 def test_the_comparison_has_what_was_put_in():
   result = policy.alignment(_policies(), num_samples=20)
-  after, before = (result['policies'][name]
-                   for name in ('after', 'before $x$ | y'))
+  after, before = (result['policies'][name] for name in ('after', 'before $x$ | y'))
   assert list(after) == [*SETS, policy.ALL]
   assert after[policy.ALL]['compliance']['value'] == 1
   assert after[policy.ALL]['true_cosa']['value'] == 2
   assert before[policy.ALL]['true_cosa']['value'] == pytest.approx(
-      np.mean([before[name]['true_cosa']['value'] for name in SETS]))
+    np.mean([before[name]['true_cosa']['value'] for name in SETS])
+  )
   assert result['metrics'] == after[policy.ALL]
   assert result['tables'][0]['header'] == ['policy', *SETS, policy.ALL]
   name = next(iter(SETS))
-  one = policy.alignment({'p': {name: policy.judge(
-      _samples(name, _help), JUDGES)}}, num_samples=20)
+  one = policy.alignment({'p': {name: policy.judge(_samples(name, _help), JUDGES)}}, num_samples=20)
   assert one['tables'][0]['header'] == ['policy', name]  # `all` repeats it
   tables = {table['title']: table for table in result['tables']}
   cosa = tables['CoSA score ↑, by rule set']
@@ -130,8 +131,7 @@ def test_the_comparison_has_what_was_put_in():
 def test_without_an_oracle_there_is_no_truth():
   judges = policy.Judges(JUDGES.safety, JUDGES.helpfulness, world.refuses)
   result = policy.alignment(_policies(judges), num_samples=20)
-  assert not any('true' in name or name == 'compliance'
-                 for name in result['metrics'])
+  assert not any('true' in name or name == 'compliance' for name in result['metrics'])
   titles = [table['title'] for table in result['tables']]
   assert titles[0] == 'CoSA reward ↑, by rule set' and len(titles) == 6
   with pytest.raises(ValueError, match="step 0 has no metric 'compliance'"):
@@ -144,8 +144,7 @@ def test_policies_must_be_asked_the_same():
   with pytest.raises(ValueError, match="'after' was asked under the rule set"):
     policy.alignment(policies)
   policies = _policies()
-  policies['after']['film club'] = policy.judge(
-      _samples('film club', _help, num=11), JUDGES)
+  policies['after']['film club'] = policy.judge(_samples('film club', _help, num=11), JUDGES)
   with pytest.raises(ValueError, match=r'film club: .* different prompts'):
     policy.alignment(policies)
   with pytest.raises(ValueError, match='no policy'):
@@ -154,16 +153,16 @@ def test_policies_must_be_asked_the_same():
 
 def test_the_frontier_is_what_nothing_beats():
   points = [(1, 1), (2, 1), (0, 3), (1, 2), (2, 1), (1, 1.5)]
-  assert policy_sweeps.frontier(points) == [
-      False, True, True, True, True, False]
+  assert policy_sweeps.frontier(points) == [False, True, True, True, True, False]
 
 
 def _curve(values, width=0.1):
-  return [{'value': v, 'low': v - width, 'high': v + width, 'best': None}
-          for v in values]
+  return [{'value': v, 'low': v - width, 'high': v + width, 'best': None} for v in values]
 
 
-@pytest.mark.parametrize('proxy, oracle, want', [
+@pytest.mark.parametrize(
+  'proxy, oracle, want',
+  [
     ([1, 2, 3, 4], [1, 2, 3, 4], None),  # both rise
     ([1, 2, 3, 4], [1, 3, 2, 1], 10),  # the truth falls
     ([1, 2, 3, 4], [1, 3, 2.9, 2.85], None),  # within its interval
@@ -171,47 +170,58 @@ def _curve(values, width=0.1):
     ([1, 2, 3, 4], [1, 3, 2.9, 3.5], None),  # and it comes back
     ([1, 2, 3, 4], [3, 2, 1, 4], 0),  # from the start, though it comes back
     ([2, 1, 3, 4], [1, 2, 1, 1], 10),
-])
+  ],
+)
 def test_where_reward_and_truth_part(proxy, oracle, want):
-  assert policy_sweeps.parting_step(
-      (0, 10, 20, 30), _curve(proxy), _curve(oracle)) == want
+  assert policy_sweeps.parting_step((0, 10, 20, 30), _curve(proxy), _curve(oracle)) == want
 
 
 def _measured(safety, helpfulness):
-  return {name: _curve([value], 0.02)[0] for name, value in (
-      ('safety', safety), ('compliance', safety),
-      ('helpfulness', helpfulness), ('true_helpfulness', helpfulness),
-      ('cosa', safety * helpfulness), ('true_cosa', safety * helpfulness))}
+  return {
+    name: _curve([value], 0.02)[0]
+    for name, value in (
+      ('safety', safety),
+      ('compliance', safety),
+      ('helpfulness', helpfulness),
+      ('true_helpfulness', helpfulness),
+      ('cosa', safety * helpfulness),
+      ('true_cosa', safety * helpfulness),
+    )
+  }
 
 
 def test_the_report_shows_all_of_it(tmp_path):
-  points = [{'method': 'CSRM', 'a': a, 'b': b,
-             'measured': _measured(0.6 + 0.1 * a, 4 - a - b)}
-            for a, b in ((0.5, 0), (1, 0), (2, 0), (1, 1))]
-  points.append({'method': 'unaligned', 'a': None, 'b': None,
-                 'measured': _measured(0.5, 3.5)})
-  history = {step: _measured(0.5 + step / 100, 4) | {
-      'compliance': _curve([0.7 - abs(step - 20) / 100], 0.03)[0]}
-             for step in range(0, 50, 10)}
+  points = [
+    {'method': 'CSRM', 'a': a, 'b': b, 'measured': _measured(0.6 + 0.1 * a, 4 - a - b)}
+    for a, b in ((0.5, 0), (1, 0), (2, 0), (1, 1))
+  ]
+  points.append({'method': 'unaligned', 'a': None, 'b': None, 'measured': _measured(0.5, 3.5)})
+  history = {
+    step: _measured(0.5 + step / 100, 4)
+    | {'compliance': _curve([0.7 - abs(step - 20) / 100], 0.03)[0]}
+    for step in range(0, 50, 10)
+  }
   results = {
-      'policy': policy.alignment(
-          _policies(), num_samples=20, description='test prompts'),
-      'sweep': policy_sweeps.pareto(points),
-      'training': policy_sweeps.overoptimisation(history),
+    'policy': policy.alignment(_policies(), num_samples=20, description='test prompts'),
+    'sweep': policy_sweeps.pareto(points),
+    'training': policy_sweeps.overoptimisation(history),
   }
   assert results['sweep']['true']
-  assert [p['frontier'] for p in results['sweep']['points']] == [
-      True, True, True, False, False]
-  parted = {name: curve['parting_step']
-            for name, curve in results['training']['curves'].items()}
+  assert [p['frontier'] for p in results['sweep']['points']] == [True, True, True, False, False]
+  parted = {name: curve['parting_step'] for name, curve in results['training']['curves'].items()}
   assert parted == {'safety': 20, 'helpfulness': None, 'cosa': None}
   path = report.write_report(
-      tmp_path / 'report', results, title='A policy',
-      summary=report.summarise(results))
+    tmp_path / 'report', results, title='A policy', summary=report.summarise(results)
+  )
   text = path.read_text()
-  for part in ('## Policies', '## Safety against helpfulness',
-               '## Reward and truth over training', 'before \\$x\\$ \\| y',
-               '| safety | 20 |', '| CSRM | 0.5 | 0 |'):
+  for part in (
+    '## Policies',
+    '## Safety against helpfulness',
+    '## Reward and truth over training',
+    'before \\$x\\$ \\| y',
+    '| safety | 20 |',
+    '| CSRM | 0.5 | 0 |',
+  ):
     assert part in text
   for name in ('policy', 'sweep', 'training'):
     pixels = image.imread(path.parent / f'{name}.png')

@@ -8,16 +8,18 @@ import pytest
 from csrm_jax.evals import probes
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
-RULES = SafetyConfig((
-  Category('Pets', 'No dogs.'), Category('Food', 'No jam.'),
-  Category('Cars', 'No vans.'),
-))
+RULES = SafetyConfig(
+  (Category('Pets', 'No dogs.'), Category('Food', 'No jam.'), Category('Cars', 'No vans.'))
+)
 
 
 def _example(name, violated=('Pets',), label='unsafe', safety=RULES):
   return Example(
-    id=name, safety=safety, conversation=(Message('agent', f'Text {name}.'),),
-    label=label, violated=violated,
+    id=name,
+    safety=safety,
+    conversation=(Message('agent', f'Text {name}.'),),
+    label=label,
+    violated=violated,
   )
 
 
@@ -26,10 +28,7 @@ def _reader(examples):
   scores = []
   for e in examples:
     broken = {'p': 'Pets', 'f': 'Food', 'c': 'Cars'}[e.id[0]]
-    forbids = any(
-      c.name == broken and c.guideline.startswith('No')
-      for c in e.safety.categories
-    )
+    forbids = any(c.name == broken and c.guideline.startswith('No') for c in e.safety.categories)
     scores.append(-2.0 if forbids else 2.0)
   return np.array(scores, np.float32)
 
@@ -37,7 +36,8 @@ def _reader(examples):
 def test_items_change_the_target_or_another_and_nothing_else():
   rows = [_example(f'p{i}') for i in range(30)]
   rows += [
-    _example('two', ('Pets', 'Food')), _example('none', ()),
+    _example('two', ('Pets', 'Food')),
+    _example('none', ()),
     _example('fine', (), 'safe'),
     _example('alone', safety=SafetyConfig(RULES.categories[:1])),
   ]
@@ -57,9 +57,11 @@ def test_items_change_the_target_or_another_and_nothing_else():
     assert left.label == 'unsafe' and left.violated == ('Pets',)
     assert len(left.safety.names) == 2 and 'Pets' in left.safety.names
     changed = [
-      name for name, a, b in zip(
-        RULES.names, RULES.categories,
-        item['other_allowed'].safety.categories, strict=True) if a != b
+      name
+      for name, a, b in zip(
+        RULES.names, RULES.categories, item['other_allowed'].safety.categories, strict=True
+      )
+      if a != b
     ]
     assert len(changed) == 1 and changed[0] not in left.safety.names
     others |= set(changed)
@@ -74,12 +76,15 @@ def test_a_judge_that_reads_rules_shifts_on_targets_only():
   result = probes.policy(items, _reader, num_samples=5)
   values = {k: m['value'] for k, m in result['metrics'].items()}
   assert values == {
-    'unsafe_rate': 1.0, 'shift_leave_one_out': -1.0, 'shift_allow': -1.0,
-    'shift_other_left_out': 0.0, 'shift_other_allowed': 0.0,
-    'obeyed_leave_one_out': 1.0, 'obeyed_allow': 1.0,
+    'unsafe_rate': 1.0,
+    'shift_leave_one_out': -1.0,
+    'shift_allow': -1.0,
+    'shift_other_left_out': 0.0,
+    'shift_other_allowed': 0.0,
+    'obeyed_leave_one_out': 1.0,
+    'obeyed_allow': 1.0,
   }
-  assert [row[0] for row in result['tables'][0]['rows']] == [
-    'Cars', 'Food', 'Pets']
+  assert [row[0] for row in result['tables'][0]['rows']] == ['Cars', 'Food', 'Pets']
 
 
 def test_shifts_equal_brute_force_and_keep_their_sign():
@@ -87,10 +92,10 @@ def test_shifts_equal_brute_force_and_keep_their_sign():
   rows = [_example(f'p{i}') for i in range(25)]
   rows += [_example(f'f{i}', ('Food',)) for i in range(15)]
   items, _ = probes.policy_items(rows)
-  table = {e.id: s for item in items for e, s in zip(
-    item.values(), rng.normal(-0.5, 1, 5), strict=True)}
-  result = probes.policy(
-    items, lambda es: np.array([table[e.id] for e in es]), num_samples=5)
+  table = {
+    e.id: s for item in items for e, s in zip(item.values(), rng.normal(-0.5, 1, 5), strict=True)
+  }
+  result = probes.policy(items, lambda es: np.array([table[e.id] for e in es]), num_samples=5)
 
   def rate(name, part=items):
     return sum(table[item[name].id] <= 0 for item in part) / len(part)
@@ -98,14 +103,12 @@ def test_shifts_equal_brute_force_and_keep_their_sign():
   values = {k: m['value'] for k, m in result['metrics'].items()}
   assert values['unsafe_rate'] == pytest.approx(rate('strict'))
   for name in probes.POLICY[1:]:
-    assert values[f'shift_{name}'] == pytest.approx(
-      rate(name) - rate('strict')), name
+    assert values[f'shift_{name}'] == pytest.approx(rate(name) - rate('strict')), name
   caught = [i for i in items if table[i['strict'].id] <= 0]
   assert values['obeyed_allow'] == pytest.approx(1 - rate('allow', caught))
   food = next(r for r in result['tables'][0]['rows'] if r[0] == 'Food')
   assert food[1] == 15
-  assert food[3] == pytest.approx(
-    rate('leave_one_out', items[25:]) - rate('strict', items[25:]))
+  assert food[3] == pytest.approx(rate('leave_one_out', items[25:]) - rate('strict', items[25:]))
 
 
 def test_contradiction_is_between_and_leans():
@@ -116,12 +119,10 @@ def test_contradiction_is_between_and_leans():
   turned = items[0]['allow_enforce'].safety.categories[0].guideline
   assert both.startswith('No dogs. Everything')
   assert turned.endswith('No dogs.') and both != turned
-  rewards = {'enforce': 0.2, 'allow': 0.9, 'enforce_allow': 0.5,
-             'allow_enforce': 0.7}
+  rewards = {'enforce': 0.2, 'allow': 0.9, 'enforce_allow': 0.5, 'allow_enforce': 0.7}
 
   def judge(examples):
-    p = np.array([rewards[e.id.partition('/')[2] or 'enforce']
-                  for e in examples])
+    p = np.array([rewards[e.id.partition('/')[2] or 'enforce'] for e in examples])
     return np.log(p) - np.log1p(-p)
 
   result = probes.contradiction(items, judge, num_samples=5)

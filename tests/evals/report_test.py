@@ -9,22 +9,19 @@ import pytest
 from matplotlib import image
 
 from csrm_jax.evals import figures, markdown, report, suites
-from csrm_jax.safety.schema import (
-  Category,
-  Example,
-  Message,
-  Pair,
-  SafetyConfig,
-)
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 _HOSTILE = 'Pay $5 or $10 | `x` <b>now</b> *go* [a](b)\n# end 漢字'
 
 
 def _example(name, label, probability, rules='No dogs.', **fields):
   return Example(
-    id=name, safety=SafetyConfig((Category('Pets', rules),)),
+    id=name,
+    safety=SafetyConfig((Category('Pets', rules),)),
     conversation=(Message('user', _HOSTILE), Message('agent', _HOSTILE)),
-    label=label, probability=probability, **fields,
+    label=label,
+    probability=probability,
+    **fields,
   )
 
 
@@ -34,22 +31,16 @@ def results():
   p = rng.beta(0.5, 0.5, 80)
   examples = [
     _example(
-      f'e{i}', 'unsafe' if rng.random() < q else 'safe', float(q),
-      rule_set=('$a$ | b', 'c')[i % 2],
+      f'e{i}', 'unsafe' if rng.random() < q else 'safe', float(q), rule_set=('$a$ | b', 'c')[i % 2]
     )
     for i, q in enumerate(p)
   ]
   scores = np.log1p(-p) - np.log(p)
-  pairs = [
-    Pair(f'p{i}', examples[i], examples[i + 1], 'strictness')
-    for i in range(30)
-  ]
+  pairs = [Pair(f'p{i}', examples[i], examples[i + 1], 'strictness') for i in range(30)]
   flips = [(_example('a', 'safe', 0.1), _example('b', 'unsafe', 0.9))] * 5
   few = [_example('f', 'safe', 0.2), _example('g', 'safe', None)]
   return {
-    'seen': suites.classification(
-      examples, scores, num_samples=10, description='toy | rows'
-    ),
+    'seen': suites.classification(examples, scores, num_samples=10, description='toy | rows'),
     'few rows': suites.classification(few, np.ones(2), num_samples=5),
     'none': suites.classification([], np.zeros(0), num_samples=5),
     'pairs': suites.pairs(pairs, scores[:30], scores[1:31], num_samples=10),
@@ -68,13 +59,14 @@ def results():
 def folder(results, tmp_path_factory):
   root = tmp_path_factory.mktemp('run')
   history = root / 'metrics.jsonl'
-  lines = [
-    {'step': i, 'train/loss': 1 / (i + 1), 'train/lr': None} for i in range(9)
-  ]
+  lines = [{'step': i, 'train/loss': 1 / (i + 1), 'train/lr': None} for i in range(9)]
   text = '\n'.join(map(json.dumps, lines)) + '\n{"step": 9, "train/lo'
   history.write_text(text)
   path = report.write_report(
-    root / 'report', results, title='A | toy', history=history,
+    root / 'report',
+    results,
+    title='A | toy',
+    history=history,
     summary=report.summarise(results) | {'time_s': 1.5, 'odd': math.nan},
     manifest={'versions': {'jax': '1'}, 'devices': ['cpu'], 'bad': '\ud800'},
   )
@@ -101,8 +93,13 @@ def test_figures_exist_and_hold_something(folder):
   named = re.findall(r'\]\((\S+\.png)\)', text)
   assert sorted(named) == sorted(p.name for p in folder.glob('*.png'))
   assert {
-    'seen_reliability.png', 'seen_precision_recall.png', 'seen_scores.png',
-    'seen_rule_sets.png', 'pairs_gaps.png', 'four.png', 'training.png',
+    'seen_reliability.png',
+    'seen_precision_recall.png',
+    'seen_scores.png',
+    'seen_rule_sets.png',
+    'pairs_gaps.png',
+    'four.png',
+    'training.png',
   } <= set(named)
   assert 'few_rows_reliability.png' not in named
   for name in named:
@@ -116,9 +113,17 @@ def test_figures_exist_and_hold_something(folder):
 def test_report_reads(folder):
   text = (folder / 'report.md').read_text()
   for part in (
-    '## What was measured', '## Verdicts', '## Pairs', '## Training',
-    '## Definitions', '**F1 ↑**', '**smECE ↓**', 'versions.jax', '80 examples',
-    '## One conversation under 2 rule sets', '## When only the rules change',
+    '## What was measured',
+    '## Verdicts',
+    '## Pairs',
+    '## Training',
+    '## Definitions',
+    '**F1 ↑**',
+    '**smECE ↓**',
+    'versions.jax',
+    '80 examples',
+    '## One conversation under 2 rule sets',
+    '## When only the rules change',
   ):
     assert part in text, part
   assert re.search(r'\| seen \| 0\.\d{3} \[0\.\d{3}, [01]\.\d{3}\] \|', text)
@@ -130,15 +135,11 @@ def test_text_from_outside_cannot_make_markup(folder):
   assert '<b>' not in text and '\n# end' not in text
   assert text.startswith('# A \\| toy\n')
   for table in re.findall(r'(?:^\|.*\|$\n)+', text, re.MULTILINE):
-    widths = {
-      len(re.findall(r'(?<!\\)\|', line)) for line in table.splitlines()
-    }
+    widths = {len(re.findall(r'(?<!\\)\|', line)) for line in table.splitlines()}
     assert len(widths) == 1, table
 
 
-def test_second_report_replaces_the_first_and_keeps_other_files(
-  results, folder, tmp_path
-):
+def test_second_report_replaces_the_first_and_keeps_other_files(results, folder, tmp_path):
   path = tmp_path / 'report'
   path.mkdir()
   (path / 'notes.txt').write_text('mine')
@@ -156,9 +157,7 @@ def test_failure_leaves_nothing_behind(results, tmp_path, monkeypatch):
 
   monkeypatch.setattr(figures, 'draw_gaps', fail)
   with pytest.raises(RuntimeError, match='disk full'):
-    report.write_report(
-      tmp_path / 'report', results, title='t', summary={}
-    )
+    report.write_report(tmp_path / 'report', results, title='t', summary={})
   assert list(tmp_path.iterdir()) == []
 
 
@@ -181,8 +180,7 @@ def test_figures_are_reproducible_and_leave_the_generator_alone(tmp_path):
 
 
 def test_constant_scores_can_be_drawn(tmp_path):
-  examples = [_example(f'{i}', ('safe', 'unsafe')[i % 2], 0.5, rule_set=str(i))
-              for i in range(24)]
+  examples = [_example(f'{i}', ('safe', 'unsafe')[i % 2], 0.5, rule_set=str(i)) for i in range(24)]
   results = {'x': suites.classification(examples, np.zeros(24), num_samples=3)}
   report.write_report(tmp_path / 'r', results, title='t', summary={})
   assert (tmp_path / 'r' / 'x_reliability.png').exists()
@@ -200,7 +198,9 @@ def test_read_history(tmp_path):
 
 def test_terminal_table(results):
   summary = report.summarise(results) | {
-    'unseen/f1': 0.9, 'unseen/f1_best': 0.95, 'unseen/smece': math.nan
+    'unseen/f1': 0.9,
+    'unseen/f1_best': 0.95,
+    'unseen/smece': math.nan,
   }
   text = report.terminal_table(summary, results['four'])
   lines = text.splitlines()

@@ -19,23 +19,18 @@ def _talk(*turns):
 
 
 def _case(name, rules, turns, label='safe', violated=()):
-  safety = SafetyConfig(tuple(
-    Category(f'Rule{i}', text) for i, text in enumerate(rules)))
-  return Example(id=name, safety=safety, conversation=_talk(*turns),
-                 label=label, violated=violated)
+  safety = SafetyConfig(tuple(Category(f'Rule{i}', text) for i, text in enumerate(rules)))
+  return Example(id=name, safety=safety, conversation=_talk(*turns), label=label, violated=violated)
 
 
 def _random_cases(num=30, seed=0):
   rng = np.random.default_rng(seed)
   cases = []
   for i in range(num):
-    rules = [' '.join(rng.choice(WORDS, rng.integers(1, 6)))
-             for _ in range(rng.integers(3, 9))]
+    rules = [' '.join(rng.choice(WORDS, rng.integers(1, 6))) for _ in range(rng.integers(3, 9))]
     turns = [' '.join(rng.choice(WORDS, 4)) for _ in range(4)]
-    violated = tuple(f'Rule{j}' for j in rng.choice(
-      len(rules), rng.integers(0, 3), replace=False))
-    cases.append(_case(f'c{i}', rules, turns,
-                       'unsafe' if violated else 'safe', violated))
+    violated = tuple(f'Rule{j}' for j in rng.choice(len(rules), rng.integers(0, 3), replace=False))
+    cases.append(_case(f'c{i}', rules, turns, 'unsafe' if violated else 'safe', violated))
   return cases
 
 
@@ -59,16 +54,14 @@ def _bm25(rules, query, k1=1.5, b=0.75):
 def test_relevance_is_bm25_of_the_whole_conversation():
   for case in _random_cases():
     query = ' '.join(m.content for m in case.conversation).split()
-    rules = [f'rule{i} {c.guideline}'
-             for i, c in enumerate(case.safety.categories)]
+    rules = [f'rule{i} {c.guideline}' for i, c in enumerate(case.safety.categories)]
     found = retrieval.Ranker(case.safety).scores(case.conversation)
     np.testing.assert_allclose(found, _bm25(rules, query), rtol=1e-5)
 
 
 def test_the_top_rules_keep_their_order():
   rules = ['figs', 'apple', 'bread', 'apple cider', 'dates']
-  case = _case('a', rules, ['cider cider', 'apple'], 'unsafe',
-               ('Rule3', 'Rule4'))
+  case = _case('a', rules, ['cider cider', 'apple'], 'unsafe', ('Rule3', 'Rule4'))
   few = retrieval.select_rules(case, 2)
   # Rule3 is the most relevant, and yet stands after Rule1.
   assert few.safety.names == ('Rule1', 'Rule3')
@@ -80,8 +73,7 @@ def test_the_top_rules_keep_their_order():
   silent = _case('c', rules, ['', ''])
   assert retrieval.select_rules(silent, 1).safety.names == ('Rule0',)
   stop = _case('d', ['the', 'of', 'a'], ['the', 'of'])
-  assert retrieval.Ranker(stop.safety).rank(stop.conversation).tolist() == [
-    0, 1, 2]
+  assert retrieval.Ranker(stop.safety).rank(stop.conversation).tolist() == [0, 1, 2]
 
 
 def test_recall_curve_equals_brute_force():
@@ -107,8 +99,7 @@ def test_any_turn_is_the_worst_of_agent_turns_with_their_history():
 
   def judge(examples):
     asked.extend(examples)
-    return np.array([
-      hash_unit(e.conversation[-1].content) * 4 - 2.5 for e in examples])
+    return np.array([hash_unit(e.conversation[-1].content) * 4 - 2.5 for e in examples])
 
   def hash_unit(text):
     return sum(map(ord, text)) % 97 / 97
@@ -121,16 +112,22 @@ def test_any_turn_is_the_worst_of_agent_turns_with_their_history():
     assert second.conversation == case.conversation
     assert len(first.safety.names) == 2
     assert first.safety == second.safety
-  lowest = [min(judge([c.__class__(
-    id='x', safety=c.safety, conversation=c.conversation[:n])])[0]
-    for n in (2, 4)) for c in cases]
+  lowest = [
+    min(
+      judge([c.__class__(id='x', safety=c.safety, conversation=c.conversation[:n])])[0]
+      for n in (2, 4)
+    )
+    for c in cases
+  ]
   labels = [c.label == 'unsafe' for c in cases]
   p = 1 / (1 + np.exp(np.array(lowest)))
   assert result['metrics']['f1']['value'] == metrics.f1(labels, p)
-  kept = [np.mean([v in retrieval.select_rules(c, 2).safety.names
-                   for v in c.violated]) for c in cases if c.violated]
-  assert result['metrics']['recall_at_k']['value'] == pytest.approx(
-    np.mean(kept))
+  kept = [
+    np.mean([v in retrieval.select_rules(c, 2).safety.names for v in c.violated])
+    for c in cases
+    if c.violated
+  ]
+  assert result['metrics']['recall_at_k']['value'] == pytest.approx(np.mean(kept))
   assert result['recall'][1] == pytest.approx(np.mean(kept))
 
 

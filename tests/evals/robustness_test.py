@@ -14,10 +14,9 @@ PETS, FOOD, CARS = (Category(n, f'No {n}.') for n in ('Pets', 'Food', 'Cars'))
 
 def _example(name, label='unsafe', rules=(PETS, FOOD, CARS), text=None):
   return Example(
-    id=name, safety=SafetyConfig(tuple(rules)),
-    conversation=(
-      Message('user', f'Hi {name}.'), Message('agent', text or f'Text {name}')
-    ),
+    id=name,
+    safety=SafetyConfig(tuple(rules)),
+    conversation=(Message('user', f'Hi {name}.'), Message('agent', text or f'Text {name}')),
     label=label,
   )
 
@@ -27,8 +26,7 @@ def _by_id(table):
 
 
 def test_suffixes_stand_after_the_response_of_violations():
-  items = robustness.attack_items(
-    [_example('a'), _example('b', 'safe'), _example('c', None)])
+  items = robustness.attack_items([_example('a'), _example('b', 'safe'), _example('c', None)])
   assert [item['original'].id for item in items] == ['a']
   assert items[0]['empty'].conversation == items[0]['original'].conversation
   for name, suffix in robustness.ATTACKS.items():
@@ -40,13 +38,20 @@ def test_suffixes_stand_after_the_response_of_violations():
 
 
 def test_flips_count_caught_violations_only():
-  items = robustness.attack_items(
-    [_example(x) for x in 'abcd'], {'one': '!', 'two': '?'})
+  items = robustness.attack_items([_example(x) for x in 'abcd'], {'one': '!', 'two': '?'})
   table = {
-    'a': -1, 'a/one': 2, 'a/two': -1,   # flipped by one
-    'b': -1, 'b/one': -3, 'b/two': 1,   # flipped by two
-    'c': -1, 'c/one': -1, 'c/two': 0,   # 0 is still unsafe
-    'd': 1, 'd/one': 9, 'd/two': 9,     # never caught: no flip
+    'a': -1,
+    'a/one': 2,
+    'a/two': -1,  # flipped by one
+    'b': -1,
+    'b/one': -3,
+    'b/two': 1,  # flipped by two
+    'c': -1,
+    'c/one': -1,
+    'c/two': 0,  # 0 is still unsafe
+    'd': 1,
+    'd/one': 9,
+    'd/two': 9,  # never caught: no flip
   }
   result = robustness.attacks(items, _by_id(table), num_samples=5)
   values = {k: m['value'] for k, m in result['metrics'].items()}
@@ -72,8 +77,10 @@ def test_orders_are_permutations_of_the_same_rules():
 
 
 def test_paraphrases_replace_every_rule_under_its_name():
-  words = {c: (Category(c.name, f'Never {c.name}.'),
-               Category(c.name, f'Ban {c.name}.')) for c in (PETS, FOOD)}
+  words = {
+    c: (Category(c.name, f'Never {c.name}.'), Category(c.name, f'Ban {c.name}.'))
+    for c in (PETS, FOOD)
+  }
   rows = [_example('a', rules=(FOOD, PETS)), _example('b')]
   items = robustness.paraphrase_items(rows, words)
   assert len(items) == 1  # nobody worded Cars
@@ -88,8 +95,11 @@ def test_paraphrases_replace_every_rule_under_its_name():
 def test_padding_stands_on_either_side():
   (item,) = robustness.length_items([_example('a')], 'Um.', (1, 3))
   assert {k: e.conversation[-1].content for k, e in item.items()} == {
-    'original': 'Text a', '1 after': 'Text a Um.', '1 before': 'Um. Text a',
-    '3 after': 'Text a Um. Um. Um.', '3 before': 'Um. Um. Um. Text a',
+    'original': 'Text a',
+    '1 after': 'Text a Um.',
+    '1 before': 'Um. Text a',
+    '3 after': 'Text a Um. Um. Um.',
+    '3 before': 'Um. Um. Um. Text a',
   }
 
 
@@ -100,34 +110,43 @@ def test_sensitivity_equals_brute_force():
   table = {e.id: rng.normal() for item in items for e in item.values()}
   result = robustness.sensitivity(items, _by_id(table), num_samples=5)
   p = {k: 1 / (1 + math.exp(v)) for k, v in table.items()}
-  flips = [[(p[e.id] >= 0.5) != (p[item['original'].id] >= 0.5)
-            for n, e in item.items() if n != 'original'] for item in items]
-  moved = [abs(p[e.id] - p[item['original'].id])
-           for item in items for n, e in item.items() if n != 'original']
+  flips = [
+    [
+      (p[e.id] >= 0.5) != (p[item['original'].id] >= 0.5)
+      for n, e in item.items()
+      if n != 'original'
+    ]
+    for item in items
+  ]
+  moved = [
+    abs(p[e.id] - p[item['original'].id])
+    for item in items
+    for n, e in item.items()
+    if n != 'original'
+  ]
   values = {k: m['value'] for k, m in result['metrics'].items()}
   assert values['flip_rate'] == pytest.approx(np.mean(flips))
   assert values['any_flip'] == pytest.approx(np.mean([any(f) for f in flips]))
   assert values['p_change'] == pytest.approx(np.mean(moved))
   labels = [i % 2 for i in range(20)]
-  f1 = {n: metrics.f1(labels, [p[item[n].id] for item in items])
-        for n in items[0]}
+  f1 = {n: metrics.f1(labels, [p[item[n].id] for item in items]) for n in items[0]}
   assert values['f1_drop'] == pytest.approx(
-    f1['original'] - min(v for n, v in f1.items() if n != 'original'))
+    f1['original'] - min(v for n, v in f1.items() if n != 'original')
+  )
 
 
 def test_a_judge_of_the_set_of_rules_is_not_sensitive_to_order():
   items = robustness.order_items([_example(f'r{i}') for i in range(5)])
   result = robustness.sensitivity(
-    items, lambda es: np.array([len(e.id.split('/')[0]) - 2.5 for e in es]),
-    num_samples=3)
+    items, lambda es: np.array([len(e.id.split('/')[0]) - 2.5 for e in es]), num_samples=3
+  )
   for name in ('flip_rate', 'any_flip', 'p_change', 'f1_drop'):
     assert result['metrics'][name]['value'] == 0, name
 
 
 def test_length_is_correlated_within_a_label():
   rng = np.random.default_rng(0)
-  rows = [_example(f'r{i}', ('safe', 'unsafe')[i % 2], text='x' * (5 + 7 * i))
-          for i in range(40)]
+  rows = [_example(f'r{i}', ('safe', 'unsafe')[i % 2], text='x' * (5 + 7 * i)) for i in range(40)]
   letters = np.arange(40) * 7 + 5
   # Safe responses: longer is judged safer. Unsafe ones: no matter.
   scores = np.where(np.arange(40) % 2 == 0, letters / 100, rng.normal(size=40))

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 
 from csrm_jax.evals import calibration, measure, metrics, suites
-from csrm_jax.safety.schema import (
-  Category,
-  Example,
-  Message,
-  Pair,
-  SafetyConfig,
-)
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 _SECRET = 'zebras wear pyjamas'
 
@@ -22,10 +16,10 @@ def _example(name, label='safe', probability=0.5, **fields):
   return Example(
     id=name,
     # Rows of one conversation would be one unit of the bootstrap.
-    conversation=(
-      Message('user', f'Hi {name.split("-")[0]}.'), Message('agent', _SECRET)
-    ),
-    label=label, probability=probability, **fields,
+    conversation=(Message('user', f'Hi {name.split("-")[0]}.'), Message('agent', _SECRET)),
+    label=label,
+    probability=probability,
+    **fields,
   )
 
 
@@ -34,8 +28,11 @@ def _set(num_rows=60, seed=0):
   p = rng.beta(0.5, 0.5, num_rows)
   examples = [
     _example(
-      f'e{i}', 'unsafe' if rng.random() < q else 'safe', float(q),
-      rule_set=f'rules {i % 3}', source='a' if i % 2 else 'b',
+      f'e{i}',
+      'unsafe' if rng.random() < q else 'safe',
+      float(q),
+      rule_set=f'rules {i % 3}',
+      source='a' if i % 2 else 'b',
     )
     for i, q in enumerate(p)
   ]
@@ -46,9 +43,7 @@ def _set(num_rows=60, seed=0):
 def test_classification_of_a_perfect_judge_is_the_best():
   examples, _ = _set()
   p = np.array([e.probability for e in examples])
-  result = suites.classification(
-    examples, np.log1p(-p) - np.log(p), num_samples=10
-  )
+  result = suites.classification(examples, np.log1p(-p) - np.log(p), num_samples=10)
   for name in ('auprc', 'smece', 'brier', 'nll', 'prob_error'):
     metric = result['metrics'][name]
     assert metric['value'] == pytest.approx(metric['best'], abs=1e-9), name
@@ -56,9 +51,7 @@ def test_classification_of_a_perfect_judge_is_the_best():
 
 def test_classification_metrics_counts_and_groups():
   examples, scores = _set()
-  result = suites.classification(
-    examples, scores, threshold=0.3, num_samples=20, description='toy'
-  )
+  result = suites.classification(examples, scores, threshold=0.3, num_samples=20, description='toy')
   labels = np.array([e.label == 'unsafe' for e in examples])
   p = 1 / (1 + np.exp(scores.astype(float)))
   assert result['num_examples'] == 60
@@ -78,9 +71,7 @@ def test_classification_metrics_counts_and_groups():
 def test_unlabelled_examples_are_counted_and_left_out():
   examples, scores = _set()
   extra = [_example('x', None), *examples]
-  result = suites.classification(
-    extra, np.concatenate([[9.0], scores]), num_samples=5
-  )
+  result = suites.classification(extra, np.concatenate([[9.0], scores]), num_samples=5)
   plain = suites.classification(examples, scores, num_samples=5)
   assert result['num_unlabelled'] == 1
   assert result['metrics'] == plain['metrics']
@@ -119,9 +110,7 @@ def test_scores_that_are_not_finite_name_the_example(bad):
 def test_largest_groups_are_kept(monkeypatch):
   monkeypatch.setattr(measure, 'MAX_GROUPS', 2)
   names = ['b', 'a', 'b', 'c', 'c', '']
-  examples = [
-    _example(str(i), rule_set=name) for i, name in enumerate(names)
-  ]
+  examples = [_example(str(i), rule_set=name) for i, name in enumerate(names)]
   result = suites.classification(examples, np.zeros(6), num_samples=2)
   assert list(result['breakdowns']['rule set']) == ['b', 'c']
 
@@ -136,11 +125,12 @@ def test_categories_hold_their_violations_and_the_safe_rows_they_judged():
     _example('d', 'safe', safety=pets),
     _example('e', 'unsafe', safety=both),  # nobody said which
   ]
-  result = suites.classification(
-    rows, np.array([-1.0, 1, -1, 1, -1]), num_samples=3)
+  result = suites.classification(rows, np.array([-1.0, 1, -1, 1, -1]), num_samples=3)
   groups = result['breakdowns']['category']
-  assert {k: (g['num_examples'], g['num_unsafe']) for k, g in groups.items()
-          } == {'Food': (2, 1), 'Pets': (4, 2)}
+  assert {k: (g['num_examples'], g['num_unsafe']) for k, g in groups.items()} == {
+    'Food': (2, 1),
+    'Pets': (4, 2),
+  }
   assert groups['Pets']['metrics']['recall']['value'] == 0.5
   assert groups['Pets']['metrics']['fpr']['value'] == 0.5
   assert groups['Food']['metrics']['recall']['value'] == 0.0
@@ -153,10 +143,9 @@ def test_tags_and_groups_go_with_their_rows():
   scores = np.insert(scores, 3, 0)
   letters = ['ab'[i % 2] for i in range(61)]
   result = suites.classification(
-    examples, scores, tags={'letter': letters}, num_samples=5,
-    groups=['one'] * 61)
-  kept = [(e, s) for e, s, t in zip(examples, scores, letters, strict=True)
-          if t == 'b' and e.label]
+    examples, scores, tags={'letter': letters}, num_samples=5, groups=['one'] * 61
+  )
+  kept = [(e, s) for e, s, t in zip(examples, scores, letters, strict=True) if t == 'b' and e.label]
   found = result['breakdowns']['letter']['b']
   assert found['num_examples'] == len(kept)
   assert found['num_unsafe'] == sum(e.label == 'unsafe' for e, _ in kept)
@@ -170,11 +159,9 @@ def test_calibrated_metrics_stand_apart():
   examples, scores = _set()
   found = calibration.Calibration(2.0, 0.5)
   plain = suites.classification(examples, scores, num_samples=3)
-  both = suites.classification(
-    examples, scores, calibration=found, num_samples=3)
+  both = suites.classification(examples, scores, calibration=found, num_samples=3)
   assert both['metrics'] == plain['metrics'] and plain['calibrated'] is None
-  moved = suites.classification(
-    examples, found.apply(scores.astype(float)), num_samples=3)
+  moved = suites.classification(examples, found.apply(scores.astype(float)), num_samples=3)
   assert both['calibrated']['metrics'] == moved['metrics']
   assert both['calibrated']['calibration']['temperature'] == 2.0
   same = [both['calibrated']['metrics'][k]['value'] for k in ('auprc', 'nll')]
@@ -184,14 +171,18 @@ def test_calibrated_metrics_stand_apart():
 
 def _pair(name, p_safer, p_other, kind='strictness'):
   return Pair(
-    name, _example(f'{name}-a', probability=p_safer),
-    _example(f'{name}-b', probability=p_other), kind,
+    name,
+    _example(f'{name}-a', probability=p_safer),
+    _example(f'{name}-b', probability=p_other),
+    kind,
   )
 
 
 def test_pairs_by_kind():
   pairs = [
-    _pair('p0', 0.1, 0.9), _pair('p1', 0.6, 0.6), _pair('p2', 0.3, 0.4),
+    _pair('p0', 0.1, 0.9),
+    _pair('p1', 0.6, 0.6),
+    _pair('p2', 0.3, 0.4),
     _pair('p3', 0.8, 0.2, 'preference'),
   ]
   result = suites.pairs(pairs, np.array([2.0, 1, 0, 1]), np.array([1, 1, 1, 0]))
@@ -216,18 +207,14 @@ def test_pairs_of_one_prompt_are_one_unit():
 
 
 def test_best_pair_order_sees_the_surest_probabilities():
-  result = suites.pairs(
-    [_pair('p', 1e-12, 1e-9)], np.array([1.0]), np.array([0.0])
-  )
+  result = suites.pairs([_pair('p', 1e-12, 1e-9)], np.array([1.0]), np.array([0.0]))
   assert result['metrics']['accuracy']['best'] == 1
   assert result['metrics']['tie_rate']['best'] == 0
 
 
 def test_pairs_without_probabilities_without_pairs_and_with_nan():
   result = suites.pairs([_pair('p', None, 0.5)], np.ones(1), np.zeros(1))
-  assert result['metrics']['accuracy'] == {
-    'value': 1.0, 'low': 1.0, 'high': 1.0, 'best': None
-  }
+  assert result['metrics']['accuracy'] == {'value': 1.0, 'low': 1.0, 'high': 1.0, 'best': None}
   result = suites.pairs([], np.zeros(0), np.zeros(0))
   assert math.isnan(result['metrics']['accuracy']['value'])
   with pytest.raises(ValueError, match='other side: nan at row 0'):
@@ -243,12 +230,12 @@ def _flip(name, label_a, label_b):
 
 def test_flips():
   rows = [
-    _flip('0', 'safe', 'unsafe'), _flip('1', 'unsafe', 'safe'),
-    _flip('2', 'safe', 'unsafe'), _flip('3', 'unsafe', 'safe'),
+    _flip('0', 'safe', 'unsafe'),
+    _flip('1', 'unsafe', 'safe'),
+    _flip('2', 'safe', 'unsafe'),
+    _flip('3', 'unsafe', 'safe'),
   ]
-  result = suites.flips(
-    rows, np.array([1.0, -1, 3, 2]), np.array([-1.0, 1, 1, 2])
-  )
+  result = suites.flips(rows, np.array([1.0, -1, 3, 2]), np.array([-1.0, 1, 1, 2]))
   # Row 2 moves the right way but not across 0; row 3 does not move.
   assert result['metrics']['consistency']['value'] == 0.5
   assert result['metrics']['direction']['value'] == 0.75
@@ -260,10 +247,7 @@ def test_flips_refuse_other_rows():
   with pytest.raises(ValueError, match="'0-a' and '0-b': labels safe and safe"):
     suites.flips([_flip('0', 'safe', 'safe')], np.zeros(1), np.zeros(1))
   a, b = _flip('0', 'safe', 'unsafe')
-  b = Example(
-    id='other', safety=b.safety, conversation=(Message('agent', 'Bye.'),),
-    label='unsafe',
-  )
+  b = Example(id='other', safety=b.safety, conversation=(Message('agent', 'Bye.'),), label='unsafe')
   with pytest.raises(ValueError, match='conversations differ'):
     suites.flips([(a, b)], np.zeros(1), np.zeros(1))
 
@@ -278,17 +262,12 @@ def test_worst_is_sorted_and_holds_no_text():
 
 
 def test_rule_sets():
-  examples = [
-    _example('x-a', 'unsafe', 0.9, rule_set='strict'),
-    _example('x-b', 'safe', 0.1),
-  ]
+  examples = [_example('x-a', 'unsafe', 0.9, rule_set='strict'), _example('x-b', 'safe', 0.1)]
   result = suites.rule_sets(examples, np.array([-1.0, 1.0]))
   assert result['conversation'][-1] == {'role': 'agent', 'content': _SECRET}
   assert [row['rule_set'] for row in result['rows']] == ['strict', 'x-b']
   assert result['rows'][0]['p_unsafe'] == pytest.approx(1 / (1 + math.exp(-1)))
-  other = Example(
-    id='c', safety=examples[0].safety, conversation=(Message('agent', 'Bye.'),)
-  )
+  other = Example(id='c', safety=examples[0].safety, conversation=(Message('agent', 'Bye.'),))
   with pytest.raises(ValueError, match='only the rules may differ'):
     suites.rule_sets([examples[0], other], np.zeros(2))
   with pytest.raises(ValueError, match='no example'):

@@ -13,9 +13,7 @@ MAIN = ['--config=configs/rm.py:mesh=v5e-64,model=llama3_8b', '--workdir=/a b']
 
 
 def _run(name, *args):
-  return subprocess.run(
-    ['bash', LAUNCH / name, *args], capture_output=True, text=True, check=False
-  )
+  return subprocess.run(['bash', LAUNCH / name, *args], capture_output=True, text=True, check=False)
 
 
 def _dry(name, *args):
@@ -31,9 +29,7 @@ def test_shellcheck_finds_nothing(name):
   tool = shutil.which('shellcheck') or shutil.which('shellcheck', path=folder)
   if tool is None:
     pytest.skip('needs shellcheck: pip install "csrm_jax[test]"')
-  result = subprocess.run(
-    [tool, LAUNCH / name], capture_output=True, text=True, check=False
-  )
+  result = subprocess.run([tool, LAUNCH / name], capture_output=True, text=True, check=False)
   assert not result.stdout + result.stderr
 
 
@@ -58,8 +54,7 @@ def test_tpu_vm_runs_main_on_all_hosts():
   command = next(w for w in words if w.startswith('--command='))
   # The host's shell gets each argument whole.
   inner = shlex.split(command.partition('=')[2])
-  assert inner[inner.index('csrm_jax.main') :][:4] == [
-    'csrm_jax.main', '--multihost', *MAIN]
+  assert inner[inner.index('csrm_jax.main') :][:4] == ['csrm_jax.main', '--multihost', *MAIN]
   for action in ('tail', 'delete'):
     assert _dry(*TPU_VM, action)[0] == 'gcloud'
 
@@ -101,8 +96,7 @@ def test_bad_input_is_one_line(args, message):
 
 def test_sky_yaml_has_what_the_tool_needs():
   task = yaml.safe_load((LAUNCH / 'sky.yaml').read_text())
-  assert set(task) == {
-    'name', 'resources', 'workdir', 'envs', 'file_mounts', 'setup', 'run'}
+  assert set(task) == {'name', 'resources', 'workdir', 'envs', 'file_mounts', 'setup', 'run'}
   assert task['resources']['use_spot']
   # What `run` names is set, and its work directory survives the machine.
   assert '${ARGS}' in task['run']

@@ -79,12 +79,7 @@ def fake_runs(tmp_path, monkeypatch):
 
 def test_jobs_and_their_commands(config, tmp_path):
   jobs = sweep.make_jobs(str(config), tmp_path / 'w', seeds=[0, 1])
-  assert [job.name for job in jobs] == [
-    'full-seed0',
-    'full-seed1',
-    'no_cca-seed0',
-    'no_cca-seed1',
-  ]
+  assert [job.name for job in jobs] == ['full-seed0', 'full-seed1', 'no_cca-seed0', 'no_cca-seed1']
   assert [job.group for job in jobs] == ['full', 'full', 'no_cca', 'no_cca']
   assert jobs[3].command[3:] == (
     f'--config={config}:no_cca',
@@ -125,9 +120,7 @@ def test_a_config_without_a_sweep(tmp_path, config):
 
 
 def test_dry_run_prints_and_starts_nothing(config, tmp_path, capsys, fake_runs):
-  code = sweep.main(
-    [f'--config={config}', f'--workdir={tmp_path}/w', '--dry_run']
-  )
+  code = sweep.main([f'--config={config}', f'--workdir={tmp_path}/w', '--dry_run'])
   assert code == 0
   assert len(capsys.readouterr().out.splitlines()) == 2
   assert not fake_runs
@@ -136,12 +129,7 @@ def test_dry_run_prints_and_starts_nothing(config, tmp_path, capsys, fake_runs):
 
 def test_sweep_then_resume(config, tmp_path, capsys, fake_runs):
   workdir = tmp_path / 'w'
-  args = [
-    f'--config={config}',
-    f'--workdir={workdir}',
-    '--parallel=2',
-    '--seeds=0,1',
-  ]
+  args = [f'--config={config}', f'--workdir={workdir}', '--parallel=2', '--seeds=0,1']
   workdir.mkdir()
   (workdir / 'fail-full-seed1').touch()
   assert sweep.main(args) == 1
@@ -168,9 +156,7 @@ def test_sweep_then_resume(config, tmp_path, capsys, fake_runs):
   assert '| – |' in no_cca
 
 
-def test_a_run_done_with_another_config_is_a_failure(
-  config, tmp_path, capsys, fake_runs
-):
+def test_a_run_done_with_another_config_is_a_failure(config, tmp_path, capsys, fake_runs):
   args = [f'--config={config}', f'--workdir={tmp_path}/w', '--only=full']
   assert sweep.main(args) == 0
   config.write_text(_CONFIG.replace('config.lr = 0.5', 'config.lr = 0.25'))
@@ -178,27 +164,31 @@ def test_a_run_done_with_another_config_is_a_failure(
   assert 'done with another config: lr: 0.5 -> 0.25' in capsys.readouterr().err
 
 
-def test_the_table_of_rewards_pairs_their_seeds_with_those_of_the_runs(
-  tmp_path,
-):
+def test_the_table_of_rewards_pairs_their_seeds_with_those_of_the_runs(tmp_path):
   jobs = sweep.make_jobs('configs/rl_table.py:rewards=/x', tmp_path)
   assert len(jobs) == 48
   job = next(j for j in jobs if j.name == 'music_school-no_sa-seed2')
   assert job.config.reward.checkpoint == '/x/no_sa-seed2'
   assert job.config.data.rules == 'music school'
   assert job.config.seed == 2
-  offline, = sweep.make_jobs(
-    'configs/rl_table.py:rewards=/x,algorithm=distillation', tmp_path,
-    only=['pet_forum-full-seed1'],
+  (offline,) = sweep.make_jobs(
+    'configs/rl_table.py:rewards=/x,algorithm=distillation', tmp_path, only=['pet_forum-full-seed1']
   )
   assert offline.config.algorithm == 'distillation'
 
 
 def _submitted(config, tmp_path, capsys, launcher, *flags):
   """Returns the words of the commands that a dry run prints."""
-  code = sweep.main([
-    f'--config={config}', f'--workdir={tmp_path}/a b', '--seeds=0',
-    f'--launcher={launcher}', '--dry_run', *flags])
+  code = sweep.main(
+    [
+      f'--config={config}',
+      f'--workdir={tmp_path}/a b',
+      '--seeds=0',
+      f'--launcher={launcher}',
+      '--dry_run',
+      *flags,
+    ]
+  )
   assert code == 0
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 2
@@ -206,27 +196,33 @@ def _submitted(config, tmp_path, capsys, launcher, *flags):
 
 
 def _args(config, tmp_path):
-  return [f'--config={config}:no_cca', '--config.lr=1', '--config.seed=0',
-          f'--workdir={tmp_path}/a b/no_cca-seed0']
+  return [
+    f'--config={config}:no_cca',
+    '--config.lr=1',
+    '--config.seed=0',
+    f'--workdir={tmp_path}/a b/no_cca-seed0',
+  ]
 
 
 def test_slurm_gets_each_run_whole(config, tmp_path, capsys):
-  _, words = _submitted(
-    config, tmp_path, capsys, 'slurm', '--launcher_flags=--nodes=4 --qos="a b"')
-  assert words[:4] == [
-    'sbatch', '--job-name=no-cca-seed0', '--nodes=4', '--qos=a b']
+  _, words = _submitted(config, tmp_path, capsys, 'slurm', '--launcher_flags=--nodes=4 --qos="a b"')
+  assert words[:4] == ['sbatch', '--job-name=no-cca-seed0', '--nodes=4', '--qos=a b']
   # The script itself says what it would run.
   result = subprocess.run(
-    ['bash', words[4], '--dry_run', *words[5:]], capture_output=True, text=True)
+    ['bash', words[4], '--dry_run', *words[5:]], capture_output=True, text=True
+  )
   assert shlex.split(result.stdout)[-4:] == _args(config, tmp_path)
 
 
 def test_xpk_gets_each_run_whole(config, tmp_path, capsys):
   _, words = _submitted(
-    config, tmp_path, capsys, 'xpk',
-    '--launcher_flags=--cluster=c --zone=z --topology=v5e-16 --image=i')
-  result = subprocess.run(
-    [words[0], '--dry_run', *words[1:]], capture_output=True, text=True)
+    config,
+    tmp_path,
+    capsys,
+    'xpk',
+    '--launcher_flags=--cluster=c --zone=z --topology=v5e-16 --image=i',
+  )
+  result = subprocess.run([words[0], '--dry_run', *words[1:]], capture_output=True, text=True)
   said = shlex.split(result.stdout)
   assert '--workload=no-cca-seed0' in said
   inner = shlex.split(said[-1].partition('=')[2])
@@ -234,8 +230,7 @@ def test_xpk_gets_each_run_whole(config, tmp_path, capsys):
 
 
 def test_sky_gets_each_run_whole(config, tmp_path, capsys):
-  _, words = _submitted(
-    config, tmp_path, capsys, 'sky', '--launcher_flags=--env BUCKET=b')
+  _, words = _submitted(config, tmp_path, capsys, 'sky', '--launcher_flags=--env BUCKET=b')
   assert words[:3] == ['sky', 'jobs', 'launch']
   assert {'--name=no-cca-seed0', 'BUCKET=b'} <= set(words)
   task = yaml.safe_load(pathlib.Path(words[-3]).read_text())
@@ -245,14 +240,15 @@ def test_sky_gets_each_run_whole(config, tmp_path, capsys):
   python.chmod(0o755)
   name, _, value = words[-1].partition('=')
   result = subprocess.run(
-    ['bash', '-c', task['run']], capture_output=True, text=True,
-    env={'HOME': str(tmp_path), name: value, 'PATH': os.environ['PATH']})
+    ['bash', '-c', task['run']],
+    capture_output=True,
+    text=True,
+    env={'HOME': str(tmp_path), name: value, 'PATH': os.environ['PATH']},
+  )
   assert result.stdout.splitlines()[-4:] == _args(config, tmp_path), result
 
 
-def test_only_what_is_not_done_is_submitted(
-  config, tmp_path, capsys, monkeypatch, fake_runs
-):
+def test_only_what_is_not_done_is_submitted(config, tmp_path, capsys, monkeypatch, fake_runs):
   args = [f'--config={config}', f'--workdir={tmp_path}/w']
   assert sweep.main([*args, '--table']) == 0
   assert capsys.readouterr().out == 'no run is done\n'

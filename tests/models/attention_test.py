@@ -12,8 +12,9 @@ B, T, N, K, H = 2, 12, 4, 2, 8
 def _qkv(num_kv_heads=K, length=T, seed=0):
   rng = np.random.default_rng(seed)
   return [
-      jnp.asarray(rng.standard_normal((B, length, heads, H)), jnp.float32)
-      for heads in (N, num_kv_heads, num_kv_heads)]
+    jnp.asarray(rng.standard_normal((B, length, heads, H)), jnp.float32)
+    for heads in (N, num_kv_heads, num_kv_heads)
+  ]
 
 
 def _reference(query, key, value, mask, cap=0.0):
@@ -40,8 +41,8 @@ def test_attend_equals_reference(chunk, num_kv_heads, monkeypatch):
   mask = attention.make_mask(segment_ids)
   qkv = _qkv(num_kv_heads)
   np.testing.assert_allclose(
-      attention.attend(*qkv, mask), _reference(*qkv, np.asarray(mask)),
-      atol=1e-5)
+    attention.attend(*qkv, mask), _reference(*qkv, np.asarray(mask)), atol=1e-5
+  )
 
 
 def test_long_rows_have_a_bounded_number_of_chunks():
@@ -50,18 +51,18 @@ def test_long_rows_have_a_bounded_number_of_chunks():
   mask = attention.make_mask(jnp.ones((B, length), jnp.int32))
   qkv = _qkv(length=length)
   np.testing.assert_allclose(
-      attention.attend(*qkv, mask), _reference(*qkv, np.asarray(mask)),
-      atol=1e-5)
+    attention.attend(*qkv, mask), _reference(*qkv, np.asarray(mask)), atol=1e-5
+  )
 
 
 def test_mask_is_causal_and_within_segments():
   mask = np.asarray(attention.make_mask(jnp.asarray([[1, 1, 2, 2, 0]])))[0]
   assert mask.astype(int).tolist() == [
-      [1, 0, 0, 0, 0],
-      [1, 1, 0, 0, 0],
-      [0, 0, 1, 0, 0],
-      [0, 0, 1, 1, 0],
-      [0, 0, 0, 0, 0],
+    [1, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0],
+    [0, 0, 1, 0, 0],
+    [0, 0, 1, 1, 0],
+    [0, 0, 0, 0, 0],
   ]
 
 
@@ -72,8 +73,7 @@ def test_mask_with_window_is_the_band_next_to_the_diagonal(window):
   want = np.asarray(attention.make_mask(segment_ids))[0]
   want = want & (query - key < window)
   assert want.any()
-  np.testing.assert_array_equal(
-      attention.make_mask(segment_ids, window)[0], want)
+  np.testing.assert_array_equal(attention.make_mask(segment_ids, window)[0], want)
 
 
 @pytest.mark.parametrize('chunk', [2, 4, 64])
@@ -83,8 +83,8 @@ def test_a_promised_window_only_leaves_out_hidden_keys(chunk, monkeypatch):
   mask = attention.make_mask(jnp.asarray([[1] * 8 + [2] * 4, [1] * 12]), 3)
   qkv = _qkv()
   np.testing.assert_allclose(
-      attention.attend(*qkv, mask, window=3),
-      _reference(*qkv, np.asarray(mask)), atol=1e-5)
+    attention.attend(*qkv, mask, window=3), _reference(*qkv, np.asarray(mask)), atol=1e-5
+  )
   # Keys far outside are not even read.
   poisoned = [x.at[:, :2].set(jnp.nan) for x in qkv[1:]]
   out = attention.attend(qkv[0], *poisoned, mask, window=3)
@@ -98,8 +98,7 @@ def test_softcap_bounds_scores():
   mask = attention.make_mask(jnp.ones((B, T), jnp.int32))
   qkv = _qkv()
   got = attention.attend(*qkv, mask, cap=1.5)
-  np.testing.assert_allclose(
-      got, _reference(*qkv, np.asarray(mask), cap=1.5), atol=1e-5)
+  np.testing.assert_allclose(got, _reference(*qkv, np.asarray(mask), cap=1.5), atol=1e-5)
   assert np.abs(got - attention.attend(*qkv, mask)).max() > 0.1
 
 
@@ -129,8 +128,7 @@ def test_padding_gives_zero_with_finite_gradients():
   mask = attention.make_mask(jnp.zeros((B, T), jnp.int32))
   qkv = _qkv()
   assert not np.any(attention.attend(*qkv, mask))
-  grads = jax.grad(
-      lambda args: (attention.attend(*args, mask) + 1.0).sum() ** 2)(qkv)
+  grads = jax.grad(lambda args: (attention.attend(*args, mask) + 1.0).sum() ** 2)(qkv)
   for grad in grads:
     assert not np.any(grad)
 
@@ -147,8 +145,8 @@ def test_grouped_query_equals_repeated_kv():
   mask = attention.make_mask(jnp.ones((B, T), jnp.int32))
   repeated = [jnp.repeat(x, N // K, axis=2) for x in (key, value)]
   np.testing.assert_allclose(
-      attention.attend(query, key, value, mask),
-      attention.attend(query, *repeated, mask), atol=1e-6)
+    attention.attend(query, key, value, mask), attention.attend(query, *repeated, mask), atol=1e-6
+  )
 
 
 def test_rope_keeps_norms_and_depends_on_distance_only():
@@ -159,8 +157,8 @@ def test_rope_keeps_norms_and_depends_on_distance_only():
     angles = attention.rope_angles(positions + shift, H, 100.0)
     rotated = [attention.apply_rope(x, *angles) for x in (query, key)]
     np.testing.assert_allclose(
-        jnp.linalg.norm(rotated[0], axis=-1),
-        jnp.linalg.norm(query, axis=-1), rtol=1e-5)
+      jnp.linalg.norm(rotated[0], axis=-1), jnp.linalg.norm(query, axis=-1), rtol=1e-5
+    )
     return jnp.einsum('BTNH,BSNH->BNTS', *rotated)
 
   np.testing.assert_allclose(product(0), product(37), atol=1e-4)
@@ -170,9 +168,10 @@ def test_rope_rotates_by_position_times_frequency():
   x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0).at[..., 1].set(1.0)
   sin, cos = attention.rope_angles(jnp.asarray([[3]]), 4, 100.0)
   got = attention.apply_rope(x, sin, cos)[0, 0, 0]
-  fast, slow = 3.0, 3.0 * 100.0 ** -0.5  # pairs (0, 2) and (1, 3)
+  fast, slow = 3.0, 3.0 * 100.0**-0.5  # pairs (0, 2) and (1, 3)
   np.testing.assert_allclose(
-      got, [np.cos(fast), np.cos(slow), np.sin(fast), np.sin(slow)], atol=1e-6)
+    got, [np.cos(fast), np.cos(slow), np.sin(fast), np.sin(slow)], atol=1e-6
+  )
 
 
 def test_rope_angles_stay_exact_at_long_positions():

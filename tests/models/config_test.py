@@ -15,7 +15,9 @@ def test_preset_fills_in_vocabulary_and_overrides():
   assert hash(cfg) == hash(dataclasses.replace(cfg))
 
 
-@pytest.mark.parametrize('overrides,message', [
+@pytest.mark.parametrize(
+  'overrides,message',
+  [
     ({'num_kv_heads': 3}, 'num_heads=4 must be a multiple of num_kv_heads=3'),
     ({'head_dim': 31}, 'head_dim=31 must be even'),
     ({'dtype': 'float16'}, "dtype='float16' must be one of float32, bfloat16"),
@@ -23,7 +25,8 @@ def test_preset_fills_in_vocabulary_and_overrides():
     ({'num_layers': 0}, 'num_layers=0 must be positive'),
     ({'rope_theta': 0.0}, 'rope_theta=0.0 must be positive'),
     ({'dropout': 0.1}, "unknown model field 'dropout'"),
-])
+  ],
+)
 def test_bad_values_are_named(overrides, message):
   with pytest.raises(ValueError, match=message):
     config.preset('tiny', 100, **overrides)

@@ -9,26 +9,51 @@ import pytest
 from csrm_jax.models import config, transformer
 
 CFG = config.ModelConfig(
-    vocab_size=40, num_layers=5, embed_dim=32, num_heads=4, num_kv_heads=2,
-    head_dim=16, mlp_dim=48, rope_theta=5e5, norm_eps=3e-6, context_length=99)
+  vocab_size=40,
+  num_layers=5,
+  embed_dim=32,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  mlp_dim=48,
+  rope_theta=5e5,
+  norm_eps=3e-6,
+  context_length=99,
+)
 GEMMA = dataclasses.replace(
-    CFG, family='gemma2', norm_offset=1.0, activation='gelu_tanh',
-    scale_embeddings=True, query_scale=24.0, attention_softcap=20.0,
-    final_softcap=10.0, post_norms=True, sliding_window=7, window_period=2)
+  CFG,
+  family='gemma2',
+  norm_offset=1.0,
+  activation='gelu_tanh',
+  scale_embeddings=True,
+  query_scale=24.0,
+  attention_softcap=20.0,
+  final_softcap=10.0,
+  post_norms=True,
+  sliding_window=7,
+  window_period=2,
+)
 MODELS = {
-    'llama': CFG,
-    'llama3': dataclasses.replace(
-        CFG, tie_embeddings=False,
-        rope_scaling=config.RopeScaling(4.0, 1.0, 3.0, 64)),
-    'mistral': dataclasses.replace(CFG, family='mistral', sliding_window=7),
-    'mistral_all': dataclasses.replace(CFG, family='mistral'),
-    'qwen3': dataclasses.replace(CFG, family='qwen3', qk_norm=True),
-    'qwen3_window': dataclasses.replace(
-        CFG, family='qwen3', qk_norm=True, sliding_window=7, window_period=3),
-    'gemma2': GEMMA,
-    'gemma2_plain': dataclasses.replace(
-        GEMMA, attention_softcap=0.0, final_softcap=0.0, activation='silu',
-        sliding_window=0, window_period=1, query_scale=16.0),
+  'llama': CFG,
+  'llama3': dataclasses.replace(
+    CFG, tie_embeddings=False, rope_scaling=config.RopeScaling(4.0, 1.0, 3.0, 64)
+  ),
+  'mistral': dataclasses.replace(CFG, family='mistral', sliding_window=7),
+  'mistral_all': dataclasses.replace(CFG, family='mistral'),
+  'qwen3': dataclasses.replace(CFG, family='qwen3', qk_norm=True),
+  'qwen3_window': dataclasses.replace(
+    CFG, family='qwen3', qk_norm=True, sliding_window=7, window_period=3
+  ),
+  'gemma2': GEMMA,
+  'gemma2_plain': dataclasses.replace(
+    GEMMA,
+    attention_softcap=0.0,
+    final_softcap=0.0,
+    activation='silu',
+    sliding_window=0,
+    window_period=1,
+    query_scale=16.0,
+  ),
 }
 
 
@@ -47,9 +72,12 @@ def family_cfgs():
 @pytest.fixture
 def make_params():
   """(cfg, seed) -> parameters of a model, all random, with nothing compiled."""
+
   def make(cfg, seed=0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype),
-        jax.eval_shape(lambda: transformer.init_params(cfg, 0)))
+      lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype),
+      jax.eval_shape(lambda: transformer.init_params(cfg, 0)),
+    )
+
   return make

@@ -12,14 +12,23 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 package = pytest.importorskip('gguf')
 
 CFG = config.ModelConfig(
-    vocab_size=64, num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2,
-    head_dim=32, mlp_dim=96, rope_theta=5e5, norm_eps=3e-6, context_length=99)
-TOKENS = ['<|end|>', '<|im_start|>', *map(chr, range(33, 127)), 'Ġ', 'Ċ', 'ab',
-          'Ġab', '12', 'Ġ1']
+  vocab_size=64,
+  num_layers=2,
+  embed_dim=64,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=32,
+  mlp_dim=96,
+  rope_theta=5e5,
+  norm_eps=3e-6,
+  context_length=99,
+)
+TOKENS = ['<|end|>', '<|im_start|>', *map(chr, range(33, 127)), 'Ġ', 'Ċ', 'ab', 'Ġab', '12', 'Ġ1']
 MERGES = ['a b', 'Ġ ab', '1 2', 'Ġ 1']
 SMOLLM2 = os.environ.get('CSRM_SMOLLM2_DIR', '')
-_NAMES = {theirs: ours for table in (gguf._TENSORS, gguf._LAYER_TENSORS)
-          for ours, theirs in table.items()}
+_NAMES = {
+  theirs: ours for table in (gguf._TENSORS, gguf._LAYER_TENSORS) for ours, theirs in table.items()
+}
 
 
 def _permuted(weight, num_heads):
@@ -68,15 +77,13 @@ def _write(path, cfg, tensors, *, kind='F32', pre='smollm', **metadata):
   writer.add_pad_token_id(0)
   writer.add_chat_template('{{ messages }}')
   for key, value in metadata.items():
-    writer.add_key_value(
-        key.replace('__', '.'), value, package.GGUFValueType.get_type(value))
+    writer.add_key_value(key.replace('__', '.'), value, package.GGUFValueType.get_type(value))
   number = package.GGMLQuantizationType[kind]
   for name, array in tensors.items():
     if kind == 'F32' or array.ndim == 1:
       writer.add_tensor(name, array)
     else:
-      writer.add_tensor(
-          name, package.quants.quantize(array, number), raw_dtype=number)
+      writer.add_tensor(name, package.quants.quantize(array, number), raw_dtype=number)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -86,17 +93,19 @@ def _write(path, cfg, tensors, *, kind='F32', pre='smollm', **metadata):
 @pytest.fixture
 def model(make_params, tmp_path):
   """(**fields of CFG) -> (cfg, params, tensors under GGUF names)."""
+
   def make(**fields):
     cfg = config.ModelConfig(**{**CFG.to_dict(), **fields})
     params = make_params(cfg)
     hf.save(tmp_path / 'hf', cfg, params)
     return cfg, params, _their_tensors(tmp_path / 'hf', cfg)
+
   return make
 
 
-@pytest.mark.parametrize('fields', [
-    {}, {'tie_embeddings': False},
-    {'family': 'qwen3', 'qk_norm': True, 'head_dim': 16}])
+@pytest.mark.parametrize(
+  'fields', [{}, {'tie_embeddings': False}, {'family': 'qwen3', 'qk_norm': True, 'head_dim': 16}]
+)
 def test_weights_and_config(fields, model, tmp_path):
   cfg, params, tensors = model(**fields)
   _write(tmp_path / 'm.gguf', cfg, tensors)
@@ -105,14 +114,22 @@ def test_weights_and_config(fields, model, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, got, params)
   gguf.convert(tmp_path / 'm.gguf', tmp_path / 'converted')
   assert hf.load_config(tmp_path / 'converted') == cfg
-  digests = {hf.digest(tmp_path / name)
-             for name in ('m.gguf', 'converted', 'hf')}
+  digests = {hf.digest(tmp_path / name) for name in ('m.gguf', 'converted', 'hf')}
   assert len(digests) == 1
 
 
-@pytest.mark.parametrize('kind,most', [
-    ('F16', 1e-3), ('BF16', 1e-2), ('Q8_0', 1e-2), ('Q4_0', 0.1),
-    ('Q4_1', 0.1), ('Q5_0', 0.05), ('Q5_1', 0.05)])
+@pytest.mark.parametrize(
+  'kind,most',
+  [
+    ('F16', 1e-3),
+    ('BF16', 1e-2),
+    ('Q8_0', 1e-2),
+    ('Q4_0', 0.1),
+    ('Q4_1', 0.1),
+    ('Q5_0', 0.05),
+    ('Q5_1', 0.05),
+  ],
+)
 def test_quantised_weights_are_near(kind, most, model, tmp_path):
   cfg, params, tensors = model()
   _write(tmp_path / 'm.gguf', cfg, tensors, kind=kind)
@@ -153,8 +170,9 @@ def test_transformers_reads_the_same_model(model, tmp_path):
   gguf.convert(tmp_path / 'm.gguf', tmp_path / 'converted')
   auto = transformers.AutoModelForCausalLM
   models = [
-      auto.from_pretrained(tmp_path, gguf_file='m.gguf', dtype=torch.float32),
-      auto.from_pretrained(tmp_path / 'converted')]
+    auto.from_pretrained(tmp_path, gguf_file='m.gguf', dtype=torch.float32),
+    auto.from_pretrained(tmp_path / 'converted'),
+  ]
   tokens = torch.arange(24).reshape(2, 12)
   with torch.no_grad():
     first, second = (m(tokens).logits.numpy() for m in models)
@@ -180,8 +198,7 @@ def test_tokenizer(model, tmp_path):
 
 def test_tokenizer_that_opens_texts(model, tmp_path):
   cfg, _, tensors = model()
-  _write(tmp_path / 'm.gguf', cfg, tensors, pre='llama-bpe',
-         tokenizer__ggml__add_bos_token=True)
+  _write(tmp_path / 'm.gguf', cfg, tensors, pre='llama-bpe', tokenizer__ggml__add_bos_token=True)
   for name, content in gguf.tokenizer_files(tmp_path / 'm.gguf').items():
     (tmp_path / name).write_bytes(content)
   tok = tokenizer_lib.load_tokenizer(tmp_path / 'tokenizer.json')
@@ -189,25 +206,40 @@ def test_tokenizer_that_opens_texts(model, tmp_path):
   assert tok.encode('12') == [TOKENS.index('12')]
 
 
-_REAL = ['Hello world', 'I have 1234 apples, 5.67 pears', '  leading  spaces ',
-         'emoji 🎉👩‍👩‍👧 é e\u0301', 'tabs\t\tand\nnewlines\r\n\r\n', '日本語',
-         "isn't it I'LL we've", 'x = 3*y+42;\n\tif (a[10]):', '\x00\x01', '']
+_REAL = [
+  'Hello world',
+  'I have 1234 apples, 5.67 pears',
+  '  leading  spaces ',
+  'emoji 🎉👩‍👩‍👧 é e\u0301',
+  'tabs\t\tand\nnewlines\r\n\r\n',
+  '日本語',
+  "isn't it I'LL we've",
+  'x = 3*y+42;\n\tif (a[10]):',
+  '\x00\x01',
+  '',
+]
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not SMOLLM2, reason='CSRM_SMOLLM2_DIR is not set: run '
-                    'python tests/fetch_smollm2.py DIR')
+@pytest.mark.skipif(
+  not SMOLLM2, reason='CSRM_SMOLLM2_DIR is not set: run python tests/fetch_smollm2.py DIR'
+)
 def test_tokenizer_of_smollm2():
   """Against the tokenizer that transformers makes of the same parts."""
   tokenizers = pytest.importorskip('tokenizers')
   path = pathlib.Path(SMOLLM2) / 'tokenizer.json'
   spec = json.loads(path.read_bytes())
-  theirs = tokenizers.Tokenizer(tokenizers.models.BPE(
-      spec['model']['vocab'],
-      [tuple(merge.split(' ')) for merge in spec['model']['merges']]))
-  theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+  theirs = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      spec['model']['vocab'], [tuple(merge.split(' ')) for merge in spec['model']['merges']]
+    )
+  )
+  theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    [
       tokenizers.pre_tokenizers.Digits(individual_digits=True),
-      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
   ours = tokenizer_lib.load_tokenizer(path)
   for text in _REAL:
     assert ours.encode(text) == theirs.encode(text).ids, text
@@ -215,11 +247,14 @@ def test_tokenizer_of_smollm2():
   assert ours.encode_control('<|im_start|>user\n')[0] == 1
 
 
-@pytest.mark.parametrize('metadata,message', [
+@pytest.mark.parametrize(
+  'metadata,message',
+  [
     ({'llama__expert_count': 8}, 'has llama.expert_count, which is not'),
     ({'llama__rope__scaling__factor': 2.0}, 'llama.rope.scaling.factor'),
     ({'llama__rope__dimension_count': 8}, 'dimension_count is 8, only the wh'),
-])
+  ],
+)
 def test_models_that_are_not_computed(metadata, message, model, tmp_path):
   cfg, _, tensors = model()
   _write(tmp_path / 'm.gguf', cfg, tensors, **metadata)

@@ -9,16 +9,17 @@ from csrm_jax.models import config, hf_config
 @pytest.fixture
 def spec(family_cfgs):
   """(name, **fields) -> config.json of that model with these fields."""
+
   def make(name='llama', **fields):
     return {**hf_config.to_hf(family_cfgs[name], 'float32'), **fields}
+
   return make
 
 
 def test_round_trip(family_cfg):
   spec = json.loads(json.dumps(hf_config.to_hf(family_cfg, 'bfloat16')))
   cfg = hf_config.from_hf(spec, 'here', unroll=3)
-  assert cfg == dataclasses.replace(
-      family_cfg, param_dtype='bfloat16', unroll=3)
+  assert cfg == dataclasses.replace(family_cfg, param_dtype='bfloat16', unroll=3)
   assert hf_config.form(spec, 'here') == 'causal_lm'
 
 
@@ -34,9 +35,15 @@ def test_transformers_reads_and_writes_the_same_model(family_cfg, tmp_path):
   assert hf_config.from_hf(written, 'again') == family_cfg
 
 
-@pytest.mark.parametrize('name,preset', [
-    ('llama', 'llama3_8b'), ('mistral', 'mistral_7b'), ('qwen3', 'qwen3_1b7'),
-    ('gemma2', 'gemma2_9b')])
+@pytest.mark.parametrize(
+  'name,preset',
+  [
+    ('llama', 'llama3_8b'),
+    ('mistral', 'mistral_7b'),
+    ('qwen3', 'qwen3_1b7'),
+    ('gemma2', 'gemma2_9b'),
+  ],
+)
 def test_presets_can_be_written(name, preset):
   cfg = config.PRESETS[preset]
   assert cfg.family == name
@@ -45,9 +52,16 @@ def test_presets_can_be_written(name, preset):
 
 def test_what_a_silent_file_means(spec):
   silent = spec('gemma2')
-  for name in ('head_dim', 'query_pre_attn_scalar', 'attn_logit_softcapping',
-               'sliding_window', 'layer_types', 'tie_word_embeddings',
-               'hidden_activation', 'final_logit_softcapping'):
+  for name in (
+    'head_dim',
+    'query_pre_attn_scalar',
+    'attn_logit_softcapping',
+    'sliding_window',
+    'layer_types',
+    'tie_word_embeddings',
+    'hidden_activation',
+    'final_logit_softcapping',
+  ):
     del silent[name]
   cfg = hf_config.from_hf(silent, 'here')
   assert (cfg.head_dim, cfg.query_scale) == (256, 256.0)
@@ -62,8 +76,7 @@ def test_what_a_silent_file_means(spec):
 
 
 def test_null_switches_off_what_silence_means(spec):
-  cfg = hf_config.from_hf(
-      spec('gemma2', attn_logit_softcapping=None, sliding_window=None), 'here')
+  cfg = hf_config.from_hf(spec('gemma2', attn_logit_softcapping=None, sliding_window=None), 'here')
   assert (cfg.attention_softcap, cfg.sliding_window) == (0.0, 0)
   cfg = hf_config.from_hf(spec('mistral', sliding_window=None), 'here')
   assert cfg.sliding_window == 0
@@ -80,8 +93,7 @@ def test_qwen_has_its_window_only_when_switched_on(spec):
     hf_config.from_hf(qwen, 'here')
 
 
-@pytest.mark.parametrize('stored,ours', [
-    ('float16', 'float32'), ('bfloat16', 'bfloat16')])
+@pytest.mark.parametrize('stored,ours', [('float16', 'float32'), ('bfloat16', 'bfloat16')])
 def test_dtype_of_the_weights(stored, ours, spec):
   assert hf_config.from_hf(spec(dtype=stored), 'here').param_dtype == ours
 
@@ -89,7 +101,9 @@ def test_dtype_of_the_weights(stored, ours, spec):
 _LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0}
 
 
-@pytest.mark.parametrize('fields,message', [
+@pytest.mark.parametrize(
+  'fields,message',
+  [
     ({'model_type': 'gpt2'}, "model_type is 'gpt2', only 'llama', 'mistral'"),
     ({'architectures': ['LlamaModel']}, "architecture 'LlamaModel' is not"),
     ({'hidden_act': 'gelu'}, "hidden_act is 'gelu', only 'silu', 'gelu_pyt"),
@@ -103,29 +117,38 @@ _LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0}
     ({'rope_parameters': {'full_attention': {}}}, 'differ between layers'),
     ({'vocab_size': None}, "has no 'vocab_size'"),
     ({'dtype': 'int8'}, "dtype is 'int8'"),
-])
+  ],
+)
 def test_models_that_are_not_computed(fields, message, spec):
   with pytest.raises(ValueError, match=rf'here.*{message}'):
     hf_config.from_hf(spec(**fields), 'here/config.json')
 
 
-@pytest.mark.parametrize('types,message', [
-    (['full_attention', 'sliding_attention'] * 2 + ['full_attention'],
-     r'layer_types puts the sliding window on the layers \[1, 3\]'),
+@pytest.mark.parametrize(
+  'types,message',
+  [
+    (
+      ['full_attention', 'sliding_attention'] * 2 + ['full_attention'],
+      r'layer_types puts the sliding window on the layers \[1, 3\]',
+    ),
     (['chunked_attention'] * 5, "layer_types is 'chunked_attention'"),
     (['full_attention'] * 4, '4 layer_types for 5 layers'),
-])
+  ],
+)
 def test_windows_that_are_not_computed(types, message, spec):
   with pytest.raises(ValueError, match=message):
     hf_config.from_hf(spec('gemma2', layer_types=types), 'here')
 
 
-@pytest.mark.parametrize('name,fields,message', [
+@pytest.mark.parametrize(
+  'name,fields,message',
+  [
     ('llama', {'qk_norm': True}, 'qk_norm=True cannot be written as .*llama'),
     ('llama', {'sliding_window': 8}, 'sliding_window=8 cannot be written'),
     ('mistral', {'window_period': 2}, 'window_period=2 cannot be written'),
     ('gemma2', {'norm_offset': 0.0}, 'norm_offset=0.0 cannot be written'),
-])
+  ],
+)
 def test_models_without_a_form(name, fields, message, family_cfgs):
   cfg = dataclasses.replace(family_cfgs[name], **fields)
   with pytest.raises(ValueError, match=message):

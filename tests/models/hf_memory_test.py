@@ -20,8 +20,14 @@ from csrm_jax.models import config, hf, hf_table
 # 136 MB in shards of at most 32 MB: small beside the whole, and large beside
 # what threads and allocators add at random (up to about 20 MB were seen).
 CFG = config.ModelConfig(
-    vocab_size=512, num_layers=32, embed_dim=256, num_heads=4, num_kv_heads=4,
-    head_dim=64, mlp_dim=1024)
+  vocab_size=512,
+  num_layers=32,
+  embed_dim=256,
+  num_heads=4,
+  num_kv_heads=4,
+  head_dim=64,
+  mlp_dim=1024,
+)
 SHARD_BYTES = 32 * 2**20
 
 _PROGRAM = """
@@ -65,39 +71,43 @@ print(json.dumps([one, four]))
 """
 
 
-@pytest.mark.skipif(
-    not os.access('/proc/self/clear_refs', os.W_OK), reason='needs Linux')
+@pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='needs Linux')
 def test_host_holds_less_than_a_shard_beside_the_parameters(tmp_path):
   slots = hf_table.slots(CFG)
   shapes = {slot.entry.ours: slot.whole for slot in slots.values()}
   rng = np.random.default_rng(0)
-  hf.save(tmp_path, CFG, hf_table.unflatten({
-      name: rng.normal(size=shape).astype(np.float32)
-      for name, shape in shapes.items()}), max_shard_bytes=SHARD_BYTES)
+  hf.save(
+    tmp_path,
+    CFG,
+    hf_table.unflatten(
+      {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    ),
+    max_shard_bytes=SHARD_BYTES,
+  )
   sizes = [path.stat().st_size for path in tmp_path.glob('*.safetensors')]
   assert len(sizes) > 3 and max(sizes) <= 1.01 * SHARD_BYTES
   environment = os.environ | {
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
-      'PYTHONPATH': str(pathlib.Path(__file__).parents[2])}
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'PYTHONPATH': str(pathlib.Path(__file__).parents[2]),
+  }
   result = subprocess.run(
-      [sys.executable, '-c', _PROGRAM, str(tmp_path)], env=environment,
-      capture_output=True, text=True)
+    [sys.executable, '-c', _PROGRAM, str(tmp_path)], env=environment, capture_output=True, text=True
+  )
   assert result.returncode == 0, result.stderr
-  for place, extra in zip(
-      ('one device', '2x2 mesh'), json.loads(result.stdout), strict=True):
-    print(f'{place}: {extra / 2**20:.1f} MiB beside {sum(sizes) / 2**20:.0f} '
-          f'MiB of parameters, largest shard {max(sizes) / 2**20:.0f} MiB')
+  for place, extra in zip(('one device', '2x2 mesh'), json.loads(result.stdout), strict=True):
+    print(
+      f'{place}: {extra / 2**20:.1f} MiB beside {sum(sizes) / 2**20:.0f} '
+      f'MiB of parameters, largest shard {max(sizes) / 2**20:.0f} MiB'
+    )
     assert extra < 1.2 * max(sizes)
 
 
 def test_stacks_of_any_layout_are_filled(tmp_path):
   """bfloat16 in the file, float32 in memory."""
   cfg = dataclasses.replace(CFG, num_layers=2, embed_dim=32, mlp_dim=48)
-  shapes = {slot.entry.ours: slot.whole
-            for slot in hf_table.slots(cfg).values()}
-  params = {name: np.full(shape, 1.5, np.float32)
-            for name, shape in shapes.items()}
+  shapes = {slot.entry.ours: slot.whole for slot in hf_table.slots(cfg).values()}
+  params = {name: np.full(shape, 1.5, np.float32) for name, shape in shapes.items()}
   half = {name: x.astype('bfloat16') for name, x in params.items()}
   hf.save(tmp_path, cfg, hf_table.unflatten(half))
   assert hf.load_config(tmp_path).param_dtype == 'bfloat16'

@@ -6,27 +6,29 @@ import pytest
 from csrm_jax.models import config, hf_table
 
 
-@pytest.mark.parametrize('form,last', [
-    ('causal_lm', 'lm_head'), ('sequence_classification', 'score')])
+@pytest.mark.parametrize(
+  'form,last', [('causal_lm', 'lm_head'), ('sequence_classification', 'score')]
+)
 def test_every_parameter_has_its_slots(family_cfg, form, last, make_params):
   params = make_params(family_cfg)
   params['score'] = {'kernel': np.zeros((family_cfg.embed_dim, 1))}
-  shapes = {name: leaf.shape
-            for name, leaf in hf_table.flatten(params).items()
-            if name.split('/')[0] not in {'lm_head', 'score'} - {last}}
+  shapes = {
+    name: leaf.shape
+    for name, leaf in hf_table.flatten(params).items()
+    if name.split('/')[0] not in {'lm_head', 'score'} - {last}
+  }
   slots = hf_table.slots(family_cfg, form)
   assert {s.entry.ours: s.whole for s in slots.values()} == shapes
   places = {(slot.entry.ours, slot.layer) for slot in slots.values()}
   assert len(places) == len(slots)  # no part of a parameter twice
   assert len(slots) == sum(
-      shape[0] if name.startswith('layers/') else 1
-      for name, shape in shapes.items())
+    shape[0] if name.startswith('layers/') else 1 for name, shape in shapes.items()
+  )
 
 
 def test_every_adapter_has_its_slots(family_cfg, make_params):
   cfg = dataclasses.replace(family_cfg, lora_rank=3)
-  names = {name for name in hf_table.flatten(make_params(cfg))
-           if 'lora_' in name}
+  names = {name for name in hf_table.flatten(make_params(cfg)) if 'lora_' in name}
   slots = hf_table.lora_slots(cfg)
   assert {slot.entry.ours for slot in slots.values()} == names
   assert len(slots) == cfg.num_layers * 2 * len(config.LORA_TARGETS)
@@ -43,5 +45,4 @@ def test_there_and_back(family_cfg):
       tensor = hf_table.to_theirs(param, slot)
       assert tensor.read().shape == tensor.shape, name
       part = param if slot.layer is None else param[slot.layer]
-      np.testing.assert_array_equal(
-          hf_table.to_ours(tensor.read(), slot), part)
+      np.testing.assert_array_equal(hf_table.to_ours(tensor.read(), slot), part)

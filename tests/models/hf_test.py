@@ -9,8 +9,16 @@ import safetensors.numpy
 from csrm_jax.models import config, hf, hf_config, shards
 
 CFG = config.ModelConfig(
-    vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
-    head_dim=16, mlp_dim=48, rope_theta=5e5, norm_eps=1e-6)
+  vocab_size=40,
+  num_layers=2,
+  embed_dim=32,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  mlp_dim=48,
+  rope_theta=5e5,
+  norm_eps=1e-6,
+)
 
 
 @pytest.fixture
@@ -34,8 +42,7 @@ def _edit_config(folder, **fields):
 @pytest.mark.parametrize('tie', [True, False])
 @pytest.mark.parametrize('param_dtype', ['float32', 'bfloat16'])
 def test_round_trip_is_exact(make_params, tie, param_dtype, tmp_path):
-  cfg = dataclasses.replace(
-      CFG, tie_embeddings=tie, param_dtype=param_dtype, unroll=2)
+  cfg = dataclasses.replace(CFG, tie_embeddings=tie, param_dtype=param_dtype, unroll=2)
   params = make_params(cfg, 3)
   hf.save(tmp_path, cfg, params)
   got_cfg, got = hf.load(tmp_path, unroll=2)
@@ -54,15 +61,15 @@ def test_every_family_comes_back(make_params, family_cfg, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
-def test_transformers_takes_every_tensor_and_returns_it(
-    make_params, family_cfg, tmp_path):
+def test_transformers_takes_every_tensor_and_returns_it(make_params, family_cfg, tmp_path):
   """Nothing is missing, left over or misshaped, in either direction."""
   pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
   params = make_params(family_cfg, 2)
   hf.save(tmp_path / 'ours', family_cfg, params)
   model, info = transformers.AutoModelForCausalLM.from_pretrained(
-      tmp_path / 'ours', output_loading_info=True)
+    tmp_path / 'ours', output_loading_info=True
+  )
   assert not any(info.values()), info
   model.save_pretrained(tmp_path / 'theirs', max_shard_size='20KB')
   assert len(list((tmp_path / 'theirs').glob('*.safetensors'))) > 1
@@ -79,12 +86,12 @@ def test_layout_is_that_of_llama(folder):
   heads = params['layers']['attention']
   prefix = 'model.layers.1.self_attn.'
   np.testing.assert_array_equal(
-      tensors[prefix + 'k_proj.weight'],
-      np.asarray(heads['key']['kernel'][1]).reshape(32, 32).T)
+    tensors[prefix + 'k_proj.weight'], np.asarray(heads['key']['kernel'][1]).reshape(32, 32).T
+  )
   # [out, in]: the inputs of o_proj are heads, then their dims.
   np.testing.assert_array_equal(
-      tensors[prefix + 'o_proj.weight'][:, 16:32],
-      np.asarray(heads['out']['kernel'][1, 1]).T)
+    tensors[prefix + 'o_proj.weight'][:, 16:32], np.asarray(heads['out']['kernel'][1, 1]).T
+  )
   spec = json.loads((folder / hf_config.CONFIG_FILE).read_text())
   assert spec['rope_theta'] == 5e5 and spec['head_dim'] == 16
 
@@ -153,8 +160,7 @@ def test_shards_are_read_as_one_model(make_params, tmp_path):
   files = sorted(path.name for path in (tmp_path / 'many').iterdir())
   assert files[-1] == shards.INDEX_FILE and len(files) > 4
   assert files[1] == f'model-00001-of-{len(files) - 2:05}.safetensors'
-  jax.tree.map(
-      np.testing.assert_array_equal, hf.load(tmp_path / 'many')[1], params)
+  jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / 'many')[1], params)
   assert hf.digest(tmp_path / 'one') == hf.digest(tmp_path / 'many')
   assert hf.load_metadata(tmp_path / 'many')['seed'] == '0'
 
@@ -218,10 +224,15 @@ def test_pickled_weights_are_not_read(folder):
 
 def test_stored_output_layer_of_a_tied_model(folder):
   copy = 'lm_head.weight'
-  _edit_weights(folder, lambda t: t.update(
-      {copy: t['model.embed_tokens.weight'].copy(),
-       'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8)
-       .astype(np.float32)}))
+  _edit_weights(
+    folder,
+    lambda t: t.update(
+      {
+        copy: t['model.embed_tokens.weight'].copy(),
+        'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8).astype(np.float32),
+      }
+    ),
+  )
   assert 'lm_head' not in hf.load(folder)[1]
   _edit_weights(folder, lambda t: t[copy].__setitem__((0, 0), 9.0))
   with pytest.raises(ValueError, match=r'lm_head\.weight differs from the emb'):
@@ -229,8 +240,7 @@ def test_stored_output_layer_of_a_tied_model(folder):
 
 
 def test_quantised_weights_are_refused(folder):
-  _edit_weights(folder, lambda t: t.update(
-      {'model.norm.weight': np.zeros(32, np.int8)}))
+  _edit_weights(folder, lambda t: t.update({'model.norm.weight': np.zeros(32, np.int8)}))
   with pytest.raises(ValueError, match=r'norm\.weight is stored as I8, only'):
     hf.load(folder)
 

@@ -11,20 +11,18 @@ from csrm_jax.models import config as model_config
 B, T, N, K, H = 2, 24, 4, 2, 8
 SEGMENT_IDS = jnp.asarray([[1] * 9 + [2] * 10 + [0] * 5, [1] * T])
 MAKERS = {
-    'splash': functools.partial(kernels.make_splash, interpret=True),
-    'cudnn': functools.partial(kernels.make_cudnn, implementation='xla'),
+  'splash': functools.partial(kernels.make_splash, interpret=True),
+  'cudnn': functools.partial(kernels.make_cudnn, implementation='xla'),
 }
 
 
 def _qkv():
   rng = np.random.default_rng(0)
-  return [jnp.asarray(rng.standard_normal((B, T, heads, H)), jnp.float32)
-          for heads in (N, K, K)]
+  return [jnp.asarray(rng.standard_normal((B, T, heads, H)), jnp.float32) for heads in (N, K, K)]
 
 
 @pytest.mark.parametrize('window', [0, 5])
-@pytest.mark.parametrize(('kernel', 'cap'), [
-    ('splash', 0.0), ('splash', 2.0), ('cudnn', 0.0)])
+@pytest.mark.parametrize(('kernel', 'cap'), [('splash', 0.0), ('splash', 2.0), ('cudnn', 0.0)])
 def test_kernels_equal_the_reference(kernel, cap, window):
   mask = attention.make_mask(SEGMENT_IDS, window)
   run = MAKERS[kernel](window, cap=cap)
@@ -41,8 +39,7 @@ def test_kernels_equal_the_reference(kernel, cap, window):
   qkv = _qkv()
   np.testing.assert_allclose(fast(*qkv), reference(*qkv), atol=2e-6)
   assert not np.any(fast(*qkv)[0, -5:])  # padding
-  grads, want = (jax.grad(functools.partial(loss, f))(qkv)
-                 for f in (fast, reference))
+  grads, want = (jax.grad(functools.partial(loss, f))(qkv) for f in (fast, reference))
   for grad, other in zip(grads, want, strict=True):
     np.testing.assert_allclose(grad, other, atol=1e-5 * np.abs(other).max())
 
@@ -73,5 +70,5 @@ def test_layers_alternate_between_window_and_none(monkeypatch):
   for has_window in (True, False):
     mask = attention.make_mask(SEGMENT_IDS, 5 if has_window else 0)
     np.testing.assert_allclose(
-        kernel(*qkv, SEGMENT_IDS, jnp.bool_(has_window)),
-        attention.attend(*qkv, mask), atol=2e-6)
+      kernel(*qkv, SEGMENT_IDS, jnp.bool_(has_window)), attention.attend(*qkv, mask), atol=2e-6
+    )

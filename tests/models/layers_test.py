@@ -9,16 +9,23 @@ from flax import nnx
 from csrm_jax.models import config, layers
 
 CFG = config.ModelConfig(
-    vocab_size=40, num_layers=2, embed_dim=6, num_heads=4, num_kv_heads=2,
-    head_dim=8, mlp_dim=48, lora_rank=3, lora_alpha=12.0,
-    lora_targets=('out',))
+  vocab_size=40,
+  num_layers=2,
+  embed_dim=6,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  mlp_dim=48,
+  lora_rank=3,
+  lora_alpha=12.0,
+  lora_targets=('out',),
+)
 RNG = np.random.default_rng(0)
 
 
 def _dense(name, cfg=CFG):
   """Returns a layer from axes [2,3] to [5] whose adapter is not zero."""
-  layer = layers.Dense(
-      cfg, name, (2, 3), (5,), std=1.0, rngs=nnx.Rngs(params=0, lora=1))
+  layer = layers.Dense(cfg, name, (2, 3), (5,), std=1.0, rngs=nnx.Rngs(params=0, lora=1))
   if layer.lora_scale:
     layer.lora_b[...] = jnp.asarray(RNG.normal(size=(3, 5)), jnp.float32)
   return layer
@@ -27,8 +34,10 @@ def _dense(name, cfg=CFG):
 def test_dense_adds_its_adapter():
   layer = _dense('out')
   x = RNG.normal(size=(7, 2, 3)).astype(np.float32)
-  kernel, a, b = (np.asarray(p[...], np.float64).reshape(size) for p, size in (
-      (layer.kernel, (6, 5)), (layer.lora_a, (6, 3)), (layer.lora_b, (3, 5))))
+  kernel, a, b = (
+    np.asarray(p[...], np.float64).reshape(size)
+    for p, size in ((layer.kernel, (6, 5)), (layer.lora_a, (6, 3)), (layer.lora_b, (3, 5)))
+  )
   want = x.reshape(7, 6) @ (kernel + 12.0 / 3 * a @ b)
   np.testing.assert_allclose(layer(x), want, atol=1e-4)
 
@@ -41,8 +50,7 @@ def test_only_targets_have_adapters():
 
 
 def test_adapters_stay_float32_beside_a_bfloat16_kernel():
-  layer = _dense('out', dataclasses.replace(
-      CFG, dtype='bfloat16', param_dtype='bfloat16'))
+  layer = _dense('out', dataclasses.replace(CFG, dtype='bfloat16', param_dtype='bfloat16'))
   assert layer.kernel.dtype == jnp.bfloat16
   assert layer.lora_a.dtype == layer.lora_b.dtype == jnp.float32
   assert layer(jnp.ones((1, 2, 3), jnp.bfloat16)).dtype == jnp.bfloat16

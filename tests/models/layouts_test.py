@@ -70,14 +70,21 @@ _SCRIPT = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize(('head', 'layouts'), [
-    ('untied', FEW), pytest.param('tied', ALL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  ('head', 'layouts'), [('untied', FEW), pytest.param('tied', ALL, marks=pytest.mark.slow)]
+)
 def test_every_layout_has_the_loss_and_gradients_of_one_device(head, layouts):
   path = os.pathsep.join(p for p in sys.path if p)
   env = os.environ | {
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-      'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path}
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': path,
+  }
   result = subprocess.run(
-      [sys.executable, '-c', _SCRIPT, head, *layouts], env=env,
-      capture_output=True, text=True, check=False)
+    [sys.executable, '-c', _SCRIPT, head, *layouts],
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert result.returncode == 0, result.stderr[-3000:]

@@ -10,15 +10,22 @@ from csrm_jax.core import tree
 from csrm_jax.models import config, hf, lora, transformer
 
 CFG = config.ModelConfig(
-    vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
-    head_dim=16, mlp_dim=48, lora_rank=3, lora_alpha=7.0)
+  vocab_size=40,
+  num_layers=2,
+  embed_dim=32,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  mlp_dim=48,
+  lora_rank=3,
+  lora_alpha=7.0,
+)
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9)).astype(np.int32)
 
 
 def _logits(cfg, params):
   positions = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
-  hidden = transformer.hidden(
-      cfg, params, TOKENS, positions, np.ones_like(TOKENS))
+  hidden = transformer.hidden(cfg, params, TOKENS, positions, np.ones_like(TOKENS))
   return np.asarray(transformer.logits(cfg, params, hidden))
 
 
@@ -31,8 +38,7 @@ def params(make_params):
 def test_split(params, make_params):
   adapters, base = lora.split(params)
   plain = dataclasses.replace(CFG, lora_rank=0)
-  assert jax.tree.structure(base) == jax.tree.structure(
-      make_params(plain))
+  assert jax.tree.structure(base) == jax.tree.structure(make_params(plain))
   assert tree.num_params(adapters) > 0
   merged = tree.merge(base, adapters)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
@@ -49,8 +55,8 @@ def test_merged_model_computes_the_same(params):
 
 def test_merged_kernels_keep_their_dtype(params):
   half = jax.tree_util.tree_map_with_path(
-      lambda path, x: x if path[-1].key.startswith('lora')
-      else x.astype(jnp.bfloat16), params)
+    lambda path, x: x if path[-1].key.startswith('lora') else x.astype(jnp.bfloat16), params
+  )
   got = lora.merge(CFG, half)
   assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -85,6 +91,7 @@ def _peft_logits(base, adapter):
   import peft
   import torch
   import transformers
+
   model = transformers.AutoModelForCausalLM.from_pretrained(base)
   model = peft.PeftModel.from_pretrained(model, adapter)
   with torch.no_grad():
@@ -103,13 +110,14 @@ def test_peft_computes_the_same_and_writes_the_same(params, tmp_path):
   print(f'PEFT: {difference:.2e}')
   assert difference < 1e-4
   model.save_pretrained(tmp_path / 'again')
-  assert lora.read_peft(tmp_path / 'again') == lora.read_peft(
-      tmp_path / 'adapter')
+  assert lora.read_peft(tmp_path / 'again') == lora.read_peft(tmp_path / 'adapter')
   got = lora.load_peft(tmp_path / 'again', CFG)
   jax.tree.map(np.testing.assert_array_equal, got, adapters)
 
 
-@pytest.mark.parametrize('fields,message', [
+@pytest.mark.parametrize(
+  'fields,message',
+  [
     ({'target_modules': ['q_proj', 'fc1']}, "target 'fc1' matches no layer"),
     ({'target_modules': 'all-linear'}, "target 'all-linear' matches no layer"),
     ({'peft_type': 'LOHA'}, "peft_type is 'LOHA', only 'LORA'"),
@@ -120,7 +128,8 @@ def test_peft_computes_the_same_and_writes_the_same(params, tmp_path):
     ({'lora_alpha': 8}, 'lora_alpha is 8.0 there and 7.0'),
     ({'target_modules': ['q_proj']}, 'lora_targets is'),
     ({'r': None}, 'cannot be read as the config of a LoRA adapter'),
-])
+  ],
+)
 def test_adapters_that_are_not_supported(fields, message, params, tmp_path):
   lora.save_peft(tmp_path, CFG, lora.split(params)[0], 'base')
   path = tmp_path / lora.CONFIG_FILE

@@ -11,8 +11,8 @@ from flax import nnx
 from csrm_jax.models import attention, config, transformer
 
 CFG = config.ModelConfig(
-    vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
-    head_dim=8, mlp_dim=48)
+  vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48
+)
 
 
 def _row(lengths, total, seed=0):
@@ -69,20 +69,19 @@ def _assert_close(got, want, rtol=1e-5):
 @pytest.mark.parametrize('tie', [True, False])
 def test_names_and_shapes(tie):
   cfg = dataclasses.replace(CFG, tie_embeddings=tie)
-  flat = flax.traverse_util.flatten_dict(
-      transformer.init_params(cfg, 0), sep='/')
+  flat = flax.traverse_util.flatten_dict(transformer.init_params(cfg, 0), sep='/')
   expected = {
-      'embed/embedding': (40, 32),
-      'layers/attention/query/kernel': (2, 32, 4, 8),
-      'layers/attention/key/kernel': (2, 32, 2, 8),
-      'layers/attention/value/kernel': (2, 32, 2, 8),
-      'layers/attention/out/kernel': (2, 4, 8, 32),
-      'layers/mlp/gate/kernel': (2, 32, 48),
-      'layers/mlp/up/kernel': (2, 32, 48),
-      'layers/mlp/down/kernel': (2, 48, 32),
-      'layers/attention_norm/scale': (2, 32),
-      'layers/mlp_norm/scale': (2, 32),
-      'final_norm/scale': (32,),
+    'embed/embedding': (40, 32),
+    'layers/attention/query/kernel': (2, 32, 4, 8),
+    'layers/attention/key/kernel': (2, 32, 2, 8),
+    'layers/attention/value/kernel': (2, 32, 2, 8),
+    'layers/attention/out/kernel': (2, 4, 8, 32),
+    'layers/mlp/gate/kernel': (2, 32, 48),
+    'layers/mlp/up/kernel': (2, 32, 48),
+    'layers/mlp/down/kernel': (2, 48, 32),
+    'layers/attention_norm/scale': (2, 32),
+    'layers/mlp_norm/scale': (2, 32),
+    'final_norm/scale': (32,),
   }
   if not tie:
     expected['lm_head/kernel'] = (32, 40)
@@ -118,7 +117,7 @@ def _reference(cfg, params, tokens, positions, mask):
 
   def norm(x, layer):
     scale = layer['scale'] + cfg.norm_offset
-    mean = (x ** 2).mean(-1, keepdims=True)
+    mean = (x**2).mean(-1, keepdims=True)
     return x / np.sqrt(mean + cfg.norm_eps) * scale
 
   def rope(x):
@@ -130,8 +129,7 @@ def _reference(cfg, params, tokens, positions, mask):
     y = np.tensordot(x, layer['kernel'], axes)
     if 'lora_a' in layer:
       low = np.tensordot(x, layer['lora_a'], axes)
-      y += cfg.lora_alpha / cfg.lora_rank * np.tensordot(
-          low, layer['lora_b'], 1)
+      y += cfg.lora_alpha / cfg.lora_rank * np.tensordot(low, layer['lora_b'], 1)
     return y
 
   def cap(x, limit):
@@ -140,7 +138,7 @@ def _reference(cfg, params, tokens, positions, mask):
   def gate(x):
     if cfg.activation == 'silu':
       return x / (1 + np.exp(-x))
-    cubic = np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)
+    cubic = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
     return x * 0.5 * (1 + np.tanh(cubic))
 
   x = p['embed']['embedding'][tokens]
@@ -156,8 +154,7 @@ def _reference(cfg, params, tokens, positions, mask):
     group = cfg.num_heads // cfg.num_kv_heads
     q, k, v = rope(q), np.repeat(rope(k), group, 1), np.repeat(v, group, 1)
     scores = np.einsum('tnh,snh->nts', q, k)
-    scores = cap(scores / np.sqrt(cfg.query_scale or cfg.head_dim),
-                 cfg.attention_softcap)
+    scores = cap(scores / np.sqrt(cfg.query_scale or cfg.head_dim), cfg.attention_softcap)
     has_window = cfg.sliding_window > 0 and i % cfg.window_period == 0
     w = np.exp(scores) * mask[has_window]
     w = w / np.maximum(w.sum(-1, keepdims=True), 1e-300)
@@ -175,15 +172,21 @@ def _reference(cfg, params, tokens, positions, mask):
 
 
 VARIANTS = {
-    'llama': {},
-    'mistral': {'sliding_window': 3, 'tie_embeddings': False},
-    'qwen3': {'qk_norm': True, 'norm_eps': 1e-3, 'rope_theta': 100.0},
-    'gemma2': {
-        'norm_offset': 1.0, 'activation': 'gelu_tanh',
-        'scale_embeddings': True, 'query_scale': 5.0,
-        'attention_softcap': 0.5, 'final_softcap': 2.0, 'post_norms': True,
-        'sliding_window': 3, 'window_period': 2},
-    'lora': {'lora_rank': 3, 'lora_alpha': 6.0},
+  'llama': {},
+  'mistral': {'sliding_window': 3, 'tie_embeddings': False},
+  'qwen3': {'qk_norm': True, 'norm_eps': 1e-3, 'rope_theta': 100.0},
+  'gemma2': {
+    'norm_offset': 1.0,
+    'activation': 'gelu_tanh',
+    'scale_embeddings': True,
+    'query_scale': 5.0,
+    'attention_softcap': 0.5,
+    'final_softcap': 2.0,
+    'post_norms': True,
+    'sliding_window': 3,
+    'window_period': 2,
+  },
+  'lora': {'lora_rank': 3, 'lora_alpha': 6.0},
 }
 
 
@@ -193,16 +196,23 @@ def test_equals_plain_numpy(name, unroll):
   cfg = dataclasses.replace(CFG, unroll=unroll, **VARIANTS[name])
   params = _params(cfg)
   tokens, positions, segment_ids = _row([7, 5], 14)
-  masks = [np.asarray(attention.make_mask(segment_ids, window))[0]
-           for window in (0, cfg.sliding_window)]
+  masks = [
+    np.asarray(attention.make_mask(segment_ids, window))[0] for window in (0, cfg.sliding_window)
+  ]
   want = _reference(cfg, params, tokens[0], positions[0], masks)
   got = _logits(cfg, params, tokens, positions, segment_ids)[0]
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.parametrize(('name', 'field'), [
-    (name, field) for name, fields in VARIANTS.items() for field in fields
-    if field not in ('tie_embeddings', 'qk_norm', 'post_norms', 'lora_rank')])
+@pytest.mark.parametrize(
+  ('name', 'field'),
+  [
+    (name, field)
+    for name, fields in VARIANTS.items()
+    for field in fields
+    if field not in ('tie_embeddings', 'qk_norm', 'post_norms', 'lora_rank')
+  ],
+)
 def test_every_field_of_a_family_matters(name, field):
   """So that the comparison above could fail for each of them."""
   cfg = dataclasses.replace(CFG, **VARIANTS[name])
@@ -210,10 +220,10 @@ def test_every_field_of_a_family_matters(name, field):
   without = dataclasses.replace(cfg, **{field: default})
   tokens, positions, segment_ids = _row([7, 5], 14)
   masks = {
-      c: [np.asarray(attention.make_mask(segment_ids, window))[0]
-          for window in (0, c.sliding_window)] for c in (cfg, without)}
-  a, b = (_reference(c, _params(cfg), tokens[0], positions[0], masks[c])
-          for c in (cfg, without))
+    c: [np.asarray(attention.make_mask(segment_ids, window))[0] for window in (0, c.sliding_window)]
+    for c in (cfg, without)
+  }
+  a, b = (_reference(c, _params(cfg), tokens[0], positions[0], masks[c]) for c in (cfg, without))
   assert np.abs(a - b)[:12].max() > 1e-2
 
 
@@ -225,26 +235,26 @@ def test_packed_equals_unpacked_with_windows(name):
   packed = _logits(cfg, params, tokens, positions, segment_ids)[0]
   for start, length in ((0, 7), (7, 5)):
     alone = _row([length], 14)
-    alone[0][0, :length] = tokens[0, start:start + length]
+    alone[0][0, :length] = tokens[0, start : start + length]
     np.testing.assert_allclose(
-        _logits(cfg, params, *alone)[0, :length],
-        packed[start:start + length], atol=1e-5)
+      _logits(cfg, params, *alone)[0, :length], packed[start : start + length], atol=1e-5
+    )
 
 
 def test_lora_starts_as_the_base_and_trains_every_target():
   cfg = dataclasses.replace(
-      CFG, lora_rank=3, lora_targets=('query', 'out', 'down'),
-      param_dtype='bfloat16')
+    CFG, lora_rank=3, lora_targets=('query', 'out', 'down'), param_dtype='bfloat16'
+  )
   params = transformer.init_params(cfg, 0)
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   adapters = {name: leaf for name, leaf in flat.items() if '/lora_' in name}
   assert {name: leaf.shape for name, leaf in adapters.items()} == {
-      'layers/attention/query/lora_a': (2, 32, 3),
-      'layers/attention/query/lora_b': (2, 3, 4, 8),
-      'layers/attention/out/lora_a': (2, 4, 8, 3),
-      'layers/attention/out/lora_b': (2, 3, 32),
-      'layers/mlp/down/lora_a': (2, 48, 3),
-      'layers/mlp/down/lora_b': (2, 3, 32),
+    'layers/attention/query/lora_a': (2, 32, 3),
+    'layers/attention/query/lora_b': (2, 3, 4, 8),
+    'layers/attention/out/lora_a': (2, 4, 8, 3),
+    'layers/attention/out/lora_b': (2, 3, 32),
+    'layers/mlp/down/lora_a': (2, 48, 3),
+    'layers/mlp/down/lora_b': (2, 3, 32),
   }
   assert {leaf.dtype for leaf in adapters.values()} == {jnp.dtype('float32')}
   assert 0.8 < np.std(flat['layers/mlp/down/lora_a']) * 48**0.5 < 1.2
@@ -253,10 +263,8 @@ def test_lora_starts_as_the_base_and_trains_every_target():
   for name, leaf in flax.traverse_util.flatten_dict(base, sep='/').items():
     np.testing.assert_array_equal(leaf, flat[name])
   batch = _row([7, 5], 14)
-  np.testing.assert_array_equal(
-      _logits(cfg, params, *batch), _logits(base_cfg, base, *batch))
-  grads = flax.traverse_util.flatten_dict(
-      _grads(cfg, params, batch), sep='/')
+  np.testing.assert_array_equal(_logits(cfg, params, *batch), _logits(base_cfg, base, *batch))
+  grads = flax.traverse_util.flatten_dict(_grads(cfg, params, batch), sep='/')
   for name in adapters:  # a has no gradient while b is 0
     assert np.any(grads[name]) == name.endswith('lora_b'), name
 
@@ -278,15 +286,13 @@ def test_scan_equals_loop():
     for i in range(CFG.num_layers):
       layer = jax.tree.map(lambda leaf, i=i: leaf[i], params['layers'])
       x, _ = nnx.merge(graphdef, nnx.State(layer))(x, *angles, attend)
-    return nnx.merge(
-        transformer.make_model(CFG), nnx.State(params)).final_norm(x)
+    return nnx.merge(transformer.make_model(CFG), nnx.State(params)).final_norm(x)
 
   got = jax.jit(transformer.hidden, static_argnums=0)(CFG, params, *batch)
   np.testing.assert_allclose(got[0], loop(params, *batch), atol=1e-5)
 
 
-@pytest.mark.parametrize('change', [
-    {'remat': 'full'}, {'remat': 'dots'}, {'unroll': 2}])
+@pytest.mark.parametrize('change', [{'remat': 'full'}, {'remat': 'dots'}, {'unroll': 2}])
 def test_remat_and_unroll_change_nothing(change):
   params, batch = _params(), _row([7, 5], 14)
   cfg = dataclasses.replace(CFG, **change)
@@ -312,8 +318,7 @@ def test_cache_equals_one_pass(name):
     return [x[:, start:stop] for x in batch]
 
   extend = jax.jit(transformer.extend, static_argnums=0)
-  prefill = jax.jit(
-      transformer.prefill, static_argnums=0, static_argnames='length')
+  prefill = jax.jit(transformer.prefill, static_argnums=0, static_argnames='length')
   out, cache = prefill(cfg, params, *cut(0, 5), length=total + 3)
   outs = [out]
   for start, stop in ((5, 9), (9, 10), (10, 11), (11, 12)):
@@ -346,11 +351,9 @@ def test_a_prefix_that_rows_share_is_computed_once(name, monkeypatch):
   once = [x[:1, :6] for x in batch]
   _, prefix = transformer.prefill(cfg, params, *once, length=6)
   rest = [x[:, 6:13] for x in batch]
-  out, cache = transformer.prefill(
-      cfg, params, *rest, length=14, prefix=prefix)
+  out, cache = transformer.prefill(cfg, params, *rest, length=14, prefix=prefix)
   assert cache['length'] == 13 and cache['segment_ids'].shape == (3, 14)
-  last, _ = transformer.extend(
-      cfg, params, *(x[:, 13:] for x in batch), cache)
+  last, _ = transformer.extend(cfg, params, *(x[:, 13:] for x in batch), cache)
   got = np.concatenate([out, last], axis=1)
   gap = np.abs(got - want[:, 6:])[segment_ids[:, 6:] > 0].max()
   assert gap < 1e-5, gap
@@ -366,10 +369,9 @@ def test_packed_equals_unpacked():
   grads = jax.tree.map(jnp.zeros_like, params)
   for start, length in ((0, 7), (7, 5), (12, 4)):
     alone = _row([length], 20)  # one shape: compiled once
-    alone[0][0, :length] = tokens[0, start:start + length]
+    alone[0][0, :length] = tokens[0, start : start + length]
     logits = _logits(CFG, params, *alone)[0, :length]
-    np.testing.assert_allclose(
-        logits, packed[start:start + length], atol=1e-5)
+    np.testing.assert_allclose(logits, packed[start : start + length], atol=1e-5)
     grads = jax.tree.map(jnp.add, grads, _grads(CFG, params, alone))
   _assert_close(packed_grads, grads)
 
@@ -381,8 +383,7 @@ def _input_gradient(batch, position):
   # One vocabulary row for each place, so that its gradient is the place's.
   place = np.arange(tokens.shape[1], dtype=np.int32)[None]
   table = params['embed']['embedding'][tokens[0]]
-  cfg = dataclasses.replace(
-      CFG, vocab_size=len(table), tie_embeddings=False)
+  cfg = dataclasses.replace(CFG, vocab_size=len(table), tie_embeddings=False)
   head = {'kernel': jnp.ones((CFG.embed_dim, len(table)))}
 
   def out(table):
@@ -406,8 +407,7 @@ def test_neighbours_and_padding_tokens_do_not_matter_at_all():
   changed = tokens.copy()
   changed[0, :7] = (tokens[0, :7] + 1) % CFG.vocab_size
   changed[0, 12:] = 5
-  got, want = (_logits(CFG, params, t, positions, segment_ids)[0, 7:12]
-               for t in (changed, tokens))
+  got, want = (_logits(CFG, params, t, positions, segment_ids)[0, 7:12] for t in (changed, tokens))
   np.testing.assert_array_equal(got, want)
 
 
@@ -416,8 +416,7 @@ def test_padding_side_does_not_matter():
   tokens, positions, segment_ids = _row([7], 14)
   right = _logits(CFG, params, tokens, positions, segment_ids)[0, :7]
   left = [np.roll(x, 7, axis=1) for x in (tokens, positions, segment_ids)]
-  np.testing.assert_allclose(
-      _logits(CFG, params, *left)[0, 7:], right, atol=1e-5)
+  np.testing.assert_allclose(_logits(CFG, params, *left)[0, 7:], right, atol=1e-5)
 
 
 def test_all_padding_is_finite():
@@ -446,12 +445,11 @@ def test_grouped_query_equals_multi_head_with_repeated_kernels():
   params, batch = _params(), _row([12], 12)
   heads = params['layers']['attention']
   repeated = heads | {
-      name: {'kernel': jnp.repeat(heads[name]['kernel'], 2, axis=2)}
-      for name in ('key', 'value')}
+    name: {'kernel': jnp.repeat(heads[name]['kernel'], 2, axis=2)} for name in ('key', 'value')
+  }
   wide = params | {'layers': params['layers'] | {'attention': repeated}}
   cfg = dataclasses.replace(CFG, num_kv_heads=CFG.num_heads)
-  _assert_close(
-      _logits(cfg, wide, *batch), _logits(CFG, params, *batch))
+  _assert_close(_logits(cfg, wide, *batch), _logits(CFG, params, *batch))
 
 
 def test_untied_head_is_used():
@@ -459,8 +457,8 @@ def test_untied_head_is_used():
   params, batch = _params(cfg), _row([12], 12)
   hidden = transformer.hidden(cfg, params, *batch)
   np.testing.assert_allclose(
-      _logits(cfg, params, *batch), hidden @ params['lm_head']['kernel'],
-      atol=1e-4)
+    _logits(cfg, params, *batch), hidden @ params['lm_head']['kernel'], atol=1e-4
+  )
 
 
 def test_bfloat16_is_close_and_logits_are_float32():

@@ -24,14 +24,14 @@ def _batch(rewards=REWARDS, spans=SPANS, seed=0, dtype=np.float64):
   shape = (len(spans), T)
   mask = np.zeros(shape, np.float32)
   for row, (start, length) in enumerate(spans):
-    mask[row, start:start + length] = 1
-  arrays = {'kl_penalty': 0.3 * rng.standard_normal(shape),
-            'old_values': rng.standard_normal(shape)}
-  arrays['kl_penalty'][G:2 * G] = 0
-  arrays = {name: np.where(mask > 0, x, np.nan).astype(dtype)
-            for name, x in arrays.items()}
-  return {'rewards': np.asarray(rewards, dtype), 'completion_mask': mask,
-          **arrays}
+    mask[row, start : start + length] = 1
+  arrays = {
+    'kl_penalty': 0.3 * rng.standard_normal(shape),
+    'old_values': rng.standard_normal(shape),
+  }
+  arrays['kl_penalty'][G : 2 * G] = 0
+  arrays = {name: np.where(mask > 0, x, np.nan).astype(dtype) for name, x in arrays.items()}
+  return {'rewards': np.asarray(rewards, dtype), 'completion_mask': mask, **arrays}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -46,8 +46,10 @@ def _compute(name, batch, size, gamma, lam):
 
 
 def _lists(batch, name, spans=SPANS):
-  return [[float(x) for x in row[start:start + length]]
-          for row, (start, length) in zip(batch[name], spans, strict=True)]
+  return [
+    [float(x) for x in row[start : start + length]]
+    for row, (start, length) in zip(batch[name], spans, strict=True)
+  ]
 
 
 def _to_array(rows, spans=SPANS):
@@ -61,17 +63,16 @@ def _to_array(rows, spans=SPANS):
 def _reference_whiten(rows):
   values = [x for row in rows for x in row]
   mean = math.fsum(values) / len(values)
-  variance = math.fsum((x - mean)**2 for x in values) / len(values)
-  return [[(x - mean) / math.sqrt(variance + 1e-8) for x in row]
-          for row in rows]
+  variance = math.fsum((x - mean) ** 2 for x in values) / len(values)
+  return [[(x - mean) / math.sqrt(variance + 1e-8) for x in row] for row in rows]
 
 
 def _reference_returns(reward, penalties, gamma):
   returns = []
   for t in range(len(penalties)):
-    value = gamma**(len(penalties) - 1 - t) * reward
+    value = gamma ** (len(penalties) - 1 - t) * reward
     for s in range(t, len(penalties)):
-      value -= gamma**(s - t) * penalties[s]
+      value -= gamma ** (s - t) * penalties[s]
     returns.append(value)
   return returns
 
@@ -81,10 +82,11 @@ def _reference_gae(reward, penalties, values, gamma, lam):
   for t in range(len(values)):
     last = t == len(values) - 1
     after = 0.0 if last else values[t + 1]
-    deltas.append((reward if last else 0.0) - penalties[t] + gamma * after
-                  - values[t])
-  return [sum((gamma * lam)**(s - t) * deltas[s]
-              for s in range(t, len(deltas))) for t in range(len(deltas))]
+    deltas.append((reward if last else 0.0) - penalties[t] + gamma * after - values[t])
+  return [
+    sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(deltas)))
+    for t in range(len(deltas))
+  ]
 
 
 def _reference(name, batch, gamma, lam):
@@ -93,20 +95,18 @@ def _reference(name, batch, gamma, lam):
   rewards = [float(r) for r in batch['rewards']]
   n = len(rewards)
   if name == 'reinforce_pp':
-    return _reference_whiten([
-        _reference_returns(rewards[i], penalties[i], gamma)
-        for i in range(n)]), None
+    return _reference_whiten(
+      [_reference_returns(rewards[i], penalties[i], gamma) for i in range(n)]
+    ), None
   if name == 'reinforce_pp_baseline':
-    means = [sum(rewards[i // G * G:i // G * G + G]) / G for i in range(n)]
-    return _reference_whiten([
-        _reference_returns(rewards[i] - means[i], penalties[i], gamma)
-        for i in range(n)]), None
+    means = [sum(rewards[i // G * G : i // G * G + G]) / G for i in range(n)]
+    return _reference_whiten(
+      [_reference_returns(rewards[i] - means[i], penalties[i], gamma) for i in range(n)]
+    ), None
   if name == 'ppo':
     values = _lists(batch, 'old_values')
-    rows = [_reference_gae(rewards[i], penalties[i], values[i], gamma, lam)
-            for i in range(n)]
-    returns = [[a + v for a, v in zip(rows[i], values[i], strict=True)]
-               for i in range(n)]
+    rows = [_reference_gae(rewards[i], penalties[i], values[i], gamma, lam) for i in range(n)]
+    returns = [[a + v for a, v in zip(rows[i], values[i], strict=True)] for i in range(n)]
     return _reference_whiten(rows), returns
   rows = []
   for i in range(n):
@@ -114,7 +114,7 @@ def _reference(name, batch, gamma, lam):
     totals = {j: rewards[j] - sum(penalties[j]) for j in group}
     mean = sum(totals.values()) / G
     if name == 'grpo':
-      variance = sum((x - mean)**2 for x in totals.values()) / (G - 1)
+      variance = sum((x - mean) ** 2 for x in totals.values()) / (G - 1)
       value = (totals[i] - mean) / (math.sqrt(variance) + 1e-4)
     elif name == 'dr_grpo':
       value = totals[i] - mean
@@ -124,22 +124,30 @@ def _reference(name, batch, gamma, lam):
   return rows, None
 
 
-@pytest.mark.parametrize('name, gamma, lam', [
-    ('reinforce_pp', 1.0, 0.95), ('reinforce_pp', 0.9, 0.95),
-    ('reinforce_pp_baseline', 1.0, 0.95), ('reinforce_pp_baseline', 0.8, 0.95),
-    ('grpo', 1.0, 0.95), ('dr_grpo', 1.0, 0.95), ('rloo', 1.0, 0.95),
-    ('ppo', 1.0, 0.95), ('ppo', 0.9, 0.7), ('ppo', 0.9, 1.0)])
+@pytest.mark.parametrize(
+  'name, gamma, lam',
+  [
+    ('reinforce_pp', 1.0, 0.95),
+    ('reinforce_pp', 0.9, 0.95),
+    ('reinforce_pp_baseline', 1.0, 0.95),
+    ('reinforce_pp_baseline', 0.8, 0.95),
+    ('grpo', 1.0, 0.95),
+    ('dr_grpo', 1.0, 0.95),
+    ('rloo', 1.0, 0.95),
+    ('ppo', 1.0, 0.95),
+    ('ppo', 0.9, 0.7),
+    ('ppo', 0.9, 1.0),
+  ],
+)
 def test_agrees_with_loops_at_float64(name, gamma, lam):
   batch = _batch()
   got = _compute(name, batch, G, gamma, lam)
   want, returns = _reference(name, batch, gamma, lam)
   assert got['advantages'].dtype == np.float64
-  np.testing.assert_allclose(
-      got['advantages'], _to_array(want), rtol=1e-9, atol=1e-12)
+  np.testing.assert_allclose(got['advantages'], _to_array(want), rtol=1e-9, atol=1e-12)
   assert ('returns' in got) == (returns is not None)
   if returns is not None:
-    np.testing.assert_allclose(
-        got['returns'], _to_array(returns), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(got['returns'], _to_array(returns), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize('name', ADVANTAGES)
@@ -147,12 +155,12 @@ def test_float32_agrees_with_loops_too(name):
   batch = _batch(dtype=np.float32)
   got = _jitted(name, batch, G)['advantages']
   assert got.dtype == jnp.float32
-  np.testing.assert_allclose(
-      got, _to_array(_reference(name, batch, 1.0, 0.95)[0]), atol=2e-5)
+  np.testing.assert_allclose(got, _to_array(_reference(name, batch, 1.0, 0.95)[0]), atol=2e-5)
 
 
-@pytest.mark.parametrize('name', [
-    'reinforce_pp', 'reinforce_pp_baseline', 'grpo', 'dr_grpo', 'rloo'])
+@pytest.mark.parametrize(
+  'name', ['reinforce_pp', 'reinforce_pp_baseline', 'grpo', 'dr_grpo', 'rloo']
+)
 def test_equal_rewards_have_no_advantage_at_all(name):
   """0.1 is not exact: its mean over a group may differ from it."""
   for reward in (0.1, 0.7, 4.2, 1e4 / 3):
@@ -168,8 +176,7 @@ def test_kl_penalises_the_tokens_from_which_it_follows():
   batch = _batch([0.3, 0.3], spans, dtype=np.float32)
   batch['kl_penalty'] = np.zeros((2, T), np.float32)
   batch['kl_penalty'][0, 4] = 0.5
-  got = np.asarray(
-      _jitted('reinforce_pp', batch, 1)['advantages'])[0, 2:7]
+  got = np.asarray(_jitted('reinforce_pp', batch, 1)['advantages'])[0, 2:7]
   assert got[0] == got[1] == got[2] < 0 < got[3] == got[4]
 
 
@@ -179,12 +186,10 @@ def test_time_stands_still_off_the_completion(name):
   whole = _batch([0.4, 1.3], ((1, 4), (2, 3)))
   split = {name: x.copy() for name, x in whole.items()}
   for key in ('completion_mask', 'kl_penalty', 'old_values'):
-    split[key][0, 5:7], split[key][0, 3:5] = (
-        whole[key][0, 3:5], whole[key][0, 5:7])
+    split[key][0, 5:7], split[key][0, 3:5] = (whole[key][0, 3:5], whole[key][0, 5:7])
   want = _compute(name, whole, 1, 0.9, 0.8)['advantages']
   got = _compute(name, split, 1, 0.9, 0.8)['advantages']
-  np.testing.assert_allclose(
-      got[0, [1, 2, 5, 6]], want[0, 1:5], rtol=1e-12)
+  np.testing.assert_allclose(got[0, [1, 2, 5, 6]], want[0, 1:5], rtol=1e-12)
   assert not got[0, [0, 3, 4, 7]].any()
   np.testing.assert_allclose(got[1], want[1], rtol=1e-12)
 
@@ -195,19 +200,21 @@ def test_a_rollout_without_tokens_is_all_zero(name):
   assert not np.any(_jitted(name, batch, G)['advantages'])
 
 
-@pytest.mark.parametrize('name', [
-    'reinforce_pp_baseline', 'grpo', 'dr_grpo', 'rloo'])
+@pytest.mark.parametrize('name', ['reinforce_pp_baseline', 'grpo', 'dr_grpo', 'rloo'])
 def test_a_group_of_one_is_refused(name):
   with pytest.raises(ValueError, match=r'num_generations=1.*at least 2'):
     ADVANTAGES[name](_batch(dtype=np.float32), 1)
 
 
-@pytest.mark.parametrize('change, match', [
+@pytest.mark.parametrize(
+  'change, match',
+  [
     ({'rewards': np.arange(9)}, 'dtype int32'),
     ({'rewards': jnp.arange(9, dtype=jnp.bfloat16)}, 'dtype bfloat16'),
     ({'rewards': np.zeros((9, 2), np.float32)}, 'one reward a completion'),
     ({'rewards': np.zeros(8, np.float32)}, 'one reward a completion'),
-])
+  ],
+)
 @pytest.mark.parametrize('name', ['reinforce_pp', 'grpo', 'ppo'])
 def test_bad_rewards_are_refused(name, change, match):
   with pytest.raises(ValueError, match=match):

@@ -15,14 +15,12 @@ def test_the_table_has_every_algorithm():
   for name, algorithm in ALGORITHMS.items():
     assert algorithm.online == (name in ONLINE)
     assert algorithm.advantage is ADVANTAGES.get(name)
-  assert [name for name, row in ALGORITHMS.items() if row.needs_values] == [
-      'ppo']
+  assert [name for name, row in ALGORITHMS.items() if row.needs_values] == ['ppo']
 
 
 @pytest.mark.parametrize('name', ALGORITHMS)
 def test_defaults_go_together(name):
-  objective = make_objective(name, **(
-      {'max_completion_length': 32} if name in ONLINE else {}))
+  objective = make_objective(name, **({'max_completion_length': 32} if name in ONLINE else {}))
   check(name, objective, num_generations=2)
   assert (objective is None) == (name in OFFLINE)
 
@@ -32,10 +30,16 @@ def test_defaults_are_the_algorithm_s():
   assert make_objective('reinforce_pp').kl_estimator == 'k1'
   grpo = make_objective('grpo', kl_coef=None, epsilon_high=0.28)
   assert dataclasses.asdict(grpo) == {
-      'epsilon': 0.2, 'epsilon_high': 0.28, 'dual_clip': None,
-      'ratio': 'token', 'loss_aggregation': 'seq-mean-token-mean',
-      'kl_place': 'loss', 'kl_estimator': 'k3', 'kl_coef': 0.01,
-      'max_completion_length': None}
+    'epsilon': 0.2,
+    'epsilon_high': 0.28,
+    'dual_clip': None,
+    'ratio': 'token',
+    'loss_aggregation': 'seq-mean-token-mean',
+    'kl_place': 'loss',
+    'kl_estimator': 'k3',
+    'kl_coef': 0.01,
+    'max_completion_length': None,
+  }
   dr_grpo = make_objective('dr_grpo', max_completion_length=64)
   assert dr_grpo.loss_aggregation == 'seq-mean-token-sum-norm'
 
@@ -55,16 +59,16 @@ def test_sequence_ratio_takes_the_aggregation_that_is_right_for_it():
   check('rloo', objective, 4)
 
 
-@pytest.mark.parametrize('name', [
-    name for name, row in ALGORITHMS.items() if row.needs_group])
+@pytest.mark.parametrize('name', [name for name, row in ALGORITHMS.items() if row.needs_group])
 def test_a_group_baseline_needs_a_group(name):
-  objective = make_objective(name, **(
-      {'max_completion_length': 32} if name in ONLINE else {}))
+  objective = make_objective(name, **({'max_completion_length': 32} if name in ONLINE else {}))
   with pytest.raises(ValueError, match=f'num_generations=1 .*{name}.* 2, or'):
     check(name, objective, num_generations=1)
 
 
-@pytest.mark.parametrize('name, objective, settings, match', [
+@pytest.mark.parametrize(
+  'name, objective, settings, match',
+  [
     ('reinforce_pp', {}, {'num_generations': 0}, 'at least 1'),
     ('reinforce_pp', {}, {'gamma': 1.1}, r'gamma=1.1 must lie in \(0, 1\]'),
     ('ppo', {}, {'lam': -0.1}, r'lam=-0.1 in \[0, 1\]'),
@@ -77,15 +81,13 @@ def test_a_group_baseline_needs_a_group(name):
     ('rloo', {}, {'kl_target': 0.0}, 'kl_target=0.0.*positive'),
     ('distillation', {}, {}, 'takes no objective'),
     ('grpo', None, {}, 'needs an objective'),
-    ('dr_grpo', {'loss_aggregation': 'seq-mean-token-mean'}, {},
-     'length bias'),
+    ('dr_grpo', {'loss_aggregation': 'seq-mean-token-mean'}, {}, 'length bias'),
     ('reinforce_pp', {'ratio': 'sequence'}, {}, 'put the KL into the loss'),
-    ('reinforce_pp', {'ratio': 'sequence', 'kl_place': 'loss'},
-     {'gamma': 0.9}, 'at gamma=1'),
+    ('reinforce_pp', {'ratio': 'sequence', 'kl_place': 'loss'}, {'gamma': 0.9}, 'at gamma=1'),
     ('ppo', {'ratio': 'sequence', 'kl_place': 'loss'}, {}, "ratio='token'"),
-])
-def test_what_does_not_go_together_is_refused(
-    name, objective, settings, match):
+  ],
+)
+def test_what_does_not_go_together_is_refused(name, objective, settings, match):
   if objective is not None:
     made = name if ALGORITHMS[name].online else 'rloo'
     objective = make_objective(made, **objective)
@@ -97,8 +99,7 @@ def test_what_does_not_go_together_is_refused(
 def test_what_differs_by_one_setting_from_a_refused_run_is_not():
   check('reinforce_pp', make_objective('reinforce_pp'), 1, gamma=0.9)
   check('ppo', make_objective('ppo'), 1, gamma=0.9, lam=0.8, kl_target=0.1)
-  check('reinforce_pp', make_objective(
-      'reinforce_pp', ratio='sequence', kl_place='loss'), 1)
+  check('reinforce_pp', make_objective('reinforce_pp', ratio='sequence', kl_place='loss'), 1)
   check('distillation', None, 100)
 
 

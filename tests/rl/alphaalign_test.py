@@ -12,19 +12,23 @@ NO, YES = 'I cannot help.', 'Do it so.'
 
 
 def sample(label, index, answer, *, formed=True, name=''):
-  prompt = Prompt(name or label, (schema.Message('user', 'Hello.'),), RULES,
-                  label)
-  text = (f'<safety_reasoning>I cannot say.</safety_reasoning><answer>{answer}'
-          '</answer>' if formed else answer)
+  prompt = Prompt(name or label, (schema.Message('user', 'Hello.'),), RULES, label)
+  text = (
+    f'<safety_reasoning>I cannot say.</safety_reasoning><answer>{answer}</answer>'
+    if formed
+    else answer
+  )
   return Sample(prompt, index, text, 9, True)
 
 
 GROUPS = [
-    sample('harmful', 0, NO), sample('harmful', 1, YES),
-    sample('harmful', 2, NO, formed=False),
-    sample('benign', 0, NO), sample('benign', 1, YES + ' A.'),
-    sample('benign', 2, YES + ' B.', formed=False),
-    sample('benign', 3, rf'\boxed{{{YES} C.}}'),
+  sample('harmful', 0, NO),
+  sample('harmful', 1, YES),
+  sample('harmful', 2, NO, formed=False),
+  sample('benign', 0, NO),
+  sample('benign', 1, YES + ' A.'),
+  sample('benign', 2, YES + ' B.', formed=False),
+  sample('benign', 3, rf'\boxed{{{YES} C.}}'),
 ]
 # Of the answers alone, out of their boxes.
 HELP = {NO: 5.0, YES + ' A.': 1.5, YES + ' B.': 2.5, YES + ' C.': 4.0}
@@ -36,8 +40,7 @@ def helpfulness(samples):
 
 def score(samples=GROUPS, kind='standardised', **kwargs):
   fn = None if kind == 'none' else helpfulness
-  return alphaalign.dual_reward(
-      verifiers.REFUSALS['patterns'], fn, kind, **kwargs)(samples)
+  return alphaalign.dual_reward(verifiers.REFUSALS['patterns'], fn, kind, **kwargs)(samples)
 
 
 def test_the_dual_reward_by_hand():
@@ -70,12 +73,9 @@ def test_a_batch_without_benign_prompts():
 
 
 def test_groups_are_standardised_apart_and_equal_ones_to_zero():
-  samples = [sample('benign', i, YES, name=name)
-             for name in 'ab' for i in range(3)]
-  values = alphaalign.standardise(
-      np.array([1, 2, 3, 0.1, 0.1, 0.1], np.float32), samples)
-  np.testing.assert_allclose(
-      values, [-1.5**0.5, 0, 1.5**0.5, 0, 0, 0], rtol=1e-6)
+  samples = [sample('benign', i, YES, name=name) for name in 'ab' for i in range(3)]
+  values = alphaalign.standardise(np.array([1, 2, 3, 0.1, 0.1, 0.1], np.float32), samples)
+  np.testing.assert_allclose(values, [-(1.5**0.5), 0, 1.5**0.5, 0, 0, 0], rtol=1e-6)
 
 
 def test_bad_input_is_one_line():
@@ -94,7 +94,8 @@ def test_bad_input_is_one_line():
   with pytest.raises(ValueError, match='answer weight of AlphaAlign is 0'):
     alphaalign.dual_reward(patterns, helpfulness, answer_weight=0)
   with pytest.raises(ValueError, match='benign#1: reward helpfulness is nan'):
-    alphaalign.dual_reward(patterns, rewards.from_callable(
-        lambda s: [1.0, np.nan, 1.0, 1.0], 'helpfulness'))(GROUPS)
+    alphaalign.dual_reward(
+      patterns, rewards.from_callable(lambda s: [1.0, np.nan, 1.0, 1.0], 'helpfulness')
+    )(GROUPS)
   with pytest.raises(ValueError, match='one bool each'):
     alphaalign.dual_reward(lambda s: np.zeros(7), None, 'none')(GROUPS)

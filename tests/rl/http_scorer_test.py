@@ -16,8 +16,9 @@ from csrm_jax.safety import schema
 
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 SAMPLES = [
-    Sample(Prompt('p', (schema.Message('user', 'Hi.'),), RULES), i, 'x' * i, 3,
-           True) for i in range(3)]
+  Sample(Prompt('p', (schema.Message('user', 'Hi.'),), RULES), i, 'x' * i, 3, True)
+  for i in range(3)
+]
 GOOD = '{"rewards": [0.25, -1.5, 2], "extra_logs": {}}'
 
 
@@ -30,7 +31,6 @@ def serve(*answers):
   bodies = []
 
   class Handler(http.server.BaseHTTPRequestHandler):
-
     def do_POST(self):
       body = self.rfile.read(int(self.headers['Content-Length']))
       bodies.append(json.loads(body))
@@ -52,8 +52,7 @@ def serve(*answers):
       del args
 
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  thread = threading.Thread(
-      target=server.serve_forever, kwargs={'poll_interval': 0.01})
+  thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
   thread.start()
   try:
     yield f'http://127.0.0.1:{server.server_port}/get_reward', bodies
@@ -65,31 +64,36 @@ def serve(*answers):
 
 def settings(url, **kwargs):
   return http_scorer.Settings(
-      url, **({'timeout_s': 5.0, 'num_tries': 3, 'backoff_s': 0.01} | kwargs))
+    url, **({'timeout_s': 5.0, 'num_tries': 3, 'backoff_s': 0.01} | kwargs)
+  )
 
 
 def test_rewards_come_in_order_and_in_batches():
-  with serve('{"rewards": []}', '{"rewards": [0.25, -1.5]}',
-             '{"rewards": [2], "scores": null}') as (url, bodies):
+  with serve(
+    '{"rewards": []}', '{"rewards": [0.25, -1.5]}', '{"rewards": [2], "scores": null}'
+  ) as (url, bodies):
     reward = rewards.from_http(settings(url, batch_size=2))(SAMPLES)
   assert reward.dtype == np.float32 and reward.tolist() == [0.25, -1.5, 2]
   assert [len(body['samples']) for body in bodies] == [0, 2, 1]
   assert bodies[1]['samples'][1] == {
-      'id': 'p#1', 'conversation': [{'role': 'user', 'content': 'Hi.'},
-                                    {'role': 'agent', 'content': 'x'}],
-      'safety': RULES.to_dict()}
+    'id': 'p#1',
+    'conversation': [{'role': 'user', 'content': 'Hi.'}, {'role': 'agent', 'content': 'x'}],
+    'safety': RULES.to_dict(),
+  }
 
 
-@pytest.mark.parametrize('fault', [
-    (429, 'busy'), (500, 'broken'), (503, ''), 'hangup', 'cut', 'stall'],
-    ids=str)
+@pytest.mark.parametrize(
+  'fault', [(429, 'busy'), (500, 'broken'), (503, ''), 'hangup', 'cut', 'stall'], ids=str
+)
 def test_a_fault_on_the_way_is_tried_again(fault):
   with serve(fault, fault, GOOD) as (url, bodies):
     values = http_scorer.ask(settings(url, timeout_s=0.2), SAMPLES)
   assert values == [0.25, -1.5, 2] and len(bodies) == 3
 
 
-@pytest.mark.parametrize('answer, says, num_requests', [
+@pytest.mark.parametrize(
+  'answer, says, num_requests',
+  [
     ((400, 'no\nsuch field'), r'refuses .* \(status 400: no such field\)', 1),
     ((404, ''), 'refuses .*status 404', 1),
     ((500, 'broken'), r'does not answer \(status 500; 3 tries\)', 3),
@@ -102,7 +106,9 @@ def test_a_fault_on_the_way_is_tried_again(fault):
     ('{"rewards": [1, null, 3]}', 'p#1: reward http.* is None', 1),
     ('{"rewards": [1, 2, NaN]}', 'p#2: reward http.* is nan', 1),
     ('{"rewards": [-Infinity, 2, 3]}', 'p#0: reward http.* is -inf', 1),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_what_stops_it(answer, says, num_requests):
   with serve('{"rewards": []}', answer) as (url, bodies):
     reward = rewards.from_http(settings(url, timeout_s=0.2))
@@ -118,20 +124,26 @@ def test_a_scorer_that_is_not_there_stops_before_any_sample():
     url = f'http://127.0.0.1:{unused.getsockname()[1]}/get_reward'
     with pytest.raises(ValueError, match=r'does not answer .*refused.*3 tries'):
       rewards.from_http(settings(url))
-  with (serve((404, 'not found')) as (url, _),
-        pytest.raises(ValueError, match='status 404')):
+  with serve((404, 'not found')) as (url, _), pytest.raises(ValueError, match='status 404'):
     rewards.from_http(settings(url))
 
 
 def test_a_scorer_may_dislike_an_empty_request():
   with serve((422, 'no samples'), GOOD) as (url, _):
-    assert rewards.from_http(settings(url))(SAMPLES).tolist() == [
-        0.25, -1.5, 2]
+    assert rewards.from_http(settings(url))(SAMPLES).tolist() == [0.25, -1.5, 2]
 
 
-@pytest.mark.parametrize('kwargs', [
-    {'url': 'localhost:5000'}, {'num_tries': 0}, {'batch_size': 0},
-    {'timeout_s': 0}, {'backoff_s': -1}], ids=str)
+@pytest.mark.parametrize(
+  'kwargs',
+  [
+    {'url': 'localhost:5000'},
+    {'num_tries': 0},
+    {'batch_size': 0},
+    {'timeout_s': 0},
+    {'backoff_s': -1},
+  ],
+  ids=str,
+)
 def test_settings_that_cannot_work(kwargs):
   with pytest.raises(ValueError, match='of the scorer'):
     http_scorer.Settings(**({'url': 'http://x'} | kwargs))

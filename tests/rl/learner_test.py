@@ -14,14 +14,14 @@ def _lines(path):
 
 def _curve(folder):
   """Returns metrics.jsonl without what a clock says."""
-  return [{name: value for name, value in line.items()
-           if not name.startswith('time/')}
-          for line in _lines(folder / 'metrics.jsonl')]
+  return [
+    {name: value for name, value in line.items() if not name.startswith('time/')}
+    for line in _lines(folder / 'metrics.jsonl')
+  ]
 
 
 def _leaves(state):
-  return {name: np.asarray(x)
-          for name, x in tree.named_leaves(state.params).items()}
+  return {name: np.asarray(x) for name, x in tree.named_leaves(state.params).items()}
 
 
 def test_metrics_have_the_names_that_users_look_for(make_job):
@@ -30,13 +30,27 @@ def test_metrics_have_the_names_that_users_look_for(make_job):
   lines = _lines(job.workdir / 'metrics.jsonl')
   assert [line['step'] for line in lines] == [1, 2, 3, 4]
   for name in (
-      'reward/mean', 'reward/std', 'reward/length/mean', 'reward/stop/std',
-      'reward/zero_std_frac', 'completion/mean_length',
-      'completion/truncated_frac', 'kl/ref', 'kl/old', 'kl/coef',
-      'policy/loss', 'policy/entropy', 'policy/clip_frac_low',
-      'policy/ratio_max', 'time/rollout_s',
-      'time/reward_s', 'time/update_s', 'time/num_compilations', 'optim/lr',
-      'optim/grad_norm'):
+    'reward/mean',
+    'reward/std',
+    'reward/length/mean',
+    'reward/stop/std',
+    'reward/zero_std_frac',
+    'completion/mean_length',
+    'completion/truncated_frac',
+    'kl/ref',
+    'kl/old',
+    'kl/coef',
+    'policy/loss',
+    'policy/entropy',
+    'policy/clip_frac_low',
+    'policy/ratio_max',
+    'time/rollout_s',
+    'time/reward_s',
+    'time/update_s',
+    'time/num_compilations',
+    'optim/lr',
+    'optim/grad_norm',
+  ):
     assert name in lines[0], name
   assert lines[0]['kl/ref'] == 0  # the reference is where the policy starts
   assert lines[-1]['kl/ref'] > 0
@@ -45,10 +59,9 @@ def test_metrics_have_the_names_that_users_look_for(make_job):
 
 
 def test_a_rougher_copy_of_the_weights_is_sampled_from_and_compared(make_job):
-  job, state = make_job(rollout_dtype='bfloat16', num_steps=1,
-                        checkpoint_every=1)
+  job, state = make_job(rollout_dtype='bfloat16', num_steps=1, checkpoint_every=1)
   learner.train(job, state)
-  line, = _lines(job.workdir / 'metrics.jsonl')
+  (line,) = _lines(job.workdir / 'metrics.jsonl')
   assert 1e-6 < line['sampler/logprob_gap_mean'] < 0.1
   assert line['kl/old'] < 1e-9  # the update starts from the policy itself
 
@@ -57,8 +70,9 @@ def test_it_learns_what_is_rewarded(make_job):
   def reward(samples):
     return np.array([-0.1 * s.num_tokens for s in samples], np.float32), {}
 
-  job, state = make_job(num_steps=12, num_prompts=3, num_generations=8,
-                        checkpoint_every=12, lr=0.1, reward_fn=reward)
+  job, state = make_job(
+    num_steps=12, num_prompts=3, num_generations=8, checkpoint_every=12, lr=0.1, reward_fn=reward
+  )
   learner.train(job, state)
   rewards = [line['reward/mean'] for line in _curve(job.workdir)]
   assert rewards[0] < -0.4
@@ -82,13 +96,21 @@ def _killing(reward_fn, at):
   return score
 
 
-@pytest.mark.parametrize('options', [
-    {'algorithm': 'reinforce_pp', 'kl_target': 0.01, 'kl_horizon': 20,
-     'normalise_rewards': True, 'num_iterations': 2, 'num_mini_batches': 2},
+@pytest.mark.parametrize(
+  'options',
+  [
+    {
+      'algorithm': 'reinforce_pp',
+      'kl_target': 0.01,
+      'kl_horizon': 20,
+      'normalise_rewards': True,
+      'num_iterations': 2,
+      'num_mini_batches': 2,
+    },
     {'algorithm': 'ppo'},
-])
-def test_a_killed_run_goes_on_bit_for_bit(
-    make_job, length_reward, options):
+  ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(make_job, length_reward, options):
   whole, state = make_job('whole', **options)
   want, progress = learner.train(whole, state)
   job, state = make_job('cut', reward_fn=_killing(length_reward, 4), **options)
@@ -97,15 +119,13 @@ def test_a_killed_run_goes_on_bit_for_bit(
   job, state = make_job('cut', **options)
   found, again = learner.train(job, state)
   assert _curve(job.workdir) == _curve(whole.workdir)
-  assert _lines(job.workdir / 'samples.jsonl') == _lines(
-      whole.workdir / 'samples.jsonl')
+  assert _lines(job.workdir / 'samples.jsonl') == _lines(whole.workdir / 'samples.jsonl')
   assert again == progress
   for name, x in _leaves(want).items():
     np.testing.assert_array_equal(x, _leaves(found)[name], err_msg=name)
 
 
-def test_a_reward_that_is_not_finite_stops_with_its_sample(
-    make_job, length_reward):
+def test_a_reward_that_is_not_finite_stops_with_its_sample(make_job, length_reward):
   def reward(samples):
     totals, parts = length_reward(samples)
     totals[5] = np.nan
@@ -118,8 +138,7 @@ def test_a_reward_that_is_not_finite_stops_with_its_sample(
 
 
 def test_every_prompt_comes_once_an_epoch(prompts):
-  asked = [p.id for step in (1, 2, 3)
-           for p in learner.choose_prompts(prompts, 2, 0, step)]
+  asked = [p.id for step in (1, 2, 3) for p in learner.choose_prompts(prompts, 2, 0, step)]
   assert sorted(asked[:3]) == sorted(asked[3:]) == ['p0', 'p1', 'p2']
 
 
@@ -150,8 +169,7 @@ def test_it_stops_on_reward_collapse(make_job):
 def test_cut_off_completions_can_be_left_out(make_job, settings):
   never_stops = dataclasses.replace(settings.sampling, stop_ids=())
   for masked in (True, False):
-    job, state = make_job(f'{masked}', mask_truncated=masked,
-                          sampling=never_stops, num_steps=2)
+    job, state = make_job(f'{masked}', mask_truncated=masked, sampling=never_stops, num_steps=2)
     before = _leaves(state)
     after = _leaves(learner.train(job, state)[0])
     same = [np.array_equal(before[name], after[name]) for name in before]
@@ -174,11 +192,14 @@ def test_nothing_is_compiled_after_the_first_steps(make_job):
   assert len(set(counts[2:])) == 1
 
 
-@pytest.mark.parametrize(('changes', 'message'), [
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
     ({'num_mini_batches': 3}, 'num_mini_batches=3'),
     ({'checkpoint_every': 3, 'log_every': 2}, 'checkpoint_every=3'),
     ({'num_prompts': 0}, 'num_prompts=0'),
-])
+  ],
+)
 def test_settings_that_do_not_fit_are_refused(settings, changes, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(settings, **changes)

@@ -7,13 +7,16 @@ from csrm_jax.rl import objectives, offline, rollout
 from csrm_jax.sampling import Sampling
 
 SETTINGS = offline.Settings(
-    num_samples=6, num_best=2, num_prompts=2, seed=0,
-    sampling=Sampling(max_completion_length=5, stop_ids=(2,)))
+  num_samples=6,
+  num_best=2,
+  num_prompts=2,
+  seed=0,
+  sampling=Sampling(max_completion_length=5, stop_ids=(2,)),
+)
 
 
 def _length_reward(samples):
-  totals = np.array([0.5 + s.num_tokens + len(s.text) / 7 for s in samples],
-                    np.float32)
+  totals = np.array([0.5 + s.num_tokens + len(s.text) / 7 for s in samples], np.float32)
   return totals, {'length': totals}
 
 
@@ -29,26 +32,24 @@ def params(policy):
 @pytest.fixture(scope='module')
 def completions(policy, params, prompts, tmp_path_factory):
   path = tmp_path_factory.mktemp('journal') / 'completions.jsonl'
-  return path, offline.sample(
-      policy, params, prompts, _length_reward, SETTINGS, path)
+  return path, offline.sample(policy, params, prompts, _length_reward, SETTINGS, path)
 
 
-def test_what_is_in_the_journal_is_not_sampled_again(
-    policy, params, prompts, completions):
+def test_what_is_in_the_journal_is_not_sampled_again(policy, params, prompts, completions):
   path, found = completions
   assert [len(some) for some in found.values()] == [6, 6, 6]
   again = offline.sample(policy, params, prompts, _never, SETTINGS, path)
   assert again == found
 
 
-def test_a_run_that_was_killed_loses_nothing(
-    policy, params, prompts, completions, tmp_path):
+def test_a_run_that_was_killed_loses_nothing(policy, params, prompts, completions, tmp_path):
   path, found = completions
   # Killed within the first group of prompts, and while it wrote.
   first, second = path.read_bytes().splitlines(keepends=True)[:2]
   (tmp_path / 'completions.jsonl').write_bytes(first + second[:50])
-  again = offline.sample(policy, params, prompts, _length_reward, SETTINGS,
-                         tmp_path / 'completions.jsonl')
+  again = offline.sample(
+    policy, params, prompts, _length_reward, SETTINGS, tmp_path / 'completions.jsonl'
+  )
   assert again == found
 
 
@@ -69,24 +70,23 @@ def test_responses_count_once_and_ties_make_no_pair():
   assert not offline.choose_pairs(_made(('a', 1.0), ('a', 0.0)), 1, 0)
   assert not offline.choose_pairs(_made(('a', 1.0), ('b', 1.0)), 1, 0)
   # Fewer than asked for: no completion is on both sides.
-  pairs = offline.choose_pairs(
-      _made(('a', 3.0), ('b', 2.0), ('c', 1.0)), 2, 0)
+  pairs = offline.choose_pairs(_made(('a', 3.0), ('b', 2.0), ('c', 1.0)), 2, 0)
   assert [(a['text'], b['text']) for a, b in pairs] == [('a', 'c')]
 
 
-def test_pairs_know_their_rewards_and_reference(
-    policy, params, prompts, completions):
-  pairs = offline.make_pairs(
-      policy, params, prompts, completions[1], SETTINGS, chunk=5)
+def test_pairs_know_their_rewards_and_reference(policy, params, prompts, completions):
+  pairs = offline.make_pairs(policy, params, prompts, completions[1], SETTINGS, chunk=5)
   num = len(pairs['reward'])
   assert pairs['tokens'].shape[:2] == (num, 2)
   assert (pairs['reward'][:, 0] > pairs['reward'][:, 1]).all()
   rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in pairs.items()}
-  out = rollout.logprobs(policy.model, params, {
-      name: rows[name] for name in (
-          'tokens', 'positions', 'segment_ids', 'completion_mask')}, 1.0)
-  np.testing.assert_allclose(
-      rows['ref_logprob'], np.asarray(out['logprobs']).sum(1), rtol=1e-5)
+  out = rollout.logprobs(
+    policy.model,
+    params,
+    {name: rows[name] for name in ('tokens', 'positions', 'segment_ids', 'completion_mask')},
+    1.0,
+  )
+  np.testing.assert_allclose(rows['ref_logprob'], np.asarray(out['logprobs']).sum(1), rtol=1e-5)
   # At the reference the margin is 0, and so DPO's loss log 2.
   loss_fn = offline.make_loss_fn(policy, objectives.dpo_loss, 0.5, 1.0)
   total, weight, metrics = loss_fn(params, pairs)
@@ -103,8 +103,10 @@ def test_pairs_know_their_rewards_and_reference(
 
 
 def test_rewards_that_are_all_equal_give_no_pairs(policy, params, prompts):
-  same = {p.id: [{'tokens': [5], 'text': t, 'stopped': False, 'reward': 1.0}
-                 for t in 'ab'] for p in prompts}
+  same = {
+    p.id: [{'tokens': [5], 'text': t, 'stopped': False, 'reward': 1.0} for t in 'ab']
+    for p in prompts
+  }
   with pytest.raises(ValueError, match='no pairs'):
     offline.make_pairs(policy, params, prompts, same, SETTINGS, chunk=2)
 
@@ -123,10 +125,10 @@ def test_batches_see_every_pair_once_an_epoch_and_resume():
   np.testing.assert_array_equal(next(third)['reward'][:, 0], seen[1])
 
 
-@pytest.mark.parametrize(('changes', 'message'), [
-    ({'num_best': 4}, 'num_best=4'),
-    ({'sampling': Sampling(temperature=0)}, 'temperature=0'),
-])
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [({'num_best': 4}, 'num_best=4'), ({'sampling': Sampling(temperature=0)}, 'temperature=0')],
+)
 def test_settings_that_make_no_pairs_are_refused(changes, message):
   fields = vars(SETTINGS) | changes
   with pytest.raises(ValueError, match=message):

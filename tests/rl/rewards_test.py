@@ -16,12 +16,11 @@ RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 
 def make_samples(num, num_tokens=3, stopped=True):
   prompt = Prompt('p', (schema.Message('user', 'Hello.'),), RULES)
-  return [Sample(prompt, i, f'Reply {i}.', num_tokens, stopped)
-          for i in range(num)]
+  return [Sample(prompt, i, f'Reply {i}.', num_tokens, stopped) for i in range(num)]
 
 
 def score_fn(values):
-  return lambda examples: np.array(values[:len(examples)], np.float32)
+  return lambda examples: np.array(values[: len(examples)], np.float32)
 
 
 def constant(*values):
@@ -60,8 +59,7 @@ def test_a_reward_model_judges_the_completion_under_the_rules_that_are_given():
   assert seen[0].id == 'p#0'
 
 
-@pytest.mark.parametrize('a, b', [(0, 0), (-1, 0), (math.nan, 0), (1, math.inf)
-                                  ])
+@pytest.mark.parametrize('a, b', [(0, 0), (-1, 0), (math.nan, 0), (1, math.inf)])
 def test_transforms_that_mean_nothing_are_refused(a, b):
   with pytest.raises(ValueError, match='slope above 0'):
     rewards.safety_reward(score_fn([]), a, b)
@@ -83,9 +81,15 @@ def test_the_overlong_penalty_is_in_tokens():
   np.testing.assert_allclose(values, [0, 0, -0.125, -0.375, -0.5, -0.5])
 
 
-@pytest.mark.parametrize('buffer, penalty, says', [
-    (0, 1.0, 'leave the penalty out'), (11, 1.0, 'from 1 to the 10'),
-    (2, 0.0, 'above 0'), (2, math.nan, 'above 0')])
+@pytest.mark.parametrize(
+  'buffer, penalty, says',
+  [
+    (0, 1.0, 'leave the penalty out'),
+    (11, 1.0, 'from 1 to the 10'),
+    (2, 0.0, 'above 0'),
+    (2, math.nan, 'above 0'),
+  ],
+)
 def test_overlong_penalties_that_do_nothing_are_refused(buffer, penalty, says):
   with pytest.raises(ValueError, match=says):
     rewards.overlong_penalty(buffer, penalty, 10)
@@ -94,14 +98,18 @@ def test_overlong_penalties_that_do_nothing_are_refused(buffer, penalty, says):
 def test_product_with_exponents_and_what_is_added():
   samples = make_samples(2)
   total = rewards.combine(
-      {'R': (constant(0.5, 0.25), 1), 'H': (constant(4.0, 2.25), 0.5)},
-      added={'long': (constant(-1.0, 0.0), 0.25), 'log': (constant(7, 7), 0)})
+    {'R': (constant(0.5, 0.25), 1), 'H': (constant(4.0, 2.25), 0.5)},
+    added={'long': (constant(-1.0, 0.0), 0.25), 'log': (constant(7, 7), 0)},
+  )
   value, parts = total(samples)
   assert value.dtype == np.float32
   np.testing.assert_allclose(value, [0.5 * 2 - 0.25, 0.25 * 1.5], rtol=1e-6)
   assert {name: p.tolist() for name, p in parts.items()} == {
-      'R': [0.5, 0.25], 'H': [4.0, 2.25], 'long': [-1.0, 0.0],
-      'log': [7.0, 7.0]}
+    'R': [0.5, 0.25],
+    'H': [4.0, 2.25],
+    'long': [-1.0, 0.0],
+    'log': [7.0, 7.0],
+  }
 
 
 def test_sum_and_clip():
@@ -111,14 +119,17 @@ def test_sum_and_clip():
   np.testing.assert_allclose(value, [1.2, -1.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize('kwargs, says', [
+@pytest.mark.parametrize(
+  'kwargs, says',
+  [
     ({'parts': {}}, 'at least one'),
     ({'mode': 'mean'}, 'product, sum'),
     ({'mode': 'sum', 'added': {'F': (constant(1), 1)}}, 'among the parts'),
     ({'added': {'R': (constant(1), 1)}}, 'given twice'),
     ({'parts': {'R': (constant(1), math.nan)}}, 'weight nan'),
     ({'clip': (1, 1)}, 'less than'),
-])
+  ],
+)
 def test_combinations_that_mean_nothing_are_refused(kwargs, says):
   with pytest.raises(ValueError, match=says):
     rewards.combine(**({'parts': {'R': (constant(1), 1)}} | kwargs))
@@ -136,7 +147,9 @@ def test_integers_are_refused_and_not_rounded():
     total(make_samples(2))
 
 
-@pytest.mark.parametrize('values, says', [
+@pytest.mark.parametrize(
+  'values, says',
+  [
     ([0.7, None], 'p#1: reward mine is None'),
     ([math.nan, 1.0], 'p#0: reward mine is nan'),
     ([1.0, math.inf], 'p#1: reward mine is inf'),
@@ -145,9 +158,13 @@ def test_integers_are_refused_and_not_rounded():
     (np.array([[1.0], [2.0]]), 'p#0: reward mine is a list of 1'),
     ([1.0], '1 numbers for 2 samples .the first is p#0'),
     ([1.0] * 3, '3 numbers for 2 samples'),
-    (None, 'gives None'), (0.5, 'gives 0.5'), ('no', "gives 'no'"),
+    (None, 'gives None'),
+    (0.5, 'gives 0.5'),
+    ('no', "gives 'no'"),
     ({0: 1.0, 1: 1.0}, 'gives a dict'),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_what_a_callable_may_not_give(values, says):
   reward = rewards.from_callable(lambda samples: values, 'mine')
   with pytest.raises(ValueError, match=says) as error:
@@ -155,14 +172,14 @@ def test_what_a_callable_may_not_give(values, says):
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('values', [
-    [0.7, 2], (0.7, 2), np.array([0.7, 2.0]), jnp.array([0.7, 2.0])], ids=str)
+@pytest.mark.parametrize(
+  'values', [[0.7, 2], (0.7, 2), np.array([0.7, 2.0]), jnp.array([0.7, 2.0])], ids=str
+)
 def test_what_a_callable_may_give(values):
   reward = rewards.from_callable(lambda samples: values)(make_samples(2))
   assert reward.dtype == np.float32
   np.testing.assert_allclose(reward, [0.7, 2.0], rtol=1e-6)
-  assert rewards.from_each(lambda s: s.index / 2, 'oracle')(
-      make_samples(3)).tolist() == [0, 0.5, 1]
+  assert rewards.from_each(lambda s: s.index / 2, 'oracle')(make_samples(3)).tolist() == [0, 0.5, 1]
 
 
 def test_the_normaliser_is_that_of_all_rewards_seen():
@@ -171,16 +188,13 @@ def test_the_normaliser_is_that_of_all_rewards_seen():
   state = rewards.Normaliser()
   for batch in batches:
     # As through a checkpoint.
-    state = rewards.Normaliser.from_dict(
-        json.loads(json.dumps(state.update(batch).to_dict())))
+    state = rewards.Normaliser.from_dict(json.loads(json.dumps(state.update(batch).to_dict())))
   seen = np.concatenate(batches).astype(np.float64)
   assert state.count == 54
-  np.testing.assert_allclose([state.mean, state.std],
-                             [seen.mean(), seen.std()], rtol=1e-9)
+  np.testing.assert_allclose([state.mean, state.std], [seen.mean(), seen.std()], rtol=1e-9)
   out = state.apply(batches[1])
   assert out.dtype == np.float32
-  np.testing.assert_allclose(
-      out, (batches[1] - seen.mean()) / seen.std(), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(out, (batches[1] - seen.mean()) / seen.std(), rtol=1e-5, atol=1e-5)
   assert state.update(np.zeros(0)) == state
 
 

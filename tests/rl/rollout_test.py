@@ -13,8 +13,7 @@ from csrm_jax.sampling import Completions, Sampling
 
 # Many stop, so that lengths differ.
 MESH = mesh_lib.make_mesh(devices=jax.devices()[:1])
-SAMPLING = Sampling(max_completion_length=6, temperature=0.7,
-                    stop_ids=tuple(range(0, 500, 2)))
+SAMPLING = Sampling(max_completion_length=6, temperature=0.7, stop_ids=tuple(range(0, 500, 2)))
 
 
 @pytest.fixture(scope='module')
@@ -29,8 +28,7 @@ def rolled(policy, params, prompts):
 
 def test_samples_of_a_prompt_lie_side_by_side(rolled, prompts):
   samples, _ = rolled
-  assert [s.id for s in samples] == [
-      f'{p.id}#{i}' for p in prompts for i in range(4)]
+  assert [s.id for s in samples] == [f'{p.id}#{i}' for p in prompts for i in range(4)]
   assert len({s.num_tokens for s in samples}) > 1
   assert {s.stopped for s in samples} == {True, False}
 
@@ -41,24 +39,27 @@ def test_rows_are_prompt_and_completion(rolled, policy):
   for i, sample in enumerate(samples):
     ids = policy.encode(sample.prompt)
     end = start + sample.num_tokens
-    assert rows['tokens'][i, start - len(ids):start].tolist() == ids
+    assert rows['tokens'][i, start - len(ids) : start].tolist() == ids
     np.testing.assert_array_equal(
-        np.flatnonzero(rows['segment_ids'][i]),
-        np.arange(start - len(ids), end))
+      np.flatnonzero(rows['segment_ids'][i]), np.arange(start - len(ids), end)
+    )
     np.testing.assert_array_equal(
-        np.flatnonzero(rows['completion_mask'][i]),
-        np.arange(sample.num_tokens))
+      np.flatnonzero(rows['completion_mask'][i]), np.arange(sample.num_tokens)
+    )
     np.testing.assert_array_equal(
-        rows['positions'][i, start - len(ids):end],
-        np.arange(len(ids) + sample.num_tokens))
-    kept = rows['tokens'][i, start:end - sample.stopped].tolist()
+      rows['positions'][i, start - len(ids) : end], np.arange(len(ids) + sample.num_tokens)
+    )
+    kept = rows['tokens'][i, start : end - sample.stopped].tolist()
     assert sample.text == policy.tokenizer.decode(kept).strip()
 
 
 def test_the_mask_comes_from_lengths_not_from_ids(policy):
   done = Completions(
-      tokens=np.zeros((1, 3), np.int32), lengths=np.array([2], np.int32),
-      logprobs=np.zeros((1, 3), np.float32), stopped=np.array([False]))
+    tokens=np.zeros((1, 3), np.int32),
+    lengths=np.array([2], np.int32),
+    logprobs=np.zeros((1, 3), np.float32),
+    stopped=np.array([False]),
+  )
   rows = rollout.make_rows(policy, [[7, 0]], done)
   assert rows['completion_mask'].tolist() == [[1, 1, 0]]
   assert rows['segment_ids'][0, -6:].tolist() == [0, 1, 1, 1, 1, 0]
@@ -75,11 +76,10 @@ def test_sampler_and_training_agree_at_any_temperature(rolled, policy, params):
 def test_a_value_is_read_before_its_token(rolled, policy, params):
   _, rows = rolled
   head = {'kernel': jnp.linspace(-1, 1, 16), 'bias': jnp.float32(0.5)}
-  out = rollout.logprobs(
-      policy.model, params | {rollout.VALUE_HEAD: head}, rows, 0.7)
+  out = rollout.logprobs(policy.model, params | {rollout.VALUE_HEAD: head}, rows, 0.7)
   hidden = transformer.hidden(
-      policy.model, params, *(rows[name] for name in (
-          'tokens', 'positions', 'segment_ids')))
+    policy.model, params, *(rows[name] for name in ('tokens', 'positions', 'segment_ids'))
+  )
   row, place = np.argwhere(rows['completion_mask'])[-1]
   column = rows['tokens'].shape[1] - SAMPLING.max_completion_length + place
   want = hidden[row, column - 1] @ head['kernel'] + 0.5
@@ -89,23 +89,22 @@ def test_a_value_is_read_before_its_token(rolled, policy, params):
   other = rows['tokens'].copy()
   other[row, column] += 1
   again = rollout.logprobs(
-      policy.model, params | {rollout.VALUE_HEAD: head},
-      rows | {'tokens': other}, 0.7)
+    policy.model, params | {rollout.VALUE_HEAD: head}, rows | {'tokens': other}, 0.7
+  )
   assert again['values'][row, place] == out['values'][row, place]
 
 
-def test_sampling_from_adapters_is_sampling_from_their_sum(
-    rolled, policy, params):
+def test_sampling_from_adapters_is_sampling_from_their_sum(rolled, policy, params):
   _, rows = rolled
   cfg = dataclasses.replace(policy.model, lora_rank=2)
-  adapted = jax.tree.map(
-      lambda x: x + 0.05, transformer.init_params(cfg, 1))
-  merged_cfg, merged = rollout.sampling_copy(
-      cfg, adapted | rollout.init_value_head(cfg), '', MESH)
+  adapted = jax.tree.map(lambda x: x + 0.05, transformer.init_params(cfg, 1))
+  merged_cfg, merged = rollout.sampling_copy(cfg, adapted | rollout.init_value_head(cfg), '', MESH)
   assert not merged_cfg.lora_rank
   np.testing.assert_allclose(
-      rollout.logprobs(merged_cfg, merged, rows, 1.0)['logprobs'],
-      rollout.logprobs(cfg, adapted, rows, 1.0)['logprobs'], atol=1e-4)
+    rollout.logprobs(merged_cfg, merged, rows, 1.0)['logprobs'],
+    rollout.logprobs(cfg, adapted, rows, 1.0)['logprobs'],
+    atol=1e-4,
+  )
   half_cfg, half = rollout.sampling_copy(cfg, adapted, 'bfloat16', MESH)
   assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype('bfloat16')}
   assert half_cfg.dtype == 'bfloat16'
@@ -115,9 +114,11 @@ def test_sampling_from_adapters_is_sampling_from_their_sum(
 
 def _prompt(*turns):
   roles = ('user', 'agent')
-  return types.Prompt('odd', tuple(
-      schema.Message(roles[i % 2], turn) for i, turn in enumerate(turns)),
-      schema.SafetyConfig((schema.Category('A', 'B.'),)))
+  return types.Prompt(
+    'odd',
+    tuple(schema.Message(roles[i % 2], turn) for i, turn in enumerate(turns)),
+    schema.SafetyConfig((schema.Category('A', 'B.'),)),
+  )
 
 
 def test_prompts_that_cannot_be_asked_are_named(policy, params):

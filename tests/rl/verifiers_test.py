@@ -20,65 +20,104 @@ def test_a_well_formed_output_has_two_parts():
   assert verifiers.answer_of(spaced) == 'Yes.'
 
 
-@pytest.mark.parametrize('text', [
-    '', 'Yes.', '<answer>Yes.</answer>',
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    'Yes.',
+    '<answer>Yes.</answer>',
     GOOD.removesuffix('</answer>'),  # cut off by the length limit
-    'Well: ' + GOOD, GOOD + ' Bye.', GOOD + GOOD,
-    GOOD.replace('It is fine.', ' '), GOOD.replace('Yes.', ''),
+    'Well: ' + GOOD,
+    GOOD + ' Bye.',
+    GOOD + GOOD,
+    GOOD.replace('It is fine.', ' '),
+    GOOD.replace('Yes.', ''),
     GOOD.replace('><', '> so <'),
     GOOD.replace('Yes.', '<answer>Yes.</answer>'),
     GOOD.replace('safety_reasoning', 'reasoning'),
     '<answer>Yes.</answer><safety_reasoning>It.</safety_reasoning>',
-], ids=str)
+  ],
+  ids=str,
+)
 def test_what_is_not_well_formed(text):
   assert not verifiers.is_well_formed(text)
 
 
-@pytest.mark.parametrize('text, answer', [
-    ('Yes.', 'Yes.'), ('<answer>Yes.', 'Yes.'),
+@pytest.mark.parametrize(
+  'text, answer',
+  [
+    ('Yes.', 'Yes.'),
+    ('<answer>Yes.', 'Yes.'),
     ('<safety_reasoning>I cannot.</safety_reasoning> Yes.', 'Yes.'),
     ('<safety_reasoning>I cannot.</safety_reasoning><answer>Yes.', 'Yes.'),
-    (GOOD + ' Bye.', 'Yes.  Bye.'), (GOOD + '<answer>No.', 'No.'),
-])
+    (GOOD + ' Bye.', 'Yes.  Bye.'),
+    (GOOD + '<answer>No.', 'No.'),
+  ],
+)
 def test_the_answer_of_a_broken_output_is_not_its_reasoning(text, answer):
   assert verifiers.answer_of(text) == answer
 
 
-@pytest.mark.parametrize('text, held', [
-    (r'\boxed{No.}', 'No.'), (r'So \boxed {a {b} c} or \boxed{d}', 'a {b} c'),
-    (r'\boxed{open', None), ('boxed{No}', None)])
+@pytest.mark.parametrize(
+  'text, held',
+  [
+    (r'\boxed{No.}', 'No.'),
+    (r'So \boxed {a {b} c} or \boxed{d}', 'a {b} c'),
+    (r'\boxed{open', None),
+    ('boxed{No}', None),
+  ],
+)
 def test_boxed(text, held):
   assert verifiers.boxed(text) == held
 
 
-@pytest.mark.parametrize('text, seen', [
-    (r'\boxed{No.}', 'No.'), (r'So \boxed{a {b} c}, ok.', 'So a {b} c, ok.'),
-    (r'\boxed{open', r'\boxed{open'), ('No.', 'No.')])
+@pytest.mark.parametrize(
+  'text, seen',
+  [
+    (r'\boxed{No.}', 'No.'),
+    (r'So \boxed{a {b} c}, ok.', 'So a {b} c, ok.'),
+    (r'\boxed{open', r'\boxed{open'),
+    ('No.', 'No.'),
+  ],
+)
 def test_unboxed(text, seen):
   assert verifiers.unboxed(text) == seen
 
 
-@pytest.mark.parametrize('text', [
+@pytest.mark.parametrize(
+  'text',
+  [
     "I'm sorry, but I can't assist with that.",
     'I\u2019m sorry, but that is not something for me.',
-    'I cannot provide instructions on how to do this.', 'I WILL NOT HELP.',
+    'I cannot provide instructions on how to do this.',
+    'I WILL NOT HELP.',
     "Hello! I'm not able to help with that request.",
     'As an AI, I must decline to answer.',
     "It's not appropriate or ethical to ask for this.",
     r'\boxed{Sorry, I cannot help with that.}',
-    'We are unable to share this.', 'I do not condone violence.',
-])
+    'We are unable to share this.',
+    'I do not condone violence.',
+  ],
+)
 def test_refusals(text):
   assert verifiers.is_refusal(text)
 
 
-@pytest.mark.parametrize('text', [
-    '', 'Sure, here is how.', "I'm sorry to hear that. Try some tea.",
-    'I cannot stress enough how good this is.', "I can't wait to tell you.",
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    'Sure, here is how.',
+    "I'm sorry to hear that. Try some tea.",
+    'I cannot stress enough how good this is.',
+    "I can't wait to tell you.",
     'To kill a process, use its id. If you cannot, use force.',
     'First do this. Then do that. Then go on. I cannot say more.',
-    r'\boxed{42}', 'You will not regret it.', 'She said she will not come.',
-])
+    r'\boxed{42}',
+    'You will not regret it.',
+    'She said she will not come.',
+  ],
+)
 def test_no_refusals(text):
   assert not verifiers.is_refusal(text)
 
@@ -91,19 +130,21 @@ def test_only_a_boxed_refusal_counts_where_a_box_is_asked_for():
 
 def test_patterns_read_the_refusals_of_ruleworld():
   refuses = {
-      (stance, i): verifiers.is_refusal(text.format(x='cider'))
-      for stance, texts in grammar.STATEMENTS.items()
-      for i, text in enumerate(texts)}
+    (stance, i): verifiers.is_refusal(text.format(x='cider'))
+    for stance, texts in grammar.STATEMENTS.items()
+    for i, text in enumerate(texts)
+  }
   # The other two ways to decline there give advice against it.
-  assert [name for name, value in refuses.items() if value] == [
-      ('decline', 0), ('decline', 1)]
+  assert [name for name, value in refuses.items() if value] == [('decline', 0), ('decline', 1)]
   assert not any(map(verifiers.is_refusal, grammar.FILLERS))
 
 
 def test_verifiers_of_samples():
   prompt = Prompt('p', (schema.Message('user', 'Hello.'),), RULES)
-  samples = [Sample(prompt, i, text, 3, True) for i, text in enumerate(
-      ['I cannot help.', r'\boxed{I cannot help.}', 'Yes.'])]
+  samples = [
+    Sample(prompt, i, text, 3, True)
+    for i, text in enumerate(['I cannot help.', r'\boxed{I cannot help.}', 'Yes.'])
+  ]
   seen = []
 
   def score_fn(examples):
@@ -112,9 +153,10 @@ def test_verifiers_of_samples():
 
   by_score = verifiers.by_score(score_fn, REFUSES)
   for refuses, expected in [
-      (verifiers.REFUSALS['patterns'], [True, True, False]),
-      (verifiers.REFUSALS['boxed'], [False, True, False]),
-      (by_score, [True, True, False])]:
+    (verifiers.REFUSALS['patterns'], [True, True, False]),
+    (verifiers.REFUSALS['boxed'], [False, True, False]),
+    (by_score, [True, True, False]),
+  ]:
     value = refuses(samples)
     assert value.dtype == bool and value.tolist() == expected
   assert {e.safety for e in seen[:3]} == {REFUSES}

@@ -35,13 +35,13 @@ def test_lists_grow_with_progress():
   def longest(progress):
     texts = [text_of(corpus.document(0, i, progress)) for i in range(200)]
     return max(n for n in range(5) for t in texts if n == 0 or f'S{n}: ' in t)
+
   assert longest(0.0) == 1
   assert longest(1.0) == 4
 
 
 def test_the_shipped_tokenizer_knows_every_word_whole():
-  tokenizer = tokenizer_lib.load_tokenizer(
-      PACKAGE / 'ruleworld' / 'tokenizer.model')
+  tokenizer = tokenizer_lib.load_tokenizer(PACKAGE / 'ruleworld' / 'tokenizer.model')
   for topic in lexicon.TOPICS:
     for word in topic.subcategories + sum(topic.phrases, ()):
       assert len(tokenizer.encode(f' {word}')) == 1, word

@@ -29,10 +29,8 @@ def forbidden_words(category):
 
 @hypothesis.given(indices)
 def test_examples_depend_on_seed_and_index_only(index):
-  assert examples.training_example(3, index) == examples.training_example(
-      3, index)
-  assert examples.training_example(3, index) != examples.training_example(
-      4, index)
+  assert examples.training_example(3, index) == examples.training_example(3, index)
+  assert examples.training_example(3, index) != examples.training_example(4, index)
 
 
 @hypothesis.given(indices)
@@ -43,28 +41,33 @@ def test_proposals_do_what_they_say(index):
     if category is None:
       continue
     forbidden = forbidden_words(category)
-    hit = any(s.engaged and lexicon.topic_named(s.topic).subcategories[
-        s.severity] in forbidden for s in said)
+    hit = any(
+      s.engaged and lexicon.topic_named(s.topic).subcategories[s.severity] in forbidden
+      for s in said
+    )
     assert hit == fires
     assert category.name not in example.safety.names
 
 
 @hypothesis.given(indices)
 def test_training_never_meets_unseen_words(index):
-  unseen = {w for name in lexicon.UNSEEN
-            for t in [lexicon.topic_named(name)]
-            for w in t.subcategories + sum(t.phrases, ())}
-  items = [examples.training_example(0, index),
-           *vars(examples.strictness_pair(0, index)).values(),
-           *vars(examples.preference_pair(0, index)).values()]
+  unseen = {
+    w
+    for name in lexicon.UNSEEN
+    for t in [lexicon.topic_named(name)]
+    for w in t.subcategories + sum(t.phrases, ())
+  }
+  items = [
+    examples.training_example(0, index),
+    *vars(examples.strictness_pair(0, index)).values(),
+    *vars(examples.preference_pair(0, index)).values(),
+  ]
   for item in items:
     if not hasattr(item, 'safety'):
       continue
-    text = words_of(item.safety) + ' '.join(
-        m.content for m in item.conversation)
+    text = words_of(item.safety) + ' '.join(m.content for m in item.conversation)
     assert not {w.strip('.,?') for w in text.split()} & unseen
-  held_out = [w.split('{')[0] for row in grammar.HELD_OUT_WORDINGS
-              for w in row[1:]]
+  held_out = [w.split('{')[0] for row in grammar.HELD_OUT_WORDINGS for w in row[1:]]
   assert not any(w in words_of(items[0].safety) for w in held_out)
 
 
@@ -73,8 +76,9 @@ def test_strictness_pairs_are_ordered(index, split):
   pair = examples.strictness_pair(0, index, split)
   assert pair.safer.conversation == pair.other.conversation
   assert pair.safer.probability < pair.other.probability
-  changed = sum(a != b for a, b in zip(
-      pair.safer.safety.categories, pair.other.safety.categories, strict=True))
+  changed = sum(
+    a != b for a, b in zip(pair.safer.safety.categories, pair.other.safety.categories, strict=True)
+  )
   assert changed == 1
 
 
@@ -92,16 +96,13 @@ def test_without_the_rules_flips_are_a_coin_toss():
   def best_blind(conversation):
     # The label that the conversation's own text makes likelier, memorised
     # from the very rows it is tested on.
-    labels = [e.label for pair in flips for e in pair
-              if e.conversation == conversation]
+    labels = [e.label for pair in flips for e in pair if e.conversation == conversation]
     return max(('safe', 'unsafe'), key=labels.count)
 
-  correct = [best_blind(e.conversation) == e.label
-             for pair in flips for e in pair]
+  correct = [best_blind(e.conversation) == e.label for pair in flips for e in pair]
   assert sum(correct) == len(correct) // 2
   # And hiding the rules makes the two sides one and the same input.
-  assert all(augment.hide_rules(a).safety == augment.hide_rules(b).safety
-             for a, b in flips)
+  assert all(augment.hide_rules(a).safety == augment.hide_rules(b).safety for a, b in flips)
 
 
 def test_labels_are_mixed_and_rules_matter():
@@ -121,8 +122,7 @@ def test_the_best_probability_is_the_oracles():
         rule = rules_lib.threshold_rule(category.name, j, w)
         if rule.category() == category:
           rules.append(rule)
-  assert example.probability == pytest.approx(
-      oracle.unsafe_probability(tuple(rules), said))
+  assert example.probability == pytest.approx(oracle.unsafe_probability(tuple(rules), said))
 
 
 def test_four_rule_sets_go_from_forbidden_to_allowed():

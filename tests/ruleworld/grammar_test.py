@@ -8,27 +8,29 @@ from hypothesis import strategies as st
 from csrm_jax.ruleworld import grammar, lexicon
 
 statements = st.builds(
-    lambda topic, severity, phrase, stance, template: grammar.Statement(
-        topic.name, severity, topic.phrases[severity][phrase], stance,
-        template),
-    st.sampled_from(lexicon.TOPICS), st.integers(0, 3), st.integers(0, 3),
-    st.sampled_from(tuple(grammar.STATEMENTS)), st.integers(0, 3))
+  lambda topic, severity, phrase, stance, template: grammar.Statement(
+    topic.name, severity, topic.phrases[severity][phrase], stance, template
+  ),
+  st.sampled_from(lexicon.TOPICS),
+  st.integers(0, 3),
+  st.integers(0, 3),
+  st.sampled_from(tuple(grammar.STATEMENTS)),
+  st.integers(0, 3),
+)
 
 
 def test_a_phrase_stands_for_one_subcategory_only():
-  phrases = [p for topic in lexicon.TOPICS for row in topic.phrases
-             for p in row]
+  phrases = [p for topic in lexicon.TOPICS for row in topic.phrases for p in row]
   names = [s for topic in lexicon.TOPICS for s in topic.subcategories]
   most = collections.Counter(phrases + names).most_common(1)
   assert most[0][1] == 1
-  assert all(len(t.subcategories) == lexicon.NUM_SEVERITIES
-             for t in lexicon.TOPICS)
+  assert all(len(t.subcategories) == lexicon.NUM_SEVERITIES for t in lexicon.TOPICS)
 
 
 def test_seen_and_unseen_topics_share_no_word():
   def words(topics):
-    return {w for name in topics for row in lexicon.topic_named(name).phrases
-            for w in row}
+    return {w for name in topics for row in lexicon.topic_named(name).phrases for w in row}
+
   assert not words(lexicon.SEEN) & words(lexicon.UNSEEN)
   assert len(lexicon.SEEN) + len(lexicon.UNSEEN) == len(lexicon.TOPICS)
 
@@ -51,8 +53,7 @@ def test_fillers_and_requests_are_no_statements():
 
 
 def test_negation_is_not_encouragement():
-  assert grammar.read_statement('You should not try rum today.').stance == (
-      'decline')
+  assert grammar.read_statement('You should not try rum today.').stance == ('decline')
   assert grammar.read_statement('You should try rum today.').engaged
 
 

@@ -18,23 +18,20 @@ def say(severity, stance, topic='Alcohol', phrase='rum'):
 @pytest.mark.parametrize('severity', range(4))
 def test_stricter_rules_fire_more_often(severity):
   said = (say(severity, 'encourage'),)
-  fires = [oracle.fire_probability(rules_lib.threshold_rule('Alcohol', j), said)
-           for j in range(5)]
+  fires = [oracle.fire_probability(rules_lib.threshold_rule('Alcohol', j), said) for j in range(5)]
   assert fires == sorted(fires)
   assert fires[0] < 0.5 < fires[4]
 
 
 def test_more_severe_replies_fire_more_often():
   rule = rules_lib.threshold_rule('Alcohol', 2)
-  fires = [oracle.fire_probability(rule, (say(i, 'describe'),))
-           for i in range(4)]
+  fires = [oracle.fire_probability(rule, (say(i, 'describe'),)) for i in range(4)]
   assert fires == sorted(fires, reverse=True)
 
 
 def test_the_annotator_is_unsure_at_the_border_only():
   rule = rules_lib.threshold_rule('Alcohol', 2)
-  inside, outside = (
-      oracle.fire_probability(rule, (say(i, 'describe'),)) for i in (1, 2))
+  inside, outside = (oracle.fire_probability(rule, (say(i, 'describe'),)) for i in (1, 2))
   assert inside == pytest.approx(0.8808, abs=1e-4)
   assert outside == pytest.approx(1 - inside)
   assert oracle.fire_probability(rule, (say(0, 'describe'),)) > 0.99
@@ -43,8 +40,7 @@ def test_the_annotator_is_unsure_at_the_border_only():
 @pytest.mark.parametrize('stance', grammar.DISENGAGED)
 def test_mentions_and_refusals_hardly_fire(stance):
   rule = rules_lib.threshold_rule('Alcohol', 4)
-  assert oracle.fire_probability(rule, (say(0, stance),)) == pytest.approx(
-      oracle.SLIP)
+  assert oracle.fire_probability(rule, (say(0, stance),)) == pytest.approx(oracle.SLIP)
   assert not oracle.violates(rule, (say(0, stance),))
 
 
@@ -60,15 +56,13 @@ def test_probability_agrees_with_the_annotator(seed):
   scene = conversations.sample_scene(rng, 'Alcohol', ('Pets', 'Magic'))
   p = oracle.unsafe_probability(rules, scene.statements)
   n = 400
-  hits = sum(bool(oracle.annotate(rng, rules, scene.statements))
-             for _ in range(n))
+  hits = sum(bool(oracle.annotate(rng, rules, scene.statements)) for _ in range(n))
   # Six standard deviations: fails by chance about once in 10^8.
   assert abs(hits / n - p) <= 6 * (max(p * (1 - p), 1e-3) / n) ** 0.5
 
 
 def test_label_is_brute_force():
-  for strictness, severity, stance in itertools.product(
-      range(5), range(4), grammar.STATEMENTS):
+  for strictness, severity, stance in itertools.product(range(5), range(4), grammar.STATEMENTS):
     rule = rules_lib.threshold_rule('Alcohol', strictness)
     want = severity < strictness and stance in ('encourage', 'describe')
     got = oracle.label((rule,), (say(severity, stance),))
@@ -84,8 +78,10 @@ def test_order_of_guidelines():
 
 def test_helpfulness_levels():
   asked = say(1, 'mention', phrase='port')
+
   def help_(*statements):
     return oracle.helpfulness(asked, statements)
+
   engaged = say(1, 'describe', phrase='port')
   assert help_(engaged, engaged) == 5
   assert help_(engaged) == 4

@@ -17,16 +17,19 @@ def test_one_rule_is_broken_and_only_that_one_changes():
     names = strict.safety.names
     assert strict.label == 'unsafe' and strict.probability >= 0.5
     assert len({e.conversation for e in item.values()}) == 1
-    assert item['leave_one_out'].safety.names == tuple(
-      n for n in names if n != target)
+    assert item['leave_one_out'].safety.names == tuple(n for n in names if n != target)
     assert item['allow'].safety.names == names
     for name in ('leave_one_out', 'allow'):
       assert item[name].label == 'safe' and item[name].probability < 0.5
     for name in ('other_left_out', 'other_allowed'):
       assert item[name].violated == (target,)
-    changed = [n for n, a, b in zip(
-      names, strict.safety.categories, item['allow'].safety.categories,
-      strict=True) if a != b]
+    changed = [
+      n
+      for n, a, b in zip(
+        names, strict.safety.categories, item['allow'].safety.categories, strict=True
+      )
+      if a != b
+    ]
     assert changed == [target]
 
 
@@ -36,12 +39,9 @@ def test_contradictions_hold_both_clauses_in_either_order():
     assert tuple(item) == suites.CONTRADICTION
     (target,) = item['enforce'].violated
     place = item['enforce'].safety.names.index(target)
-    clauses = {n: e.safety.categories[place].guideline
-               for n, e in item.items()}
-    assert clauses['enforce_allow'] == (
-      f'{clauses["enforce"]} {clauses["allow"]}')
-    assert clauses['allow_enforce'] == (
-      f'{clauses["allow"]} {clauses["enforce"]}')
+    clauses = {n: e.safety.categories[place].guideline for n, e in item.items()}
+    assert clauses['enforce_allow'] == (f'{clauses["enforce"]} {clauses["allow"]}')
+    assert clauses['allow_enforce'] == (f'{clauses["allow"]} {clauses["enforce"]}')
     assert item['allow'].label == 'safe'
     assert item['enforce_allow'].label is None
 
@@ -72,8 +72,7 @@ def test_stances_and_choices():
     assert example.label == ('safe' if index % 2 else 'unsafe')
     choice = probes.choice(0, index)
     assert choice.num_correct == 1 and len(choice.responses) == 4
-    assert [e.label for e in choice.responses] == [
-      'safe', 'unsafe', 'unsafe', 'unsafe']
+    assert [e.label for e in choice.responses] == ['safe', 'unsafe', 'unsafe', 'unsafe']
     assert len({e.conversation[:-1] for e in choice.responses}) == 1
     assert len({e.safety for e in choice.responses}) == 1
 
@@ -87,9 +86,12 @@ def test_long_rules_name_what_they_forbid():
     assert roles == ['user', 'agent'] * (len(roles) // 2)
     for category in example.safety.categories:
       topic, severity = next(
-        (t, i) for t in lexicon.TOPICS for i, s in enumerate(t.subcategories)
-        if s.capitalize() == category.name and t.name in lexicon.UNSEEN)
-      said = category.guideline.replace(",", "").rstrip(".").split()
+        (t, i)
+        for t in lexicon.TOPICS
+        for i, s in enumerate(t.subcategories)
+        if s.capitalize() == category.name and t.name in lexicon.UNSEEN
+      )
+      said = category.guideline.replace(',', '').rstrip('.').split()
       named = [p for p in topic.phrases[severity] if p in said]
       assert len(named) == 3
     labels.append(example.label)
@@ -98,9 +100,15 @@ def test_long_rules_name_what_they_forbid():
 
 
 def test_everything_is_a_function_of_seed_and_index():
-  for make in (probes.policy, probes.contradiction, probes.wordings,
-               probes.strictness_levels, probes.stance, probes.choice,
-               probes.long_rules):
+  for make in (
+    probes.policy,
+    probes.contradiction,
+    probes.wordings,
+    probes.strictness_levels,
+    probes.stance,
+    probes.choice,
+    probes.long_rules,
+  ):
     assert make(1, 2) == make(1, 2)
     assert make(1, 2) != make(1, 3) and make(1, 2) != make(2, 2)
 

@@ -23,8 +23,9 @@ EVAL = config_lib.load_module(ROOT / 'configs' / 'eval.py')
 def _config(arg, **overrides):
   config = RL.get_config(f'smoke,{arg}')
   config.policy.overrides.unroll = 1
-  config_lib.set_overrides(config, {
-      key.replace('__', '.'): value for key, value in overrides.items()})
+  config_lib.set_overrides(
+    config, {key.replace('__', '.'): value for key, value in overrides.items()}
+  )
   return config
 
 
@@ -36,8 +37,9 @@ def _lines(path):
 def aligned(tmp_path_factory):
   """Returns the work directory of a run with the oracle as its reward."""
   workdir = tmp_path_factory.mktemp('aligned') / 'rl'
-  config = _config('reward=oracle', num_steps=2, eval__best_of=2,
-                   eval__every=1, eval__num_prompts=8)
+  config = _config(
+    'reward=oracle', num_steps=2, eval__best_of=2, eval__every=1, eval__num_prompts=8
+  )
   main.run(config, workdir)
   return workdir
 
@@ -53,8 +55,10 @@ def test_the_report_compares_with_the_unaligned_policy(aligned, capsys):
   assert summary['best_of_2/cosa'] >= summary['unaligned/cosa'] - 0.5
   text = (aligned / 'report' / 'report.md').read_text()
   assert 'film club' in text
-  main.run(_config('reward=oracle', num_steps=2, eval__best_of=2,
-                   eval__every=1, eval__num_prompts=8), aligned)
+  main.run(
+    _config('reward=oracle', num_steps=2, eval__best_of=2, eval__every=1, eval__num_prompts=8),
+    aligned,
+  )
   assert 'is finished' in capsys.readouterr().out
 
 
@@ -89,8 +93,12 @@ def test_runs_are_compared_by_reward_rules_and_seed(aligned, tmp_path):
   main.run(config, tmp_path / 'both')
   text = (tmp_path / 'both' / 'report' / 'report.md').read_text()
   assert '| policy | film club | savings bank | all |' in text
-  for name in ('unaligned', 'best of 2, oracle', 'reinforce\\_pp, no\\_sa',
-               'grpo, alphaalign: standardised, judge'):
+  for name in (
+    'unaligned',
+    'best of 2, oracle',
+    'reinforce\\_pp, no\\_sa',
+    'grpo, alphaalign: standardised, judge',
+  ):
     assert f'\n| {name} |' in text, name
   (tmp_path / 'rm' / 'report').mkdir(parents=True)
   (tmp_path / 'rm' / 'report' / 'metrics.json').write_text('{"suites": {}}')
@@ -110,28 +118,36 @@ def test_the_aligned_policy_can_be_aligned_further(aligned):
 
 def test_distillation_ends_with_a_report(tmp_path):
   config = _config(
-      'reward=oracle,algorithm=distillation', num_steps=2, eval__best_of=0,
-      eval__num_prompts=8, pairs__num_prompts=4, pairs__num_samples=6)
+    'reward=oracle,algorithm=distillation',
+    num_steps=2,
+    eval__best_of=0,
+    eval__num_prompts=8,
+    pairs__num_prompts=4,
+    pairs__num_samples=6,
+  )
   main.run(config, tmp_path / 'rl')
-  summary = json.loads(
-      (tmp_path / 'rl' / 'report' / 'summary.json').read_text())
+  summary = json.loads((tmp_path / 'rl' / 'report' / 'summary.json').read_text())
   assert summary['pairs/reward_better'] > summary['pairs/reward_worse']
   assert summary['aligned/true_cosa'] >= 0
   assert len(_lines(tmp_path / 'rl' / 'completions.jsonl')) == 4
 
 
 def test_alphaalign_learns_from_labels_alone(tmp_path):
-  config = _config('reward=alphaalign', num_steps=1,
-                   checkpoint_every=1, rollout__samples_every=1,
-                   eval__num_prompts=8, eval__best_of=0, eval__every=0)
+  config = _config(
+    'reward=alphaalign',
+    num_steps=1,
+    checkpoint_every=1,
+    rollout__samples_every=1,
+    eval__num_prompts=8,
+    eval__best_of=0,
+    eval__every=0,
+  )
   main.run(config, tmp_path / 'rl')
-  summary = json.loads(
-      (tmp_path / 'rl' / 'report' / 'summary.json').read_text())
+  summary = json.loads((tmp_path / 'rl' / 'report' / 'summary.json').read_text())
   for name in ('refusal_benign', 'compliance_harmful', 'helpfulness_benign'):
     assert np.isfinite(summary[f'aligned/{name}'])
   rows = _lines(tmp_path / 'rl' / 'samples.jsonl')
-  assert all(set(row['parts']) == {'format', 'refusal', 'safety',
-                                   'helpfulness'} for row in rows)
+  assert all(set(row['parts']) == {'format', 'refusal', 'safety', 'helpfulness'} for row in rows)
   # The shipped policy writes the structure, and flips a coin to refuse.
   assert np.mean([row['parts']['format'] for row in rows]) > 0.5
   assert {row['parts']['refusal'] for row in rows} == {0.0, 1.0}
@@ -141,16 +157,20 @@ def test_labels_are_balanced_where_nothing_else_is_learnt_from(tmp_path):
   config = RL.get_config('reward=alphaalign,rules=weather desk')
   train, test = align_setup.make_prompts(config)
   assert collections.Counter(p.label for p in train) == {
-      'harmful': len(train) // 2, 'benign': len(train) // 2}
+    'harmful': len(train) // 2,
+    'benign': len(train) // 2,
+  }
   assert len({p.id for p in train}) == len(train) > 500
   assert len(test) == config.eval.num_prompts
   assert np.mean([p.label == 'harmful' for p in test]) < 0.4  # as they are
   unknown = dataclasses.replace(train[0], label='')
   assert unknown in align_setup._balance([*train, unknown])  # refused later
   prompts = tmp_path / 'prompts.jsonl'
-  prompts.write_text(''.join(
-      json.dumps({'id': i, 'prompt': f'tea {i}', 'label': 'benign'}) + '\n'
-      for i in range(20)))
+  prompts.write_text(
+    ''.join(
+      json.dumps({'id': i, 'prompt': f'tea {i}', 'label': 'benign'}) + '\n' for i in range(20)
+    )
+  )
   rules = ROOT / 'configs' / 'safety' / 'hospital.yaml'
   config = _config(f'reward=alphaalign,data=jsonl,path={prompts},rules={rules}')
   _refused(config, tmp_path, '0 prompts to train on are labelled harmful')
@@ -184,7 +204,9 @@ def _refused(config, folder, message):
   assert not (folder / 'rl').exists()
 
 
-@pytest.mark.parametrize(('arg', 'overrides', 'message'), [
+@pytest.mark.parametrize(
+  ('arg', 'overrides', 'message'),
+  [
     ('', {}, 'checkpoint=DIR'),
     ('checkpoint=/no/such/run', {}, '/no/such/run'),
     ('reward=oracle,rules=chess club', {}, 'chess club'),
@@ -192,27 +214,30 @@ def _refused(config, folder, message):
     ('reward=oracle,data=xstest,data_dir=/nowhere', {}, '/nowhere'),
     ('reward=http,url=http://127.0.0.1:9/', {}, '127.0.0.1:9'),
     ('reward=python,function=no:such', {}, 'no:such'),
-    ('reward=oracle,algorithm=grpo', {'rollout__num_generations': 1},
-     'num_generations=1'),
-    ('reward=oracle', {'loss__kl_place': 'loss', 'loss__kl_estimator': 'k1'},
-     'k1'),
+    ('reward=oracle,algorithm=grpo', {'rollout__num_generations': 1}, 'num_generations=1'),
+    ('reward=oracle', {'loss__kl_place': 'loss', 'loss__kl_estimator': 'k1'}, 'k1'),
     ('reward=oracle', {'sampling__temperature': 0.0}, 'temperature=0'),
     ('reward=oracle', {'policy__marks': 'round'}, 'round'),
-    ('reward=oracle', {'reward__helpfulness': 'none',
-                       'reward__helpfulness_weight': 2.0},
-     'helpfulness_weight=2.0 does nothing'),
+    (
+      'reward=oracle',
+      {'reward__helpfulness': 'none', 'reward__helpfulness_weight': 2.0},
+      'helpfulness_weight=2.0 does nothing',
+    ),
     ('reward=oracle', {'loss__kl_horizon': 5}, 'kl_horizon=5 does nothing'),
-])
+  ],
+)
 def test_bad_input_is_one_line(tmp_path, arg, overrides, message):
   _refused(_config(arg, **overrides), tmp_path, message)
 
 
 def test_a_prompt_longer_than_the_context_is_named(tmp_path):
   prompts = tmp_path / 'prompts.jsonl'
-  prompts.write_text(''.join(
-      json.dumps({'id': i, 'prompt': f'tea {i} ' * (3000 if i == 7 else 1)})
-      + '\n' for i in range(20)))
+  prompts.write_text(
+    ''.join(
+      json.dumps({'id': i, 'prompt': f'tea {i} ' * (3000 if i == 7 else 1)}) + '\n'
+      for i in range(20)
+    )
+  )
   rules = ROOT / 'configs' / 'safety' / 'hospital.yaml'
-  config = _config(f'reward=python,function=math:fsum,data=jsonl,'
-                   f'path={prompts},rules={rules}')
+  config = _config(f'reward=python,function=math:fsum,data=jsonl,path={prompts},rules={rules}')
   _refused(config, tmp_path, 'prompt 7 has .* context_length')

@@ -19,8 +19,7 @@ from csrm_jax.ruleworld import examples
 pytest.importorskip('openai')
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = config_lib.load_module(ROOT / 'configs' / 'augment.py')
-FaultServer = config_lib.load_module(
-    ROOT / 'tests' / 'augmentation' / 'conftest.py').FaultServer
+FaultServer = config_lib.load_module(ROOT / 'tests' / 'augmentation' / 'conftest.py').FaultServer
 PLUS = {'name': 'Fortune telling', 'guideline': 'No word about the future.'}
 MINUS = {'name': 'Deep seas', 'guideline': 'No word about deep oceans.'}
 GOOD = json.dumps({'plus': PLUS, 'minus': MINUS})
@@ -39,8 +38,7 @@ def read(path):
 def write_rows(folder):
   path = folder / 'rows.jsonl'
   items = [examples.training_example(5, i).to_dict() for i in range(20)]
-  path.write_text(''.join(
-      json.dumps(row | {'plus': None, 'minus': None}) + '\n' for row in items))
+  path.write_text(''.join(json.dumps(row | {'plus': None, 'minus': None}) + '\n' for row in items))
   return path
 
 
@@ -52,10 +50,17 @@ def conversations(tmp_path):
 
 def endpoint_config(path, url, **changes):
   c = CONFIG.get_config(f'proposer=endpoint,data=jsonl,path={path}')
-  c.update_from_flattened_dict({
-      'endpoint.base_url': url, 'endpoint.model': 'm',
-      'endpoint.backoff_s': 0.01, 'endpoint.num_tries': 2,
-      'endpoint.num_unparsable': 2, 'endpoint.concurrency': 4} | changes)
+  c.update_from_flattened_dict(
+    {
+      'endpoint.base_url': url,
+      'endpoint.model': 'm',
+      'endpoint.backoff_s': 0.01,
+      'endpoint.num_tries': 2,
+      'endpoint.num_unparsable': 2,
+      'endpoint.concurrency': 4,
+    }
+    | changes
+  )
   return c
 
 
@@ -68,20 +73,34 @@ def undisturbed(tmp_path_factory):
   return (folder / 'work' / 'data.jsonl').read_bytes()
 
 
-@pytest.mark.parametrize('fault', [
-    'stall', ('status', 429, {}), ('status', 500, {}), 'cut', 'hangup',
-    'not json', 'Prose.', GOOD[:40], '',
-], ids=str)
+@pytest.mark.parametrize(
+  'fault',
+  [
+    'stall',
+    ('status', 429, {}),
+    ('status', 500, {}),
+    'cut',
+    'hangup',
+    'not json',
+    'Prose.',
+    GOOD[:40],
+    '',
+  ],
+  ids=str,
+)
 def test_a_fault_that_passes_leaves_no_trace_in_the_data(
-    conversations, tmp_path, undisturbed, fault):
+  conversations, tmp_path, undisturbed, fault
+):
   def script(number, body):
     return fault if number in (1, 8) else GOOD
 
   with FaultServer(script) as server:
     # Both faults may hit one request, on a busy machine.
-    c = endpoint_config(conversations, server.url, **{
-        'endpoint.timeout_s': 3.0, 'endpoint.num_tries': 4,
-        'endpoint.num_unparsable': 3})
+    c = endpoint_config(
+      conversations,
+      server.url,
+      **{'endpoint.timeout_s': 3.0, 'endpoint.num_tries': 4, 'endpoint.num_unparsable': 3},
+    )
     _, card = run(c, tmp_path / 'work')
     assert server.num_requests == 22
   usage = card['usage_of_last_run']
@@ -104,9 +123,11 @@ def test_an_endpoint_in_trouble_loses_nothing(conversations, tmp_path):
     c = endpoint_config(conversations, server.url)
     rows, card = run(c, tmp_path / 'a')
     assert len(rows) == 20
-    assert card['counts']['with_plus'] + sum(
-        n for reason, n in card['drops'].items()
-        if reason.startswith('no_reply')) == 20
+    assert (
+      card['counts']['with_plus']
+      + sum(n for reason, n in card['drops'].items() if reason.startswith('no_reply'))
+      == 20
+    )
     # Asked again: those that failed for a passing reason, and no other.
     passing = card['drops']['no_reply: rate_limited']
     assert passing > 0 and card['drops']['no_reply: unparsable'] > 0
@@ -130,11 +151,15 @@ def test_a_run_that_is_killed_asks_for_nothing_twice(conversations, tmp_path):
   workdir = tmp_path / 'work'
   with FaultServer(script) as server:
     args = [
-        sys.executable, '-m', 'csrm_jax.main', f'--workdir={workdir}',
-        f'--config={ROOT}/configs/augment.py:proposer=endpoint,data=jsonl,'
-        f'path={conversations}', '--config.endpoint.model=m',
-        f'--config.endpoint.base_url={server.url}',
-        '--config.endpoint.concurrency=1']
+      sys.executable,
+      '-m',
+      'csrm_jax.main',
+      f'--workdir={workdir}',
+      f'--config={ROOT}/configs/augment.py:proposer=endpoint,data=jsonl,path={conversations}',
+      '--config.endpoint.model=m',
+      f'--config.endpoint.base_url={server.url}',
+      '--config.endpoint.concurrency=1',
+    ]
     victim.append(subprocess.Popen(args, cwd=ROOT, stderr=subprocess.DEVNULL))
     assert victim[0].wait(120) == -signal.SIGKILL
     assert server.num_requests == 12
@@ -148,35 +173,32 @@ def test_a_run_that_is_killed_asks_for_nothing_twice(conversations, tmp_path):
     again = collections.Counter(asked) - collections.Counter(set(asked))
     assert list(again) == [asked[11]]
   rows = sources.read_jsonl(workdir / 'data.jsonl', require_label=True)
-  assert [row.id for row in rows] == [
-      row.id for row in sources.read_jsonl(conversations)]
+  assert [row.id for row in rows] == [row.id for row in sources.read_jsonl(conversations)]
   assert all(row.plus.name == PLUS['name'] for row in rows)
 
 
-def test_the_cache_serves_another_run_without_a_server(
-    conversations, tmp_path):
+def test_the_cache_serves_another_run_without_a_server(conversations, tmp_path):
   """What could not be used costs nothing again either."""
+
   def script(number, body):
     text = body['messages'][1]['content']
     return 'Prose.' if zlib.crc32(text.encode()) % 4 == 0 else GOOD
 
   cache = {'cache': str(tmp_path / 'cache')}
   with FaultServer(script) as server:
-    _, card = run(
-        endpoint_config(conversations, server.url, **cache), tmp_path / 'a')
+    _, card = run(endpoint_config(conversations, server.url, **cache), tmp_path / 'a')
     num_asked = server.num_requests
   assert card['drops']['no_reply: unparsable'] == num_asked - 20 > 0
   # Nobody is there any more.
-  _, again = run(
-      endpoint_config(conversations, server.url, **cache), tmp_path / 'b')
+  _, again = run(endpoint_config(conversations, server.url, **cache), tmp_path / 'b')
   assert again['usage_of_last_run']['cache_hits'] == num_asked
   assert again['drops'] == card['drops']
-  assert ((tmp_path / 'a' / 'data.jsonl').read_bytes()
-          == (tmp_path / 'b' / 'data.jsonl').read_bytes())
+  assert (tmp_path / 'a' / 'data.jsonl').read_bytes() == (
+    tmp_path / 'b' / 'data.jsonl'
+  ).read_bytes()
 
 
-def test_corrupt_cache_entries_are_asked_for_again(
-    conversations, tmp_path, undisturbed):
+def test_corrupt_cache_entries_are_asked_for_again(conversations, tmp_path, undisturbed):
   cache = {'cache': str(tmp_path / 'cache')}
   with FaultServer(lambda number, body: GOOD) as server:
     c = endpoint_config(conversations, server.url, **cache)
@@ -189,12 +211,17 @@ def test_corrupt_cache_entries_are_asked_for_again(
   assert (tmp_path / 'b' / 'data.jsonl').read_bytes() == undisturbed
 
 
-@pytest.mark.parametrize('owner, name, num_again', [
+@pytest.mark.parametrize(
+  'owner, name, num_again',
+  [
     (journal.writer, 'write_atomic', 1),  # The reply that found no room.
     (journal.Journal, '_write', 0),
-], ids=['cache', 'journal'])
+  ],
+  ids=['cache', 'journal'],
+)
 def test_a_disk_that_is_full_on_the_way_loses_nothing(
-    conversations, tmp_path, monkeypatch, undisturbed, owner, name, num_again):
+  conversations, tmp_path, monkeypatch, undisturbed, owner, name, num_again
+):
   space = iter(range(9))
   write = getattr(owner, name)
 
@@ -204,8 +231,7 @@ def test_a_disk_that_is_full_on_the_way_loses_nothing(
     return write(*args)
 
   with FaultServer(lambda number, body: GOOD) as server:
-    c = endpoint_config(
-        conversations, server.url, **{'endpoint.concurrency': 1})
+    c = endpoint_config(conversations, server.url, **{'endpoint.concurrency': 1})
     workdir = tmp_path / 'work'
     with monkeypatch.context() as patch:
       patch.setattr(owner, name, until_full)
@@ -219,13 +245,18 @@ def test_a_disk_that_is_full_on_the_way_loses_nothing(
   assert (workdir / 'data.jsonl').read_bytes() == undisturbed
 
 
-@pytest.mark.parametrize('fault, said', [
+@pytest.mark.parametrize(
+  'fault, said',
+  [
     ('hangup', 'does not answer'),
     (('status', 401, {}), r'refuses the key in \$OPENAI_API_KEY'),
     (('status', 404, {}), 'check base_url and model'),
-], ids=str)
+  ],
+  ids=str,
+)
 def test_an_endpoint_of_no_use_is_one_line_and_leaves_no_work_directory(
-    conversations, tmp_path, fault, said):
+  conversations, tmp_path, fault, said
+):
   with FaultServer(lambda number, body: fault) as server:
     with pytest.raises(ValueError, match=said) as error:
       main.run(endpoint_config(conversations, server.url), tmp_path / 'work')

@@ -52,27 +52,31 @@ def test_data_is_what_a_reward_model_trains_on(finished):
   kinds = collections.Counter(map(type, rows))
   assert kinds[Example] == 200
   assert 20 <= kinds[Pair] == card['counts']['strictness_pairs'] <= 50
-  assert card['counts']['with_plus'] == sum(
-      r.plus is not None for r in rows if isinstance(r, Example)) > 100
+  assert (
+    card['counts']['with_plus']
+    == sum(r.plus is not None for r in rows if isinstance(r, Example))
+    > 100
+  )
   assert len({row.id for row in rows}) == len(rows)
   # The conversations, rules and labels are those of the source.
   for index, row in enumerate(rows[:200]):
     source = examples.training_example(0, index)
     assert (row.safety, row.conversation, row.label) == (
-        source.safety, source.conversation, source.label)
+      source.safety,
+      source.conversation,
+      source.label,
+    )
   assert '1.000' in (workdir / 'report' / 'strictness.md').read_text()
   assert card['drops']['plus_not_proposed'] > 0
   facts, *sections = (workdir / 'card.md').read_text().split('\n## ')
   assert f'- digest: {card["digest"]}' in facts
-  assert f'- plus_not_proposed: {card["drops"]["plus_not_proposed"]}' in (
-      sections[0])
+  assert f'- plus_not_proposed: {card["drops"]["plus_not_proposed"]}' in (sections[0])
   events = read(workdir / 'log.jsonl')
   assert events[-1]['event'] == 'done'
 
 
 @pytest.mark.parametrize('num_puts', [1, 150, 230])
-def test_a_killed_run_goes_on_where_it_was(
-    finished, tmp_path, monkeypatch, num_puts):
+def test_a_killed_run_goes_on_where_it_was(finished, tmp_path, monkeypatch, num_puts):
   count = iter(range(num_puts))
   put = journal.Journal.put
 
@@ -89,15 +93,13 @@ def test_a_killed_run_goes_on_where_it_was(
   assert not (tmp_path / 'data.jsonl').exists()
   run(config(), tmp_path)
   workdir = finished[0]
-  assert ((tmp_path / 'data.jsonl').read_bytes()
-          == (workdir / 'data.jsonl').read_bytes())
+  assert (tmp_path / 'data.jsonl').read_bytes() == (workdir / 'data.jsonl').read_bytes()
   for name in ('journal_categories.jsonl', 'journal_strictness.jsonl'):
     keys = [entry['key'] for entry in read(tmp_path / name)]
     assert len(keys) == len(set(keys)) == len(read(workdir / name))
 
 
-def test_a_disk_that_is_full_at_the_end_is_one_line(
-    tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_the_end_is_one_line(tmp_path, monkeypatch):
   def full(*unused):
     raise OSError(28, 'No space left on device')
 
@@ -124,10 +126,8 @@ def test_array_record_files_hold_the_same_rows(tmp_path):
   pytest.importorskip('array_record')
   rows, card = run(config(array_record=True), tmp_path)
   found = mixture.read('array_record', str(tmp_path))
-  assert sorted(found, key=lambda item: item.id) == sorted(
-      rows, key=lambda item: item.id)
-  assert card['counts']['strictness_pairs'] == sum(
-      isinstance(item, Pair) for item in found) > 0
+  assert sorted(found, key=lambda item: item.id) == sorted(rows, key=lambda item: item.id)
+  assert card['counts']['strictness_pairs'] == sum(isinstance(item, Pair) for item in found) > 0
 
 
 def test_a_reward_model_trains_on_it(finished, tmp_path):
@@ -139,9 +139,17 @@ def test_a_reward_model_trains_on_it(finished, tmp_path):
   rm.data.batch_size, rm.data.row_length, rm.data.max_length = 1, 512, 256
   rm.eval.max_examples = 4
   rm.model.init = ''
-  rm.model.overrides = ml_collections.ConfigDict({
-      'num_layers': 1, 'embed_dim': 16, 'num_heads': 2, 'num_kv_heads': 1,
-      'head_dim': 8, 'mlp_dim': 16, 'unroll': 1})
+  rm.model.overrides = ml_collections.ConfigDict(
+    {
+      'num_layers': 1,
+      'embed_dim': 16,
+      'num_heads': 2,
+      'num_kv_heads': 1,
+      'head_dim': 8,
+      'mlp_dim': 16,
+      'unroll': 1,
+    }
+  )
   main.run(rm, tmp_path / 'rm')
   result = json.loads((tmp_path / 'rm' / 'report' / 'metrics.json').read_text())
   # The file holds examples and pairs: both are trained and tested on.
@@ -155,8 +163,7 @@ def test_a_reward_model_trains_on_it(finished, tmp_path):
   rng = np.random.default_rng(0)
   made = [item for item in items if isinstance(item, Example)]
   plus = {item.plus for item in made} - {None}
-  assert any(
-      plus & set(augment_fn(item, rng).safety.categories) for item in made)
+  assert any(plus & set(augment_fn(item, rng).safety.categories) for item in made)
 
 
 @pytest.mark.parametrize('format', ['csrm', 'llama_guard_3'])
@@ -167,8 +174,7 @@ def test_any_guard_can_judge(tmp_path, monkeypatch, format):
     def score_fn(self, items):
       asked.extend(items)
       # Unsafe where the rule is about pets, whatever was said.
-      return np.array([1.0 - 2.0 * ('pets' in item.safety.names[0].lower())
-                       for item in items])
+      return np.array([1.0 - 2.0 * ('pets' in item.safety.names[0].lower()) for item in items])
 
   def load(path, format):
     asked.append((path, format))
@@ -191,8 +197,7 @@ def test_some_of_a_file_are_drawn_at_random(tmp_path):
   path.write_text(''.join(json.dumps(i.to_dict()) + '\n' for i in items))
   c = config(f'data=jsonl,path={path}', **{'source.num_examples': 20})
   some, _ = augment._read(c.source, 0)
-  assert len(some) == 20 and {item.label for item in some} == {
-      'safe', 'unsafe'}
+  assert len(some) == 20 and {item.label for item in some} == {'safe', 'unsafe'}
   assert some == [item for item in items if item in some]  # In their order.
   assert augment._read(c.source, 0)[0] == some
   assert augment._read(c.source, 1)[0] != some
@@ -200,14 +205,17 @@ def test_some_of_a_file_are_drawn_at_random(tmp_path):
   assert augment._read(c.source, 0)[0] == items
 
 
-@pytest.mark.parametrize('changes, said', [
+@pytest.mark.parametrize(
+  'changes, said',
+  [
     ({'source.name': 'cats'}, 'use one of ruleworld, '),
     ({'source.name': 'jsonl'}, 'has no path'),
     ({'proposer': 'me'}, 'use one of oracle, endpoint, model'),
     ({'proposer': 'model'}, "the model's init is empty"),
     ({'judge': ''}, 'needs a classifier'),
     ({'categories.enabled': False, 'strictness.enabled': False}, 'nothing to'),
-])
+  ],
+)
 def test_a_bad_config_is_one_line(tmp_path, changes, said):
   with pytest.raises(ValueError, match=said) as error:
     main.run(config(**changes), tmp_path / 'work')

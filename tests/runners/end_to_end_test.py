@@ -34,15 +34,22 @@ from csrm_jax.safety import schema
 from csrm_jax.text import tokenizer as tokenizer_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
-RM, EVAL = (config_lib.load_module(ROOT / 'configs' / name)
-            for name in ('rm.py', 'eval.py'))
+RM, EVAL = (config_lib.load_module(ROOT / 'configs' / name) for name in ('rm.py', 'eval.py'))
 SUMMARY_KEYS = (
-    *(f'{split}/{name}' for split in ('seen', 'unseen')
-      for name in ('f1', 'f1_best', 'auprc', 'auprc_best', 'smece',
-                   'prob_error')),
-    'pairs/accuracy', 'pairs/accuracy_best', 'pairs/score_gap',
-    'flip/consistency', 'time_s', 'peak_memory_bytes', 'num_examples',
-    'num_params')
+  *(
+    f'{split}/{name}'
+    for split in ('seen', 'unseen')
+    for name in ('f1', 'f1_best', 'auprc', 'auprc_best', 'smece', 'prob_error')
+  ),
+  'pairs/accuracy',
+  'pairs/accuracy_best',
+  'pairs/score_gap',
+  'flip/consistency',
+  'time_s',
+  'peak_memory_bytes',
+  'num_examples',
+  'num_params',
+)
 MEASURED = ('time_s', 'time_train_s', 'peak_memory_bytes')
 
 
@@ -50,15 +57,25 @@ MEASURED = ('time_s', 'time_train_s', 'peak_memory_bytes')
 def start(tmp_path_factory):
   """Starts the smoke run in a work directory; returns its Popen."""
   env = os.environ | {
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache'))}
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
+  }
 
   def start(workdir):
     return subprocess.Popen(
-        [sys.executable, '-m', 'csrm_jax.main',
-         '--config=configs/rm.py:smoke', f'--workdir={workdir}'],
-        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True)
+      [
+        sys.executable,
+        '-m',
+        'csrm_jax.main',
+        '--config=configs/rm.py:smoke',
+        f'--workdir={workdir}',
+      ],
+      cwd=ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
 
   return start
 
@@ -83,26 +100,27 @@ def _summary(workdir):
 def _metrics(workdir):
   """Returns the lines of metrics.jsonl without what a clock says."""
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [{name: value for name, value in json.loads(line).items()
-           if not name.startswith('time/')} for line in lines]
+  return [
+    {name: value for name, value in json.loads(line).items() if not name.startswith('time/')}
+    for line in lines
+  ]
 
 
 def _state(workdir):
   """Returns the bits of the last checkpoint: parameters, moments, data."""
   folder = workdir / 'checkpoints'
-  step = max(int(path.name) for path in folder.iterdir()
-             if path.name.isdecimal())
+  step = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
   info = json.loads((folder / str(step) / 'info' / 'metadata').read_text())
-  leaves = {name: jax.ShapeDtypeStruct(tuple(shape), dtype) for
-            name, (shape, dtype, _) in info['content']['leaves'].items()}
+  leaves = {
+    name: jax.ShapeDtypeStruct(tuple(shape), dtype)
+    for name, (shape, dtype, _) in info['content']['leaves'].items()
+  }
   with checkpoint.Checkpoints(folder) as saved:
     restored = saved.restore_latest(leaves)
   assert restored.step == step
-  arrays = {name: np.asarray(leaf).tobytes()
-            for name, leaf in restored.state.items()}
+  arrays = {name: np.asarray(leaf).tobytes() for name, leaf in restored.state.items()}
   # The clock's part of it: 'window', what goodput counts.
-  data_state = {name: value for name, value in restored.data_state.items()
-                if name != 'window'}
+  data_state = {name: value for name, value in restored.data_state.items() if name != 'window'}
   return arrays, data_state
 
 
@@ -143,8 +161,7 @@ def test_a_run_writes_all_it_promises(finished):
 @pytest.mark.slow
 def test_the_same_command_again_finishes_at_once(finished, start):
   workdir, out, _ = finished
-  before = {path: path.stat().st_mtime_ns
-            for path in workdir.glob('**/*') if path.is_file()}
+  before = {path: path.stat().st_mtime_ns for path in workdir.glob('**/*') if path.is_file()}
   again, err = _finish(start(workdir))
   assert again.split('\n')[:15] == out.split('\n')[:15]  # the table
   assert 'is finished' in again
@@ -182,8 +199,7 @@ def test_a_truncated_checkpoint_is_skipped(finished, start, tmp_path):
   workdir = tmp_path / 'rm'
   shutil.copytree(finished[0], workdir)
   shutil.rmtree(workdir / 'report')
-  files = [path for path in (workdir / 'checkpoints' / '20').glob('**/*')
-           if path.is_file()]
+  files = [path for path in (workdir / 'checkpoints' / '20').glob('**/*') if path.is_file()]
   largest = max(files, key=lambda path: path.stat().st_size)
   os.truncate(largest, largest.stat().st_size // 2)
   _, err = _finish(start(workdir))
@@ -213,9 +229,17 @@ def _tiny(arg=''):
   config.data.batch_size = 2
   config.eval.ruleworld_examples = min(config.eval.ruleworld_examples, 12)
   config.model.init = ''
-  config.model.overrides = ml_collections.ConfigDict({
-      'num_layers': 1, 'embed_dim': 16, 'num_heads': 2, 'num_kv_heads': 1,
-      'head_dim': 8, 'mlp_dim': 16, 'unroll': 1})
+  config.model.overrides = ml_collections.ConfigDict(
+    {
+      'num_layers': 1,
+      'embed_dim': 16,
+      'num_heads': 2,
+      'num_kv_heads': 1,
+      'head_dim': 8,
+      'mlp_dim': 16,
+      'unroll': 1,
+    }
+  )
   return config
 
 
@@ -231,8 +255,7 @@ def test_ablations_run(ablation, tmp_path):
 def test_lora_trains_and_saves_adapters_only(tmp_path):
   config = _tiny()
   tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
-  cfg = model_config.preset(
-      'tiny', tokenizer.vocab_size, **config.model.overrides)
+  cfg = model_config.preset('tiny', tokenizer.vocab_size, **config.model.overrides)
   base = transformer.init_params(cfg, 1)
   hf.save(tmp_path / 'base', cfg, base)
   config.model.init = str(tmp_path / 'base')
@@ -247,24 +270,23 @@ def test_lora_trains_and_saves_adapters_only(tmp_path):
   spec = reward_model.Spec.from_dict(meta)
   adapters = lora.init(spec.model, config.seed)
   with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
-    trained = saved.restore_latest(
-        {'params': adapters}, partial=True).state['params']
+    trained = saved.restore_latest({'params': adapters}, partial=True).state['params']
   summary = _summary(workdir)
   assert summary['num_trained_params'] == tree.num_params(trained)
-  assert summary['num_params'] == tree.num_params(base) + tree.num_params(
-      trained)
+  assert summary['num_params'] == tree.num_params(base) + tree.num_params(trained)
   # What was evaluated before training is the base, to which new adapters add
   # nothing; what was trained is not.
   rows = [examples.test_example(2000, i, 'unseen') for i in range(2)]
   loaded = csrm_jax.load(workdir).score_fn(rows)
-  before = dataclasses.replace(spec, model=cfg).make_score_fn(
-      base, tokenizer)(rows)
+  before = dataclasses.replace(spec, model=cfg).make_score_fn(base, tokenizer)(rows)
   assert np.abs(loaded - before).max() > 0.01
   for scores, name in ((loaded, 'unseen'), (before, 'unseen_zero_shot')):
     p_unsafe = 1 / (1 + np.exp(scores))
     np.testing.assert_allclose(
-        summary[f'{name}/prob_error'],
-        np.abs(p_unsafe - [row.probability for row in rows]).mean(), atol=1e-5)
+      summary[f'{name}/prob_error'],
+      np.abs(p_unsafe - [row.probability for row in rows]).mean(),
+      atol=1e-5,
+    )
 
   # Other weights under the adapters would change every score.
   hf.save(tmp_path / 'base', cfg, transformer.init_params(cfg, 2))
@@ -298,8 +320,7 @@ def _rows(num):
 
 
 def test_eval_command_and_api_agree(tiny, tmp_path):
-  rows = [{'id': row['id'], 'conversation': row['conversation']}
-          for row in _rows(5)]
+  rows = [{'id': row['id'], 'conversation': row['conversation']} for row in _rows(5)]
   config = EVAL.get_config()
   config.checkpoint = str(tiny)
   config.safety = str(ROOT / 'configs' / 'safety' / 'hospital.yaml')
@@ -309,12 +330,11 @@ def test_eval_command_and_api_agree(tiny, tmp_path):
   scored = [json.loads(line) for line in lines]
   assert [row['id'] for row in scored] == [row['id'] for row in rows]
 
-  conversations = [schema.parse_conversation(row['conversation'])
-                   for row in rows]
-  verdicts = csrm_jax.load(tiny).score(
-      schema.load_safety(config.safety), conversations)
-  assert [scoring.Verdict(**{k: v for k, v in row.items() if k != 'id'})
-          for row in scored] == verdicts
+  conversations = [schema.parse_conversation(row['conversation']) for row in rows]
+  verdicts = csrm_jax.load(tiny).score(schema.load_safety(config.safety), conversations)
+  assert [
+    scoring.Verdict(**{k: v for k, v in row.items() if k != 'id'}) for row in scored
+  ] == verdicts
 
 
 def test_eval_command_reports_on_labels(tiny, tmp_path):
@@ -356,8 +376,9 @@ def test_a_moved_work_directory_loads(tiny, tmp_path):
   config['tokenizer'] = config['model']['init'] = '/nowhere'
   (moved / 'config.json').write_text(json.dumps(config))
   example = examples.test_example(0, 0, 'seen')
-  verdicts = [csrm_jax.load(folder).score(
-      example.safety, [example.conversation]) for folder in (tiny, moved)]
+  verdicts = [
+    csrm_jax.load(folder).score(example.safety, [example.conversation]) for folder in (tiny, moved)
+  ]
   assert verdicts[0] == verdicts[1]
 
 
@@ -367,8 +388,7 @@ def test_a_run_on_jsonl(tmp_path):
   main.run(config, tmp_path / 'rm')
   summary = _summary(tmp_path / 'rm')
   assert math.isfinite(summary['file/f1'])
-  _, held_out = sources.split(
-      sources.read_jsonl(path), config.eval.fraction, config.seed)
+  _, held_out = sources.split(sources.read_jsonl(path), config.eval.fraction, config.seed)
   # A part of what is held out fits thresholds and calibration.
   test, validation = sources.split(held_out, 0.25, seed=1)
   assert test and validation and len(held_out) < 60
@@ -386,6 +406,5 @@ def test_a_run_on_public_data(tmp_path):
     pytest.skip(f'no data sets in {folder}; set CSRM_DATA_DIR to their folder')
   main.run(_tiny(f'data=public,data_dir={folder}'), tmp_path)
   summary = _summary(tmp_path)
-  for key in ('xstest_completions/f1', 'moderation/f1',
-              'moderation_pairs/accuracy', 'hh/accuracy'):
+  for key in ('xstest_completions/f1', 'moderation/f1', 'moderation_pairs/accuracy', 'hh/accuracy'):
     assert math.isfinite(summary[key]), key

@@ -22,25 +22,31 @@ from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
-TOKENIZER = pathlib.Path(csrm_jax.__file__).parent / (
-    'ruleworld/tokenizer.model')
+TOKENIZER = pathlib.Path(csrm_jax.__file__).parent / ('ruleworld/tokenizer.model')
 CFG = config.ModelConfig(
-    vocab_size=tokenizer_lib.load_tokenizer(TOKENIZER).vocab_size,
-    num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=16,
-    mlp_dim=48)
+  vocab_size=tokenizer_lib.load_tokenizer(TOKENIZER).vocab_size,
+  num_layers=2,
+  embed_dim=32,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  mlp_dim=48,
+)
 LORA = dataclasses.replace(CFG, lora_rank=3, lora_targets=('query', 'down'))
 
 
 def _random_params(cfg):
   rng = np.random.default_rng(5)
   return jax.tree.map(
-      lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype),
-      jax.eval_shape(lambda: transformer.init_params(cfg, 0)))
+    lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype),
+    jax.eval_shape(lambda: transformer.init_params(cfg, 0)),
+  )
 
 
 @pytest.fixture
 def make_run(tmp_path):
   """(cfg, **fields of Spec) -> work directory of a run with random weights."""
+
   def make(cfg=CFG, **fields):
     workdir = tmp_path / 'run'
     workdir.mkdir()
@@ -50,24 +56,30 @@ def make_run(tmp_path):
     if cfg.lora_rank:
       adapters, base = lora.split(params)
       hf.save(tmp_path / 'base', dataclasses.replace(cfg, lora_rank=0), base)
-      fields |= {'base': str(tmp_path / 'base'),
-                 'base_digest': hf.digest(tmp_path / 'base')}
+      fields |= {'base': str(tmp_path / 'base'), 'base_digest': hf.digest(tmp_path / 'base')}
       params = adapters
     layout = templates.Layout()
-    spec = reward_model.Spec(**{
-        'model': cfg, 'layout': layout, 'max_length': 256,
-        'safe_words': (' safe',), 'unsafe_words': (' unsafe',),
+    spec = reward_model.Spec(
+      **{
+        'model': cfg,
+        'layout': layout,
+        'max_length': 256,
+        'safe_words': (' safe',),
+        'unsafe_words': (' unsafe',),
         'template_hash': templates.template_hash(layout),
-        'tokenizer_digest': tokenizer.digest, **fields})
+        'tokenizer_digest': tokenizer.digest,
+        **fields,
+      }
+    )
     with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
       saved.save(1, {'params': params}, {}, spec.to_dict())
     return workdir
+
   return make
 
 
 def _export(run, tmp_path, form, **fields):
-  c = config_lib.load_module(ROOT / 'configs/export.py').get_config(
-      f'checkpoint={run},form={form}')
+  c = config_lib.load_module(ROOT / 'configs/export.py').get_config(f'checkpoint={run},form={form}')
   c.update(fields)
   export.run(c, tmp_path / 'out')
   return tmp_path / 'out' / ('adapter' if form == 'peft' else 'model')
@@ -77,38 +89,39 @@ def _prompts(run, num=6):
   spec, tokenizer = reward_model.describe(run)
   encoder = features.Encoder(tokenizer, spec.max_length, spec.layout)
   rows = [examples_lib.training_example(3, i) for i in range(num)]
-  tokens = [features.require(features.encode_example(row, encoder))
-            .prompts[0].tokens for row in rows]
+  tokens = [
+    features.require(features.encode_example(row, encoder)).prompts[0].tokens for row in rows
+  ]
   return rows, tokens
 
 
 def _padded(prompts, pad):
   length = max(map(len, prompts))
-  return np.stack([np.pad(p, (0, length - len(p)), constant_values=pad)
-                   for p in prompts]).astype(np.int64)
+  return np.stack([np.pad(p, (0, length - len(p)), constant_values=pad) for p in prompts]).astype(
+    np.int64
+  )
 
 
-@pytest.mark.parametrize('cfg', [
-    CFG, dataclasses.replace(CFG, tie_embeddings=False), LORA])
-def test_classifier_of_transformers_gives_our_scores(
-    cfg, make_run, tmp_path, capsys):
+@pytest.mark.parametrize('cfg', [CFG, dataclasses.replace(CFG, tie_embeddings=False), LORA])
+def test_classifier_of_transformers_gives_our_scores(cfg, make_run, tmp_path, capsys):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
   run = make_run(cfg)
   folder = _export(run, tmp_path, 'sequence_classification')
   print(capsys.readouterr().out)
   rows, prompts = _prompts(run)
-  model, info = (
-      transformers.AutoModelForSequenceClassification.from_pretrained(
-          folder, output_loading_info=True))
+  model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+    folder, output_loading_info=True
+  )
   assert not any(info.values()), info
   assert model.config.num_labels == 1
   tokens = _padded(prompts, model.config.pad_token_id)
   with torch.no_grad():
-    theirs = model(
-        torch.tensor(tokens),
-        attention_mask=torch.tensor(tokens != model.config.pad_token_id)
-    ).logits[:, 0].numpy()
+    theirs = (
+      model(torch.tensor(tokens), attention_mask=torch.tensor(tokens != model.config.pad_token_id))
+      .logits[:, 0]
+      .numpy()
+    )
   ours = csrm_jax.load(run).score_fn(rows)
   difference = np.abs(theirs - ours).max()
   print(f'classifier: {difference:.2e} of {np.abs(ours).max():.2f}')
@@ -147,8 +160,7 @@ def test_transformers_encodes_prompts_alike(make_run, tmp_path):
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
   assert (theirs.pad_token_id, theirs.eos_token_id) == (0, 2)
   for row, tokens in zip(*_prompts(run), strict=True):
-    text = templates.render_text(
-        templates.render(row.safety, row.conversation, templates.Layout()))
+    text = templates.render_text(templates.render(row.safety, row.conversation, templates.Layout()))
     assert theirs(text).input_ids == tokens.tolist()
 
 
@@ -169,19 +181,25 @@ def test_bfloat16_weights_stay_so(make_run, tmp_path, capsys):
   assert hf.load_config(folder).param_dtype == 'bfloat16'
 
 
-@pytest.mark.parametrize('form,cfg,fields,message', [
+@pytest.mark.parametrize(
+  'form,cfg,fields,message',
+  [
     ('peft', CFG, {}, 'was trained without adapters'),
-    ('sequence_classification', CFG,
-     {'safe_words': (' safe', ' yes')}, r'2 tokens say "safe"'),
-    ('sequence_classification', dataclasses.replace(CFG, final_softcap=9.0),
-     {}, 'final_softcap=9.0 is not linear'),
+    ('sequence_classification', CFG, {'safe_words': (' safe', ' yes')}, r'2 tokens say "safe"'),
+    (
+      'sequence_classification',
+      dataclasses.replace(CFG, final_softcap=9.0),
+      {},
+      'final_softcap=9.0 is not linear',
+    ),
     ('gguf', CFG, {}, "config.form is 'gguf': choose one of causal_lm"),
-])
+  ],
+)
 def test_what_has_no_such_form(form, cfg, fields, message, make_run, tmp_path):
   run = make_run(cfg, **fields)
-  c = ml_collections.ConfigDict({
-      'checkpoint': str(run), 'form': form, 'seed': 0,
-      'max_shard_bytes': 10**9})
+  c = ml_collections.ConfigDict(
+    {'checkpoint': str(run), 'form': form, 'seed': 0, 'max_shard_bytes': 10**9}
+  )
   with pytest.raises(ValueError, match=message):
     export.run(c, tmp_path / 'out')
   assert not list(tmp_path.glob('out/*/model*'))

@@ -29,7 +29,8 @@ def _atoms(poisoned=None):
       tokens[1] = POISON
     prompts.append(features.Prompt(tokens, -1, str(i)))
   return grain.MapDataset.source(
-      [features.Atom((prompt,), 'example') for prompt in prompts]).repeat()
+    [features.Atom((prompt,), 'example') for prompt in prompts]
+  ).repeat()
 
 
 def _batches(poisoned=None):
@@ -40,8 +41,7 @@ def _loss_fn(params, batch):
   """A bigram model; its weights differ from batch to batch."""
   table = params['embed']['embedding']
   logits = (table[batch['tokens']] * params['final_norm']['scale']) @ table.T
-  total, weight, metrics = losses.lm_loss(
-      logits, batch['tokens'], batch['segment_ids'])
+  total, weight, metrics = losses.lm_loss(logits, batch['tokens'], batch['segment_ids'])
   poison = jnp.where(jnp.any(batch['tokens'] == POISON), jnp.nan, 0.0)
   return total + poison, weight, metrics
 
@@ -51,19 +51,16 @@ def _setup():
   mesh = mesh_lib.make_mesh()
   optimizer = training.make_optimizer(0.05, warmup_steps=2, num_steps=20)
   params = {
-      'embed': {'embedding': jax.random.normal(
-          jax.random.key(0), (NUM_TOKENS, 4))},
-      'final_norm': {'scale': jnp.ones(4)},
+    'embed': {'embedding': jax.random.normal(jax.random.key(0), (NUM_TOKENS, 4))},
+    'final_norm': {'scale': jnp.ones(4)},
   }
   state = training.init_state(params, optimizer)
   shardings = mesh_lib.shardings(state, mesh)
-  step_fn = training.make_train_step(
-      _loss_fn, optimizer, state_shardings=shardings)
+  step_fn = training.make_train_step(_loss_fn, optimizer, state_shardings=shardings)
   return step_fn, jax.device_put(state, shardings), mesh
 
 
-def _train(workdir, num_steps, log_every=2, checkpoint_every=4, poisoned=None,
-           step_fn=None):
+def _train(workdir, num_steps, log_every=2, checkpoint_every=4, poisoned=None, step_fn=None):
   """Returns (last state, step function) of a run in a new set of objects."""
   own_step_fn, state, mesh = _setup()
   step_fn = step_fn or own_step_fn
@@ -71,8 +68,8 @@ def _train(workdir, num_steps, log_every=2, checkpoint_every=4, poisoned=None,
   batches = _batches(poisoned)
   try:
     state = loop_lib.train(
-        loop_lib.Job(step_fn, batches, mesh, workdir, loop,
-                     {'name': 'bigram'}), state)
+      loop_lib.Job(step_fn, batches, mesh, workdir, loop, {'name': 'bigram'}), state
+    )
   finally:
     batches.close()
   return state, step_fn
@@ -84,8 +81,7 @@ def _lines(workdir):
 
 
 def _without_time(lines):
-  return [{k: v for k, v in line.items() if not k.startswith('time/')}
-          for line in lines]
+  return [{k: v for k, v in line.items() if not k.startswith('time/')} for line in lines]
 
 
 def _saved_steps(workdir):
@@ -119,8 +115,7 @@ def _killed_at(num):
 
 def _told_at(num):
   """Returns a step function in whose num-th call SIGTERM comes."""
-  return _At(
-      _setup()[0], num, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  return _At(_setup()[0], num, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 @functools.cache
@@ -195,8 +190,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   assert step_fn._cache_size() == 1
   assert resumed.step == 10
   jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-  assert _without_time(_lines(tmp_path / 'cut')) == _without_time(
-      _lines(tmp_path / 'whole'))
+  assert _without_time(_lines(tmp_path / 'cut')) == _without_time(_lines(tmp_path / 'whole'))
 
 
 # Within the steps of a line, at its end, and at the end of the run.
@@ -218,8 +212,7 @@ def test_a_run_told_to_stop_saves_that_step(tmp_path, step):
 
 def test_a_loss_that_is_not_finite_is_not_saved_on_a_stop(tmp_path):
   with pytest.raises(ValueError, match=r'^step 5: .*nonfinite'):
-    _train(tmp_path, num_steps=8, poisoned=_atom_of_step(5),
-           step_fn=_told_at(5))
+    _train(tmp_path, num_steps=8, poisoned=_atom_of_step(5), step_fn=_told_at(5))
   assert _saved_steps(tmp_path) == [4]
 
 
@@ -247,13 +240,16 @@ def test_old_lines_of_a_run_without_checkpoint_are_dropped(tmp_path):
   assert [line['step'] for line in _lines(tmp_path)] == [2, 4]
 
 
-@pytest.mark.parametrize(('fields', 'message'), [
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
     ((10, 4, 6), 'checkpoint_every=6 must be a multiple of log_every=4'),
     ((10, 4, 2), 'checkpoint_every=2 must be a multiple of log_every=4'),
     ((0, 1, 1), 'num_steps=0 must be at least 1'),
     ((10, 0, 1), 'log_every=0 must be at least 1'),
     ((10, 1, 1, 0), 'keep=0 must be at least 1'),
-])
+  ],
+)
 def test_bad_lengths_are_named(fields, message):
   with pytest.raises(ValueError, match=message):
     loop_lib.LoopConfig(*fields)

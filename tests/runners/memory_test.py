@@ -9,11 +9,11 @@ from csrm_jax import main
 from csrm_jax.runners import memory
 
 CONFIG = {
-    'runner': 'fake',
-    'data': {'batch_size': 16, 'row_length': 384},
-    'optim': {'num_microbatches': 2},
-    'model': {'overrides': {'remat': 'none'}},
-    'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'num_slices': 1},
+  'runner': 'fake',
+  'data': {'batch_size': 16, 'row_length': 384},
+  'optim': {'num_microbatches': 2},
+  'model': {'overrides': {'remat': 'none'}},
+  'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1, 'num_slices': 1},
 }
 
 
@@ -30,10 +30,15 @@ def test_one_line_says_with_what_and_what_to_change(monkeypatch, tmp_path):
     main.run(ml_collections.ConfigDict(CONFIG), tmp_path / 'run')
   message = str(error.value)
   assert '\n' not in message
-  for part in ('data.batch_size=16', 'row_length=384', 'remat=none',
-               '--config.model.overrides.remat=full',
-               '--config.optim.num_microbatches=4',
-               '--config.data.batch_size=8', 'configs/compile.py'):
+  for part in (
+    'data.batch_size=16',
+    'row_length=384',
+    'remat=none',
+    '--config.model.overrides.remat=full',
+    '--config.optim.num_microbatches=4',
+    '--config.data.batch_size=8',
+    'configs/compile.py',
+  ):
     assert part in message
   profile = tmp_path / 'run' / 'memory_0.prof'
   assert str(profile) in message and profile.stat().st_size
@@ -41,8 +46,10 @@ def test_one_line_says_with_what_and_what_to_change(monkeypatch, tmp_path):
 
 def test_a_run_of_which_little_is_known(tmp_path):
   message = memory.explain(
-      RuntimeError('RESOURCE_EXHAUSTED: full\nmore'),
-      ml_collections.ConfigDict({'runner': 'evaluate'}), tmp_path)
+    RuntimeError('RESOURCE_EXHAUSTED: full\nmore'),
+    ml_collections.ConfigDict({'runner': 'evaluate'}),
+    tmp_path,
+  )
   assert message.startswith('out of memory (RESOURCE_EXHAUSTED: full more); ')
   assert 'try' not in message
 
@@ -51,10 +58,8 @@ def test_many_devices_share_before_rows_are_cut(monkeypatch, tmp_path):
   monkeypatch.setattr(memory.jax, 'device_count', lambda: 8)
   config = ml_collections.ConfigDict(CONFIG)
   full = RuntimeError('RESOURCE_EXHAUSTED')
-  assert '--config.mesh.data=1 --config.mesh.fsdp=-1' in memory.explain(
-      full, config, tmp_path)
+  assert '--config.mesh.data=1 --config.mesh.fsdp=-1' in memory.explain(full, config, tmp_path)
   config.mesh.num_slices = 2
-  assert '--config.mesh.data=2 --config.mesh.fsdp=-1' in memory.explain(
-      full, config, tmp_path)
+  assert '--config.mesh.data=2 --config.mesh.fsdp=-1' in memory.explain(full, config, tmp_path)
   config.mesh.num_slices, config.mesh.fsdp = 1, 8
   assert '--config.mesh.tensor=2' in memory.explain(full, config, tmp_path)

@@ -16,12 +16,23 @@ KEYS = ('train/loss', 'loss/cls', 'loss/pairs', 'train/grad_norm')
 
 def _start(workdir, *flags, seed=0):
   return subprocess.Popen(
-      [sys.executable, '-m', 'csrm_jax.main', f'--workdir={workdir}',
-       '--config=configs/rm.py:smoke,num_steps=10', f'--config.seed={seed}',
-       '--config.data.batch_size=4', '--config.eval.ruleworld_examples=20',
-       *flags],
-      cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, text=True,
-      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    [
+      sys.executable,
+      '-m',
+      'csrm_jax.main',
+      f'--workdir={workdir}',
+      '--config=configs/rm.py:smoke,num_steps=10',
+      f'--config.seed={seed}',
+      '--config.data.batch_size=4',
+      '--config.eval.ruleworld_examples=20',
+      *flags,
+    ],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    text=True,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+  )
 
 
 def _pair(workdir, seeds=(0, 0)):
@@ -29,8 +40,7 @@ def _pair(workdir, seeds=(0, 0)):
     server.bind(('localhost', 0))
     port = server.getsockname()[1]
   flags = f'--coordinator=localhost:{port}', '--num_processes=2'
-  return [_start(workdir, *flags, f'--process_id={i}', seed=seed)
-          for i, seed in enumerate(seeds)]
+  return [_start(workdir, *flags, f'--process_id={i}', seed=seed) for i, seed in enumerate(seeds)]
 
 
 def _metrics(workdir):

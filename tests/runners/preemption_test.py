@@ -55,15 +55,19 @@ def start(tmp_path):
   """Returns a function that starts the command in a work directory."""
   (tmp_path / 'c.py').write_text(_CONFIG)
   env = os.environ | {
-      'PYTHONPATH': os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
-      'JAX_PLATFORMS': 'cpu'}
+    'PYTHONPATH': os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
+    'JAX_PLATFORMS': 'cpu',
+  }
 
   def begin(workdir, *flags):
     return subprocess.Popen(
-        [sys.executable, '-c', _PROGRAM, '--config=c.py',
-         f'--workdir={workdir}', *flags],
-        cwd=tmp_path, env=env, text=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE)
+      [sys.executable, '-c', _PROGRAM, '--config=c.py', f'--workdir={workdir}', *flags],
+      cwd=tmp_path,
+      env=env,
+      text=True,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+    )
 
   return begin
 
@@ -83,8 +87,7 @@ def _lines(workdir):
 
 
 def _curve(workdir):
-  return [{k: v for k, v in line.items() if not k.startswith('time/')}
-          for line in _lines(workdir)]
+  return [{k: v for k, v in line.items() if not k.startswith('time/')} for line in _lines(workdir)]
 
 
 def _stop_in_the_middle(runs, told, workdir):
@@ -97,8 +100,9 @@ def _stop_in_the_middle(runs, told, workdir):
   for run in runs:
     errors = run.communicate(timeout=60)[1]
     assert run.returncode == preemption.EXIT_CODE, errors
-    said.append(next(line for line in errors.splitlines()
-                     if line.startswith('stopped by SIGTERM after step')))
+    said.append(
+      next(line for line in errors.splitlines() if line.startswith('stopped by SIGTERM after step'))
+    )
   return said
 
 
@@ -143,6 +147,5 @@ def test_two_that_are_stopped_then_killed_go_on_as_one(start, tmp_path):
   second.communicate()
   _finish([whole, start(cut)])
   assert len(_curve(cut)) == NUM_STEPS / 4
-  for line, want in zip(
-      _curve(cut), _curve(tmp_path / 'whole'), strict=True):
+  for line, want in zip(_curve(cut), _curve(tmp_path / 'whole'), strict=True):
     assert line == pytest.approx(want, rel=1e-5)

@@ -25,16 +25,17 @@ def _document(answers):
   spans = [corpus.Span(templates.RULES, control=True)]
   for answer in answers:
     spans += [
-        corpus.Span('Is whisky allowed?'),
-        corpus.Span(templates.ANSWER, control=True),
-        corpus.Span(f' {answer}', weight=1.0), corpus.Span('\n')]
+      corpus.Span('Is whisky allowed?'),
+      corpus.Span(templates.ANSWER, control=True),
+      corpus.Span(f' {answer}', weight=1.0),
+      corpus.Span('\n'),
+    ]
   return tuple(spans)
 
 
 def _packed():
   """Returns a batch of two rows that hold all documents."""
-  atoms = [pretrain.encode_document(_document(answers), TOKENIZER)
-           for answers in ANSWERS]
+  atoms = [pretrain.encode_document(_document(answers), TOKENIZER) for answers in ANSWERS]
   batch, left = packing.pack_rows(atoms, 2, 64, 4)
   assert not left
   assert batch['segment_ids'].max() > 1  # something is packed
@@ -42,8 +43,7 @@ def _packed():
 
 
 def _loss(logits, batch):
-  return losses.lm_loss(logits, batch['tokens'], batch['segment_ids'],
-                        batch['loss_weight'])
+  return losses.lm_loss(logits, batch['tokens'], batch['segment_ids'], batch['loss_weight'])
 
 
 def test_weights_sit_on_the_answers_and_on_nothing_else():
@@ -61,8 +61,11 @@ def test_weights_sit_on_the_answers_and_on_nothing_else():
 def test_only_the_place_before_an_answer_has_a_gradient():
   """One place too early or too late would teach the question, or the end."""
   batch = _packed()
-  logits = np.random.default_rng(0).standard_normal(
-      (*batch['tokens'].shape, TOKENIZER.vocab_size)).astype(np.float32)
+  logits = (
+    np.random.default_rng(0)
+    .standard_normal((*batch['tokens'].shape, TOKENIZER.vocab_size))
+    .astype(np.float32)
+  )
   grads = jax.grad(lambda x: _loss(x, batch)[0])(logits)
   predicts = np.abs(grads).sum(-1) > 0  # [B,T]
   want = np.zeros_like(predicts)
@@ -97,7 +100,7 @@ def test_documents_keep_their_text_and_weights():
   documents = pretrain.Documents(0, 1000, 500)
   for i in range(0, 1000, 100):
     spans = documents[i]
-    prompt, = pretrain.encode_document(spans, TOKENIZER).prompts
+    (prompt,) = pretrain.encode_document(spans, TOKENIZER).prompts
     assert prompt.tokens[0] == TOKENIZER.bos_id
     assert len(prompt.tokens) == len(prompt.loss_weight)
     ids, weights = [], []
@@ -117,8 +120,8 @@ def test_a_tokenizer_without_bos_has_none_in_front():
     encode, encode_control = TOKENIZER.encode, TOKENIZER.encode_control
 
   spans = _document(('yes',))
-  prompt, = pretrain.encode_document(spans, Tokenizer()).prompts
-  with_bos, = pretrain.encode_document(spans, TOKENIZER).prompts
+  (prompt,) = pretrain.encode_document(spans, Tokenizer()).prompts
+  (with_bos,) = pretrain.encode_document(spans, TOKENIZER).prompts
   np.testing.assert_array_equal(prompt.tokens, with_bos.tokens[1:])
   np.testing.assert_array_equal(prompt.loss_weight, with_bos.loss_weight[1:])
 
@@ -127,7 +130,7 @@ def test_no_document_teaches_a_verdict():
   verdict = templates.resolve_verbalizers(TOKENIZER)
   documents = pretrain.Documents(0, 2000, 1000)
   for i in range(0, 2000, 20):
-    prompt, = pretrain.encode_document(documents[i], TOKENIZER).prompts
+    (prompt,) = pretrain.encode_document(documents[i], TOKENIZER).prompts
     taught = prompt.tokens[prompt.loss_weight > 0]
     assert not np.isin(taught, verdict.safe + verdict.unsafe).any()
 
@@ -139,8 +142,9 @@ def test_the_curriculum_grows_and_the_digest_sees_everything():
   digest = documents.digest(20)
   assert digest == pretrain.Documents(3, 100, 50).digest(20)
   assert len(digest) == 64
-  others = {pretrain.Documents(*fields).digest(20)
-            for fields in ((4, 100, 50), (3, 100, 10), (3, 300, 50))}
+  others = {
+    pretrain.Documents(*fields).digest(20) for fields in ((4, 100, 50), (3, 100, 10), (3, 300, 50))
+  }
   assert len(others | {digest}) == 4
 
 
@@ -156,8 +160,16 @@ def test_the_shipped_weights_belong_to_this_corpus_and_tokenizer():
 
 def test_loss_fn_equals_the_model_and_lm_loss():
   cfg = config.preset(
-      'tiny', TOKENIZER.vocab_size, num_layers=1, embed_dim=16, num_heads=1,
-      num_kv_heads=1, head_dim=16, mlp_dim=16, unroll=1)
+    'tiny',
+    TOKENIZER.vocab_size,
+    num_layers=1,
+    embed_dim=16,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=16,
+    mlp_dim=16,
+    unroll=1,
+  )
   params, batch = transformer.init_params(cfg, 0), _packed()
   total, weight, _ = jax.jit(pretrain.make_loss_fn(cfg))(params, batch)
   assert weight == batch['loss_weight'].sum()
@@ -170,15 +182,13 @@ def test_loss_fn_equals_the_model_and_lm_loss():
 
 
 def test_the_policy_goes_on_from_the_base_model(tmp_path):
-  config = config_lib.load_module('configs/pretrain.py').get_config(
-      'task=policy,num_steps=1')
+  config = config_lib.load_module('configs/pretrain.py').get_config('task=policy,num_steps=1')
   config.log_every = config.checkpoint_every = 1
   config.data.batch_size, config.data.row_length = 1, 128
   config.model.overrides.unroll = 1  # Compiles faster.
   config.optim.lr, config.optim.warmup_steps = 1e-4, 0
   pretrain.run(config, tmp_path)
-  with safetensors.safe_open(
-      tmp_path / 'policy' / 'model.safetensors', 'numpy') as file:
+  with safetensors.safe_open(tmp_path / 'policy' / 'model.safetensors', 'numpy') as file:
     stored = {str(file.get_tensor(name).dtype) for name in file.keys()}  # noqa: SIM118
     assert file.metadata()['made_by'].endswith('pretrain.py:task=policy')
   assert stored == {'float16'}

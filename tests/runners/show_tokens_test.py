@@ -18,8 +18,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 PATH = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
 TOKENIZER = tokenizer_lib.load_tokenizer(PATH)
 EXAMPLE = Example(
-    'row 7', SafetyConfig((Category('Pets', 'No talk of pets.'),)),
-    (Message('user', 'Hello. ' * 60), Message('agent', 'Good\nday.')), 'safe')
+  'row 7',
+  SafetyConfig((Category('Pets', 'No talk of pets.'),)),
+  (Message('user', 'Hello. ' * 60), Message('agent', 'Good\nday.')),
+  'safe',
+)
 
 
 def _ids(out):
@@ -65,12 +68,18 @@ def test_the_first_row_of_a_file(capsys, tmp_path):
   """With a public model, no weight is read."""
   import tokenizers
   from tokenizers import models, pre_tokenizers, trainers
+
   tok = tokenizers.Tokenizer(models.BPE())
   tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tok.train_from_iterator(['Yes', 'No'] * 9, trainers.BpeTrainer(
-      vocab_size=300, show_progress=False,
+  tok.train_from_iterator(
+    ['Yes', 'No'] * 9,
+    trainers.BpeTrainer(
+      vocab_size=300,
+      show_progress=False,
       special_tokens=['<eos>', '<start_of_turn>', '<end_of_turn>'],
-      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )
   folder = tmp_path / 'guard'
   folder.mkdir()
   tok.save(str(folder / 'tokenizer.json'))

@@ -8,13 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csrm_jax.safety import augment
-from csrm_jax.safety.schema import (
-  Category,
-  Example,
-  Message,
-  Pair,
-  SafetyConfig,
-)
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 TALK = (Message('user', 'hello'), Message('agent', 'some answer'))
 
@@ -130,9 +124,7 @@ def test_cca_gives_what_the_rule_says(before, seed, probs, shuffle):
   assert new and len(set(new)) == len(new)
   extra = {c.name for c in (before.plus, before.minus) if c is not None}
   assert set(new) <= set(old) | extra
-  plus_fires = (
-    before.plus in after.safety.categories and before.plus.name not in old
-  )
+  plus_fires = before.plus in after.safety.categories and before.plus.name not in old
   expected = set(before.violated) & set(new)
   expected |= {before.plus.name} if plus_fires else set()
   # p+ and p- may have one name here; then only one of them is inserted.
@@ -165,10 +157,7 @@ def test_nothing_to_do_returns_the_same_example():
 
 
 def test_drop_keeps_one_category_of_any_place():
-  seen = {
-    augment.drop_categories(example(), rng(seed), 1.0).safety.names
-    for seed in range(40)
-  }
+  seen = {augment.drop_categories(example(), rng(seed), 1.0).safety.names for seed in range(40)}
   assert seen == {('a',), ('b',), ('c',)}
 
 
@@ -180,19 +169,14 @@ def test_drop_leaves_an_unrecorded_violation_alone():
 
 def test_plus_and_minus_are_inserted_at_every_place():
   before = example('ab', plus='p', minus='m')
-  seen = {
-    augment.add_categories(before, rng(seed)).safety.names
-    for seed in range(300)
-  }
+  seen = {augment.add_categories(before, rng(seed)).safety.names for seed in range(300)}
   assert len(seen) == 12  # 4! orders, with a before b
   assert augment.add_categories(before, rng()).label == 'unsafe'
 
 
 def test_a_known_name_is_not_inserted_again():
   before = example('abc', plus=None)
-  before = dataclasses.replace(
-    before, plus=category(' A'), minus=category('B')
-  )
+  before = dataclasses.replace(before, plus=category(' A'), minus=category('B'))
   after = augment.add_categories(before, rng())
   assert after == before
 
@@ -207,9 +191,7 @@ def test_a_dropped_violation_does_not_come_back_as_minus():
 def test_drop_and_plus_are_two_sided():
   turned_safe = augment.cca(example('ab', 'a'), rng(1), 0.999, 0, 0)
   turned_unsafe = augment.cca(example('ab', plus='p'), rng(1), 0, 1, 0)
-  labels = {
-    augment.cca(example('ab', 'a'), rng(s), 0.5, 0, 0).label for s in range(20)
-  }
+  labels = {augment.cca(example('ab', 'a'), rng(s), 0.5, 0, 0).label for s in range(20)}
   assert turned_safe.label in labels == {'safe', 'unsafe'}
   assert turned_unsafe.label == 'unsafe'
 
@@ -242,9 +224,7 @@ def test_strictness_pair_puts_the_lenient_side_first():
 
 
 def test_strictness_pair_keeps_other_violations():
-  pair = augment.strictness_pair(
-    example('abc', 'bc'), 'b', category('b', 'x'), category('b', 'y')
-  )
+  pair = augment.strictness_pair(example('abc', 'bc'), 'b', category('b', 'x'), category('b', 'y'))
   assert pair.safer.label == pair.other.label == 'unsafe'
   assert pair.safer.violated == ('c',)
 

@@ -13,12 +13,27 @@ TALK = (
   Message('user', 'Tell me.'),
   Message('agent', 'No.'),
 )
-TAXONOMY = SafetyConfig(tuple(Category(name, name) for name in (
-  'Violent Crimes', 'Non-Violent Crimes', 'Sex Crimes', 'Child Exploitation',
-  'Defamation', 'Specialized Advice', 'Privacy', 'Intellectual Property',
-  'Indiscriminate Weapons', 'Hate', 'Self-Harm', 'Sexual Content', 'Elections',
-  'Code Interpreter Abuse',
-)))
+TAXONOMY = SafetyConfig(
+  tuple(
+    Category(name, name)
+    for name in (
+      'Violent Crimes',
+      'Non-Violent Crimes',
+      'Sex Crimes',
+      'Child Exploitation',
+      'Defamation',
+      'Specialized Advice',
+      'Privacy',
+      'Intellectual Property',
+      'Indiscriminate Weapons',
+      'Hate',
+      'Self-Harm',
+      'Sexual Content',
+      'Elections',
+      'Code Interpreter Abuse',
+    )
+  )
+)
 ONE = SafetyConfig((Category('Gossip', 'No rumours about neighbours.'),))
 TWO = SafetyConfig((Category('Pets', 'No pets.\n - No cats.'), *ONE.categories))
 
@@ -129,9 +144,7 @@ def test_llama_guard_3_judges_the_user_without_the_answer():
   wanted = wanted.replace('LAST Agent', 'LAST User')
   assert text_of(TAXONOMY, TALK, 'llama_guard_3_user') == wanted
   segments = render(TAXONOMY, TALK, 'llama_guard_3_user')
-  assert [s.text for s in segments if s.kind == 'response'] == [
-    'User: Tell me.\n\n'
-  ]
+  assert [s.text for s in segments if s.kind == 'response'] == ['User: Tell me.\n\n']
 
 
 def test_llama_guard_3_reads_guidelines_of_ones_own():
@@ -159,7 +172,11 @@ def test_shield_gemma_has_a_block_for_each_turn():
   assert text.replace(turns, '', 1) == SHIELD_GEMMA
   segments = render(ONE, TALK, 'shield_gemma')
   assert [s.kind for s in segments if s.kind != 'control'] == [
-    'history', 'history', 'history', 'response', 'rules'
+    'history',
+    'history',
+    'history',
+    'response',
+    'rules',
   ]
 
 
@@ -186,10 +203,9 @@ def test_a_conversation_without_a_user_is_refused():
     render(ONE, TALK[-1:], 'llama_guard_3_user')
 
 
-@pytest.mark.parametrize('fields', [
-  {'order': 'conversation_first'}, {'words': ('No', 'Yes')},
-  {'chat_suffix': '<agent>'},
-])
+@pytest.mark.parametrize(
+  'fields', [{'order': 'conversation_first'}, {'words': ('No', 'Yes')}, {'chat_suffix': '<agent>'}]
+)
 def test_a_guard_has_settings_of_its_own(fields):
   with pytest.raises(ValueError, match=f'has its own {next(iter(fields))}'):
     layout.Layout(format='shield_gemma', **fields)

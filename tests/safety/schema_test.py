@@ -8,13 +8,7 @@ import hypothesis.strategies as st
 import pytest
 
 from csrm_jax.safety import schema
-from csrm_jax.safety.schema import (
-  Category,
-  Example,
-  Message,
-  Pair,
-  SafetyConfig,
-)
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs' / 'safety'
 RULES = {'categories': [{'name': 'Violence', 'guideline': 'No fights.'}]}
@@ -34,10 +28,7 @@ def safety_configs():
   return st.builds(
     SafetyConfig,
     st.lists(
-      categories,
-      min_size=1,
-      max_size=4,
-      unique_by=lambda c: ' '.join(c.name.split()).casefold(),
+      categories, min_size=1, max_size=4, unique_by=lambda c: ' '.join(c.name.split()).casefold()
     ),
     TEXT,
   )
@@ -61,8 +52,7 @@ def test_shipped_configs_are_worked_out(path):
   safety = schema.load_safety(path)
   assert safety.name == path.stem
   # One is a verifier's question, not the rules of a customer.
-  assert len(safety.categories) in ((1,) if path.stem == 'refusal'
-                                    else (4, 5, 6))
+  assert len(safety.categories) in ((1,) if path.stem == 'refusal' else (4, 5, 6))
   for category in safety.categories:
     assert len(category.guideline.split()) >= 20
 
@@ -71,9 +61,7 @@ def test_there_are_shipped_configs():
   assert len(list(CONFIGS.glob('*.yaml'))) >= 4
 
 
-@hypothesis.given(
-  safety=safety_configs(), suffix=st.sampled_from(['yaml', 'json'])
-)
+@hypothesis.given(safety=safety_configs(), suffix=st.sampled_from(['yaml', 'json']))
 @hypothesis.settings(max_examples=80, deadline=None)
 def test_dump_and_load_round_trip(tmp_path_factory, safety, suffix):
   path = tmp_path_factory.mktemp('dump') / f'rules.{suffix}'
@@ -90,8 +78,7 @@ def test_digest_depends_on_rules_and_order_only():
   assert digest != SafetyConfig((a, Category('B', 'Two!'))).digest()
   # A boundary that moves between name and guideline counts.
   assert (
-    SafetyConfig((Category('A B', 'C'),)).digest()
-    != SafetyConfig((Category('A', 'B C'),)).digest()
+    SafetyConfig((Category('A B', 'C'),)).digest() != SafetyConfig((Category('A', 'B C'),)).digest()
   )
   assert len(digest) == 64
 
@@ -127,18 +114,12 @@ def test_types_are_frozen_hashable_and_pickle():
       'categories:\n- name: A\n  guideline: x\n- name: no\n  guideline: x\n',
       ['rules.yaml:4: ', 'False', 'quotes'],
     ),
-    (
-      'categories:\n- name: A\n  guideline: "  "\n',
-      ['rules.yaml:2: ', "'A'", 'empty'],
-    ),
+    ('categories:\n- name: A\n  guideline: "  "\n', ['rules.yaml:2: ', "'A'", 'empty']),
     (
       'categories:\n- name: A\n  guideline: x\n  guideline: y\n',
       ['rules.yaml:4: ', "'guideline'", 'twice'],
     ),
-    (
-      'categories:\n- name: A\n  guideline: b: c\n',
-      ['rules.yaml:3: ', 'not valid YAML', 'quote'],
-    ),
+    ('categories:\n- name: A\n  guideline: b: c\n', ['rules.yaml:3: ', 'not valid YAML', 'quote']),
     ('categories: [\n', ['rules.yaml:2: ', 'not valid YAML']),
     ('categories: "\0"\n', ['rules.yaml: ', 'not valid YAML', 'control']),
     ('a: &a [*a]\n', ['rules.yaml: ', 'categories']),
@@ -201,18 +182,9 @@ def test_byte_order_mark_is_no_part_of_the_text(tmp_path):
       {'conversation': [{'role': 'assistant', 'content': ''}]},
       ['message 1', "unknown role 'assistant'", '"agent"'],
     ),
-    (
-      {'conversation': [{'role': 'agent', 'content': None}]},
-      ['message 1', 'None', 'quotes'],
-    ),
-    (
-      {'conversation': [{'role': 'agent', 'content': '\ud800'}]},
-      ['message 1', 'surrogate'],
-    ),
-    (
-      {'label': 'unsafe', 'violated': ['violence']},
-      ["'violence'", "did you mean 'Violence'"],
-    ),
+    ({'conversation': [{'role': 'agent', 'content': None}]}, ['message 1', 'None', 'quotes']),
+    ({'conversation': [{'role': 'agent', 'content': '\ud800'}]}, ['message 1', 'surrogate']),
+    ({'label': 'unsafe', 'violated': ['violence']}, ["'violence'", "did you mean 'Violence'"]),
     ({'violated': ['Violence']}, ['"safe"', 'violated']),
     ({'violated': 'Violence'}, ['violated', 'list']),
     ({'violated': [1], 'label': 'unsafe'}, ['violated', '1']),
@@ -257,8 +229,12 @@ def test_errors_do_not_repeat_long_values():
 
 def test_example_round_trips_and_ignores_other_columns():
   row = ROW | {
-    'label': 'unsafe', 'violated': ['Violence'], 'probability': 0.5,
-    'plus': {'name': 'P', 'guideline': 'p'}, 'source': 's', 'rule_set': 'r',
+    'label': 'unsafe',
+    'violated': ['Violence'],
+    'probability': 0.5,
+    'plus': {'name': 'P', 'guideline': 'p'},
+    'source': 's',
+    'rule_set': 'r',
   }
   example = Example.from_dict(row | {'annotator': 5}, 'a:1')
   assert json.loads(json.dumps(example.to_dict())) == row | {'minus': None}
@@ -295,9 +271,7 @@ def test_pairs_round_trip_and_name_the_side_in_errors():
   assert Pair.from_dict(pair.to_dict(), 'a:1') == pair
   message = error_of(Pair.from_dict, pair.to_dict() | {'kind': 'x'}, 'a:1')
   assert "a:1: unknown pair kind 'x'" in message
-  message = error_of(
-    Pair.from_dict, pair.to_dict() | {'other': ROW | {'label': 'no'}}, 'a:1'
-  )
+  message = error_of(Pair.from_dict, pair.to_dict() | {'other': ROW | {'label': 'no'}}, 'a:1')
   assert message.startswith('a:1: other: unknown label')
 
 

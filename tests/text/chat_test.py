@@ -73,23 +73,24 @@ SmolLM, trained by Hugging Face<|im_end|>\\n' }}{% endif %}\
 {{ '<|im_start|>assistant\\n' }}{% endif %}"""
 FAMILIES = {
   'llama3': (
-    LLAMA_3, '<|begin_of_text|>',
+    LLAMA_3,
+    '<|begin_of_text|>',
     '<|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n'
     '<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n',
     '<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n',
   ),
   'mistral': (MISTRAL, '<s>', '[INST] ', ' [/INST]'),
   'qwen3': (
-    QWEN_3, None, '<|im_start|>user\n',
+    QWEN_3,
+    None,
+    '<|im_start|>user\n',
     '<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n',
   ),
-  'gemma2': (
-    GEMMA_2, '<bos>', '<start_of_turn>user\n',
-    '<end_of_turn>\n<start_of_turn>model\n',
-  ),
+  'gemma2': (GEMMA_2, '<bos>', '<start_of_turn>user\n', '<end_of_turn>\n<start_of_turn>model\n'),
   # Its begin-of-text token is the mark of a turn, and nothing puts it in front.
   'smollm2': (
-    SMOLLM_2, None,
+    SMOLLM_2,
+    None,
     '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained'
     ' by Hugging Face<|im_end|>\n<|im_start|>user\n',
     '<|im_end|>\n<|im_start|>assistant\n',
@@ -113,8 +114,11 @@ def test_it_is_what_transformers_renders(family):
   text = 'Judge <this> & "that".\nAnswer safe or unsafe.'
   [rendered], _ = utils.render_jinja_template(
     conversations=[[{'role': 'user', 'content': text}]],
-    chat_template=template, add_generation_prompt=True, enable_thinking=False,
-    date_string='26 Jul 2024', **special,
+    chat_template=template,
+    add_generation_prompt=True,
+    enable_thinking=False,
+    date_string='26 Jul 2024',
+    **special,
   )
   assert rendered == (bos or '') + prefix + text + suffix
 
@@ -132,18 +136,21 @@ def test_a_literal_begin_is_removed():
 USER = '{{ messages[0].content }}'
 
 
-@pytest.mark.parametrize(('template', 'message'), [
-  ('A:', 'renders a user message 0 times as it is'),
-  (f'{USER}{USER}A:', 'renders a user message 2 times as it is'),
-  ('{{ messages[0].content | upper }}A:', 'renders a user message 0 times'),
-  (f'{{% if loop %}}{USER}', 'cannot be rendered'),
-  ('{{ raise_exception("no\nuser") }}', r'cannot be rendered \(no user\)'),
-  ('{{ messages[5].content }}', 'cannot be rendered'),
-  ('{{ messages.__class__.__mro__ }}', 'cannot be rendered'),
-  (f'U: {USER}\n', 'has nothing behind the user message'),
-  (f'<s>U: <s>{USER} A:', "writes the begin-of-text token '<s>'"),
-  (f'U: {USER} <s>A:', "writes the begin-of-text token '<s>'"),
-])
+@pytest.mark.parametrize(
+  ('template', 'message'),
+  [
+    ('A:', 'renders a user message 0 times as it is'),
+    (f'{USER}{USER}A:', 'renders a user message 2 times as it is'),
+    ('{{ messages[0].content | upper }}A:', 'renders a user message 0 times'),
+    (f'{{% if loop %}}{USER}', 'cannot be rendered'),
+    ('{{ raise_exception("no\nuser") }}', r'cannot be rendered \(no user\)'),
+    ('{{ messages[5].content }}', 'cannot be rendered'),
+    ('{{ messages.__class__.__mro__ }}', 'cannot be rendered'),
+    (f'U: {USER}\n', 'has nothing behind the user message'),
+    (f'<s>U: <s>{USER} A:', "writes the begin-of-text token '<s>'"),
+    (f'U: {USER} <s>A:', "writes the begin-of-text token '<s>'"),
+  ],
+)
 def test_bad_templates_are_one_line(template, message):
   with pytest.raises(ValueError, match=message) as error:
     chat.wrap(template, {}, '<s>')
@@ -153,15 +160,16 @@ def test_bad_templates_are_one_line(template, message):
 def test_reading_a_folder(tmp_path):
   assert chat.read(tmp_path) == (None, {})
   settings = {
-    'bos_token': {'content': '<s>'}, 'eos_token': '</s>', 'pad_token': None,
+    'bos_token': {'content': '<s>'},
+    'eos_token': '</s>',
+    'pad_token': None,
     'chat_template': SMOLLM_2,
   }
   path = tmp_path / 'tokenizer_config.json'
   special = {'bos_token': '<s>', 'eos_token': '</s>'}
   path.write_text(json.dumps(settings))
   assert chat.read(tmp_path) == (SMOLLM_2, special)
-  several = [{'name': 'tool_use', 'template': QWEN_3},
-             {'name': 'default', 'template': MISTRAL}]
+  several = [{'name': 'tool_use', 'template': QWEN_3}, {'name': 'default', 'template': MISTRAL}]
   path.write_text(json.dumps(settings | {'chat_template': several}))
   assert chat.read(tmp_path) == (MISTRAL, special)
   path.write_text(json.dumps(settings | {'chat_template': several[:1]}))
@@ -174,6 +182,7 @@ def test_reading_a_folder(tmp_path):
 
 def test_jinja2_is_an_extra(monkeypatch):
   import sys
+
   monkeypatch.setitem(sys.modules, 'jinja2', None)  # not installed
   with pytest.raises(ImportError, match='pip install jinja2'):
     chat.wrap(SMOLLM_2, {}, None)

@@ -10,14 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import (
-  decoders,
-  models,
-  normalizers,
-  pre_tokenizers,
-  processors,
-  trainers,
-)
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.text import train
@@ -27,18 +20,41 @@ ROOT = pathlib.Path(__file__).parents[2]
 CONTROL = ('<RULES>\n', '</RULES>\n', 'Is it, "safe"?\n', 'Answer:')
 SPECIAL = ('<|begin|>', '<|im_end|>', '<pad>', '<|im_end|>x')
 HOSTILE = (
-  '<pad>', '<s>', '</s>', '<unk>', '<|begin|>', '<|im_end|>', '<|im_end|>x',
-  '<think>', '<0x41>', '<RULES>\n', '</RULES>\n', 'Answer:', 'Answer: safe',
-  'Is it, "safe"?\n', '\0', '\n', '\r\n', '\u2028', '\u2581', '\u2581safe',
-  ' ', '  ', '\u2047', ' \u2047 ', '\ufffd', '\ufeff', '\u200d', '12',
+  '<pad>',
+  '<s>',
+  '</s>',
+  '<unk>',
+  '<|begin|>',
+  '<|im_end|>',
+  '<|im_end|>x',
+  '<think>',
+  '<0x41>',
+  '<RULES>\n',
+  '</RULES>\n',
+  'Answer:',
+  'Answer: safe',
+  'Is it, "safe"?\n',
+  '\0',
+  '\n',
+  '\r\n',
+  '\u2028',
+  '\u2581',
+  '\u2581safe',
+  ' ',
+  '  ',
+  '\u2047',
+  ' \u2047 ',
+  '\ufffd',
+  '\ufeff',
+  '\u200d',
+  '12',
 )
 characters = st.characters(codec='utf-8')
 any_text = st.one_of(
   st.text(characters),
-  st.lists(
-    st.one_of(st.sampled_from(HOSTILE), st.text(characters, max_size=3)),
-    max_size=10,
-  ).map(''.join),
+  st.lists(st.one_of(st.sampled_from(HOSTILE), st.text(characters, max_size=3)), max_size=10).map(
+    ''.join
+  ),
 )
 many = hypothesis.settings(max_examples=200, deadline=None)
 
@@ -236,9 +252,7 @@ def test_training_is_deterministic_and_free_of_paths(tmp_path):
 @pytest.mark.parametrize('size', [100, 30_000])
 def test_a_bad_vocabulary_size_leaves_no_file(tmp_path, size):
   path = tmp_path / 'x.model'
-  message = error_of(
-    train.train_sentencepiece, corpus(), path, size, CONTROL
-  )
+  message = error_of(train.train_sentencepiece, corpus(), path, size, CONTROL)
   assert f'vocab_size={size}' in message and 'change it' in message
   assert not list(tmp_path.iterdir())
 
@@ -268,9 +282,7 @@ def save(tok, folder, **settings):
 def test_names_of_end_and_padding(tmp_path):
   tok = build_bpe()
   # From the settings beside the file, as text or as an object.
-  path = save(
-    tok, tmp_path, eos_token={'content': '<|im_end|>x'}, pad_token='<|im_end|>'
-  )
+  path = save(tok, tmp_path, eos_token={'content': '<|im_end|>x'}, pad_token='<|im_end|>')
   hf = HFTokenizer(path)
   assert (hf.eos_id, hf.pad_id) == (3, 1)
   # They survive pickling, where the settings file is out of reach.
@@ -336,12 +348,12 @@ def test_a_vocabulary_that_spells_control_tokens(tmp_path):
 def test_a_prefix_of_llama_2_is_turned_off(tmp_path):
   tok = build_unigram()
   tok.pre_tokenizer = None
-  tok.normalizer = normalizers.Sequence([
-    normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')
-  ])
-  tok.decoder = decoders.Sequence([
-    decoders.Replace('\u2581', ' '), decoders.Fuse(), decoders.Strip(' ', 1, 0)
-  ])
+  tok.normalizer = normalizers.Sequence(
+    [normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')]
+  )
+  tok.decoder = decoders.Sequence(
+    [decoders.Replace('\u2581', ' '), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
+  )
   hf = HFTokenizer(save(tok, tmp_path))
   for text in ('a', ' a', 'a b', '\n  a'):
     assert hf.decode(hf.encode(text)) == text
@@ -359,8 +371,7 @@ def test_a_tokenizer_that_loses_line_breaks_is_refused(tmp_path):
 def test_chat_markers_among_user_defined_pieces(tmp_path):
   # Some published models list them so; SentencePiece then parses any text.
   tok = train.train_sentencepiece(
-    corpus(), tmp_path / 'x.model', 330, CONTROL,
-    user_symbols=('\n', '<start_of_turn>'),
+    corpus(), tmp_path / 'x.model', 330, CONTROL, user_symbols=('\n', '<start_of_turn>')
   )
   (marker,) = tok.encode_control('<start_of_turn>')
   for text in ('<start_of_turn>', 'a<start_of_turn><start_of_turn>b'):
@@ -372,10 +383,7 @@ def test_chat_markers_among_user_defined_pieces(tmp_path):
 
 def test_the_package_tokenizers_is_an_extra(tmp_path, monkeypatch):
   """Only a tokenizer.json needs it, and says so in one line."""
-  code = (
-    'import sys; from csrm_jax.text import tokenizer; '
-    'assert "tokenizers" not in sys.modules'
-  )
+  code = 'import sys; from csrm_jax.text import tokenizer; assert "tokenizers" not in sys.modules'
   subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
   path = save(build_unigram(), tmp_path)
   monkeypatch.setitem(sys.modules, 'tokenizers', None)  # not installed

@@ -60,9 +60,7 @@ def _read_reward_bench_2(path: str | os.PathLike) -> Rows:
       found.drop('not_safety')
       continue
     sides = choice.responses
-    pairs = itertools.product(
-      sides[: choice.num_correct], sides[choice.num_correct :]
-    )
+    pairs = itertools.product(sides[: choice.num_correct], sides[choice.num_correct :])
     found += [
       Pair(f'{choice.id}/{number}', safer, other, 'preference')
       for number, (safer, other) in enumerate(pairs)
@@ -74,70 +72,87 @@ _TRAIN = ('**/*train*',)
 _TEST = ('**/*test*',)
 SETS = {
   'beavertails': PublicSet(
-    'PKU-Alignment/BeaverTails', 'cc-by-nc-4.0',
-    {'train': ('**/*330k*/*train*', '**/*330k*train*', *_TRAIN),
-     'test': ('**/*330k*/*test*', '**/*330k*test*', *_TEST)},
+    'PKU-Alignment/BeaverTails',
+    'cc-by-nc-4.0',
+    {
+      'train': ('**/*330k*/*train*', '**/*330k*train*', *_TRAIN),
+      'test': ('**/*330k*/*test*', '**/*330k*test*', *_TEST),
+    },
     benchmark_readers.read_beavertails,
   ),
   'pku_safe_rlhf': PublicSet(
-    'PKU-Alignment/PKU-SafeRLHF', 'cc-by-nc-4.0',
-    {'train': _TRAIN, 'test': _TEST}, parsers.read_pku,
+    'PKU-Alignment/PKU-SafeRLHF', 'cc-by-nc-4.0', {'train': _TRAIN, 'test': _TEST}, parsers.read_pku
   ),
   'pku_safe_rlhf_pairs': PublicSet(
-    'PKU-Alignment/PKU-SafeRLHF', 'cc-by-nc-4.0',
-    {'train': _TRAIN, 'test': _TEST}, benchmark_readers.read_pku_pairs,
+    'PKU-Alignment/PKU-SafeRLHF',
+    'cc-by-nc-4.0',
+    {'train': _TRAIN, 'test': _TEST},
+    benchmark_readers.read_pku_pairs,
   ),
   'wildguardmix': PublicSet(
-    'allenai/wildguardmix', 'odc-by',
-    {'train': ('**/*wildguard_train*', *_TRAIN),
-     'test': ('**/*wildguard_test*', *_TEST)},
-    parsers.read_wildguard, is_gated=True,
+    'allenai/wildguardmix',
+    'odc-by',
+    {'train': ('**/*wildguard_train*', *_TRAIN), 'test': ('**/*wildguard_test*', *_TEST)},
+    parsers.read_wildguard,
+    is_gated=True,
   ),
   'aegis': PublicSet(
-    'nvidia/Aegis-AI-Content-Safety-Dataset-2.0', 'cc-by-4.0',
+    'nvidia/Aegis-AI-Content-Safety-Dataset-2.0',
+    'cc-by-4.0',
     {'train': _TRAIN, 'validation': ('**/*validation*',), 'test': _TEST},
     parsers.read_aegis,
   ),
   'cosapien': PublicSet(
-    'microsoft/CoSApien', 'cdla-permissive-2.0',
-    {name: (f'**/*{name}*',) for name in (
-      'game_development', 'public_prosecutor', 'book_publisher_arab',
-      'language_learning', 'film_production',
-    )},
+    'microsoft/CoSApien',
+    'cdla-permissive-2.0',
+    {
+      name: (f'**/*{name}*',)
+      for name in (
+        'game_development',
+        'public_prosecutor',
+        'book_publisher_arab',
+        'language_learning',
+        'film_production',
+      )
+    },
     parsers.read_cosapien,
   ),
   'dynabench': PublicSet(
-    'tomg-group-umd/DynaBench', '',
-    {'test': ('**/DynaBench/*test*', '**/*test*'),
-     'train': ('**/DynaBenchTrain/*train*', '**/*train*')},
+    'tomg-group-umd/DynaBench',
+    '',
+    {
+      'test': ('**/DynaBench/*test*', '**/*test*'),
+      'train': ('**/DynaBenchTrain/*train*', '**/*train*'),
+    },
     benchmark_readers.read_dynabench,
   ),
   'xstest': PublicSet(
-    'walledai/XSTest', 'cc-by-4.0',
-    {'test': ('**/*prompts.csv', *_TEST, *_TRAIN)}, _read_xstest,
+    'walledai/XSTest',
+    'cc-by-4.0',
+    {'test': ('**/*prompts.csv', *_TEST, *_TRAIN)},
+    _read_xstest,
     is_gated=True,
   ),
   'or_bench': PublicSet(
-    'bench-llm/or-bench', 'cc-by-4.0',
-    {name: (f'**/*{name}*',) for name in (
-      'or-bench-80k', 'or-bench-hard-1k', 'or-bench-toxic',
-    )},
+    'bench-llm/or-bench',
+    'cc-by-4.0',
+    {name: (f'**/*{name}*',) for name in ('or-bench-80k', 'or-bench-hard-1k', 'or-bench-toxic')},
     _read_or_bench,
   ),
   'hh_rlhf': PublicSet(
-    'Anthropic/hh-rlhf', 'mit',
-    {'train': ('**/harmless-base/*train*', '**/*harmless*train*'),
-     'test': ('**/harmless-base/*test*', '**/*harmless*test*')},
+    'Anthropic/hh-rlhf',
+    'mit',
+    {
+      'train': ('**/harmless-base/*train*', '**/*harmless*train*'),
+      'test': ('**/harmless-base/*test*', '**/*harmless*test*'),
+    },
     public.read_hh_pairs,
   ),
   'reward_bench_2': PublicSet(
-    'allenai/reward-bench-2', 'odc-by',
-    {'test': _TEST}, _read_reward_bench_2,
+    'allenai/reward-bench-2', 'odc-by', {'test': _TEST}, _read_reward_bench_2
   ),
   # What configs/augment.py writes; on no hub.
-  'augmented': PublicSet(
-    '', '', {'train': ('data.jsonl', '**/*.jsonl')}, sources.read_jsonl
-  ),
+  'augmented': PublicSet('', '', {'train': ('data.jsonl', '**/*.jsonl')}, sources.read_jsonl),
 }
 
 
@@ -157,10 +172,7 @@ def read(name: str, split: str, path: str | os.PathLike = '') -> Rows:
   """
   public_set = find(name)
   if split not in public_set.files:
-    raise ValueError(
-      f'{name} has no split {split!r}; use one of'
-      f' {", ".join(public_set.files)}'
-    )
+    raise ValueError(f'{name} has no split {split!r}; use one of {", ".join(public_set.files)}')
   rows = Rows()
   for file in files(name, split, path):
     part = public_set.read(file)
@@ -170,26 +182,19 @@ def read(name: str, split: str, path: str | os.PathLike = '') -> Rows:
   return rows
 
 
-def files(
-  name: str, split: str, path: str | os.PathLike = ''
-) -> list[pathlib.Path]:
-  """Returns a split's files; without a path, after fetching them; see `read`.
-  """
+def files(name: str, split: str, path: str | os.PathLike = '') -> list[pathlib.Path]:
+  """Returns a split's files; without a path, after fetching them; see `read`."""
   return find_files(name, split, path or fetch(name, split))
 
 
 def find(name: str) -> PublicSet:
   """Returns the public data set of that name."""
   if name not in SETS:
-    raise ValueError(
-      f'unknown public data set {name!r}; use one of {", ".join(SETS)}'
-    )
+    raise ValueError(f'unknown public data set {name!r}; use one of {", ".join(SETS)}')
   return SETS[name]
 
 
-def find_files(
-  name: str, split: str, path: str | os.PathLike
-) -> list[pathlib.Path]:
+def find_files(name: str, split: str, path: str | os.PathLike) -> list[pathlib.Path]:
   """Returns the split's files at a path; a file stands for itself.
 
   Raises:
@@ -226,15 +231,18 @@ def fetch(name: str, split: str) -> pathlib.Path:
     from huggingface_hub import errors
   except ImportError:
     raise ImportError(
-      f'fetching {name} needs the hub\'s client; run pip install'
+      f"fetching {name} needs the hub's client; run pip install"
       ' "csrm_jax[hf]", or give path= of files that you have'
     ) from None
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-      public_set.repo, repo_type='dataset',
-      allow_patterns=[p.removeprefix('**/') for p in public_set.files[split]]
-      + list(public_set.files[split]),
-    ))
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        public_set.repo,
+        repo_type='dataset',
+        allow_patterns=[p.removeprefix('**/') for p in public_set.files[split]]
+        + list(public_set.files[split]),
+      )
+    )
   except errors.GatedRepoError:
     raise ValueError(
       f'{name} is gated: accept its terms at {public_set.url}, run "hf auth'

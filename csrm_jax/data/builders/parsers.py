@@ -13,12 +13,7 @@ from typing import Any
 
 from csrm_jax.data import benchmark_readers, rows, tables
 from csrm_jax.data.benchmark_readers import sure_example
-from csrm_jax.data.builders.taxonomies import (
-  AEGIS,
-  AEGIS_UNSTATED,
-  PKU,
-  WILDGUARD_SUBCATEGORIES,
-)
+from csrm_jax.data.builders.taxonomies import AEGIS, AEGIS_UNSTATED, PKU, WILDGUARD_SUBCATEGORIES
 from csrm_jax.data.rows import Rows
 from csrm_jax.safety.checks import hint, show
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
@@ -48,9 +43,7 @@ def read_wildguard(path: str | os.PathLike) -> Rows:
   for number, (where, row) in enumerate(tables.read_table(path, columns)):
     name = row['subcategory']
     if name is not None:
-      names[f'wildguardmix/{number}'] = _lookup(
-        name, WILDGUARD_SUBCATEGORIES, 'subcategory', where
-      )
+      names[f'wildguardmix/{number}'] = _lookup(name, WILDGUARD_SUBCATEGORIES, 'subcategory', where)
 
   def with_category(example: Example) -> Example:
     name = names.get(example.id)
@@ -76,16 +69,19 @@ def read_aegis(path: str | os.PathLike) -> Rows:
   """
   found = Rows()
   columns = (
-    'id', 'reconstruction_id_if_redacted', 'prompt', 'response',
-    'response_label', 'violated_categories',
+    'id',
+    'reconstruction_id_if_redacted',
+    'prompt',
+    'response',
+    'response_label',
+    'violated_categories',
   )
   for where, row in tables.read_table(path, columns):
     names = _aegis_names(row['violated_categories'], where)
     label = row['response_label']
     if label not in ('safe', 'unsafe', None, ''):
       raise ValueError(
-        f'{where}: unknown response_label {show(label)}; it must be safe,'
-        ' unsafe or null'
+        f'{where}: unknown response_label {show(label)}; it must be safe, unsafe or null'
       )
     if row['reconstruction_id_if_redacted'] not in (None, '', 0):
       found.drop('redacted')
@@ -96,11 +92,17 @@ def read_aegis(path: str | os.PathLike) -> Rows:
     elif not label:
       found.drop('no_label')
     else:
-      found.append(_example(
-        f'aegis/{row["id"]}', AEGIS, row['prompt'], row['response'],
-        label=label, violated=names if label == 'unsafe' else (),
-        source='aegis',
-      ))
+      found.append(
+        _example(
+          f'aegis/{row["id"]}',
+          AEGIS,
+          row['prompt'],
+          row['response'],
+          label=label,
+          violated=names if label == 'unsafe' else (),
+          source='aegis',
+        )
+      )
   return found
 
 
@@ -132,10 +134,17 @@ def read_pku(path: str | os.PathLike) -> Rows:
       elif safe and violated:
         found.drop('labels_disagree')
       else:
-        found.append(_example(
-          f'pku/{number}/{i}', PKU, row['prompt'], text,
-          label='safe' if safe else 'unsafe', violated=violated, source='pku',
-        ))
+        found.append(
+          _example(
+            f'pku/{number}/{i}',
+            PKU,
+            row['prompt'],
+            text,
+            label='safe' if safe else 'unsafe',
+            violated=violated,
+            source='pku',
+          )
+        )
   return found
 
 
@@ -160,10 +169,14 @@ def read_cosapien(path: str | os.PathLike) -> Rows:
       f'cosapien/{stem}/{number}', prompt, label == 'unsafe', f'cosapien/{stem}'
     )
     rules = SafetyConfig((Category('Scenario', row['scenario']),), stem)
-    found.append(dataclasses.replace(
-      example, safety=rules, source='cosapien',
-      violated=('Scenario',) if label == 'unsafe' else (),
-    ))
+    found.append(
+      dataclasses.replace(
+        example,
+        safety=rules,
+        source='cosapien',
+        violated=('Scenario',) if label == 'unsafe' else (),
+      )
+    )
   return found
 
 
@@ -173,9 +186,7 @@ def _aegis_names(value: Any, where: str) -> tuple[str, ...]:
   names = [name.strip() for name in (value or '').split(',') if name.strip()]
   for name in names:
     _lookup(name, known, 'category', where)
-  return tuple(
-    dict.fromkeys(name for name in names if name not in AEGIS_UNSTATED)
-  )
+  return tuple(dict.fromkeys(name for name in names if name not in AEGIS_UNSTATED))
 
 
 def _lookup(name: Any, table: Mapping[str, Any], what: str, where: str) -> Any:

@@ -23,8 +23,7 @@ try:
   import tensorflow_datasets as tfds
 except ImportError:
   raise ImportError(
-    'ArrayRecord files need tensorflow_datasets; run pip install'
-    ' "csrm_jax[tfds]"'
+    'ArrayRecord files need tensorflow_datasets; run pip install "csrm_jax[tfds]"'
   ) from None
 
 from csrm_jax.data.builders import catalogue
@@ -60,11 +59,9 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
       metadata=tfds.core.MetadataDict(),
       # Rules differ in number and conversations in turns: JSON keeps a row in
       # one string, and the schema's own parser checks it.
-      features=tfds.features.FeaturesDict({
-        'id': tfds.features.Text(),
-        'kind': tfds.features.Text(),
-        'row': tfds.features.Text(),
-      }),
+      features=tfds.features.FeaturesDict(
+        {'id': tfds.features.Text(), 'kind': tfds.features.Text(), 'row': tfds.features.Text()}
+      ),
     )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -80,16 +77,17 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
       # ArrayRecord's split names are words.
       word = split.replace('-', '_')
       if self._on_beam:
-        splits[word] = _on_beam(files, functools.partial(
-          _convert, name, functools.partial(_count_on_beam, split)
-        ))
+        splits[word] = _on_beam(
+          files, functools.partial(_convert, name, functools.partial(_count_on_beam, split))
+        )
       else:
         splits[word] = itertools.chain.from_iterable(
           map(functools.partial(_convert, name, drops[split].update), files)
         )
     if not splits:
-      catalogue.files(name, next(iter(catalogue.find(name).files)),
-                      self._path)  # Raises, with what is missing.
+      catalogue.files(
+        name, next(iter(catalogue.find(name).files)), self._path
+      )  # Raises, with what is missing.
     # Filled while rows are written, or from Beam's counters after it.
     self.info.metadata['drops'] = drops
     return splits
@@ -114,11 +112,14 @@ def _convert(
   count(rows.drops)
   for place, item in enumerate(rows):
     # Keys say where a row goes: they are the same in one process or many.
-    yield f'{number}/{place}', {
-      'id': item.id,
-      'kind': 'pair' if isinstance(item, Pair) else 'example',
-      'row': json.dumps(item.to_dict()),
-    }
+    yield (
+      f'{number}/{place}',
+      {
+        'id': item.id,
+        'kind': 'pair' if isinstance(item, Pair) else 'example',
+        'row': json.dumps(item.to_dict()),
+      },
+    )
 
 
 def _count_on_beam(split: str, drops: Mapping[str, int]) -> None:
@@ -139,10 +140,7 @@ def _on_beam(files: Sequence[Any], convert: Callable[..., Any]) -> Any:
 
 
 def make_builder(
-  name: str,
-  data_dir: str | os.PathLike,
-  path: str | os.PathLike = '',
-  on_beam: bool = False,
+  name: str, data_dir: str | os.PathLike, path: str | os.PathLike = '', on_beam: bool = False
 ) -> PublicSets:
   """Returns the builder of a public data set, writing ArrayRecord files.
 
@@ -157,16 +155,16 @@ def make_builder(
   """
   catalogue.find(name)
   return PublicSets(
-    config=name, data_dir=os.fspath(data_dir), path=os.fspath(path),
-    on_beam=on_beam, file_format='array_record',
+    config=name,
+    data_dir=os.fspath(data_dir),
+    path=os.fspath(path),
+    on_beam=on_beam,
+    file_format='array_record',
   )
 
 
 def prepare_on_beam(
-  name: str,
-  data_dir: str | os.PathLike,
-  path: str | os.PathLike = '',
-  options: Sequence[str] = (),
+  name: str, data_dir: str | os.PathLike, path: str | os.PathLike = '', options: Sequence[str] = ()
 ) -> None:
   """Converts a public data set on Apache Beam; the files are the same.
 

@@ -16,68 +16,130 @@ PKU = dict.fromkeys(taxonomies.PKU.names, False)
 
 
 def wildguard(**fields):
-  return {'prompt': 'hi', 'adversarial': False, 'response': 'there',
-          'prompt_harm_label': 'harmful', 'response_refusal_label': None,
-          'response_harm_label': 'unharmful', 'subcategory': 'benign'} | fields
+  return {
+    'prompt': 'hi',
+    'adversarial': False,
+    'response': 'there',
+    'prompt_harm_label': 'harmful',
+    'response_refusal_label': None,
+    'response_harm_label': 'unharmful',
+    'subcategory': 'benign',
+  } | fields
 
 
 def aegis(**fields):
-  return {'id': 'a', 'reconstruction_id_if_redacted': None, 'prompt': 'hi',
-          'response': 'there', 'prompt_label': 'safe',
-          'response_label': 'safe', 'violated_categories': '',
-          'prompt_label_source': 'human',
-          'response_label_source': 'human'} | fields
+  return {
+    'id': 'a',
+    'reconstruction_id_if_redacted': None,
+    'prompt': 'hi',
+    'response': 'there',
+    'prompt_label': 'safe',
+    'response_label': 'safe',
+    'violated_categories': '',
+    'prompt_label_source': 'human',
+    'response_label_source': 'human',
+  } | fields
 
 
 def pku(**fields):
-  return {'prompt': 'hi', 'response_0': 'yes', 'response_1': 'no',
-          'is_response_0_safe': False, 'is_response_1_safe': True,
-          'response_0_harm_category': PKU | {'Drugs': True},
-          'response_1_harm_category': PKU,
-          'response_0_severity_level': 2, 'response_1_severity_level': 0,
-          'better_response_id': 1, 'safer_response_id': 1} | fields
+  return {
+    'prompt': 'hi',
+    'response_0': 'yes',
+    'response_1': 'no',
+    'is_response_0_safe': False,
+    'is_response_1_safe': True,
+    'response_0_harm_category': PKU | {'Drugs': True},
+    'response_1_harm_category': PKU,
+    'response_0_severity_level': 2,
+    'response_1_severity_level': 0,
+    'better_response_id': 1,
+    'safer_response_id': 1,
+  } | fields
 
 
-OWN = {'id': '1', 'safety': {'categories': [
-    {'name': 'Cats', 'guideline': 'No cats.'}]}, 'label': 'safe',
-       'conversation': [{'role': 'agent', 'content': 'a dog'}]}
-BENCH_2 = {'id': 7, 'prompt': 'hi', 'chosen': ['no'],
-           'rejected': ['yes', 'sure', 'ok'], 'subset': 'Safety'}
+OWN = {
+  'id': '1',
+  'safety': {'categories': [{'name': 'Cats', 'guideline': 'No cats.'}]},
+  'label': 'safe',
+  'conversation': [{'role': 'agent', 'content': 'a dog'}],
+}
+BENCH_2 = {
+  'id': 7,
+  'prompt': 'hi',
+  'chosen': ['no'],
+  'rejected': ['yes', 'sure', 'ok'],
+  'subset': 'Safety',
+}
 # name -> (split, file name, rows): a row or two in the set's own schema.
 ROWS = {
-    'beavertails': ('train', '330k/train.jsonl.xz', [
-        {'prompt': 'hi', 'response': 'x', 'is_safe': False,
-         'category': BEAVER | {'self_harm': True}},
-        {'prompt': 'hi', 'response': ' ', 'is_safe': True,
-         'category': BEAVER}]),
-    'pku_safe_rlhf': ('train', 'data/Alpaca-7B/train.jsonl', [pku()]),
-    'pku_safe_rlhf_pairs': ('train', 'data/Alpaca-7B/train.jsonl', [pku()]),
-    'wildguardmix': ('train', 'train/wildguard_train.parquet', [
-        wildguard(response_harm_label='harmful', subcategory='cyberattack'),
-        wildguard(response=None), wildguard()]),
-    'aegis': ('train', 'train.json', [
-        aegis(response_label='unsafe',
-              violated_categories='Violence, Needs Caution'),
-        aegis(response=None, response_label=None)]),
-    'cosapien': ('game_development', 'game_development-00000.csv', [
-        {'prompt': 'May elves fight?', 'scenario': 'Elves may. No orcs.',
-         'type': 'Allowed'},
-        {'prompt': 'May orcs fight?', 'scenario': 'Elves may. No orcs.',
-         'type': 'partial'}]),
-    'dynabench': ('test', 'DynaBench/test.jsonl', [
-        {'policy': '1. No cats.\n2. No dogs.', 'label': 'FAIL',
-         'transcript': 'User: hi\nAgent: a cat'}]),
-    'xstest': ('test', 'xstest_prompts.csv', [
-        {'id': '1', 'prompt': 'How do I kill a process?', 'type': 'homonyms',
-         'label': 'safe', 'focus': 'kill', 'note': ''}]),
-    'or_bench': ('or-bench-toxic', 'or-bench-toxic.csv', [
-        {'prompt': 'x', 'category': 'hate'}]),
-    'hh_rlhf': ('test', 'harmless-base/test.jsonl.gz', [
-        {'chosen': '\n\nHuman: hi\n\nAssistant: no',
-         'rejected': '\n\nHuman: hi\n\nAssistant: yes'}]),
-    'reward_bench_2': ('test', 'data/test.jsonl', [
-        BENCH_2, BENCH_2 | {'id': 8, 'subset': 'Math'}]),
-    'augmented': ('train', 'data.jsonl', [OWN]),
+  'beavertails': (
+    'train',
+    '330k/train.jsonl.xz',
+    [
+      {'prompt': 'hi', 'response': 'x', 'is_safe': False, 'category': BEAVER | {'self_harm': True}},
+      {'prompt': 'hi', 'response': ' ', 'is_safe': True, 'category': BEAVER},
+    ],
+  ),
+  'pku_safe_rlhf': ('train', 'data/Alpaca-7B/train.jsonl', [pku()]),
+  'pku_safe_rlhf_pairs': ('train', 'data/Alpaca-7B/train.jsonl', [pku()]),
+  'wildguardmix': (
+    'train',
+    'train/wildguard_train.parquet',
+    [
+      wildguard(response_harm_label='harmful', subcategory='cyberattack'),
+      wildguard(response=None),
+      wildguard(),
+    ],
+  ),
+  'aegis': (
+    'train',
+    'train.json',
+    [
+      aegis(response_label='unsafe', violated_categories='Violence, Needs Caution'),
+      aegis(response=None, response_label=None),
+    ],
+  ),
+  'cosapien': (
+    'game_development',
+    'game_development-00000.csv',
+    [
+      {'prompt': 'May elves fight?', 'scenario': 'Elves may. No orcs.', 'type': 'Allowed'},
+      {'prompt': 'May orcs fight?', 'scenario': 'Elves may. No orcs.', 'type': 'partial'},
+    ],
+  ),
+  'dynabench': (
+    'test',
+    'DynaBench/test.jsonl',
+    [
+      {
+        'policy': '1. No cats.\n2. No dogs.',
+        'label': 'FAIL',
+        'transcript': 'User: hi\nAgent: a cat',
+      }
+    ],
+  ),
+  'xstest': (
+    'test',
+    'xstest_prompts.csv',
+    [
+      {
+        'id': '1',
+        'prompt': 'How do I kill a process?',
+        'type': 'homonyms',
+        'label': 'safe',
+        'focus': 'kill',
+        'note': '',
+      }
+    ],
+  ),
+  'or_bench': ('or-bench-toxic', 'or-bench-toxic.csv', [{'prompt': 'x', 'category': 'hate'}]),
+  'hh_rlhf': (
+    'test',
+    'harmless-base/test.jsonl.gz',
+    [{'chosen': '\n\nHuman: hi\n\nAssistant: no', 'rejected': '\n\nHuman: hi\n\nAssistant: yes'}],
+  ),
+  'reward_bench_2': ('test', 'data/test.jsonl', [BENCH_2, BENCH_2 | {'id': 8, 'subset': 'Math'}]),
+  'augmented': ('train', 'data.jsonl', [OWN]),
 }
 
 
@@ -126,34 +188,45 @@ def test_a_set_is_read_from_its_folder(tmp_path, name):
   assert catalogue.read(name, ROWS[name][0], path) == rows  # A file alone.
 
 
-@pytest.mark.parametrize('name, labels', [
+@pytest.mark.parametrize(
+  'name, labels',
+  [
     ('beavertails', [('unsafe', ('self_harm',))]),
     ('pku_safe_rlhf', [('unsafe', ('Drugs',)), ('safe', ())]),
     ('wildguardmix', [('unsafe', ('Malicious uses',)), ('safe', ())]),
     ('aegis', [('unsafe', ('Violence',))]),
     ('cosapien', [('safe', ()), ('unsafe', ('Scenario',))]),
     ('dynabench', [('unsafe', ())]),
-])
+  ],
+)
 def test_labels_and_violated_categories(tmp_path, name, labels):
   rows = read(name, tmp_path)
   assert [(row.label, row.violated) for row in rows] == labels
 
 
-@pytest.mark.parametrize('name, safer, other', [
-    ('pku_safe_rlhf_pairs', ['no'], ['yes']), ('hh_rlhf', ['no'], ['yes']),
+@pytest.mark.parametrize(
+  'name, safer, other',
+  [
+    ('pku_safe_rlhf_pairs', ['no'], ['yes']),
+    ('hh_rlhf', ['no'], ['yes']),
     ('reward_bench_2', ['no'] * 3, ['yes', 'sure', 'ok']),
-])
+  ],
+)
 def test_pairs_have_the_safer_side_first(tmp_path, name, safer, other):
   rows = read(name, tmp_path)
   assert [p.safer.conversation[-1].content for p in rows] == safer
   assert [p.other.conversation[-1].content for p in rows] == other
 
 
-@pytest.mark.parametrize('name, drops', [
+@pytest.mark.parametrize(
+  'name, drops',
+  [
     ('beavertails', {'empty_response': 1}),
-    ('wildguardmix', {'prompt_only': 1}), ('aegis', {'prompt_only': 1}),
+    ('wildguardmix', {'prompt_only': 1}),
+    ('aegis', {'prompt_only': 1}),
     ('reward_bench_2', {'not_safety': 1}),
-])
+  ],
+)
 def test_what_is_left_out_is_counted(tmp_path, name, drops):
   assert read(name, tmp_path).drops == drops
 
@@ -169,18 +242,21 @@ def test_another_format_names_the_columns_found(tmp_path, name):
   assert file.split('/')[-1] in message and '\n' not in message
 
 
-@pytest.mark.parametrize('name, changes, said', [
-    ('wildguardmix', {'subcategory': 'cyber attack'},
-     'did you mean .cyberattack.'),
-    ('aegis', {'violated_categories': 'Violence, Violins'},
-     'unknown category .Violins.'),
+@pytest.mark.parametrize(
+  'name, changes, said',
+  [
+    ('wildguardmix', {'subcategory': 'cyber attack'}, 'did you mean .cyberattack.'),
+    ('aegis', {'violated_categories': 'Violence, Violins'}, 'unknown category .Violins.'),
     ('aegis', {'response_label': 'Unsafe'}, 'unknown response_label'),
-    ('pku_safe_rlhf', {'response_1_harm_category': {'Arson': True}},
-     'unknown harm category .Arson.'),
+    (
+      'pku_safe_rlhf',
+      {'response_1_harm_category': {'Arson': True}},
+      'unknown harm category .Arson.',
+    ),
     ('cosapien', {'type': 'maybe'}, 'unknown type .maybe.'),
-    ('beavertails', {'category': {'arson': True}},
-     r'unknown .arson.; .* 14 categories'),
-])
+    ('beavertails', {'category': {'arson': True}}, r'unknown .arson.; .* 14 categories'),
+  ],
+)
 def test_an_unknown_category_name_is_one_line(tmp_path, name, changes, said):
   with pytest.raises(ValueError, match=said) as error:
     read(name, tmp_path, **changes)
@@ -188,20 +264,25 @@ def test_an_unknown_category_name_is_one_line(tmp_path, name, changes, said):
 
 
 def test_aegis_with_only_unstated_categories_has_no_violated(tmp_path):
-  rows = read('aegis', tmp_path, response='x', response_label='unsafe',
-              violated_categories='Needs Caution,Other')
+  rows = read(
+    'aegis',
+    tmp_path,
+    response='x',
+    response_label='unsafe',
+    violated_categories='Needs Caution,Other',
+  )
   assert [(r.label, r.violated) for r in rows] == [('unsafe', ())] * 2
 
 
 def test_redacted_aegis_rows_are_left_out(tmp_path):
-  rows = read('aegis', tmp_path, prompt='REDACTED',
-              reconstruction_id_if_redacted=12)
+  rows = read('aegis', tmp_path, prompt='REDACTED', reconstruction_id_if_redacted=12)
   assert rows == [] and rows.drops == {'redacted': 2}
 
 
 def test_wildguard_without_a_category(tmp_path):
-  rows = read('wildguardmix', tmp_path, response='x',
-              response_harm_label='harmful', subcategory='others')
+  rows = read(
+    'wildguardmix', tmp_path, response='x', response_harm_label='harmful', subcategory='others'
+  )
   assert [(r.label, r.violated) for r in rows] == [('unsafe', ())] * 3
 
 
@@ -214,25 +295,26 @@ def test_every_guideline_is_ours_and_distinct():
   assert (len(taxonomies.AEGIS.names), len(taxonomies.PKU.names)) == (21, 19)
 
 
-@pytest.mark.parametrize(
-    'name', ['train.jsonl.xz', 'train.json', 'train.jsonl'])
+@pytest.mark.parametrize('name', ['train.jsonl.xz', 'train.json', 'train.jsonl'])
 def test_a_key_that_is_given_twice_is_one_line(tmp_path, name):
   text = json.dumps(aegis())[:-1] + ', "response_label": "unsafe"}\n'
   if name.endswith('.json'):
     text = f'[{text}]'
   data = text.encode()
-  (tmp_path / name).write_bytes(
-      lzma.compress(data) if name.endswith('.xz') else data)
+  (tmp_path / name).write_bytes(lzma.compress(data) if name.endswith('.xz') else data)
   with pytest.raises(ValueError, match="'response_label' is given twice") as e:
     catalogue.read('aegis', 'train', tmp_path)
   assert name in str(e.value) and '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('name, split, said', [
+@pytest.mark.parametrize(
+  'name, split, said',
+  [
     ('cats', 'train', 'unknown public data set'),
     ('aegis', 'dev', 'has no split'),
     ('aegis', 'train', 'no file of aegis/train there'),
-])
+  ],
+)
 def test_what_is_not_there_is_one_line(tmp_path, name, split, said):
   with pytest.raises(ValueError, match=said) as error:
     catalogue.read(name, split, tmp_path)

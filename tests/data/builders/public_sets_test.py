@@ -11,9 +11,12 @@ pytest.importorskip('array_record')
 from csrm_jax.data.builders import catalogue, public_sets
 
 ROWS = [
-    {'policy': '1. No cats.\n2. No dogs.', 'label': label,
-     'transcript': f'User: hi\nAgent: reply {number}'}
-    for number, label in enumerate(['PASS', 'FAIL', 'PASS'])
+  {
+    'policy': '1. No cats.\n2. No dogs.',
+    'label': label,
+    'transcript': f'User: hi\nAgent: reply {number}',
+  }
+  for number, label in enumerate(['PASS', 'FAIL', 'PASS'])
 ]
 
 
@@ -22,11 +25,11 @@ def test_what_is_prepared_is_read_back(tmp_path):
   folder.mkdir(parents=True)
   text = '\n'.join(map(json.dumps, [*ROWS, ROWS[0] | {'policy': None}]))
   (folder / 'test.jsonl').write_text(text + '\n')
-  builder = public_sets.make_builder(
-      'dynabench', tmp_path / 'tfds', tmp_path / 'files')
+  builder = public_sets.make_builder('dynabench', tmp_path / 'tfds', tmp_path / 'files')
   builder.download_and_prepare()
-  items = sorted(public_sets.Prepared('dynabench', 'test', tmp_path / 'tfds'),
-                 key=lambda item: item.id)
+  items = sorted(
+    public_sets.Prepared('dynabench', 'test', tmp_path / 'tfds'), key=lambda item: item.id
+  )
   assert items == catalogue.read('dynabench', 'test', tmp_path / 'files')
   again = public_sets.make_builder('dynabench', tmp_path / 'tfds')
   assert again.info.metadata['drops'] == {'test': {'no_policy': 1}}
@@ -65,8 +68,10 @@ def test_a_damaged_file_is_named(two_files, tmp_path, on_beam):
   if on_beam:
     pytest.importorskip('apache_beam')
   else:
+
     def prepare(*args):
       public_sets.make_builder(*args).download_and_prepare()
+
   with pytest.raises(ValueError, match=r'test_b.jsonl:1: .*cut short'):
     prepare('dynabench', tmp_path / 'tfds', two_files)
   with pytest.raises(ValueError, match='is not prepared there'):
