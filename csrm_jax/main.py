@@ -28,9 +28,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from csrm_jax import config as config_lib
-from csrm_jax import training
 from csrm_jax.core import distributed, preemption, profiling, remote, writer
 from csrm_jax.runners import memory
+from csrm_jax.train import step as training
 
 # config.runner -> the module whose run(config, workdir) does the work. Named,
 # not imported: a run loads only what it needs.

@@ -12,8 +12,9 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from csrm_jax.augmentation import journal, replies, requests, schemas
+from csrm_jax.augmentation import replies, requests, schemas
 from csrm_jax.augmentation.proposers import NoReplyError
+from csrm_jax.core import journal
 
 JSON_MODES = ('json_schema', 'bounded_json_schema', 'json_object', 'text')
 # Reasons that a rerun may get past; whatever else failed would fail again.

@@ -9,10 +9,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from csrm_jax import backbone, sampling
-from csrm_jax.augmentation import journal, replies, requests
+from csrm_jax.augmentation import replies, requests
 from csrm_jax.augmentation.proposers import NoReplyError
-from csrm_jax.models import hf
+from csrm_jax.core import journal
+from csrm_jax.models import hf, sampling
+from csrm_jax.reward import backbone
 
 # Requests that come within this time of each other share a batch.
 _GATHER_S = 0.02

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from csrm_jax.augmentation import requests
-from csrm_jax.augmentation.journal import Cache
 from csrm_jax.augmentation.proposers import NoReplyError
+from csrm_jax.core.journal import Cache
 
 
 def make_key(request: requests.Request, sampling: Sequence[Any]) -> str:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from csrm_jax.augmentation import categories, endpoint, strictness
-from csrm_jax.augmentation.journal import Journal
 from csrm_jax.augmentation.proposers import Judge, Proposer
+from csrm_jax.core.journal import Journal
 from csrm_jax.safety.schema import Category, Example
 
 # (number finished, log lines) after each piece of work.

@@ -17,9 +17,9 @@ from typing import Any
 
 from csrm_jax.data import benchmark_readers as readers
 from csrm_jax.data import public, sources, tables
+from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.data.benchmark_rules import WORDINGS
 from csrm_jax.data.public_rules import MODERATION_RULES, XSTEST_RULES
-from csrm_jax.evals.benchmark import Benchmark
 from csrm_jax.safety.schema import Example
 
 _HF = 'hf download {repo} --repo-type dataset --local-dir {folder}'

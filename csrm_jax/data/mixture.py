@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from csrm_jax.data import features, pipeline, public, sources
-from csrm_jax.data.builders import catalogue
-from csrm_jax.ruleworld import datasets
+from csrm_jax.data import catalogue, features, pipeline, public, sources
 from csrm_jax.safety import augment, schema
 
 # The subsets of moderation categories that each text is judged under.
@@ -54,7 +53,7 @@ def _read_moderation(path: str) -> sources.Rows:
 
 def _read_array_record(folder: str) -> Sequence[Any]:
   # Imported here: it takes a while, and needs an extra.
-  from csrm_jax.data.builders import public_sets
+  from csrm_jax.data import public_sets
 
   return public_sets.read_prepared(folder)
 
@@ -64,6 +63,26 @@ def _join(parts: Sequence[sources.Rows]) -> sources.Rows:
   for part in parts:
     drops.update(part.drops)
   return sources.Rows(itertools.chain.from_iterable(parts), drops)
+
+
+TRAINING_LENGTH = 1_000_000  # examples of one epoch; far more than a run sees
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """A sequence whose element i is make(seed, i); nothing is stored."""
+
+  make: Callable[[int, int], Any]
+  seed: int
+  length: int = TRAINING_LENGTH
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, index: int) -> Any:
+    if not 0 <= index < self.length:
+      raise IndexError(f'index {index} is not in [0, {self.length})')
+    return self.make(self.seed, int(index))
 
 
 # Files in the project's own form.
@@ -105,22 +124,30 @@ def read(source: str, path: str, require_label: bool = True) -> Sequence[Any]:
 
 
 def read_part(
-  source: str, path: str, seed: int, eval_fraction: float
+  source: str,
+  path: str,
+  seed: int,
+  eval_fraction: float,
+  generators: Mapping[str, Callable[[int, int], Any]],
 ) -> tuple[Sequence[Any], Sequence[Any]]:
   """Returns (training items, held-out items) of one part.
 
-  A source 'ruleworld/NAME' is generated, has no path and nothing held out: its
-  test sets are drawn apart (`datasets.test_sets`).
+  What is generated has no path and nothing held out: its test sets are drawn
+  apart.
+
+  Args:
+    source: a key of READERS or of `generators`.
+    generators: source -> make(seed, index).
 
   Raises:
     ValueError: an unknown source, or bad rows.
   """
-  world, _, kind = source.partition('/')
-  if world == 'ruleworld' and kind in datasets.TRAINING:
-    return datasets.Generated(datasets.TRAINING[kind], seed), ()
+  if source in generators:
+    return Generated(generators[source], seed), ()
   if source not in READERS:
-    known = [f'ruleworld/{name}' for name in datasets.TRAINING] + list(READERS)
-    raise ValueError(f'unknown data source {source!r}; use one of {", ".join(known)}')
+    raise ValueError(
+      f'unknown data source {source!r}; use one of {", ".join([*generators, *READERS])}'
+    )
   return sources.split(read(source, path), eval_fraction, seed)
 
 
@@ -155,7 +182,7 @@ def make_training_atoms(
   """
   atoms = {
     name: pipeline.make_atoms(
-      items, encoder, seed + number, augment_fn, shuffle=not isinstance(items, datasets.Generated)
+      items, encoder, seed + number, augment_fn, shuffle=not isinstance(items, Generated)
     )
     for number, (name, items) in enumerate(sorted(parts.items()))
     if weights[name] > 0

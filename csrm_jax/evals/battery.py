@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import (
   best_of,
   calibration,
@@ -20,7 +21,6 @@ from csrm_jax.evals import (
   robustness,
   suites,
 )
-from csrm_jax.evals.benchmark import Benchmark
 from csrm_jax.evals.calibration import Calibration
 from csrm_jax.evals.measure import Result, ScoreFn
 from csrm_jax.safety import augment

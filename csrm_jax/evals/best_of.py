@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from csrm_jax.data.benchmark import TIES, Choice
 from csrm_jax.evals import bootstrap, measure, metrics
-from csrm_jax.evals.benchmark import TIES, Choice
 from csrm_jax.evals.measure import Draws, Result, ScoreFn
 
 

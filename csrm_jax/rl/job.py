@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from csrm_jax import training
 from csrm_jax.models.config import ModelConfig
+from csrm_jax.models.sampling import Sampling
 from csrm_jax.rl import algorithms, objectives, rewards, rollout
-from csrm_jax.rl.types import Prompt
-from csrm_jax.sampling import Sampling
+from csrm_jax.safety.samples import Prompt
+from csrm_jax.train import step as training
 
 # (model, parameters) -> {name: a Metric of evals}
 LookFn = Callable[[ModelConfig, Any], dict[str, Any]]

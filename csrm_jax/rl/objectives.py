@@ -1,6 +1,6 @@
 """Losses of a policy; each returns (total, weight, metrics), divides nothing.
 
-As in csrm_jax.losses the train step divides once by the global weight, so that
+As in csrm_jax.train.losses the train step divides once by the global weight, so that
 the loss does not depend on how a batch is cut into microbatches.
 
 Batches of sampled completions, one a row:
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from csrm_jax.core import masked
-from csrm_jax.losses import Metrics
+from csrm_jax.train.losses import Metrics
 
 RATIOS = ('token', 'sequence')
 AGGREGATIONS = 'token-mean', 'seq-mean-token-mean', 'seq-mean-token-sum-norm'

@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from csrm_jax import training
-from csrm_jax.augmentation import journal
+from csrm_jax.core import journal
+from csrm_jax.models.sampling import Completions, Sampling
 from csrm_jax.rl import objectives, rewards, rollout
-from csrm_jax.rl.types import Prompt, Sample
-from csrm_jax.sampling import Completions, Sampling
+from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.train import step as training
 
 
 @dataclasses.dataclass(frozen=True)

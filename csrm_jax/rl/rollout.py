@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csrm_jax import sampling as sampling_lib
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import lora, transformer
+from csrm_jax.models import sampling as sampling_lib
 from csrm_jax.models.config import DTYPES, ModelConfig
-from csrm_jax.rl.types import Prompt, Sample
-from csrm_jax.sampling import Completions, Sampling
+from csrm_jax.models.sampling import Completions, Sampling
+from csrm_jax.safety.samples import Prompt, Sample
 from csrm_jax.text.tokenizer import Tokenizer
 
 # Completions that are drawn at once.

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from csrm_jax import scoring
-from csrm_jax.rl.types import Sample
+from csrm_jax.reward import scoring
 from csrm_jax.safety import schema
+from csrm_jax.safety.samples import Sample
 
 # samples, whose text is the answer alone -> bool [N]
 RefusalFn = Callable[[Sequence[Sample]], np.ndarray]

@@ -1,38 +1,17 @@
-"""RuleWorld as random-access sequences, for pipelines and evaluation."""
+"""What RuleWorld generates for training and evaluation."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from csrm_jax.ruleworld import examples
 
-TRAINING_LENGTH = 1_000_000  # examples of one epoch; far more than a run sees
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-  """A sequence whose element i is make(seed, i); nothing is stored."""
-
-  make: Callable[[int, int], Any]
-  seed: int
-  length: int = TRAINING_LENGTH
-
-  def __len__(self) -> int:
-    return self.length
-
-  def __getitem__(self, index: int) -> Any:
-    if not 0 <= index < self.length:
-      raise IndexError(f'index {index} is not in [0, {self.length})')
-    return self.make(self.seed, int(index))
-
-
-TRAINING = {  # what a reward model is trained on
-  'taxonomies': examples.training_example,
-  'strictness': examples.strictness_pair,
-  'preference': examples.preference_pair,
+# What a reward model is trained on: source -> make(seed, index).
+TRAINING = {
+  'ruleworld/taxonomies': examples.training_example,
+  'ruleworld/strictness': examples.strictness_pair,
+  'ruleworld/preference': examples.preference_pair,
 }
 
 

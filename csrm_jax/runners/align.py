@@ -15,18 +15,18 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from csrm_jax import backbone
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import profiling, tree
 from csrm_jax.evals import policy as policy_eval
 from csrm_jax.evals import policy_sweeps, report
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
+from csrm_jax.models.sampling import Sampling
+from csrm_jax.reward import backbone
 from csrm_jax.rl import algorithms, job, learner, logs, offline, rollout
-from csrm_jax.rl.types import Prompt, Sample
 from csrm_jax.runners import align_setup, align_step
-from csrm_jax.runners import loop as loop_lib
-from csrm_jax.sampling import Sampling
+from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.train import loop as loop_lib
 
 # Samples of a look at held-out prompts, at most: enough to see a trend.
 _NUM_LOOKED_AT = 64

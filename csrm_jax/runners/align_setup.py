@@ -12,16 +12,17 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from csrm_jax import backbone, reward_model
 from csrm_jax import config as config_lib
 from csrm_jax.data import rows, sources
 from csrm_jax.data.public_rules import XSTEST_RULES
 from csrm_jax.evals import policy as policy_eval
 from csrm_jax.models import hf
+from csrm_jax.reward import backbone
+from csrm_jax.reward import model as reward_model
 from csrm_jax.rl import alphaalign, http_scorer, rewards, rollout, verifiers
-from csrm_jax.rl.types import Prompt, RewardFn, Sample
 from csrm_jax.ruleworld import policy as world
 from csrm_jax.safety import augment, schema
+from csrm_jax.safety.samples import Prompt, RewardFn, Sample
 
 # What stands around a user's turn, but for a chat template.
 MARKS = {'plain': world.CHAT_MARKS, 'structured': world.STRUCTURED_MARKS}

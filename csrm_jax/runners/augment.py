@@ -27,7 +27,6 @@ import ml_collections
 import tqdm
 
 from csrm_jax import config as config_lib
-from csrm_jax import reward_model
 from csrm_jax.augmentation import (
   beam,
   categories,
@@ -38,11 +37,13 @@ from csrm_jax.augmentation import (
   stages,
   strictness,
 )
-from csrm_jax.augmentation import journal as journal_lib
+from csrm_jax.core import journal as journal_lib
 from csrm_jax.data import mixture
+from csrm_jax.reward import model as reward_model
 from csrm_jax.ruleworld import examples as ruleworld_examples
-from csrm_jax.runners import data_card, loop
+from csrm_jax.runners import data_card
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
+from csrm_jax.train import loop
 
 # Conversations between two entries in the journal, for each request at once.
 _PIECE = 8
@@ -266,7 +267,7 @@ def _write_lines(path: pathlib.Path, items: Iterable[Example | Pair]) -> str:
 
 def _prepare(workdir: pathlib.Path, path: pathlib.Path, section: ml_collections.ConfigDict) -> None:
   # Imported here: it takes a while, and needs an extra.
-  from csrm_jax.data.builders import public_sets
+  from csrm_jax.data import public_sets
 
   folder = workdir / 'tfds'
   shutil.rmtree(folder, ignore_errors=True)  # Of an earlier run.

@@ -8,9 +8,10 @@ import time
 
 import ml_collections
 
+from csrm_jax.data import benchmark
 from csrm_jax.data import benchmarks as data_benchmarks
-from csrm_jax.evals import battery, benchmark, report
-from csrm_jax.evals.benchmark import Benchmark
+from csrm_jax.data.benchmark import Benchmark
+from csrm_jax.evals import battery, report
 from csrm_jax.evals.calibration import Calibration
 from csrm_jax.ruleworld import probes
 from csrm_jax.runners import evaluation

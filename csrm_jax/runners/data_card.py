@@ -12,7 +12,7 @@ import ml_collections
 
 from csrm_jax.augmentation import requests
 from csrm_jax.core import writer
-from csrm_jax.data.builders import catalogue
+from csrm_jax.data import catalogue
 
 
 def make(

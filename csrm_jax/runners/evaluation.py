@@ -14,15 +14,16 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from csrm_jax import reward_model, scoring
 from csrm_jax.core import writer
-from csrm_jax.data import features, sources
-from csrm_jax.evals import battery, benchmark, report
-from csrm_jax.evals.benchmark import Benchmark
+from csrm_jax.data import benchmark, features, sources
+from csrm_jax.data.benchmark import Benchmark
+from csrm_jax.evals import battery, report
 from csrm_jax.evals.calibration import Calibration
+from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import scoring
 from csrm_jax.ruleworld import probes
-from csrm_jax.runners import loop
 from csrm_jax.safety import schema
+from csrm_jax.train import loop
 
 # Of held-out rows, the share that thresholds and calibration are fitted on.
 _VALIDATION_FRACTION = 0.25

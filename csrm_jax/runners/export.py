@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from csrm_jax import backbone, reward_model
 from csrm_jax.core import tree
 from csrm_jax.models import hf, hf_config, lora, shards, transformer
 from csrm_jax.models.config import ModelConfig
+from csrm_jax.reward import backbone
+from csrm_jax.reward import model as reward_model
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 

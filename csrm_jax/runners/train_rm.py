@@ -15,18 +15,22 @@ import grain
 import jax
 import ml_collections
 
-from csrm_jax import reward_model, scoring, training
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import profiling, tree
 from csrm_jax.data import features, mixture, packing, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config
 from csrm_jax.models import hf, lora, transformer
-from csrm_jax.runners import evaluation, train_step
-from csrm_jax.runners import loop as loop_lib
+from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import scoring
+from csrm_jax.ruleworld import datasets
+from csrm_jax.runners import evaluation
 from csrm_jax.runners import show_tokens as show_tokens_lib
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
+from csrm_jax.train import loop as loop_lib
+from csrm_jax.train import make_step as train_step
+from csrm_jax.train import step as training
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -180,7 +184,7 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[
   parts, held_out = {}, {}
   for name, part in config.data.parts.items():
     parts[name], held_out[name] = mixture.read_part(
-      part.source, part.path, config.seed, config.eval.fraction
+      part.source, part.path, config.seed, config.eval.fraction, datasets.TRAINING
     )
   return parts, {name: items for name, items in held_out.items() if items}
 

@@ -14,8 +14,9 @@ import urllib.request
 
 import pytest
 
-from csrm_jax.augmentation import endpoint, journal, requests
+from csrm_jax.augmentation import endpoint, requests
 from csrm_jax.augmentation.proposers import NoReplyError
+from csrm_jax.core import journal
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety.schema import Category
 

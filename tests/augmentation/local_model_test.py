@@ -9,8 +9,9 @@ import shutil
 import pytest
 
 import csrm_jax
-from csrm_jax.augmentation import journal, local_model, requests
+from csrm_jax.augmentation import local_model, requests
 from csrm_jax.augmentation.proposers import NoReplyError
+from csrm_jax.core import journal
 from csrm_jax.safety.schema import Category
 from csrm_jax.text import tokenizer as tokenizer_lib
 

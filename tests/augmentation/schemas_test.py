@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from csrm_jax.augmentation import categories, endpoint, journal, requests, schemas, strictness
+from csrm_jax.augmentation import categories, endpoint, requests, schemas, strictness
 from csrm_jax.augmentation.outcomes import Settings
+from csrm_jax.core import journal
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
 jsonschema = pytest.importorskip('jsonschema')

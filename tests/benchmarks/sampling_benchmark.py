@@ -17,8 +17,8 @@ import time
 
 import numpy as np
 
-from csrm_jax import sampling, training
-from csrm_jax.models import config, hf, transformer
+from csrm_jax.models import config, hf, sampling, transformer
+from csrm_jax.train import step as training
 
 
 def make_peer(cfg, params, num_tokens):
@@ -54,7 +54,7 @@ def make_peer(cfg, params, num_tokens):
 
 
 def make_ours(cfg, params, num_tokens):
-  """Returns what make_peer does, for csrm_jax.sampling."""
+  """Returns what make_peer does, for csrm_jax.models.sampling."""
 
   def generate(prompts, greedy):
     settings = sampling.Sampling(num_tokens, temperature=0.0 if greedy else 1.0)

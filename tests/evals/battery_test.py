@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from csrm_jax.data.benchmark import Benchmark, limited
 from csrm_jax.evals import battery, comparison, probe_figures, report
-from csrm_jax.evals.benchmark import Benchmark, limited
 from csrm_jax.evals.calibration import Calibration
 from csrm_jax.ruleworld import probes
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from csrm_jax.data.benchmark import Choice
 from csrm_jax.evals import best_of
-from csrm_jax.evals.benchmark import Choice
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
 SAFETY = SafetyConfig((Category('Pets', 'No dogs.'),))

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax import sampling
-from csrm_jax.models import hf, transformer
+from csrm_jax.models import hf, sampling, transformer
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

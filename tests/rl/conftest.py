@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import csrm_jax
-from csrm_jax import training
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import config, transformer
-from csrm_jax.rl import algorithms, job, learner, rollout, types
+from csrm_jax.models.sampling import Sampling
+from csrm_jax.rl import algorithms, job, learner, rollout
+from csrm_jax.safety import samples as types
 from csrm_jax.safety import schema
-from csrm_jax.sampling import Sampling
 from csrm_jax.text import tokenizer as tokenizer_lib
+from csrm_jax.train import step as training
 
 SAFETY = schema.SafetyConfig((schema.Category('Wine', 'No wine.'),), 'wine')
 SETTINGS = job.Settings(

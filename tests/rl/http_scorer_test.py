@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from csrm_jax.rl import http_scorer, rewards
-from csrm_jax.rl.types import Prompt, Sample
 from csrm_jax.safety import schema
+from csrm_jax.safety.samples import Prompt, Sample
 
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 SAMPLES = [

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax import sampling, training
+from csrm_jax.models import sampling
 from csrm_jax.rl import objectives
 from csrm_jax.rl.objectives import Objective
+from csrm_jax.train import step as training
 
 # (start, length) of each completion: one fills its row, one has no tokens.
 SPANS = ((2, 4), (1, 5), (3, 0), (2, 1))

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from csrm_jax.models import transformer
+from csrm_jax.models.sampling import Sampling
 from csrm_jax.rl import objectives, offline, rollout
-from csrm_jax.sampling import Sampling
 
 SETTINGS = offline.Settings(
   num_samples=6,

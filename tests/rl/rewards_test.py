@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from csrm_jax.rl import rewards
-from csrm_jax.rl.types import Prompt, Sample
 from csrm_jax.safety import augment, schema
+from csrm_jax.safety.samples import Prompt, Sample
 
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 

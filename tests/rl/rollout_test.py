@@ -7,9 +7,10 @@ import pytest
 
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import transformer
-from csrm_jax.rl import rollout, types
+from csrm_jax.models.sampling import Completions, Sampling
+from csrm_jax.rl import rollout
+from csrm_jax.safety import samples as types
 from csrm_jax.safety import schema
-from csrm_jax.sampling import Completions, Sampling
 
 # Many stop, so that lengths differ.
 MESH = mesh_lib.make_mesh(devices=jax.devices()[:1])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from csrm_jax.rl import verifiers
-from csrm_jax.rl.types import Prompt, Sample
 from csrm_jax.ruleworld import grammar
 from csrm_jax.safety import schema
+from csrm_jax.safety.samples import Prompt, Sample
 
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 REFUSES = schema.SafetyConfig((schema.Category('Refusal', 'Never refuse.'),))

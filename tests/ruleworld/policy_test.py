@@ -8,9 +8,7 @@ import pytest
 import safetensors
 
 import csrm_jax
-from csrm_jax import sampling
-from csrm_jax.models import hf
-from csrm_jax.rl import types
+from csrm_jax.models import hf, sampling
 from csrm_jax.ruleworld import (
   conversations,
   corpus,
@@ -23,6 +21,7 @@ from csrm_jax.ruleworld import (
   rules,
 )
 from csrm_jax.runners import pretrain
+from csrm_jax.safety import samples as types
 from csrm_jax.safety import schema
 from csrm_jax.text import tokenizer as tokenizer_lib
 

@@ -12,10 +12,10 @@ import pytest
 
 import csrm_jax
 from csrm_jax import config as config_lib
-from csrm_jax import reward_model
 from csrm_jax.core import checkpoint
 from csrm_jax.data import features
 from csrm_jax.models import config, hf, lora, transformer
+from csrm_jax.reward import model as reward_model
 from csrm_jax.ruleworld import examples as examples_lib
 from csrm_jax.runners import export
 from csrm_jax.safety import templates

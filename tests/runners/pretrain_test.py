@@ -7,13 +7,13 @@ import safetensors
 
 import csrm_jax
 from csrm_jax import config as config_lib
-from csrm_jax import losses
 from csrm_jax.data import packing
 from csrm_jax.models import config, hf, transformer
 from csrm_jax.ruleworld import corpus
 from csrm_jax.runners import pretrain
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
+from csrm_jax.train import losses
 
 FOLDER = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld'
 TOKENIZER = tokenizer_lib.load_tokenizer(FOLDER / 'tokenizer.model')

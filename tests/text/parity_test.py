@@ -14,8 +14,8 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from csrm_jax import backbone
 from csrm_jax.data import features
+from csrm_jax.reward import backbone
 from csrm_jax.safety import templates
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
 

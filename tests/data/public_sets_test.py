@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip('tensorflow_datasets')
 pytest.importorskip('array_record')
 
-from csrm_jax.data.builders import catalogue, public_sets
+from csrm_jax.data import catalogue, public_sets
 
 ROWS = [
   {

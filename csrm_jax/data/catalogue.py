@@ -9,8 +9,7 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping
 
-from csrm_jax.data import benchmark_readers, public, sources, tables
-from csrm_jax.data.builders import parsers
+from csrm_jax.data import benchmark_readers, parsers, public, sources, tables
 from csrm_jax.data.rows import Rows
 from csrm_jax.safety.schema import Pair
 

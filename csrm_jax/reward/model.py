@@ -19,11 +19,11 @@ from typing import Any
 
 import jax
 
-from csrm_jax import backbone, scoring
 from csrm_jax.core import checkpoint, remote, tree
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import config as model_config
 from csrm_jax.models import hf, lora, transformer
+from csrm_jax.reward import backbone, scoring
 from csrm_jax.safety import guards, schema, templates
 from csrm_jax.safety.layout import WORDS
 from csrm_jax.text import tokenizer as tokenizer_lib

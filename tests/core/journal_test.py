@@ -2,7 +2,7 @@
 
 import pytest
 
-from csrm_jax.augmentation import journal
+from csrm_jax.core import journal
 
 
 def test_what_was_put_is_there_again(tmp_path):

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax import training
 from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.train import step as training
 
 
 def _params():

@@ -26,7 +26,7 @@ except ImportError:
     'ArrayRecord files need tensorflow_datasets; run pip install "csrm_jax[tfds]"'
   ) from None
 
-from csrm_jax.data.builders import catalogue
+from csrm_jax.data import catalogue
 from csrm_jax.safety.schema import Example, Pair
 
 VERSION = '1.0.0'

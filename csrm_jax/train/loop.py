@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import tqdm
 
-from csrm_jax import training, window
 from csrm_jax.core import checkpoint, preemption, profiling, remote
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.core import writer as writer_lib
 from csrm_jax.data import packing, pipeline
+from csrm_jax.train import step as training
+from csrm_jax.train import window
 
 # Between updates of a progress bar; a log file needs few of its lines.
 BAR_INTERVAL_S = 1.0 if sys.stderr.isatty() else 10.0

@@ -17,16 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csrm_jax import losses, prompt_batches
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features
 from csrm_jax.models import prefix as prefix_lib
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
+from csrm_jax.reward import prompt_batches
 from csrm_jax.safety import schema
 from csrm_jax.safety.layout import DEFAULT, Layout
 from csrm_jax.safety.templates import Verbalizers
 from csrm_jax.text.tokenizer import Tokenizer
+from csrm_jax.train import losses
 
 ScoreFn = Callable[..., np.ndarray]  # (examples[, progress]), see make_score_fn
 

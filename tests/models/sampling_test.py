@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax import decoding
-from csrm_jax import sampling as sampling_lib
-from csrm_jax.models import config, transformer
+from csrm_jax.models import config, decoding, transformer
 from csrm_jax.models import prefix as prefix_lib
-from csrm_jax.sampling import Sampling, generate
+from csrm_jax.models import sampling as sampling_lib
+from csrm_jax.models.sampling import Sampling, generate
 
 CFG = config.ModelConfig(
   vocab_size=40,

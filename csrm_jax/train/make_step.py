@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from csrm_jax import training
 from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.train import step as training
 
 
 def make(

@@ -7,8 +7,7 @@ import lzma
 
 import pytest
 
-from csrm_jax.data import benchmark_rules
-from csrm_jax.data.builders import catalogue, taxonomies
+from csrm_jax.data import benchmark_rules, catalogue, taxonomies
 from csrm_jax.safety.schema import Example, Pair
 
 BEAVER = dict.fromkeys(benchmark_rules.BEAVERTAILS.names, False)

@@ -8,12 +8,14 @@ import optax
 import pytest
 
 import csrm_jax
-from csrm_jax import reward_model, scoring, training
 from csrm_jax.core import checkpoint
 from csrm_jax.models import config, transformer
+from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import scoring
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
+from csrm_jax.train import step as training
 
 PATH = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
 TOKENIZER = tokenizer_lib.load_tokenizer(PATH)

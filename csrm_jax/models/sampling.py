@@ -21,13 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csrm_jax import decoding
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.decoding import Completions
+from csrm_jax.models import decoding, transformer
 from csrm_jax.models import prefix as prefix_lib
-from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.token_choice import Sampling, token_logprobs
+from csrm_jax.models.decoding import Completions
+from csrm_jax.models.token_choice import Sampling, token_logprobs
 
 # Lengths that prompts are padded to; each is compiled once.
 PROMPT_BUCKETS = (

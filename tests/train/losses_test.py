@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csrm_jax import losses
+from csrm_jax.train import losses
 
 
 @dataclasses.dataclass(frozen=True)

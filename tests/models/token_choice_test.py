@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax import token_choice
-from csrm_jax.token_choice import Sampling
+from csrm_jax.models import token_choice
+from csrm_jax.models.token_choice import Sampling
 
 
 def _log_softmax(logits):

@@ -15,7 +15,7 @@ import numpy as np
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.token_choice import Sampling, choose_tokens, token_logprobs
+from csrm_jax.models.token_choice import Sampling, choose_tokens, token_logprobs
 
 
 @dataclasses.dataclass(frozen=True)

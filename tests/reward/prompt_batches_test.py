@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from csrm_jax import prompt_batches
 from csrm_jax.models import prefix
+from csrm_jax.reward import prompt_batches
 
 LENGTHS = [64, 128, 256, 512]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import csrm_jax
-from csrm_jax import prompt_batches, scoring
 from csrm_jax.data import features, packing
 from csrm_jax.models import config, transformer
+from csrm_jax.reward import prompt_batches, scoring
 from csrm_jax.ruleworld import examples as ruleworld
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib

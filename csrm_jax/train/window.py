@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from csrm_jax import training
+from csrm_jax.train import step as training
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'
 # What is measured apart; the rest of a step is its computation.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax import window
+from csrm_jax.train import window
 
 
 def _times(values):

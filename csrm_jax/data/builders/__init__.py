@@ -1,1 +1,0 @@
-"""Public data sets, from the hub or from local files, in the project's form."""

@@ -1,0 +1,1 @@
+"""The reward model: prompts to verdict scores, and how it is loaded."""

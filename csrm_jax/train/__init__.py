@@ -1,0 +1,1 @@
+"""Optimizer, train step, training loop and losses."""
