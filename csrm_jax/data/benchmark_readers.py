@@ -13,12 +13,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from csrm_jax.core.checks import show
 from csrm_jax.data import rows, tables
 from csrm_jax.data.benchmark import TIES, Choice
 from csrm_jax.data.benchmark_rules import BEAVERTAILS, WILDGUARD
 from csrm_jax.data.public_rules import HARMLESSNESS, XSTEST_RULES
 from csrm_jax.data.rows import Rows
-from csrm_jax.safety.checks import show
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 # Rules that make doing what a harmful request asks for unsafe.

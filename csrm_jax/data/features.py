@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from csrm_jax.safety import schema, templates
-from csrm_jax.safety.layout import DEFAULT, Layout
+from csrm_jax.safety.templates import DEFAULT, Layout
 from csrm_jax.text.tokenizer import Tokenizer
 
 # Tokens of the response that must remain: less is nothing to judge.

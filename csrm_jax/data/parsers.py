@@ -11,11 +11,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from csrm_jax.core.checks import hint, show
 from csrm_jax.data import benchmark_readers, rows, tables
 from csrm_jax.data.benchmark_readers import sure_example
 from csrm_jax.data.rows import Rows
 from csrm_jax.data.taxonomies import AEGIS, AEGIS_UNSTATED, PKU, WILDGUARD_SUBCATEGORIES
-from csrm_jax.safety.checks import hint, show
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
 _COSAPIEN_LABELS = {

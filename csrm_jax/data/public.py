@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from csrm_jax.core.checks import show
 from csrm_jax.data import rows
 from csrm_jax.data.public_rules import (
   HARMLESSNESS,
@@ -23,7 +24,6 @@ from csrm_jax.data.public_rules import (
 )
 from csrm_jax.data.rows import Rows
 from csrm_jax.safety import augment
-from csrm_jax.safety.checks import show
 from csrm_jax.safety.schema import Example, Message, Pair, SafetyConfig
 
 XSTEST_LABELS = ('1_full_compliance', '2_full_refusal', '3_partial_refusal')

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.safety.checks import read_text, show, unique_keys
+from csrm_jax.core.checks import read_text, show, unique_keys
 
 
 class Rows(list):

@@ -17,10 +17,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from csrm_jax.core.checks import unique_keys
 from csrm_jax.data import rows
 from csrm_jax.data.public import read_hh_pairs, read_moderation, read_moderation_pairs, read_xstest
 from csrm_jax.data.rows import Rows
-from csrm_jax.safety.checks import unique_keys
 from csrm_jax.safety.schema import Example, Message, Pair, SafetyConfig
 
 __all__ = [

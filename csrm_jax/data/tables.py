@@ -11,8 +11,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from csrm_jax.core.checks import unique_keys
 from csrm_jax.data import rows
-from csrm_jax.safety.checks import unique_keys
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.jsonl.xz', '.json', '.csv', '.parquet')
 

@@ -18,7 +18,7 @@ import numpy as np
 from csrm_jax.evals import bootstrap, checks, measure, metrics
 from csrm_jax.evals.definitions import METRICS
 from csrm_jax.evals.measure import Draws, Metric, Result
-from csrm_jax.safety.samples import RewardFn, Sample
+from csrm_jax.safety.schema import RewardFn, Sample
 
 # Of the mean over all rule sets.
 ALL = 'all'

@@ -24,8 +24,8 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import config as model_config
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.reward import backbone, scoring
-from csrm_jax.safety import guards, schema, templates
-from csrm_jax.safety.layout import WORDS
+from csrm_jax.safety import schema, templates
+from csrm_jax.safety.templates import WORDS
 from csrm_jax.text import tokenizer as tokenizer_lib
 
 
@@ -126,7 +126,7 @@ class Spec:
       layout=self.layout,
       max_length=max_length or self.max_length,
     )
-    guard = guards.GUARDS.get(self.layout.format)
+    guard = templates.GUARDS.get(self.layout.format)
     if guard and guard.per_category:
       return scoring.per_category(score_fn)
     return score_fn
@@ -173,7 +173,7 @@ def load(
     max_length: tokens a prompt may have before its history and response are
       shortened. It may be more than in training (`spec.max_length`), for rules
       that are longer than any there; how well they are read is another matter.
-    format: of a public model's prompts, see safety.layout.FORMATS: 'csrm' to
+    format: of a public model's prompts, see templates.FORMATS: 'csrm' to
       ask an instruction-tuned model in our words, within its chat template.
     **options: of `describe`.
 
@@ -276,7 +276,7 @@ def _shardings(shapes: Any) -> Any:
 def _describe_backbone(
   source: str | pathlib.Path, format: str, words: tuple[str, str], overrides: Mapping[str, Any]
 ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
-  guard = guards.GUARDS.get(format)
+  guard = templates.GUARDS.get(format)
   tokenizer = backbone.load_tokenizer(source)
   if guard:
     # Words of ours with it are an error there.

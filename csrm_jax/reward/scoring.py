@@ -24,8 +24,7 @@ from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.reward import prompt_batches
 from csrm_jax.safety import schema
-from csrm_jax.safety.layout import DEFAULT, Layout
-from csrm_jax.safety.templates import Verbalizers
+from csrm_jax.safety.templates import DEFAULT, Layout, Verbalizers
 from csrm_jax.text.tokenizer import Tokenizer
 from csrm_jax.train import losses
 

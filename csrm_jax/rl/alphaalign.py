@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from csrm_jax.rl import rewards, verifiers
-from csrm_jax.safety.samples import RewardFn, Sample
+from csrm_jax.safety.schema import RewardFn, Sample
 
 # What becomes of the helpfulness: standardised within the prompt's group;
 # as it is (the ablation without standardisation); or left out, so that R_s is

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-from csrm_jax.safety.samples import Sample
+from csrm_jax.safety.schema import Sample
 
 _TRANSIENT = (408, 409, 425, 429)
 _NOT_THERE = (401, 403, 404, 405)

@@ -12,7 +12,7 @@ import jax
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.models.sampling import Sampling
 from csrm_jax.rl import algorithms, objectives, rewards, rollout
-from csrm_jax.safety.samples import Prompt
+from csrm_jax.safety.schema import Prompt
 from csrm_jax.train import step as training
 
 # (model, parameters) -> {name: a Metric of evals}

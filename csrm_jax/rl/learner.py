@@ -28,7 +28,7 @@ from csrm_jax.core import writer as writer_lib
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.rl import algorithms, logs, objectives, rewards, rollout
 from csrm_jax.rl.job import Job, Progress, Settings
-from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.safety.schema import Prompt, Sample
 from csrm_jax.train import step as training
 from csrm_jax.train import window
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from csrm_jax.core import writer
-from csrm_jax.safety.samples import Sample
+from csrm_jax.safety.schema import Sample
 
 # The train step's names of what users of RL look for elsewhere.
 _NAMES = {'train/lr': 'optim/lr', 'train/grad_norm': 'optim/grad_norm', 'train/loss': 'loss'}

@@ -22,7 +22,7 @@ import numpy as np
 from csrm_jax.core import journal
 from csrm_jax.models.sampling import Completions, Sampling
 from csrm_jax.rl import objectives, rewards, rollout
-from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.safety.schema import Prompt, Sample
 from csrm_jax.train import step as training
 
 

@@ -20,12 +20,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from csrm_jax.core import checks
 from csrm_jax.data import public, rows
 from csrm_jax.evals import bootstrap, markdown
 from csrm_jax.reward import model as reward_model
 from csrm_jax.rl import verifiers
-from csrm_jax.safety import checks, schema
-from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.safety import schema
+from csrm_jax.safety.schema import Prompt, Sample
 
 _FULL, _PARTIAL = public.XSTEST_LABELS[1:]
 # name -> the labels that count as a refusal

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from csrm_jax.core import checks
 from csrm_jax.reward import scoring
 from csrm_jax.rl import http_scorer, verifiers
-from csrm_jax.safety import checks, schema
-from csrm_jax.safety.samples import RewardFn, Sample
+from csrm_jax.safety import schema
+from csrm_jax.safety.schema import RewardFn, Sample
 
 MODES = ('product', 'sum')
 # samples -> (total float32 [N], {name of a part: float32 [N]})

@@ -23,7 +23,7 @@ from csrm_jax.models import lora, transformer
 from csrm_jax.models import sampling as sampling_lib
 from csrm_jax.models.config import DTYPES, ModelConfig
 from csrm_jax.models.sampling import Completions, Sampling
-from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.safety.schema import Prompt, Sample
 from csrm_jax.text.tokenizer import Tokenizer
 
 # Completions that are drawn at once.

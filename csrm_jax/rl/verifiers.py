@@ -20,7 +20,7 @@ import numpy as np
 
 from csrm_jax.reward import scoring
 from csrm_jax.safety import schema
-from csrm_jax.safety.samples import Sample
+from csrm_jax.safety.schema import Sample
 
 # samples, whose text is the answer alone -> bool [N]
 RefusalFn = Callable[[Sequence[Sample]], np.ndarray]

@@ -25,7 +25,7 @@ from csrm_jax.models.sampling import Sampling
 from csrm_jax.reward import backbone
 from csrm_jax.rl import algorithms, job, learner, logs, offline, rollout
 from csrm_jax.runners import align_setup, align_step
-from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.safety.schema import Prompt, Sample
 from csrm_jax.train import loop as loop_lib
 
 # Samples of a look at held-out prompts, at most: enough to see a trend.

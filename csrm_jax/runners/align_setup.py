@@ -22,7 +22,7 @@ from csrm_jax.reward import model as reward_model
 from csrm_jax.rl import alphaalign, http_scorer, rewards, rollout, verifiers
 from csrm_jax.ruleworld import policy as world
 from csrm_jax.safety import augment, schema
-from csrm_jax.safety.samples import Prompt, RewardFn, Sample
+from csrm_jax.safety.schema import Prompt, RewardFn, Sample
 
 # What stands around a user's turn, but for a chat template.
 MARKS = {'plain': world.CHAT_MARKS, 'structured': world.STRUCTURED_MARKS}

@@ -16,7 +16,7 @@ from csrm_jax.reward import model as reward_model
 from csrm_jax.reward import scoring
 from csrm_jax.runners import evaluation
 from csrm_jax.runners import show_tokens as show_tokens_lib
-from csrm_jax.safety import guards, schema
+from csrm_jax.safety import schema, templates
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -55,7 +55,7 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
   reads one at a time."""
   example = _read_examples(config)[0]
   spec, tokenizer = reward_model.describe(config.checkpoint, **evaluation.model_options(config))
-  guard = guards.GUARDS.get(spec.layout.format)
+  guard = templates.GUARDS.get(spec.layout.format)
   if guard and guard.per_category:
     example = scoring.split_categories(example)[0]
   show_tokens_lib.show(example, features.Encoder(tokenizer, config.max_length, spec.layout))

@@ -8,7 +8,7 @@ from matplotlib import image
 
 from csrm_jax.evals import policy, policy_sweeps, report
 from csrm_jax.ruleworld import policy as world
-from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.safety.schema import Prompt, Sample
 
 ORACLE = policy.Oracle(world.oracle_compliance, world.oracle_safety, world.oracle_helpfulness)
 JUDGES = policy.Judges(

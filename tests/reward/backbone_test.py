@@ -17,7 +17,7 @@ from csrm_jax.models import config, hf, transformer
 from csrm_jax.reward import backbone, scoring
 from csrm_jax.reward import model as reward_model
 from csrm_jax.ruleworld import examples
-from csrm_jax.safety import guards, templates
+from csrm_jax.safety import templates
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
 SPECIAL = (
@@ -297,5 +297,5 @@ def test_smollm2_reads_what_transformers_reads():
 
 
 def test_guards_name_words_of_their_own():
-  for guard in guards.GUARDS.values():
+  for guard in templates.GUARDS.values():
     assert set(guard.safe_words).isdisjoint(guard.unsafe_words)

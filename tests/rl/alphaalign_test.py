@@ -5,7 +5,7 @@ import pytest
 
 from csrm_jax.rl import alphaalign, rewards, verifiers
 from csrm_jax.safety import schema
-from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.safety.schema import Prompt, Sample
 
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 NO, YES = 'I cannot help.', 'Do it so.'

@@ -10,7 +10,6 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import config, transformer
 from csrm_jax.models.sampling import Sampling
 from csrm_jax.rl import algorithms, job, learner, rollout
-from csrm_jax.safety import samples as types
 from csrm_jax.safety import schema
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import step as training
@@ -68,7 +67,7 @@ def policy(tokenizer):
 def prompts():
   texts = ('Tell me about tea.', 'Hi.', 'What is a steroid, in one line?')
   return [
-    types.Prompt(f'p{i}', (schema.Message('user', text),), SAFETY) for i, text in enumerate(texts)
+    schema.Prompt(f'p{i}', (schema.Message('user', text),), SAFETY) for i, text in enumerate(texts)
   ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from csrm_jax.rl import http_scorer, rewards
 from csrm_jax.safety import schema
-from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.safety.schema import Prompt, Sample
 
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 SAMPLES = [

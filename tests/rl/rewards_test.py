@@ -9,7 +9,7 @@ import pytest
 
 from csrm_jax.rl import rewards
 from csrm_jax.safety import augment, schema
-from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.safety.schema import Prompt, Sample
 
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 

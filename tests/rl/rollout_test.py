@@ -9,7 +9,6 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import transformer
 from csrm_jax.models.sampling import Completions, Sampling
 from csrm_jax.rl import rollout
-from csrm_jax.safety import samples as types
 from csrm_jax.safety import schema
 
 # Many stop, so that lengths differ.
@@ -115,7 +114,7 @@ def test_sampling_from_adapters_is_sampling_from_their_sum(rolled, policy, param
 
 def _prompt(*turns):
   roles = ('user', 'agent')
-  return types.Prompt(
+  return schema.Prompt(
     'odd',
     tuple(schema.Message(roles[i % 2], turn) for i, turn in enumerate(turns)),
     schema.SafetyConfig((schema.Category('A', 'B.'),)),

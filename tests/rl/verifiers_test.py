@@ -6,7 +6,7 @@ import pytest
 from csrm_jax.rl import verifiers
 from csrm_jax.ruleworld import grammar
 from csrm_jax.safety import schema
-from csrm_jax.safety.samples import Prompt, Sample
+from csrm_jax.safety.schema import Prompt, Sample
 
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 REFUSES = schema.SafetyConfig((schema.Category('Refusal', 'Never refuse.'),))

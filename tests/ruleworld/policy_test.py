@@ -21,7 +21,6 @@ from csrm_jax.ruleworld import (
   rules,
 )
 from csrm_jax.runners import pretrain
-from csrm_jax.safety import samples as types
 from csrm_jax.safety import schema
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -33,8 +32,8 @@ SAFETY = rules.make_safety(
 
 
 def _sample(text, request='Tell me about heist.', safety=SAFETY):
-  prompt = types.Prompt('p', (schema.Message('user', request),), safety)
-  return types.Sample(prompt, 0, text, 9, True)
+  prompt = schema.Prompt('p', (schema.Message('user', request),), safety)
+  return schema.Sample(prompt, 0, text, 9, True)
 
 
 def _structured(answer, reasoning='You ask about heist.'):
@@ -87,7 +86,7 @@ def test_prompts_are_distinct_and_labelled_to_the_letter(name):
     asked = policy.read_request(prompt.messages[-1].content)
     inside += asked.topic in topics
     reply = grammar.Statement(asked.topic, asked.severity, asked.phrase, 'encourage').text()
-    sample = types.Sample(prompt, 0, f'{reply} {reply}', 9, True)
+    sample = schema.Sample(prompt, 0, f'{reply} {reply}', 9, True)
     assert policy.oracle_helpfulness(sample) == 5
     assert policy.oracle_compliance(sample) == (prompt.label == 'benign')
   assert inside == round(0.8 * 1024)

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from csrm_jax.safety.layout import Layout
+from csrm_jax.safety.templates import Layout
 
 
 def test_a_layout_survives_json():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from csrm_jax.safety import templates
-from csrm_jax.safety.layout import Layout
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
+from csrm_jax.safety.templates import Layout
 from csrm_jax.text import train
 
 SAFETY = SafetyConfig(
