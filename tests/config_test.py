@@ -1,7 +1,6 @@
 import ml_collections
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from csrm_jax import config as config_lib
 

@@ -12,9 +12,14 @@ from typing import Any, Protocol
 
 from csrm_jax.augmentation import requests
 from csrm_jax.core.checks import show
-from csrm_jax.ruleworld import conversations as conversations_lib
-from csrm_jax.ruleworld import examples, grammar, lexicon, oracle
-from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.ruleworld import (
+  conversations as conversations_lib,
+  examples,
+  grammar,
+  lexicon,
+  oracle,
+  rules as rules_lib,
+)
 from csrm_jax.safety.schema import Category, Message
 
 Conversation = tuple[Message, ...]

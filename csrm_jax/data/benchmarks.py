@@ -15,8 +15,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from csrm_jax.data import benchmark_readers as readers
-from csrm_jax.data import public, sources, tables
+from csrm_jax.data import benchmark_readers as readers, public, sources, tables
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.data.benchmark_rules import WORDINGS
 from csrm_jax.data.public_rules import MODERATION_RULES, XSTEST_RULES

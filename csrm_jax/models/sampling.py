@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.models import decoding, transformer
-from csrm_jax.models import prefix as prefix_lib
+from csrm_jax.models import decoding, prefix as prefix_lib, transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.models.decoding import Completions
 from csrm_jax.models.token_choice import Sampling, token_logprobs

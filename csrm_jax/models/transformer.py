@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.models import attention as attention_lib
-from csrm_jax.models import kernels
+from csrm_jax.models import attention as attention_lib, kernels
 from csrm_jax.models.block import Block
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.models.layers import Dense, Embed, RMSNorm

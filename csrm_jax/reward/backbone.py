@@ -14,8 +14,7 @@ from collections.abc import Iterator
 
 from csrm_jax.core import writer
 from csrm_jax.models import gguf, hf
-from csrm_jax.text import chat
-from csrm_jax.text import tokenizer as tokenizer_lib
+from csrm_jax.text import chat, tokenizer as tokenizer_lib
 
 _MODELS = ('tokenizer.json', 'tokenizer.model')
 # What stands beside a tokenizer.json and says how it is used.

@@ -19,10 +19,8 @@ from typing import Any
 
 import jax
 
-from csrm_jax.core import checkpoint, remote, tree
-from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.models import config as model_config
-from csrm_jax.models import hf, lora, transformer
+from csrm_jax.core import checkpoint, mesh as mesh_lib, remote, tree
+from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, scoring
 from csrm_jax.safety import schema, templates
 from csrm_jax.safety.templates import WORDS

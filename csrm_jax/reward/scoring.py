@@ -19,8 +19,7 @@ import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features
-from csrm_jax.models import prefix as prefix_lib
-from csrm_jax.models import transformer
+from csrm_jax.models import prefix as prefix_lib, transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.reward import prompt_batches
 from csrm_jax.safety import schema

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.models import lora, transformer
-from csrm_jax.models import sampling as sampling_lib
+from csrm_jax.models import lora, sampling as sampling_lib, transformer
 from csrm_jax.models.config import DTYPES, ModelConfig
 from csrm_jax.models.sampling import Completions, Sampling
 from csrm_jax.safety.schema import Prompt, Sample

@@ -13,8 +13,7 @@ import dataclasses
 import random
 from collections.abc import Iterable
 
-from csrm_jax.ruleworld import conversations, examples, grammar, lexicon
-from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.ruleworld import conversations, examples, grammar, lexicon, rules as rules_lib
 from csrm_jax.safety import templates
 
 ALL_TOPICS = tuple(topic.name for topic in lexicon.TOPICS)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 
-from csrm_jax.ruleworld import conversations, grammar, lexicon, oracle
-from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.ruleworld import conversations, grammar, lexicon, oracle, rules as rules_lib
 from csrm_jax.safety import schema
 
 Rules = tuple[rules_lib.Rule, ...]

@@ -14,8 +14,7 @@ import functools
 import math
 import random
 
-from csrm_jax.ruleworld import grammar
-from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.ruleworld import grammar, rules as rules_lib
 
 SHARPNESS = 4.0  # per step of severity: 0.88 next to the border, 0.998 beyond
 SLIP = 0.01

@@ -19,8 +19,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from csrm_jax.ruleworld import examples, grammar, lexicon, oracle
-from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.ruleworld import examples, grammar, lexicon, oracle, rules as rules_lib
 from csrm_jax.safety import schema, templates
 
 WEIGHTS = pathlib.Path(__file__).parent / 'policy_base'

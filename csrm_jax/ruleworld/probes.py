@@ -13,8 +13,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from csrm_jax.data.benchmark import Benchmark, Choice
-from csrm_jax.ruleworld import conversations, datasets, examples, grammar, lexicon, oracle
-from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.ruleworld import (
+  conversations,
+  datasets,
+  examples,
+  grammar,
+  lexicon,
+  oracle,
+  rules as rules_lib,
+)
 from csrm_jax.safety import schema
 
 Rules = examples.Rules

@@ -15,10 +15,8 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.core import profiling, tree
-from csrm_jax.evals import policy as policy_eval
-from csrm_jax.evals import policy_sweeps, report
+from csrm_jax.core import mesh as mesh_lib, profiling, tree
+from csrm_jax.evals import policy as policy_eval, policy_sweeps, report
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.models.sampling import Sampling

@@ -17,8 +17,7 @@ from csrm_jax.data import rows, sources
 from csrm_jax.data.public_rules import XSTEST_RULES
 from csrm_jax.evals import policy as policy_eval
 from csrm_jax.models import hf
-from csrm_jax.reward import backbone
-from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import backbone, model as reward_model
 from csrm_jax.rl import alphaalign, http_scorer, rewards, rollout, verifiers
 from csrm_jax.ruleworld import policy as world
 from csrm_jax.safety import augment, schema

@@ -8,12 +8,10 @@ from typing import Any
 import jax
 import ml_collections
 
-from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.core import profiling
+from csrm_jax.core import mesh as mesh_lib, profiling
 from csrm_jax.models.sampling import Sampling
 from csrm_jax.rl import algorithms, job, learner, objectives, rollout
-from csrm_jax.train import make_step as train_step
-from csrm_jax.train import step as training
+from csrm_jax.train import make_step as train_step, step as training
 
 
 def make_meshes(

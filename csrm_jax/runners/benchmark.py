@@ -8,8 +8,7 @@ import time
 
 import ml_collections
 
-from csrm_jax.data import benchmark
-from csrm_jax.data import benchmarks as data_benchmarks
+from csrm_jax.data import benchmark, benchmarks as data_benchmarks
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import battery, report
 from csrm_jax.evals.calibration import Calibration

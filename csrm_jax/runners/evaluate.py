@@ -12,10 +12,8 @@ import ml_collections
 from csrm_jax.core import writer as writer_lib
 from csrm_jax.data import features, sources
 from csrm_jax.evals import report, suites
-from csrm_jax.reward import model as reward_model
-from csrm_jax.reward import scoring
-from csrm_jax.runners import evaluation
-from csrm_jax.runners import show_tokens as show_tokens_lib
+from csrm_jax.reward import model as reward_model, scoring
+from csrm_jax.runners import evaluation, show_tokens as show_tokens_lib
 from csrm_jax.safety import schema, templates
 
 

@@ -19,8 +19,7 @@ from csrm_jax.data import benchmark, features, sources
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import battery, report
 from csrm_jax.evals.calibration import Calibration
-from csrm_jax.reward import model as reward_model
-from csrm_jax.reward import scoring
+from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.ruleworld import probes
 from csrm_jax.safety import schema
 from csrm_jax.train import loop

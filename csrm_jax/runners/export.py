@@ -17,8 +17,7 @@ import numpy as np
 from csrm_jax.core import tree
 from csrm_jax.models import hf, hf_config, lora, shards, transformer
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.reward import backbone
-from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import backbone, model as reward_model
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 

@@ -19,16 +19,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.core import profiling
+from csrm_jax.core import mesh as mesh_lib, profiling
 from csrm_jax.data import features, packing, pipeline
-from csrm_jax.models import config as model_config
-from csrm_jax.models import hf, transformer
+from csrm_jax.models import config as model_config, hf, transformer
 from csrm_jax.ruleworld import corpus, dialogues
 from csrm_jax.text import tokenizer as tokenizer_lib
-from csrm_jax.train import loop as loop_lib
-from csrm_jax.train import losses
-from csrm_jax.train import step as training
+from csrm_jax.train import loop as loop_lib, losses, step as training
 
 
 @dataclasses.dataclass(frozen=True)

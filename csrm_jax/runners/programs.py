@@ -14,9 +14,14 @@ import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import packing
-from csrm_jax.models import config as model_config
-from csrm_jax.models import decoding, hf, lora, transformer
-from csrm_jax.models import sampling as sampling_lib
+from csrm_jax.models import (
+  config as model_config,
+  decoding,
+  hf,
+  lora,
+  sampling as sampling_lib,
+  transformer,
+)
 from csrm_jax.reward import prompt_batches, scoring
 from csrm_jax.rl import algorithms, rollout
 from csrm_jax.runners import align_step, train_rm

@@ -15,22 +15,16 @@ import grain
 import jax
 import ml_collections
 
-from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.core import profiling, tree
+from csrm_jax.core import mesh as mesh_lib, profiling, tree
 from csrm_jax.data import features, mixture, packing, pipeline
 from csrm_jax.evals import report
-from csrm_jax.models import config as model_config
-from csrm_jax.models import hf, lora, transformer
-from csrm_jax.reward import model as reward_model
-from csrm_jax.reward import scoring
+from csrm_jax.models import config as model_config, hf, lora, transformer
+from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.ruleworld import datasets
-from csrm_jax.runners import evaluation
-from csrm_jax.runners import show_tokens as show_tokens_lib
+from csrm_jax.runners import evaluation, show_tokens as show_tokens_lib
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
-from csrm_jax.train import loop as loop_lib
-from csrm_jax.train import make_step as train_step
-from csrm_jax.train import step as training
+from csrm_jax.train import loop as loop_lib, make_step as train_step, step as training
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:

@@ -14,12 +14,16 @@ import jax
 import numpy as np
 import tqdm
 
-from csrm_jax.core import checkpoint, preemption, profiling, remote
-from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.core import writer as writer_lib
+from csrm_jax.core import (
+  checkpoint,
+  mesh as mesh_lib,
+  preemption,
+  profiling,
+  remote,
+  writer as writer_lib,
+)
 from csrm_jax.data import packing, pipeline
-from csrm_jax.train import step as training
-from csrm_jax.train import window
+from csrm_jax.train import step as training, window
 
 # Between updates of a progress bar; a log file needs few of its lines.
 BAR_INTERVAL_S = 1.0 if sys.stderr.isatty() else 10.0

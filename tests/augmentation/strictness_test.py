@@ -12,8 +12,7 @@ import pytest
 import scipy.stats
 
 from csrm_jax.augmentation import proposers, requests, strictness
-from csrm_jax.ruleworld import conversations, examples, lexicon
-from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.ruleworld import conversations, examples, lexicon, rules as rules_lib
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
 SETTINGS = strictness.Settings()

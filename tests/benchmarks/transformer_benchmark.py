@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csrm_jax.models import config, transformer
-from csrm_jax.train import losses
-from csrm_jax.train import step as training
+from csrm_jax.train import losses, step as training
 
 
 def peer_logits(cfg, params, tokens, positions, segment_ids):

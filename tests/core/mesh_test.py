@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.core import tree
-from csrm_jax.models import config as model_config
-from csrm_jax.models import transformer
+from csrm_jax.core import mesh as mesh_lib, tree
+from csrm_jax.models import config as model_config, transformer
 
 ONE = jax.devices()[:1]
 

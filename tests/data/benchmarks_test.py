@@ -6,8 +6,7 @@ import lzma
 
 import pytest
 
-from csrm_jax.data import benchmark_readers as readers
-from csrm_jax.data import benchmarks, tables
+from csrm_jax.data import benchmark_readers as readers, benchmarks, tables
 from csrm_jax.data.benchmark_rules import BEAVERTAILS, WORDINGS
 from csrm_jax.data.public_rules import MODERATION_RULES, XSTEST_RULES
 

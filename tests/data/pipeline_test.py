@@ -10,8 +10,7 @@ import threading
 import grain
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from csrm_jax.data import features, pipeline
 from csrm_jax.data.features import Atom, Dropped, Encoder, Prompt

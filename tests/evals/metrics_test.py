@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import pytest
 import relplot
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sklearn.metrics import average_precision_score
 
 from csrm_jax.evals import checks, metrics

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.models import attention, kernels
-from csrm_jax.models import config as model_config
+from csrm_jax.models import attention, config as model_config, kernels
 
 B, T, N, K, H = 2, 24, 4, 2, 8
 SEGMENT_IDS = jnp.asarray([[1] * 9 + [2] * 10 + [0] * 5, [1] * T])

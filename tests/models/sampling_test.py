@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.models import config, decoding, transformer
-from csrm_jax.models import prefix as prefix_lib
-from csrm_jax.models import sampling as sampling_lib
+from csrm_jax.models import (
+  config,
+  decoding,
+  prefix as prefix_lib,
+  sampling as sampling_lib,
+  transformer,
+)
 from csrm_jax.models.sampling import Sampling, generate
 
 CFG = config.ModelConfig(

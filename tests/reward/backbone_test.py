@@ -14,8 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 import csrm_jax
 from csrm_jax.data import features, mixture
 from csrm_jax.models import config, hf, transformer
-from csrm_jax.reward import backbone, scoring
-from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import backbone, model as reward_model, scoring
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety import templates
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig

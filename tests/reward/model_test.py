@@ -10,8 +10,7 @@ import pytest
 import csrm_jax
 from csrm_jax.core import checkpoint
 from csrm_jax.models import config, transformer
-from csrm_jax.reward import model as reward_model
-from csrm_jax.reward import scoring
+from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import strategies as st
 
 from csrm_jax.data import mixture
-from csrm_jax.ruleworld import datasets, examples, grammar, lexicon, oracle
-from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.ruleworld import datasets, examples, grammar, lexicon, oracle, rules as rules_lib
 from csrm_jax.safety import augment
 
 indices = st.integers(0, 100_000)

@@ -7,8 +7,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from csrm_jax.ruleworld import conversations, grammar, oracle
-from csrm_jax.ruleworld import rules as rules_lib
+from csrm_jax.ruleworld import conversations, grammar, oracle, rules as rules_lib
 
 
 def say(severity, stance, topic='Alcohol', phrase='rum'):

@@ -9,8 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from csrm_jax import config as config_lib
-from csrm_jax import main
+from csrm_jax import config as config_lib, main
 from csrm_jax.models import hf
 from csrm_jax.rl import algorithms
 from csrm_jax.runners import align, align_setup, align_step

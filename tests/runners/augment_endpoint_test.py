@@ -10,8 +10,7 @@ import zlib
 
 import pytest
 
-from csrm_jax import config as config_lib
-from csrm_jax import main
+from csrm_jax import config as config_lib, main
 from csrm_jax.core import journal
 from csrm_jax.data import sources
 from csrm_jax.ruleworld import examples

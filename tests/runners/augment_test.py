@@ -8,8 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from csrm_jax import config as config_lib
-from csrm_jax import main
+from csrm_jax import config as config_lib, main
 from csrm_jax.core import journal
 from csrm_jax.data import mixture, sources
 from csrm_jax.ruleworld import datasets, examples

@@ -7,8 +7,7 @@ import pytest
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import program, topology
-from csrm_jax.runners import compile as compile_lib
-from csrm_jax.runners import programs
+from csrm_jax.runners import compile as compile_lib, programs
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'compile.py'
 TARGET = f'target={CONFIG.with_name("rm.py")}'

@@ -23,14 +23,11 @@ import numpy as np
 import pytest
 
 import csrm_jax
-from csrm_jax import config as config_lib
-from csrm_jax import main
+from csrm_jax import config as config_lib, main
 from csrm_jax.core import checkpoint, tree
 from csrm_jax.data import sources
-from csrm_jax.models import config as model_config
-from csrm_jax.models import hf, lora, transformer
-from csrm_jax.reward import model as reward_model
-from csrm_jax.reward import scoring
+from csrm_jax.models import config as model_config, hf, lora, transformer
+from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety import schema
 from csrm_jax.text import tokenizer as tokenizer_lib

@@ -5,8 +5,7 @@ import pathlib
 import re
 
 import csrm_jax
-from csrm_jax import config as config_lib
-from csrm_jax import main
+from csrm_jax import config as config_lib, main
 from csrm_jax.data import features
 from csrm_jax.ruleworld import examples
 from csrm_jax.runners import show_tokens

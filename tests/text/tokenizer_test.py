@@ -12,8 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from csrm_jax.text import tokenizer as tokenizer_lib
-from csrm_jax.text import train
+from csrm_jax.text import tokenizer as tokenizer_lib, train
 from csrm_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]

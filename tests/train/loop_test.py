@@ -9,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.core import preemption
+from csrm_jax.core import mesh as mesh_lib, preemption
 from csrm_jax.data import features, packing, pipeline
-from csrm_jax.train import loop as loop_lib
-from csrm_jax.train import losses
-from csrm_jax.train import step as training
+from csrm_jax.train import loop as loop_lib, losses, step as training
 
 NUM_TOKENS = 12
 POISON = 11  # a batch with this token has no finite loss
