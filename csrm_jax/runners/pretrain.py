@@ -24,7 +24,7 @@ from csrm_jax.data import features, packing, pipeline
 from csrm_jax.models import config as model_config, hf, transformer
 from csrm_jax.ruleworld import corpus, dialogues
 from csrm_jax.text import tokenizer as tokenizer_lib
-from csrm_jax.train import loop as loop_lib, losses, step as training
+from csrm_jax.train import loop as loop_lib, losses, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +122,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     config.data.batch_size, config.data.row_length, config.data.max_segments, tokenizer.pad_id
   )
   batches = pipeline.batches(atoms, shape, fingerprint=f'{tokenizer.digest}/{documents.digest()}')
-  optimizer = training.make_optimizer(
-    config.optim.lr,
-    warmup_steps=config.optim.warmup_steps,
-    num_steps=config.num_steps,
-    weight_decay=config.optim.weight_decay,
-  )
   mesh = mesh_lib.make_mesh()
-  state = training.init_state(params, optimizer)
-  shardings = mesh_lib.shardings(state, mesh)
-  state = jax.device_put(state, shardings)
-  step_fn = training.make_train_step(make_loss_fn(cfg), optimizer, state_shardings=shardings)
+  step_fn, state = make_step.make(config.optim, config.num_steps, make_loss_fn(cfg), params, mesh)
   loop = loop_lib.LoopConfig(
     config.num_steps,
     config.log_every,

@@ -242,7 +242,7 @@ def _tiny(arg=''):
   return config
 
 
-@pytest.mark.parametrize('ablation', RM.ABLATIONS[1:])
+@pytest.mark.parametrize('ablation', tuple(RM.ABLATIONS)[1:])
 def test_ablations_run(ablation, tmp_path):
   config = _tiny(f'ablation={ablation}')
   assert config_lib.diff_config(_tiny(), config)
