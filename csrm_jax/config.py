@@ -22,7 +22,7 @@ from typing import Any
 
 import ml_collections
 
-from csrm_jax.core import writer
+from csrm_jax.core import files
 
 ConfigDict = ml_collections.ConfigDict
 
@@ -238,7 +238,7 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
         f'{path} is of a run with another config: {"; ".join(lines)} '
         '(give the same config to resume it, or another --workdir)'
       )
-  writer.write_atomic(path, to_json(config))
+  files.write(path, to_json(config))
   return workdir
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from csrm_jax.augmentation import strictness
-from csrm_jax.core import writer
+from csrm_jax.core import files
 from csrm_jax.evals import figures, markdown
 from csrm_jax.safety.schema import Category
 
@@ -83,12 +82,12 @@ def write_report(
     'truth': truth,
     'categories': [outcome.to_dict() for outcome in outcomes],
   }
-  writer.write_atomic(folder / 'strictness.json', json.dumps(result, indent=1) + '\n')
+  files.write_json(folder / 'strictness.json', result, indent=1)
   drawn = [o for o in outcomes if o.candidates]
   if drawn:
     draw_recall(folder / 'strictness.png', drawn)
   path = folder / 'strictness.md'
-  writer.write_atomic(path, _render(outcomes, settings, result))
+  files.write(path, _render(outcomes, settings, result))
   return path
 
 

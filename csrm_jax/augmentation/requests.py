@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from csrm_jax.augmentation import schemas
-from csrm_jax.core.checks import show, unique_keys
+from csrm_jax.core.checks import show
+from csrm_jax.core.files import unique_keys
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
 
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from csrm_jax.core import writer
+from csrm_jax.core import files
 
 _RESUME = 'free some space and run the same command again; nothing is lost'
 
@@ -160,7 +160,7 @@ class Cache:
     entry = {'key': key, 'sha256': _sha256(text), 'text': text}
     path = self._path(key)
     with writing(path):
-      writer.write_atomic(path, json.dumps(entry))
+      files.write(path, json.dumps(entry))
 
   def _path(self, key: str) -> pathlib.Path:
     return self._folder / key[:2] / f'{key}.json'

@@ -1,4 +1,4 @@
-"""Metrics files, the run manifest and atomic writes."""
+"""The metrics of a run and its manifest."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import math
 import os
 import pathlib
 import platform
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+from csrm_jax.core import files
 
 # The packages whose versions can change a number or a file format.
 PACKAGES = (
@@ -29,31 +30,6 @@ PACKAGES = (
   'scikit-learn',
   'relplot',
 )
-
-
-def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
-  """Writes a file so that a reader finds the old or the new, never a part."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  data = content.encode() if isinstance(content, str) else content
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-  try:
-    with os.fdopen(handle, 'wb') as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    # mkstemp makes files only their owner can read; give the usual mode.
-    os.chmod(temporary, 0o666 & ~_umask())
-    os.replace(temporary, path)
-  except BaseException:
-    pathlib.Path(temporary).unlink(missing_ok=True)
-    raise
-
-
-def _umask() -> int:
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
 
 
 def make_manifest() -> dict[str, Any]:
@@ -82,9 +58,8 @@ def update_manifest(workdir: str | os.PathLike, extra: Mapping[str, Any]) -> Non
   if jax.process_index() != 0:
     return
   path = pathlib.Path(workdir) / 'manifest.json'
-  manifest = json.loads(path.read_text()) if path.exists() else {}
-  manifest.update(extra)
-  write_atomic(path, json.dumps(manifest, indent=2, sort_keys=True) + '\n')
+  manifest = files.read_json(path) if path.exists() else {}
+  files.write_json(path, manifest | dict(extra), sort_keys=True)
 
 
 class MetricsWriter:
@@ -113,8 +88,8 @@ class MetricsWriter:
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / 'metrics.jsonl'
-    if resume_step is not None and path.exists():
-      write_atomic(path, lines_until(path.read_bytes(), resume_step))
+    if resume_step is not None:
+      files.cut_log(path, resume_step)
     self._file = open(path, 'a', encoding='utf-8', buffering=1)  # noqa: SIM115
     if tensorboard:
       # Imported here: it takes a while, and only training needs it.
@@ -161,16 +136,3 @@ class MetricsWriter:
 
   def __exit__(self, *unused) -> None:
     self.close()
-
-
-def lines_until(content: bytes, step: int) -> bytes:
-  """Returns the whole lines of at most `step`, byte for byte."""
-  kept = []
-  for line in content.splitlines(keepends=True):
-    try:
-      line_step = json.loads(line)['step']
-    except (ValueError, KeyError, TypeError):
-      continue
-    if line.endswith(b'\n') and line_step <= step:
-      kept.append(line)
-  return b''.join(kept)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from csrm_jax.core import files
 from csrm_jax.core.checks import show
 from csrm_jax.data import rows
 from csrm_jax.data.public_rules import (
@@ -45,7 +46,7 @@ def read_hh_pairs(path: str | os.PathLike, safety: SafetyConfig = HARMLESSNESS) 
     ValueError: a missing column, or text that is no transcript.
   """
   result = Rows()
-  for where, row in rows.read_json_lines(path):
+  for where, row in files.read_json_lines(path):
     rows.check_object(row, ('chosen', 'rejected'), where)
     chosen, rejected = (
       _parse_transcript(rows.check_text(row, column, where), column, where)
@@ -146,7 +147,7 @@ def read_moderation(
   """
   safety = _moderation_safety(categories)
   result = Rows()
-  for where, row in rows.read_json_lines(path):
+  for where, row in files.read_json_lines(path):
     labels = _moderation_labels(row, categories, where)
     if None in labels.values():
       result.drop('unknown_label')
@@ -170,7 +171,7 @@ def read_moderation_pairs(path: str | os.PathLike) -> Rows:
     ValueError: a label that is not 0 or 1.
   """
   result = Rows()
-  for where, row in rows.read_json_lines(path):
+  for where, row in files.read_json_lines(path):
     for strict, lenient in MODERATION_SEVERITY:
       labels = _moderation_labels(row, (strict, lenient), where)
       if None in labels.values():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.core.checks import read_text, show, unique_keys
+from csrm_jax.core.checks import show
+from csrm_jax.core.files import read_text
 
 
 class Rows(list):
@@ -26,41 +26,6 @@ class Rows(list):
   def drop(self, reason: str) -> None:
     """Counts one row that was left out."""
     self.drops[reason] = self.drops.get(reason, 0) + 1
-
-
-def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-  """Yields ('file:line', value) for every line that is not blank.
-
-  Raises:
-    ValueError: a line is not JSON, an object in it gives a key twice, the
-      last line is cut short, or there is none.
-  """
-  # Not splitlines(): JSON text may hold other line breaks than \n.
-  lines = read_text(path).split('\n')
-  is_empty = True
-  for number, line in enumerate(lines, start=1):
-    if not line.strip():
-      continue
-    is_empty = False
-    where = f'{path}:{number}'
-    try:
-      value = json.loads(line, object_pairs_hook=unique_keys(where))
-    except json.JSONDecodeError as error:
-      if number == len(lines):
-        raise ValueError(
-          f'{where}: the last line is cut short ({error.msg} at column'
-          f' {error.colno}, and no line end follows); write the file again or'
-          ' remove that line'
-        ) from None
-      raise ValueError(
-        f'{where}: not valid JSON ({error.msg} at column {error.colno});'
-        ' write one JSON object a line'
-      ) from None
-    except RecursionError:
-      raise ValueError(f'{where}: nested too deeply; flatten it') from None
-    yield where, value
-  if is_empty:
-    raise ValueError(f'{path}: no rows; give a file with one object a line')
 
 
 def read_csv(

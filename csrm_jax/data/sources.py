@@ -17,7 +17,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from csrm_jax.core.checks import unique_keys
+from csrm_jax.core import files
+from csrm_jax.core.files import unique_keys
 from csrm_jax.data import rows
 from csrm_jax.data.public import read_hh_pairs, read_moderation, read_moderation_pairs, read_xstest
 from csrm_jax.data.rows import Rows
@@ -54,7 +55,8 @@ def read_jsonl(
     ValueError: with file, line and fix.
   """
   return Rows(
-    _parse_row(row, where, path, safety, require_label) for where, row in rows.read_json_lines(path)
+    _parse_row(row, where, path, safety, require_label)
+    for where, row in files.read_json_lines(path)
   )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-import lzma
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from csrm_jax.core.checks import unique_keys
+from csrm_jax.core import files
+from csrm_jax.core.files import unique_keys
 from csrm_jax.data import rows
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.jsonl.xz', '.json', '.csv', '.parquet')
@@ -33,12 +32,10 @@ def read_table(
     return
   if name.endswith('.parquet'):
     read = rows.read_parquet(path)
-  elif name.endswith('.jsonl.xz'):
-    read = _xz_lines(path)
   elif name.endswith('.json'):
     read = _json_list(path)
   else:
-    read = rows.read_json_lines(path)
+    read = files.read_json_lines(path)
   for where, row in read:
     yield where, dict(rows.check_object(row, columns, where))
 
@@ -56,25 +53,10 @@ def find(folder: str | os.PathLike, patterns: Sequence[str]) -> list[pathlib.Pat
   return []
 
 
-def _xz_lines(path) -> Iterator[tuple[str, Any]]:
-  try:
-    text = lzma.decompress(pathlib.Path(path).read_bytes()).decode()
-  except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-    raise ValueError(f'{path}: not a complete xz file ({error}); fetch it again') from None
-  for number, line in enumerate(io.StringIO(text), start=1):
-    if line.strip():
-      where = f'{path}:{number}'
-      try:
-        value = json.loads(line, object_pairs_hook=unique_keys(where))
-      except json.JSONDecodeError as error:
-        raise ValueError(f'{where}: not valid JSON ({error.msg}); fetch it again') from None
-      yield where, value
-
-
 def _json_list(path) -> Iterator[tuple[str, Any]]:
   text = pathlib.Path(path).read_text(encoding='utf-8')
   if not text.lstrip().startswith('['):
-    yield from rows.read_json_lines(path)
+    yield from files.read_json_lines(path)
     return
   try:
     values = json.loads(text, object_pairs_hook=unique_keys(str(path)))

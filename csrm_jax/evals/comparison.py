@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from csrm_jax.core import files
 from csrm_jax.evals import compare, paper, probe_figures, report, sections
 
 # Figures of a comparison: (file, metric, caption).
@@ -44,7 +45,7 @@ def write_comparison(
     ValueError: the scorers were scored on different rows.
   """
   found = compare.differences(scorers, reference, num_samples=num_samples)
-  with report.written_whole(path) as temporary:
+  with files.whole_folder(path, last='summary.json') as temporary:
     drawn = []
     for key, metric, caption in _COMPARED:
       file = f'compare_{key}.png'

@@ -8,19 +8,17 @@ reader who has neither the code nor the run.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import pathlib
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from csrm_jax.core import files
 from csrm_jax.evals import figures, markdown, policy_figures, probe_figures, sections
 from csrm_jax.evals.markdown import format_number, is_number
 
@@ -126,7 +124,7 @@ def write_report(
         f'summary[{key!r}] is a {type(value).__name__}; a summary is flat, '
         'so give it one key for each number'
       )
-  with written_whole(path) as temporary:
+  with files.whole_folder(path, last='summary.json') as temporary:
     curves = read_history(history) if history is not None else {}
     drawn = draw_figures(temporary, results, curves)
     text = sections.render(results, drawn, title, manifest or {})
@@ -160,25 +158,6 @@ def read_results(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
   return results
 
 
-@contextlib.contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Gives a temporary folder whose files are moved into `path` at the end.
-
-  Each file is moved in one step, summary.json last; after an error nothing
-  is moved. Other files in `path` are left alone.
-  """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
-  try:
-    yield temporary
-    path.mkdir(exist_ok=True)
-    for file in sorted(temporary.iterdir(), key=lambda file: file.name == 'summary.json'):
-      os.replace(file, path / file.name)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
 def dump_text(path: pathlib.Path, text: str) -> None:
   """Writes the text; half a letter, as a path may hold, is no error."""
   path.write_bytes(text.encode('utf-8', 'backslashreplace'))
@@ -201,15 +180,9 @@ def read_history(path: str | os.PathLike) -> dict[str, dict[int, float]]:
   Of two lines for one step the later counts. A line that is not whole, as a
   killed run leaves it, is skipped. Empty without a file.
   """
-  path = pathlib.Path(path)
   series: dict[str, dict[int, float]] = {}
-  lines = path.read_bytes().splitlines() if path.exists() else []
-  for line in lines:
-    try:
-      row = json.loads(line)
-    except ValueError:
-      continue
-    step = row.pop('step', None) if isinstance(row, dict) else None
+  for row in files.read_log(path):
+    step = row.pop('step', None)
     if not is_number(step):
       continue
     for name, value in row.items():

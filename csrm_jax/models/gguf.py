@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from csrm_jax.core import files
 from csrm_jax.models import shards
 
 # What the quantised types are read from; their values become float32.
@@ -241,12 +242,12 @@ def convert(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     ValueError: as read_config, open_tensors and tokenizer_files.
   """
   path, folder = pathlib.Path(path), pathlib.Path(folder)
-  spec, files = read_config(path), tokenizer_files(path)
+  spec, texts = read_config(path), tokenizer_files(path)
   tensors = open_tensors(path)
   folder.mkdir(parents=True, exist_ok=True)
   shards.write(folder, tensors, {'source': path.name})
-  for name, content in files.items():
-    shards.replace(folder / name, lambda to, content=content: to.write_bytes(content))
+  for name, content in texts.items():
+    files.write(folder / name, content)
   shards.write_json(folder / 'config.json', spec)
 
 

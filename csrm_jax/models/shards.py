@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from csrm_jax.core import files
 
 WEIGHTS_FILE = 'model.safetensors'
 INDEX_FILE = 'model.safetensors.index.json'
@@ -115,20 +116,20 @@ def write(
   shards = _plan(tensors, max_shard_bytes)
   count = len(shards)
   if count == 1:
-    files = [WEIGHTS_FILE]
+    names = [WEIGHTS_FILE]
   else:
-    files = [f'model-{i:05}-of-{count:05}.safetensors' for i in range(1, count + 1)]
-  known = {*files} | ({INDEX_FILE} if count > 1 else set())
+    names = [f'model-{i:05}-of-{count:05}.safetensors' for i in range(1, count + 1)]
+  known = {*names} | ({INDEX_FILE} if count > 1 else set())
   for path in sorted(folder.glob('model*.safetensors*')):
     if path.name not in known and path.suffix != '.tmp':
       raise ValueError(f'{path}: other weights are there already; give an empty folder.')
-  for file, names in zip(files, shards, strict=True):
-    write_file(folder / file, {name: tensors[name] for name in names}, metadata)
+  for file, shard in zip(names, shards, strict=True):
+    write_file(folder / file, {name: tensors[name] for name in shard}, metadata)
   if count > 1:
     index = {
       'metadata': {'total_size': sum(t.num_bytes for t in tensors.values())},
       'weight_map': {
-        name: file for file, names in zip(files, shards, strict=True) for name in names
+        name: file for file, shard in zip(names, shards, strict=True) for name in shard
       },
     }
     write_json(folder / INDEX_FILE, index)
@@ -140,7 +141,8 @@ def write_file(
   """Writes the tensors as one safetensors file, which appears whole."""
   arrays = {name: np.ascontiguousarray(tensor.read()) for name, tensor in tensors.items()}
   header = {'format': 'pt', **metadata}
-  replace(path, functools.partial(_save, arrays, header))
+  with files.whole(path) as partial:
+    safetensors.numpy.save_file(arrays, partial, metadata=header)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -163,20 +165,9 @@ def equal(first: Tensor, second: Tensor) -> bool:
   return digest({'': first}) == digest({'': second})
 
 
-def replace(path: pathlib.Path, write_to: Callable[[pathlib.Path], Any]) -> None:
-  """Lets write_to write a file, which then appears at `path` as a whole."""
-  partial = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  try:
-    write_to(partial)
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
-
-
 def write_json(path: pathlib.Path, obj: Any) -> None:
   """Writes a JSON file that appears as a whole."""
-  text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False) + '\n'
-  replace(path, lambda partial: partial.write_text(text, encoding='utf-8'))
+  files.write_json(path, obj, sort_keys=True, ensure_ascii=False)
 
 
 def _plan(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
@@ -189,13 +180,6 @@ def _plan(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]
     shards[-1].append(name)
     size += tensor.num_bytes
   return shards
-
-
-def _save(arrays: dict[str, np.ndarray], header: dict[str, str], path: pathlib.Path) -> None:
-  path.touch()  # with the usual permissions; the library gives narrower ones
-  mode = path.stat().st_mode
-  safetensors.numpy.save_file(arrays, path, metadata=header)
-  path.chmod(mode)
 
 
 def open_file(path: pathlib.Path) -> dict[str, Tensor]:

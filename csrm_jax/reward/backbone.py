@@ -12,7 +12,6 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
-from csrm_jax.core import writer
 from csrm_jax.models import gguf, hf
 from csrm_jax.text import chat, tokenizer as tokenizer_lib
 
@@ -72,7 +71,7 @@ def save_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> N
       files |= {name: path.with_name(name) for name in _SETTINGS}
     for name, file in files.items():
       if file.is_file():
-        writer.write_atomic(directory / name, file.read_bytes())
+        files.write(directory / name, file.read_bytes())
 
 
 def _opens_with_control(text: str, tokenizer: tokenizer_lib.Tokenizer) -> bool:

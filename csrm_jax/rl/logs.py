@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from csrm_jax.core import writer
+from csrm_jax.core import files
 from csrm_jax.safety.schema import Sample
 
 # The train step's names of what users of RL look for elsewhere.
@@ -100,8 +100,7 @@ class Table:
   def __init__(self, path: pathlib.Path, resume_step: int):
     """Drops the lines of later steps, which will be written again."""
     self._path = path
-    if path.exists():
-      writer.write_atomic(path, writer.lines_until(path.read_bytes(), resume_step))
+    files.cut_log(path, resume_step)
 
   def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
     """Adds the lines."""
@@ -112,10 +111,7 @@ class Table:
 
 def read_looks(path: pathlib.Path) -> dict[int, dict[str, Any]]:
   """Returns {step: metrics} of looks.jsonl; {} where there is none."""
-  if not path.is_file():
-    return {}
-  lines = map(json.loads, path.read_text('utf-8').splitlines())
-  return {line['step']: line['metrics'] for line in lines}
+  return {row['step']: row['metrics'] for row in files.read_log(path)}
 
 
 def renamed(values: Mapping[str, float]) -> dict[str, float]:

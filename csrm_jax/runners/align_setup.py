@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from csrm_jax import config as config_lib
+from csrm_jax.core import files
 from csrm_jax.data import rows, sources
 from csrm_jax.data.public_rules import XSTEST_RULES
 from csrm_jax.evals import policy as policy_eval
@@ -166,7 +167,7 @@ def _read_xstest(path: pathlib.Path, safety: schema.SafetyConfig) -> list[Prompt
 
 def _read_jsonl(path: pathlib.Path, safety: schema.SafetyConfig) -> list[Prompt]:
   prompts = []
-  for where, row in rows.read_json_lines(path):
+  for where, row in files.read_json_lines(path):
     rows.check_object(row, ('id', 'prompt'), where)
     text = rows.check_text(row, 'prompt', where)
     prompts.append(_prompt(str(row['id']), text, safety, row.get('label') or ''))

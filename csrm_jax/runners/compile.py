@@ -6,7 +6,6 @@ Shapes are all that is needed: no weights, no data, no TPU.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 import sys
@@ -18,7 +17,7 @@ import jax
 import ml_collections
 
 from csrm_jax import config as config_lib
-from csrm_jax.core import program, roofline, topology, tree, writer
+from csrm_jax.core import files, program, roofline, topology, tree
 from csrm_jax.models import transformer
 from csrm_jax.runners import programs
 
@@ -87,8 +86,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     'advice': advice,
     'programs': [dataclasses.asdict(r) for r in results],
   }
-  writer.write_atomic(workdir / 'report' / 'report.md', text)
-  writer.write_atomic(workdir / 'report' / 'compile.json', json.dumps(content, indent=2) + '\n')
+  files.write(workdir / 'report' / 'report.md', text)
+  files.write_json(workdir / 'report' / 'compile.json', content)
   print(text)
 
 

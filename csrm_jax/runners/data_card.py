@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from csrm_jax.augmentation import requests
-from csrm_jax.core import writer
+from csrm_jax.core import files
 from csrm_jax.data import catalogue
 
 
@@ -40,7 +39,7 @@ def make(
 
 def write(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:
   """Writes card.json and card.md."""
-  writer.write_atomic(workdir / 'card.json', json.dumps(card, indent=1) + '\n')
+  files.write_json(workdir / 'card.json', card, indent=1)
   sections = {k: v for k, v in card.items() if isinstance(v, Mapping)}
   lines = ['# Data card', '']
   lines += [
@@ -53,7 +52,7 @@ def write(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:
     title = _words(key)
     lines += ['', f'## {title[0].upper()}{title[1:]}', '']
     lines += [f'- {k}: {v}' for k, v in sections[key].items()] or ['(none)']
-  writer.write_atomic(workdir / 'card.md', '\n'.join(lines) + '\n')
+  files.write(workdir / 'card.md', '\n'.join(lines) + '\n')
 
 
 def _words(key: str) -> str:

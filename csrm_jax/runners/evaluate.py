@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from csrm_jax.core import writer as writer_lib
+from csrm_jax.core import files
 from csrm_jax.data import features, sources
 from csrm_jax.evals import report, suites
 from csrm_jax.reward import model as reward_model, scoring
@@ -27,7 +27,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     json.dumps({'id': example.id, **dataclasses.asdict(verdict)})
     for example, verdict in zip(examples, scoring.verdicts(scores), strict=True)
   ]
-  writer_lib.write_atomic(path, '\n'.join(lines) + '\n')
+  files.write(path, '\n'.join(lines) + '\n')
   print(f'{len(lines)} verdicts: {path}')
   if any(example.label is not None for example in examples):
     name = rm.spec.layout.format

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from csrm_jax.core import writer
+from csrm_jax.core import files
 from csrm_jax.data import benchmark, features, sources
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import battery, report
@@ -88,7 +88,7 @@ def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path) -> scoring.Scor
       return np.array(json.loads(path.read_text()), np.float32)
     scores = score_fn(examples, progress)
     folder.mkdir(exist_ok=True)
-    writer.write_atomic(path, json.dumps(scores.tolist()))
+    files.write(path, json.dumps(scores.tolist()))
     return scores
 
   return score
@@ -162,7 +162,7 @@ def fit_calibration(
   with _progress_bar('calibrate', len(rows)) as bar:
     score = _score_once(score_fn, bar.update)
     fitted = battery.fit_calibration(battery.blind(score) if rules_blind else score, list(rows))
-  writer.write_atomic(workdir / 'calibration.json', json.dumps(fitted.to_dict()))
+  files.write(workdir / 'calibration.json', json.dumps(fitted.to_dict()))
   return fitted
 
 

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from csrm_jax.core import checks
+from csrm_jax.core import checks, files
 from csrm_jax.core.checks import show
 
 LABELS = ('safe', 'unsafe')
@@ -122,9 +122,7 @@ class SafetyConfig:
       text = yaml.dump(
         self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=78
       )
-    partial = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    partial.write_bytes(text.encode())
-    os.replace(partial, path)
+    files.write(path, text)
 
 
 def parse_category(obj: Any, what: str) -> Category:
@@ -201,10 +199,10 @@ def load_safety(path: str | os.PathLike) -> SafetyConfig:
   """
   where = os.fspath(path)
   if _suffix(path) == '.json':
-    text = checks.read_text(path)
-    return parse_safety(checks.load_json(text, where), where)
-  text = checks.read_text(path)
-  obj, lines = checks.load_yaml(text, where, 'categories')
+    text = files.read_text(path)
+    return parse_safety(files.load_json(text, where), where)
+  text = files.read_text(path)
+  obj, lines = files.load_yaml(text, where, 'categories')
   return parse_safety(obj, where, lines)
 
 

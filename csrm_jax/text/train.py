@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
-from csrm_jax.core import writer
+from csrm_jax.core import files
 from csrm_jax.text import tokenizer
 
 
@@ -67,5 +67,5 @@ def train_sentencepiece(
     raise ValueError(
       f'vocab_size={vocab_size} does not suit the sentences ({reason}); change it or give more text'
     ) from None
-  writer.write_atomic(path, model.getvalue())
+  files.write(path, model.getvalue())
   return tokenizer.SentencePieceTokenizer(path)

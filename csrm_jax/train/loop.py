@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -16,6 +15,7 @@ import tqdm
 
 from csrm_jax.core import (
   checkpoint,
+  files,
   mesh as mesh_lib,
   preemption,
   profiling,
@@ -130,14 +130,8 @@ def train(job: Job, state: training.TrainState) -> training.TrainState:
 
 def elapsed_s(workdir: pathlib.Path) -> float:
   """Returns the seconds that training has taken so far, in all its starts."""
-  path = workdir / 'metrics.jsonl'
-  lines = path.read_bytes().splitlines() if path.exists() else []
-  for line in reversed(lines):
-    try:
-      return json.loads(line)['time/elapsed_s']
-    except (ValueError, KeyError):
-      continue  # cut short by a kill
-  return 0.0
+  rows = files.read_log(workdir / 'metrics.jsonl')
+  return next((row[key] for row in reversed(rows) if (key := 'time/elapsed_s') in row), 0.0)
 
 
 def _steps(

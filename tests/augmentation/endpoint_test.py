@@ -256,7 +256,7 @@ def test_a_full_disk_is_one_line(make, fault_server, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   with fault_server(scripted(GOOD)) as server:
-    monkeypatch.setattr(journal.writer, 'write_atomic', full)
+    monkeypatch.setattr(journal.files, 'write', full)
     with pytest.raises(OSError, match='free some space') as error:
       make(server.url).ask(ask_for())
     assert 'No space left' in str(error.value)

@@ -1,5 +1,4 @@
 import json
-import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,30 +63,6 @@ def test_tensorboard_files_are_written(tmp_path):
   with writer.MetricsWriter(tmp_path, resume_step=3) as w:
     w.write(4, {'a/b': 1.0})
   assert list(tmp_path.glob('events.out.tfevents.*'))
-
-
-def test_write_atomic_replaces_and_makes_folders(tmp_path):
-  path = tmp_path / 'a' / 'b.json'
-  writer.write_atomic(path, 'old')
-  writer.write_atomic(path, b'new')
-  assert path.read_text() == 'new'
-  assert os.listdir(path.parent) == ['b.json']
-  path.with_name('usual').write_text('')
-  assert path.stat().st_mode == path.with_name('usual').stat().st_mode
-
-
-def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-  path = tmp_path / 'f'
-  writer.write_atomic(path, 'old')
-
-  def fail(*unused):
-    raise OSError('disk full')
-
-  monkeypatch.setattr(os, 'replace', fail)
-  with pytest.raises(OSError, match='disk full'):
-    writer.write_atomic(path, 'new')
-  assert path.read_text() == 'old'
-  assert os.listdir(tmp_path) == ['f']
 
 
 def test_manifest_is_json_and_grows(tmp_path):

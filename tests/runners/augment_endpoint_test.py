@@ -213,7 +213,7 @@ def test_corrupt_cache_entries_are_asked_for_again(conversations, tmp_path, undi
 @pytest.mark.parametrize(
   'owner, name, num_again',
   [
-    (journal.writer, 'write_atomic', 1),  # The reply that found no room.
+    (journal.files, 'write', 1),  # The reply that found no room.
     (journal.Journal, '_write', 0),
   ],
   ids=['cache', 'journal'],

@@ -1,0 +1,282 @@
+"""Whole files, written and read: the one place for both.
+
+What is written appears as a whole; what cannot be read is an error of one line
+that names the file, the line where known, and the fix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import lzma
+import os
+import pathlib
+import secrets
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import yaml
+
+from csrm_jax.core.checks import show
+
+# --- Writing ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a temporary file beside `path` that takes its place at the end.
+
+  A reader finds the old file or the new one, never a part. After an error the
+  old one stays. Missing folders are made.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+  try:
+    partial.touch()
+    mode = partial.stat().st_mode  # The usual one; libraries give narrower ones.
+    yield partial
+    partial.chmod(mode)
+    with partial.open('rb') as file:
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike, last: str) -> Iterator[pathlib.Path]:
+  """Yields a temporary folder whose files are moved into `path` at the end.
+
+  Each file is moved in one step, the one named `last` after all others. After an
+  error nothing is moved. Other files in `path` are left alone.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
+  try:
+    yield temporary
+    path.mkdir(exist_ok=True)
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
+      os.replace(file, path / file.name)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write(path: str | os.PathLike, content: str | bytes) -> None:
+  """Writes a file as a whole; text as UTF-8."""
+  with whole(path) as partial:
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2, **options: Any) -> None:
+  """Writes a JSON file as a whole; `options` are those of json.dumps."""
+  write(path, json.dumps(value, indent=indent, **options) + '\n')
+
+
+# --- Text, JSON and YAML ---------------------------------------------------------------
+
+
+def read_text(path: str | os.PathLike) -> str:
+  """Returns the text of a UTF-8 file (plain, .gz or .xz), without a byte order mark.
+
+  Raises:
+    ValueError: the file cannot be read, is cut short, or is not UTF-8.
+  """
+  try:
+    data = pathlib.Path(path).read_bytes()
+    if pathlib.Path(path).suffix == '.gz':
+      data = gzip.decompress(data)
+    elif pathlib.Path(path).suffix == '.xz':
+      data = lzma.decompress(data)
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise ValueError(
+      f'{path}: not a complete gzip file ({error}); fetch or write it again'
+    ) from None
+  except lzma.LZMAError as error:
+    raise ValueError(f'{path}: not a complete xz file ({error}); fetch it again') from None
+  except OSError as error:
+    raise ValueError(f'{path}: cannot be read ({error.strerror}); check the path') from None
+  try:
+    return data.decode().removeprefix('\ufeff')
+  except UnicodeDecodeError as error:
+    line = data.count(b'\n', 0, error.start) + 1
+    raise ValueError(
+      f'{path}:{line}: byte 0x{data[error.start]:02x} is not valid UTF-8; save the file as UTF-8'
+    ) from None
+
+
+def read_json(path: str | os.PathLike) -> Any:
+  """Returns the value in a JSON file; errors as of `read_text` and `load_json`."""
+  return load_json(read_text(path), os.fspath(path))
+
+
+def load_json(text: str, where: str) -> Any:
+  """Returns the JSON value; a repeated key is an error, not an override."""
+  try:
+    return json.loads(text, object_pairs_hook=unique_keys(where))
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f'{where}:{error.lineno}: not valid JSON ({error.msg} at column'
+      f' {error.colno}); correct or complete it'
+    ) from None
+  except RecursionError:
+    raise ValueError(f'{where}: nested too deeply; flatten it') from None
+
+
+def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+  """Yields ('file:line', value) for every line that is not blank.
+
+  Raises:
+    ValueError: a line is not JSON, an object in it gives a key twice, the
+      last line is cut short, or there is none.
+  """
+  # Not splitlines(): JSON text may hold other line breaks than \n.
+  lines = read_text(path).split('\n')
+  is_empty = True
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    is_empty = False
+    where = f'{path}:{number}'
+    try:
+      value = json.loads(line, object_pairs_hook=unique_keys(where))
+    except json.JSONDecodeError as error:
+      if number == len(lines):
+        raise ValueError(
+          f'{where}: the last line is cut short ({error.msg} at column'
+          f' {error.colno}, and no line end follows); write the file again or'
+          ' remove that line'
+        ) from None
+      raise ValueError(
+        f'{where}: not valid JSON ({error.msg} at column {error.colno});'
+        ' write one JSON object a line'
+      ) from None
+    except RecursionError:
+      raise ValueError(f'{where}: nested too deeply; flatten it') from None
+    yield where, value
+  if is_empty:
+    raise ValueError(f'{path}: no rows; give a file with one object a line')
+
+
+def unique_keys(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+  """Returns an object_pairs_hook of json.loads that refuses repeated keys.
+
+  json keeps the last of two equal keys: a rule or a label would vanish in
+  silence.
+  """
+
+  def make(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    obj = dict(items)
+    if len(obj) < len(items):
+      keys = [key for key, _ in items]
+      repeated = next(k for i, k in enumerate(keys) if k in keys[:i])
+      raise ValueError(
+        f'{where}: the key {show(repeated)} is given twice in one object; remove one'
+      )
+    return obj
+
+  return make
+
+
+def load_yaml(text: str, where: str, items: str) -> tuple[Any, list[int]]:
+  """Returns the YAML value, and the line of each entry of its list `items`.
+
+  Raises:
+    ValueError: not YAML, or one mapping gives a key twice.
+  """
+  try:
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node()
+    if node is None:
+      return None, []
+    _check_unique_keys(node, where)
+    return _construct(loader, node, where), _item_lines(node, items)
+  except yaml.MarkedYAMLError as error:
+    mark = error.problem_mark or error.context_mark
+    at = f'{where}:{mark.line + 1}' if mark else where
+    raise ValueError(
+      f'{at}: not valid YAML ({error.problem}); correct the indentation, or'
+      ' quote text that holds ": " or starts with a special character'
+    ) from None
+  except yaml.YAMLError as error:
+    reason = getattr(error, 'reason', None) or 'unreadable'
+    raise ValueError(f'{where}: not valid YAML ({reason}); remove control characters') from None
+  except RecursionError:
+    raise ValueError(f'{where}: nested too deeply; flatten it') from None
+
+
+def _construct(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
+  try:
+    return loader.construct_document(node)
+  except ValueError as error:  # a date that is none, for example
+    raise ValueError(
+      f'{where}: not valid YAML ({error}); quote text that looks like a date or a number'
+    ) from None
+
+
+def _check_unique_keys(node: yaml.Node, where: str) -> None:
+  # PyYAML keeps the last of two equal keys: a rule would vanish in silence.
+  todo, done = [node], set()
+  while todo:
+    node = todo.pop()
+    if id(node) in done:
+      continue
+    done.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+      todo.extend(node.value)
+    elif isinstance(node, yaml.MappingNode):
+      keys = set()
+      for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+          if key.value in keys:
+            raise ValueError(
+              f'{where}:{key.start_mark.line + 1}: the key {show(key.value)}'
+              ' is given twice in one mapping; remove one'
+            )
+          keys.add(key.value)
+        todo.append(value)
+
+
+def _item_lines(node: yaml.Node, items: str) -> list[int]:
+  if isinstance(node, yaml.MappingNode):
+    for key, value in node.value:
+      if key.value == items and isinstance(value, yaml.SequenceNode):
+        return [item.start_mark.line + 1 for item in value.value]
+  return []
+
+
+# --- Logs: JSON lines that grow, and that a kill may cut short -------------------------
+
+
+def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Returns the objects in a log, [] without one; skips what is no whole object."""
+  return [row for _, row in _log_lines(path)]
+
+
+def cut_log(path: str | os.PathLike, step: int) -> None:
+  """Drops the lines of steps after `step`, which a resumed run writes again.
+
+  So goes a last line without its end. The others stay, byte for byte.
+  """
+  if pathlib.Path(path).exists():
+    found = _log_lines(path)
+    write(
+      path,
+      b''.join(
+        line for line, row in found if line.endswith(b'\n') and row.get('step', step + 1) <= step
+      ),
+    )
+
+
+def _log_lines(path: str | os.PathLike) -> Iterator[tuple[bytes, dict[str, Any]]]:
+  path = pathlib.Path(path)
+  for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    with contextlib.suppress(ValueError):
+      row = json.loads(line)
+      if isinstance(row, dict):
+        yield line, row
