@@ -1,0 +1,41 @@
+"""Parts of a report in Markdown.
+
+Everything that comes from data, configs or users is escaped: it can neither
+make markup nor break a table.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+NONE = '–'  # not known, or not defined
+
+
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+  """Returns a Markdown table; cells are Markdown already, or numbers."""
+  lines = [header, ['---'] * len(header), *rows]
+  return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
+
+
+def escape(text: Any) -> str:
+  """Returns the text on one line, with nothing left that Markdown acts on."""
+  return re.sub(r'([\\`*_\[\]<>|#~&$!])', r'\\\1', ' '.join(str(text).split()))
+
+
+def code(text: Any) -> str:
+  """Returns the text on one line as code, to be copied as it is."""
+  return '`' + ' '.join(str(text).split()).replace('`', "'").replace('|', '\\|') + '`'
+
+
+def number(value: Any) -> str:
+  """Returns three decimals, or a dash for what is missing or not finite."""
+  return f'{value:.3f}' if is_number(value) else NONE
+
+
+def is_number(value: Any) -> bool:
+  """Returns whether the value is a finite number."""
+  is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return is_real and math.isfinite(value)
