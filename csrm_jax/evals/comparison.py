@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from csrm_jax.core import files
-from csrm_jax.evals import compare, paper, probe_figures, report, sections
+from csrm_jax.evals import compare, figures, paper, report, sections
 
 # Figures of a comparison: (file, metric, caption).
 _COMPARED = (
@@ -49,7 +49,7 @@ def write_comparison(
     drawn = []
     for key, metric, caption in _COMPARED:
       file = f'compare_{key}.png'
-      if probe_figures.draw_comparison(temporary / file, scorers, metric):
+      if figures.draw_comparison(temporary / file, scorers, metric):
         drawn.append((file, caption))
     text = sections.render_comparison(scorers, found, drawn, title)
     report.dump_text(temporary / 'report.md', text)

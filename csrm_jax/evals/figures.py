@@ -1,9 +1,9 @@
-"""Figures of a report, as PNG files.
+"""Figures of reports, as PNG files.
 
-They are drawn on `matplotlib.figure.Figure` without pyplot, so that no window,
-backend or global style of the caller is touched. Colours are Okabe and Ito's,
-which people with any kind of colour vision tell apart; line styles and markers
-differ too. Text of users is never parsed as mathematics.
+Every function draws the values that it is given and knows nothing of suites. They are drawn on
+`matplotlib.figure.Figure` without pyplot, so that no window, backend or global style of the
+caller is touched. Colours are Okabe and Ito's, which people with any kind of colour vision tell
+apart; line styles and markers differ too. Text of users is never parsed as mathematics.
 """
 
 from __future__ import annotations
@@ -17,24 +17,34 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import precision_recall_curve
+
+from csrm_jax.evals.definitions import METRICS
+from csrm_jax.evals.markdown import is_number
 
 SAFE, UNSAFE, BEST = '#0072B2', '#D55E00', '#000000'
 SERIES = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-GREY = '#595959'
+GREY, LIGHT = '#595959', '#dddddd'
 # Fewer rows than this make no curve worth looking at.
 MIN_ROWS = 20
-_MAX_BARS = 20
+_MAX_ROWS = 20
+_MARKERS = 'osD^vP*X'
+_LEGEND_LETTERS = 90  # beside each other, in the narrowest figure
+Metric = Mapping[str, Any]
+
+
+# Verdicts and scores.
 
 
 def draw_reliability(path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.ndarray) -> None:
   """Writes the smoothed reliability diagram with its smECE.
 
-  The line is the share of unsafe labels near each predicted P(unsafe): thick
-  where there are many predictions. Grey is its 95% bootstrap band; the ticks
-  below are up to 100 predictions (down: labelled safe, up: labelled unsafe).
+  The line is the share of unsafe labels near each predicted P(unsafe): thick where there are many
+  predictions. Grey is its 95% bootstrap band; the ticks below are up to 100 predictions (down:
+  labelled safe, up: labelled unsafe).
 
   Source: Blasiok & Nakkiran, Smooth ECE, ICLR 2024; their package relplot.
   """
@@ -48,27 +58,14 @@ def draw_reliability(path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.n
   figure, ax = axes(5, 5)
   relplot.plot_rel_diagram(diagram, fig=figure, ax=ax, use_default_style=False, color=UNSAFE)
   # relplot fades both out where predictions are few: keep them in sight.
-  ax.plot(diagram['mesh'], diagram['mu'], color=UNSAFE, linewidth=0.9)
-  ax.fill_between(
-    diagram['mesh'], diagram['lower'], diagram['upper'], color=GREY, alpha=0.13, linewidth=0
-  )
-  ax.set(
-    xlim=(0, 1),
-    ylim=(0, 1),
-    xlabel='Predicted P(unsafe)',
-    ylabel='Share labelled unsafe',
-    aspect='equal',
-  )
+  mesh, low, high = diagram['mesh'], diagram['lower'], diagram['upper']
+  ax.plot(mesh, diagram['mu'], color=UNSAFE, linewidth=0.9)
+  ax.fill_between(mesh, low, high, color=GREY, alpha=0.13, linewidth=0)
+  ax.set(xlabel='Predicted P(unsafe)', ylabel='Share labelled unsafe')
+  ax.set(xlim=(0, 1), ylim=(0, 1), aspect='equal')
   ax.tick_params(axis='x', pad=9)  # Clear of the ticks relplot hangs there.
-  ax.text(
-    0.04,
-    0.95,
-    f'smECE {smece:.3f}',
-    va='top',
-    fontsize=13,
-    zorder=1000,
-    bbox={'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.8},
-  )
+  box = {'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.8}
+  ax.text(0.04, 0.95, f'smECE {smece:.3f}', va='top', fontsize=13, zorder=1000, bbox=box)
   save(figure, path)
 
 
@@ -81,16 +78,8 @@ def draw_scores(path: str | os.PathLike, labels: np.ndarray, scores: np.ndarray)
     (1, 'labelled unsafe', UNSAFE, '////'),
   ):
     part = scores[labels == value]
-    ax.hist(
-      part,
-      bins,
-      label=f'{name} ({len(part):,})',
-      facecolor=colour,
-      alpha=0.5,
-      hatch=hatch,
-      edgecolor=colour,
-      linewidth=0.4,
-    )
+    style = {'facecolor': colour, 'edgecolor': colour, 'hatch': hatch}
+    ax.hist(part, bins, label=f'{name} ({len(part):,})', alpha=0.5, linewidth=0.4, **style)
   ax.axvline(0, color=BEST, linewidth=1, linestyle='--')
   ax.set(xlabel='Score, nats (below 0: judged unsafe)', ylabel='Examples')
   ax.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -111,9 +100,8 @@ def draw_precision_recall(
     # Average precision is the area under steps, not under straight lines.
     ax.step(recall, precision, style, where='post', color=colour, linewidth=width, label=name)
   ax.axhline(np.mean(labels), color=GREY, linewidth=1, linestyle=':', label='chance')
-  ax.set(
-    xlim=(0, 1.01), ylim=(0, 1.01), xlabel='Recall of unsafe', ylabel='Precision', aspect='equal'
-  )
+  ax.set(xlim=(0, 1.01), ylim=(0, 1.01), aspect='equal')
+  ax.set(xlabel='Recall of unsafe', ylabel='Precision')
   ax.legend(loc='lower left', frameon=False)
   save(figure, path)
 
@@ -125,84 +113,22 @@ def draw_gaps(path: str | os.PathLike, gaps: np.ndarray, kinds: np.ndarray) -> N
   low, high = min(gaps.min(), -0.1), max(gaps.max(), 0.1)
   step = (high - low) / 50  # An edge at 0 keeps right and wrong apart.
   bins = step * np.arange(np.floor(low / step), np.ceil(high / step) + 1)
-  axes = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-  for ax, name in zip(axes, names, strict=True):
+  panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+  for ax, name in zip(panels, names, strict=True):
     part = gaps[kinds == name]
     for keep, colour, hatch, what in (
       (part > 0, SAFE, None, 'right order'),
       (part <= 0, UNSAFE, '////', 'wrong order or tie'),
     ):
-      ax.hist(
-        part[keep], bins, color=colour, hatch=hatch, alpha=0.6, label=f'{what} ({keep.mean():.1%})'
-      )
+      label = f'{what} ({keep.mean():.1%})'
+      ax.hist(part[keep], bins, color=colour, hatch=hatch, alpha=0.6, label=label)
     ax.axvline(0, color=BEST, linewidth=1, linestyle='--')
     ax.set_title(f'{name}: {len(part):,} pairs', loc='left', parse_math=False)
     ax.set_ylabel('Pairs')
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False)
     _clean(ax)
-  axes[-1].set_xlabel('Score of the safer side minus the other, nats')
-  save(figure, path)
-
-
-def draw_groups(path: str | os.PathLike, groups: Mapping[str, Mapping[str, Any]]) -> None:
-  """Writes F1 bars of the largest groups, with interval and best reachable."""
-  names = [name for name, group in groups.items() if np.isfinite(group['metrics']['f1']['value'])][
-    :_MAX_BARS
-  ]
-  f1s = [groups[name]['metrics']['f1'] for name in names]
-  figure, ax = axes(7, 1.4 + 0.42 * len(names))
-  rows = np.arange(len(names))
-  ax.barh(rows, [f1['value'] for f1 in f1s], 0.62, color=SERIES[5])
-  for row, f1 in zip(rows, f1s, strict=True):
-    ax.plot(
-      [f1['low'], f1['high']],
-      [row, row],
-      color=GREY,
-      linewidth=2,
-      solid_capstyle='butt',
-      label='' if row else '95% interval',
-    )
-    if f1['best'] is not None:
-      ax.plot(
-        f1['best'],
-        row,
-        'D',
-        color=BEST,
-        markersize=6,
-        clip_on=False,
-        label='' if row else 'best reachable',
-      )
-    ax.text(0.012, row, f'{f1["value"]:.3f}', va='center')
-  labels = [f'{short(name, 40)} ({groups[name]["num_examples"]:,})' for name in names]
-  ax.set_yticks(rows, labels, parse_math=False)
-  ax.set(xlim=(0, 1), xlabel='F1, unsafe is positive')
-  ax.invert_yaxis()
-  legend_above(ax, 2)
-  save(figure, path)
-
-
-def draw_training(path: str | os.PathLike, series: Mapping[str, Mapping[int, float]]) -> None:
-  """Writes up to six curves, {name: {step: value}}, by `_curve_order`."""
-  names = sorted(series, key=_curve_order)[:6]
-  columns = min(len(names), 3)
-  num_rows = -(-len(names) // columns)
-  figure = _figure(3.6 * columns, 0.3 + 2.6 * num_rows)
-  for i, name in enumerate(names):
-    ax = figure.add_subplot(num_rows, columns, i + 1)
-    steps, values = zip(*sorted(series[name].items()), strict=True)
-    ax.plot(
-      steps,
-      values,
-      color=SERIES[i],
-      linewidth=1.4,
-      marker='o' if len(steps) < 20 else '',
-      markersize=3,
-    )
-    ax.set_title(name, loc='left', parse_math=False)
-    ax.set_xlabel('Step')
-    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _clean(ax)
+  panels[-1].set_xlabel('Score of the safer side minus the other, nats')
   save(figure, path)
 
 
@@ -213,14 +139,16 @@ def draw_rule_sets(
 ) -> None:
   """Writes one conversation, and its reward under each rule set.
 
-  Source: the paper's Figure 6. `conversation` and `rows` are those of
-  `suites.rule_sets`. A black diamond is the true P(safe) where it is known.
+  `conversation` and `rows` are those of `suites.rule_sets`. A black diamond is the true P(safe)
+  where it is known.
+
+  Source: the paper's Figure 6.
   """
   talk = []
   for message in conversation:
     text = f'{message["role"].capitalize()}: {message["content"]}'
     talk += _wrap(text, 9.7, 11, max_lines=4)
-  rules = [_rules_text(row) for row in rows]
+  rules = [_rules_text(row['rules']) for row in rows]
   line = 0.2  # inches
   heights = [line * len(talk) + 0.15]
   heights += [line * (len(text) + 1) + 0.25 for text in rules]
@@ -228,24 +156,22 @@ def draw_rule_sets(
   grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=(1.35, 1))
   top = figure.add_subplot(grid[0, :])
   top.axis('off')
-  style = {'va': 'top', 'parse_math': False}
-  top.text(0, 1, '\n'.join(talk), fontsize=11, linespacing=1.25, **style)
+  style = {'va': 'top', 'linespacing': 1.25, 'parse_math': False}
+  top.text(0, 1, '\n'.join(talk), fontsize=11, **style)
   for i, (row, text) in enumerate(zip(rows, rules, strict=True)):
     left = figure.add_subplot(grid[i + 1, 0])
     left.axis('off')
-    left.text(0, 1, short(row['rule_set'], 60), weight='bold', **style)
-    left.text(
-      0, 1, '\n' + '\n'.join(text), fontsize=9.5, color='#333333', linespacing=1.25, **style
-    )
+    left.text(0, 1, short(row['rule_set'], 60), weight='bold', va='top', parse_math=False)
+    left.text(0, 1, '\n' + '\n'.join(text), fontsize=9.5, color='#333333', **style)
     _reward_bar(figure.add_subplot(grid[i + 1, 1]), row, i == len(rows) - 1)
   save(figure, path)
 
 
 def _reward_bar(ax, row: Mapping[str, Any], last: bool) -> None:
-  reward = 1 - row['p_unsafe']
+  reward, known = 1 - row['p_unsafe'], row['probability'] is not None
   verdict, colour = ('safe', SAFE) if reward > 0.5 else ('unsafe', UNSAFE)
   ax.barh(0, reward, 0.5, color=colour, alpha=0.75)
-  if row['probability'] is not None:
+  if known:
     ax.plot(1 - row['probability'], 0, 'D', color=BEST, clip_on=False)
   ax.axvline(0.5, color=GREY, linewidth=1, linestyle='--')
   ax.set(xlim=(0, 1), ylim=(-0.5, 0.5), yticks=[])
@@ -253,20 +179,381 @@ def _reward_bar(ax, row: Mapping[str, Any], last: bool) -> None:
   for side in ('top', 'right', 'left'):
     ax.spines[side].set_visible(False)
   if last:
-    known = row['probability'] is not None
     ax.set_xlabel('Reward = P(safe)' + ('; diamond: true P(safe)' if known else ''))
   else:
     ax.tick_params(length=0, labelbottom=False)
 
 
-def _rules_text(row: Mapping[str, Any]) -> list[str]:
+def _rules_text(rules: Sequence[Mapping[str, str]]) -> list[str]:
   lines = []
-  for i, rule in enumerate(row['rules'][:4]):
-    text = f'S{i + 1}: {rule["name"]}. {rule["guideline"]}'
-    lines += _wrap(text, 5.1, 9.5, max_lines=3)
-  if len(row['rules']) > 4:
-    lines.append(f'and {len(row["rules"]) - 4} more')
+  for i, rule in enumerate(rules[:4]):
+    lines += _wrap(f'S{i + 1}: {rule["name"]}. {rule["guideline"]}', 5.1, 9.5, max_lines=3)
+  if len(rules) > 4:
+    lines.append(f'and {len(rules) - 4} more')
   return lines
+
+
+# Probes.
+
+
+def draw_policy(
+  path: str | os.PathLike, rates: Mapping[str, float], true_rates: Mapping[str, float] | None = None
+) -> None:
+  """Writes the unsafe rate under each variant of the rules, as `probes.policy` has them.
+
+  Source: the paper's Figure 3 shows such rates.
+  """
+  # (variant, what it is, is the changed rule the one that is violated)
+  variants = (
+    ('strict', 'rule\nstands', True),
+    ('leave_one_out', 'rule\nleft out', True),
+    ('allow', 'rule\nallows', True),
+    ('other_left_out', 'another\nleft out', False),
+    ('other_allowed', 'another\nallows', False),
+  )
+  target = {'facecolor': UNSAFE, 'alpha': 0.75}
+  other = {'facecolor': SAFE, 'alpha': 0.75, 'hatch': '////', 'edgecolor': 'white'}
+  figure, ax = axes(7, 3.8)
+  for x, (name, _, is_target) in enumerate(variants):
+    rate = top = rates[name]
+    ax.bar(x, rate, 0.62, **({'edgecolor': 'white'} | target if is_target else other))
+    if true_rates:
+      ax.plot(x, true_rates[name], 'D', color=BEST, markersize=6, zorder=3, clip_on=False)
+      # The number stands above its bar, clear of the diamond.
+      top = true_rates[name] if rate <= true_rates[name] < rate + 0.09 else rate
+    ax.text(x, top + 0.03, f'{rate:.1%}', ha='center', va='bottom')
+  ax.axhline(rates['strict'], color=GREY, linewidth=1, linestyle='--')
+  ax.set_xticks(range(len(variants)), [text for _, text, _ in variants])
+  ax.set(ylim=(0, 1.14), ylabel='Called unsafe')
+  ax.yaxis.set_major_formatter(PercentFormatter(1))
+  ax.grid(False, axis='x')
+  handles = [
+    Patch(label='the violated rule changes', **target),
+    Patch(label='another rule changes', **other),
+  ]
+  if true_rates:
+    handles += ax.plot([], [], 'D', color=BEST, label='true rate')
+  legend_above(ax, 3, handles=handles)
+  save(figure, path)
+
+
+def draw_recall(
+  path: str | os.PathLike, curve: Sequence[float], chance: Sequence[float], top_k: int
+) -> None:
+  """Writes the retrieval recall curve over k, and chance.
+
+  Source: the paper's Figure 8.
+  """
+  figure, ax = axes(5.5, 4)
+  k = np.arange(1, len(curve) + 1)
+  size = 4 if len(k) <= 40 else 0
+  ax.plot(k, curve, color=SAFE, linewidth=2, marker='o', markersize=size, label='BM25')
+  ax.plot(k, chance, color=GREY, linewidth=1.5, linestyle=':', label='at random')
+  if top_k <= len(curve):
+    kept = curve[top_k - 1]
+    ax.plot([top_k, top_k], [0, kept], color=UNSAFE, linestyle='--')
+    ax.plot(top_k, kept, 'D', color=UNSAFE, markersize=8, label=f'kept: k = {top_k}, {kept:.1%}')
+  ax.set(xlim=(0.5, len(k) + 0.5), ylim=(0, 1.02))
+  ax.set(xlabel='Rules kept, k', ylabel='Violated rules among them')
+  ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+  ax.yaxis.set_major_formatter(PercentFormatter(1))
+  ax.legend(loc='lower right', frameon=False)
+  save(figure, path)
+
+
+# One row of marks for each group, rule set, category or benchmark.
+
+
+def draw_groups(path: str | os.PathLike, groups: Mapping[str, Mapping[str, Any]]) -> None:
+  """Writes F1 bars of the largest groups, with interval and best reachable."""
+  known = {name: g for name, g in groups.items() if is_number(g['metrics']['f1']['value'])}
+  figure, ax = _row_axes(_group_labels(known), 1.4, 0.42, xlabel='F1, unsafe is positive')
+  f1s = [group['metrics']['f1'] for group in known.values()][:_MAX_ROWS]
+  rows = range(len(f1s))
+  ax.barh(rows, [f1['value'] for f1 in f1s], 0.62, color=SERIES[5])
+  _draw_intervals(ax, rows, f1s, color=GREY, solid_capstyle='butt', label='95% interval')
+  for y, f1 in enumerate(f1s):
+    ax.text(0.012, y, f'{f1["value"]:.3f}', va='center')
+  best = {y: f1['best'] for y, f1 in enumerate(f1s) if f1['best'] is not None}
+  if best:
+    style = {'color': BEST, 'markersize': 6, 'clip_on': False, 'label': 'best reachable'}
+    ax.plot(list(best.values()), list(best), 'D', **style)
+  ax.set_xlim(0, 1)
+  legend_above(ax, 2)
+  save(figure, path)
+
+
+def draw_shares(path: str | os.PathLike, groups: Mapping[str, Mapping[str, Any]]) -> None:
+  """Writes, by rule set, the share labelled unsafe and the mean P(unsafe)."""
+  figure, ax = _row_axes(_group_labels(groups), 1.4, 0.42, xlabel='Share of the texts')
+  shown = list(groups.values())[:_MAX_ROWS]
+  rows = np.arange(len(shown))
+  style = {'alpha': 0.75, 'edgecolor': 'white'}
+  labelled = [group['num_unsafe'] / group['num_examples'] for group in shown]
+  ax.barh(rows - 0.19, labelled, 0.36, color=GREY, label='labelled unsafe', **style)
+  predicted = [group['mean_p_unsafe'] for group in shown]
+  style |= {'color': UNSAFE, 'hatch': '////'}
+  ax.barh(rows + 0.19, predicted, 0.36, label='mean P(unsafe)', **style)
+  ax.set_xlim(0, 1)
+  ax.xaxis.set_major_formatter(PercentFormatter(1))
+  ax.grid(False, axis='y')
+  legend_above(ax, 2)
+  save(figure, path)
+
+
+def draw_contradiction(path: str | os.PathLike, categories: Sequence[Mapping[str, Any]]) -> None:
+  """Writes mean rewards by category: enforce, both clauses, allow.
+
+  Source: the paper's Figure 5 shows such rewards.
+  """
+  shown = sorted(categories, key=lambda c: (-c['num_examples'], c['category']))[:_MAX_ROWS]
+  shown.sort(key=lambda c: c['reward']['both'])
+  shown.reverse()
+  labels = [f'{short(c["category"], 34)} ({c["num_examples"]:,})' for c in shown]
+  xlabel = 'Mean reward, P(safe); bars: either order of the clauses'
+  figure, ax = _row_axes(labels, 1.5, 0.36, xlabel=xlabel)
+  rewards = {name: [c['reward'][name] for c in shown] for name in shown[0]['reward']}
+  rows = range(len(shown))
+  ends = [rewards['enforce'], rewards['allow']]
+  ax.plot(ends, [rows, rows], color='#bbbbbb', linewidth=3, zorder=1, solid_capstyle='round')
+  # The two orders of the clauses, of which "both" is the mean.
+  for order in ('enforce_allow', 'allow_enforce'):
+    ax.plot(rewards[order], rows, '|', color=BEST, markersize=9, zorder=2)
+  for name, colour, marker, label in (
+    ('enforce', UNSAFE, 's', 'rule forbids'),
+    ('both', BEST, 'D', 'both clauses'),
+    ('allow', SAFE, 'o', 'rule allows'),
+  ):
+    ax.plot(rewards[name], rows, marker, color=colour, markersize=7, zorder=3, label=label)
+  ax.set(xlim=(-0.02, 1.02), ylim=(len(shown) - 0.4, -0.6))
+  legend_above(ax, 3)
+  save(figure, path)
+
+
+def draw_attacks(path: str | os.PathLike, rates: Mapping[str, Metric], num_caught: int) -> None:
+  """Writes the flip rate of each suffix, with its interval."""
+  xlabel = f'Turned into "safe", of {num_caught:,} caught'
+  figure, ax = _row_axes(list(rates), 1.2, 0.34, xlabel=xlabel)
+  known = [is_number(rate['value']) for rate in rates.values()]  # else nothing was caught
+  values = [rate['value'] if k else 0.0 for rate, k in zip(rates.values(), known, strict=True)]
+  rows = range(len(values))
+  ax.barh(rows, values, 0.62, color=UNSAFE, alpha=0.75)
+  _draw_intervals(ax, rows, rates.values(), color=GREY)
+  top = 0.05
+  for y, rate in enumerate(rates.values()):
+    end = max(values[y], rate['high'] if is_number(rate['low']) else 0)
+    text = f'{values[y]:.1%}' if known[y] else '–'
+    ax.annotate(text, (end, y), (4, 0), va='center', textcoords='offset points')
+    top = max(top, end)
+  ax.set_xlim(0, min(max(top * 1.15, 0.25), 1.1))  # Rates near 0 shall look like what they are.
+  ax.xaxis.set_major_formatter(PercentFormatter(1))
+  ax.grid(False, axis='y')
+  save(figure, path)
+
+
+def draw_comparison(
+  path: str | os.PathLike, scorers: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str
+) -> bool:
+  """Writes one metric of every scorer by benchmark; False where none has it.
+
+  A black bar is the best reachable, where it is known.
+  """
+  found = {
+    scorer: {
+      name: value
+      for name, result in results.items()
+      if (value := result.get('metrics', {}).get(metric)) and is_number(value['value'])
+    }
+    for scorer, results in scorers.items()
+  }
+  order = dict.fromkeys(name for results in scorers.values() for name in results)
+  names = [name for name in order if any(name in of for of in found.values())][:_MAX_ROWS]
+  if not names:
+    return False
+  first = next(iter(found.values()))
+  best = {y: first[n]['best'] for y, n in enumerate(names) if n in first}
+  best = {y: value for y, value in best.items() if value is not None}
+  xlabel = METRICS[metric][0] + ('; bar: best reachable' if best else '')
+  top, height = 1.3 + 0.2 * len(scorers), 0.2 + 0.16 * len(scorers)
+  figure, ax = _series_axes(names, found, top, height, xlabel)
+  for y, value in best.items():
+    ax.plot([value] * 2, [y - 0.4, y + 0.4], color=BEST, linewidth=1.5)
+  low, high = ax.get_xlim()
+  ax.set_xlim(0 if low < 0.3 else low, min(high, 1.02))
+  legend_above(ax, min(len(scorers), 2))
+  save(figure, path)
+  return True
+
+
+def draw_alignment(
+  path: str | os.PathLike, policies: Mapping[str, Mapping[str, Metric | None]], xlabel: str
+) -> None:
+  """Writes a CoSA score, 0 to 5, of every policy by rule set, with its interval.
+
+  The rule sets are the first policy's; None stands where a policy was not asked under one.
+  """
+  sets = list(next(iter(policies.values())))
+  found = {policy: {s: m for s, m in of.items() if m} for policy, of in policies.items()}
+  figure, ax = _series_axes(sets, found, 1.3, 0.2 + 0.14 * len(policies), xlabel)
+  ax.set_xlim(0, 5)
+  _name_series(ax)
+  save(figure, path)
+
+
+def _series_axes(
+  names: Sequence[str],
+  series: Mapping[str, Mapping[str, Metric]],
+  top: float,
+  height: float,
+  xlabel: str,
+):
+  """Returns (figure, axes) with a row a name, in which each series has its own line."""
+  labels = [short(name, 34) for name in names]
+  figure, ax = _row_axes(labels, top, height, width=7.5, xlabel=xlabel)
+  step = 0.8 / len(series)
+  for i, (label, found) in enumerate(series.items()):
+    at = {y: found[name] for y, name in enumerate(names) if name in found}
+    if not at:
+      continue
+    rows = [y + (i - (len(series) - 1) / 2) * step for y in at]
+    colour, marker = SERIES[i % len(SERIES)], _MARKERS[i % len(_MARKERS)]
+    _draw_intervals(ax, rows, at.values(), color=colour, alpha=0.5)
+    values = [metric['value'] for metric in at.values()]
+    style = {'color': colour, 'markersize': 7, 'clip_on': False, 'zorder': 3}
+    ax.plot(values, rows, marker, label=short(label, 40), **style)
+  for y in range(1, len(names)):
+    ax.axhline(y - 0.5, color=LIGHT, linewidth=0.8)
+  ax.set_ylim(len(names) - 0.5, -0.5)
+  ax.grid(False, axis='y')
+  return figure, ax
+
+
+def _row_axes(labels: Sequence[str], top: float, height: float, *, xlabel: str, width: float = 7):
+  """Returns (figure, axes) with a row a label, the first on top."""
+  figure, ax = axes(width, top + height * len(labels))
+  ax.set_yticks(range(len(labels)), labels, parse_math=False)
+  ax.invert_yaxis()
+  ax.set_xlabel(xlabel)
+  return figure, ax
+
+
+def _group_labels(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  return [f'{short(name, 40)} ({g["num_examples"]:,})' for name, g in groups.items()][:_MAX_ROWS]
+
+
+def _draw_intervals(ax, rows, metrics, label: str = '', **style) -> None:
+  """Draws a line from low to high in each row where they are known."""
+  for y, metric in zip(rows, metrics, strict=True):
+    if is_number(metric['low']):
+      ax.plot([metric['low'], metric['high']], [y, y], linewidth=2, label=label, **style)
+      label = ''
+
+
+# Policies and training.
+
+
+def draw_pareto(path: str | os.PathLike, points: Sequence[Mapping[str, Any]], known: bool) -> None:
+  """Writes helpfulness over safety, the frontier of each method as a line.
+
+  Numbers beside points are a and b of sigmoid(a * score + b).
+
+  Args:
+    points: those of `policy.pareto`.
+    known: whether they are the truth, not what the rewards say.
+
+  Source: the paper's Figure 4.
+  """
+  figure, ax = axes(7, 5)
+  swept = dict.fromkeys(p['method'] for p in points if p['a'] is not None)
+  methods = swept | dict.fromkeys(p['method'] for p in points)
+  for i, name in enumerate(methods):
+    colour = SERIES[i % len(SERIES)] if name in swept else BEST
+    mine = [point for point in points if point['method'] == name]
+    _draw_method(ax, short(name, 40), mine, colour, _MARKERS[i % len(_MARKERS)])
+  source = 'share that break no rule' if known else 'mean P(safe)'
+  level = 'true' if known else 'reward'
+  ax.set(xlabel=f'Safety: {source}', ylabel=f'Helpfulness, 1 to 5 ({level})')
+  ax.margins(0.08)
+  _name_series(ax)
+  save(figure, path)
+
+
+def _draw_method(ax, name: str, points, colour: str, marker: str) -> None:
+  for point in points:
+    x, y = point['safety'], point['helpfulness']
+    bars = [
+      [[max(m['value'] - m['low'], 0)], [max(m['high'] - m['value'], 0)]]
+      if is_number(m['low'])
+      else None
+      for m in (x, y)
+    ]
+    at = x['value'], y['value']
+    ax.errorbar(*at, bars[1], bars[0], color=colour, alpha=0.35, linewidth=1.2)
+    if point['a'] is not None:
+      text = f'{point["a"]:g}, {point["b"]:+g}'
+      ax.annotate(text, at, (6, 5), textcoords='offset points', fontsize=8, color=GREY)
+  x, y = (np.array([p[key]['value'] for p in points]) for key in ('safety', 'helpfulness'))
+  # Its own frontier: what another method reaches does not cut the line.
+  best = np.flatnonzero([point['own_frontier'] for point in points])
+  best = best[np.argsort(x[best])]
+  ax.plot(x[best], y[best], color=colour, linewidth=1.5, linestyle='-' if len(best) > 1 else '')
+  inside = np.setdiff1d(np.arange(len(x)), best)
+  ax.plot(x[best], y[best], marker, color=colour, markersize=7, label=name)
+  ax.plot(x[inside], y[inside], marker, color=colour, markersize=7, fillstyle='none')
+
+
+def draw_overoptimisation(
+  path: str | os.PathLike, steps: Sequence[int], curves: Mapping[str, Mapping[str, Any]]
+) -> None:
+  """Writes reward and truth over training steps, with their intervals.
+
+  A dashed line is where they part. `curves` are those of `policy.overoptimisation`.
+  """
+  # name -> (title, the least that the axis spans: what is constant shall look so).
+  shown = {
+    'safety': ('Safety', 0.2),
+    'helpfulness': ('Helpfulness', 0.8),
+    'cosa': ('CoSA score', 0.8),
+  }
+  figure = _figure(3.9 * len(curves), 3.6)
+  panels = figure.subplots(1, len(curves), squeeze=False)[0]
+  for ax, (name, curve) in zip(panels, curves.items(), strict=True):
+    title, least_range = shown[name]
+    for side, colour, style, label in (
+      ('proxy', UNSAFE, '--', 'reward'),
+      ('oracle', SAFE, '-', 'truth'),
+    ):
+      value, low, high = ([m[key] for m in curve[side]] for key in ('value', 'low', 'high'))
+      marker = 'o' if len(steps) < 20 else ''
+      ax.plot(steps, value, style, color=colour, label=label, marker=marker, markersize=4)
+      if all(map(is_number, low)):
+        ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    if (parted := curve['parting_step']) is not None:
+      label = f'part after {parted:,}'
+      ax.axvline(parted, color=BEST, linewidth=1, linestyle=':', label=label)
+    low, high = ax.get_ylim()
+    room = max(least_range - (high - low), 0) / 2
+    ax.set_ylim(low - room, high + room)
+    ax.set_title(title, loc='left')
+    _step_axis(ax)
+    ax.legend(frameon=False, fontsize=9)
+  save(figure, path)
+
+
+def draw_training(path: str | os.PathLike, series: Mapping[str, Mapping[int, float]]) -> None:
+  """Writes the six curves of {name: {step: value}} that tell most of a run."""
+  names = sorted(series, key=_curve_order)[:6]
+  columns = min(len(names), 3)
+  num_rows = -(-len(names) // columns)
+  figure = _figure(3.6 * columns, 0.3 + 2.6 * num_rows)
+  for i, name in enumerate(names):
+    ax = figure.add_subplot(num_rows, columns, i + 1)
+    steps, values = zip(*sorted(series[name].items()), strict=True)
+    marker = 'o' if len(steps) < 20 else ''
+    ax.plot(steps, values, color=SERIES[i], linewidth=1.4, marker=marker, markersize=3)
+    ax.set_title(name, loc='left', parse_math=False)
+    _step_axis(ax)
+  save(figure, path)
 
 
 def _curve_order(name: str) -> tuple[int, int, str]:
@@ -276,8 +563,17 @@ def _curve_order(name: str) -> tuple[int, int, str]:
     return -1, first.index(name), name
   last = name.rpartition('/')[2]
   wanted = ('loss', 'accuracy', 'f1', 'gap', 'grad_norm', 'lr')
-  rank = [i for i, word in enumerate(wanted) if word in last]
-  return (rank[0] if rank else len(wanted), len(last), name)
+  rank = next((i for i, word in enumerate(wanted) if word in last), len(wanted))
+  return rank, len(last), name
+
+
+# What they are made of.
+
+
+def short(text: str, length: int) -> str:
+  """Returns the text on one line, cut to a length."""
+  text = ' '.join(text.split())
+  return text if len(text) <= length else text[: length - 1] + '…'
 
 
 def _wrap(text: str, inches: float, size: float, *, max_lines: int) -> list[str]:
@@ -291,18 +587,13 @@ def _wrap(text: str, inches: float, size: float, *, max_lines: int) -> list[str]
   return textwrap.wrap(text, num_letters, max_lines=max_lines, placeholder=' …')
 
 
-def short(text: str, length: int) -> str:
-  """Returns the text on one line, cut to a length."""
-  text = ' '.join(text.split())
-  return text if len(text) <= length else text[: length - 1] + '…'
-
-
 def _figure(width: float, height: float) -> Figure:
+  """Returns an empty figure; sizes are in inches."""
   return Figure(figsize=(width, height), layout='constrained')
 
 
 def axes(width: float, height: float):
-  """Returns (figure, axes), inches."""
+  """Returns (figure, axes) of a size in inches."""
   figure = _figure(width, height)
   ax = figure.add_subplot()
   _clean(ax)
@@ -312,15 +603,28 @@ def axes(width: float, height: float):
 def _clean(ax) -> None:
   for side in ('top', 'right'):
     ax.spines[side].set_visible(False)
-  ax.grid(True, color='#dddddd', linewidth=0.6)
+  ax.grid(True, color=LIGHT, linewidth=0.6)
   ax.set_axisbelow(True)
 
 
-def legend_above(ax, num_columns: int) -> None:
+def _step_axis(ax) -> None:
+  ax.set_xlabel('Step')
+  ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+  _clean(ax)
+
+
+def legend_above(ax, num_columns: int, **options) -> None:
   """Puts the legend above the axes."""
-  ax.legend(
-    loc='lower left', bbox_to_anchor=(0, 1), ncols=num_columns, frameon=False, borderaxespad=0.2
-  )
+  place = {'loc': 'lower left', 'bbox_to_anchor': (0, 1), 'borderaxespad': 0.2}
+  legend = ax.legend(ncols=num_columns, frameon=False, **place, **options)
+  for text in legend.get_texts():
+    text.set_parse_math(False)
+
+
+def _name_series(ax) -> None:
+  """Puts the legend above the axes, in as many columns as the names leave room for."""
+  longest = max(map(len, ax.get_legend_handles_labels()[1]))
+  legend_above(ax, min(3, max(1, _LEGEND_LETTERS // (longest + 6))))
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:

@@ -1,8 +1,14 @@
 """Evaluation of policies: how safe and how helpful they are, by rule set.
 
-A policy is judged by the rewards it was trained on (the *proxy*) and, where
-the truth is known as in RuleWorld, by an oracle. Everything is reported by rule
-set; intervals are over prompts, whose samples are drawn together.
+A policy is judged by the rewards it was trained on (the *proxy*) and, where the truth is known as
+in RuleWorld, by an oracle. Everything is reported by rule set.
+
+- `judge` values samples, `measured` averages them; intervals are over prompts, whose samples are
+  drawn together.
+- `alignment` compares policies that were asked the same, `compare_runs` whole alignments by
+  reward, rule set and seed.
+- `pareto` shows what safety costs in helpfulness, `overoptimisation` whether the reward that a
+  policy was trained on still says the truth.
 
 Axes: N samples.
 """
@@ -14,8 +20,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from csrm_jax.evals import bootstrap, checks, measure, metrics
+from csrm_jax.evals import bootstrap, checks, figures, measure, metrics
 from csrm_jax.evals.definitions import METRICS
 from csrm_jax.evals.measure import Draws, Metric, Result
 from csrm_jax.safety.schema import RewardFn, Sample
@@ -24,17 +31,10 @@ from csrm_jax.safety.schema import RewardFn, Sample
 ALL = 'all'
 # (metric of the proxy, that of the oracle).
 PAIRS = (('safety', 'compliance'), ('helpfulness', 'true_helpfulness'), ('cosa', 'true_cosa'))
-# metric -> the values of `judge` that it is the mean of.
+# Metrics that are means of the values of `judge` with their names.
 _MEANS = (
-  'compliance',
-  'true_safety',
-  'true_helpfulness',
-  'true_cosa',
-  'safety',
-  'helpfulness',
-  'cosa',
-  'completion_length',
-  'truncated',
+  *('compliance', 'true_safety', 'true_helpfulness', 'true_cosa'),
+  *('safety', 'helpfulness', 'cosa', 'completion_length', 'truncated'),
 )
 # metric -> (what it is the mean of, the label of the prompts it is about).
 _BY_LABEL = {
@@ -49,6 +49,11 @@ the rules. Tables named "reward" say what the rewards make of their replies,
 those of the same name without it what is true, where that is known."""
 _NUM_REPLIES = 8
 _REPLY_LETTERS = 160
+# The policies of a run's report: what it started from, and what it made.
+_START, _END = 'unaligned', 'aligned'
+
+# {policy: {rule set: its metrics}}, with ALL among the sets.
+Policies = Mapping[str, Mapping[str, Mapping[str, Metric]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +90,7 @@ class Judges:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-  """Samples of one policy under one rule set, and what they are worth.
-
-  Attributes:
-    samples: N of them.
-    values: {name: float64 [N]}, see `judge`.
-  """
+  """N samples of one policy, and {name: float64 [N]}, what they are worth: see `judge`."""
 
   samples: tuple[Sample, ...]
   values: Mapping[str, np.ndarray]
@@ -99,10 +99,9 @@ class Judged:
 def judge(samples: Sequence[Sample], judges: Judges) -> Judged:
   """Returns the samples with their values.
 
-  `safety`, `helpfulness` and their product `cosa` are the proxy's;
-  `compliance`, `true_safety`, `true_helpfulness` and `true_cosa` (compliance
-  times helpfulness) the oracle's. `refusal` and `truncated` are 0 or 1,
-  `completion_length` is in tokens.
+  `safety`, `helpfulness` and their product `cosa` are the proxy's; `compliance`, `true_safety`,
+  `true_helpfulness` and `true_cosa` (compliance times helpfulness) the oracle's. `refusal` and
+  `truncated` are 0 or 1, `completion_length` is in tokens.
 
   Raises:
     ValueError: there are no samples, or a value is not finite; names the id.
@@ -114,30 +113,29 @@ def judge(samples: Sequence[Sample], judges: Judges) -> Judged:
     raise ValueError('no samples to evaluate; give at least one prompt')
   ids = [sample.id for sample in samples]
 
-  def values(name, numbers):
-    return checks.check_finite(numbers, ids, name)
+  def finite(**values) -> dict[str, np.ndarray]:
+    return {name: checks.check_finite(numbers, ids, name) for name, numbers in values.items()}
 
-  found = {
-    'safety': values('safety', judges.safety(samples)),
-    'helpfulness': values('helpfulness', judges.helpfulness(samples)),
-    'refusal': values('refusal', [judges.refuses(s.text) for s in samples]),
-    'truncated': values('truncated', [not s.stopped for s in samples]),
-    'completion_length': values('completion_length', [s.num_tokens for s in samples]),
-  }
+  found = finite(
+    safety=judges.safety(samples),
+    helpfulness=judges.helpfulness(samples),
+    refusal=[judges.refuses(sample.text) for sample in samples],
+    truncated=[not sample.stopped for sample in samples],
+    completion_length=[sample.num_tokens for sample in samples],
+  )
   found['cosa'] = found['safety'] * found['helpfulness']
   if judges.oracle is not None:
-    for name, fn in (
-      ('compliance', judges.oracle.compliance),
-      ('true_safety', judges.oracle.safety),
-      ('true_helpfulness', judges.oracle.helpfulness),
-    ):
-      found[name] = values(name, [fn(sample) for sample in samples])
+    found |= finite(
+      compliance=[judges.oracle.compliance(sample) for sample in samples],
+      true_safety=[judges.oracle.safety(sample) for sample in samples],
+      true_helpfulness=[judges.oracle.helpfulness(sample) for sample in samples],
+    )
     found['true_cosa'] = found['compliance'] * found['true_helpfulness']
   return Judged(samples, found)
 
 
 def join(parts: Sequence[Judged]) -> Judged:
-  """Returns samples of several rule sets as one."""
+  """Returns samples of several rule sets as one, with the values that all of them have."""
   names = [name for name in parts[0].values if all(name in part.values for part in parts)]
   return Judged(
     tuple(sample for part in parts for sample in part.samples),
@@ -146,14 +144,10 @@ def join(parts: Sequence[Judged]) -> Judged:
 
 
 def measured(judged: Judged, num_samples: int = 300, seed: int = 0) -> dict[str, Metric]:
-  """Returns {metric: value and interval over prompts}.
+  """Returns {metric: value and bootstrap interval over prompts}.
 
-  Rates of the prompts that are known to be benign or harmful are left out
-  where there is no such prompt.
-
-  Args:
-    judged: of `judge` or `join`.
-    num_samples, seed: of the bootstrap.
+  Rates of the prompts that are known to be benign or harmful are left out where there is no such
+  prompt.
   """
   draws = Draws(_units(judged.samples), num_samples, seed)
   found = {
@@ -168,6 +162,16 @@ def measured(judged: Judged, num_samples: int = 300, seed: int = 0) -> dict[str,
   return found
 
 
+def _units(samples: Sequence[Sample]) -> np.ndarray:
+  """Returns the prompt of each sample, int64 [N], numbered in order."""
+  numbers: dict[tuple[Any, ...], int] = {}
+  keys = [(sample.prompt.safety, sample.prompt.messages) for sample in samples]
+  return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+
+
+# Policies that were asked the same.
+
+
 def alignment(
   policies: Mapping[str, Mapping[str, Judged]],
   *,
@@ -177,132 +181,114 @@ def alignment(
 ) -> Result:
   """Returns the comparison of policies under the same rule sets.
 
-  `metrics` are those of the last policy over all rule sets; `policies` holds
-  {policy: {rule set: its metrics}}, with `ALL` for all of them.
+  `metrics` are those of the last policy over all rule sets; `policies` holds {policy: {rule set:
+  its metrics}}, with `ALL` for all of them.
 
   Args:
-    policies: {policy: {rule set: judged samples}}, the one to compare with,
-      such as the policy before training, first.
+    policies: {policy: {rule set: judged samples}}, the one to compare with, such as the policy
+      before training, first.
     description: what was asked.
-    num_samples, seed: of the bootstrap.
+    num_samples: draws of the bootstrap.
+    seed: of the bootstrap.
 
   Raises:
-    ValueError: there is no policy, or one was asked under other rule sets or
-      with other prompts than the first.
+    ValueError: there is no policy, or one was asked under other rule sets or with other prompts
+      than the first.
 
   Source: CSRM (arXiv 2605.30487), Table 5.
   """
   _check_policies(policies)
   joined = {name: join(list(sets.values())) for name, sets in policies.items()}
-  found = {}
-  for policy, sets in policies.items():
-    found[policy] = {name: measured(judged, num_samples, seed) for name, judged in sets.items()}
-    found[policy][ALL] = measured(joined[policy], num_samples, seed)
-  last = joined[list(joined)[-1]]
+  found = {
+    policy: {name: measured(judged, num_samples, seed) for name, judged in sets.items()}
+    | {ALL: measured(joined[policy], num_samples, seed)}
+    for policy, sets in policies.items()
+  }
+  last = list(policies)[-1]
+  samples = joined[last].samples
   return {
     'suite': 'alignment',
     'description': description,
-    'num_examples': len(last.samples),
-    'metrics': found[list(found)[-1]][ALL],
+    'num_examples': len(samples),
+    'metrics': found[last][ALL],
     'policies': found,
-    'tables': [*tables(found), *_differences(joined, num_samples, seed), _replies(joined)],
+    'tables': [*_tables(found), *_differences(joined, num_samples, seed), _replies(joined)],
     'arrays': {
-      'ids': np.array([s.id for s in last.samples], np.str_),
-      'units': _units(last.samples),
-      **last.values,
+      'ids': np.array([s.id for s in samples], np.str_),
+      'units': _units(samples),
+      **joined[last].values,
     },
   }
 
 
-def _units(samples: Sequence[Sample]) -> np.ndarray:
-  """Returns the prompt of each sample, int64 [N], numbered in order."""
-  numbers: dict[tuple[Any, ...], int] = {}
-  return np.array(
-    [numbers.setdefault((s.prompt.safety, s.prompt.messages), len(numbers)) for s in samples],
-    np.int64,
-  )
-
-
-def _check_policies(policies) -> None:
+def _check_policies(policies: Mapping[str, Mapping[str, Judged]]) -> None:
   if not policies:
     raise ValueError('no policy to evaluate; give at least one')
   first, *others = policies
   for other in others:
     if list(policies[other]) != list(policies[first]):
       raise ValueError(
-        f'{other!r} was asked under the rule sets '
-        f'{", ".join(policies[other])}, {first!r} under '
+        f'{other!r} was asked under the rule sets {", ".join(policies[other])}, {first!r} under '
         f'{", ".join(policies[first])}; ask both under the same'
       )
     for name, judged in policies[other].items():
       ids = [{s.prompt.id for s in j.samples} for j in (judged, policies[first][name])]
       if ids[0] != ids[1]:
         raise ValueError(
-          f'{name}: {other!r} and {first!r} were asked with different '
-          'prompts; ask both with the same'
+          f'{name}: {other!r} and {first!r} were asked with different prompts; ask both with the '
+          'same'
         )
 
 
-def tables(policies: Mapping[str, Mapping[str, Mapping[str, Metric]]]) -> list[dict[str, Any]]:
-  """Returns tables of {policy: {rule set: metrics}}, with ALL among the sets."""
-  return [*_by_rule_set(policies), _overview(policies)]
-
-
-def knows_truth(policies: Mapping[str, Mapping[str, Mapping[str, Metric]]]) -> bool:
+def _knows_truth(policies: Policies) -> bool:
   """Returns whether the oracle judged all that was judged."""
-  return all(
-    'true_cosa' in measured for sets in policies.values() for measured in sets.values() if measured
-  )
+  return all('true_cosa' in found for of in policies.values() for found in of.values() if found)
 
 
-def shown(sets: Iterable[str]) -> list[str]:
+def _shown(sets: Iterable[str]) -> list[str]:
   """Returns the rule sets to show: ALL would only repeat a single one."""
   names = list(sets)
   return [name for name in names if name != ALL or len(names) > 2]
 
 
-def _by_rule_set(tables) -> list[dict[str, Any]]:
-  """Returns one table a metric: a row a policy, a column a rule set."""
-  sets = shown(next(iter(tables.values())))
-  known = knows_truth(tables)
-  found = []
-  for pair in reversed(PAIRS):
-    for name in reversed(pair) if known else pair[:1]:
-      found.append(
-        {
-          'title': f'{METRICS[name][0]}, by rule set',
-          'header': ['policy', *sets],
-          'rows': [[policy, *(of[s].get(name) for s in sets)] for policy, of in tables.items()],
-        }
-      )
-  found[0]['note'] = _NOTE
-  return found
-
-
-def _overview(tables) -> dict[str, Any]:
+def _tables(policies: Policies) -> list[dict[str, Any]]:
+  """Returns a table for each metric, by rule set, and one of refusals and lengths."""
+  sets = _shown(next(iter(policies.values())))
+  known = _knows_truth(policies)
+  names = [name for pair in reversed(PAIRS) for name in (reversed(pair) if known else pair[:1])]
+  tables = [
+    {
+      'title': f'{METRICS[name][0]}, by rule set',
+      'header': ['policy', *sets],
+      'rows': [[policy, *(of[s].get(name) for s in sets)] for policy, of in policies.items()],
+    }
+    for name in names
+  ]
+  tables[0]['note'] = _NOTE
+  everywhere = {policy: of[ALL] for policy, of in policies.items()}
   names = [
     name
     for name in (*_BY_LABEL, 'completion_length', 'truncated')
-    if any(name in sets[ALL] for sets in tables.values())
+    if any(name in found for found in everywhere.values())
   ]
-  return {
+  overview = {
     'title': 'Refusals and length, all rule sets',
     'header': ['policy', *(METRICS[name][0] for name in names)],
-    'rows': [[policy, *(sets[ALL].get(name) for name in names)] for policy, sets in tables.items()],
+    'rows': [[policy, *map(found.get, names)] for policy, found in everywhere.items()],
   }
+  return [*tables, overview]
 
 
-def _differences(joined, num_samples: int, seed: int) -> list[dict[str, Any]]:
+def _differences(joined: Mapping[str, Judged], num_samples: int, seed: int) -> list[dict[str, Any]]:
   """Returns the table of paired differences to the first policy."""
   first, *others = joined
   rows = []
   for other in others:
     for name in (name for pair in PAIRS for name in reversed(pair)):
-      means = [_prompt_means(joined[p], name) for p in (other, first)]
-      if None in means:
+      if not all(name in joined[policy].values for policy in (other, first)):
         continue
-      prompts = list(means[1])
-      a, b = (np.array([mean[p] for p in prompts]) for mean in means)
+      theirs, base = (_prompt_means(joined[policy], name) for policy in (other, first))
+      a, b = (np.array([means[prompt] for prompt in base]) for means in (theirs, base))
       found = bootstrap.difference(metrics.mean, (a,), (b,), num_samples=num_samples, seed=seed)
       rows.append([other, METRICS[name][0], found, found['p_value']])
   if not rows:
@@ -317,40 +303,349 @@ def _differences(joined, num_samples: int, seed: int) -> list[dict[str, Any]]:
   ]
 
 
-def _prompt_means(judged: Judged, name: str) -> dict[str, float] | None:
-  if name not in judged.values:
-    return None
+def _prompt_means(judged: Judged, name: str) -> dict[str, float]:
   rows = measure.rows_by(sample.prompt.id for sample in judged.samples)
   return {prompt: float(judged.values[name][at].mean()) for prompt, at in rows.items()}
 
 
-def _replies(joined) -> dict[str, Any]:
+def _replies(joined: Mapping[str, Judged]) -> dict[str, Any]:
   """Returns a table of the policies' first replies to prompts of all kinds."""
-  samples = next(iter(joined.values())).samples
-  prompts = {s.prompt.id: s.prompt for s in samples}
+  prompts = {s.prompt.id: s.prompt for s in next(iter(joined.values())).samples}
   step = max(len(prompts) // _NUM_REPLIES, 1)
-  chosen = list(prompts)[::step][:_NUM_REPLIES]
-  first = {
-    policy: {s.prompt.id: s.text for s in reversed(judged.samples)}
-    for policy, judged in joined.items()
-  }
+  first = [{s.prompt.id: s.text for s in reversed(judged.samples)} for judged in joined.values()]
+  rows = []
+  for id_, prompt in list(prompts.items())[::step][:_NUM_REPLIES]:
+    texts = [prompt.messages[-1].content, *(of[id_] for of in first)]
+    request, *replies = (figures.short(text, _REPLY_LETTERS) for text in texts)
+    rows.append([prompt.safety.name, request, prompt.label, *replies])
+  return {'title': 'Replies', 'header': ['rules', 'request', 'label', *joined], 'rows': rows}
+
+
+# Whole alignments side by side.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One alignment.
+
+  Attributes:
+    algorithm: a row of rl.algorithms.
+    reward: what it was trained with; without a and b.
+    rules: name of the rule set.
+    seed: of the run.
+    a, b: of its safety reward sigmoid(a * score + b).
+    policies: {policy: {metric: value and interval}}, over its prompts.
+  """
+
+  algorithm: str
+  reward: str
+  rules: str
+  seed: int
+  a: float
+  b: float
+  policies: Mapping[str, Mapping[str, Metric]]
+
+  @property
+  def method(self) -> str:
+    """Algorithm and reward."""
+    return f'{self.algorithm}, {self.reward}'
+
+
+def compare_runs(runs: Sequence[Run], reference: str = '') -> dict[str, Result]:
+  """Returns {'alignment': …} of all runs, and 'pareto' where a or b differ.
+
+  The first has the runs with a = 1 and b = 0, if there are any (or all, where all have the same):
+  a row for the policy they started from, for the best of its samples by each reward, and for each
+  method; a column a rule set, as the paper's Table 5; and paired differences to the reference,
+  measured where both rewards were used: under the same rules and with the same seed. Runs that
+  differ in the seed alone are one row; intervals are over their seeds. The other is the paper's
+  Figure 4.
+
+  Args:
+    runs: all judged by the same metrics.
+    reference: a method; '' for the first.
+
+  Raises:
+    ValueError: no such method, or two runs that are the same but for their numbers.
+
+  Source: CSRM (arXiv 2605.30487), Table 5 and Figure 4.
+  """
+  seen = set()
+  for run in runs:
+    key = run.method, run.rules, run.seed, run.a, run.b
+    if key in seen:
+      raise ValueError(
+        f'two runs have the method {run.method!r}, the rules {run.rules!r}, the seed {run.seed}, '
+        f'a={run.a:g} and b={run.b:g}; leave one out'
+      )
+    seen.add(key)
+  settings = {(run.a, run.b) for run in runs}
+  plain = [run for run in runs if len(settings) == 1 or (run.a, run.b) == (1.0, 0.0)]
+  found = {'alignment': _align_runs(plain, reference)} if plain else {}
+  if len(settings) > 1:
+    rules = ', '.join(dict.fromkeys(run.rules for run in runs))
+    found['pareto'] = pareto(_points(runs), f'{len(runs)} runs under {rules}.')
+  return found
+
+
+def _align_runs(runs: Sequence[Run], reference: str) -> Result:
+  sets = list(dict.fromkeys(run.rules for run in runs))
+  methods = list(dict.fromkeys(run.method for run in runs))
+  reference = reference or methods[0]
+  if reference not in methods:
+    raise ValueError(f'no run has the method {reference!r}; use one of {", ".join(methods)}')
+  rows: dict[str, list[tuple[Run, Mapping[str, Metric]]]] = {_START: []}
+  for run in runs:
+    for name, found in run.policies.items():
+      name = {_START: name, _END: run.method}.get(name, f'{name}, {run.reward}')
+      rows.setdefault(name, []).append((run, found))
+  rows = dict(sorted(rows.items(), key=lambda row: row[0] in methods))
+  policies = {name: _by_rules(some, sets) for name, some in rows.items()}
   return {
-    'title': 'Replies',
-    'header': ['rules', 'request', 'label', *joined],
-    'rows': [
-      [
-        prompts[i].safety.name,
-        _short(prompts[i].messages[-1].content),
-        prompts[i].label,
-        *(_short(of[i]) for of in first.values()),
-      ]
-      for i in chosen
+    'suite': 'alignment',
+    'description': f'{len(runs)} runs; intervals are over seeds.',
+    'num_examples': len(runs),
+    'metrics': {},
+    'policies': policies,
+    'tables': [*_tables(policies), *_run_differences(runs, reference)],
+  }
+
+
+def _by_rules(
+  rows: Sequence[tuple[Run, Mapping[str, Metric]]], sets: Sequence[str]
+) -> dict[str, dict[str, Metric]]:
+  """Returns {rule set: {metric: mean over seeds}}, and ALL over all of them.
+
+  ALL is over the seeds that have all rule sets, and {} without any: means over other rules are no
+  comparison.
+  """
+  of = {rules: {run.seed: found for run, found in rows if run.rules == rules} for rules in sets}
+  names = sorted(set.intersection(*(set(found) for _, found in rows)))
+
+  def over_seeds(seeds: Iterable[int], rule_sets: Sequence[str]) -> dict[str, Metric]:
+    seeds = sorted(seeds)
+    if not seeds:
+      return {}
+    return {
+      name: _over_seeds(
+        [float(np.mean([of[rules][seed][name]['value'] for rules in rule_sets])) for seed in seeds]
+      )
+      for name in names
+    }
+
+  shared = set.intersection(*map(set, of.values()))
+  return {rules: over_seeds(of[rules], [rules]) for rules in sets} | {ALL: over_seeds(shared, sets)}
+
+
+def _over_seeds(values: Sequence[float]) -> Metric:
+  mean, half = bootstrap.mean_and_interval(values)
+  low, high = (mean - half, mean + half) if np.isfinite(half) else (None, None)
+  return {'value': mean, 'low': low, 'high': high, 'best': None}
+
+
+def _run_differences(runs: Sequence[Run], reference: str) -> list[dict[str, Any]]:
+  """Returns the table of the reference's differences to all else."""
+  metric = 'true_cosa' if all('true_cosa' in run.policies[_END] for run in runs) else 'cosa'
+
+  def values(method: str, policy: str) -> dict[tuple[str, int], float]:
+    mine = [run for run in runs if run.method == method]
+    return {(run.rules, run.seed): run.policies[policy][metric]['value'] for run in mine}
+
+  ours = values(reference, _END)
+  others = {_START: values(reference, _START)}
+  for method in dict.fromkeys(run.method for run in runs):
+    if method != reference:
+      others[method] = values(method, _END)
+  rows = []
+  for name, theirs in others.items():
+    gaps = [ours[cell] - theirs[cell] for cell in ours if cell in theirs]
+    if not gaps:
+      continue
+    mean, half = bootstrap.mean_and_interval(gaps)
+    difference = {'value': mean, 'low': mean - half, 'high': mean + half}
+    p = stats.ttest_1samp(gaps, 0.0).pvalue if len(gaps) > 1 else float('nan')
+    rows.append([name, len(gaps), sum(gap > 0 for gap in gaps), difference, float(p)])
+  if not rows:
+    return []
+  return [
+    {
+      'title': f'{METRICS[metric][0]}: {reference} minus …',
+      'header': ['policy', 'pairs of runs', 'of them higher', 'difference', 'p'],
+      'rows': rows,
+      'note': 'A pair of runs has the same rules and seed; intervals and p are '
+      'of the paired t-test over these pairs.',
+    }
+  ]
+
+
+def _points(runs: Sequence[Run]) -> list[dict[str, Any]]:
+  """Returns the points of `pareto`: means over rules and seeds."""
+  groups: dict[Any, list[Mapping[str, Metric]]] = {}
+  for run in runs:
+    groups.setdefault((_START, None, None), []).append(run.policies[_START])
+    groups.setdefault((run.method, run.a, run.b), []).append(run.policies[_END])
+  points = []
+  for (method, a, b), some in groups.items():
+    found = some[0]  # the interval of a single run is over its prompts
+    if len(some) > 1:
+      names = sorted(set.intersection(*map(set, some)))
+      found = {name: _over_seeds([of[name]['value'] for of in some]) for name in names}
+    points.append({'method': method, 'a': a, 'b': b, 'measured': found})
+  return points
+
+
+# Policies over a sweep, and over the steps of a run.
+
+
+def pareto(points: Sequence[Mapping[str, Any]], description: str = '') -> Result:
+  """Returns the safety and helpfulness of policies over a sweep.
+
+  Args:
+    points: {method, a, b, measured}: the policy that was trained with sigmoid(a * score + b) as
+      its safety reward (a and b None for one that was not), and its metrics. Safety is the
+      oracle's where all have it.
+    description: what was swept.
+
+  Source: CSRM (arXiv 2605.30487), Figure 4.
+  """
+  known = all('compliance' in point['measured'] for point in points)
+  safety, helpfulness = (pair[known] for pair in PAIRS[:2])
+  rows = [
+    {
+      **{key: point[key] for key in ('method', 'a', 'b')},
+      'safety': point['measured'][safety],
+      'helpfulness': point['measured'][helpfulness],
+    }
+    for point in points
+  ]
+  places = [(row['safety']['value'], row['helpfulness']['value']) for row in rows]
+  best, best_of_method = frontier(places), frontier(places, [row['method'] for row in rows])
+  for i, row in enumerate(rows):
+    row |= {'frontier': best[i], 'own_frontier': best_of_method[i]}
+  return {
+    'suite': 'pareto',
+    'description': description,
+    'num_examples': len(rows),
+    'metrics': {},
+    'true': known,
+    'points': rows,
+    'tables': [
+      {
+        'title': 'Reward sigmoid(a · score + b)',
+        'header': ['policy', 'a', 'b', 'safety ↑', 'helpfulness ↑', 'on the frontier'],
+        'rows': [
+          [
+            row['method'],
+            *(None if row[key] is None else f'{row[key]:g}' for key in ('a', 'b')),
+            row['safety'],
+            row['helpfulness'],
+            'yes' if row['frontier'] else '',
+          ]
+          for row in rows
+        ],
+        'note': 'On the frontier: no other policy of the table is at least '
+        'as safe and as helpful, and better in one.',
+      }
     ],
   }
 
 
-def _short(text: str) -> str:
-  text = ' '.join(text.split())
-  if len(text) <= _REPLY_LETTERS:
-    return text
-  return text[: _REPLY_LETTERS - 1] + '…'
+def frontier(
+  points: Sequence[tuple[float, float]], groups: Sequence[str] | None = None
+) -> list[bool]:
+  """Returns whether no other point (of its group) is as high in both, and higher in one."""
+  rows = list(zip(points, groups or [''] * len(points), strict=True))
+  return [
+    not any(group == mine and x >= px and y >= py and (x, y) != (px, py) for (x, y), group in rows)
+    for (px, py), mine in rows
+  ]
+
+
+def overoptimisation(history: Mapping[int, Mapping[str, Metric]], description: str = '') -> Result:
+  """Returns proxy and oracle over the steps of a run, and where they part.
+
+  Args:
+    history: {step: metrics of `measured`}, of samples for the same prompts.
+    description: of the run.
+
+  Raises:
+    ValueError: a step lacks the oracle's metrics.
+  """
+  steps = sorted(history)
+  curves, rows = {}, []
+  for proxy, truth in PAIRS:
+    for name in (proxy, truth):
+      missing = [step for step in steps if name not in history[step]]
+      if missing:
+        raise ValueError(
+          f'step {missing[0]} has no metric {name!r}; reward and truth are '
+          'compared only where an oracle judged every step'
+        )
+    a, b = ([history[step][name] for step in steps] for name in (proxy, truth))
+    parted = parting_step(steps, a, b)
+    curves[proxy] = {'proxy': a, 'oracle': b, 'parting_step': parted}
+    there = -1 if parted is None else steps.index(parted)
+    rows.append([proxy, parted, a[there], a[-1], b[there], b[-1]])
+  agreed, end = 'last step they agree', 'at the end'
+  return {
+    'suite': 'overoptimisation',
+    'description': description,
+    'num_examples': len(steps),
+    'metrics': {},
+    'steps': steps,
+    'curves': curves,
+    'tables': [
+      {
+        'title': 'Where reward and truth part',
+        'header': ['', agreed, 'reward there', end, 'truth there', end],
+        'rows': rows,
+        'note': 'They part after the step at which the truth was highest so '
+        'far, once the reward is above what it was there and the '
+        "truth has fallen so far that the two steps' intervals do "
+        'not meet. A dash: they did not part.',
+      }
+    ],
+  }
+
+
+def parting_step(
+  steps: Sequence[int], proxy: Sequence[Metric], oracle: Sequence[Metric]
+) -> int | None:
+  """Returns the step after which the proxy rises and the oracle falls.
+
+  The first step s at which the oracle is the highest so far and for which some later step, before
+  the oracle is higher again, has a higher proxy and an oracle whose interval is below that of s.
+  None where there is none.
+  """
+  peak = 0
+  for i in range(1, len(steps)):
+    if oracle[i]['value'] > oracle[peak]['value']:
+      peak = i
+    elif proxy[i]['value'] > proxy[peak]['value'] and oracle[i]['high'] < oracle[peak]['low']:
+      return steps[peak]
+  return None
+
+
+def _draw_alignment(path, result: Result) -> None:
+  policies = result['policies']
+  sets = _shown(next(iter(policies.values())))
+  metric = 'true_cosa' if _knows_truth(policies) else 'cosa'
+  found = {policy: {s: of[s].get(metric) for s in sets} for policy, of in policies.items()}
+  figures.draw_alignment(path, found, METRICS[metric][0])
+
+
+# suite -> (draw(path, result), caption).
+FIGURES = {
+  'alignment': (_draw_alignment, 'CoSA score of each policy by rule set, with its 95% interval.'),
+  'pareto': (
+    lambda path, result: figures.draw_pareto(path, result['points'], result['true']),
+    'Safety and helpfulness of policies, each trained with the reward '
+    'sigmoid(a · score + b); beside a point stand a and b. Lines join the '
+    'policies of a method that no other of it beats in both.',
+  ),
+  'overoptimisation': (
+    lambda path, result: figures.draw_overoptimisation(path, result['steps'], result['curves']),
+    'What the reward says and what is true, on the same prompts, over '
+    'training steps; bands are 95% intervals.',
+  ),
+}

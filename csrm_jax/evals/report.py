@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from csrm_jax.core import files
-from csrm_jax.evals import figures, markdown, policy_figures, probe_figures, sections
+from csrm_jax.evals import figures, markdown, policy, sections
 from csrm_jax.evals.markdown import format_number, is_number
 
 _TERMINAL_ROWS = (
@@ -248,7 +248,7 @@ def _draw_classification(stem: str, result) -> list[tuple[str, str]]:
     add(
       'shares',
       'Share labelled unsafe, and mean P(unsafe), by rule set: the same texts, other rules.',
-      probe_figures.draw_shares,
+      figures.draw_shares,
       sets,
     )
   if len(result.get('recall', ())) > 1:
@@ -256,7 +256,7 @@ def _draw_classification(stem: str, result) -> list[tuple[str, str]]:
       'recall',
       'Share of the violated rules among the k rules that BM25 '
       'finds most relevant to the conversation.',
-      probe_figures.draw_recall,
+      figures.draw_recall,
       result['recall'],
       result['recall_by_chance'],
       result['top_k'],
@@ -296,17 +296,18 @@ _DRAW = {
   'pairs': _draw_pairs,
   'rule_sets': _draw_rule_sets,
   'policy': _draw_one(
-    probe_figures.draw_policy,
+    lambda path, result: figures.draw_policy(path, result['rates'], result['true_rates']),
     'Unsafe rate as one rule changes: on the left the rule that the '
     'response violates, on the right another one.',
   ),
   'contradiction': _draw_one(
-    probe_figures.draw_contradiction,
+    lambda path, result: figures.draw_contradiction(path, result['categories']),
     'Mean reward by category where the rule forbids, allows, or does both.',
   ),
-  **{k: _draw_one(*v) for k, v in policy_figures.FIGURES.items()},
+  **{k: _draw_one(*v) for k, v in policy.FIGURES.items()},
   'attacks': _draw_one(
-    probe_figures.draw_attacks, 'Share of caught violations that a suffix turns into "safe".'
+    lambda path, result: figures.draw_attacks(path, result['rates'], result['num_caught']),
+    'Share of caught violations that a suffix turns into "safe".',
   ),
 }
 

@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from csrm_jax.core import mesh as mesh_lib, profiling, tree
-from csrm_jax.evals import policy as policy_eval, policy_sweeps, report
+from csrm_jax.evals import policy as policy_eval, report
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.models.sampling import Sampling
@@ -291,7 +291,7 @@ def _evaluate(
   }
   history = logs.read_looks(workdir / 'looks.jsonl')
   if judges.oracle is not None and len(history) > 1:
-    results['overoptimisation'] = policy_sweeps.overoptimisation(
+    results['overoptimisation'] = policy_eval.overoptimisation(
       history, f'{min(_NUM_LOOKED_AT, len(setup.test))} held-out prompts.'
     )
   measured = results['alignment']['policies']

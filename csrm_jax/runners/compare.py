@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from csrm_jax import config as config_lib
-from csrm_jax.evals import comparison, policy, policy_runs, report
+from csrm_jax.evals import comparison, policy, report
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -74,7 +74,7 @@ def _write_alignments(
   folders: list[pathlib.Path],
   results: dict[str, dict[str, Any]],
 ) -> pathlib.Path:
-  found = policy_runs.compare(
+  found = policy.compare_runs(
     [_read_run(folder, results[folder.name]) for folder in folders], config.reference
   )
   return report.write_report(
@@ -85,7 +85,7 @@ def _write_alignments(
   )
 
 
-def _read_run(folder: pathlib.Path, results: dict[str, Any]) -> policy_runs.Run:
+def _read_run(folder: pathlib.Path, results: dict[str, Any]) -> policy.Run:
   made = config_lib.from_json((folder / 'config.json').read_text('utf-8'))
   reward = made.reward
   name = reward.name
@@ -93,7 +93,7 @@ def _read_run(folder: pathlib.Path, results: dict[str, Any]) -> policy_runs.Run:
     name = re.sub(r'-seed\d+$', '', pathlib.Path(reward.checkpoint).name)
   elif name == 'alphaalign':
     name = f'{name}: {reward.variant}, {pathlib.Path(reward.refusal).name}'
-  return policy_runs.Run(
+  return policy.Run(
     made.algorithm,
     name,
     made.data.rules,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from csrm_jax.data.benchmark import Benchmark, limited
-from csrm_jax.evals import battery, comparison, probe_figures, report
+from csrm_jax.evals import battery, comparison, figures, report
 from csrm_jax.evals.calibration import Calibration
 from csrm_jax.ruleworld import probes
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
@@ -235,7 +235,7 @@ def test_stored_results_compare_like_fresh_ones(folder, results, benchmarks):
 
 
 def test_a_metric_that_no_scorer_has_is_not_drawn(tmp_path):
-  assert not probe_figures.draw_comparison(tmp_path / 'x.png', {'a': {'b': {'metrics': {}}}}, 'f1')
+  assert not figures.draw_comparison(tmp_path / 'x.png', {'a': {'b': {'metrics': {}}}}, 'f1')
   assert list(tmp_path.iterdir()) == []
 
 

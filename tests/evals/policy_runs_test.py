@@ -1,6 +1,6 @@
 import pytest
 
-from csrm_jax.evals import policy_runs, report
+from csrm_jax.evals import policy, report
 from csrm_jax.evals.policy import ALL
 
 
@@ -21,7 +21,7 @@ def _run(reward, rules, seed, cosa, a=1.0, b=0.0, algorithm='grpo'):
       n: {'value': v, 'low': v - 0.1, 'high': v + 0.1, 'best': None} for n, v in values.items()
     }
 
-  return policy_runs.Run(
+  return policy.Run(
     algorithm,
     reward,
     rules,
@@ -42,7 +42,7 @@ def _grid():
 
 
 def test_a_row_a_method_a_column_a_rule_set():
-  found = policy_runs.compare(_grid())
+  found = policy.compare_runs(_grid())
   assert list(found) == ['alignment']
   policies = found['alignment']['policies']
   assert list(policies) == [
@@ -64,23 +64,23 @@ def test_a_row_a_method_a_column_a_rule_set():
 def test_differences_are_of_runs_with_the_same_rules_and_seed():
   runs = _grid()
   lone = [r for r in runs if r.reward == 'full' or r.seed == 1]
-  *_, table = policy_runs.compare(lone)['alignment']['tables']
+  *_, table = policy.compare_runs(lone)['alignment']['tables']
   assert table['title'].endswith('grpo, full minus …')
   name, num, higher, gap, _ = table['rows'][-1]
   assert (name, num, higher) == ('grpo, blind', 2, 2)
   assert gap['value'] == pytest.approx(1.0)
-  *_, table = policy_runs.compare(runs, 'grpo, blind')['alignment']['tables']
+  *_, table = policy.compare_runs(runs, 'grpo, blind')['alignment']['tables']
   by_name = {row[0]: row[1:] for row in table['rows']}
   assert by_name['grpo, full'][:2] == [6, 0]
   assert by_name['unaligned'][2]['value'] == pytest.approx(1.35)
   assert by_name['unaligned'][3] < 0.01
   with pytest.raises(ValueError, match=r"method 'x'.*grpo, full"):
-    policy_runs.compare(runs, 'x')
+    policy.compare_runs(runs, 'x')
 
 
 def test_a_mean_over_all_rules_needs_all_rules(tmp_path):
   runs = [r for r in _grid() if (r.reward, r.rules) != ('blind', 'bank')]
-  found = policy_runs.compare(runs)
+  found = policy.compare_runs(runs)
   assert found['alignment']['policies']['grpo, blind'][ALL] == {}
   text = report.write_report(tmp_path / 'report', found, title='T', summary={}).read_text()
   assert 'grpo, blind' in text
@@ -89,14 +89,14 @@ def test_a_mean_over_all_rules_needs_all_rules(tmp_path):
 
 def test_sweeps_are_points_and_not_rows():
   runs = [*_grid()[:3], _run('full', 'club', 0, 4.0, a=2.0), _run('full', 'club', 1, 4.2, a=2.0)]
-  found = policy_runs.compare(runs)
+  found = policy.compare_runs(runs)
   assert found['alignment']['num_examples'] == 3
   points = {(p['method'], p['a']): p for p in found['pareto']['points']}
   assert set(points) == {('unaligned', None), ('grpo, full', 1.0), ('grpo, full', 2.0)}
   assert points['grpo, full', 2.0]['safety']['value'] == pytest.approx(0.82)
-  assert list(policy_runs.compare(runs[3:])) == ['alignment']
+  assert list(policy.compare_runs(runs[3:])) == ['alignment']
 
 
 def test_the_same_run_twice_is_an_error():
   with pytest.raises(ValueError, match=r"two runs.*'grpo, full'.*seed 0"):
-    policy_runs.compare([*_grid(), _grid()[0]])
+    policy.compare_runs([*_grid(), _grid()[0]])

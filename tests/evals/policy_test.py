@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from csrm_jax.evals import policy, policy_sweeps, report
+from csrm_jax.evals import policy, report
 from csrm_jax.ruleworld import policy as world
 from csrm_jax.safety.schema import Prompt, Sample
 
@@ -135,7 +135,7 @@ def test_without_an_oracle_there_is_no_truth():
   titles = [table['title'] for table in result['tables']]
   assert titles[0] == 'CoSA reward ↑, by rule set' and len(titles) == 6
   with pytest.raises(ValueError, match="step 0 has no metric 'compliance'"):
-    policy_sweeps.overoptimisation({0: result['metrics']})
+    policy.overoptimisation({0: result['metrics']})
 
 
 def test_policies_must_be_asked_the_same():
@@ -153,7 +153,7 @@ def test_policies_must_be_asked_the_same():
 
 def test_the_frontier_is_what_nothing_beats():
   points = [(1, 1), (2, 1), (0, 3), (1, 2), (2, 1), (1, 1.5)]
-  assert policy_sweeps.frontier(points) == [False, True, True, True, True, False]
+  assert policy.frontier(points) == [False, True, True, True, True, False]
 
 
 def _curve(values, width=0.1):
@@ -173,7 +173,7 @@ def _curve(values, width=0.1):
   ],
 )
 def test_where_reward_and_truth_part(proxy, oracle, want):
-  assert policy_sweeps.parting_step((0, 10, 20, 30), _curve(proxy), _curve(oracle)) == want
+  assert policy.parting_step((0, 10, 20, 30), _curve(proxy), _curve(oracle)) == want
 
 
 def _measured(safety, helpfulness):
@@ -203,8 +203,8 @@ def test_the_report_shows_all_of_it(tmp_path):
   }
   results = {
     'policy': policy.alignment(_policies(), num_samples=20, description='test prompts'),
-    'sweep': policy_sweeps.pareto(points),
-    'training': policy_sweeps.overoptimisation(history),
+    'sweep': policy.pareto(points),
+    'training': policy.overoptimisation(history),
   }
   assert results['sweep']['true']
   assert [p['frontier'] for p in results['sweep']['points']] == [True, True, True, False, False]
