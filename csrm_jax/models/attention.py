@@ -1,4 +1,4 @@
-"""Rotary positions and segment-aware causal attention.
+"""Rotary positions, and attention: causal, within segments, on any device.
 
 Axes as in transformer.py: B rows, T query length, S key length, N query heads,
 K kv heads, G = N/K, H head dim.
@@ -7,17 +7,32 @@ K kv heads, G = N/K, H head dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from csrm_jax.models.config import RopeScaling
+from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.models.config import ModelConfig, RopeScaling
 
 # Below every real score, yet finite.
 MASKED = -1e30
 # Tuned on CPU: shorter chunks skip more, but make products too small.
 MIN_CHUNK = 128
 MAX_CHUNKS = 8
+# Rows of queries and keys that a TPU core holds at once, best first; wider
+# heads leave room for fewer.
+SPLASH_BLOCKS = (1024, 512, 256, 128)
+SPLASH_BLOCK_SIZE = 1024 * 128
+# The TPU's vector unit has so many lanes: rows and heads are padded to them.
+LANES = 128
+# cuDNN's largest head.
+CUDNN_HEAD_DIM = 128
+
+# An accelerator's kernel computes what attend does, of query [B,T,N,H] (scaled),
+# key and value [B,T,K,H] and segment_ids [B,T], without [T,S] scores in memory.
+Kernel = Callable[..., jax.Array]
 
 
 def rope_angles(
@@ -25,11 +40,8 @@ def rope_angles(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (sin, cos), float32 [B,T,H/2], of the rotation at each position.
 
-  Args:
-    positions: int32 [B,T], counted from 0 within each segment.
-    head_dim: H.
-    theta: base of the wavelengths; angle = position * theta^(-2i/H).
-    scaling: stretches the long wavelengths; None leaves all as they are.
+  The angle of pair i is position * theta^(-2i/H); positions int32 [B,T] count
+  from 0 within each segment. Scaling stretches the long wavelengths.
 
   Source: Su et al. 2021, RoFormer, eq. 34.
   """
@@ -120,7 +132,7 @@ def attend(
     key: [B,S,K,H]; query head n reads kv head n // G.
     value: [B,S,K,H].
     mask: bool [B,T,S], causal.
-    cap: of softcap on the scores.
+    cap: limits the scores as softcap does.
     window: promises that mask hides keys `window` or more before their query;
       products that lie wholly outside are left out. 0 promises nothing.
   """
@@ -149,14 +161,9 @@ def attend(
 def attend_cached(
   query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, cap: float = 0.0
 ) -> jax.Array:
-  """Returns what attend does, for few queries and a cache's layout.
+  """Returns what attend does, of a few queries and a cache.
 
-  Args:
-    query: [B,T,N,H], scaled already; T is small.
-    key: [B,K,H,S], as the product with a query wants it.
-    value: [B,K,S,H].
-    mask: bool [B,T,S].
-    cap: of softcap on the scores.
+  key [B,K,H,S] and value [B,K,S,H] lie as their products with a query want them.
   """
   B, T, N, H = query.shape
   K = key.shape[1]
@@ -185,3 +192,106 @@ def _attend_chunk(query, key, value, bias, cap):
     preferred_element_type=jnp.float32,
   ).reshape(B, K, G, T, H)
   return (out / jnp.where(norm > 0, norm, 1)).astype(value.dtype)
+
+
+def make_splash(window: int = 0, cap: float = 0.0, interpret: bool = False) -> Kernel:
+  """Returns splash attention, a Pallas kernel for TPUs.
+
+  To interpret it runs its program anywhere, slowly: for tests.
+  """
+
+  def attend(query, key, value, segment_ids):
+    T, H = query.shape[1], query.shape[3]
+    pads = [(0, 0), (0, -T % LANES), (0, 0), (0, -H % LANES)]
+    query, key, value = (jnp.pad(x, pads) for x in (query, key, value))
+    ids = jnp.pad(segment_ids, pads[:2])
+    out = _splash_padded(query, key, value, ids, window, cap, interpret)
+    # The kernel lets padding attend to padding.
+    return jnp.where((segment_ids > 0)[..., None, None], out[:, :T, :, :H], 0)
+
+  return attend
+
+
+def _splash_padded(query, key, value, segment_ids, window, cap, interpret):
+  """Returns [B,T,N,H]; on several devices each its own rows and heads."""
+  # Pallas for TPUs takes a second to import: only those who need it wait.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  def local(query, key, value, segment_ids):
+    heads_first = [x.swapaxes(1, 2) for x in (query, key, value)]
+    T, N, H = query.shape[1:]
+    block = next(b for b in SPLASH_BLOCKS if T % b == 0 and b * H <= SPLASH_BLOCK_SIZE)
+    mask = splash.CausalMask((T, T))
+    if window:
+      mask = splash.LocalMask((T, T), (window - 1, 0), 0)
+    sizes = ('block_q', 'block_kv', 'block_q_dkv', 'block_kv_dkv', 'block_q_dq', 'block_kv_dq')
+    run = splash.make_splash_mha(
+      splash.MultiHeadMask([mask] * N),
+      block_sizes=splash.BlockSizes(**dict.fromkeys(sizes, block)),
+      attn_logits_soft_cap=cap or None,
+      head_shards=1,
+      q_seq_shards=1,
+      interpret=interpret,
+    )
+    ids = splash.SegmentIds(segment_ids, segment_ids)
+    return jax.vmap(run)(*heads_first, ids).swapaxes(1, 2)
+
+  mesh = mesh_lib.current()
+  if mesh is None:
+    return local(query, key, value, segment_ids)
+  # The compiler cannot cut a kernel. Heads are cut only where those of keys
+  # can be: a query head has to find its own.
+  heads = mesh_lib.fit(P(mesh_lib.ROWS, None, 'tensor'), key.shape, mesh)
+  rows = P(heads[0])
+  return jax.shard_map(
+    local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+  )(query, key, value, segment_ids)
+
+
+def make_cudnn(window: int = 0, cap: float = 0.0, implementation: str = 'cudnn') -> Kernel:
+  """Returns cuDNN's flash attention for GPUs; its mask [B,T,S] is in memory.
+
+  The implementation 'xla' computes the same anywhere: for tests.
+  """
+  assert not cap  # cuDNN has no soft cap.
+
+  def attend(query, key, value, segment_ids):
+    out = jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      scale=1.0,
+      implementation=implementation,
+      mask=make_mask(segment_ids, window)[:, None],
+    )
+    # Where a query may attend to nothing, cuDNN gives an average.
+    return jnp.where((segment_ids > 0)[..., None, None], out, 0)
+
+  return attend
+
+
+def make_kernel(cfg: ModelConfig) -> Kernel | None:
+  """Returns the platform's kernel for the layers of a model; None: use attend.
+
+  It takes (query, key, value, segment_ids, has_window); has_window is a
+  traced bool where layers differ, else None. The platform is that of the mesh
+  that jax.set_mesh has set, which need not be there: the programs of a pod are
+  compiled without one.
+  """
+  platform = mesh_lib.platform()
+  if platform == 'tpu':
+    make = make_splash
+  elif (
+    platform in ('gpu', 'cuda')
+    and cfg.dtype == 'bfloat16'
+    and cfg.head_dim <= CUDNN_HEAD_DIM
+    and not cfg.attention_softcap
+  ):
+    make = make_cudnn
+  else:
+    return None
+  local = make(cfg.sliding_window, cap=cfg.attention_softcap)
+  if not cfg.sliding_window or cfg.window_period == 1:
+    return lambda *args: local(*args[:-1])
+  whole = make(0, cap=cfg.attention_softcap)
+  return lambda *args: jax.lax.cond(args[-1], local, whole, *args[:-1])

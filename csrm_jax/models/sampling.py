@@ -13,6 +13,7 @@ V vocab.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,71 +23,71 @@ import jax.numpy as jnp
 import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.models import decoding, prefix as prefix_lib, transformer
+from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.models.decoding import Completions
-from csrm_jax.models.token_choice import Sampling, token_logprobs
 
-# Lengths that prompts are padded to; each is compiled once.
-PROMPT_BUCKETS = (
-  24,
-  32,
-  48,
-  64,
-  96,
-  128,
-  192,
-  256,
-  384,
-  512,
-  768,
-  1024,
-  1536,
-  2048,
-  3072,
-  4096,
-  6144,
-  8192,
-)
+# Prompts are padded to these lengths; each is compiled once.
+PROMPT_BUCKETS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
+PROMPT_BUCKETS += (1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # A prefix that prompts share counts in whole steps of this many tokens.
 PREFIX_STEP = 32
 # Tokens whose logits hidden_logprobs holds at once.
 LOGPROB_CHUNK = 2048
+# A row's probabilities are added up in blocks of this many.
+_BLOCK = 256
 
 
-def hidden_logprobs(
-  cfg: ModelConfig, params: Any, hidden: jax.Array, tokens: jax.Array, temperature: float
-) -> jax.Array:
-  """Returns token_logprobs of given tokens, float32 [B,C].
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are chosen; hashable, compiled once for each value.
 
-  Logits exist for LOGPROB_CHUNK tokens or one column at a time, in the backward
-  pass too, never for [B,C,V].
-
-  Args:
-    cfg: static.
-    params: as from transformer.init_params.
-    hidden: [B,C,D], of the token before each.
-    tokens: int32 [B,C].
-    temperature: static.
+  Attributes:
+    max_completion_length: the most tokens of a completion.
+    temperature: logits are divided by it; 0 takes the likeliest token.
+    top_k: only the k likeliest tokens are drawn, and ties with the last of
+      them; 0 for all.
+    top_p: of these, only the likeliest tokens that together reach this
+      probability, and ties with the last of them.
+    stop_ids: a completion ends with the first of these, which belongs to it.
   """
-  B, C = tokens.shape
-  width = max(1, min(C, LOGPROB_CHUNK // B))
-  num = -(-C // width)
 
-  def chunks(x):  # [B,C,...] -> [num,B,width,...]
-    pad = [(0, 0), (0, num * width - C)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, pad).reshape(B, num, width, *x.shape[2:])
-    return x.swapaxes(0, 1)
+  max_completion_length: int = 512
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  stop_ids: tuple[int, ...] = ()
 
-  @functools.partial(jax.checkpoint, prevent_cse=False)
-  def score(params, chunk):
-    logits = transformer.logits(cfg, params, chunk[0])
-    return token_logprobs(logits, chunk[1], temperature)
+  def __post_init__(self):
+    if self.max_completion_length < 1:
+      raise ValueError(f'max_completion_length={self.max_completion_length} must be at least 1.')
+    if not 0 <= self.temperature < float('inf'):
+      raise ValueError(f'temperature={self.temperature} must be at least 0 and finite.')
+    if self.top_k < 0:
+      raise ValueError(f'top_k={self.top_k} must be at least 0 (0 is all).')
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f'top_p={self.top_p} must lie in (0, 1].')
+    if not self.temperature and (self.top_k or self.top_p < 1):
+      raise ValueError(
+        f'top_k={self.top_k} and top_p={self.top_p} do nothing at '
+        'temperature=0; leave them out or raise the temperature.'
+      )
 
-  _, scores = jax.lax.scan(
-    lambda _, chunk: (None, score(params, chunk)), None, (chunks(hidden), chunks(tokens))
-  )
-  return scores.swapaxes(0, 1).reshape(B, num * width)[:, :C]
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+  """What generate returns for N prompts; C = max_completion_length.
+
+  Attributes:
+    tokens: int32 [N,C]; 0 from a completion's length on.
+    lengths: int32 [N], in tokens, the stop token included.
+    logprobs: float32 [N,C], token_logprobs of each token; 0 past the length.
+    stopped: bool [N]; False where max_completion_length cut it off.
+  """
+
+  tokens: np.ndarray
+  lengths: np.ndarray
+  logprobs: np.ndarray
+  stopped: np.ndarray
 
 
 def generate(
@@ -116,7 +117,7 @@ def generate(
     params: its parameters.
     prompts: token ids; at least one each.
     sampling: how tokens are chosen.
-    seed: of the draws.
+    seed: what all draws depend on.
     draws: numbers in [0, 2**32) that take the place of i, for what must not
       depend on a prompt's place in the list.
     batch_size: rows of a batch; fewer prompts make a power of two of rows.
@@ -141,15 +142,20 @@ def generate(
   number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
   order = np.lexsort(([number[prompt] for prompt in prompts], lengths))
   num_shared = _num_shared(cfg, list(number), sampling)
+  start, go_on = compiled(cfg, sampling)
   with mesh_lib.of(params):
-    shared = prompts[0][:num_shared] if num_shared else ()
-    draw = _make_draw(cfg, params, sampling, shared, seed)
+    prefix = None
+    if num_shared:
+      shared = np.array(prompts[0][:num_shared], np.int32)[None]
+      prefix = transformer.make_prefix_reader(cfg)(params, shared, np.ones_like(shared))
     for first in range(0, len(prompts), rows):
       chosen = order[first : first + rows]
       batch = pad_prompts([prompts[i] for i in chosen], rows, num_shared, cfg)
       index = np.zeros(rows, np.uint32)
       index[: len(chosen)] = chosen if draws is None else [draws[i] for i in chosen]
-      for name, values in draw(batch, index).items():
+      cache, state = start(params, batch, prefix)
+      drawn, _ = go_on(params, cache, state, index, jnp.uint32(seed))
+      for name, values in jax.device_get(drawn).items():
         getattr(result, name)[chosen] = values[: len(chosen)]
       progress(len(chosen))
   for i in np.flatnonzero(~np.isfinite(result.logprobs).all(axis=1))[:1]:
@@ -163,26 +169,6 @@ def generate(
 def num_rows(num_prompts: int, batch_size: int) -> int:
   """Returns how many rows are drawn at once: few prompts, the next power of 2."""
   return min(batch_size, 1 << max(num_prompts - 1, 0).bit_length())
-
-
-def _make_draw(
-  cfg: ModelConfig, params: Any, sampling: Sampling, shared: Sequence[int], seed: int
-) -> Callable[..., dict[str, np.ndarray]]:
-  """Returns (batch, index of draws) -> the fields of Completions.
-
-  `shared` are the tokens that all prompts begin with, read at once.
-  """
-  start, go_on = decoding.compiled(cfg, sampling)
-  prefix = None
-  if shared:
-    tokens = np.array(shared, np.int32)[None]
-    prefix = prefix_lib.make_reader(cfg)(params, tokens, np.ones_like(tokens))
-
-  def draw(batch, index):
-    cache, state = start(params, batch, prefix)
-    return jax.device_get(go_on(params, cache, state, index, jnp.uint32(seed))[0])
-
-  return draw
 
 
 def _check_prompts(cfg, prompts, lengths, sampling) -> None:
@@ -215,7 +201,7 @@ def _num_shared(cfg: ModelConfig, distinct: Sequence[tuple[int, ...]], sampling:
   """
   if len(distinct) < 2:
     return 0
-  num = prefix_lib.num_common(distinct) // PREFIX_STEP * PREFIX_STEP
+  num = transformer.num_common(distinct) // PREFIX_STEP * PREFIX_STEP
   length = prompt_bucket(cfg, max(map(len, distinct)))
   # Padding comes between the prefix and the rest, and a window counts it.
   fits = length + sampling.max_completion_length <= cfg.sliding_window
@@ -250,3 +236,201 @@ def pad_prompts(
     batch['tokens'][row, begin:] = prompt[num_shared:]
     batch['segment_ids'][row, begin:] = 1
   return batch
+
+
+@functools.lru_cache(maxsize=32)
+def compiled(cfg: ModelConfig, sampling: Sampling):
+  """Returns _start and _go_on, jitted; the second reuses the cache's memory.
+
+  There are two, so that few prompts and many share the longer one.
+  """
+
+  def start(*args):
+    return _start(cfg, sampling, *args)
+
+  def go_on(*args):
+    return _go_on(cfg, sampling, *args)
+
+  return jax.jit(start), jax.jit(go_on, donate_argnums=1)
+
+
+def _start(cfg, sampling, params, batch, prefix):
+  """Reads the prompts. Returns (cache, state) of the completions' rows."""
+  num_shared = 0 if prefix is None else prefix['segment_ids'].shape[1]
+  segment_ids = batch['segment_ids']
+  positions = num_shared + jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
+  length = num_shared + segment_ids.shape[1] + sampling.max_completion_length
+  # The last token's keys are never needed: a slot less.
+  hidden, cache = transformer.prefill(
+    cfg, params, batch['tokens'], positions, segment_ids, length - 1, prefix
+  )
+  state = {'hidden': hidden[:, -1], 'position': positions[:, -1]}
+  if 'source' in batch:
+    cache = transformer.take_rows(cache, batch['source'])
+    state = {name: x[batch['source']] for name, x in state.items()}
+  return cache, state | {'active': batch['active']}
+
+
+def _go_on(cfg, sampling, params, cache, start, index, seed):
+  """Runs the loop over tokens. Returns (the fields of Completions, cache)."""
+  B, C = index.shape[0], sampling.max_completion_length
+  keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
+  stop_ids = jnp.asarray(sampling.stop_ids, jnp.int32)
+
+  def choose(state, last):
+    """Adds a token a row, given the hidden state [B,D] of the one before."""
+    step, active = state['step'], state['active']
+    logits = mesh_lib.constrain(transformer.logits(cfg, params, last), mesh_lib.ROWS)
+    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
+    token = jnp.where(active, choose_tokens(logits, uniform, sampling), 0)
+    logprob = token_logprobs(logits, token, sampling.temperature)
+    stops = active & jnp.isin(token, stop_ids)
+    return state | {
+      'step': step + 1,
+      'tokens': state['tokens'].at[:, step].set(token),
+      'logprobs': state['logprobs'].at[:, step].set(jnp.where(active, logprob, 0.0)),
+      'lengths': state['lengths'] + active,
+      'active': active & ~stops,
+      'stopped': state['stopped'] | stops,
+    }
+
+  def body(state):
+    token = jax.lax.dynamic_slice_in_dim(state['tokens'], state['step'] - 1, 1, axis=1)
+    position = start['position'][:, None] + state['step']
+    segment_ids = state['active'].astype(jnp.int32)[:, None]
+    hidden, cache = transformer.extend(cfg, params, token, position, segment_ids, state['cache'])
+    return choose(state | {'cache': cache}, hidden[:, -1])
+
+  state = {
+    'step': jnp.int32(0),
+    'tokens': jnp.zeros((B, C), jnp.int32),
+    'logprobs': jnp.zeros((B, C), jnp.float32),
+    'lengths': jnp.zeros(B, jnp.int32),
+    'active': start['active'],
+    'stopped': jnp.zeros(B, bool),
+    'cache': cache,
+  }
+  state = jax.lax.while_loop(
+    lambda state: (state['step'] < C) & jnp.any(state['active']),
+    body,
+    choose(state, start['hidden']),
+  )
+  # Every device, and so every host, gets all of them.
+  return {
+    field.name: mesh_lib.constrain(state[field.name]) for field in dataclasses.fields(Completions)
+  }, state['cache']
+
+
+def choose_tokens(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> jax.Array:
+  """Returns a token id for each row, int32 [B].
+
+  Inverts the cumulative distribution of the logits, float32 [B,V], at uniform,
+  float32 [B] in [0, 1): one random number a row instead of one a logit, and no
+  sorting.
+  """
+  highest = logits.max(-1, keepdims=True)
+  if not sampling.temperature:
+    return _first(logits == highest)
+  probs = jnp.exp((logits - highest) / sampling.temperature)  # not normalised
+  if 0 < sampling.top_k < logits.shape[-1]:
+    ones = jnp.ones_like(probs)
+    probs = _keep_highest(probs, ones, jnp.float32(sampling.top_k))
+  if sampling.top_p < 1:
+    total = probs.sum(-1, keepdims=True)
+    probs = _keep_highest(probs, probs, sampling.top_p * total)
+  return _invert(probs, uniform)
+
+
+def _first(hits: jax.Array) -> jax.Array:
+  """Returns the first True of each row of [B,V]; argmax is slow on CPU."""
+  ids = jnp.arange(hits.shape[-1], dtype=jnp.int32)
+  # A row without any has a NaN; its last id keeps the log-prob NaN as well.
+  return jnp.where(hits, ids, hits.shape[-1] - 1).min(-1)
+
+
+def _keep_highest(probs: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+  """Returns probs, 0 but for the highest whose weights reach the target.
+
+  Finds the largest threshold for which Σ weights[probs >= threshold] is at
+  least the target, by bisection over the bits of a float, which are ordered as
+  the numbers are. 31 passes over [B,V] instead of a sort.
+  """
+
+  def as_float(bits):
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = low + (high - low) // 2
+    mass = jnp.where(probs >= as_float(middle), weights, 0.0)
+    enough = mass.sum(-1, keepdims=True) >= target
+    return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+  low = jnp.zeros((probs.shape[0], 1), jnp.int32)
+  one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
+  low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, one + 1)))
+  return jnp.where(probs >= as_float(low), probs, 0.0)
+
+
+def _invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
+  """Returns ids drawn with probabilities proportional to probs [B,V].
+
+  Two levels, blocks and within the block, because a cumulative sum over a
+  whole vocabulary is slow and less exact.
+  """
+  B, V = probs.shape
+  blocks = jnp.pad(probs, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
+
+  def find(weights, goal):
+    """Returns (place where the sum of weights [B,n] exceeds goal, rest)."""
+    ends = jnp.cumsum(weights, axis=-1)
+    # Rounding may put the goal at the very end, where no weight is left.
+    goal = jnp.minimum(goal, ends[:, -1] * (1 - 2.0**-23))
+    place = _first(ends > goal[:, None])
+    start = jnp.take_along_axis(jnp.pad(ends, ((0, 0), (1, 0))), place[:, None], axis=1)[:, 0]
+    return place, goal - start
+
+  sums = blocks.sum(-1)
+  block, rest = find(sums, uniform * sums.sum(-1))
+  inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  return jnp.minimum(block * _BLOCK + find(inside, rest)[0], V - 1)
+
+
+def token_logprobs(logits: jax.Array, tokens: jax.Array, temperature: float) -> jax.Array:
+  """Returns log softmax(logits / temperature) at tokens, float32 [...], nats.
+
+  It is over the whole vocabulary of logits [...,V], whatever top-k and top-p left
+  out when the token was drawn. Temperature 0, which has no distribution, counts
+  as 1.
+  """
+  logits = logits.astype(jnp.float32) / (temperature or 1.0)
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def hidden_logprobs(
+  cfg: ModelConfig, params: Any, hidden: jax.Array, tokens: jax.Array, temperature: float
+) -> jax.Array:
+  """Returns token_logprobs of tokens [B,C], given hidden [B,C,D] before each.
+
+  Logits exist for LOGPROB_CHUNK tokens or one column at a time, in the backward
+  pass too, never for [B,C,V]. cfg and temperature are static.
+  """
+  B, C = tokens.shape
+  width = max(1, min(C, LOGPROB_CHUNK // B))
+  num = -(-C // width)
+
+  def chunks(x):  # [B,C,...] -> [num,B,width,...]
+    pad = [(0, 0), (0, num * width - C)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, pad).reshape(B, num, width, *x.shape[2:])
+    return x.swapaxes(0, 1)
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def score(params, chunk):
+    logits = transformer.logits(cfg, params, chunk[0])
+    return token_logprobs(logits, chunk[1], temperature)
+
+  _, scores = jax.lax.scan(
+    lambda _, chunk: (None, score(params, chunk)), None, (chunks(hidden), chunks(tokens))
+  )
+  return scores.swapaxes(0, 1).reshape(B, num * width)[:, :C]

@@ -5,25 +5,188 @@ Llama, Mistral, Qwen3 and Gemma 2 differ in fields of ModelConfig only.
 Axes: B rows, T query length, S key length, D embed, F mlp, N query heads,
 K kv heads, G = N/K, H head dim, V vocab, L layers; R = B·T.
 
-Flax stays inside these modules: callers hold a ModelConfig and a nested dict of
+Flax stays inside this module: callers hold a ModelConfig and a nested dict of
 arrays, so that sharding rules, masks, checkpoints and LoRA see plain names
 such as 'layers/attention/query/kernel'. The layers are stacked along a leading
 axis L and run by one lax.scan.
+
+Everything but attention sees the residual stream as x [R,D], one token a row: on
+CPU the gradient of a kernel is twice as fast when it contracts one axis instead
+of two.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.models import attention as attention_lib, kernels
-from csrm_jax.models.block import Block
+from csrm_jax.models import attention as attention_lib
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.models.layers import Dense, Embed, RMSNorm
+
+ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
+
+
+class Dense(nnx.Module):
+  """A product with one kernel, without bias, and perhaps a LoRA adapter.
+
+  y = x·kernel + (alpha / rank)·(x·a)·b, with b = 0 at first. The adapter is
+  float32 whatever the kernel is: its updates are too small for bfloat16.
+
+  Source: Hu et al. 2021, LoRA, eq. 3.
+  """
+
+  def __init__(self, cfg: ModelConfig, name, inputs, outputs, *, std, rngs):
+    """Makes a kernel with the axes inputs and outputs, (D,) and (N, H), say.
+
+    It gets an adapter if cfg.lora_targets has its name.
+    """
+    self.num_inputs = len(inputs)
+    self.dtype = cfg.dtype
+    self.kernel = nnx.Param(
+      std * jax.random.normal(rngs.params(), inputs + outputs, cfg.param_dtype)
+    )
+    self.lora_scale = 0.0
+    if cfg.lora_rank and name in cfg.lora_targets:
+      self.lora_scale = cfg.lora_alpha / cfg.lora_rank
+      # A stream of its own: the kernels do not depend on there being adapters.
+      self.lora_a = nnx.Param(
+        math.prod(inputs) ** -0.5 * jax.random.normal(rngs.lora(), (*inputs, cfg.lora_rank))
+      )
+      self.lora_b = nnx.Param(jnp.zeros((cfg.lora_rank, *outputs)))
+
+  def __call__(self, x):
+    y = self._product(x, self.kernel, self.num_inputs)
+    if self.lora_scale:
+      low = self._product(x, self.lora_a, self.num_inputs)  # [R,r]
+      y += self._product(self.lora_scale * low, self.lora_b, 1)
+    return y
+
+  def _product(self, x, kernel, num_axes):
+    return jnp.tensordot(x, kernel[...].astype(self.dtype), num_axes)
+
+
+class RMSNorm(nnx.Module):
+  """x over its root mean square, times a learned scale; float32 statistics.
+
+  Source: Zhang & Sennrich 2019, eq. 4.
+  """
+
+  def __init__(self, cfg: ModelConfig, size: int):
+    self.eps, self.offset = cfg.norm_eps, cfg.norm_offset
+    self.scale = nnx.Param(jnp.full(size, 1 - self.offset, cfg.param_dtype))
+
+  def __call__(self, x):
+    wide = x.astype(jnp.float32)
+    square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(square + self.eps)
+    scale = self.scale[...].astype(jnp.float32) + self.offset
+    return (normed * scale).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+  """SwiGLU, or GeGLU. Source: Shazeer 2020, eq. 6."""
+
+  def __init__(self, cfg: ModelConfig, rngs):
+    D, F = cfg.embed_dim, cfg.mlp_dim
+    self.activation = cfg.activation
+    make = functools.partial(Dense, cfg, rngs=rngs)
+    self.gate = make('gate', (D,), (F,), std=D**-0.5)
+    self.up = make('up', (D,), (F,), std=D**-0.5)
+    # Residual writes shrink with depth, so that the stream keeps its scale.
+    self.down = make('down', (F,), (D,), std=(F * 2 * cfg.num_layers) ** -0.5)
+
+  def __call__(self, x):
+    gate, up = (mesh_lib.constrain(y, mesh_lib.ROWS, 'tensor') for y in (self.gate(x), self.up(x)))
+    return self.down(ACTIVATIONS[self.activation](gate) * up)
+
+
+class Embed(nnx.Module):
+  """The token embedding [V,D]."""
+
+  def __init__(self, cfg: ModelConfig, rngs):
+    self.cfg = cfg
+    shape = (cfg.vocab_size, cfg.embed_dim)
+    self.embedding = nnx.Param(
+      cfg.embed_dim**-0.5 * jax.random.normal(rngs.params(), shape, cfg.param_dtype)
+    )
+
+  def __call__(self, tokens):
+    # Each device looks up its columns for the tokens of all, then rows and
+    # columns change places: the table is never gathered.
+    tokens = mesh_lib.constrain(tokens.reshape(-1), 'data')
+    x = self.embedding[...][tokens].astype(self.cfg.dtype)  # [R,D]
+    x = mesh_lib.constrain(x, 'data', 'fsdp')
+    x = mesh_lib.constrain(x, mesh_lib.ROWS)
+    if self.cfg.scale_embeddings:
+      x *= jnp.asarray(self.cfg.embed_dim**0.5, x.dtype)
+    return x
+
+
+class Attention(nnx.Module):
+  """Grouped-query self-attention with rotary positions."""
+
+  def __init__(self, cfg: ModelConfig, rngs):
+    self.cfg = cfg
+    D, N, K, H = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    make = functools.partial(Dense, cfg, rngs=rngs)
+    self.query = make('query', (D,), (N, H), std=D**-0.5)
+    self.key = make('key', (D,), (K, H), std=D**-0.5)
+    self.value = make('value', (D,), (K, H), std=D**-0.5)
+    if cfg.match_init:
+      query = self.query.kernel[...]
+      self.query.kernel[...] = query.at[:, :: N // K].set(self.key.kernel[...])
+    self.out = make('out', (N, H), (D,), std=(N * H * 2 * cfg.num_layers) ** -0.5)
+    if cfg.qk_norm:
+      self.query_norm, self.key_norm = RMSNorm(cfg, H), RMSNorm(cfg, H)
+
+  def __call__(self, x, sin, cos, attend):
+    """Returns (what is added to x [R,D], what attend keeps).
+
+    attend takes a scaled query [B,T,N,H], key and value [B,T,K,H] and returns
+    the heads' output [B,T,N,H] and anything else.
+    """
+    query, key, value = (
+      mesh_lib.constrain(
+        heads.reshape(*sin.shape[:2], *heads.shape[1:]), mesh_lib.ROWS, None, 'tensor'
+      )
+      for heads in (self.query(x), self.key(x), self.value(x))
+    )
+    if self.cfg.qk_norm:
+      query, key = self.query_norm(query), self.key_norm(key)
+    # The scale rides on the angles: in float32, and at no cost.
+    scale = (self.cfg.query_scale or self.cfg.head_dim) ** -0.5
+    query = attention_lib.apply_rope(query, scale * sin, scale * cos)
+    out, kept = attend(query, attention_lib.apply_rope(key, sin, cos), value)
+    return self.out(out.reshape(-1, *out.shape[2:])), kept
+
+
+class Block(nnx.Module):
+  """One pre-norm decoder layer; Gemma 2 also norms what it adds."""
+
+  def __init__(self, cfg: ModelConfig, rngs):
+    D = cfg.embed_dim
+    self.post_norms = cfg.post_norms
+    self.attention_norm = RMSNorm(cfg, D)
+    self.attention = Attention(cfg, rngs)
+    self.mlp_norm = RMSNorm(cfg, D)
+    self.mlp = MLP(cfg, rngs)
+    if cfg.post_norms:
+      self.attention_post_norm = RMSNorm(cfg, D)
+      self.mlp_post_norm = RMSNorm(cfg, D)
+
+  def __call__(self, x, sin, cos, attend):
+    x = mesh_lib.constrain(x, mesh_lib.ROWS)
+    out, kept = self.attention(self.attention_norm(x), sin, cos, attend)
+    x += self.attention_post_norm(out) if self.post_norms else out
+    out = self.mlp(self.mlp_norm(x))
+    return x + (self.mlp_post_norm(out) if self.post_norms else out), kept
 
 
 class Transformer(nnx.Module):
@@ -45,7 +208,7 @@ class Transformer(nnx.Module):
     cfg = self.cfg
     mask_of = _make_mask_of(cfg, _after(segment_ids, prefix))
     uniform = cfg.sliding_window if cfg.window_period == 1 else 0
-    kernel = None if prefix else kernels.make_kernel(cfg)
+    kernel = None if prefix else attention_lib.make_kernel(cfg)
 
     def attend(query, key, value, has_window, before):
       kept = _to_cache(key, value) if keep else None
@@ -169,12 +332,7 @@ def _has_window(cfg: ModelConfig) -> jax.Array | None:
 
 
 def _make_mask_of(cfg: ModelConfig, make_mask):
-  """Returns a layer's entry of _has_window -> its mask.
-
-  Args:
-    cfg: the model.
-    make_mask: window (0 for none) -> mask.
-  """
+  """Returns a layer's entry of _has_window -> its mask, given window -> mask."""
   if _has_window(cfg) is None:
     mask = make_mask(cfg.sliding_window)
     return lambda has_window: mask
@@ -196,18 +354,13 @@ def with_remat(body, remat: str):
 
 @functools.lru_cache(maxsize=64)
 def make_model(cfg: ModelConfig) -> nnx.GraphDef:
-  """Returns the graph definition; split once per config, then cached.
-
-  Raises:
-    ValueError: if the vocabulary size was not set.
-  """
+  """Returns the graph definition, made once for each config."""
   if cfg.vocab_size < 1:
     raise ValueError(
       'vocab_size=0 in the model config; set it to the size of the '
       'tokenizer: preset(name, vocab_size=tokenizer.vocab_size).'
     )
-  model = nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0)))
-  return nnx.split(model)[0]
+  return nnx.split(nnx.eval_shape(lambda: Transformer(cfg, nnx.Rngs(0))))[0]
 
 
 def init_params(cfg: ModelConfig, seed: int) -> dict:
@@ -224,17 +377,12 @@ def init_params(cfg: ModelConfig, seed: int) -> dict:
   lora_b [L, r, outputs], float32.
   """
   make_model(cfg)  # validates
-  return _make_init(cfg)(jax.random.key(seed))
+  return _init(cfg, jax.random.key(seed))
 
 
-@functools.lru_cache(maxsize=64)
-def _make_init(cfg: ModelConfig):
-  """Returns a jitted key -> params; compiled once per config."""
-
-  def init(key):
-    return nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(params=key))))
-
-  return jax.jit(init)
+@functools.partial(jax.jit, static_argnums=0)
+def _init(cfg: ModelConfig, key):
+  return nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(params=key))))
 
 
 def hidden(
@@ -253,8 +401,8 @@ def hidden(
     tokens: int32 [B,T].
     positions: int32 [B,T], restarting at 0 in every segment.
     segment_ids: int32 [B,T], 1.. for each prompt of a packed row, 0 = padding.
-    prefix: from prefill of one row [1,P] with length=P: P tokens that come
-      before segment 1 of every row, whose positions then begin at P.
+    prefix: the cache that make_prefix_reader's function returns: P tokens that
+      come before segment 1 of every row, whose positions then begin at P.
   """
   return _merge(cfg, params).hidden(tokens, positions, segment_ids, prefix)[0]
 
@@ -348,19 +496,38 @@ def extend(
 ) -> tuple[jax.Array, dict]:
   """Returns (hidden [B,T,D], cache) of T tokens after those in the cache.
 
-  The caller sees to it that T slots are free: beyond the end the last ones
-  would be overwritten.
-
-  Args:
-    cfg: static.
-    params: as from init_params.
-    tokens: int32 [B,T], any T; one token for each row is the usual.
-    positions: int32 [B,T], of the tokens in their own segment.
-    segment_ids: int32 [B,T]; 0 for a row that is done.
-    cache: as from prefill, extend or init_cache.
+  Args as for hidden: one token for each row is the usual, and segment 0 is for
+  a row that is done. The caller sees to it that T slots are free: beyond the end
+  the last ones would be overwritten.
   """
   return _merge(cfg, params).extend(tokens, positions, segment_ids, cache)
 
 
 def _merge(cfg: ModelConfig, params: dict) -> Transformer:
   return nnx.merge(make_model(cfg), nnx.State(params))
+
+
+def num_common(prompts: Sequence[Sequence[int]]) -> int:
+  """Returns how many first tokens all prompts share.
+
+  The last token of each stays out of it, whatever it is: what is asked of a
+  model is read off there.
+  """
+  size = min(map(len, prompts)) - 1
+  heads = np.array([prompt[:size] for prompt in prompts])
+  same = (heads == heads[0]).all(axis=0)
+  return int(size if same.all() else same.argmin())
+
+
+@functools.lru_cache(maxsize=32)
+def make_prefix_reader(cfg: ModelConfig) -> Callable[..., dict]:
+  """Returns a jitted (params, tokens, segment_ids) -> prefix, as hidden takes it.
+
+  tokens and segment_ids are int32 [1,P]; segment 0 is padding on the right.
+  """
+
+  def read(params, tokens, segment_ids):
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return prefill(cfg, params, tokens, positions, segment_ids, length=tokens.shape[1])[1]
+
+  return jax.jit(read)

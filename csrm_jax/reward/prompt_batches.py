@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from csrm_jax.models import prefix as prefix_lib
+from csrm_jax.models import transformer
 
 # Row lengths that are compiled; from 128 on about a third is padding at most.
 BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -88,7 +88,7 @@ def make_groups(
 
 
 def _share(prompts, indices, lengths, batch_tokens) -> Group:
-  num_shared = prefix_lib.num_common([prompts[i] for i in indices])
+  num_shared = transformer.num_common([prompts[i] for i in indices])
   return Group(
     _plan(prompts, indices, lengths, batch_tokens, num_shared),
     num_shared,

@@ -19,7 +19,7 @@ import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features
-from csrm_jax.models import prefix as prefix_lib, transformer
+from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.reward import prompt_batches
 from csrm_jax.safety import schema
@@ -269,7 +269,7 @@ def _read_prefix(
     return None
   first = prompts[group.batches[0][0][0]][: group.num_shared]
   batch = prompt_batches.pad([first], (1, group.prefix_length))
-  return prefix_lib.make_reader(cfg)(params, batch['tokens'], batch['segment_ids'])
+  return transformer.make_prefix_reader(cfg)(params, batch['tokens'], batch['segment_ids'])
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

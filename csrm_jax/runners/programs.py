@@ -14,14 +14,7 @@ import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import packing
-from csrm_jax.models import (
-  config as model_config,
-  decoding,
-  hf,
-  lora,
-  sampling as sampling_lib,
-  transformer,
-)
+from csrm_jax.models import config as model_config, hf, lora, sampling as sampling_lib, transformer
 from csrm_jax.reward import prompt_batches, scoring
 from csrm_jax.rl import algorithms, rollout
 from csrm_jax.runners import align_step, train_rm
@@ -249,7 +242,7 @@ def _drawing(config, held):
   batch = {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in batch.items()
   }
-  start, go_on = decoding.compiled(model, settings.sampling)
+  start, go_on = sampling_lib.compiled(model, settings.sampling)
   beside = [held.state.opt_state, held.base, held.judge_params]
   fields = {
     'mesh': mesh,

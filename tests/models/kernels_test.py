@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.models import attention, config as model_config, kernels
+from csrm_jax.models import attention, config as model_config
 
 B, T, N, K, H = 2, 24, 4, 2, 8
 SEGMENT_IDS = jnp.asarray([[1] * 9 + [2] * 10 + [0] * 5, [1] * T])
 MAKERS = {
-  'splash': functools.partial(kernels.make_splash, interpret=True),
-  'cudnn': functools.partial(kernels.make_cudnn, implementation='xla'),
+  'splash': functools.partial(attention.make_splash, interpret=True),
+  'cudnn': functools.partial(attention.make_cudnn, implementation='xla'),
 }
 
 
@@ -49,22 +49,22 @@ def _cfg(**fields):
 
 def test_the_kernel_follows_the_platform(monkeypatch):
   half = {'dtype': 'bfloat16'}
-  assert kernels.make_kernel(_cfg()) is None
-  monkeypatch.setattr(kernels.mesh_lib, 'platform', lambda: 'tpu')
-  assert kernels.make_kernel(_cfg())
-  monkeypatch.setattr(kernels.mesh_lib, 'platform', lambda: 'gpu')
-  assert kernels.make_kernel(_cfg(**half))
+  assert attention.make_kernel(_cfg()) is None
+  monkeypatch.setattr(attention.mesh_lib, 'platform', lambda: 'tpu')
+  assert attention.make_kernel(_cfg())
+  monkeypatch.setattr(attention.mesh_lib, 'platform', lambda: 'gpu')
+  assert attention.make_kernel(_cfg(**half))
   # What cuDNN does not have is left to XLA.
-  assert kernels.make_kernel(_cfg()) is None
-  assert kernels.make_kernel(_cfg(head_dim=256, **half)) is None
-  assert kernels.make_kernel(_cfg(attention_softcap=5.0, **half)) is None
+  assert attention.make_kernel(_cfg()) is None
+  assert attention.make_kernel(_cfg(head_dim=256, **half)) is None
+  assert attention.make_kernel(_cfg(attention_softcap=5.0, **half)) is None
 
 
 def test_layers_alternate_between_window_and_none(monkeypatch):
   """Gemma 2's layers: which of the two kernels runs is known at run time."""
-  monkeypatch.setattr(kernels.mesh_lib, 'platform', lambda: 'tpu')
-  monkeypatch.setattr(kernels, 'make_splash', MAKERS['splash'])
-  kernel = kernels.make_kernel(_cfg(sliding_window=5, window_period=2))
+  monkeypatch.setattr(attention.mesh_lib, 'platform', lambda: 'tpu')
+  monkeypatch.setattr(attention, 'make_splash', MAKERS['splash'])
+  kernel = attention.make_kernel(_cfg(sliding_window=5, window_period=2))
   qkv = _qkv()
   for has_window in (True, False):
     mask = attention.make_mask(SEGMENT_IDS, 5 if has_window else 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from csrm_jax.models import config, layers
+from csrm_jax.models import config, transformer
 
 CFG = config.ModelConfig(
   vocab_size=40,
@@ -25,7 +25,7 @@ RNG = np.random.default_rng(0)
 
 def _dense(name, cfg=CFG):
   """Returns a layer from axes [2,3] to [5] whose adapter is not zero."""
-  layer = layers.Dense(cfg, name, (2, 3), (5,), std=1.0, rngs=nnx.Rngs(params=0, lora=1))
+  layer = transformer.Dense(cfg, name, (2, 3), (5,), std=1.0, rngs=nnx.Rngs(params=0, lora=1))
   if layer.lora_scale:
     layer.lora_b[...] = jnp.asarray(RNG.normal(size=(3, 5)), jnp.float32)
   return layer
@@ -58,7 +58,7 @@ def test_adapters_stay_float32_beside_a_bfloat16_kernel():
 
 @pytest.mark.parametrize('offset', [0.0, 1.0])
 def test_norm_starts_at_one_whatever_the_offset(offset):
-  norm = layers.RMSNorm(dataclasses.replace(CFG, norm_offset=offset), 6)
+  norm = transformer.RMSNorm(dataclasses.replace(CFG, norm_offset=offset), 6)
   x = RNG.normal(size=(4, 6)).astype(np.float32)
   want = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)
   np.testing.assert_allclose(norm(x), want, atol=1e-5)
@@ -68,7 +68,7 @@ def test_norm_starts_at_one_whatever_the_offset(offset):
 
 def test_gemma_rounds_the_embedding_scale():
   cfg = dataclasses.replace(CFG, scale_embeddings=True, dtype='bfloat16')
-  embed = layers.Embed(cfg, nnx.Rngs(params=0))
+  embed = transformer.Embed(cfg, nnx.Rngs(params=0))
   got = embed(jnp.array([[3, 5]]))
   rows = embed.embedding[...][jnp.array([3, 5])].astype(jnp.bfloat16)
   want = rows * jnp.bfloat16(6**0.5)
@@ -78,7 +78,7 @@ def test_gemma_rounds_the_embedding_scale():
 
 def test_activations_differ():
   x = jnp.linspace(-3, 3, 7)
-  silu, gelu = (layers.ACTIVATIONS[name](x) for name in config.ACTIVATIONS)
+  silu, gelu = (transformer.ACTIVATIONS[name](x) for name in config.ACTIVATIONS)
   np.testing.assert_allclose(silu, x * jax.nn.sigmoid(x), atol=1e-6)
   # The tanh form, not the exact one, which is 5e-4 away.
   tanh = 0.5 * x * (1 + jnp.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))

@@ -13,7 +13,7 @@ ALL = ('8,1,1', '1,8,1', *FEW, '1,1,2', '1,4,2', '4,1,2')
 _SCRIPT = textwrap.dedent("""
   import dataclasses, sys
   import jax, numpy as np
-  from csrm_jax import scoring
+  from csrm_jax.reward import scoring
   from csrm_jax.core import mesh as m, tree
   from csrm_jax.models import config as model_config, transformer
   from csrm_jax.safety.templates import Verbalizers

@@ -10,13 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.models import (
-  config,
-  decoding,
-  prefix as prefix_lib,
-  sampling as sampling_lib,
-  transformer,
-)
+from csrm_jax.models import config, sampling as sampling_lib, transformer
 from csrm_jax.models.sampling import Sampling, generate
 
 CFG = config.ModelConfig(
@@ -190,8 +184,8 @@ def _count_reads(monkeypatch):
     shapes.append(tokens.shape)
     return prefill(cfg, params, tokens, *args, **kwargs)
 
-  decoding.compiled.cache_clear()
-  prefix_lib.make_reader.cache_clear()
+  sampling_lib.compiled.cache_clear()
+  transformer.make_prefix_reader.cache_clear()
   monkeypatch.setattr(transformer, 'prefill', counted)
   return shapes
 
@@ -255,14 +249,14 @@ def test_nothing_is_compiled_after_warm_up(monkeypatch):
   with monkeypatch.context() as patch:
     for name in ('_start', '_go_on'):
       patch.setattr(
-        decoding, name, lambda *args: compiled.append(args) or pytest.fail('compiled again')
+        sampling_lib, name, lambda *args: compiled.append(args) or pytest.fail('compiled again')
       )
     for num in (3, 4, 9):
       generate(CFG, _params(), prompts(num, (1, 58)), sampling, batch_size=4)
   assert not compiled
   # The same check sees a shape that is new.
   with monkeypatch.context() as patch, pytest.raises(AssertionError):
-    patch.setattr(decoding, '_go_on', lambda *args: (_ for _ in ()).throw(AssertionError))
+    patch.setattr(sampling_lib, '_go_on', lambda *args: (_ for _ in ()).throw(AssertionError))
     generate(CFG, _params(), prompts(2, (1, 9)), sampling, batch_size=2)
 
 
@@ -310,9 +304,8 @@ def test_weights_that_are_not_finite_are_an_error():
 
 _MESHES = """
   import jax, numpy as np
-  from csrm_jax import decoding, sampling
   from csrm_jax.core import mesh as m
-  from csrm_jax.models import config, transformer
+  from csrm_jax.models import config, sampling, transformer
   from csrm_jax.rl import rollout
 
   cfg = config.ModelConfig(
@@ -333,7 +326,7 @@ _MESHES = """
       row['segment_ids'] = np.ones_like(row['tokens'])
       row |= {'active': np.ones(8, bool)}
       with m.of(copy):
-        cache, _ = decoding.compiled(cfg, options)[0](copy, row, None)
+        cache, _ = sampling.compiled(cfg, options)[0](copy, row, None)
     return done, cache
 
   want, _ = draw((1, 1, 1))

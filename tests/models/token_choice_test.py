@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.models import token_choice
-from csrm_jax.models.token_choice import Sampling
+from csrm_jax.models import sampling as sampling_lib
+from csrm_jax.models.sampling import Sampling
 
 
 def _log_softmax(logits):
@@ -17,7 +17,7 @@ def _log_softmax(logits):
 
 @functools.partial(jax.jit, static_argnums=2)
 def _choose(logits, uniform, sampling):
-  return token_choice.choose_tokens(logits, uniform, sampling)
+  return sampling_lib.choose_tokens(logits, uniform, sampling)
 
 
 def _frequencies(logits, sampling, num=20_000):

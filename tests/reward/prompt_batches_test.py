@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from csrm_jax.models import prefix
+from csrm_jax.models import transformer
 from csrm_jax.reward import prompt_batches
 
 LENGTHS = [64, 128, 256, 512]
@@ -91,8 +91,8 @@ def test_pad_leaves_out_what_is_shared():
 
 
 def test_num_common():
-  assert prefix.num_common([[1, 2, 3], [1, 2, 4, 5]]) == 2
-  assert prefix.num_common([[1, 2, 3], [1, 2, 3]]) == 2  # not the last
-  assert prefix.num_common([[1, 2, 3], [1, 2, 3, 4]]) == 2
-  assert prefix.num_common([[1, 2], [3, 2]]) == 0
-  assert prefix.num_common([[5], [5, 6]]) == 0
+  assert transformer.num_common([[1, 2, 3], [1, 2, 4, 5]]) == 2
+  assert transformer.num_common([[1, 2, 3], [1, 2, 3]]) == 2  # not the last
+  assert transformer.num_common([[1, 2, 3], [1, 2, 3, 4]]) == 2
+  assert transformer.num_common([[1, 2], [3, 2]]) == 0
+  assert transformer.num_common([[5], [5, 6]]) == 0
