@@ -1,42 +1,46 @@
-"""What a compiled program costs: products, memory, bytes between devices.
+"""What a compiled program costs, and how long it takes at least on a slice of TPUs.
 
-The compiler's own count of FLOPs takes the body of a loop once, so products
-are counted in the traced program, and collectives in the compiled one, each
-times the turns of the loops around it.
+The compiler's own count of FLOPs takes the body of a loop once, so products are
+counted in the traced program and collectives in the compiled one, each times the
+turns of the loops around it.
 """
 
 from __future__ import annotations
 
+import collections as collections_lib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core as jax_core
 
+from csrm_jax.core.topology import Slice
+
 COLLECTIVES = (
   'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all',
   'collective-permute',
 )  # fmt: skip
+# Beside these kinds, what crosses from slice to slice.
+BETWEEN_SLICES = 'between slices'
 ITEM_BYTES = {
   'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2,
   'f32': 4, 's32': 4, 'u32': 4, 'f64': 8, 's64': 8, 'u64': 8,
 }  # fmt: skip
 
 
+# --- Products --------------------------------------------------------------------------
+
+
 def count_flops(fn: Any, *args: Any, turns: int = 0) -> float:
   """Returns the FLOPs of the products in fn(*args), over all devices.
 
-  A multiplication and an addition count as two; what is recomputed counts
-  again; everything but products is left out. Of a branch the dearest counts.
-
-  Args:
-    fn: to be traced.
-    *args: arrays or their shapes.
-    turns: of loops with products that are no scans; 0 if there are none.
+  A multiplication and an addition count as two; what is recomputed counts again;
+  everything but products is left out. Of a branch the dearest counts. `turns` is how
+  often loops with products run that are no scans; 0 says that there are none.
   """
   return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr, turns)
 
@@ -45,27 +49,25 @@ def _jaxpr_flops(jaxpr: Any, turns: int) -> float:
   total = 0.0
   for eqn in jaxpr.eqns:
     inner = [_jaxpr_flops(sub, turns) for sub in _inner_jaxprs(eqn.params)]
-    if eqn.primitive.name == 'dot_general':
-      total += _product_flops(eqn)
-    elif eqn.primitive.name == 'scan':
-      total += eqn.params['length'] * sum(inner)
-    elif eqn.primitive.name == 'cond':
-      total += max(inner)
-    elif eqn.primitive.name == 'while' and sum(inner):
-      if not turns:
-        raise ValueError(
-          'products in a while loop cannot be counted: use a scan, or say how many turns it has'
-        )
-      total += turns * sum(inner)
-    else:
-      total += sum(inner)
+    match eqn.primitive.name:
+      case 'dot_general':
+        (contracted, _), _ = eqn.params['dimension_numbers']
+        shape = eqn.invars[0].aval.shape
+        length = math.prod(shape[axis] for axis in contracted)
+        total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * length
+      case 'scan':
+        total += eqn.params['length'] * sum(inner)
+      case 'cond':
+        total += max(inner)
+      case 'while' if sum(inner):
+        if not turns:
+          raise ValueError(
+            'products in a while loop cannot be counted: use a scan, or say how many turns it has'
+          )
+        total += turns * sum(inner)
+      case _:
+        total += sum(inner)
   return total
-
-
-def _product_flops(eqn: Any) -> float:
-  (contracted, _), _ = eqn.params['dimension_numbers']
-  shape = eqn.invars[0].aval.shape
-  return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
@@ -77,16 +79,18 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
         yield item
 
 
+# --- Collectives -----------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Collective:
   """One collective of a program.
 
   Attributes:
     kind: one of COLLECTIVES.
-    num_bytes: of the whole array that a group gathers, reduces or exchanges,
+    num_bytes: size of the whole array that a group gathers, reduces or exchanges,
       as one of its devices sees it.
-    group: devices that take part together: those of the first group, by
-      their place in the mesh.
+    group: the devices of the first group, by their place in the mesh.
     turns: how often it runs in a step.
     source: the operation of the program that it belongs to.
   """
@@ -98,27 +102,6 @@ class Collective:
   source: str
 
 
-def collectives(text: str, turns: int = 1) -> list[Collective]:
-  """Returns the collectives of a compiled program's text (HLO), scans included.
-
-  One that the compiler has spread over several fusions counts once.
-
-  Args:
-    text: of the program.
-    turns: of loops whose end is not in the text.
-  """
-  bodies = _split(text)
-  found = {}
-  for name, times in _turns(bodies, turns).items():
-    for line in bodies.get(name, ()):
-      match = _COLLECTIVE.search(line)
-      if match:
-        number = re.search(r'channel_id=(\d+)', line)
-        key = number[1] if number else line
-        found[key] = _describe(match, line, times)
-  return list(found.values())
-
-
 _COLLECTIVE = re.compile(rf'= (?P<out>.*?) (?P<kind>{"|".join(COLLECTIVES)})(?P<start>-start)?\(')
 _CALLED = re.compile(
   r'(?:calls|to_apply|body|condition|called_computations|branch_computations)='
@@ -126,15 +109,25 @@ _CALLED = re.compile(
 )
 
 
-def _split(text: str) -> dict[str, list[str]]:
-  """Returns the lines of each computation; that of ENTRY is named ENTRY."""
+def collectives(text: str, turns: int = 1) -> list[Collective]:
+  """Returns the collectives of a compiled program's text (HLO), scans included.
+
+  One that the compiler has spread over several fusions counts once. `turns` is how
+  often loops run whose end is not in the text.
+  """
   bodies, lines = {}, []
   for line in text.splitlines():
     if line.startswith(('%', 'ENTRY')):
       lines = bodies.setdefault(line.split(' ')[0], [])
     elif line.startswith(' '):
       lines.append(line)
-  return bodies
+  found = {}
+  for name, times in _turns(bodies, turns).items():
+    for line in bodies.get(name, ()):
+      if match := _COLLECTIVE.search(line):
+        number = re.search(r'channel_id=(\d+)', line)
+        found[number[1] if number else line] = _describe(match, line, times)
+  return list(found.values())
 
 
 def _turns(bodies: dict[str, list[str]], unknown: int) -> dict[str, int]:
@@ -162,8 +155,7 @@ def _turns(bodies: dict[str, list[str]], unknown: int) -> dict[str, int]:
 
 def _trip_count(line: str, bodies: dict[str, list[str]], unknown: int) -> int:
   """Returns the turns of a while loop that a scan became: i < constant."""
-  known = re.search(r'known_trip_count[^\d]*(\d+)', line)
-  if known:
+  if known := re.search(r'known_trip_count[^\d]*(\d+)', line):
     return int(known[1])
   condition = re.search(r'condition=(%[\w.\-]+)', line)[1]
   limits = re.findall(r' constant\((\d+)\)', '\n'.join(bodies[condition]))
@@ -171,46 +163,40 @@ def _trip_count(line: str, bodies: dict[str, list[str]], unknown: int) -> int:
 
 
 def _describe(match: re.Match, line: str, turns: int) -> Collective:
-  kind = match['kind']
-  parts = _array_bytes(match['out'])
+  kind, group = match['kind'], _group(line)
+  sizes = [
+    ITEM_BYTES[item] * math.prod(int(d) for d in shape.split(',') if d)
+    for item, shape in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', match['out'])
+    if item in ITEM_BYTES
+  ] or [0]
   # What starts a collective returns operands and results together.
-  num_bytes = max(parts) if match['start'] else sum(parts)
-  group = _group(line)
-  if kind == 'reduce-scatter':
-    num_bytes *= 1 if match['start'] else len(group)  # the operand's
+  num_bytes = max(sizes) if match['start'] else sum(sizes)
+  if kind == 'reduce-scatter' and not match['start']:
+    num_bytes *= len(group)  # The operand's.
   source = re.search(r'op_name="([^"]*)"', line)
   return Collective(kind, num_bytes, group, turns, source[1] if source else '')
 
 
-def _array_bytes(text: str) -> list[int]:
-  sizes = []
-  for kind, shape in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', text):
-    if kind in ITEM_BYTES:
-      dims = [int(d) for d in shape.split(',') if d]
-      sizes.append(ITEM_BYTES[kind] * math.prod(dims))
-  return sizes or [0]
-
-
 def _group(line: str) -> tuple[int, ...]:
   """Returns the devices of the first group, in each way that HLO writes it."""
-  mesh = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line)
-  if mesh:
-    sizes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
-    places = np.arange(math.prod(int(size) for _, size in sizes))
-    places = places.reshape([int(size) for _, size in sizes])
+  if mesh := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    places = np.arange(math.prod(sizes.values())).reshape([*sizes.values()])
     names = re.findall(r"'(\w+)'", mesh[2])
     # The first of all axes that take no part.
     return tuple(
-      places[tuple(slice(None) if name in names else 0 for name, _ in sizes)].flatten().tolist()
+      places[tuple(slice(None) if name in names else 0 for name in sizes)].flatten().tolist()
     )
-  iota = re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
-  if iota:
+  if iota := re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line):
     dims = [int(d) for d in iota[3].split(',')]
     order = [int(d) for d in iota[4].split(',')] if iota[4] else None
     places = np.arange(math.prod(dims)).reshape(dims).transpose(order)
     return tuple(places.flatten()[: int(iota[2])].tolist())
   listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', line)
   return tuple(int(d) for d in listed[1].split(',')) if listed else (0, 1)
+
+
+# --- Memory ----------------------------------------------------------------------------
 
 
 def local_bytes(shapes: Any) -> int:
@@ -229,3 +215,106 @@ def replicated_fraction(shapes: Any) -> float:
     total += num_bytes
     whole += num_bytes * leaf.sharding.is_fully_replicated
   return whole / total if total else 0.0
+
+
+# --- Time: the roofline ----------------------------------------------------------------
+# Assumptions, which the compile report repeats: products reach a given share of the
+# chip's peak; what is read of memory is at its full rate; a collective over a whole
+# slice uses the rings along all its sides at once, a smaller group those along one
+# side; what goes between slices is shared by the chips of a slice, each at its share
+# of the data-centre network, after and before the rings; latency is not counted.
+# Links, memory and products may work at the same time: the step lies between the
+# longest of them and their sum.
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+  """The times of a step, in seconds.
+
+  Attributes:
+    compute_s: the products.
+    memory_s: reading what the products need again and again.
+    collectives_s: each kind of collective, and the network between slices.
+    overlapped_s: where links, memory and products work at the same time.
+    serial_s: where links wait for the others.
+    limit: what takes longest: 'products', 'memory' or a kind of collective.
+  """
+
+  compute_s: float
+  memory_s: float
+  collectives_s: dict[str, float]
+  overlapped_s: float
+  serial_s: float
+  limit: str
+
+
+def estimate(
+  flops: float, read_bytes: float, found: Sequence[Collective], target: Slice, efficiency: float
+) -> Roofline:
+  """Returns the times of one step.
+
+  Args:
+    flops: of all devices together.
+    read_bytes: what each device reads of its memory.
+    found: the collectives of the program.
+    target: what it runs on.
+    efficiency: share of the peak that products reach, in (0, 1].
+
+  Source: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 3, the
+    time of collectives.
+  """
+  compute_s = flops / (target.num_chips * target.chip.flops * efficiency)
+  memory_s = read_bytes / target.chip.hbm_bytes_per_s
+  times: dict[str, float] = collections_lib.defaultdict(float)
+  for item in found:
+    times[item.kind] += item.turns * collective_s(item, target)
+    times[BETWEEN_SLICES] += item.turns * network_s(item, target)
+  if not times[BETWEEN_SLICES]:
+    del times[BETWEEN_SLICES]
+  parts = {'products': compute_s, 'memory': memory_s, **times}
+  links_s, busy_s = sum(times.values()), max(compute_s, memory_s)
+  return Roofline(
+    compute_s=compute_s,
+    memory_s=memory_s,
+    collectives_s=dict(times),
+    overlapped_s=max(busy_s, links_s),
+    serial_s=busy_s + links_s,
+    limit=max(parts, key=parts.__getitem__),
+  )
+
+
+def _spread(item: Collective, target: Slice) -> tuple[int, int]:
+  """Returns (slices, members within each of them) of a collective's group."""
+  in_slice = target.num_chips // target.num_slices
+  slices = len({place // in_slice for place in item.group})
+  return slices, len(item.group) // slices
+
+
+def network_s(item: Collective, target: Slice) -> float:
+  """Returns the seconds of one turn on the network between slices."""
+  slices, members = _spread(item, target)
+  num_bytes = (slices - 1) / slices * item.num_bytes / members
+  times = 2 if item.kind == 'all-reduce' else 1
+  return times * num_bytes / target.chip.dcn_bytes_per_s
+
+
+def collective_s(item: Collective, target: Slice) -> float:
+  """Returns the seconds of one turn on the links within slices."""
+  in_slice = target.num_chips // target.num_slices
+  members = _spread(item, target)[1]
+  if in_slice == 1 or members == 1:
+    return 0.0
+  share = (members - 1) / members
+  if members >= in_slice:
+    rate, longest = sum(target.ring_bytes_per_s), max(target.shape)
+  else:
+    rate, longest = min(target.ring_bytes_per_s), members
+  match item.kind:
+    case 'all-reduce':
+      return 2 * share * item.num_bytes / rate
+    case 'all-to-all':
+      # Half of a ring's data crosses its middle, over two places, both ways.
+      return share * item.num_bytes * longest / 4 / min(target.ring_bytes_per_s)
+    case 'collective-permute':
+      return item.num_bytes / max(target.ring_bytes_per_s)
+  return share * item.num_bytes / rate

@@ -22,28 +22,18 @@ GIB = 2**30
 class Chip:
   """What one chip has.
 
-  Attributes:
-    hbm_bytes: memory that a program can use; what the compiler holds back is
-      left out.
-    flops: bfloat16 products, FLOP/s at most.
-    hbm_bytes_per_s: of its memory.
-    link_bytes_per_s: of one link to a neighbour, in each of its directions.
-    dcn_bytes_per_s: between slices, over the data-centre network.
-    cores_named: the name of a slice counts these per chip: v5p-16 is 8 chips.
-    torus: a side of the slice is closed to a ring where it is a multiple of it.
-
   Source: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e: peak compute, HBM, DCN;
     slice names; wrap-around links); links: "How to Scale Your Model"
     (jax-ml.github.io/scaling-book), TPU networking, one-way bandwidth.
   """
 
-  hbm_bytes: float
-  flops: float
+  hbm_bytes: float  # what the compiler holds back is left out
+  flops: float  # bfloat16 products, FLOP/s at most
   hbm_bytes_per_s: float
-  link_bytes_per_s: float
-  dcn_bytes_per_s: float
-  cores_named: int
-  torus: int
+  link_bytes_per_s: float  # one link to a neighbour, in each of its directions
+  dcn_bytes_per_s: float  # between slices, over the data-centre network
+  cores_named: int  # that the name of a slice counts per chip: v5p-16 is 8 chips
+  torus: int  # a side of the slice is a ring where it is a multiple of this
 
 
 CHIPS = {
@@ -62,10 +52,7 @@ SHAPES_3D = {
   4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4),
   128: (4, 4, 8), 256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16),
 }  # fmt: skip
-SHAPES = {
-  'v4': SHAPES_3D, 'v5e': SHAPES_2D, 'v5p': SHAPES_3D, 'v6e': SHAPES_2D,
-}  # fmt: skip
-
+SHAPES = {'v4': SHAPES_3D, 'v5e': SHAPES_2D, 'v5p': SHAPES_3D, 'v6e': SHAPES_2D}
 
 # GPUs of a node, which NVLink connects.
 NODES = {'a100': 8, 'h100': 8, 'h200': 8, 'b200': 8}
@@ -73,18 +60,11 @@ NODES = {'a100': 8, 'h100': 8, 'h200': 8, 'b200': 8}
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """One or several slices of TPUs.
+  """One or several slices of TPUs, which the data-centre network connects."""
 
-  Attributes:
-    name: as rented, 'v5p-16'; with '2x' before it two of them.
-    kind: a name of CHIPS.
-    shape: chips along each side of one slice.
-    num_slices: connected by the data-centre network.
-  """
-
-  name: str
-  kind: str
-  shape: tuple[int, ...]
+  name: str  # as rented, 'v5p-16'; with '2x' before it two of them
+  kind: str  # a name of CHIPS
+  shape: tuple[int, ...]  # chips along each side of one slice
   num_slices: int = 1
 
   @property
@@ -93,7 +73,7 @@ class Slice:
 
   @property
   def num_chips(self) -> int:
-    """Of all slices."""
+    """How many all slices have together."""
     return math.prod(self.shape) * self.num_slices
 
   @property
@@ -141,10 +121,7 @@ def parse(name: str) -> Slice:
 
 
 def _num_gpus(name: str) -> int:
-  """Returns the GPUs of a name such as 'h100-16'; 0 where it is none of GPUs.
-
-  They are whole nodes, or a part of one.
-  """
+  """Returns the GPUs of a name such as 'h100-16', whole nodes or a part of one; else 0."""
   match = re.fullmatch(r'(\w+)-([1-9]\d*)', name)
   if not match or match[1] not in NODES:
     return 0
@@ -153,23 +130,16 @@ def _num_gpus(name: str) -> int:
 
 
 def num_devices(name: str) -> int:
-  """Returns how many TPUs or GPUs have this name.
-
-  Raises:
-    ValueError: there are none such.
-  """
+  """Returns how many TPUs or GPUs have this name. ValueError: there are none such."""
   return _num_gpus(name) or parse(name).num_chips
 
 
 def layout(name: str) -> dict[str, int]:
   """Returns config.mesh for a slice or nodes: a copy of the model in each.
 
-  Parameters are gathered over the fast links of a slice or node; between them
-  only gradients travel. Give `tensor` a part of fsdp where a row does not fit
-  into a device.
-
-  Raises:
-    ValueError: there is no such slice or node.
+  Parameters are gathered over the fast links of a slice or node; between them only
+  gradients travel. Give `tensor` a part of fsdp where a row does not fit into a
+  device. ValueError: there is no such slice or node.
   """
   if num := _num_gpus(name):
     slices = max(num // NODES[name.partition('-')[0]], 1)
@@ -192,20 +162,13 @@ def devices(target: Slice) -> list[Any]:
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   from jax.experimental import topologies
 
-  # v4 and v5p name their sides in libtpu as well, one device per chip.
-  shape = 'x'.join(str(side) for side in target.shape)
   extra = {}
-  if target.shape in ((1, 1), (2, 2, 1)) or target.kind in ('v5e', 'v6e'):
-    extra = _host_bounds(target)
+  # The usual host has four chips or more; v4 and v5p tell libtpu their sides as well.
+  if math.prod(target.shape) < 4:
+    extra['chips_per_host_bounds'] = (*target.shape, 1)
   if target.num_slices > 1:
     extra['num_slices'] = target.num_slices
+  shape = 'x'.join(map(str, target.shape))
   return topologies.get_topology_desc(
     platform='tpu', topology_name=f'{target.kind}:{shape}', **extra
   ).devices
-
-
-def _host_bounds(target: Slice) -> dict[str, Any]:
-  """Returns libtpu's argument for slices smaller than a usual host."""
-  if math.prod(target.shape) >= 4:
-    return {}
-  return {'chips_per_host_bounds': (*target.shape, 1)}

@@ -1,4 +1,4 @@
-"""Named leaves of a pytree, and the few reductions over all of them."""
+"""Named leaves of a pytree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -42,8 +41,7 @@ def from_named(tree: Any, named: Mapping[str, Any]) -> Any:
   for name in named:
     if name not in names:
       raise ValueError(f'leaf {name!r} is not part of the tree')
-  structure = jax.tree.structure(tree)
-  return jax.tree.unflatten(structure, [named[name] for name in names])
+  return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in names])
 
 
 def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,22 +64,3 @@ def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 def num_params(tree: Any) -> int:
   """Returns the number of elements over all leaves (arrays or their shapes)."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
-
-
-def num_bytes(tree: Any) -> int:
-  """Returns the bytes of all leaves, counted once whatever the sharding."""
-  return sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-
-
-def global_norm(tree: Any) -> jax.Array:
-  """Returns the float32 Euclidean norm over all leaves (0 without any)."""
-  squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
-  return jnp.sqrt(sum(squares, jnp.float32(0)))
-
-
-def all_finite(tree: Any) -> jax.Array:
-  """Returns a bool scalar: no floating-point leaf holds a NaN or infinity."""
-  finite = [
-    jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)
-  ]
-  return jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)

@@ -17,7 +17,7 @@ import jax
 import ml_collections
 
 from csrm_jax import config as config_lib
-from csrm_jax.core import files, program, roofline, topology, tree
+from csrm_jax.core import files, program, topology, tree
 from csrm_jax.models import transformer
 from csrm_jax.runners import programs
 
@@ -61,7 +61,7 @@ class Compiled:
   tokens: int
   calls: int
   collective_bytes: dict[str, int]
-  roofline: roofline.Roofline | None
+  roofline: program.Roofline | None
   compile_s: float
 
   @property
@@ -160,7 +160,7 @@ def _describe(
     tokens=made.tokens,
     calls=made.calls,
     collective_bytes={kind: total for kind, total in sums.items() if total},
-    roofline=roofline.estimate(flops, read_bytes, found, target, config.product_efficiency)
+    roofline=program.estimate(flops, read_bytes, found, target, config.product_efficiency)
     if found or fits
     else None,
     compile_s=compile_s,

@@ -2,7 +2,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from csrm_jax.core import tree
@@ -58,28 +57,3 @@ def test_sizes_of_arrays_and_of_shapes():
   shapes = jax.eval_shape(_state)
   for t in (_state(), shapes):
     assert tree.num_params(t) == 1 + 6 + 4
-    assert tree.num_bytes(t) == 4 + 24 + 8
-
-
-def test_global_norm_is_float32_and_matches_numpy():
-  rng = np.random.default_rng(0)
-  a, b = rng.normal(size=(3, 5)), rng.normal(size=7)
-  t = {'a': jnp.asarray(a, jnp.float32), 'b': jnp.asarray(b, jnp.float32)}
-  norm = tree.global_norm(t)
-  assert norm.dtype == jnp.float32
-  expected = np.sqrt((a**2).sum() + (b**2).sum())
-  np.testing.assert_allclose(norm, expected, rtol=1e-6)
-  assert tree.global_norm({}) == 0
-
-
-def test_global_norm_does_not_overflow_in_half_precision():
-  t = {'a': jnp.full(4, 300.0, jnp.float16)}
-  np.testing.assert_allclose(tree.global_norm(t), 600.0)
-
-
-@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-def test_all_finite(bad):
-  good = {'a': jnp.ones(3), 'n': jnp.int32(1)}
-  assert tree.all_finite(good)
-  assert tree.all_finite({'n': jnp.int32(1)})
-  assert not tree.all_finite(good | {'b': jnp.array([0.0, bad])})

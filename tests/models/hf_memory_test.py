@@ -35,7 +35,6 @@ import ctypes, gc, json, pathlib, sys
 import jax
 import numpy as np
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.core import tree
 from csrm_jax.models import hf
 
 def status(key):
@@ -52,7 +51,7 @@ def extra(shardings):
   pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets the peak
   before = status('VmRSS')
   params = load(shardings)
-  return status('VmHWM') - before - tree.num_bytes(params), params
+  return status('VmHWM') - before - sum(x.nbytes for x in jax.tree.leaves(params)), params
 
 folder = sys.argv[1]
 cfg = hf.load_config(folder)
