@@ -35,7 +35,7 @@ from csrm_jax.models.config import ModelConfig
 from csrm_jax.rl import algorithms, logs, objectives, rewards, rollout
 from csrm_jax.rl.job import Job, Progress, Settings
 from csrm_jax.safety.schema import Prompt, Sample
-from csrm_jax.train import step as training, window
+from csrm_jax.train import loop, step as training
 
 # Between updates of a progress bar; a log file needs few of its lines.
 BAR_INTERVAL_S = 1.0 if sys.stderr.isatty() else 10.0
@@ -69,7 +69,7 @@ def train(
     looks = logs.Table(job.workdir / 'looks.jsonl', start if restored else -1)
     if restored is None:
       _look(job, state, 0, looks)
-    log = window.Window(earlier_s, setup_s, log_state)
+    log = loop.Window(earlier_s, setup_s, log_state)
     with (
       preemption.watch() as asked,
       profiling.trace(settings.profile, job.workdir / 'profile') as done,

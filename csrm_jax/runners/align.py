@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from csrm_jax.core import mesh as mesh_lib, profiling, tree
+from csrm_jax.core import mesh as mesh_lib, tree
 from csrm_jax.evals import policy as policy_eval, report
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
@@ -210,24 +210,14 @@ def _train_offline(
     params,
     setup.mesh,
   )
-  loop = loop_lib.LoopConfig(
-    config.num_steps,
-    config.log_every,
-    config.checkpoint_every,
-    profile=profiling.parse_steps(config.profile_steps),
-  )
   state = loop_lib.train(
-    loop_lib.Job(
-      step_fn,
-      batches,
-      setup.mesh,
-      workdir,
-      loop,
-      _describe(config, setup),
-      frozen or None,
-      time.monotonic() - setup.began,
-    ),
+    loop_lib.Supervised(step_fn, batches, setup.mesh, frozen or None),
     state,
+    config,
+    mesh=setup.mesh,
+    workdir=workdir,
+    meta=_describe(config, setup),
+    setup_s=time.monotonic() - setup.began,
   )
   found = offline.describe(completions, rows)
   return tree.merge(frozen, state.params), {f'pairs/{name}': value for name, value in found.items()}

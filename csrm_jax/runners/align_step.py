@@ -11,7 +11,7 @@ import ml_collections
 from csrm_jax.core import mesh as mesh_lib, profiling
 from csrm_jax.models.sampling import Sampling
 from csrm_jax.rl import algorithms, job, learner, objectives, rollout
-from csrm_jax.train import make_step as train_step, step as training
+from csrm_jax.train import step as training
 
 
 def make_meshes(
@@ -128,4 +128,4 @@ def make_step(
   num_updates = config.num_steps
   if algorithms.get(config.algorithm).online:
     num_updates *= config.loss.num_iterations * config.loss.num_mini_batches
-  return train_step.make(config.optim, num_updates, loss_fn, params, mesh)
+  return training.make_step(loss_fn, params, mesh, num_updates, **config.optim)

@@ -19,12 +19,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from csrm_jax.core import mesh as mesh_lib, profiling
+from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features, packing, pipeline
 from csrm_jax.models import config as model_config, hf, transformer
 from csrm_jax.ruleworld import corpus, dialogues
 from csrm_jax.text import tokenizer as tokenizer_lib
-from csrm_jax.train import loop as loop_lib, losses, make_step
+from csrm_jax.train import loop as loop_lib, losses, step as training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,24 +123,17 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   )
   batches = pipeline.batches(atoms, shape, fingerprint=f'{tokenizer.digest}/{documents.digest()}')
   mesh = mesh_lib.make_mesh()
-  step_fn, state = make_step.make(config.optim, config.num_steps, make_loss_fn(cfg), params, mesh)
-  loop = loop_lib.LoopConfig(
-    config.num_steps,
-    config.log_every,
-    config.checkpoint_every,
-    profile=profiling.parse_steps(config.profile_steps),
+  step_fn, state = training.make_step(
+    make_loss_fn(cfg), params, mesh, config.num_steps, **config.optim
   )
   state = loop_lib.train(
-    loop_lib.Job(
-      step_fn,
-      batches,
-      mesh,
-      workdir,
-      loop,
-      {'model': cfg.to_dict()},
-      setup_s=time.monotonic() - began,
-    ),
+    loop_lib.Supervised(step_fn, batches, mesh),
     state,
+    config,
+    mesh=mesh,
+    workdir=workdir,
+    meta={'model': cfg.to_dict()},
+    setup_s=time.monotonic() - began,
   )
   params = jax.tree.map(lambda x: x.astype(config.model.saved_dtype), state.params)
   hf.save(

@@ -15,7 +15,7 @@ import grain
 import jax
 import ml_collections
 
-from csrm_jax.core import mesh as mesh_lib, profiling, tree
+from csrm_jax.core import mesh as mesh_lib, tree
 from csrm_jax.data import features, mixture, packing, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
@@ -24,7 +24,7 @@ from csrm_jax.ruleworld import datasets
 from csrm_jax.runners import evaluation, show_tokens as show_tokens_lib
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
-from csrm_jax.train import loop as loop_lib, make_step as train_step, step as training
+from csrm_jax.train import loop as loop_lib, step as training
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -38,12 +38,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
   start = time.monotonic()
-  loop = loop_lib.LoopConfig(
-    config.num_steps,
-    config.log_every,
-    config.checkpoint_every,
-    profile=profiling.parse_steps(config.profile_steps),
-  )
+  loop_lib.check_lengths(config)
   spec, tokenizer = _describe(config)
   parts, held_out = _read_data(config)
   todo = evaluation.benchmarks(config.eval, held_out)
@@ -66,10 +61,13 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
     )
   step_fn, state = make_step(config, spec.model, spec.verbalizers(tokenizer), params, mesh)
   state = loop_lib.train(
-    loop_lib.Job(
-      step_fn, batches, mesh, workdir, loop, spec.to_dict(), frozen, time.monotonic() - start
-    ),
+    loop_lib.Supervised(step_fn, batches, mesh, frozen),
     state,
+    config,
+    mesh=mesh,
+    workdir=workdir,
+    meta=spec.to_dict(),
+    setup_s=time.monotonic() - start,
   )
   num_examples = batches.num_atoms
   batches.close()
@@ -125,7 +123,7 @@ def make_step(
     mesh: of the state.
   """
   loss_fn = scoring.make_loss_fn(model, verbalizers, config.loss.gamma, config.loss.margin)
-  return train_step.make(config.optim, config.num_steps, loss_fn, params, mesh)
+  return training.make_step(loss_fn, params, mesh, config.num_steps, **config.optim)
 
 
 def _describe(

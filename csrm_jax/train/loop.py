@@ -1,13 +1,21 @@
-"""The training loop that all runners share: step, log, checkpoint, resume."""
+"""The one training loop: step, log, checkpoint, stop, resume.
+
+Reward models, pretraining, offline and online RL are `Work` of it. A run that is
+killed and started again gives what an uninterrupted one would, bit for bit.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
+import functools
+import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,110 +30,209 @@ from csrm_jax.core import (
   remote,
   writer as writer_lib,
 )
-from csrm_jax.data import packing, pipeline
-from csrm_jax.train import step as training, window
+from csrm_jax.train import step as training
 
 # Between updates of a progress bar; a log file needs few of its lines.
 BAR_INTERVAL_S = 1.0 if sys.stderr.isatty() else 10.0
 
+_COMPILED = '/jax/core/compile/backend_compile_duration'
+# What is measured apart; the rest of a step is its computation.
+_SPANS = ('data_wait', 'checkpoint', 'compile')
 
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-  """How long a run is, and how often it logs and saves.
+# An update that was begun: its batch, and what the train step says of it.
+Update = tuple[Mapping[str, np.ndarray], dict[str, Any]]
 
-  Attributes:
-    num_steps: updates in all.
-    log_every: steps that one line of metrics.jsonl sums up.
-    checkpoint_every: steps between checkpoints; a multiple of log_every, so
-      that a resumed run logs what an uninterrupted one would.
-    keep: checkpoints kept.
-    profile: first and last step of a trace in workdir/profile; None: none.
-  """
 
-  num_steps: int
-  log_every: int
-  checkpoint_every: int
-  keep: int = 2
-  profile: tuple[int, int] | None = None
+class Work(Protocol):
+  """What a run does in each step, and what it carries beside the train state."""
 
-  def __post_init__(self):
-    for name in ('num_steps', 'log_every', 'checkpoint_every', 'keep'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1.')
-    if self.checkpoint_every % self.log_every:
-      raise ValueError(
-        f'checkpoint_every={self.checkpoint_every} must be a multiple of '
-        f'log_every={self.log_every}.'
-      )
+  stopped: str  # why the run ends before its last step; '' where it does not
+
+  def begin(self, state: training.TrainState, step: int, carried: Any) -> None:
+    """Takes up what get_state returned at that step; None begins afresh."""
+
+  def step(
+    self, state: training.TrainState, step: int, log: Window
+  ) -> tuple[training.TrainState, Sequence[Update]]:
+    """Returns the next state, and the updates that nobody has checked yet."""
+
+  def line(self, log: Window) -> dict[str, float]:
+    """Returns a line of metrics.jsonl; closes the window."""
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns JSON values, which a checkpoint holds beside the train state."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-  """What a training run works on.
+class Supervised:
+  """The work of learning from batches, one update each.
 
   Attributes:
-    step_fn: as from training.make_train_step.
-    batches: the data; its position is saved with the model.
+    step_fn: as from training.make_step.
+    batches: packed rows or pairs without end; count what they drop and shorten.
     mesh: what batches are spread over.
-    workdir: where checkpoints/ and metrics.jsonl go.
-    loop: lengths and intervals.
-    meta: JSON that describes the model, stored with each checkpoint.
     frozen: parameters that are neither trained nor saved, on the mesh.
-    setup_s: what reading data and weights has taken.
   """
 
   step_fn: training.StepFn
-  batches: pipeline.BatchIterator
+  batches: Any
   mesh: jax.sharding.Mesh
-  workdir: pathlib.Path
-  loop: LoopConfig
-  meta: dict[str, Any]
   frozen: Any = None
-  setup_s: float = 0.0
+  stopped = ''
+
+  def begin(self, state, step, carried) -> None:
+    if carried is not None:
+      self.batches.set_state(carried)
+
+  def step(self, state, step, log):
+    with log.span('data_wait'):
+      batch = next(self.batches)
+    state, metrics = self.step_fn(state, mesh_lib.to_global(batch, self.mesh), self.frozen)
+    segments = batch['segment_ids']
+    log.add([metrics], filled=int(np.count_nonzero(segments)), places=segments.size)
+    return state, [(batch, metrics)]
+
+  def line(self, log) -> dict[str, float]:
+    filled, places = log.counts['filled'], log.counts['places']
+    values = {
+      'data/fill_rate': filled / places,
+      'data/shortened': self.batches.num_shortened,
+      'time/tokens_per_s': filled / log.seconds,
+    }
+    values |= {f'data/dropped_{reason}': num for reason, num in self.batches.drops.items()}
+    values |= log.close()
+    # Of the step alone: how often its shapes have changed.
+    return values | {'time/num_compilations': self.step_fn._cache_size()}
+
+  def get_state(self) -> dict[str, Any]:
+    return self.batches.get_state()
 
 
-def train(job: Job, state: training.TrainState) -> training.TrainState:
-  """Returns the state after `loop.num_steps` updates, resuming if it can.
+def check_lengths(config: Any) -> None:
+  """Checks num_steps, log_every, checkpoint_every and profile_steps of a config.
+
+  Raises:
+    ValueError: one is out of range, or a resumed run would not log what an
+      uninterrupted one does.
+  """
+  for name in ('num_steps', 'log_every', 'checkpoint_every'):
+    if config[name] < 1:
+      raise ValueError(f'{name}={config[name]} must be at least 1.')
+  if config.checkpoint_every % config.log_every:
+    raise ValueError(
+      f'checkpoint_every={config.checkpoint_every} must be a multiple of '
+      f'log_every={config.log_every}.'
+    )
+  profiling.parse_steps(config.profile_steps)
+
+
+def train(
+  work: Work,
+  state: training.TrainState,
+  config: Any,
+  *,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+  meta: Mapping[str, Any],
+  setup_s: float = 0.0,
+  name: str = 'train',
+) -> training.TrainState:
+  """Returns the state after config.num_steps steps, resuming if it can.
 
   The newest intact checkpoint in workdir/checkpoints is restored together with
-  the position in the data, so that run, kill, run again equals one run. The
-  last step is always saved, and on SIGTERM the one that is being done.
+  what the work carries. The last step is always saved, and on SIGTERM the one
+  that is being done.
 
   Args:
-    job: what to do.
+    work: what to do.
     state: of a fresh run, laid out on the mesh.
+    config: see check_lengths.
+    mesh: of the state.
+    workdir: where checkpoints/, profile/ and metrics.jsonl go.
+    meta: JSON that describes the model, stored with each checkpoint.
+    setup_s: what reading data and weights has taken.
+    name: of the progress bar.
 
   Raises:
     ValueError: a loss or gradient is not finite; the message names the step
       and the file that holds its batch. Nothing of that step is applied.
     preemption.Stopped: by SIGTERM, after a save.
   """
-  loop, began = job.loop, time.perf_counter()
-  earlier_s, start, log_state = elapsed_s(job.workdir), 0, None
-  with checkpoint.Checkpoints(job.workdir / 'checkpoints', loop.keep) as saved:
-    restored = saved.restore_latest(mesh_lib.abstract(state, job.mesh))
+  check_lengths(config)
+  began, earlier_s, start = time.perf_counter(), elapsed_s(workdir), 0
+  carried, window = None, None
+  with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
+    restored = saved.restore_latest(mesh_lib.abstract(state, mesh))
     if restored is not None:
-      start, state, data_state = restored
-      log_state = data_state.pop('window', None)
-      job.batches.set_state(data_state)
-    setup_s = job.setup_s + time.perf_counter() - began
-    log = window.Window(earlier_s, setup_s, log_state)
+      start, state, carried = restored
+      window = carried.pop('window', None)
+    work.begin(state, start, carried)
+    num_steps = start if work.stopped else config.num_steps
+    log = Window(earlier_s, setup_s + time.perf_counter() - began, window)
     with (
       preemption.watch() as asked,
-      writer_lib.MetricsWriter(job.workdir, resume_step=start if restored else -1) as writer,
+      profiling.trace(profiling.parse_steps(config.profile_steps), workdir / 'profile') as done,
+      writer_lib.MetricsWriter(workdir, resume_step=start if restored else -1) as writer,
+      tqdm.tqdm(
+        total=num_steps,
+        initial=start,
+        desc=name,
+        unit='step',
+        dynamic_ncols=True,
+        mininterval=BAR_INTERVAL_S,
+      ) as bar,
     ):
-      for step, new_state, stop in _steps(job, state, start, log, asked):
-        state, last = new_state, step == loop.num_steps
-        if step % loop.log_every == 0 or last:
-          writer.write(step, _log_line(job, log))
-        if step % loop.checkpoint_every == 0 or last or stop:
+      done(start, state)
+      unchecked = ()
+      for step in range(start + 1, num_steps + 1):
+        state, updates = work.step(state, step, log)
+        # Those of the step before: the device is never waited for.
+        check_finite(workdir, step - 1, unchecked)
+        unchecked = updates
+        stop, last = asked(step), step == num_steps
+        is_logged = step % config.log_every == 0 or last
+        if is_logged or stop:  # nothing is logged or saved unchecked
+          check_finite(workdir, step, unchecked)
+          unchecked = ()
+          if updates:
+            total, weight = jax.device_get(updates[-1][1]['train/loss'])
+            bar.set_postfix(loss=f'{total / max(weight, 1e-9):.4f}', refresh=False)
+        bar.update()
+        done(step, state)
+        if is_logged:
+          writer.write(step, work.line(log))
+        last = last or bool(work.stopped)
+        if step % config.checkpoint_every == 0 or last or stop:
           with log.span('checkpoint'):
             writer.flush()
-            remote.push(job.workdir)
-            saved.save(step, state, job.batches.get_state() | {'window': log.get_state()}, job.meta)
+            remote.push(workdir)
+            saved.save(step, state, work.get_state() | {'window': log.get_state()}, meta)
         if stop:
           raise preemption.Stopped(step)
+        if last:
+          break
+  if work.stopped:
+    print(f'stopped early: {work.stopped}', file=sys.stderr)
   return state
+
+
+def check_finite(workdir: pathlib.Path, step: int, updates: Sequence[Update]) -> None:
+  """Waits for the updates of a step.
+
+  Raises:
+    ValueError: one was not applied, because it was not finite; its batch is
+      kept in the work directory.
+  """
+  for batch, metrics in updates:
+    if float(metrics['train/finite']) > 0:
+      continue
+    path = workdir / f'nonfinite_step_{step}.npz'
+    np.savez(path, **batch)
+    raise ValueError(
+      f'step {step}: the loss or a gradient is not finite; its batch is in '
+      f'{path}. Lower optim.lr or look at that batch, then run again: the '
+      'last checkpoint is intact.'
+    )
 
 
 def elapsed_s(workdir: pathlib.Path) -> float:
@@ -134,72 +241,122 @@ def elapsed_s(workdir: pathlib.Path) -> float:
   return next((row[key] for row in reversed(rows) if (key := 'time/elapsed_s') in row), 0.0)
 
 
-def _steps(
-  job: Job, state: training.TrainState, start: int, log: window.Window, asked: Callable[[int], bool]
-) -> Iterator[tuple[int, training.TrainState, bool]]:
-  """Yields (step, state, whether to stop) after each update, behind a bar.
+class Window:
+  """The metrics of the steps since the last line.
 
-  Whether a step was finite is looked at one step late, so that the device is
-  never waited for; and before a step that is logged or saved is yielded.
+  Its state is saved with the model, so that a line whose steps were cut in two
+  by a stop is that of a run without one, and so that no second is forgotten.
   """
-  pending = None  # (step, batch, metrics) of the step still on the device
-  with (
-    profiling.trace(job.loop.profile, job.workdir / 'profile') as done,
-    tqdm.tqdm(
-      total=job.loop.num_steps,
-      initial=start,
-      desc='train',
-      unit='step',
-      dynamic_ncols=True,
-      mininterval=BAR_INTERVAL_S,
-    ) as bar,
+
+  def __init__(
+    self, earlier_s: float = 0.0, setup_s: float = 0.0, state: Mapping[str, Any] | None = None
   ):
-    done(start, state)
-    for step in range(start + 1, job.loop.num_steps + 1):
-      with log.span('data_wait'):
-        batch = next(job.batches)
-      state, metrics = job.step_fn(state, mesh_lib.to_global(batch, job.mesh), job.frozen)
-      if pending is not None:
-        _check_finite(*pending, job.workdir)
-      pending = (step, batch, metrics)
-      log.add(
-        [metrics],
-        filled=int(np.count_nonzero(batch['segment_ids'])),
-        places=batch['segment_ids'].size,
-      )
-      stop = asked(step)
-      if step % job.loop.log_every == 0 or step == job.loop.num_steps or stop:
-        _check_finite(*pending, job.workdir)
-        pending = None
-        total, weight = jax.device_get(metrics['train/loss'])
-        bar.set_postfix(loss=f'{total / max(weight, 1e-9):.4f}', refresh=False)
-      bar.update()
-      done(step, state)
-      yield step, state, stop
+    """Starts the clock.
+
+    Args:
+      earlier_s: that earlier starts of the run took.
+      setup_s: that this one has taken.
+      state: of get_state, from the checkpoint; it may know of more earlier_s.
+    """
+    now = time.perf_counter()
+    earlier_s = max(earlier_s, state['elapsed_s'] if state else 0.0)
+    self._began = now - earlier_s - setup_s
+    self._num_before = _compilations()[0]
+    self._good_s = 0.0  # in steps that count, since the first start
+    self._clear()
+    if state:
+      self._metrics = list(state['metrics'])
+      self._counts = collections.Counter(state['counts'])
+      self._num_steps, self._good_s = state['num_steps'], state['good_s']
+      self._spans, self._start = dict(state['spans']), now - state['seconds']
+
+  def _clear(self) -> None:
+    self._metrics: list[Mapping[str, Any]] = []
+    self._counts: collections.Counter[str] = collections.Counter()
+    self._spans = dict.fromkeys(_SPANS, 0.0)
+    self._num_steps, self._start = 0, time.perf_counter()
+    self._compiled_s = _compilations()[1]
+
+  @contextlib.contextmanager
+  def span(self, name: str) -> Iterator[None]:
+    """Counts the seconds within as those of 'data_wait' or 'checkpoint'."""
+    start = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._spans[name] += time.perf_counter() - start
+
+  def add(self, metrics: Sequence[Mapping[str, Any]], **counts: float) -> None:
+    """Adds what one step measured, and counted."""
+    self._metrics += metrics
+    self._counts.update(counts)
+    self._num_steps += 1
+
+  @property
+  def counts(self) -> Mapping[str, float]:
+    """Sums of what the steps counted."""
+    return self._counts
+
+  @property
+  def seconds(self) -> float:
+    """Since the last line, or the start."""
+    return time.perf_counter() - self._start
+
+  def close(self) -> dict[str, float]:
+    """Returns the means of the metrics, and times; begins the next window.
+
+    time/step_s is the sum of its parts, each in seconds a step: data_wait_s,
+    checkpoint_s, compile_s and compute_s, which is the rest. time/goodput is
+    the share of elapsed_s that was compute_s of a step that has not been done
+    again. elapsed_s is that of all starts of the run. num_compilations counts
+    since this start; after the first steps it should stay where it is.
+    """
+    values = training.mean_metrics(self._metrics)
+    spans, seconds = self._measured(), self.seconds
+    compute_s = max(0.0, seconds - sum(spans.values()))
+    self._good_s += compute_s
+    elapsed_s = time.perf_counter() - self._began
+    spans |= {'compute': compute_s, 'step': seconds}
+    values |= {f'time/{name}_s': span / self._num_steps for name, span in spans.items()}
+    values |= {
+      'time/elapsed_s': elapsed_s,
+      'time/goodput': self._good_s / elapsed_s,
+      'time/num_compilations': _compilations()[0] - self._num_before,
+    }
+    self._clear()
+    return values
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns JSON, with null for what is not finite; waits for the device."""
+    steps = [
+      {name: np.asarray(x, np.float64).tolist() for name, x in step.items()}
+      for step in jax.device_get(self._metrics)
+    ]
+    return {
+      'metrics': json.loads(json.dumps(steps), parse_constant=lambda name: None),
+      'counts': dict(self._counts),
+      'num_steps': self._num_steps,
+      'spans': self._measured(),
+      'seconds': self.seconds,
+      'good_s': self._good_s,
+      'elapsed_s': time.perf_counter() - self._began,
+    }
+
+  def _measured(self) -> dict[str, float]:
+    """Returns the spans, with what was compiled meanwhile."""
+    compiled_s = _compilations()[1] - self._compiled_s
+    return self._spans | {'compile': self._spans['compile'] + compiled_s}
 
 
-def _log_line(job: Job, log: window.Window) -> dict[str, float]:
-  filled, places = log.counts['filled'], log.counts['places']
-  values = {
-    'data/fill_rate': filled / places,
-    'data/shortened': job.batches.num_shortened,
-    'time/tokens_per_s': filled / log.seconds,
-  }
-  values |= {f'data/dropped_{k}': v for k, v in job.batches.drops.items()}
-  values |= log.close()
-  # Of the step alone: how often its shapes have changed.
-  return values | {'time/num_compilations': job.step_fn._cache_size()}
+@functools.cache
+def _compilations() -> list[float]:
+  """Returns [their number, their seconds] from the first call on."""
+  found = [0, 0.0]
 
+  def listen(event: str, duration: float, **unused) -> None:
+    if event == _COMPILED:
+      found[0] += 1
+      found[1] += duration
 
-def _check_finite(
-  step: int, batch: packing.Batch, metrics: dict[str, Any], workdir: pathlib.Path
-) -> None:
-  if float(metrics['train/finite']) > 0:
-    return
-  path = workdir / f'nonfinite_step_{step}.npz'
-  np.savez(path, **batch)
-  raise ValueError(
-    f'step {step}: the loss or a gradient is not finite; its batch is in '
-    f'{path}. Lower optim.lr or look at that batch, then run again: the '
-    'last checkpoint is intact.'
-  )
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from csrm_jax.core import tree
+from csrm_jax.core import mesh as mesh_lib, tree
 
 LossFn = Callable[[Any, Any], tuple[jax.Array, jax.Array, dict[str, Any]]]
 # (state, batch[, frozen]) -> (state, metrics), see make_train_step.
@@ -36,7 +37,7 @@ class TrainState:
 
 
 def make_schedule(
-  learning_rate: float, warmup_steps: int, num_steps: int, end_lr_fraction: float = 0.1
+  learning_rate: float, warmup_steps: int, num_steps: int, end_lr_fraction: float
 ) -> optax.Schedule:
   """Returns step -> learning rate: linear warm-up, then cosine decay.
 
@@ -64,15 +65,15 @@ def make_schedule(
 
 
 def make_optimizer(
-  learning_rate: float,
-  *,
-  warmup_steps: int,
   num_steps: int,
-  b1: float = 0.9,
-  b2: float = 0.95,
-  weight_decay: float = 0.0,
-  clip_norm: float | None = 1.0,
-  end_lr_fraction: float = 0.1,
+  *,
+  lr: float,
+  warmup_steps: int,
+  b1: float,
+  b2: float,
+  weight_decay: float,
+  clip_norm: float | None,
+  end_lr_fraction: float,
 ) -> optax.GradientTransformation:
   """Returns AdamW with clipping by global norm and a warm-up-cosine schedule.
 
@@ -80,9 +81,9 @@ def make_optimizer(
   the optimizer state under 'learning_rate', where the train step reads it.
 
   Args:
-    learning_rate: peak.
-    warmup_steps: updates of linear warm-up.
     num_steps: updates until the cosine reaches its end.
+    lr: the peak of the learning rate.
+    warmup_steps: updates of linear warm-up.
     b1: Adam's first-moment decay.
     b2: Adam's second-moment decay.
     weight_decay: decoupled, times the learning rate.
@@ -91,7 +92,7 @@ def make_optimizer(
   """
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f'clip_norm={clip_norm} must be positive; None switches clipping off.')
-  schedule = make_schedule(learning_rate, warmup_steps, num_steps, end_lr_fraction)
+  schedule = make_schedule(lr, warmup_steps, num_steps, end_lr_fraction)
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   return optax.chain(
     clip,
@@ -109,6 +110,35 @@ def decay_mask(params: Any) -> Any:
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns the state before the first update."""
   return TrainState(step=jnp.zeros([], jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def make_step(
+  loss_fn: LossFn,
+  params: Any,
+  mesh: jax.sharding.Mesh,
+  num_steps: int,
+  *,
+  num_microbatches: int,
+  **optim: Any,
+) -> tuple[StepFn, TrainState]:
+  """Returns the train step of a run and its first state, on the mesh.
+
+  Args:
+    loss_fn: what the step minimises.
+    params: what is trained; of shapes, the state is one of shapes too.
+    mesh: what the state lies on.
+    num_steps: updates of the whole run, for the learning rate.
+    num_microbatches: parts of a batch whose gradients are added up.
+    **optim: see make_optimizer; with num_microbatches the section config.optim.
+  """
+  optimizer = make_optimizer(num_steps, **optim)
+  init = functools.partial(init_state, optimizer=optimizer)
+  shapes = jax.eval_shape(init, params)
+  shardings = mesh_lib.shardings(shapes, mesh)
+  step_fn = make_train_step(loss_fn, optimizer, num_microbatches, shardings)
+  if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+    return step_fn, mesh_lib.abstract(shapes, mesh)
+  return step_fn, jax.device_put(init(params), shardings)
 
 
 def make_train_step(

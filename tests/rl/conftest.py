@@ -107,7 +107,16 @@ def make_job(policy, prompts, tmp_path):
     if row.needs_values:
       params |= rollout.init_value_head(policy.model)
     mesh = mesh_lib.make_mesh()
-    optimizer = training.make_optimizer(lr, warmup_steps=0, num_steps=settings.num_steps)
+    optimizer = training.make_optimizer(
+      settings.num_steps,
+      lr=lr,
+      warmup_steps=0,
+      b1=0.9,
+      b2=0.95,
+      weight_decay=0.0,
+      clip_norm=1.0,
+      end_lr_fraction=0.1,
+    )
     state = training.init_state(params, optimizer)
     shardings = mesh_lib.shardings(state, mesh)
     step_fn = training.make_train_step(

@@ -440,7 +440,16 @@ def test_distillation_rests_where_the_policy_is_the_reward_s():
 
 def _train(loss_fn, batch, num_microbatches):
   """Returns (params, metrics) after two steps of a scale for each column."""
-  optimizer = training.make_optimizer(0.1, warmup_steps=1, num_steps=9, clip_norm=None)
+  optimizer = training.make_optimizer(
+    9,
+    lr=0.1,
+    warmup_steps=1,
+    b1=0.9,
+    b2=0.95,
+    weight_decay=0.0,
+    clip_norm=None,
+    end_lr_fraction=0.1,
+  )
   params = {'dense': {'kernel': jnp.linspace(0.8, 1.3, batch['x'].shape[1])}}
   state = training.init_state(params, optimizer)
   step = training.make_train_step(

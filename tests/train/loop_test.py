@@ -2,10 +2,12 @@ import functools
 import json
 import os
 import signal
+import time
 
 import grain
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -15,6 +17,16 @@ from csrm_jax.train import loop as loop_lib, losses, step as training
 
 NUM_TOKENS = 12
 POISON = 11  # a batch with this token has no finite loss
+OPTIM = {
+  'lr': 0.05,
+  'warmup_steps': 2,
+  'b1': 0.9,
+  'b2': 0.95,
+  'weight_decay': 0.0,
+  'clip_norm': 1.0,
+  'end_lr_fraction': 0.1,
+  'num_microbatches': 1,
+}
 SHAPE = packing.BatchShape(batch_size=2, row_length=16, max_segments=4)
 
 
@@ -47,26 +59,37 @@ def _loss_fn(params, batch):
 def _setup():
   """Returns (step function, first state, mesh)."""
   mesh = mesh_lib.make_mesh()
-  optimizer = training.make_optimizer(0.05, warmup_steps=2, num_steps=20)
   params = {
     'embed': {'embedding': jax.random.normal(jax.random.key(0), (NUM_TOKENS, 4))},
     'final_norm': {'scale': jnp.ones(4)},
   }
-  state = training.init_state(params, optimizer)
-  shardings = mesh_lib.shardings(state, mesh)
-  step_fn = training.make_train_step(_loss_fn, optimizer, state_shardings=shardings)
-  return step_fn, jax.device_put(state, shardings), mesh
+  return *training.make_step(_loss_fn, params, mesh, num_steps=20, **OPTIM), mesh
+
+
+def _config(num_steps, log_every, checkpoint_every):
+  return ml_collections.ConfigDict(
+    {
+      'num_steps': num_steps,
+      'log_every': log_every,
+      'checkpoint_every': checkpoint_every,
+      'profile_steps': '',
+    }
+  )
 
 
 def _train(workdir, num_steps, log_every=2, checkpoint_every=4, poisoned=None, step_fn=None):
   """Returns (last state, step function) of a run in a new set of objects."""
   own_step_fn, state, mesh = _setup()
   step_fn = step_fn or own_step_fn
-  loop = loop_lib.LoopConfig(num_steps, log_every, checkpoint_every)
   batches = _batches(poisoned)
   try:
     state = loop_lib.train(
-      loop_lib.Job(step_fn, batches, mesh, workdir, loop, {'name': 'bigram'}), state
+      loop_lib.Supervised(step_fn, batches, mesh),
+      state,
+      _config(num_steps, log_every, checkpoint_every),
+      mesh=mesh,
+      workdir=workdir,
+      meta={'name': 'bigram'},
     )
   finally:
     batches.close()
@@ -245,9 +268,86 @@ def test_old_lines_of_a_run_without_checkpoint_are_dropped(tmp_path):
     ((10, 4, 2), 'checkpoint_every=2 must be a multiple of log_every=4'),
     ((0, 1, 1), 'num_steps=0 must be at least 1'),
     ((10, 0, 1), 'log_every=0 must be at least 1'),
-    ((10, 1, 1, 0), 'keep=0 must be at least 1'),
   ],
 )
 def test_bad_lengths_are_named(fields, message):
   with pytest.raises(ValueError, match=message):
-    loop_lib.LoopConfig(*fields)
+    loop_lib.check_lengths(_config(*fields))
+
+
+def _times(values):
+  return {name: x for name, x in values.items() if name.startswith('time/')}
+
+
+def test_the_parts_of_a_step_add_up():
+  log = loop_lib.Window(earlier_s=100.0)
+  with log.span('data_wait'):
+    time.sleep(0.02)
+  with log.span('checkpoint'):
+    time.sleep(0.04)
+  jax.jit(lambda x: x + time.monotonic())(1.0)  # compiles
+  time.sleep(0.01)
+  for _ in range(2):
+    log.add([{'loss': np.float32(1)}], rows=3)
+  assert log.counts['rows'] == 6
+  values = log.close()
+  assert values['time/data_wait_s'] >= 0.01
+  assert values['time/checkpoint_s'] >= 0.02
+  assert values['time/compile_s'] > 0 and values['time/num_compilations'] >= 1
+  parts = sum(
+    values[f'time/{name}_s'] for name in ('data_wait', 'checkpoint', 'compile', 'compute')
+  )
+  assert parts == pytest.approx(values['time/step_s'])
+  assert 100 < values['time/elapsed_s'] < 101
+  # Two steps, of all the seconds of both starts.
+  assert values['time/goodput'] == pytest.approx(
+    2 * values['time/compute_s'] / values['time/elapsed_s']
+  )
+  assert not log.counts
+
+
+def test_a_window_cut_in_two_is_that_of_no_stop():
+  steps = [
+    [{'a': jnp.float32(0.1 * i), 'b': (jnp.float32(i), jnp.float32(3))}, {'c': 1 / 3}]
+    for i in range(4)
+  ]
+  whole, first = loop_lib.Window(), loop_lib.Window()
+  for step in steps:
+    whole.add(step, rows=1)
+  for step in steps[:3]:
+    first.add(step, rows=1)
+  time.sleep(0.02)
+  state = json.loads(json.dumps(first.get_state()))
+  second = loop_lib.Window(setup_s=7.0, state=state)
+  second.add(steps[3], rows=1)
+  assert second.counts == whole.counts
+  want, found = whole.close(), second.close()
+  assert found['time/step_s'] >= 0.02 / 4
+  assert {k: v for k, v in found.items() if k not in _times(found)} == {
+    k: v for k, v in want.items() if k not in _times(want)
+  }
+  assert found['time/elapsed_s'] >= 7.02
+  assert found['time/goodput'] < 0.1
+
+
+def test_good_seconds_are_those_of_the_checkpoint():
+  log = loop_lib.Window()
+  time.sleep(0.03)
+  log.add([{'loss': 1.0}])
+  log.close()
+  state = log.get_state()
+  # Killed long after: what was done since then is done again.
+  log = loop_lib.Window(earlier_s=1000.0, state=state)
+  log.add([{'loss': 1.0}])
+  values = log.close()
+  assert 0.03 / 1001 < values['time/goodput'] < 0.1
+  assert values['time/elapsed_s'] >= 1000
+
+
+def test_what_is_not_finite_is_kept_as_json():
+  log = loop_lib.Window()
+  log.add([{'kl': jnp.float32(jnp.nan), 'entropy': (jnp.inf, 1.0)}])
+  state = log.get_state()
+  json.dumps(state, allow_nan=False)
+  values = loop_lib.Window(state=state).close()
+  assert np.isnan(values['kl']) and np.isnan(values['entropy'])

@@ -34,9 +34,19 @@ def _batch(rows=8, seed=0):
   }
 
 
+OPTIM = {
+  'lr': 0.1,
+  'warmup_steps': 2,
+  'b1': 0.9,
+  'b2': 0.95,
+  'weight_decay': 0.0,
+  'clip_norm': 1.0,
+  'end_lr_fraction': 0.1,
+}
+
+
 def _optimizer(**kwargs):
-  defaults = {'learning_rate': 0.1, 'warmup_steps': 2, 'num_steps': 20}
-  return training.make_optimizer(**(defaults | kwargs))
+  return training.make_optimizer(20, **(OPTIM | kwargs))
 
 
 def _state(optimizer):
@@ -187,7 +197,7 @@ def test_schedule_warms_up_and_decays():
 def test_reported_learning_rate_is_the_one_applied():
   optimizer = _optimizer()
   step = training.make_train_step(_loss_fn, optimizer)
-  state, schedule = _state(optimizer), training.make_schedule(0.1, 2, 20)
+  state, schedule = _state(optimizer), training.make_schedule(0.1, 2, 20, 0.1)
   for i in range(4):
     before = np.asarray(state.params['norm']['scale'])
     state, metrics = step(state, _batch())
@@ -266,7 +276,7 @@ def test_microbatches_are_strided():
       'num_microbatches=4 must divide the batch size 6',
     ),
     (
-      lambda: training.make_schedule(1.0, 20, 20),
+      lambda: training.make_schedule(1.0, 20, 20, 0.1),
       'warmup_steps=20 must be at least 0 and less than num_steps=20',
     ),
     (lambda: _optimizer(clip_norm=0.0), r'clip_norm=0\.0 must be positive'),
