@@ -17,51 +17,31 @@ import jax
 import ml_collections
 
 from csrm_jax import config as config_lib
-from csrm_jax.core import files, program, topology, tree
+from csrm_jax.core import files, markdown, program, topology, tree
 from csrm_jax.models import transformer
 from csrm_jax.runners import programs
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What one program costs; bytes and times are of one chip and one call.
-
-  Attributes:
-    name: as in config.programs.
-    fits: whether peak_bytes and beside_bytes are at most hbm_bytes.
-    hbm_bytes: what a chip has.
-    peak_bytes: arguments, results and work space.
-    param_bytes: of the parameters.
-    opt_state_bytes: of the optimizer's state, where it is an argument.
-    cache_bytes: of keys and values, where they are.
-    work_bytes: activations, gradients, gathered parameters: what the compiler
-      reserves beside the arguments.
-    beside_bytes: of what the run holds meanwhile for its other programs.
-    replicated_fraction: share of the parameters' bytes that each chip holds
-      whole.
-    flops: of the products, all chips, with what is recomputed.
-    tokens: read or added.
-    calls: in a step of the run.
-    collective_bytes: by kind, of whole arrays: times their turns.
-    roofline: the times; None where the program does not fit.
-    compile_s: how long the compiler took.
-  """
+  """What one program costs; bytes and times are of one chip and one call."""
 
   name: str
-  fits: bool
-  hbm_bytes: float
-  peak_bytes: float
+  fits: bool  # peak_bytes and beside_bytes are at most hbm_bytes
+  hbm_bytes: float  # what a chip has
+  peak_bytes: float  # arguments, results and work space
   param_bytes: int
   opt_state_bytes: int
-  cache_bytes: int
+  cache_bytes: int  # keys and values
+  # Activations, gradients, gathered parameters: what is reserved beside the arguments.
   work_bytes: float
-  beside_bytes: int
-  replicated_fraction: float
-  flops: float
-  tokens: int
-  calls: int
-  collective_bytes: dict[str, int]
-  roofline: program.Roofline | None
+  beside_bytes: int  # what the run holds meanwhile for its other programs
+  replicated_fraction: float  # of the parameters' bytes: each chip holds them whole
+  flops: float  # of the products, all chips, with what is recomputed
+  tokens: int  # read or added
+  calls: int  # in a step of the run
+  collective_bytes: dict[str, int]  # by kind, of whole arrays, times their turns
+  roofline: program.Roofline | None  # None where the program does not fit
   compile_s: float
 
   @property
@@ -122,47 +102,35 @@ def compile_program(
       + memory.temp_size_in_bytes
       + memory.generated_code_size_in_bytes
     )
-  return _describe(name, config, target, made, used, found, compile_s)
-
-
-def _describe(
-  name: str,
-  config: ml_collections.ConfigDict,
-  target: topology.Slice,
-  made: programs.Program,
-  used: float,
-  found: Sequence[program.Collective],
-  compile_s: float,
-) -> Compiled:
   # Outside of the mesh, where attention is made of plain products.
   flops = program.count_flops(made.fn, *made.args, turns=made.turns)
-  param_bytes = program.local_bytes(made.params)
-  cache_bytes = program.local_bytes(made.cache)
-  beside_bytes = program.local_bytes(made.beside)
-  fits = used + beside_bytes <= target.chip.hbm_bytes
+  sizes = {
+    key: program.local_bytes(getattr(made, key))
+    for key in ('params', 'opt_state', 'cache', 'beside', 'args')
+  }
   sums = {
     kind: sum(c.num_bytes * c.turns for c in found if c.kind == kind)
     for kind in program.COLLECTIVES
   }
-  read_bytes = max(made.turns, 1) * (param_bytes + cache_bytes)
+  fits = used + sizes['beside'] <= target.chip.hbm_bytes
+  read_bytes = max(made.turns, 1) * (sizes['params'] + sizes['cache'])
+  times = program.estimate(flops, read_bytes, found, target, config.product_efficiency)
   return Compiled(
     name=name,
     fits=fits,
     hbm_bytes=target.chip.hbm_bytes,
     peak_bytes=used,
-    param_bytes=param_bytes,
-    cache_bytes=cache_bytes,
-    opt_state_bytes=program.local_bytes(made.opt_state),
-    work_bytes=used - program.local_bytes(made.args),
-    beside_bytes=beside_bytes,
+    param_bytes=sizes['params'],
+    opt_state_bytes=sizes['opt_state'],
+    cache_bytes=sizes['cache'],
+    work_bytes=used - sizes['args'],
+    beside_bytes=sizes['beside'],
     replicated_fraction=program.replicated_fraction(made.params),
     flops=flops,
     tokens=made.tokens,
     calls=made.calls,
     collective_bytes={kind: total for kind, total in sums.items() if total},
-    roofline=program.estimate(flops, read_bytes, found, target, config.product_efficiency)
-    if found or fits
-    else None,
+    roofline=times if found or fits else None,
     compile_s=compile_s,
   )
 
@@ -192,14 +160,13 @@ def _changes(run: ml_collections.ConfigDict, target: topology.Slice) -> Iterator
 
 def _advise(config: ml_collections.ConfigDict, target: topology.Slice) -> Iterator[str]:
   """Yields what each change came to, up to the first with which it fits."""
-  changes = _changes(config.run, target) if 'train' in config.programs else ()
-  for change in changes:
+  for change in _changes(config.run, target) if 'train' in config.programs else ():
     changed = ml_collections.ConfigDict(config.to_dict())
     config_lib.set_overrides(changed.run, change)
     result = compile_program('train', changed, target)
     flags = ' '.join(f'--config.{key}={v}' for key, v in change.items())
     verdict = 'fits' if result.fits else 'does not fit'
-    yield (f'`{flags}` {verdict}: {_gib(result.peak_bytes)} of {_gib(result.hbm_bytes)} GiB a chip')
+    yield f'`{flags}` {verdict}: {_gib(result.peak_bytes)} of {_gib(result.hbm_bytes)} GiB a chip'
     if result.fits:
       return
   larger = [n for n in topology.names() if n.startswith(f'{target.kind}-')]
@@ -212,26 +179,26 @@ def report(
   results: list[Compiled],
   advice: list[str],
 ) -> str:
-  """Returns the Markdown report."""
+  """Returns the report in Markdown."""
   model = programs.model_of(config)
   shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
   side = 'x'.join(str(n) for n in target.shape)
   num = f'{target.num_slices} x ' if target.num_slices > 1 else ''
+  rows = [(title, *map(cell, results)) for title, cell in _ROWS.items()]
   lines = [
     f'# {_name(config)} on {target.name}',
     '',
-    f'{target.num_chips} chips ({num}{side}), '
-    f'{tree.num_params(shapes) / 1e9:.2f}B parameters in '
+    f'{target.num_chips} chips ({num}{side}), {tree.num_params(shapes) / 1e9:.2f}B parameters in '
     f'{model.param_dtype}, products in {model.dtype}, remat {model.remat}; '
     f'mesh {dict(config.run.mesh)}; {_step_of(config)} in '
     f'{config.run.optim.num_microbatches} microbatches.',
     '',
-    '| of one chip | ' + ' | '.join(r.name for r in results) + ' |',
-    '|---|' + '---|' * len(results),
+    markdown.table(['of one chip', *(r.name for r in results)], rows),
+    '',
+    *_whole_step(results),
+    _assumptions(config, target),
+    '',
   ]
-  for title, cell in _ROWS.items():
-    lines.append(f'| {title} | ' + ' | '.join(map(cell, results)) + ' |')
-  lines += ['', *_whole_step(results), _assumptions(config, target), '']
   if advice:
     lines += ['To make it fit:', '', *(f'- {line}' for line in advice), '']
   return '\n'.join(lines)
@@ -279,26 +246,19 @@ def _gib(num_bytes: float) -> str:
   return f'{num_bytes / topology.GIB:.2f}'
 
 
-def _step(result: Compiled) -> str:
-  if result.roofline is None:
-    return '–'
-  times = result.roofline
-  return f'{times.overlapped_s:.3f}–{times.serial_s:.3f}'
-
-
 def _collectives(result: Compiled) -> str:
   return ', '.join(f'{kind} {_gib(num)}' for kind, num in result.collective_bytes.items()) or 'none'
 
 
-def _times(result: Compiled) -> str:
-  if result.roofline is None:
-    return '–'
-  parts = {
-    'products': result.roofline.compute_s,
-    'memory': result.roofline.memory_s,
-    **result.roofline.collectives_s,
-  }
+def _times(times: program.Roofline | None) -> str:
+  if times is None:
+    return markdown.NONE
+  parts = {'products': times.compute_s, 'memory': times.memory_s, **times.collectives_s}
   return ', '.join(f'{name} {time_s:.3f}' for name, time_s in parts.items())
+
+
+def _range(times: program.Roofline | None) -> str:
+  return f'{times.overlapped_s:.3f}–{times.serial_s:.3f}' if times else markdown.NONE
 
 
 _ROWS = {
@@ -313,8 +273,8 @@ _ROWS = {
   'parameter bytes that are replicated': lambda r: f'{r.replicated_fraction:.3%}',
   'FLOPs, all chips': lambda r: f'{r.flops:.4g}',
   'collectives, GiB': _collectives,
-  'times, s': _times,
-  'time, s (overlapped–serial)': _step,
+  'times, s': lambda r: _times(r.roofline),
+  'time, s (overlapped–serial)': lambda r: _range(r.roofline),
   'limit': lambda r: r.roofline.limit if r.roofline else 'memory',
   'tokens': lambda r: str(r.tokens),
   'calls a step': lambda r: str(r.calls),

@@ -12,7 +12,7 @@ import ml_collections
 from csrm_jax import config as config_lib
 from csrm_jax.core import profiling
 
-# What decides how much memory a run needs; not every run has all of them.
+# What decides how much memory a run needs, in training and in alignment.
 _NUMBERS = (
   'data.batch_size',
   'data.row_length',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,31 +30,18 @@ _CACHE = {'key': mesh_lib.CACHE, 'value': mesh_lib.CACHE, 'segment_ids': (mesh_l
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A function that a run calls on its devices.
+  """A function that a run calls on its devices; of arrays, only the shapes."""
 
-  Attributes:
-    fn: jitted.
-    args: shapes of its arguments, with their shardings.
-    mesh: that it runs on.
-    params: shapes of the parameters that it computes with.
-    opt_state: shapes of the optimizer's state, if it has one.
-    tokens: that a call reads or adds.
-    cache: shapes that are read again in each turn, beside params.
-    beside: shapes of what the run holds meanwhile and the program does not.
-    calls: in a step of the run.
-    turns: of its loop over tokens; 0: it has none.
-  """
-
-  fn: Callable[..., Any]
-  args: tuple[Any, ...]
+  fn: Callable[..., Any]  # jitted
+  args: tuple[Any, ...]  # with their shardings
   mesh: jax.sharding.Mesh
-  params: Any
-  tokens: int
+  params: Any  # that it computes with
+  tokens: int  # that a call reads or adds
   opt_state: Any = ()
-  cache: Any = ()
-  beside: Any = ()
-  calls: int = 1
-  turns: int = 0
+  cache: Any = ()  # read again in each turn, beside params
+  beside: Any = ()  # what the run holds meanwhile and the program does not
+  calls: int = 1  # in a step of the run
+  turns: int = 0  # of its loop over tokens; 0: it has none
 
 
 def named(
@@ -61,29 +49,27 @@ def named(
 ) -> dict[str, Callable[[], Program]]:
   """Returns the programs of config.run: name -> a function that makes it.
 
-  Args:
-    config: as in configs/compile.py.
-    devices: or descriptions of them.
+  `config` is one of configs/compile.py; `devices` may be descriptions of them.
 
   Raises:
     ValueError: a run that is not compiled, or a mesh that does not divide.
   """
-  runners = {'train_rm': _of_reward_model, 'align': _of_alignment}
-  name = config.run.runner
-  if name not in runners:
-    raise ValueError(
-      f'target: runner {name!r} cannot be compiled; give configs/rm.py or configs/rl.py'
-    )
-  return runners[name](config, devices)
+  match config.run.runner:
+    case 'train_rm':
+      return _of_reward_model(config, devices)
+    case 'align':
+      return _of_alignment(config, devices)
+  raise ValueError(
+    f'target: runner {config.run.runner!r} cannot be compiled; give configs/rm.py or configs/rl.py'
+  )
 
 
 def model_of(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
   """Returns the shape of what config.run trains."""
   run = config.run
   if run.runner == 'train_rm':
-    vocab_size = 0
-    if run.tokenizer:
-      vocab_size = tokenizer_lib.load_tokenizer(run.tokenizer).vocab_size
+    tok = run.tokenizer and tokenizer_lib.load_tokenizer(run.tokenizer)
+    vocab_size = tok.vocab_size if tok else 0
     model = model_config.preset(run.model.preset, vocab_size, **run.model.overrides)
   elif config.policy:
     model = model_config.preset(config.policy, 0, **run.policy.overrides)
@@ -93,27 +79,28 @@ def model_of(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
 
 
 def _cut(config, model):
-  if config.num_layers:
-    model = dataclasses.replace(model, num_layers=config.num_layers)
-  return model
+  """Returns the model with the layers that config.num_layers asks for; 0 is all."""
+  return dataclasses.replace(model, num_layers=config.num_layers or model.num_layers)
 
 
 def _shapes(model: model_config.ModelConfig) -> Any:
   return jax.eval_shape(lambda: transformer.init_params(model, 0))
 
 
+# --- Training a reward model -----------------------------------------------------------
+
+
 def _of_reward_model(config, devices):
   run, model = config.run, model_of(config)
   mesh = mesh_lib.make_mesh(**run.mesh, devices=devices)
-  batch, _ = packing.pack_rows([], run.data.batch_size, run.data.row_length, run.data.max_segments)
-  tokens = batch['tokens'].size
 
   def train():
-    shapes = _shapes(model)
+    data, shapes = run.data, _shapes(model)
+    batch, _ = packing.pack_rows([], data.batch_size, data.row_length, data.max_segments)
     trained, frozen = lora.split(shapes) if model.lora_rank else (shapes, {})
     fn, state = train_rm.make_step(run, model, VERBALIZERS, trained, mesh)
     args = (state, mesh_lib.abstract_batch(batch, mesh), mesh_lib.abstract(frozen, mesh))
-    return Program(fn, args, mesh, state.params, tokens, state.opt_state)
+    return Program(fn, args, mesh, state.params, batch['tokens'].size, state.opt_state)
 
   return {
     'train': train,
@@ -123,9 +110,8 @@ def _of_reward_model(config, devices):
 
 def _score(model, mesh, rows, length, beside=(), calls=1):
   """Returns the program that scores rows, one prompt each."""
-  batch = {
-    name: np.zeros((rows, length), np.int32) for name in ('tokens', 'positions', 'segment_ids')
-  }
+  names = ('tokens', 'positions', 'segment_ids')
+  batch = {name: np.zeros((rows, length), np.int32) for name in names}
   batch['verdict_index'] = np.zeros((rows, 1), np.int32)
   params = mesh_lib.abstract(_shapes(model), mesh)
   return Program(
@@ -139,6 +125,9 @@ def _score(model, mesh, rows, length, beside=(), calls=1):
   )
 
 
+# --- Aligning a policy: what a step calls, in this order -------------------------------
+
+
 def _of_alignment(config, devices):
   run = config.run
   if not algorithms.get(run.algorithm).online:
@@ -147,38 +136,27 @@ def _of_alignment(config, devices):
       'compiled are steps of an online algorithm, such as reinforce_pp'
     )
   held = _hold(config, devices)
-  return {
-    'prefill': lambda: _prefill(config, held),
-    'decode': lambda: _decode(config, held),
-    'logprobs': lambda: _logprobs(config, held),
-    'update': lambda: _update(config, held),
-    'score': lambda: _rewards(config, held),
+  makers = {
+    'prefill': _prefill,
+    'decode': _decode,
+    'logprobs': _logprobs,
+    'update': _update,
+    'score': _rewards,
   }
+  return {name: functools.partial(make, config, held) for name, make in makers.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Held:
-  """What an alignment run holds from its beginning to its end, as shapes.
+  """What an alignment run holds from its beginning to its end, as shapes."""
 
-  Attributes:
-    mesh: of training.
-    sampling_mesh: of sampling.
-    policy: with adapters, if any.
-    state: what is trained, and the optimizer.
-    step_fn: the train step.
-    base: what the KL is measured from, and what lies under adapters.
-    judge: the reward model, if the reward is one.
-    judge_params: its parameters.
-    settings: numbers.
-  """
-
-  mesh: jax.sharding.Mesh
+  mesh: jax.sharding.Mesh  # of training
   sampling_mesh: jax.sharding.Mesh
-  policy: rollout.Policy
-  state: Any
+  policy: rollout.Policy  # with adapters, if any
+  state: Any  # what is trained, and the optimizer
   step_fn: Callable[..., Any]
-  base: Any
-  judge: model_config.ModelConfig | None
+  base: Any  # what the KL is measured from, and what lies under adapters
+  judge: model_config.ModelConfig | None  # the reward model, if the reward is one
   judge_params: Any
   settings: Any
 
@@ -186,6 +164,11 @@ class _Held:
   def frozen(self) -> Any:
     """Parameters under adapters."""
     return self.base if self.policy.model.lora_rank else {}
+
+  @property
+  def reference(self) -> Any:
+    """The base where it is an array of its own, beside what is trained."""
+    return () if self.frozen else self.base
 
 
 def _hold(config, devices) -> _Held:
@@ -217,25 +200,12 @@ def _hold(config, devices) -> _Held:
   )
 
 
-def _sampled(held: _Held) -> tuple[model_config.ModelConfig, Any, bool]:
-  """Returns (model, parameters' shapes, is it a copy) to sample from."""
-  model = held.policy.model
-  plain = rollout.sampling_model(model, held.settings.rollout_dtype)
-  params = mesh_lib.abstract(_shapes(plain), held.sampling_mesh)
-  is_copy = plain != model or held.sampling_mesh != held.mesh
-  return plain, params, is_copy
-
-
-def _num_drawn(held: _Held) -> int:
-  """Returns the rows that are drawn at once."""
-  return sampling_lib.num_rows(held.settings.num_rows, rollout.MAX_ROWS)
-
-
 def _drawing(config, held):
-  """Returns (fn of each program of sampling, their args, a Program's fields)."""
+  """Returns (fn of each program of sampling, args, rows drawn, a Program's fields)."""
   settings, mesh = held.settings, held.sampling_mesh
-  model, params, is_copy = _sampled(held)
-  rows = _num_drawn(held)
+  model = rollout.sampling_model(held.policy.model, settings.rollout_dtype)
+  params = mesh_lib.abstract(_shapes(model), mesh)
+  rows = sampling_lib.num_rows(settings.num_rows, rollout.MAX_ROWS)
   prompts = [(1 + i // settings.num_generations,) * config.prompt_length for i in range(rows)]
   batch = sampling_lib.pad_prompts(prompts, rows, 0, model)
   whole = mesh_lib.replicated(mesh)
@@ -244,23 +214,21 @@ def _drawing(config, held):
   }
   start, go_on = sampling_lib.compiled(model, settings.sampling)
   beside = [held.state.opt_state, held.base, held.judge_params]
-  fields = {
-    'mesh': mesh,
-    'params': params,
-    'beside': [*beside, held.state.params] if is_copy else beside,
-    'calls': -(-settings.num_rows // rows),
-  }
-  return start, go_on, (params, batch, None), fields
+  if model != held.policy.model or mesh != held.mesh:  # It draws from a copy.
+    beside.append(held.state.params)
+  calls = -(-settings.num_rows // rows)
+  fields = {'mesh': mesh, 'params': params, 'beside': beside, 'calls': calls}
+  return start, go_on, (params, batch, None), rows, fields
 
 
 def _prefill(config, held):
-  start, _, args, fields = _drawing(config, held)
+  start, _, args, _, fields = _drawing(config, held)
   return Program(start, args, tokens=args[1]['tokens'].size, **fields)
 
 
 def _decode(config, held):
-  start, go_on, args, fields = _drawing(config, held)
-  mesh, rows = held.sampling_mesh, _num_drawn(held)
+  start, go_on, args, rows, fields = _drawing(config, held)
+  mesh = held.sampling_mesh
   with jax.set_mesh(mesh):
     cache, state = jax.eval_shape(start, *args)
 
@@ -292,18 +260,15 @@ def _rows(config, held, num: int) -> dict[str, np.ndarray]:
 
 
 def _logprobs(config, held):
-  """Returns the program of the policy's log-probabilities, which is about that
-  of the reference's; the sampler's own are the policy's where weights are."""
+  """Returns the program of the policy's log-probabilities; that of the reference's
+  is about the same, and the sampler's own are the policy's where weights are."""
   settings, model = held.settings, held.policy.model
   rows = _rows(config, held, settings.chunk)
   batch = mesh_lib.abstract_batch(rows, held.mesh)
-  params = held.state.params
-  if held.frozen:
-    params = mesh_lib.abstract(_shapes(model), held.mesh)
+  params = mesh_lib.abstract(_shapes(model), held.mesh) if held.frozen else held.state.params
   fn = jax.jit(
     lambda params, rows: rollout.logprobs(model, params, rows, settings.sampling.temperature)
   )
-  base = () if held.frozen else held.base
   needs_values = algorithms.get(config.run.algorithm).needs_values
   times = 2 if settings.rollout_dtype or needs_values else 1
   return Program(
@@ -312,7 +277,7 @@ def _logprobs(config, held):
     held.mesh,
     params,
     rows['tokens'].size,
-    beside=[held.state.opt_state, base, held.judge_params],
+    beside=[held.state.opt_state, held.reference, held.judge_params],
     calls=times * settings.num_rows // settings.chunk,
   )
 
@@ -320,8 +285,7 @@ def _logprobs(config, held):
 def _update(config, held):
   settings = held.settings
   row = algorithms.get(config.run.algorithm)
-  num = settings.num_rows // settings.num_mini_batches
-  rows = _rows(config, held, num)
+  rows = _rows(config, held, settings.num_rows // settings.num_mini_batches)
   scores = rows['completion_mask']
   batch = rows | {'old_logprobs': scores, 'ref_logprobs': scores}
   estimate = {'rewards': scores[:, 0], 'completion_mask': scores, 'kl_penalty': scores}
@@ -333,7 +297,6 @@ def _update(config, held):
   )
   batch |= {name: np.zeros(x.shape, x.dtype) for name, x in found.items()}
   args = (held.state, mesh_lib.abstract_batch(batch, held.mesh), held.frozen or None)
-  base = () if held.frozen else held.base
   return Program(
     held.step_fn,
     args,
@@ -341,7 +304,7 @@ def _update(config, held):
     held.state.params,
     rows['tokens'].size,
     held.state.opt_state,
-    beside=[base, held.judge_params],
+    beside=[held.reference, held.judge_params],
     calls=settings.num_iterations * settings.num_mini_batches,
   )
 
