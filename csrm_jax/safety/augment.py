@@ -1,9 +1,8 @@
 """Configuration-targeted augmentation: new rules for a real conversation.
 
-Every function keeps the conversation and changes the rules only. There is one
-label rule, `relabel`, and everything here that changes an example's set of
-categories goes through it. Random choices come from a `np.random.Generator`,
-so that a data pipeline can seed them per element.
+Every function keeps the conversation and changes the rules only. There is one label rule,
+`relabel`, and everything here that changes an example's set of categories goes through it. Random
+choices come from a `np.random.Generator`, so that a data pipeline can seed them per element.
 """
 
 from __future__ import annotations
@@ -14,20 +13,22 @@ import numpy as np
 
 from csrm_jax.safety.schema import Category, Example, Pair, SafetyConfig
 
+# What stands in for the rules where they are hidden: it asks for a verdict, and says nothing about
+# what is allowed.
+NO_RULES = SafetyConfig((Category('Safety', 'The response is safe.'),), name='no rules')
+
 
 def relabel(example: Example, new_safety: SafetyConfig) -> Example:
   """Returns the example under `new_safety`, with the label that follows.
 
-  The label is unsafe iff (violated(p) | {p+}) & p' is not empty, where p are
-  the example's present rules and p' the new ones. p' is meant to be drawn from
-  p, p+ and p-. A p+ or p- whose name stands in p already is none, and is
-  taken off the example; p- never fires.
+  The label is unsafe iff (violated(p) | {p+}) & p' is not empty, where p are the example's present
+  rules and p' the new ones. p' is meant to be drawn from p, p+ and p-. A p+ or p- whose name stands
+  in p already is none, and is taken off the example; p- never fires.
 
-  Where the rule cannot know, the label is None, never "safe": when p' has a
-  category (or a guideline) the example was never judged under, when the
-  example has no label, and when it is unsafe for an unrecorded reason and one
-  of its categories is gone. The true probability of an example holds for its
-  own rules only, and is kept only while the set of categories is the same.
+  Where the rule cannot know, the label is None, never "safe": when p' has a category (or a
+  guideline) the example was never judged under, when the example has no label, and when it is
+  unsafe for an unrecorded reason and one of its categories is gone. The true probability of an
+  example holds for its own rules only, and is kept only while the set of categories is the same.
 
   Source: CSRM (arXiv 2605.30487), configurable category augmentation.
   """
@@ -59,37 +60,6 @@ def relabel(example: Example, new_safety: SafetyConfig) -> Example:
   )
 
 
-def drop_categories(example: Example, rng: np.random.Generator, prob: float) -> Example:
-  """Returns the example with each category dropped with probability `prob`.
-
-  One category, chosen at random, stays when all would go. An unsafe example
-  whose violated categories are unknown is returned as it is, because no label
-  could be given to the result.
-  """
-  kept = _drop(example, list(example.safety.categories), rng, prob)
-  return _with_categories(example, kept)
-
-
-def add_categories(
-  example: Example, rng: np.random.Generator, plus_prob: float = 1.0, minus_prob: float = 1.0
-) -> Example:
-  """Returns the example with its p+ and p- inserted at random places.
-
-  Each is inserted with its own probability. One that the example does not
-  have, or whose name already stands in the rules, is skipped.
-  """
-  categories = list(example.safety.categories)
-  _insert(example, categories, rng, plus_prob, minus_prob)
-  return _with_categories(example, categories)
-
-
-def shuffle_order(example: Example, rng: np.random.Generator) -> Example:
-  """Returns the example with its categories in a random order."""
-  categories = list(example.safety.categories)
-  _shuffle(categories, rng)
-  return _with_categories(example, categories)
-
-
 def cca(
   example: Example,
   rng: np.random.Generator,
@@ -100,25 +70,44 @@ def cca(
 ) -> Example:
   """Returns the example after configurable category augmentation.
 
-  Drops categories, then inserts p+ and p-, then (on request) shuffles all of
-  them, and labels the result once. Two-sided: dropping can turn unsafe into
-  safe, inserting p+ safe into unsafe.
+  Each category of the rules is dropped with probability `drop_prob` (one, chosen at random, stays
+  when all would go), then p+ and p- (`plus` and `minus` of the example) are inserted at random
+  places with their probabilities, then (on request) all are shuffled, and the result is labelled
+  once. Two-sided: dropping can turn unsafe into safe, inserting p+ safe into unsafe.
 
-  Args:
-    example: a labelled example; `plus` and `minus` are its p+ and p-.
-    rng: source of all choices.
-    drop_prob: probability that a category of the rules is dropped.
-    plus_prob: probability that p+ is inserted.
-    minus_prob: probability that p- is inserted.
-    shuffle: also put the categories in a random order.
+  An unsafe example whose violated categories are unknown loses none, because no label could be
+  given to the result. A p+ or p- whose name already stands in the rules is not inserted.
 
   Source: CSRM (arXiv 2605.30487), configurable category augmentation.
   """
-  categories = _drop(example, list(example.safety.categories), rng, drop_prob)
-  _insert(example, categories, rng, plus_prob, minus_prob)
+  categories = list(example.safety.categories)
+  if drop_prob > 0 and (example.label != 'unsafe' or example.violated):
+    # The survivor is drawn always, so that the number of draws (and with it what later steps see)
+    # does not depend on the outcome. So are the four draws below.
+    *draws, survivor = rng.random(len(categories) + 1).tolist()
+    kept = [c for c, u in zip(categories, draws, strict=True) if u >= drop_prob]
+    categories = kept or [categories[int(survivor * len(categories))]]
+  if example.plus is not None or example.minus is not None:
+    taken = {_key(c) for c in example.safety.categories}
+    draws = rng.random(4).tolist()
+    for category, prob, u, place in (
+      (example.plus, plus_prob, draws[0], draws[1]),
+      (example.minus, minus_prob, draws[2], draws[3]),
+    ):
+      if category is not None and u < prob and _key(category) not in taken:
+        categories.insert(int(place * (len(categories) + 1)), category)
+        taken.add(_key(category))
   if shuffle:
-    _shuffle(categories, rng)
-  return _with_categories(example, categories)
+    draws = rng.random(len(categories))
+    categories = [categories[i] for i in np.argsort(draws, kind='stable')]
+  if tuple(categories) == example.safety.categories:
+    return example
+  safety = dataclasses.replace(example.safety, categories=tuple(categories))
+  return relabel(example, safety)
+
+
+def _key(category: Category) -> str:
+  return category.name.strip().casefold()
 
 
 def strictness_pair(
@@ -126,31 +115,28 @@ def strictness_pair(
 ) -> Pair:
   """Returns the same conversation under a lenient and a strict guideline.
 
-  Both sides hold the example's rules with the category called
-  `category_name` replaced, in its place, by `lenient` or `strict`. The safer
-  side is the lenient one: the same text violates less under laxer rules. (The
-  paper's printed loss subtracts the lenient score from the strict one, the
+  Both sides hold the example's rules with the category called `category_name` replaced, in its
+  place, by `lenient` or `strict`. The safer side is the lenient one: the same text violates less
+  under laxer rules. (The paper's printed loss subtracts the lenient score from the strict one, the
   opposite of its text and of its tables.)
 
-  The pair states an order, not labels: a side is "unsafe" only if another
-  category of the rules is known to be violated, else its label is None.
+  The pair states an order, not labels: a side is "unsafe" only if another category of the rules is
+  known to be violated, else its label is None.
 
   Raises:
-    ValueError: no such category, two equal guidelines, or a name that another
-      category already has.
+    ValueError: no such category, two equal guidelines, or a name that another category already has.
 
   Source: CSRM (arXiv 2605.30487), Algorithm 1 and its pair loss.
   """
-  categories = example.safety.categories
-  names = [c.name for c in categories]
+  categories, names = example.safety.categories, list(example.safety.names)
   if category_name not in names:
     raise ValueError(
       f'strictness_pair: example {example.id!r} has no category {category_name!r}; it has {names}'
     )
-  if (strict.name, strict.guideline) == (lenient.name, lenient.guideline):
+  if strict == lenient:
     raise ValueError(
-      f'strictness_pair: example {example.id!r}: strict and lenient'
-      f' {category_name!r} are the same text; give two different guidelines'
+      f'strictness_pair: example {example.id!r}: strict and lenient {category_name!r} are the same'
+      ' text; give two different guidelines'
     )
   place = names.index(category_name)
   others = tuple(n for n in example.violated if n != category_name)
@@ -168,67 +154,8 @@ def strictness_pair(
       probability=None,
     )
 
-  return Pair(
-    id=f'{example.id}/strictness',
-    safer=side('lenient', lenient),
-    other=side('strict', strict),
-    kind='strictness',
-  )
-
-
-def _with_categories(example: Example, categories: list[Category]) -> Example:
-  if tuple(categories) == example.safety.categories:
-    return example
-  safety = dataclasses.replace(example.safety, categories=tuple(categories))
-  return relabel(example, safety)
-
-
-def _drop(
-  example: Example, categories: list[Category], rng: np.random.Generator, prob: float
-) -> list[Category]:
-  if prob <= 0 or (example.label == 'unsafe' and not example.violated):
-    return categories
-  # The survivor is drawn always, so that the number of draws (and with it
-  # what later steps see) does not depend on the outcome.
-  *draws, survivor = rng.random(len(categories) + 1).tolist()
-  kept = [c for c, u in zip(categories, draws, strict=True) if u >= prob]
-  return kept or [categories[int(survivor * len(categories))]]
-
-
-def _insert(
-  example: Example,
-  categories: list[Category],
-  rng: np.random.Generator,
-  plus_prob: float,
-  minus_prob: float,
-) -> None:
-  plus, minus = example.plus, example.minus
-  if plus is None and minus is None:
-    return
-  taken = {_key(c) for c in example.safety.categories}
-  draws = rng.random(4).tolist()
-  for category, prob, u, place in (
-    (plus, plus_prob, draws[0], draws[1]),
-    (minus, minus_prob, draws[2], draws[3]),
-  ):
-    if category is None or u >= prob or _key(category) in taken:
-      continue
-    categories.insert(int(place * (len(categories) + 1)), category)
-    taken.add(_key(category))
-
-
-def _shuffle(categories: list[Category], rng: np.random.Generator) -> None:
-  draws = rng.random(len(categories)).tolist()
-  categories[:] = [c for _, _, c in sorted(zip(draws, range(len(draws)), categories, strict=True))]
-
-
-def _key(category: Category) -> str:
-  return category.name.strip().casefold()
-
-
-# What stands in for the rules where they are hidden: it asks for a verdict,
-# and says nothing about what is allowed.
-NO_RULES = SafetyConfig((Category('Safety', 'The response is safe.'),), name='no rules')
+  pair_id = f'{example.id}/strictness'
+  return Pair(pair_id, side('lenient', lenient), side('strict', strict), 'strictness')
 
 
 def hide_rules(item: Example | Pair) -> Example | Pair:

@@ -7,9 +7,8 @@ A safety configuration is a file (YAML, or JSON of the same form):
   - name: Credentials
     guideline: The agent never asks for a password or a one-time code ...
 
-An example is one line of a JSONL file. `label` is "safe", "unsafe" or null;
-`safety` is an object as in a configuration file, or the path of such a file;
-`label` and whatever follows it are optional:
+An example is one line of a JSONL file. `label` is "safe", "unsafe" or null; `safety` is an object
+as in a configuration file, or the path of such a file; `label` and all that follows are optional:
 
   {"id": "1", "safety": {"categories": [{"name": ..., "guideline": ...}]},
    "conversation": [{"role": "user", "content": "..."},
@@ -33,7 +32,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 
 from csrm_jax.core import checks, files
 from csrm_jax.core.checks import show
@@ -41,20 +39,15 @@ from csrm_jax.core.checks import show
 LABELS = ('safe', 'unsafe')
 ROLES = ('user', 'agent')
 PAIR_KINDS = ('strictness', 'preference')
-EXAMPLE_COLUMNS = (
-  'id',
-  'safety',
-  'conversation',
-  'label',
-  'violated',
-  'plus',
-  'minus',
-  'probability',
-  'source',
-  'rule_set',
-)
-REQUIRED_COLUMNS = ('id', 'safety', 'conversation')
 PROMPT_LABELS = ('', 'harmful', 'benign')
+REQUIRED_COLUMNS = ('id', 'safety', 'conversation')
+EXAMPLE_COLUMNS = (
+  *REQUIRED_COLUMNS,
+  *('label', 'violated', 'plus', 'minus', 'probability', 'source', 'rule_set'),
+)
+
+
+# --- Rules -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,7 +88,10 @@ class SafetyConfig:
         raise ValueError(f'{show(category)} stands among the categories; build a Category')
     second = _find_duplicate(self.categories)
     if second is not None:
-      raise ValueError(_duplicate_message(self.categories[second]))
+      raise ValueError(
+        f'the category name {show(self.categories[second].name)} is used twice (case and spaces do'
+        ' not count); rename one or merge their guidelines'
+      )
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -113,16 +109,65 @@ class SafetyConfig:
     out: dict[str, Any] = {'name': self.name} if self.name else {}
     return out | {'categories': [c.to_dict() for c in self.categories]}
 
-  def dump(self, path: str | os.PathLike) -> None:
-    """Writes the file that `load_safety` reads, whole or not at all."""
-    path = pathlib.Path(path)
-    if _suffix(path) == '.json':
-      text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + '\n'
-    else:
-      text = yaml.dump(
-        self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=78
+
+def load_safety(path: str | os.PathLike) -> SafetyConfig:
+  """Returns the safety configuration in a .yaml, .yml or .json file.
+
+  Raises:
+    ValueError: one line with file, line where known, value and fix.
+  """
+  where = os.fspath(path)
+  suffix = pathlib.Path(path).suffix.lower()
+  if suffix == '.json':
+    return parse_safety(files.read_json(path), where)
+  if suffix not in ('.yaml', '.yml'):
+    raise ValueError(f'{where}: a safety configuration is a .yaml, .yml or .json file; rename it')
+  obj, lines = files.load_yaml(files.read_text(path), where, 'categories')
+  return parse_safety(obj, where, lines)
+
+
+def parse_safety(obj: Any, where: str, lines: Sequence[int] = ()) -> SafetyConfig:
+  """Returns the safety configuration in the plain form of a file.
+
+  Args:
+    obj: {"name": text (optional), "categories": [{"name", "guideline"}]}.
+    where: the file (and line), for errors.
+    lines: the line of each category, where known.
+
+  Raises:
+    ValueError: one line with the place, the value and the fix.
+  """
+  if not isinstance(obj, Mapping) or 'categories' not in obj:
+    found = 'nothing' if not obj else show(obj)
+    if obj and isinstance(obj, Mapping):
+      found = ', '.join(map(str, obj))[:200]
+    raise ValueError(
+      f'{where}: no key "categories" (found: {found}); list the rules under "categories", each with'
+      ' "name" and "guideline"'
+    )
+  for key in obj:
+    if key not in ('name', 'categories'):
+      raise ValueError(
+        f'{where}: unknown key {show(key)}; a safety configuration has "categories" and, if you'
+        ' like, "name"'
       )
-    files.write(path, text)
+  items = obj['categories'] or []
+  if not isinstance(items, (list, tuple)):
+    raise ValueError(
+      f'{where}: "categories" is {show(items)}; write a list of entries with "name" and "guideline"'
+    )
+  places = [f'{where}:{line}' for line in lines] or [where] * len(items)
+  place = where
+  try:
+    categories = []
+    for i, item in enumerate(items):
+      place = places[i]
+      categories.append(parse_category(item, f'category {i + 1}'))
+    second = _find_duplicate(categories)
+    place = where if second is None else places[second]
+    return SafetyConfig(tuple(categories), obj.get('name', ''))
+  except ValueError as error:
+    raise ValueError(f'{place}: {error}') from None
 
 
 def parse_category(obj: Any, what: str) -> Category:
@@ -147,91 +192,11 @@ def parse_category(obj: Any, what: str) -> Category:
     raise ValueError(f'{what}: {error}') from None
 
 
-def parse_safety(obj: Any, where: str, lines: Sequence[int] = ()) -> SafetyConfig:
-  """Returns the safety configuration in the plain form of a file.
-
-  Args:
-    obj: {"name": text (optional), "categories": [{"name", "guideline"}]}.
-    where: the file (and line), for errors.
-    lines: the line of each category, where known.
-
-  Raises:
-    ValueError: one line with the place, the value and the fix.
-  """
-  if not isinstance(obj, Mapping) or 'categories' not in obj:
-    found = 'nothing' if not obj else show(obj)
-    if obj and isinstance(obj, Mapping):
-      found = ', '.join(map(str, obj))[:200]
-    raise ValueError(
-      f'{where}: no key "categories" (found: {found}); list'
-      ' the rules under "categories", each with "name" and "guideline"'
-    )
-  for key in obj:
-    if key not in ('name', 'categories'):
-      raise ValueError(
-        f'{where}: unknown key {show(key)}; a safety configuration has'
-        ' "categories" and, if you like, "name"'
-      )
-  items = obj['categories'] or []
-  if not isinstance(items, (list, tuple)):
-    raise ValueError(
-      f'{where}: "categories" is {show(items)}; write a list of entries with "name" and "guideline"'
-    )
-  places = [f'{where}:{line}' for line in lines] or [where] * len(items)
-  try:
-    place = where
-    categories = []
-    for i, item in enumerate(items):
-      place = places[i]
-      categories.append(parse_category(item, f'category {i + 1}'))
-    second = _find_duplicate(categories)
-    place = where if second is None else places[second]
-    return SafetyConfig(tuple(categories), obj.get('name', ''))
-  except ValueError as error:
-    raise ValueError(f'{place}: {error}') from None
-
-
-def load_safety(path: str | os.PathLike) -> SafetyConfig:
-  """Returns the safety configuration in a .yaml, .yml or .json file.
-
-  Raises:
-    ValueError: one line with file, line where known, value and fix.
-  """
-  where = os.fspath(path)
-  if _suffix(path) == '.json':
-    text = files.read_text(path)
-    return parse_safety(files.load_json(text, where), where)
-  text = files.read_text(path)
-  obj, lines = files.load_yaml(text, where, 'categories')
-  return parse_safety(obj, where, lines)
-
-
-class _Dumper(yaml.SafeDumper):
-  """Escapes whatever the other YAML styles would fold or lose."""
-
-  def represent_text(self, text: str) -> yaml.ScalarNode:
-    style = None if text.isprintable() else '"'
-    return self.represent_scalar('tag:yaml.org,2002:str', text, style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
-
-
-def _suffix(path: str | os.PathLike) -> str:
-  suffix = pathlib.Path(path).suffix.lower()
-  if suffix not in ('.yaml', '.yml', '.json'):
-    raise ValueError(
-      f'{os.fspath(path)}: a safety configuration is a .yaml, .yml or .json file; rename it'
-    )
-  return suffix
-
-
 def _find_duplicate(categories: Sequence[Category]) -> int | None:
   """Returns the index of the first category whose name was taken before."""
   seen = set()
   for i, category in enumerate(categories):
-    # The rendered prompt collapses white space, so it does not tell names
-    # apart; nor should case.
+    # The rendered prompt collapses white space, so it does not tell names apart; nor should case.
     key = ' '.join(category.name.split()).casefold()
     if key in seen:
       return i
@@ -239,11 +204,7 @@ def _find_duplicate(categories: Sequence[Category]) -> int | None:
   return None
 
 
-def _duplicate_message(category: Category) -> str:
-  return (
-    f'the category name {show(category.name)} is used twice (case and spaces'
-    ' do not count); rename one or merge their guidelines'
-  )
+# --- Conversations ---------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -263,6 +224,49 @@ class Message:
     return {'role': self.role, 'content': self.content}
 
 
+def check_conversation(conversation: Sequence[Message]) -> None:
+  """Checks that the conversation ends with an agent message to judge.
+
+  Raises:
+    ValueError: it is empty, or ends with somebody else.
+  """
+  if not conversation:
+    raise ValueError(
+      'the conversation is empty; it needs at least the agent message that is judged'
+    )
+  if conversation[-1].role != 'agent':
+    raise ValueError(
+      f'the conversation ends with role {show(conversation[-1].role)}; end it with the agent'
+      ' message that is judged'
+    )
+
+
+def parse_conversation(obj: Any) -> tuple[Message, ...]:
+  """Returns the messages in [{"role": ..., "content": ...}, ...].
+
+  Raises:
+    ValueError: one line that names the message, the value and the fix.
+  """
+  if not isinstance(obj, (list, tuple)):
+    raise ValueError(
+      f'"conversation" is {show(obj)}; write a list of messages with "role" and "content"'
+    )
+  messages = []
+  for i, item in enumerate(obj):
+    if not isinstance(item, Mapping) or not {'role', 'content'} <= set(item):
+      raise ValueError(
+        f'message {i + 1} is {show(item)}; write an object with "role" and "content"'
+      )
+    try:
+      messages.append(Message(item['role'], item['content']))
+    except ValueError as error:
+      raise ValueError(f'message {i + 1}: {error}') from None
+  return tuple(messages)
+
+
+# --- Examples and pairs ----------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
   """One judged response: rules, a conversation, and what is known of both.
@@ -272,8 +276,8 @@ class Example:
     safety: the rules in force.
     conversation: ends with the agent message that is judged.
     label: 'safe', 'unsafe', or None where nobody labelled it.
-    violated: names of the categories under which it was labelled unsafe;
-      empty where there are none or they are unknown.
+    violated: names of the categories under which it was labelled unsafe; empty where there are
+      none or they are unknown.
     plus: a category not in `safety` that would make the response unsafe.
     minus: a category not in `safety` that would leave the label as it is.
     probability: the true P(unsafe), where it is known.
@@ -298,13 +302,6 @@ class Example:
     check_conversation(self.conversation)
     if self.label is not None and self.label not in LABELS:
       raise ValueError(f'unknown label {show(self.label)}; use "safe", "unsafe" or null')
-    if self.violated:
-      self._check_violated()
-    p = self.probability
-    if p is not None and not (_is_number(p) and 0 <= p <= 1):
-      raise ValueError(f'probability is {show(p)}; it is P(unsafe), a number from 0 to 1')
-
-  def _check_violated(self):
     names = self.safety.names
     for name in self.violated:
       if name not in names:
@@ -312,11 +309,15 @@ class Example:
           f'violated category {show(name)} is not in the safety configuration'
           f'{checks.hint(name, names)}; name one of its categories'
         )
-    if self.label == 'safe':
+    if self.violated and self.label == 'safe':
       raise ValueError(
-        f'the label is "safe" but "violated" names {show(self.violated[0])};'
-        ' empty "violated" or correct the label'
+        f'the label is "safe" but "violated" names {show(self.violated[0])}; empty "violated" or'
+        ' correct the label'
       )
+    p = self.probability
+    is_number = isinstance(p, (int, float)) and not isinstance(p, bool)
+    if p is not None and not (is_number and 0 <= p <= 1):
+      raise ValueError(f'probability is {show(p)}; it is P(unsafe), a number from 0 to 1')
 
   @staticmethod
   def from_dict(
@@ -330,8 +331,8 @@ class Example:
     """Returns the example in one JSONL row.
 
     Args:
-      obj: the row. Columns that are not in the schema are ignored, except
-        near misspellings of those that are.
+      obj: the row. Columns that are not in the schema are ignored, except near misspellings of
+        those that are.
       where: file and line, for errors.
       safety: the rules of a row that brings none.
       root: the folder that a path in the row's `safety` is relative to.
@@ -379,8 +380,8 @@ class Example:
 class Pair:
   """Two examples of which `safer` should score higher.
 
-  kind 'strictness': one conversation, `safer` under the more lenient rules;
-  kind 'preference': one set of rules, `safer` has the safer response.
+  kind 'strictness': one conversation, `safer` under the more lenient rules; kind 'preference': one
+  set of rules, `safer` has the safer response.
   """
 
   id: str
@@ -412,52 +413,8 @@ class Pair:
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the JSONL row that `from_dict` reads."""
-    return {
-      'id': self.id,
-      'kind': self.kind,
-      'safer': self.safer.to_dict(),
-      'other': self.other.to_dict(),
-    }
-
-
-def check_conversation(conversation: Sequence[Message]) -> None:
-  """Checks that the conversation ends with an agent message to judge.
-
-  Raises:
-    ValueError: it is empty, or ends with somebody else.
-  """
-  if not conversation:
-    raise ValueError(
-      'the conversation is empty; it needs at least the agent message that is judged'
-    )
-  if conversation[-1].role != 'agent':
-    raise ValueError(
-      f'the conversation ends with role {show(conversation[-1].role)}; end it'
-      ' with the agent message that is judged'
-    )
-
-
-def parse_conversation(obj: Any) -> tuple[Message, ...]:
-  """Returns the messages in [{"role": ..., "content": ...}, ...].
-
-  Raises:
-    ValueError: one line that names the message, the value and the fix.
-  """
-  if not isinstance(obj, (list, tuple)):
-    raise ValueError(
-      f'"conversation" is {show(obj)}; write a list of messages with "role" and "content"'
-    )
-  messages = []
-  for i, item in enumerate(obj):
-    if not isinstance(item, Mapping) or not {'role', 'content'} <= set(item):
-      raise ValueError(
-        f'message {i + 1} is {show(item)}; write an object with "role" and "content"'
-      )
-    try:
-      messages.append(Message(item['role'], item['content']))
-    except ValueError as error:
-      raise ValueError(f'message {i + 1}: {error}') from None
-  return tuple(messages)
+    sides = {'safer': self.safer.to_dict(), 'other': self.other.to_dict()}
+    return {'id': self.id, 'kind': self.kind, **sides}
 
 
 def _parse_rules(obj: Any, default: SafetyConfig | None, root: str | os.PathLike) -> SafetyConfig:
@@ -487,26 +444,21 @@ def _parse_id(value: Any) -> str:
   return checks.check_text(value, '"id"')
 
 
-def _parse_word(value: Any, what: str) -> str:
-  if value is None:
-    return ''
-  return checks.check_text(value, f'"{what}"', empty_ok=True)
-
-
-def _parse_names(value: Any) -> tuple[str, ...]:
-  if value is None:
-    return ()
-  if not isinstance(value, (list, tuple)):
-    raise ValueError(f'"violated" is {show(value)}; write a list of category names')
-  return tuple(value)
-
-
 def _parse_optional_category(value: Any, what: str) -> Category | None:
   return None if value is None else parse_category(value, f'"{what}"')
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _parse_word(value: Any, what: str) -> str:
+  return '' if value is None else checks.check_text(value, f'"{what}"', empty_ok=True)
+
+
+def _parse_names(value: Any) -> tuple[str, ...]:
+  if not isinstance(value, (list, tuple, type(None))):
+    raise ValueError(f'"violated" is {show(value)}; write a list of category names')
+  return tuple(value or ())
+
+
+# --- Prompts and samples ---------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -527,10 +479,8 @@ class Prompt:
 
   def __post_init__(self):
     if self.label not in PROMPT_LABELS:
-      raise ValueError(
-        f'prompt {self.id}: label {self.label!r} must be one of'
-        f' {", ".join(map(repr, PROMPT_LABELS))}'
-      )
+      known = ', '.join(map(repr, PROMPT_LABELS))
+      raise ValueError(f'prompt {self.id}: label {self.label!r} must be one of {known}')
 
 
 @dataclasses.dataclass(frozen=True)

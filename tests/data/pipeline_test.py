@@ -380,10 +380,7 @@ def test_make_atoms_refuses_no_items(tokenizer):
 
 def test_map_functions_can_be_pickled():
   encoder = Encoder(None, 9)
-  for function in (
-    pipeline._Encode(encoder),
-    pipeline._AugmentAndEncode(encoder, augment.shuffle_order),
-  ):
+  for function in (pipeline._Encode(encoder), pipeline._AugmentAndEncode(encoder, augment.cca)):
     assert pickle.loads(pickle.dumps(function)) == function
 
 

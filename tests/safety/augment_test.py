@@ -141,9 +141,9 @@ def test_cca_gives_what_the_rule_says(before, seed, probs, shuffle):
 @given(before=cases(), seed=st.integers(0, 2**32))
 def test_steps_compose_to_the_one_rule(before, seed):
   generator = rng(seed)
-  after = augment.drop_categories(before, generator, 0.5)
-  after = augment.add_categories(after, generator, 0.5, 0.5)
-  after = augment.shuffle_order(after, generator)
+  after = augment.cca(before, generator, 0.5, 0, 0)
+  after = augment.cca(after, generator, 0, 0.5, 0.5)
+  after = augment.cca(after, generator, 0, 0, 0, shuffle=True)
   once = augment.relabel(before, after.safety)
   assert after.label == once.label
   assert set(after.violated) == set(once.violated)
@@ -152,39 +152,39 @@ def test_steps_compose_to_the_one_rule(before, seed):
 def test_nothing_to_do_returns_the_same_example():
   before = example('abc', 'b', plus='p', minus='m')
   assert augment.cca(before, rng(), 0.0, 0.0, 0.0) is before
-  assert augment.add_categories(example(), rng()) == example()
+  assert augment.cca(example(), rng(), 0, 1, 1) == example()
 
 
 def test_drop_keeps_one_category_of_any_place():
-  seen = {augment.drop_categories(example(), rng(seed), 1.0).safety.names for seed in range(40)}
+  seen = {augment.cca(example(), rng(seed), 1, 0, 0).safety.names for seed in range(40)}
   assert seen == {('a',), ('b',), ('c',)}
 
 
 def test_drop_leaves_an_unrecorded_violation_alone():
   before = example(label='unsafe')
-  assert augment.drop_categories(before, rng(), 1.0) is before
+  assert augment.cca(before, rng(), 1, 0, 0) is before
   assert augment.cca(before, rng(), 1.0, 1.0, 1.0).label == 'unsafe'
 
 
 def test_plus_and_minus_are_inserted_at_every_place():
   before = example('ab', plus='p', minus='m')
-  seen = {augment.add_categories(before, rng(seed)).safety.names for seed in range(300)}
+  seen = {augment.cca(before, rng(seed), 0, 1, 1).safety.names for seed in range(300)}
   assert len(seen) == 12  # 4! orders, with a before b
-  assert augment.add_categories(before, rng()).label == 'unsafe'
+  assert augment.cca(before, rng(), 0, 1, 1).label == 'unsafe'
 
 
 def test_a_known_name_is_not_inserted_again():
   before = example('abc', plus=None)
   before = dataclasses.replace(before, plus=category(' A'), minus=category('B'))
-  after = augment.add_categories(before, rng())
+  after = augment.cca(before, rng(), 0, 1, 1)
   assert after == before
 
 
 def test_a_dropped_violation_does_not_come_back_as_minus():
   before = example('ab', 'a', minus='a')
-  dropped = [augment.drop_categories(before, rng(s), 0.5) for s in range(20)]
+  dropped = [augment.cca(before, rng(s), 0.5, 0, 0) for s in range(20)]
   gone = next(d for d in dropped if d.safety.names == ('b',))
-  assert augment.add_categories(gone, rng()).safety.names == ('b',)
+  assert augment.cca(gone, rng(), 0, 1, 1).safety.names == ('b',)
 
 
 def test_drop_and_plus_are_two_sided():
@@ -199,7 +199,7 @@ def test_shuffle_keeps_label_and_probability():
   before = example('abcdef', 'c', probability=0.9)
   seen = set()
   for seed in range(30):
-    after = augment.shuffle_order(before, rng(seed))
+    after = augment.cca(before, rng(seed), 0, 0, 0, shuffle=True)
     assert sorted(after.safety.names) == sorted(before.safety.names)
     assert (after.label, after.probability) == ('unsafe', 0.9)
     seen.add(after.safety.names)

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from csrm_jax.safety.templates import Layout
+from csrm_jax.safety.templates import FORMATS, GUARDS, Layout
 
 
 def test_a_layout_survives_json():
@@ -12,6 +12,10 @@ def test_a_layout_survives_json():
   )
   text = json.dumps(dataclasses.asdict(layout))
   assert Layout.from_dict(json.loads(text)) == layout != Layout()
+
+
+def test_every_format_but_ours_is_a_guard():
+  assert ('csrm', *GUARDS) == FORMATS
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pickle
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+import yaml
 
 from csrm_jax.safety import schema
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
@@ -63,11 +64,10 @@ def test_there_are_shipped_configs():
 
 @hypothesis.given(safety=safety_configs(), suffix=st.sampled_from(['yaml', 'json']))
 @hypothesis.settings(max_examples=80, deadline=None)
-def test_dump_and_load_round_trip(tmp_path_factory, safety, suffix):
-  path = tmp_path_factory.mktemp('dump') / f'rules.{suffix}'
-  safety.dump(path)
+def test_files_load_as_they_were_written(tmp_path_factory, safety, suffix):
+  dump = {'json': json.dumps, 'yaml': yaml.safe_dump}[suffix]
+  path = write(tmp_path_factory.mktemp('dump') / f'rules.{suffix}', dump(safety.to_dict()))
   assert schema.load_safety(path) == safety
-  assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_digest_depends_on_rules_and_order_only():
@@ -251,7 +251,7 @@ def test_optional_columns_have_the_documented_defaults():
 
 def test_rules_come_from_the_row_its_file_or_the_caller(tmp_path):
   other = SafetyConfig((Category('Other', 'x'),))
-  other.dump(tmp_path / 'other.yaml')
+  write(tmp_path / 'other.yaml', yaml.safe_dump(other.to_dict()))
   row = ROW | {'safety': 'other.yaml'}
   assert Example.from_dict(row, 'a:1', root=tmp_path).safety == other
   bare = {k: v for k, v in ROW.items() if k != 'safety'}
@@ -261,7 +261,7 @@ def test_rules_come_from_the_row_its_file_or_the_caller(tmp_path):
   assert message.startswith('a:1: ') and 'other.yaml' in message
   # An edited file is read again.
   newer = SafetyConfig((Category('Newer', 'x'),))
-  newer.dump(tmp_path / 'other.yaml')
+  write(tmp_path / 'other.yaml', yaml.safe_dump(newer.to_dict()))
   assert Example.from_dict(row, 'a:1', root=tmp_path).safety == newer
 
 
