@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from csrm_jax.augmentation import categories, stages
+from csrm_jax.augmentation import categories
 from csrm_jax.augmentation.proposers import Judge, Proposer
 from csrm_jax.safety.schema import Example
 
@@ -23,7 +23,7 @@ _lock = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """`stages.propose_some` on rows, for processes that have nothing yet.
+  """`categories.propose_some` on rows, for processes that have nothing yet.
 
   Attributes:
     key: of the run; in a process, equal keys share a proposer and a judge.
@@ -40,7 +40,7 @@ class Work:
     with _lock:  # Beam's threads share the process's proposer.
       proposer, judge = _make(self)
       before = collections.Counter(proposer.usage())
-      checked = stages.propose_some(
+      checked = categories.propose_some(
         [Example.from_dict(row, 'row') for row in rows], proposer, judge
       )
       used = collections.Counter(proposer.usage())
@@ -59,7 +59,7 @@ def make_map(
   folder: str | os.PathLike,
   count: Callable[[dict[str, float]], None],
 ) -> Callable[..., Iterator[list[categories.Checked]]]:
-  """Returns what takes the place of `map` in `stages.propose_categories`.
+  """Returns what takes the place of `map` in `categories.propose_all`.
 
   Results come when all work is done. A run that was killed finds the replies
   of a language model in its cache, which the workers have to share.

@@ -9,14 +9,16 @@ Source: CSRM (arXiv 2605.30487), configurable category augmentation.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.augmentation import requests
+from csrm_jax.augmentation import proposers, requests
 from csrm_jax.augmentation.proposers import Judge, NoReplyError, Proposer
+from csrm_jax.core import journal as journal_lib
 from csrm_jax.safety.schema import Category, Example
 
 # Words that a verdict is given in: a rule that holds one may give it away.
@@ -44,13 +46,74 @@ class Checked:
 
   def to_dict(self) -> dict[str, Any]:
     """Returns JSON values."""
-    return dataclasses.asdict(self) | {'drops': list(self.drops)}
+    return dataclasses.asdict(self)
+
+  @property
+  def is_transient(self) -> bool:
+    """Whether another run may get a proposal where this one did not."""
+    return any(f'no_reply: {reason}' in self.drops for reason in proposers.TRANSIENT)
 
   @staticmethod
   def from_dict(obj: Mapping[str, Any]) -> Checked:
     """Returns the proposal that `to_dict` gave."""
     plus, minus = (obj[side] and Category(**obj[side]) for side in ('plus', 'minus'))
     return Checked(plus, minus, tuple(obj['drops']))
+
+
+def propose_all(
+  examples: Sequence[Example],
+  work: Callable[[Sequence[Example]], list[Checked]],
+  size: int,
+  journal: journal_lib.Journal,
+  progress: proposers.Progress,
+  map_fn: Callable[..., Iterable[list[Checked]]] = map,
+) -> list[Checked]:
+  """Returns the checked proposal for each example, resumable at any point.
+
+  What is done is in the journal under a hash of the example. A proposal that
+  failed for a passing reason is not: the next run tries it again.
+
+  Args:
+    examples: what to propose for.
+    work: `propose_some`, for those that the journal does not have.
+    size: of a piece of work, after which the journal is written.
+    journal: of what is done.
+    progress: called as work is finished.
+    map_fn: (work, pieces) -> the result of each, in order.
+  """
+  keys = _keys(examples)
+  done = {key: Checked.from_dict(journal[key]) for key in keys if key in journal}
+  todo = [(key, e) for key, e in zip(keys, examples, strict=True) if key not in done]
+  progress(len(done), ())
+  pieces = [todo[i : i + size] for i in range(0, len(todo), size)]
+  results = map_fn(work, [[e for _, e in piece] for piece in pieces])
+  for piece, checked in zip(pieces, results, strict=True):
+    events = []
+    for (key, example), item in zip(piece, checked, strict=True):
+      done[key] = item
+      if not item.is_transient:
+        journal.put(key, item.to_dict())
+      events += [{'event': 'dropped', 'id': example.id, 'reason': reason} for reason in item.drops]
+    progress(len(piece), events)
+  return [done[key] for key in keys]
+
+
+def _keys(examples: Sequence[Example]) -> list[str]:
+  """Returns a hash of each example; equal ones are told apart by number."""
+  seen, keys = collections.Counter(), []
+  for e in examples:
+    key = journal_lib.key([e.safety.digest(), e.conversation, e.label, e.violated])
+    seen[key] += 1
+    keys.append(f'{key}/{seen[key]}')
+  return keys
+
+
+def propose_some(
+  examples: Sequence[Example], proposer: Proposer, judge: Judge | None
+) -> list[Checked]:
+  """Returns the checked proposal for each example; see `check_all`."""
+  proposed = proposers.map_at_once(proposer.concurrency, lambda e: propose(e, proposer), examples)
+  return check_all(examples, list(proposed), judge)
 
 
 def propose(example: Example, proposer: Proposer) -> requests.Categories | NoReplyError:
@@ -105,15 +168,12 @@ def check_text(example: Example, reply: requests.Categories | NoReplyError) -> C
   others = list(example.safety.categories)
   for side in ('plus', 'minus'):
     category = getattr(reply, side)
-    if category is not None:
-      problem = _problem(category, example, others)
-      if problem:
-        drops.append(f'{side}_{problem}')
-        category = None
-      else:
-        others.append(category)  # p- must differ from p+ as well.
+    problem = 'not_proposed' if category is None else _problem(category, example, others)
+    if problem:
+      drops.append(f'{side}_{problem}')
+      category = None
     else:
-      drops.append(f'{side}_not_proposed')
+      others.append(category)  # p- must differ from p+ as well.
     kept.append(category)
   return Checked(*kept, tuple(drops))
 

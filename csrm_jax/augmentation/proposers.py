@@ -1,31 +1,45 @@
-"""Who answers requests: the protocol, and the oracle of RuleWorld."""
+"""Who answers requests: RuleWorld's oracle, or a language model.
+
+`Oracle` answers for RuleWorld exactly, `Endpoint` asks a model behind an
+OpenAI-compatible HTTP endpoint, `LocalModel` one in this process. All are made
+as configs/augment.py has it: `Endpoint(cache, **config.endpoint)`.
+"""
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
-import functools
 import hashlib
-import itertools
+import json
+import os
 import random
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 from csrm_jax.augmentation import requests
-from csrm_jax.core.checks import show
-from csrm_jax.ruleworld import (
-  conversations as conversations_lib,
-  examples,
-  grammar,
-  lexicon,
-  oracle,
-  rules as rules_lib,
-)
+from csrm_jax.core import journal, retry
+from csrm_jax.models import hf, sampling
+from csrm_jax.reward import backbone
+from csrm_jax.ruleworld import proposer as world
 from csrm_jax.safety.schema import Category, Message
 
-Conversation = tuple[Message, ...]
 # (conversations, a category for each) -> whether each last response violates
 # its category.
-Judge = Callable[[Sequence[Conversation], Sequence[Category]], list[bool]]
+Judge = Callable[[Sequence[tuple[Message, ...]], Sequence[Category]], list[bool]]
+
+# Called with (number finished, log lines) after each piece of work.
+Progress = Callable[[int, Sequence[Mapping[str, Any]]], None]
+
+JSON_MODES = ('json_schema', 'bounded_json_schema', 'json_object', 'text')
+# Reasons that a rerun may get past; whatever else failed would fail again.
+TRANSIENT = ('timeout', 'rate_limited', 'server_error', 'connection')
+# As many requests in a row that failed for such a reason stop the run.
+_MAX_FAILED = 10
+# Requests to a model in this process that come within this time share a batch.
+_GATHER_S = 0.02
 
 
 class NoReplyError(Exception):
@@ -40,7 +54,7 @@ class Proposer(Protocol):
   """Answers requests.
 
   Attributes:
-    name: of the model; stands in the data card.
+    name: the model's; it stands in the data card.
     concurrency: how many requests it takes at once.
   """
 
@@ -55,180 +69,434 @@ class Proposer(Protocol):
       ValueError: it cannot work at all (a wrong key, a server that is down).
     """
 
-  def usage(self) -> dict[str, int]:
+  def usage(self) -> dict[str, Any]:
     """Returns counts since the start: requests, tokens, cache hits, ..."""
 
 
+def map_at_once(num: int, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+  """Yields fn(item) for each item, in order, `num` at once."""
+  if num == 1:  # Without threads an error shows where it arose, and work stops at once.
+    yield from map(fn, items)
+    return
+  with concurrent.futures.ThreadPoolExecutor(num) as pool:
+    yield from pool.map(fn, items)
+
+
 @dataclasses.dataclass
-class RuleWorldOracle:
+class Oracle:
   """Answers for RuleWorld's conversations, exactly and at once.
 
-  Replies follow from the request and the seed alone. What it writes is in a
-  training wording.
+  Replies follow from the request and the seed alone.
 
   Attributes:
     seed: of all choices.
     disobey: the share of rewrites that do not heed their lists, as those of
-      language models often do not: the guideline forbids other subcategories.
-    slip: 'subset': any other set of them; 'one': one too many or too few, or
-      another one.
+      language models often do not.
+    slip: how they do not; see `ruleworld.proposer.write_guideline`.
   """
 
-  seed: int = 0
-  disobey: float = 0.0
-  slip: str = 'subset'
+  seed: int
+  disobey: float
+  slip: str
   name: str = 'ruleworld-oracle'
   concurrency: int = 1
 
   def __post_init__(self):
-    self._count = 0
+    self._num_asked = 0
 
   def ask(self, request: requests.Request) -> Any:
     """Returns the true answer; see `Proposer.ask`."""
-    self._count += 1
+    self._num_asked += 1
     rng = random.Random(f'{self.seed}/{requests.digest(request)}')
     match request:
-      case requests.ProposeCategories():
-        return _propose(rng, request)
-      case requests.ListSubcategories():
-        topic = _topic(request.category)
-        found = [_subcategory(topic, i) for i in rules_lib.SEVERITIES]
-        return tuple(rng.sample(found, min(request.count, len(found))))
-      case requests.AddSubcategory():
-        return _add(request)
-      case requests.PickMostSevere():
-        names = _topic(request.category).subcategories
-        ranks = [names.index(c.name.lower()) for c in request.subcategories]
-        return ranks.index(min(ranks))
-      case requests.WriteGuideline():
-        return self._write(rng, request)
+      case requests.ProposeCategories(safety, talk):
+        found = world.propose(rng, safety, talk)
+        return requests.Categories(*_known(found, 'not_ruleworld'))
+      case requests.ListSubcategories(category, count):
+        return world.list_subcategories(rng, category, count)
+      case requests.AddSubcategory(category, known, talk):
+        return _known(world.add_subcategory(category, known, talk), 'no_subcategory')
+      case requests.PickMostSevere(category, subcategories):
+        return world.pick_most_severe(category, subcategories)
+      case requests.WriteGuideline(category, forbidden, allowed):
+        return world.write_guideline(rng, category, forbidden, allowed, self.disobey, self.slip)
 
   def usage(self) -> dict[str, int]:
     """Returns how many requests were answered."""
-    return {'requests': self._count}
-
-  def _write(self, rng: random.Random, request: requests.WriteGuideline) -> Category:
-    topic = _topic(request.category)
-    names = topic.subcategories
-    forbidden, allowed = (
-      {names.index(c.name.lower()) for c in part} for part in (request.forbidden, request.allowed)
-    )
-    if rng.random() < self.disobey:
-      listed = sorted(forbidden | allowed)
-      sets = [
-        set(s)
-        for size in range(1, len(listed) + 1)
-        for s in itertools.combinations(listed, size)
-        if set(s) != forbidden and (self.slip == 'subset' or len(set(s) ^ forbidden) == 1)
-      ]
-      everything = forbidden | allowed
-      forbidden = rng.choice(sets)
-      allowed = everything - forbidden
-    return rules_lib.Rule(
-      topic.name,
-      tuple(sorted(forbidden)),
-      tuple(sorted(allowed)),
-      rng.choice(rules_lib.SEEN_WORDINGS),
-      request.category.name,
-    ).category()
+    return {'requests': self._num_asked}
 
 
-@functools.lru_cache(maxsize=1 << 12)
-def read_rule(category: Category) -> rules_lib.Rule:
-  """Returns what a category worded by RuleWorld means.
-
-  The name of the rule is the category's.
-
-  Raises:
-    ValueError: RuleWorld does not word any rule so.
-  """
-  try:
-    rule = _rule_table()[category.guideline]
-  except KeyError:
-    raise ValueError(
-      f'category {show(category.name)}: RuleWorld words no guideline'
-      f' {show(category.guideline)}; its oracle reads only its own: use'
-      ' another proposer or judge'
-    ) from None
-  return dataclasses.replace(rule, name=category.name)
+def _known(reply: Any, reason: str) -> Any:
+  if reply is None:
+    raise NoReplyError(reason)
+  return reply
 
 
-def ruleworld_judge(seed: int | None = None) -> Judge:
-  """Returns RuleWorld's classifier of responses under categories.
+class _Counts:
+  """Numbers by name that threads add to."""
+
+  def __init__(self):
+    self._lock = threading.Lock()
+    self._numbers = collections.Counter()
+
+  def add(self, **numbers: int) -> None:
+    with self._lock:
+      self._numbers.update(numbers)
+
+  def to_dict(self) -> dict[str, int]:
+    with self._lock:
+      return dict(self._numbers)
+
+
+def _ask_model(
+  request: requests.Request,
+  sampled: Sequence[Any],
+  cache: journal.Cache,
+  write: Callable[[requests.Request, int], str],
+  num_tries: int,
+  counts: _Counts,
+) -> Any:
+  """Returns the typed reply of a language model, from the cache where it is there.
+
+  A text that does not parse is never repaired: another one is asked for. It is
+  cached all the same, so that a rerun costs nothing; an empty one, which may
+  be a slip of the service, is not.
 
   Args:
-    seed: None: to the letter. Else as one annotator with that seed calls it,
-      unsure near the rule's border; the same question gets the same answer.
+    sampled: the model, and all that says how its replies are drawn.
+    write: (request, number of the try) -> a text of the model.
+  """
+  asked = json.dumps([*sampled, requests.make_messages(request)])
+  key = hashlib.sha256(asked.encode()).hexdigest()
+  problem = None
+  for number in range(num_tries):
+    entry = f'{key}-{number}' if number else key
+    text = cache.get(entry)
+    if text is not None:
+      counts.add(cache_hits=1)
+    else:
+      text = write(request, number)
+      if text.strip():
+        cache.put(entry, text)
+    try:
+      return requests.parse(request, text)
+    except ValueError as error:
+      problem = error
+      counts.add(unparsable=1)
+  raise NoReplyError('unparsable', str(problem))
+
+
+def _check_counts(settings: Any, *names: str) -> None:
+  for name in names:
+    if getattr(settings, name) < 1:
+      raise ValueError(f'{name} is {getattr(settings, name)}; it must be >= 1')
+
+
+@dataclasses.dataclass(eq=False)
+class Endpoint:
+  """Asks a language model behind an endpoint; threads may share it.
+
+  It connects to nothing yet. What follows the cache is config.endpoint.
   """
 
-  def judge(conversations: Sequence[Conversation], categories: Sequence[Category]) -> list[bool]:
-    verdicts = []
-    for conversation, category in zip(conversations, categories, strict=True):
-      rule = read_rule(category)
-      text = conversation[-1].content
-      statements = _read_reply(text)
-      if seed is None:
-        verdicts.append(oracle.violates(rule, statements))
-      else:
-        key = f'{seed}\n{category.guideline}\n{text}'.encode()
-        rng = random.Random(hashlib.sha256(key).digest())
-        verdicts.append(rng.random() < oracle.fire_probability(rule, statements))
-    return verdicts
+  cache: journal.Cache
+  base_url: str
+  model: str
+  key_variable: str
+  json_mode: str
+  temperature: float
+  max_tokens: int
+  timeout_s: float
+  num_tries: int
+  num_unparsable: int
+  backoff_s: float
+  concurrency: int
+  price_in: float
+  price_out: float
 
-  return judge
+  def __post_init__(self):
+    for name in ('base_url', 'model'):
+      if not getattr(self, name):
+        raise ValueError(
+          f"the endpoint's {name} is empty; set it, as in --config.endpoint.{name}=..."
+        )
+    if self.json_mode not in JSON_MODES:
+      raise ValueError(f'json_mode is {self.json_mode!r}; use one of {", ".join(JSON_MODES)}')
+    _check_counts(self, 'num_tries', 'num_unparsable', 'concurrency', 'max_tokens')
+    try:
+      import openai
+    except ImportError:
+      raise ImportError(
+        'an endpoint needs the client "openai"; run pip install "csrm_jax[openai]"'
+      ) from None
+    self.name = self.model
+    self._openai = openai
+    # Its own retries are off: they have no `backoff_s`, and pass over a body
+    # that is no JSON.
+    self._client = openai.OpenAI(
+      base_url=self.base_url,
+      api_key=os.environ.get(self.key_variable) or 'none',  # It is never stored.
+      timeout=self.timeout_s,
+      max_retries=0,
+    )
+    self._slots = threading.BoundedSemaphore(self.concurrency)
+    self._lock = threading.Lock()
+    self._counts = _Counts()
+    self._failed_in_a_row = 0
+    self._has_answered = False
+    self._stopped = ''
+
+  def usage(self) -> dict[str, Any]:
+    """Returns counts of requests, tokens, retries and cache hits; the cost."""
+    counts = self._counts.to_dict()
+    price = counts.get('prompt_tokens', 0) * self.price_in
+    price += counts.get('reply_tokens', 0) * self.price_out
+    return counts | {'corrupt_cache': self.cache.num_corrupt, 'cost': price / 1e6}
+
+  def ask(self, request: requests.Request) -> Any:
+    """Returns the typed reply, from the cache where it is there.
+
+    Raises:
+      NoReplyError: 'unparsable', 'refused_request' or one of `TRANSIENT`.
+      ValueError: the endpoint cannot be used (down, wrong key, no such
+        model).
+    """
+    sampled = (self.model, self.temperature, self.max_tokens, self.json_mode)
+    return _ask_model(request, sampled, self.cache, self._write, self.num_unparsable, self._counts)
+
+  def _write(self, request: requests.Request, seed: int) -> str:
+    """Returns the text of one reply; waits and tries again where it helps."""
+    errors = (self._openai.APIError, json.JSONDecodeError)
+    try:
+      text = retry.call(
+        lambda number: self._send(request, seed, number),
+        self.num_tries,
+        self.backoff_s,
+        errors,
+        self._reason,
+      )
+    except retry.GaveUpError as error:
+      self._give_up(str(error))
+    with self._lock:
+      self._failed_in_a_row = 0
+      self._has_answered = True
+    return text
+
+  def _send(self, request: requests.Request, seed: int, number: int) -> str:
+    if self._stopped:
+      raise ValueError(self._stopped)
+    if number:
+      self._counts.add(retries=1)
+    with self._slots:
+      self._counts.add(requests=1)
+      reply = self._client.chat.completions.create(
+        model=self.model,
+        messages=requests.make_messages(request),
+        temperature=self.temperature,
+        max_tokens=self.max_tokens,
+        seed=seed,
+        **self._format(request),
+      )
+    # What has no choices or no text, or is no reply of the protocol at all, is
+    # as unusable as prose.
+    usage = getattr(reply, 'usage', None)
+    if usage is not None:
+      self._counts.add(
+        prompt_tokens=usage.prompt_tokens or 0, reply_tokens=usage.completion_tokens or 0
+      )
+    choices = getattr(reply, 'choices', None)
+    if not choices:
+      return ''
+    if choices[0].finish_reason == 'length':
+      self._counts.add(cut_at_max_tokens=1)
+    return choices[0].message.content or ''
+
+  def _format(self, request: requests.Request) -> dict[str, Any]:
+    """Returns the argument that asks for a form of the reply, if any."""
+    if self.json_mode == 'text':
+      return {}
+    if self.json_mode == 'json_object':
+      return {'response_format': {'type': 'json_object'}}
+    schema = requests.make_schema(request)
+    if self.json_mode == 'json_schema':
+      schema = requests.without_lengths(schema)
+    named = {'name': type(request).__name__, 'strict': True, 'schema': schema}
+    return {'response_format': {'type': 'json_schema', 'json_schema': named}}
+
+  def _reason(self, error: Exception) -> str:
+    """Returns why to try again; raises where the request, or all, are refused."""
+    status = getattr(error, 'status_code', None)
+    if isinstance(error, self._openai.APITimeoutError):
+      return 'timeout'
+    if status is None:
+      return 'connection'
+    if status == 429:
+      return 'rate_limited'
+    if status in (408, 409) or status >= 500:
+      return 'server_error'
+    place = f'{self.base_url} (model {self.model!r})'
+    said = ' '.join(str(error).split())[:200]
+    if status in (401, 403):
+      self._stop(
+        f'{place} refuses the key in ${self.key_variable} (status'
+        f' {status}: {said}); set that variable to a valid key'
+      )
+    if status == 404 or not self._has_answered:
+      simpler = 'json_schema' if self.json_mode == 'bounded_json_schema' else 'text'
+      self._stop(
+        f'{place} refuses the request (status {status}: {said}); check'
+        f' base_url and model, and try json_mode="{simpler}"'
+      )
+    raise NoReplyError('refused_request', said) from None
+
+  def _give_up(self, reason: str) -> NoReturn:
+    with self._lock:
+      self._failed_in_a_row += 1
+      failed = self._failed_in_a_row
+    # Nobody there from the start: no use in trying all.
+    is_absent = not self._has_answered and reason in ('timeout', 'connection')
+    if is_absent or failed >= _MAX_FAILED:
+      self._stop(
+        f'{self.base_url} does not answer ({reason};'
+        f' {failed} requests in a row, {self.num_tries} tries each);'
+        ' start it or correct base_url, and run the same command again:'
+        ' nothing is lost'
+      )
+    raise NoReplyError(reason)
+
+  def _stop(self, message: str) -> NoReturn:
+    # The requests of other threads would only wait for the same.
+    self._stopped = message
+    raise ValueError(message) from None
 
 
-def truly_stricter(strict: Category, lenient: Category) -> bool:
-  """Returns whether one RuleWorld category forbids strictly more."""
-  return rules_lib.stricter(read_rule(strict), read_rule(lenient))
+@dataclasses.dataclass
+class _Asked:
+  """A prompt that waits for its text."""
+
+  ids: list[int]
+  draw: int
+  text: str | None = None
+  error: Exception | None = None
 
 
-@functools.cache
-def _rule_table() -> dict[str, rules_lib.Rule]:
-  """Returns {guideline: rule}, for every guideline that RuleWorld words."""
-  table = {}
-  severities = tuple(rules_lib.SEVERITIES)
-  # Each subcategory is forbidden, allowed, or not spoken of.
-  treatments = list(itertools.product('fa-', repeat=len(severities)))
-  for topic, wording, treated in itertools.product(
-    lexicon.TOPICS, range(len(grammar.ALL_WORDINGS)), treatments
-  ):
-    forbidden, allowed = (tuple(i for i in severities if treated[i] == how) for how in 'fa')
-    if forbidden or allowed:
-      rule = rules_lib.Rule(topic.name, forbidden, allowed, wording)
-      table[rule.category().guideline] = rule
-  return table
+@dataclasses.dataclass(eq=False)
+class LocalModel:
+  """Asks a chat model of ours, in this process; threads may share it.
+
+  Requests that wait at the same time are answered in one batch. What a request
+  is answered follows from the request and the seed, not from what it shares a
+  batch with (up to rounding). What follows the seed is config.model.
+  """
+
+  cache: journal.Cache
+  seed: int
+  init: str
+  dtype: str
+  temperature: float
+  top_p: float
+  max_tokens: int
+  num_unparsable: int
+  concurrency: int
+
+  def __post_init__(self):
+    if not self.init:
+      raise ValueError(
+        "the model's init is empty; give a folder, a hub id or a .gguf file,"
+        ' as in --config.model.init=...'
+      )
+    _check_counts(self, 'num_unparsable', 'concurrency', 'max_tokens')
+    self.name = self.init
+    self._digest = hf.digest(self.init)
+    self._tokenizer = backbone.load_tokenizer(self.init)
+    self._marks = backbone.chat_marks(self.init, self._tokenizer)
+    self._sampling = sampling.Sampling(
+      max_completion_length=self.max_tokens,
+      temperature=self.temperature,
+      top_p=self.top_p,
+      stop_ids=_stop_ids(self._tokenizer, self._marks[1]),
+    )
+    self._model, self._params = hf.load(self.init, dtype=self.dtype, param_dtype=self.dtype)
+    self._counts = _Counts()
+    self._waiting: list[_Asked] = []
+    self._lock = threading.Lock()  # Of those that wait.
+    self._turn = threading.Lock()  # One batch at a time.
+
+  def usage(self) -> dict[str, int]:
+    """Returns counts of requests, batches, tokens and cache hits."""
+    return self._counts.to_dict() | {'corrupt_cache': self.cache.num_corrupt}
+
+  def ask(self, request: requests.Request) -> Any:
+    """Returns the typed reply, from the cache where it is there.
+
+    Raises:
+      NoReplyError: 'unparsable', or 'too_long' for the model's context.
+      ValueError: the model's weights are not finite.
+    """
+    sampled = (self._digest, self.dtype, self.seed, self.temperature, self.top_p, self.max_tokens)
+    return _ask_model(request, sampled, self.cache, self._write, self.num_unparsable, self._counts)
+
+  def _write(self, request: requests.Request, number: int) -> str:
+    ids = self._encode(request)
+    if len(ids) + self.max_tokens > self._model.context_length:
+      raise NoReplyError('too_long', f'{len(ids)} tokens')
+    # Another draw for each try; the same one whenever it is asked.
+    asked = _Asked(ids, (int(requests.digest(request)[:8], 16) + number) % 2**32)
+    with self._lock:
+      self._waiting.append(asked)
+    while asked.text is None and asked.error is None:
+      with self._turn:  # Others gather while a batch is at work.
+        if asked.text is None and asked.error is None:
+          if self.concurrency > 1:
+            time.sleep(_GATHER_S)
+          with self._lock:
+            batch = self._waiting[: self.concurrency]
+            del self._waiting[: self.concurrency]
+          self._answer(batch)
+    if asked.error is not None:
+      raise asked.error
+    return asked.text
+
+  def _answer(self, batch: Sequence[_Asked]) -> None:
+    try:
+      done = sampling.generate(
+        self._model,
+        self._params,
+        [asked.ids for asked in batch],
+        self._sampling,
+        seed=self.seed,
+        draws=[asked.draw for asked in batch],
+        batch_size=self.concurrency,
+      )
+    except Exception as error:  # Every thread that waits must hear of it.
+      for asked in batch:
+        asked.error = error
+      return
+    self._counts.add(
+      requests=len(batch),
+      batches=1,
+      prompt_tokens=sum(len(asked.ids) for asked in batch),
+      reply_tokens=int(done.lengths.sum()),
+    )
+    for i, asked in enumerate(batch):
+      num = done.lengths[i] - done.stopped[i]
+      asked.text = self._tokenizer.decode(done.tokens[i, :num].tolist())
+
+  def _encode(self, request: requests.Request) -> list[int]:
+    # One turn of the user: not every chat template has a system's.
+    text = '\n\n'.join(m['content'] for m in requests.make_messages(request))
+    tokenizer, (prefix, suffix) = self._tokenizer, self._marks
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids += tokenizer.encode_control(prefix)
+    return ids + tokenizer.encode(text) + tokenizer.encode_control(suffix)
 
 
-# One reply is judged under hundreds of guidelines.
-_read_reply = functools.lru_cache(maxsize=1 << 16)(grammar.read_reply)
+def _stop_ids(tokenizer: Any, suffix: str) -> tuple[int, ...]:
+  """Returns the ids that end an answer.
 
-
-def _topic(category: Category) -> lexicon.Topic:
-  return lexicon.topic_named(read_rule(category).topic)
-
-
-def _subcategory(topic: lexicon.Topic, severity: int) -> Category:
-  name = topic.subcategories[severity].capitalize()
-  return rules_lib.Rule(topic.name, (severity,), (), 0, name).category()
-
-
-def _propose(rng: random.Random, request: requests.ProposeCategories) -> requests.Categories:
-  # Only the topics of the rules and the statements matter to a proposal.
-  rules = tuple(read_rule(c) for c in request.safety.categories)
-  statements = _read_reply(request.conversation[-1].content)
-  if not statements:
-    raise NoReplyError('not_ruleworld')
-  scene = conversations_lib.Scene(statements[0], statements, request.conversation)
-  return requests.Categories(*examples.propose(rng, rules, scene))
-
-
-def _add(request: requests.AddSubcategory) -> Category:
-  topic = _topic(request.category)
-  known = {name.lower() for name in request.known}
-  statements = _read_reply(request.conversation[-1].content)
-  for s in sorted(statements, key=lambda s: s.severity):
-    name = topic.subcategories[s.severity]
-    if s.engaged and s.topic == topic.name and name not in known:
-      return _subcategory(topic, s.severity)
-  raise NoReplyError('no_subcategory')
+  Beside the end of the text, a control token that closes the user's turn:
+  chat models close their own with the same one.
+  """
+  first = tokenizer.encode_control(suffix.strip())[:1]
+  is_control = bool(first) and not tokenizer.decode(first)
+  return tuple({tokenizer.eos_id, *(first if is_control else ())})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import scipy.stats
@@ -30,6 +30,10 @@ that are unsafe under the strict guideline only."""
 _TRUTH = """\
 The true order of these guidelines is known. How many pairs are truly in the
 order that they claim:"""
+
+_FIGURE = """\
+Recall of unsafe conversations over the number of subcategories that a guideline was \
+meant to forbid: a line that falls is a rewrite that did not obey."""
 
 _NUM_EXAMPLES = 5
 # What a reason to drop something means; others are a proposer's own.
@@ -146,8 +150,7 @@ def draw_recall(path: str | os.PathLike, outcomes: Sequence[strictness.Outcome])
     ax.set_title(f'{title}: {num:,} pairs', loc='left')
     ax.set(xlabel='Subcategories forbidden (intended strictness)', ylim=(-0.02, 1.02))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    for side in ('top', 'right'):
-      ax.spines[side].set_visible(False)
+    ax.spines[['top', 'right']].set_visible(False)
   axes[0].set_ylabel('Recall of unsafe conversations')
   axes[0].legend(frameon=False, fontsize=8)
   figure.savefig(path)
@@ -156,64 +159,45 @@ def draw_recall(path: str | os.PathLike, outcomes: Sequence[strictness.Outcome])
 def _render(
   outcomes: Sequence[strictness.Outcome], settings: strictness.Settings, result: Mapping[str, Any]
 ) -> str:
+  escape = markdown.escape
   parts = ['# Strictness augmentation', _INTRO, _summary(settings, result)]
   if result['truth']:
     parts += [_TRUTH, _truth_table(result['truth'])]
   if any(o.candidates for o in outcomes):
-    parts.append(
-      '![Recall by strictness](strictness.png)\n\nRecall of unsafe'
-      ' conversations over the number of subcategories that a guideline was'
-      ' meant to forbid: a line that falls is a rewrite that did not obey.'
-    )
-  examples = [o.kept[0] for o in outcomes if o.kept][:_NUM_EXAMPLES]
-  if examples:
-    parts += [
-      '## Some kept pairs',
-      _table(
-        ('category', 'strict', 'lenient'),
-        [
-          tuple(map(markdown.escape, (c.strict.name, c.strict.guideline, c.lenient.guideline)))
-          for c in examples
-        ],
-      ),
-    ]
+    parts += ['![Recall by strictness](strictness.png)', _FIGURE]
+  shown = [o.kept[0] for o in outcomes if o.kept][:_NUM_EXAMPLES]
+  if shown:
+    rows = [(c.strict.name, c.strict.guideline, c.lenient.guideline) for c in shown]
+    header = ('category', 'strict', 'lenient')
+    parts += ['## Some kept pairs', _table(header, [map(escape, row) for row in rows])]
   parts += [
     '## Categories',
     _table(
       ('category', 'conversations', 'subcategories, most severe first', 'written', 'kept'),
       [
         (
-          markdown.escape(o.category.name),
+          escape(o.category.name),
           o.pool_size,
-          markdown.escape(', '.join(c.name for c in o.subcategories)),
+          escape(', '.join(c.name for c in o.subcategories)),
           len(o.candidates),
           len(o.kept),
         )
         for o in outcomes
       ],
     ),
-  ]
-  parts += [
     '## What came to nothing',
     _table(
       ('reason', 'times', 'what it counts'),
       [(reason, num, _meaning(reason)) for reason, num in result['drops'].items()]
       or [('nothing', 0, '')],
     ),
-  ]
-  parts += [
     '## Candidates',
     _table(
       ('category', 'strict: j', 'lenient: i', 'n', 'k', 'extra', 'bound', 'kept'),
       [
         (
-          markdown.escape(o.category.name),
-          c.num_strict,
-          c.num_lenient,
-          c.n,
-          c.k,
-          c.extra,
-          f'{c.bound:.4f}',
+          escape(o.category.name),
+          *(c.num_strict, c.num_lenient, c.n, c.k, c.extra, f'{c.bound:.4f}'),
           'yes' if c.kept else f'no: {strictness.explain(c, settings)}',
         )
         for o in outcomes
@@ -224,12 +208,11 @@ def _render(
   return '\n\n'.join(parts) + '\n'
 
 
-def _summary(settings: strictness.Settings, result: Mapping[str, Any]) -> str:
-  s = settings
-  least = next(
-    (n for n in range(1, s.pool_size + 1) if strictness.lower_bound(n, n, s.alpha) > s.threshold),
-    None,
+def _summary(s: strictness.Settings, result: Mapping[str, Any]) -> str:
+  passing = (
+    n for n in range(1, s.pool_size + 1) if strictness.lower_bound(n, n, s.alpha) > s.threshold
   )
+  least = next(passing, None)
   needs = 'more than the pool has' if least is None else f'{least} or more'
   return (
     f'**{result["num_kept"]:,} of {result["num_written"]:,} pairs kept.**'
@@ -244,26 +227,20 @@ def _summary(settings: strictness.Settings, result: Mapping[str, Any]) -> str:
 
 
 def _meaning(reason: str) -> str:
-  known = _REASONS.get(reason)
-  return known or _OTHER_REASONS.get(reason.split(':')[0], '')
+  return _REASONS.get(reason) or _OTHER_REASONS.get(reason.split(':')[0], '')
 
 
 def _truth_table(truth: Mapping[str, int]) -> str:
   rows = []
   for name, what in (('written', 'without the test'), ('kept', 'with it')):
     num, right = truth[name], truth[f'{name}_ordered']
-    low, high = _interval(right, num)
-    share = f'{right / num:.3f}' if num else markdown.NONE
+    share, low, high = markdown.NONE, 0.0, 1.0
+    if num:
+      share = f'{right / num:.3f}'
+      low, high = scipy.stats.binomtest(right, num).proportion_ci(method='exact')
     rows.append((what, num, right, share, f'{low:.3f} to {high:.3f}'))
   return _table(('', 'pairs', 'truly ordered', 'share', '95% interval'), rows)
 
 
-def _interval(k: int, n: int) -> tuple[float, float]:
-  if not n:
-    return 0.0, 1.0
-  return scipy.stats.binomtest(k, n).proportion_ci(method='exact')
-
-
-def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-  lines = [header, ['---'] * len(header), *rows]
-  return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
+def _table(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+  return markdown.table(header, [[str(cell) for cell in row] for row in rows])

@@ -14,10 +14,16 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.augmentation import schemas
 from csrm_jax.core.checks import show
 from csrm_jax.core.files import unique_keys
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
+
+# In characters: a name, the three sentences that are asked for, and the rewrite
+# of a long list.
+MAX_NAME_LENGTH = 80
+MIN_GUIDELINE_LENGTH = 15
+MAX_GUIDELINE_LENGTH, MAX_REWRITE_LENGTH = 600, 1200
+MAX_SUBCATEGORIES = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +36,7 @@ class ProposeCategories:
 
 @dataclasses.dataclass(frozen=True)
 class Categories:
-  """p+, which would make the response unsafe, and p-, which would not."""
+  """The reply: p+, which would make the response unsafe, and p-, which would not."""
 
   plus: Category | None
   minus: Category | None
@@ -78,13 +84,6 @@ class WriteGuideline:
 Request = ProposeCategories | ListSubcategories | AddSubcategory | PickMostSevere | WriteGuideline
 
 
-def digest(request: Request) -> str:
-  """Returns the sha256 (hex) of the request's kind and content."""
-  content = [type(request).__name__, dataclasses.asdict(request)]
-  text = json.dumps(content, sort_keys=True, separators=(',', ':'))
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
 @dataclasses.dataclass(frozen=True)
 class Task:
   """How one kind of request is put to a language model.
@@ -102,18 +101,34 @@ class Task:
   parse: Callable[[Any, Any], Any]
 
 
+def digest(request: Request) -> str:
+  """Returns the sha256 (hex) of the request's kind and content."""
+  content = [type(request).__name__, dataclasses.asdict(request)]
+  text = json.dumps(content, sort_keys=True, separators=(',', ':'))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def prompts_digest() -> str:
+  """Returns the sha256 (hex) of all instructions and schemas."""
+  parts = [[kind.__name__, task.instructions, task.schema] for kind, task in TASKS.items()]
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def make_messages(request: Request) -> list[dict[str, str]]:
   """Returns the chat messages that ask a language model for a reply."""
   task = TASKS[type(request)]
   shape = json.dumps(make_schema(request))
+  system = (
+    f'{task.instructions}\n\nAnswer with one JSON object and nothing else. Its schema: {shape}'
+  )
   return [
-    {
-      'role': 'system',
-      'content': f'{task.instructions}\n\nAnswer with one JSON object and'
-      f' nothing else. Its schema: {shape}',
-    },
+    {'role': 'system', 'content': system},
     {'role': 'user', 'content': task.describe(request)},
   ]
+
+
+# --- JSON schemas. They keep to what every service takes: all keys required, no
+# others, null where nothing is a reply.
 
 
 def make_schema(request: Request) -> dict[str, Any]:
@@ -122,20 +137,49 @@ def make_schema(request: Request) -> dict[str, Any]:
   What follows it parses, but for texts that are blank or reach a bound, and
   for names that are there twice: no schema says that.
   """
-  schema = TASKS[type(request)].schema
   match request:
     case ListSubcategories(count=count):
-      return schemas.make_object(subcategories=schemas.make_list(count))
+      return _object(subcategories=_list(min(count, MAX_SUBCATEGORIES)))
     case PickMostSevere(subcategories=subcategories):
       names = list(dict.fromkeys(c.name for c in subcategories))
-      return schemas.make_object(most_severe={'type': 'string', 'enum': names})
-  return schema
+      return _object(most_severe={'type': 'string', 'enum': names})
+  return TASKS[type(request)].schema
 
 
-def prompts_digest() -> str:
-  """Returns the sha256 (hex) of all instructions and schemas."""
-  parts = [[kind.__name__, task.instructions, task.schema] for kind, task in TASKS.items()]
-  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def without_lengths(schema: Any) -> Any:
+  """Returns a schema that leaves open how long texts and lists may be."""
+  if isinstance(schema, Mapping):
+    lengths = ('minLength', 'maxLength', 'minItems', 'maxItems')
+    return {k: without_lengths(v) for k, v in schema.items() if k not in lengths}
+  return [without_lengths(v) for v in schema] if isinstance(schema, list) else schema
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+  return {
+    'type': 'object',
+    'properties': properties,
+    'required': list(properties),
+    'additionalProperties': False,
+  }
+
+
+def _text(least: int, most: int) -> dict[str, Any]:
+  # One more than is taken: a server that keeps to the schema ends a text that
+  # would go on, and such a torso has to be told from a text that is whole.
+  return {'type': 'string', 'minLength': least, 'maxLength': most + 1}
+
+
+_CATEGORY = _object(
+  name=_text(1, MAX_NAME_LENGTH), guideline=_text(MIN_GUIDELINE_LENGTH, MAX_GUIDELINE_LENGTH)
+)
+_CATEGORY_OR_NULL = {'anyOf': [_CATEGORY, {'type': 'null'}]}
+
+
+def _list(most: int) -> dict[str, Any]:
+  return {'type': 'array', 'items': _CATEGORY, 'minItems': 1, 'maxItems': most}
+
+
+# --- Parsing.
 
 
 def parse(request: Request, text: str) -> Any:
@@ -157,9 +201,7 @@ def parse(request: Request, text: str) -> Any:
   if not isinstance(obj, Mapping):
     raise ValueError(f'the reply is {show(obj)}, not a JSON object')
   task = TASKS[type(request)]
-  missing = [key for key in task.schema['required'] if key not in obj]
-  unknown = [key for key in obj if key not in task.schema['properties']]
-  if missing or unknown:
+  if set(obj) != set(task.schema['required']):
     raise ValueError(
       f'the reply has the keys {", ".join(map(show, obj)) or "(none)"}; it'
       f' needs {", ".join(task.schema["required"])}'
@@ -167,59 +209,48 @@ def parse(request: Request, text: str) -> Any:
   return task.parse(request, obj)
 
 
-def parse_proposed(obj: Any, what: str) -> Category:
-  """Returns a proposed category, its white space collapsed.
+def length_problem(category: Category, most: int = MAX_GUIDELINE_LENGTH) -> str | None:
+  """Returns what is wrong with the lengths of a proposed category, or None."""
+  if len(category.name) > MAX_NAME_LENGTH:
+    return 'name_too_long'
+  if len(category.guideline) < MIN_GUIDELINE_LENGTH:
+    return 'guideline_too_short'
+  return 'guideline_too_long' if len(category.guideline) > most else None
 
-  Raises:
-    ValueError: it has not exactly a name and a guideline of usable lengths.
-  """
+
+def _category(obj: Any, what: str, most: int | None = MAX_GUIDELINE_LENGTH) -> Category:
+  """Returns a proposed category, its white space collapsed; `most` None: of any length."""
   if not isinstance(obj, Mapping) or set(obj) != {'name', 'guideline'}:
     raise ValueError(f'{what} is {show(obj)}; it needs "name" and "guideline", no more')
   for key, value in obj.items():
     if not isinstance(value, str) or not value.strip():
       raise ValueError(f'{what}: {key} is {show(value)}; it must be text')
-  return Category(*(' '.join(obj[k].split()) for k in ('name', 'guideline')))
-
-
-def length_problem(category: Category, most: int = schemas.MAX_GUIDELINE_LENGTH) -> str | None:
-  """Returns what is wrong with the lengths of a category, or None.
-
-  Args:
-    category: that was proposed.
-    most: characters its guideline may have.
-  """
-  if len(category.name) > schemas.MAX_NAME_LENGTH:
-    return 'name_too_long'
-  if len(category.guideline) < schemas.MIN_GUIDELINE_LENGTH:
-    return 'guideline_too_short'
-  if len(category.guideline) > most:
-    return 'guideline_too_long'
-  return None
+  category = Category(*(' '.join(obj[k].split()) for k in ('name', 'guideline')))
+  if most is not None and (problem := length_problem(category, most)):
+    raise ValueError(f'{what} {show(category.name)}: {problem}')
+  return category
 
 
 def _parse_categories(request: ProposeCategories, obj: Any) -> Categories:
-  del request
-  return Categories(
-    *(None if obj[key] is None else parse_proposed(obj[key], key) for key in ('plus', 'minus'))
-  )
+  # Lengths are left to the checks of `categories`, which count what they drop.
+  sides = ('plus', 'minus')
+  return Categories(*(None if obj[s] is None else _category(obj[s], s, None) for s in sides))
 
 
 def _parse_list(request: ListSubcategories, obj: Any) -> tuple[Category, ...]:
-  del request
   items = obj['subcategories']
   if not isinstance(items, Sequence) or isinstance(items, str) or not items:
     raise ValueError(f'subcategories is {show(items)}; it must be a list')
-  if len(items) > schemas.MAX_SUBCATEGORIES:
-    raise ValueError(f'{len(items)} subcategories; at most {schemas.MAX_SUBCATEGORIES} are of use')
-  found = tuple(_usable(item, 'a subcategory') for item in items)
-  names = {c.name.casefold() for c in found}
-  if len(names) < len(found):
+  if len(items) > MAX_SUBCATEGORIES:
+    raise ValueError(f'{len(items)} subcategories; at most {MAX_SUBCATEGORIES} are of use')
+  found = tuple(_category(item, 'a subcategory') for item in items)
+  if len({c.name.casefold() for c in found}) < len(found):
     raise ValueError('two subcategories have the same name')
   return found
 
 
 def _parse_one(request: AddSubcategory, obj: Any) -> Category:
-  category = _usable(obj['subcategory'], 'the subcategory')
+  category = _category(obj['subcategory'], 'the subcategory')
   if category.name.casefold() in {name.casefold() for name in request.known}:
     raise ValueError(f'the subcategory {show(category.name)} is known already')
   return category
@@ -234,19 +265,11 @@ def _parse_index(request: PickMostSevere, obj: Any) -> int:
 
 
 def _parse_guideline(request: WriteGuideline, obj: Any) -> Category:
-  return _usable(
-    {'name': request.category.name, 'guideline': obj['guideline']},
-    'the rewritten category',
-    schemas.MAX_REWRITE_LENGTH,
-  )
+  rewritten = {'name': request.category.name, 'guideline': obj['guideline']}
+  return _category(rewritten, 'the rewritten category', MAX_REWRITE_LENGTH)
 
 
-def _usable(obj: Any, what: str, most: int = schemas.MAX_GUIDELINE_LENGTH) -> Category:
-  category = parse_proposed(obj, what)
-  problem = length_problem(category, most)
-  if problem:
-    raise ValueError(f'{what} {show(category.name)}: {problem}')
-  return category
+# --- What is asked, in words.
 
 
 def _rules(categories: Sequence[Category]) -> str:
@@ -279,7 +302,7 @@ TASKS: dict[type, Task] = {
     ' rules for any conversation: do not mention this one, do not say whether'
     ' a response is safe or unsafe. Where there is no natural one, give null.',
     lambda r: f'Rules:\n{_rules(r.safety.categories)}\n\n{_talk(r.conversation)}',
-    schemas.make_object(plus=schemas.CATEGORY_OR_NULL, minus=schemas.CATEGORY_OR_NULL),
+    _object(plus=_CATEGORY_OR_NULL, minus=_CATEGORY_OR_NULL),
     _parse_categories,
   ),
   ListSubcategories: Task(
@@ -287,7 +310,7 @@ TASKS: dict[type, Task] = {
     ' do not overlap and together cover it. Give each a guideline that forbids'
     ' that subcategory only.',
     lambda r: f'Category:\n{_rules([r.category])}\n\nNumber of subcategories: {r.count}',
-    schemas.make_object(subcategories=schemas.make_list()),
+    _object(subcategories=_list(MAX_SUBCATEGORIES)),
     _parse_list,
   ),
   AddSubcategory: Task(
@@ -298,14 +321,14 @@ TASKS: dict[type, Task] = {
       f'Category:\n{_rules([r.category])}\n\nKnown subcategories:'
       f' {json.dumps(r.known)}\n\n{_talk(r.conversation)}'
     ),
-    schemas.make_object(subcategory=schemas.CATEGORY),
+    _object(subcategory=_CATEGORY),
     _parse_one,
   ),
   PickMostSevere: Task(
     f'{_ROLE} Say which one of the listed subcategories does the gravest harm'
     ' when an agent breaks it. Answer with its name, letter for letter.',
     lambda r: f'Category:\n{_rules([r.category])}\n\nSubcategories:\n{_rules(r.subcategories)}',
-    schemas.make_object(most_severe={'type': 'string'}),
+    _object(most_severe={'type': 'string'}),
     _parse_index,
   ),
   WriteGuideline: Task(
@@ -318,7 +341,7 @@ TASKS: dict[type, Task] = {
       f'{_rules(r.forbidden) or "(none)"}\n\nAllowed:\n'
       f'{_rules(r.allowed) or "(none)"}\n\nDraft number: {r.draft}'
     ),
-    schemas.make_object(guideline=schemas.REWRITE),
+    _object(guideline=_text(MIN_GUIDELINE_LENGTH, MAX_REWRITE_LENGTH)),
     _parse_guideline,
   ),
 }

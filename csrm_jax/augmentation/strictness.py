@@ -10,17 +10,115 @@ import collections
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.stats
 
-from csrm_jax.augmentation import requests
-from csrm_jax.augmentation.outcomes import Candidate, Outcome, Settings
+from csrm_jax.augmentation import proposers, requests
 from csrm_jax.augmentation.proposers import Judge, NoReplyError, Proposer
+from csrm_jax.core import journal as journal_lib
 from csrm_jax.safety import augment
 from csrm_jax.safety.schema import Category, Example, Pair
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The numbers of Algorithm 1; configs/augment.py has their values.
+
+  Attributes:
+    num_subcategories: K, asked for at first (the unconditional ones).
+    max_subcategories: no more are added for single conversations; the number
+      of candidates grows with its square.
+    pool_size: conversations a category is tested on, at most.
+    alpha: of the one-sided Clopper–Pearson bound.
+    threshold: that the bound must exceed.
+    min_extra: conversations that must be unsafe under the strict guideline
+      and safe under the lenient one, at least. The paper has no such test
+      (0), but dominance alone also passes two guidelines that mean the same.
+  """
+
+  num_subcategories: int
+  max_subcategories: int
+  pool_size: int
+  alpha: float
+  threshold: float
+  min_extra: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A pair of guidelines, `strict` meant to forbid more, and its test.
+
+  Attributes:
+    strict: a, written to forbid the `num_strict` most severe subcategories.
+    lenient: b, written to forbid the `num_lenient` most severe ones.
+    num_strict: j.
+    num_lenient: i.
+    n: conversations of the pool that the classifier calls unsafe under b.
+    k: those of them that it calls unsafe under a, too.
+    extra: conversations unsafe under a, and safe under b.
+    recall_strict: share of the pool that is unsafe under a.
+    recall_lenient: share of the pool that is unsafe under b.
+    bound: Clopper–Pearson's lower bound of k / n.
+    kept: whether the order shows.
+  """
+
+  strict: Category
+  lenient: Category
+  num_strict: int
+  num_lenient: int
+  n: int
+  k: int
+  extra: int
+  recall_strict: float
+  recall_lenient: float
+  bound: float
+  kept: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What Algorithm 1 found for one category.
+
+  Attributes:
+    category: with its standard guideline.
+    pool_size: conversations it was tested on.
+    subcategories: in order of severity, the most severe first.
+    candidates: all that were written, kept or not.
+    drops: what came to nothing, by reason.
+  """
+
+  category: Category
+  pool_size: int
+  subcategories: tuple[Category, ...]
+  candidates: tuple[Candidate, ...]
+  drops: dict[str, int]
+
+  @property
+  def kept(self) -> tuple[Candidate, ...]:
+    """The candidates whose order shows."""
+    return tuple(c for c in self.candidates if c.kept)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns JSON values."""
+    return dataclasses.asdict(self)
+
+  @staticmethod
+  def from_dict(obj: Mapping[str, Any]) -> Outcome:
+    """Returns the outcome that `to_dict` gave."""
+    return Outcome(
+      Category(**obj['category']),
+      obj['pool_size'],
+      tuple(Category(**c) for c in obj['subcategories']),
+      tuple(
+        Candidate(**c | {side: Category(**c[side]) for side in ('strict', 'lenient')})
+        for c in obj['candidates']
+      ),
+      dict(obj['drops']),
+    )
 
 
 def lower_bound(k: int, n: int, alpha: float = 0.05) -> float:
@@ -34,9 +132,7 @@ def lower_bound(k: int, n: int, alpha: float = 0.05) -> float:
   """
   if not 0 <= k <= n:
     raise ValueError(f'k is {k} of n = {n}; it must be from 0 to n')
-  if not k:
-    return 0.0
-  return float(scipy.stats.beta.ppf(alpha, k, n - k + 1))
+  return float(scipy.stats.beta.ppf(alpha, k, n - k + 1)) if k else 0.0
 
 
 def make_pools(examples: Sequence[Example], size: int, seed: int) -> dict[Category, list[Example]]:
@@ -55,6 +151,68 @@ def make_pools(examples: Sequence[Example], size: int, seed: int) -> dict[Catego
       rng = random.Random(f'{seed}/{number}')
       pool[:] = [pool[i] for i in sorted(rng.sample(range(len(pool)), size))]
   return dict(pools)
+
+
+def order_all(
+  pools: Mapping[Category, Sequence[Example]],
+  proposer: Proposer,
+  judge: Judge,
+  settings: Settings,
+  journal: journal_lib.Journal,
+  progress: proposers.Progress,
+) -> list[Outcome]:
+  """Returns Algorithm 1's outcome for each category, resumable at any point.
+
+  Verdicts are written down as they come, so that a run that was killed within
+  a category does not judge anew. An outcome that lacks something for a passing
+  reason is not: the next run completes it.
+
+  Args:
+    pools: D_p of each category.
+    proposer: asked for categories that the journal does not have.
+    judge: the classifier; called by one thread at a time.
+    journal: holds what is done, under a hash of what it was done for.
+    progress: called with each category that is finished.
+  """
+  remembering = _remember(judge, journal)
+
+  def work(item: tuple[Category, Sequence[Example]]) -> Outcome:
+    category, pool = item
+    talks = [e.conversation for e in pool]
+    key = journal_lib.key(['outcome', category, talks, settings])
+    if key in journal:
+      return Outcome.from_dict(journal[key])
+    outcome = run(category, pool, proposer, remembering, settings)
+    if not any(reason.endswith(f': {r}') for reason in outcome.drops for r in proposers.TRANSIENT):
+      journal.put(key, outcome.to_dict())
+    return outcome
+
+  outcomes = []
+  for outcome in proposers.map_at_once(proposer.concurrency, work, pools.items()):
+    outcomes.append(outcome)
+    event = {
+      'event': 'category',
+      'category': outcome.category.name,
+      'pool_size': outcome.pool_size,
+      'num_written': len(outcome.candidates),
+      'num_kept': len(outcome.kept),
+      'drops': outcome.drops,
+    }
+    progress(1, [event])
+  return outcomes
+
+
+def _remember(judge: Judge, journal: journal_lib.Journal) -> Judge:
+  lock = threading.Lock()
+
+  def remembering(talks, rules):
+    key = journal_lib.key(['verdicts', rules, talks])
+    with lock:
+      if key not in journal:
+        journal.put(key, ''.join('01'[bool(fires)] for fires in judge(talks, rules)))
+      return [c == '1' for c in journal[key]]
+
+  return remembering
 
 
 def run(
@@ -79,17 +237,33 @@ def run(
   except NoReplyError as error:
     drops[f'category: {error.reason}'] += 1
   else:
-    numbers = range(1, len(found))
+    places = list(itertools.combinations(range(1, len(found)), 2))
     # No pass of the test is possible with fewer conversations.
     if lower_bound(len(pool), len(pool), settings.alpha) <= settings.threshold:
       drops['pool_too_small'] += 1
-      numbers = range(0)
-    for draft, (i, j) in enumerate(itertools.combinations(numbers, 2)):
-      candidate = _write_and_test(
-        category, talks, found, (i, j, draft), proposer, judge, settings, drops
+      places = []
+    for draft, (i, j) in enumerate(places):
+      try:
+        strict, lenient = (
+          proposer.ask(
+            requests.WriteGuideline(category, tuple(found[:num]), tuple(found[num:]), draft)
+          )
+          for num in (j, i)
+        )
+      except NoReplyError as error:
+        drops[f'candidate: {error.reason}'] += 1
+        continue
+      if strict.guideline == lenient.guideline:
+        drops['candidate: same_text'] += 1
+        continue
+      verdicts = [_verdicts(judge, talks, side) for side in (strict, lenient)]
+      recalls = [float(unsafe.mean()) for unsafe in verdicts]
+      tested = test_order(*verdicts, settings)
+      candidates.append(
+        Candidate(
+          strict, lenient, j, i, recall_strict=recalls[0], recall_lenient=recalls[1], **tested
+        )
       )
-      if candidate is not None:
-        candidates.append(candidate)
   return Outcome(category, len(pool), tuple(found), tuple(candidates), dict(drops))
 
 
@@ -153,6 +327,10 @@ def sort_by_severity(
   return ordered + remaining
 
 
+def _verdicts(judge: Judge, talks: Sequence[tuple], category: Category) -> np.ndarray:
+  return np.array(judge(talks, [category] * len(talks)), bool)
+
+
 def test_order(
   unsafe_strict: np.ndarray, unsafe_lenient: np.ndarray, settings: Settings
 ) -> dict[str, Any]:
@@ -183,9 +361,7 @@ def explain(candidate: Candidate, settings: Settings) -> str:
   n = candidate.n
   if lower_bound(n, n, settings.alpha) <= settings.threshold:
     return 'too_few_unsafe'
-  if candidate.bound <= settings.threshold:
-    return 'order_not_shown'
-  return 'no_difference'
+  return 'order_not_shown' if candidate.bound <= settings.threshold else 'no_difference'
 
 
 def make_pairs(outcome: Outcome, pool: Sequence[Example]) -> Iterator[Pair]:
@@ -194,14 +370,10 @@ def make_pairs(outcome: Outcome, pool: Sequence[Example]) -> Iterator[Pair]:
   The safer side is the lenient one; see `augment.strictness_pair`.
   """
   for number, candidate in enumerate(outcome.candidates):
-    if not candidate.kept:
-      continue
-    for example in pool:
-      pair = augment.strictness_pair(
-        example, outcome.category.name, candidate.strict, candidate.lenient
-      )
-      name = f'{pair.id}/{outcome.category.name}/{number}'
-      yield dataclasses.replace(pair, id=name)
+    for example in pool if candidate.kept else ():
+      name = outcome.category.name
+      pair = augment.strictness_pair(example, name, candidate.strict, candidate.lenient)
+      yield dataclasses.replace(pair, id=f'{pair.id}/{name}/{number}')
 
 
 def precision(
@@ -221,46 +393,3 @@ def precision(
     counts['kept'] += candidate.kept
     counts['kept_ordered'] += candidate.kept and is_true
   return dict(counts)
-
-
-def _write_and_test(
-  category: Category,
-  talks: Sequence[tuple],
-  ordered: Sequence[Category],
-  place: tuple[int, int, int],
-  proposer: Proposer,
-  judge: Judge,
-  settings: Settings,
-  drops: collections.Counter,
-) -> Candidate | None:
-  i, j, draft = place
-  guidelines = []
-  for number in (j, i):
-    try:
-      guidelines.append(
-        proposer.ask(
-          requests.WriteGuideline(category, tuple(ordered[:number]), tuple(ordered[number:]), draft)
-        )
-      )
-    except NoReplyError as error:
-      drops[f'candidate: {error.reason}'] += 1
-      return None
-  strict, lenient = guidelines
-  if strict.guideline == lenient.guideline:
-    drops['candidate: same_text'] += 1
-    return None
-  verdicts = [_verdicts(judge, talks, g) for g in guidelines]
-  tested = test_order(*verdicts, settings)
-  return Candidate(
-    strict,
-    lenient,
-    j,
-    i,
-    recall_strict=float(verdicts[0].mean()),
-    recall_lenient=float(verdicts[1].mean()),
-    **tested,
-  )
-
-
-def _verdicts(judge: Judge, talks: Sequence[tuple], category: Category) -> np.ndarray:
-  return np.array(judge(talks, [category] * len(talks)), bool)

@@ -7,6 +7,7 @@ line that was being written, the cache no finished entry.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -32,6 +33,12 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     yield
   except OSError as error:
     raise OSError(error.errno, f'{path}: cannot be written ({error.strerror}); {_RESUME}') from None
+
+
+def key(content: Any) -> str:
+  """Returns the sha256 (hex) of JSON values and dataclasses of them."""
+  text = json.dumps(content, default=dataclasses.asdict, separators=(',', ':'))
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Journal:

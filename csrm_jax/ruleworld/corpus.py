@@ -202,7 +202,7 @@ def _look_up(
   """
   if phrases:
     phrase = rng.choice(phrases)
-    topic, severity = lexicon.locate(phrase)
+    topic, severity = lexicon.PHRASES[phrase]
   else:
     topic = rng.choice(rules).topic if rng.random() < 0.85 else rng.choice(ALL_TOPICS)
     severity = rng.randrange(lexicon.NUM_SEVERITIES)

@@ -63,46 +63,28 @@ REQUESTS = (
 # Wordings of a guideline: (what is forbidden and what is allowed, all is
 # forbidden, all is allowed). {f} and {a} are lists of subcategories.
 Wording = tuple[str, str, str]
-WORDINGS: tuple[Wording, ...] = (
-  (
-    'Do not promote or explain {f}. Talk about {a} is fine.',
-    'Do not promote or explain {f}.',
-    'Talk about {a} is fine.',
-  ),
-  (
-    'It is forbidden to support {f}. It is allowed to support {a}.',
-    'It is forbidden to support {f}.',
-    'It is allowed to support {a}.',
-  ),
-  (
-    'We ban advice on {f}. We welcome advice on {a}.',
-    'We ban advice on {f}.',
-    'We welcome advice on {a}.',
-  ),
-  (
-    'Replies may discuss {a}. Replies must avoid {f}.',
-    'Replies must avoid {f}.',
-    'Replies may discuss {a}.',
-  ),
-  (
-    'The agent must stay away from {f}. The agent may help with {a}.',
-    'The agent must stay away from {f}.',
-    'The agent may help with {a}.',
-  ),
-  ('We permit {a}. We prohibit {f}.', 'We prohibit {f}.', 'We permit {a}.'),
+
+
+def _wordings(*sentences: tuple[str, str]) -> tuple[Wording, ...]:
+  """Returns wordings from their two sentences, in the order in which both are said."""
+  return tuple(
+    (f'{first} {second}', *((first, second) if '{f}' in first else (second, first)))
+    for first, second in sentences
+  )
+
+
+WORDINGS = _wordings(
+  ('Do not promote or explain {f}.', 'Talk about {a} is fine.'),
+  ('It is forbidden to support {f}.', 'It is allowed to support {a}.'),
+  ('We ban advice on {f}.', 'We welcome advice on {a}.'),
+  ('Replies may discuss {a}.', 'Replies must avoid {f}.'),
+  ('The agent must stay away from {f}.', 'The agent may help with {a}.'),
+  ('We permit {a}.', 'We prohibit {f}.'),
 )
-HELD_OUT_WORDINGS: tuple[Wording, ...] = (
-  (
-    'Never encourage {f}. Feel free to encourage {a}.',
-    'Never encourage {f}.',
-    'Feel free to encourage {a}.',
-  ),
-  ('Okay to cover: {a}. Off limits: {f}.', 'Off limits: {f}.', 'Okay to cover: {a}.'),
-  (
-    'Content breaks this rule if it is on {f}. It is harmless if it is on {a}.',
-    'Content breaks this rule if it is on {f}.',
-    'It is harmless if it is on {a}.',
-  ),
+HELD_OUT_WORDINGS = _wordings(
+  ('Never encourage {f}.', 'Feel free to encourage {a}.'),
+  ('Okay to cover: {a}.', 'Off limits: {f}.'),
+  ('Content breaks this rule if it is on {f}.', 'It is harmless if it is on {a}.'),
 )
 ALL_WORDINGS = WORDINGS + HELD_OUT_WORDINGS
 
@@ -151,24 +133,19 @@ def word_guideline(forbidden: tuple[str, ...], allowed: tuple[str, ...], wording
 
 
 @functools.cache
-def _patterns() -> tuple[tuple[re.Pattern[str], str, int], ...]:
-  return tuple(
-    (re.compile(re.escape(template).replace(r'\{x\}', r'(\w+)') + r'\Z'), stance, index)
-    for stance, templates in STATEMENTS.items()
-    for index, template in enumerate(templates)
-  )
+def pattern(template: str) -> re.Pattern[str]:
+  """Returns the template as a regular expression, its fields x, f and a as groups."""
+  text = re.escape(template).replace(r'\{x\}', r'(?P<x>\w+)')
+  return re.compile(re.sub(r'\\{([fa])\\}', r'(?P<\1>[\\w, ]+)', text))
 
 
 def read_statement(sentence: str) -> Statement | None:
   """Returns the statement a sentence makes; None for filler or other text."""
-  for pattern, stance, index in _patterns():
-    match = pattern.match(sentence)
-    if match:
-      try:
-        topic, severity = lexicon.locate(match[1])
-      except KeyError:
-        return None
-      return Statement(topic, severity, match[1], stance, index)
+  for stance, templates in STATEMENTS.items():
+    for index, template in enumerate(templates):
+      if match := pattern(template).fullmatch(sentence):
+        place = lexicon.PHRASES.get(match['x'])
+        return place and Statement(*place, match['x'], stance, index)
   return None
 
 

@@ -10,7 +10,6 @@ does).
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,22 +117,21 @@ TOPICS = _parse(_TABLE)
 SEEN = tuple(t.name for t in TOPICS if t.name not in UNSEEN)
 
 
-@functools.cache
+_BY_NAME = {topic.name: topic for topic in TOPICS}
+# word -> (topic name, severity)
+SUBCATEGORIES = {
+  word: (topic.name, severity)
+  for topic in TOPICS
+  for severity, word in enumerate(topic.subcategories)
+}
+PHRASES = {
+  word: (topic.name, severity)
+  for topic in TOPICS
+  for severity, words in enumerate(topic.phrases)
+  for word in words
+}
+
+
 def topic_named(name: str) -> Topic:
   """Returns the topic of that name; KeyError names an unknown one."""
-  return {topic.name: topic for topic in TOPICS}[name]
-
-
-@functools.cache
-def _phrase_table() -> dict[str, tuple[str, int]]:
-  return {
-    phrase: (topic.name, severity)
-    for topic in TOPICS
-    for severity, phrases in enumerate(topic.phrases)
-    for phrase in phrases
-  }
-
-
-def locate(phrase: str) -> tuple[str, int]:
-  """Returns (topic name, severity index) of a phrase, 0 the most severe."""
-  return _phrase_table()[phrase]
+  return _BY_NAME[name]

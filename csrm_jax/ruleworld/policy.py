@@ -23,7 +23,6 @@ from csrm_jax.ruleworld import examples, grammar, lexicon, oracle, rules as rule
 from csrm_jax.safety import schema, templates
 
 WEIGHTS = pathlib.Path(__file__).parent / 'policy_base'
-STRUCTURED_WEIGHTS = WEIGHTS.with_name('policy_structured')
 
 # (what opens, what closes) a user's text; template text, encoded as such, so
 # nothing depends on how the text beside it is split into tokens. A policy reads
@@ -68,6 +67,7 @@ ON_TOPIC_SHARE = 0.8
 _TEST_EVERY = 4
 # What a sentence that does not parse is taken for.
 _WORST = 'encourage'
+_WORDS = lexicon.SUBCATEGORIES | lexicon.PHRASES
 
 _STRUCTURE = re.compile(
   r'\s*<safety_reasoning>(?P<reasoning>.*?)</safety_reasoning>'
@@ -90,11 +90,6 @@ class Reading:
   parsed: bool
 
 
-def rule_sets() -> dict[str, schema.SafetyConfig]:
-  """Returns the held-out rule sets by name."""
-  return {name: rules_lib.make_safety(rules, name) for name, rules in RULE_SETS.items()}
-
-
 def prompts(seed: int, num: int, rule_set: str, split: str) -> list[schema.Prompt]:
   """Returns `num` prompts, no two alike.
 
@@ -106,7 +101,7 @@ def prompts(seed: int, num: int, rule_set: str, split: str) -> list[schema.Promp
   Args:
     seed: other seeds draw other prompts, of the same split.
     num: how many.
-    rule_set: a name of `rule_sets`.
+    rule_set: a key of `RULE_SETS`.
     split: 'train' or 'test'.
 
   Raises:
@@ -218,10 +213,9 @@ def read_request(text: str) -> grammar.Statement:
     ValueError: it is no request of RuleWorld.
   """
   for opener, template in itertools.product(OPENERS, grammar.REQUESTS):
-    match = re.fullmatch(_pattern(opener + template), text)
-    if match and match['x'] in _words():
-      topic, severity = _words()[match['x']]
-      return grammar.Statement(topic, severity, match['x'], 'mention')
+    match = grammar.pattern(opener + template).fullmatch(text)
+    if match and match['x'] in _WORDS:
+      return grammar.Statement(*_WORDS[match['x']], match['x'], 'mention')
   raise ValueError(
     f'{text[:60]!r} is no request of RuleWorld, so nobody knows how helpful '
     'a reply is; use the prompts of ruleworld.policy, or no oracle.'
@@ -235,31 +229,15 @@ def read_rules(safety: schema.SafetyConfig) -> tuple[rules_lib.Rule, ...]:
   Raises:
     ValueError: a guideline is none that RuleWorld would word so.
   """
-  return tuple(_read_rule(category) for category in safety.categories)
-
-
-def _read_rule(category: schema.Category) -> rules_lib.Rule:
-  for wording, templates_of in enumerate(grammar.ALL_WORDINGS):
-    for template in templates_of:
-      match = re.fullmatch(_pattern(template), category.guideline)
-      lists = match.groupdict() if match else {}
-      places = {
-        key: [_subcategories().get(word) for word in re.split(', | and ', text)]
-        for key, text in lists.items()
-      }
-      found = [place for part in places.values() for place in part]
-      if not found or None in found or len({t for t, _ in found}) > 1:
-        continue
-      topic = found[0][0]
-      forbidden, allowed = (tuple(severity for _, severity in places.get(key, ())) for key in 'fa')
-      return rules_lib.Rule(
-        topic, forbidden, allowed, wording, '' if category.name == topic else category.name
-      )
-  raise ValueError(
-    f'the guideline {category.guideline[:80]!r} of {category.name!r} is no '
-    'rule of RuleWorld, so the oracle does not know what it forbids; use '
-    'rules of RuleWorld, or no oracle.'
-  )
+  rules = tuple(map(rules_lib.read, safety.categories))
+  if None in rules:
+    category = safety.categories[rules.index(None)]
+    raise ValueError(
+      f'the guideline {category.guideline[:80]!r} of {category.name!r} is no '
+      'rule of RuleWorld, so the oracle does not know what it forbids; use '
+      'rules of RuleWorld, or no oracle.'
+    )
+  return rules
 
 
 def _requests(topics: Sequence[lexicon.Topic], split: str) -> list[tuple[str, str]]:
@@ -276,39 +254,10 @@ def _requests(topics: Sequence[lexicon.Topic], split: str) -> list[tuple[str, st
 
 
 def _forbidden(rules: Sequence[rules_lib.Rule], phrase: str) -> bool:
-  topic, severity = lexicon.locate(phrase)
+  topic, severity = lexicon.PHRASES[phrase]
   return any(rule.topic == topic and severity in rule.forbidden for rule in rules)
 
 
 def _named(sentence: str) -> list[grammar.Statement]:
   words = re.findall(r'\w+', sentence.casefold())
-  return [grammar.Statement(*_words()[word], word, _WORST) for word in words if word in _words()]
-
-
-def _pattern(template: str) -> str:
-  """Returns the template as a regular expression with its fields as groups."""
-  text = re.escape(template)
-  text = text.replace(r'\{x\}', r'(?P<x>\w+)')
-  return re.sub(r'\\{([fa])\\}', r'(?P<\1>[\\w, ]+)', text)
-
-
-@functools.cache
-def _subcategories() -> dict[str, tuple[str, int]]:
-  """Returns {subcategory: (topic, severity)}."""
-  return {
-    name: (topic.name, severity)
-    for topic in lexicon.TOPICS
-    for severity, name in enumerate(topic.subcategories)
-  }
-
-
-@functools.cache
-def _words() -> dict[str, tuple[str, int]]:
-  """Returns {phrase or subcategory: (topic, severity)}."""
-  phrases = {
-    phrase: (topic.name, severity)
-    for topic in lexicon.TOPICS
-    for severity, names in enumerate(topic.phrases)
-    for phrase in names
-  }
-  return _subcategories() | phrases
+  return [grammar.Statement(*_WORDS[word], word, _WORST) for word in words if word in _WORDS]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
+import re
 
 from csrm_jax.ruleworld import grammar, lexicon
 from csrm_jax.safety import schema
@@ -47,6 +49,29 @@ def threshold_rule(topic: str, strictness: int, wording: int = 0) -> Rule:
 def stricter(a: Rule, b: Rule) -> bool:
   """Returns whether a forbids strictly more than b (a ≻ b), same topic."""
   return a.topic == b.topic and set(a.forbidden) > set(b.forbidden)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def read(category: schema.Category) -> Rule | None:
+  """Returns what a category means, read from its words; None if RuleWorld has none such."""
+  for wording, templates in enumerate(grammar.ALL_WORDINGS):
+    for template in templates:
+      match = grammar.pattern(template).fullmatch(category.guideline)
+      lists = match.groupdict() if match else {}
+      # {'f' and 'a': (topic, severity) of each subcategory listed there}
+      places = {
+        key: [lexicon.SUBCATEGORIES.get(word) for word in re.split(', | and ', text)]
+        for key, text in lists.items()
+      }
+      found = [place for part in places.values() for place in part]
+      if not found or None in found or len({topic for topic, _ in found}) > 1:
+        continue
+      topic = found[0][0]
+      forbidden, allowed = (tuple(severity for _, severity in places.get(key, ())) for key in 'fa')
+      return Rule(
+        topic, forbidden, allowed, wording, '' if category.name == topic else category.name
+      )
+  return None
 
 
 def make_safety(rules: tuple[Rule, ...], name: str = '') -> schema.SafetyConfig:

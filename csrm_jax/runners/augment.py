@@ -14,11 +14,9 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,21 +25,11 @@ import ml_collections
 import tqdm
 
 from csrm_jax import config as config_lib
-from csrm_jax.augmentation import (
-  beam,
-  categories,
-  endpoint,
-  local_model,
-  proposers,
-  report,
-  stages,
-  strictness,
-)
-from csrm_jax.core import journal as journal_lib
-from csrm_jax.data import mixture
+from csrm_jax.augmentation import beam, categories, proposers, report, requests, strictness
+from csrm_jax.core import files, journal as journal_lib
+from csrm_jax.data import catalogue, mixture
 from csrm_jax.reward import model as reward_model
-from csrm_jax.ruleworld import examples as ruleworld_examples
-from csrm_jax.runners import data_card
+from csrm_jax.ruleworld import examples as ruleworld_examples, proposer as world
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
 from csrm_jax.train import loop
 
@@ -66,9 +54,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   ):
     if config.categories.enabled:
       with _progress(len(examples), 'categories', log) as progress:
-        checked = stages.propose_categories(
+        checked = categories.propose_all(
           examples,
-          lambda some: stages.propose_some(some, proposer, judge),
+          lambda some: categories.propose_some(some, proposer, judge),
           _PIECE * proposer.concurrency,
           done,
           progress,
@@ -77,10 +65,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       made = list(map(categories.attach, examples, checked))
       drops.update(reason for item in checked for reason in item.drops)
     if config.strictness.enabled:
-      settings = _settings(config.strictness)
+      names = [field.name for field in dataclasses.fields(strictness.Settings)]
+      settings = strictness.Settings(**{name: config.strictness[name] for name in names})
       pools = strictness.make_pools(examples, settings.pool_size, config.seed)
       with _progress(len(pools), 'strictness', log) as progress:
-        outcomes = stages.order_strictness(pools, proposer, judge, settings, ordered, progress)
+        outcomes = strictness.order_all(pools, proposer, judge, settings, ordered, progress)
       _report(workdir, config, proposer.name, outcomes, settings)
       drops.update(report.total_drops(outcomes, settings))
       pairs, num_pairs = _pairs(outcomes, pools, config.strictness.max_pairs, config.seed)
@@ -88,12 +77,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     with journal_lib.writing(path):
       digest = _write_lines(path, itertools.chain(made, pairs))
     usage.update(proposer.usage())
-    card = data_card.make(config, proposer.name, drops, usage) | {
+    card = _make_card(config, proposer.name, drops, usage) | {
       'digest': digest,
       'counts': _count(made, outcomes, num_pairs),
     }
     with journal_lib.writing(workdir / 'card.json'):
-      data_card.write(workdir, card)
+      files.write_json(workdir / 'card.json', card, indent=1)
+      files.write(workdir / 'card.md', _render_card(card))
     if config.array_record:
       _prepare(workdir, path, config.beam)
   seconds = time.monotonic() - start
@@ -165,23 +155,20 @@ def _read(
 
 def _make_proposer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> proposers.Proposer:
   if config.proposer == 'oracle':
-    return proposers.RuleWorldOracle(config.seed, **config.oracle)
+    return proposers.Oracle(config.seed, **config.oracle)
   cache = journal_lib.Cache(config.cache or workdir / 'cache')
   if config.proposer == 'endpoint':
-    return endpoint.Endpoint(endpoint.Settings(**config.endpoint), cache)
+    return proposers.Endpoint(cache, **config.endpoint)
   if config.proposer == 'model':
-    settings = local_model.Settings(seed=config.seed, **config.model)
-    return local_model.LocalModel(settings, cache)
+    return proposers.LocalModel(cache, config.seed, **config.model)
   raise ValueError(f'config.proposer is {config.proposer!r}; use one of {", ".join(PROPOSERS)}')
 
 
 def _make_judge(config: ml_collections.ConfigDict) -> proposers.Judge | None:
   if not config.judge:
     return None
-  if config.judge == 'ruleworld':
-    return proposers.ruleworld_judge()
-  if config.judge == 'annotator':
-    return proposers.ruleworld_judge(config.seed)
+  if config.judge in ('ruleworld', 'annotator'):
+    return world.make_judge(None if config.judge == 'ruleworld' else config.seed)
   model = reward_model.load(config.judge, format=config.judge_format)
 
   def judge(talks, rules):
@@ -208,13 +195,8 @@ def _make_map(
   return beam.make_map(work, config.beam.options, workdir / 'beam', usage.update)
 
 
-def _settings(section: ml_collections.ConfigDict) -> strictness.Settings:
-  names = [f.name for f in dataclasses.fields(strictness.Settings)]
-  return strictness.Settings(**{name: section[name] for name in names})
-
-
 def _report(workdir, config, name, outcomes, settings) -> None:
-  # What RuleWorld's oracle writes can be read back: the truth is known.
+  # RuleWorld's oracle words rules that can be read back: the truth is known.
   is_known = config.proposer == 'oracle'
   slips = config.oracle.disobey if is_known else 0
   with journal_lib.writing(workdir / 'report'):
@@ -222,7 +204,7 @@ def _report(workdir, config, name, outcomes, settings) -> None:
       workdir / 'report',
       outcomes,
       settings,
-      proposers.truly_stricter if is_known else None,
+      world.truly_stricter if is_known else None,
       f'Written by {name}'
       + (f', made to disobey in {slips:.0%} of its rewrites' if slips else '')
       + f'; judged by {config.judge!r}.',
@@ -248,20 +230,60 @@ def _pairs(
 def _write_lines(path: pathlib.Path, items: Iterable[Example | Pair]) -> str:
   """Writes the rows, all or none; returns their sha256."""
   digest = hashlib.sha256()
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-  try:
-    with os.fdopen(handle, 'wb') as file:
-      for item in items:
-        line = json.dumps(item.to_dict(), ensure_ascii=False) + '\n'
-        digest.update(line.encode())
-        file.write(line.encode())
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    pathlib.Path(temporary).unlink(missing_ok=True)
-    raise
+  with files.whole(path) as partial, partial.open('wb') as file:
+    for item in items:
+      line = json.dumps(item.to_dict(), ensure_ascii=False) + '\n'
+      digest.update(line.encode())
+      file.write(line.encode())
+  return digest.hexdigest()
+
+
+def _make_card(
+  config: ml_collections.ConfigDict, name: str, drops: Mapping[str, int], usage: Mapping[str, float]
+) -> dict[str, Any]:
+  """Returns what a user of the data must know of it."""
+  source = config.source
+  known = catalogue.SETS[source.name].licence if source.name in catalogue.SETS else ''
+  is_worded = config.proposer != 'oracle'
+  prompts = {kind.__name__: task.instructions for kind, task in requests.TASKS.items()}
+  return {
+    'source': source.name,
+    'path': source.path,
+    'source_digest': _digest(source.path) if source.path else '',
+    'licence': source.licence or known,
+    'proposer': config.proposer,
+    'model': name,
+    'judge': config.judge,
+    'seed': config.seed,
+    'prompts_digest': requests.prompts_digest() if is_worded else '',
+    'prompts': prompts if is_worded else {},
+    'drops': dict(sorted(drops.items())),
+    'usage_of_last_run': dict(usage),
+  }
+
+
+def _render_card(card: Mapping[str, Any]) -> str:
+  facts = {key: value for key, value in card.items() if not isinstance(value, Mapping)}
+  lines = ['# Data card', '']
+  lines += [
+    f'- {key.replace("_", " ")}: {"(not given)" if value == "" else value}'
+    for key, value in facts.items()
+  ]
+  # The prompts come last: they are long.
+  for key in sorted((k for k in card if k not in facts), key=lambda k: k == 'prompts'):
+    title = key.replace('_', ' ')
+    lines += ['', f'## {title[0].upper()}{title[1:]}', '']
+    lines += [f'- {k}: {v}' for k, v in card[key].items()] or ['(none)']
+  return '\n'.join(lines) + '\n'
+
+
+def _digest(path: str) -> str:
+  """Returns the sha256 of a file, or of all files in a folder."""
+  root = pathlib.Path(path)
+  digest = hashlib.sha256()
+  for file in sorted(root.rglob('*')) if root.is_dir() else [root]:
+    if file.is_file():
+      digest.update(hashlib.sha256(file.read_bytes()).digest())
   return digest.hexdigest()
 
 
@@ -292,7 +314,7 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _progress(total: int, name: str, log: _Log) -> Iterator[stages.Progress]:
+def _progress(total: int, name: str, log: _Log) -> Iterator[proposers.Progress]:
   """Shows a progress bar; gives what moves it and passes events to the log."""
   with tqdm.tqdm(
     total=total, desc=name, mininterval=loop.BAR_INTERVAL_S, dynamic_ncols=True
