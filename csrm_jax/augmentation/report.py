@@ -5,15 +5,15 @@ from __future__ import annotations
 import collections
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import scipy.stats
 from matplotlib.figure import Figure
 
 from csrm_jax.augmentation import strictness
-from csrm_jax.core import files
-from csrm_jax.evals import figures, markdown
+from csrm_jax.core import files, markdown
+from csrm_jax.evals import figures
 from csrm_jax.safety.schema import Category
 
 _INTRO = """\
@@ -169,10 +169,10 @@ def _render(
   if shown:
     rows = [(c.strict.name, c.strict.guideline, c.lenient.guideline) for c in shown]
     header = ('category', 'strict', 'lenient')
-    parts += ['## Some kept pairs', _table(header, [map(escape, row) for row in rows])]
+    parts += ['## Some kept pairs', markdown.table(header, [map(escape, row) for row in rows])]
   parts += [
     '## Categories',
-    _table(
+    markdown.table(
       ('category', 'conversations', 'subcategories, most severe first', 'written', 'kept'),
       [
         (
@@ -186,13 +186,13 @@ def _render(
       ],
     ),
     '## What came to nothing',
-    _table(
+    markdown.table(
       ('reason', 'times', 'what it counts'),
       [(reason, num, _meaning(reason)) for reason, num in result['drops'].items()]
       or [('nothing', 0, '')],
     ),
     '## Candidates',
-    _table(
+    markdown.table(
       ('category', 'strict: j', 'lenient: i', 'n', 'k', 'extra', 'bound', 'kept'),
       [
         (
@@ -239,8 +239,4 @@ def _truth_table(truth: Mapping[str, int]) -> str:
       share = f'{right / num:.3f}'
       low, high = scipy.stats.binomtest(right, num).proportion_ci(method='exact')
     rows.append((what, num, right, share, f'{low:.3f} to {high:.3f}'))
-  return _table(('', 'pairs', 'truly ordered', 'share', '95% interval'), rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-  return markdown.table(header, [[str(cell) for cell in row] for row in rows])
+  return markdown.table(('', 'pairs', 'truly ordered', 'share', '95% interval'), rows)

@@ -2,10 +2,11 @@
 
 import pytest
 
-from csrm_jax.augmentation import categories, proposers, requests
+from csrm_jax.augmentation import categories, requests
 from csrm_jax.augmentation.requests import Categories
-from csrm_jax.ruleworld import examples
+from csrm_jax.ruleworld import examples, proposer as world
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
+from tests.augmentation import builders
 
 RULES = SafetyConfig((Category('Pets', 'The agent gives no advice on keeping wild animals.'),))
 RESPONSE = 'You should always keep your python in a warm room at night, friend.'
@@ -84,9 +85,9 @@ def test_no_reply_is_counted_with_its_reason(scripted):
 
 def test_the_oracle_of_ruleworld_passes_its_own_checks():
   items = [examples.training_example(1, i) for i in range(200)]
-  oracle = proposers.RuleWorldOracle()
+  oracle = builders.oracle()
   proposed = [categories.propose(item, oracle) for item in items]
-  checked = categories.check_all(items, proposed, proposers.ruleworld_judge())
+  checked = categories.check_all(items, proposed, world.make_judge())
   drops = [reason for c in checked for reason in c.drops]
   assert not {'plus_does_not_fire', 'minus_fires'} & set(drops)
   assert sum(c.minus is not None for c in checked) > 190

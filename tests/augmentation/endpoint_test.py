@@ -1,17 +1,17 @@
 """The endpoint against a server that fails in every way it can."""
 
 import concurrent.futures
-import dataclasses
 import json
 import socket
 import time
 
 import pytest
 
-from csrm_jax.augmentation import endpoint, requests
+from csrm_jax.augmentation import proposers, requests
 from csrm_jax.augmentation.proposers import NoReplyError
 from csrm_jax.core import journal
 from csrm_jax.safety.schema import Category
+from tests.augmentation import builders
 
 pytest.importorskip('openai')
 
@@ -38,9 +38,7 @@ def make(tmp_path, monkeypatch):
       'timeout_s': 5.0,
       'key_variable': 'TEST_KEY',
     } | settings
-    return endpoint.Endpoint(
-      endpoint.Settings(url, 'm', **settings), journal.Cache(tmp_path / 'cache')
-    )
+    return builders.endpoint(journal.Cache(tmp_path / 'cache'), url, **settings)
 
   return make
 
@@ -93,7 +91,7 @@ def test_a_fault_that_stays_drops_the_request(make, fault_server, fault, reason)
     with pytest.raises(NoReplyError) as error:
       asker.ask(ask_for(1))
     assert error.value.reason == reason
-    assert reason in endpoint.TRANSIENT
+    assert reason in proposers.TRANSIENT
     assert server.num_requests == 4
 
 
@@ -262,12 +260,11 @@ def test_a_full_disk_is_one_line(make, fault_server, monkeypatch):
     assert 'No space left' in str(error.value)
 
 
-def test_settings_are_checked():
-  settings = endpoint.Settings('http://x/v1', 'm')
+def test_settings_are_checked(tmp_path):
   for change, said in (
     ({'model': ''}, 'model is empty'),
     ({'json_mode': 'xml'}, "json_mode is 'xml'"),
     ({'num_tries': 0}, 'num_tries is 0'),
   ):
     with pytest.raises(ValueError, match=said):
-      dataclasses.replace(settings, **change)
+      builders.endpoint(journal.Cache(tmp_path), **change)

@@ -14,11 +14,12 @@ import urllib.request
 
 import pytest
 
-from csrm_jax.augmentation import endpoint, requests
+from csrm_jax.augmentation import requests
 from csrm_jax.augmentation.proposers import NoReplyError
 from csrm_jax.core import journal
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety.schema import Category
+from tests.augmentation import builders
 
 pytest.importorskip('openai')
 pytest.importorskip('xllamacpp')
@@ -74,7 +75,7 @@ def make(url, tmp_path, monkeypatch):
       'num_tries': 1,
       'json_mode': 'bounded_json_schema',
     } | settings
-    return endpoint.Endpoint(endpoint.Settings(url, 'smollm2', **settings), journal.Cache(tmp_path))
+    return builders.endpoint(journal.Cache(tmp_path), url, model='smollm2', **settings)
 
   return make
 

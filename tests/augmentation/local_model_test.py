@@ -1,7 +1,6 @@
 """The proposer in this process, on the weights that the package ships."""
 
 import concurrent.futures
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -9,11 +8,12 @@ import shutil
 import pytest
 
 import csrm_jax
-from csrm_jax.augmentation import local_model, requests
+from csrm_jax.augmentation import proposers, requests
 from csrm_jax.augmentation.proposers import NoReplyError
 from csrm_jax.core import journal
 from csrm_jax.safety.schema import Category
 from csrm_jax.text import tokenizer as tokenizer_lib
+from tests.augmentation import builders
 
 RULEWORLD = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld'
 PETS = Category('Pets', 'No word about pets at all.')
@@ -51,9 +51,7 @@ def make(weights, folder, **settings):
     'concurrency': 2,
     'temperature': 1.0,
   } | settings
-  return local_model.LocalModel(
-    local_model.Settings(str(weights), **settings), journal.Cache(folder)
-  )
+  return builders.local_model(journal.Cache(folder), str(weights), **settings)
 
 
 def texts(asker, monkeypatch, names, threads):
@@ -132,12 +130,11 @@ def test_an_answer_ends_where_a_chat_model_ends_its_turn(weights):
     def decode(self, ids):
       return '' if ids == [7] else '[/'
 
-  assert set(local_model._stop_ids(Chat(), '<end>\n<model>')) == {0, 7}
-  assert local_model._stop_ids(Chat(), ' [/INST]') == (0,)
+  assert set(proposers._stop_ids(Chat(), '<end>\n<model>')) == {0, 7}
+  assert proposers._stop_ids(Chat(), ' [/INST]') == (0,)
 
 
 def test_settings_are_checked(tmp_path):
-  settings = local_model.Settings('x')
   for change, said in (({'init': ''}, 'init is empty'), ({'concurrency': 0}, 'concurrency is 0')):
     with pytest.raises(ValueError, match=said):
-      dataclasses.replace(settings, **change)
+      builders.local_model(journal.Cache(tmp_path), **{'init': 'x'} | change)

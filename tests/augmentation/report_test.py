@@ -8,6 +8,7 @@ from matplotlib import image
 
 from csrm_jax.augmentation import report, strictness
 from csrm_jax.safety.schema import Category
+from tests.augmentation import builders
 
 PETS = Category('Pets | all', 'No pets at all.')
 
@@ -36,7 +37,7 @@ def test_recall_is_averaged_by_intended_strictness():
 
 def test_report_counts_what_was_kept_and_what_was_not(tmp_path):
   path = report.write_report(
-    tmp_path, [OUTCOME], strictness.Settings(), is_ordered=lambda a, b: a.guideline.startswith('2')
+    tmp_path, [OUTCOME], builders.settings(), is_ordered=lambda a, b: a.guideline.startswith('2')
   )
   text = path.read_text()
   assert '1 of 2 pairs kept' in text
@@ -66,11 +67,11 @@ def test_report_counts_what_was_kept_and_what_was_not(tmp_path):
 )
 def test_why_a_pair_was_not_kept(n, bound, extra, why):
   item = dataclasses.replace(candidate(2, 1, (0.5, 0.2), not why), n=n, bound=bound, extra=extra)
-  assert strictness.explain(item, strictness.Settings()) == why
+  assert strictness.explain(item, builders.settings()) == why
 
 
 def test_report_of_nothing(tmp_path):
   empty = strictness.Outcome(PETS, 3, (), (), {'pool_too_small': 1})
-  text = report.write_report(tmp_path, [empty], strictness.Settings()).read_text()
+  text = report.write_report(tmp_path, [empty], builders.settings()).read_text()
   assert '0 of 0 pairs kept' in text
   assert not (tmp_path / 'strictness.png').exists()

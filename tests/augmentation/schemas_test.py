@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from csrm_jax.augmentation import categories, endpoint, requests, schemas, strictness
-from csrm_jax.augmentation.outcomes import Settings
+from csrm_jax.augmentation import categories, requests, strictness
 from csrm_jax.core import journal
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
+from tests.augmentation import builders
 
 jsonschema = pytest.importorskip('jsonschema')
 
@@ -24,11 +24,11 @@ WRITE = requests.WriteGuideline(PETS, (CATS,), (DOGS,))
 ALL = [PROPOSE, LIST, ADD, PICK, WRITE]
 
 
-def rule(name='N', guideline='G' * schemas.MIN_GUIDELINE_LENGTH):
+def rule(name='N', guideline='G' * requests.MIN_GUIDELINE_LENGTH):
   return {'name': name, 'guideline': guideline}
 
 
-LONGEST = rule('N' * schemas.MAX_NAME_LENGTH, 'Ü' * schemas.MAX_GUIDELINE_LENGTH)
+LONGEST = rule('N' * requests.MAX_NAME_LENGTH, 'Ü' * requests.MAX_GUIDELINE_LENGTH)
 
 
 def is_allowed(request, document):
@@ -39,9 +39,9 @@ def is_allowed(request, document):
 @pytest.mark.parametrize('request_', ALL, ids=lambda r: type(r).__name__)
 def test_schemas_are_schemas_that_strict_services_take(request_):
   bounded = requests.make_schema(request_)
-  for schema in bounded, schemas.without_lengths(bounded):
+  for schema in bounded, requests.without_lengths(bounded):
     jsonschema.Draft202012Validator.check_schema(schema)
-  assert schema == schemas.without_lengths(schema)
+  assert schema == requests.without_lengths(schema)
   assert 'Length' not in json.dumps(schema)
 
   def check(node):
@@ -72,7 +72,7 @@ def test_schemas_are_schemas_that_strict_services_take(request_):
     (ADD, {'subcategory': rule('\u2028x')}),
     (PICK, {'most_severe': 'Cats'}),
     (PICK, {'most_severe': 'Dogs "and" wolves'}),
-    (WRITE, {'guideline': 'Ü' * schemas.MAX_REWRITE_LENGTH}),
+    (WRITE, {'guideline': 'Ü' * requests.MAX_REWRITE_LENGTH}),
     (WRITE, {'guideline': 'x\u0000\U0001f600'.ljust(15, '.')}),
   ],
 )
@@ -109,19 +109,19 @@ def test_no_more_subcategories_than_asked_for():
   assert len(requests.parse(LIST, json.dumps(four))) == 4  # Where they come.
   many = requests.ListSubcategories(PETS, 99)
   most = requests.make_schema(many)['properties']['subcategories']['maxItems']
-  assert most == schemas.MAX_SUBCATEGORIES
+  assert most == requests.MAX_SUBCATEGORIES
 
 
 def test_a_text_that_the_bound_ended_is_not_kept():
   """A server that keeps to a schema ends it anywhere, also within a word."""
   cut = {
-    'plus': rule(guideline='G' * (schemas.MAX_GUIDELINE_LENGTH + 1)),
-    'minus': rule('N' * (schemas.MAX_NAME_LENGTH + 1)),
+    'plus': rule(guideline='G' * (requests.MAX_GUIDELINE_LENGTH + 1)),
+    'minus': rule('N' * (requests.MAX_NAME_LENGTH + 1)),
   }
   assert is_allowed(PROPOSE, cut)
   checked = categories.check_text(EXAMPLE, requests.parse(PROPOSE, json.dumps(cut)))
   assert checked.drops == ('plus_guideline_too_long', 'minus_name_too_long')
-  rewrite = {'guideline': 'G' * (schemas.MAX_REWRITE_LENGTH + 1)}
+  rewrite = {'guideline': 'G' * (requests.MAX_REWRITE_LENGTH + 1)}
   assert is_allowed(WRITE, rewrite)
   with pytest.raises(ValueError, match='guideline_too_long'):
     requests.parse(WRITE, json.dumps(rewrite))
@@ -157,15 +157,13 @@ def test_a_server_that_keeps_to_schemas_is_always_understood(fault_server, tmp_p
     return json.dumps(document)
 
   with fault_server(script) as server:
-    asker = endpoint.Endpoint(
-      endpoint.Settings(server.url, 'm', json_mode=mode), journal.Cache(tmp_path)
-    )
+    asker = builders.endpoint(journal.Cache(tmp_path), server.url, json_mode=mode)
     outcome = strictness.run(
       PETS,
       [EXAMPLE] * 3,
       asker,
       lambda talks, rules: [False] * len(talks),
-      Settings(num_subcategories=3, max_subcategories=4, threshold=0.1),
+      builders.settings(num_subcategories=3, max_subcategories=4, threshold=0.1),
     )
     assert len(outcome.candidates) == 3
     (checked,) = categories.check_all([EXAMPLE], [categories.propose(EXAMPLE, asker)])

@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from csrm_jax.augmentation import proposers, requests, strictness
-from csrm_jax.ruleworld import conversations, examples, lexicon, rules as rules_lib
+from csrm_jax.augmentation import requests, strictness
+from csrm_jax.ruleworld import (
+  conversations,
+  examples,
+  lexicon,
+  proposer as world,
+  rules as rules_lib,
+)
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
+from tests.augmentation import builders
 
-SETTINGS = strictness.Settings()
+SETTINGS = builders.settings()
 
 
 def category(name):
@@ -94,7 +101,7 @@ def test_a_conversation_without_a_subcategory_asks_for_one(scripted):
   talks = [example('', word).conversation for word in ('cat', 'dog', 'cat', 'dog', 'emu', 'eel')]
   proposer = scripted(reply)
   drops = collections.Counter()
-  settings = strictness.Settings(num_subcategories=1, max_subcategories=3)
+  settings = builders.settings(num_subcategories=1, max_subcategories=3)
   found = strictness.find_subcategories(
     category('Pets'), talks, proposer, word_judge, settings, drops
   )
@@ -227,11 +234,9 @@ def _pools():
 
 
 def _ruleworld(seed, **oracle):
-  settings = strictness.Settings(num_subcategories=3)
+  settings = builders.settings(num_subcategories=3)
   return [
-    strictness.run(
-      c, pool, proposers.RuleWorldOracle(seed, **oracle), proposers.ruleworld_judge(), settings
-    )
+    strictness.run(c, pool, builders.oracle(seed, **oracle), world.make_judge(), settings)
     for c, pool in _pools().items()
   ]
 
@@ -248,17 +253,17 @@ def test_every_guideline_of_ruleworld_is_read_back():
       rng.randrange(9),
       'Any',
     )
-    assert proposers.read_rule(rule.category()) == rule
+    assert world.read_rule(rule.category()) == rule
   with pytest.raises(ValueError, match='RuleWorld words no guideline'):
-    proposers.read_rule(Category('Pets', 'No pets, please.'))
+    world.read_rule(Category('Pets', 'No pets, please.'))
 
 
 def test_an_obedient_oracle_writes_in_the_true_order():
   outcomes = _ruleworld(0)
-  counts = strictness.precision(outcomes, proposers.truly_stricter)
+  counts = strictness.precision(outcomes, world.truly_stricter)
   assert counts['written_ordered'] == counts['written'] >= 12
   for outcome in outcomes:
-    severities = [proposers.read_rule(c).forbidden[0] for c in outcome.subcategories]
+    severities = [world.read_rule(c).forbidden[0] for c in outcome.subcategories]
     assert severities == sorted(severities)
     # The list of three was completed by the conversations.
     assert severities == list(rules_lib.SEVERITIES)
@@ -269,7 +274,7 @@ def test_the_filter_holds_against_a_disobedient_proposer(slip):
   total = collections.Counter()
   for seed in range(4):
     total.update(
-      strictness.precision(_ruleworld(seed, disobey=0.3, slip=slip), proposers.truly_stricter)
+      strictness.precision(_ruleworld(seed, disobey=0.3, slip=slip), world.truly_stricter)
     )
   without = total['written_ordered'] / total['written']
   kept = total['kept_ordered'] / total['kept']

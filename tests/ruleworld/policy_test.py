@@ -40,8 +40,12 @@ def _structured(answer, reasoning='You ask about heist.'):
   return f'<safety_reasoning> {reasoning} </safety_reasoning> <answer> {answer} </answer>'
 
 
+def _rule_sets():
+  return {name: rules.make_safety(chosen, name) for name, chosen in policy.RULE_SETS.items()}
+
+
 def test_rule_sets_are_unseen_and_cannot_be_guessed():
-  sets = policy.rule_sets()
+  sets = _rule_sets()
   assert len(sets) >= 6 and all(s.name == name for name, s in sets.items())
   seen = {rules.make_safety(r).categories for r in rules.DATA_SETS.values()}
   strictness = collections.defaultdict(set)
@@ -61,7 +65,7 @@ def test_rules_are_read_back_from_their_words():
     for example in (examples.training_example(0, i), examples.test_example(0, i, 'unseen')):
       read = policy.read_rules(example.safety)
       assert rules.make_safety(read).categories == example.safety.categories
-  for name, safety in policy.rule_sets().items():
+  for name, safety in _rule_sets().items():
     assert policy.read_rules(safety) == policy.RULE_SETS[name]
   with pytest.raises(ValueError, match=r"'Be nice\.' of 'Pets' is no rule"):
     policy.read_rules(schema.SafetyConfig((schema.Category('Pets', 'Be nice.'),)))
@@ -222,7 +226,7 @@ def test_the_structured_policy_knows_what_it_is_asked_about_not_what_to_do():
   'folder, dialogue',
   [
     (policy.WEIGHTS, dialogues.dialogue),
-    (policy.STRUCTURED_WEIGHTS, dialogues.structured_dialogue),
+    (FOLDER / 'policy_structured', dialogues.structured_dialogue),
   ],
   ids=['plain', 'structured'],
 )
@@ -286,7 +290,7 @@ def test_the_shipped_policy_speaks_as_the_world_does(weights):
 
 
 @pytest.mark.parametrize(
-  'folder', [policy.WEIGHTS, policy.STRUCTURED_WEIGHTS], ids=['plain', 'structured']
+  'folder', [policy.WEIGHTS, FOLDER / 'policy_structured'], ids=['plain', 'structured']
 )
 def test_the_shipped_policies_write_the_structure_when_told(folder):
   replies = _replies(

@@ -103,7 +103,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_line(tmp_path, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   with monkeypatch.context() as patch:
-    patch.setattr(augment.os, 'fsync', full)
+    patch.setattr('os.fsync', full)
     with pytest.raises(OSError, match=r'data.jsonl: .*nothing is lost'):
       run(config(**{'strictness.enabled': False}), tmp_path)
   assert [path.name for path in tmp_path.iterdir() if 'data' in path.name] == []
