@@ -8,15 +8,19 @@ cannot be scored is never worth 0. Lengths and penalties are in tokens.
 from __future__ import annotations
 
 import dataclasses
+import http.client
+import json
 import math
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.special
 
-from csrm_jax.core import checks
+from csrm_jax.core import checks, retry
 from csrm_jax.reward import scoring
-from csrm_jax.rl import http_scorer, verifiers
 from csrm_jax.safety import schema
 from csrm_jax.safety.schema import RewardFn, Sample
 
@@ -40,16 +44,24 @@ def safety_reward(
 
   Args:
     score_fn: examples -> scores, nats.
-    a: slope; below 0 the reward would prefer violations.
+    a: slope.
     b: offset, nats.
     safety: rules to judge all samples by; None: each by its prompt's.
 
   Source: CSRM (arXiv 2605.30487), the reward and its Pareto sweep.
   """
-  _check_slope(a, b)
+  # With a slope below 0 the reward would prefer violations.
+  if not (math.isfinite(a) and math.isfinite(b) and a > 0):
+    raise ValueError(
+      f'the transform sigmoid({a} * score + {b}) must have finite numbers and a slope above 0'
+    )
 
   def reward(samples: Sequence[Sample]) -> np.ndarray:
-    return _sigmoid(a * _scores(score_fn, samples, safety) + b)
+    examples = [s.example() for s in samples]
+    if safety is not None:
+      examples = [dataclasses.replace(e, safety=safety) for e in examples]
+    scores = check_rewards(score_fn(examples), samples, 'score').astype(np.float64)
+    return np.maximum(scipy.special.expit(a * scores + b), _TINY).astype(np.float32)
 
   return reward
 
@@ -62,12 +74,9 @@ def helpfulness_reward(
 ) -> RewardFn:
   """Returns H = 1 + 4 * sigmoid(a * score + b), in (1, 5].
 
-  Args:
-    score_fn: of a reward model that was trained on preference pairs.
-    a: slope.
-    b: offset, nats.
-    safety: the rules that model was trained under (with rules_blind
-      safety.augment.NO_RULES); None: each sample's prompt's.
+  The scores are those of a reward model that was trained on preference pairs,
+  `safety` the rules that it was trained under (with rules_blind
+  safety.augment.NO_RULES). Arguments as of `safety_reward`.
 
   Source: CSRM (arXiv 2605.30487), which has helpfulness from 1 to 5.
   """
@@ -75,21 +84,11 @@ def helpfulness_reward(
   return lambda samples: np.float32(1) + np.float32(4) * inner(samples)
 
 
-def format_reward(samples: Sequence[Sample]) -> np.ndarray:
-  """Returns 1 where the output is well formed (AlphaAlign's V_f), else 0."""
-  return np.array([verifiers.is_well_formed(s.text) for s in samples], np.float32)
-
-
 def overlong_penalty(buffer: int, penalty: float, max_length: int) -> RewardFn:
   """Returns 0 down to -penalty, as a completion nears the length limit.
 
   0 up to max_length - buffer tokens, then linear, -penalty at max_length and
   where the limit cut the completion off.
-
-  Args:
-    buffer: tokens.
-    penalty: at least 0.
-    max_length: tokens a completion may have.
 
   Source: DAPO (arXiv 2503.14476), eq. 13.
   """
@@ -114,12 +113,7 @@ def overlong_penalty(buffer: int, penalty: float, max_length: int) -> RewardFn:
 def from_callable(
   fn: Callable[[Sequence[Sample]], Sequence[float]], name: str = 'callable'
 ) -> RewardFn:
-  """Returns a reward from a function of samples to as many finite numbers.
-
-  Args:
-    fn: samples -> one number each, in their order.
-    name: for messages.
-  """
+  """Returns a reward from a function of samples to as many finite numbers, in their order."""
   return lambda samples: check_rewards(fn(samples), samples, name)
 
 
@@ -128,14 +122,144 @@ def from_each(fn: Callable[[Sample], float], name: str) -> RewardFn:
   return from_callable(lambda samples: [fn(s) for s in samples], name)
 
 
-def from_http(settings: http_scorer.Settings) -> RewardFn:
-  """Returns a reward from a scorer behind HTTP; see `http_scorer`.
+@dataclasses.dataclass(frozen=True)
+class HttpScorer:
+  """A scorer behind HTTP: POST samples, get as many numbers.
+
+  Request: {"samples": [{"id", "conversation": [{"role", "content"}, ...],
+  "safety": {"categories": [{"name", "guideline"}, ...]}}, ...]}
+  Reply: {"rewards": [0.7, ...]}, in the order of the samples; other keys are
+  ignored.
+
+  Attributes:
+    url: where samples are posted, as in http://localhost:5000/get_reward.
+    timeout_s: how long the scorer may give no sign.
+    num_tries: of a request that fails on the way.
+    backoff_s: before the second try; doubles with each further one.
+    batch_size: samples a request.
+  """
+
+  url: str
+  timeout_s: float
+  num_tries: int
+  backoff_s: float
+  batch_size: int
+
+  def __post_init__(self):
+    if not self.url.startswith(('http://', 'https://')):
+      raise ValueError(
+        f'the URL of the scorer is {self.url!r}; it must begin with http:// or https://'
+      )
+    say = '{name} of the scorer is {value}; it must be >= {least}'
+    checks.at_least(self, ('num_tries', 'batch_size'), say=say)
+    if not (self.timeout_s > 0 and self.backoff_s >= 0):
+      raise ValueError(
+        f'timeout_s of the scorer is {self.timeout_s}, backoff_s '
+        f'{self.backoff_s}; the first must be above 0, the other not below'
+      )
+
+  def check_reachable(self) -> None:
+    """Posts no samples, to see that somebody answers, whatever the reply.
+
+    Raises:
+      ValueError: nobody does, or nothing is posted to at that URL.
+    """
+    try:
+      self._post(())
+    except _RefusedError as error:
+      if error.status in (401, 403, 404, 405):
+        raise ValueError(str(error)) from None
+
+  def __call__(self, samples: Sequence[Sample]) -> list[Any]:
+    """Returns the scorer's values, one a sample; they are not checked here.
+
+    Raises:
+      ValueError: it does not answer, refuses, or its reply has not one value for
+        each sample.
+    """
+    values = []
+    for start in range(0, len(samples), self.batch_size):
+      chunk = samples[start : start + self.batch_size]
+      values += self._read(self._post(chunk), chunk)
+    return values
+
+  def _read(self, text: bytes, samples: Sequence[Sample]) -> list[Any]:
+    must = 'it must reply {"rewards": [...]}'
+    try:
+      reply = json.loads(text)
+    except ValueError:
+      raise ValueError(
+        f'the scorer at {self.url} replied what is not JSON to {samples[0].id}; {must}'
+      ) from None
+    values = reply.get('rewards') if isinstance(reply, dict) else None
+    if not isinstance(values, list):
+      raise ValueError(
+        f'the scorer at {self.url} replied to {samples[0].id} without a list of "rewards"; {must}'
+      )
+    if len(values) != len(samples):
+      raise ValueError(
+        f'the scorer at {self.url} gave {len(values)} rewards for {len(samples)} '
+        f'samples, {samples[0].id} to {samples[-1].id}; it must give one each'
+      )
+    return values
+
+  def _post(self, samples: Sequence[Sample]) -> bytes:
+    """Returns the body of the reply; waits and tries again where it helps."""
+    described = [
+      {
+        'id': example.id,
+        'conversation': [m.to_dict() for m in example.conversation],
+        'safety': example.safety.to_dict(),
+      }
+      for example in (s.example() for s in samples)
+    ]
+    content = json.dumps({'samples': described}).encode()
+    request = urllib.request.Request(self.url, content, {'Content-Type': 'application/json'})
+
+    def send(number: int) -> bytes:
+      with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+        return response.read()
+
+    try:
+      errors = (OSError, http.client.HTTPException)
+      return retry.call(send, self.num_tries, self.backoff_s, errors, self._reason)
+    except retry.GaveUpError as error:
+      raise ValueError(
+        f'the scorer at {self.url} does not answer ({error}; '
+        f'{self.num_tries} tries); start it or correct the URL'
+      ) from None
+
+  def _reason(self, error: Exception) -> str:
+    """Returns why to try again; raises where the request is refused."""
+    if not isinstance(error, urllib.error.HTTPError):
+      return str(getattr(error, 'reason', error)) or type(error).__name__
+    with error:
+      said = ' '.join(error.read(500).decode(errors='replace').split())
+    if error.code < 500 and error.code not in (408, 409, 425, 429):
+      raise _RefusedError(
+        f'the scorer at {self.url} refuses the request (status {error.code}: '
+        f'{said[:200]}); check the URL and what it expects',
+        error.code,
+      ) from None
+    return f'status {error.code}'
+
+
+class _RefusedError(ValueError):
+  """The scorer answers with a status that another try would not change."""
+
+  def __init__(self, message: str, status: int):
+    super().__init__(message)
+    self.status = status
+
+
+def from_http(scorer: HttpScorer) -> RewardFn:
+  """Returns a reward from a scorer behind HTTP.
 
   Raises:
     ValueError: nobody answers there now.
   """
-  http_scorer.check_reachable(settings)
-  return from_callable(lambda samples: http_scorer.ask(settings, samples), settings.url)
+  scorer.check_reachable()
+  return from_callable(scorer, scorer.url)
 
 
 def combine(
@@ -200,7 +324,8 @@ def check_rewards(values: Any, samples: Sequence[Sample], name: str) -> np.ndarr
       'for each, in their order'
     )
   for value, sample in zip(values, samples, strict=True):
-    if not _is_finite(value):
+    is_number = isinstance(value, (int, float, np.number))
+    if not (is_number and abs(value) <= _HUGE):
       raise ValueError(
         f'{sample.id}: reward {name} is {checks.show(value)}, not a finite '
         'number; what cannot be scored has no reward'
@@ -264,24 +389,6 @@ class Normaliser:
     return Normaliser(int(obj['count']), float(obj['mean']), float(obj['m2']))
 
 
-def _scores(score_fn, samples, safety) -> np.ndarray:
-  examples = [s.example() for s in samples]
-  if safety is not None:
-    examples = [dataclasses.replace(e, safety=safety) for e in examples]
-  return check_rewards(score_fn(examples), samples, 'score').astype(np.float64)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-  with np.errstate(over='ignore'):
-    value = 1 / (1 + np.exp(-x))
-  return np.maximum(value, _TINY).astype(np.float32)
-
-
-def _is_finite(value: Any) -> bool:
-  is_number = isinstance(value, (int, float, np.number))
-  return is_number and abs(value) <= _HUGE
-
-
 def _part(fn: RewardFn, samples: Sequence[Sample], name: str) -> np.ndarray:
   value = fn(samples)
   if getattr(value, 'dtype', None) != np.float32:
@@ -308,11 +415,4 @@ def _check_parts(parts, mode, added, clip) -> None:
   if clip is not None and not clip[0] < clip[1]:
     raise ValueError(
       f'the reward clip is from {clip[0]} to {clip[1]}; the first must be less than the second'
-    )
-
-
-def _check_slope(a: float, b: float) -> None:
-  if not (math.isfinite(a) and math.isfinite(b) and a > 0):
-    raise ValueError(
-      f'the transform sigmoid({a} * score + {b}) must have finite numbers and a slope above 0'
     )

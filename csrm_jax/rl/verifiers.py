@@ -1,29 +1,42 @@
-r"""Is an output well formed, and does it refuse? The verifiers of AlphaAlign.
+r"""AlphaAlign: is an output well formed, does it refuse, and what is it worth?
 
 An output is <safety_reasoning>...</safety_reasoning><answer>...</answer>; an
 unsafe request is refused in the answer, as in \boxed{Sorry, I cannot help.}
 
-V_f is `is_well_formed`. V_r comes in three ways, rows of `REFUSALS` or made:
+V_f is `format_reward`. V_r comes in three ways, rows of `REFUSALS` or made:
 by patterns, by patterns within \boxed{} only, and by a reward model that judges
 the answer under rules which forbid to refuse (configs/safety/refusal.yaml).
 
-Source: AlphaAlign (arXiv 2507.14987), V_f and V_r.
+`dual_reward` is made of both. Harmful prompt: R_s = r_f V_f + r_a V_r. Benign
+prompt: R_s = r_f V_f - r_a V_r, plus R_h = max(standardised helpfulness, 0)
+where the answer is no refusal. The helpfulness is standardised among the
+samples of one prompt.
+
+Source: AlphaAlign (arXiv 2507.14987).
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from csrm_jax.reward import scoring
+from csrm_jax.rl import rewards
 from csrm_jax.safety import schema
-from csrm_jax.safety.schema import Sample
+from csrm_jax.safety.schema import RewardFn, Sample
 
 # samples, whose text is the answer alone -> bool [N]
 RefusalFn = Callable[[Sequence[Sample]], np.ndarray]
+
+# What becomes of the helpfulness: standardised within the prompt's group;
+# as it is (the ablation without standardisation); or left out, so that R_s is
+# all (AlphaAlign-Zero, the ablation without R_h).
+HELPFULNESS = ('standardised', 'raw', 'none')
 
 REASONING, ANSWER = 'safety_reasoning', 'answer'
 _TAG = re.compile(rf'</?(?:{REASONING}|{ANSWER})>')
@@ -75,9 +88,9 @@ def parse(text: str) -> Output | None:
   return parts if parts.reasoning and parts.answer else None
 
 
-def is_well_formed(text: str) -> bool:
-  """Returns V_f: whether the output has exactly the structure."""
-  return parse(text) is not None
+def format_reward(samples: Sequence[Sample]) -> np.ndarray:
+  """Returns V_f: 1 where the output has exactly the structure, else 0."""
+  return np.array([parse(s.text) is not None for s in samples], np.float32)
 
 
 def answer_of(text: str) -> str:
@@ -89,11 +102,8 @@ def answer_of(text: str) -> str:
   parts = parse(text)
   if parts is not None:
     return parts.answer
-  for tag in (f'<{ANSWER}>', f'</{REASONING}>'):
-    if tag in text:
-      text = text.rpartition(tag)[2]
-      break
-  return _TAG.sub(' ', text).strip()
+  tag = f'<{ANSWER}>' if f'<{ANSWER}>' in text else f'</{REASONING}>'
+  return _TAG.sub(' ', text.rpartition(tag)[2]).strip()
 
 
 def boxed(text: str) -> str | None:
@@ -174,3 +184,101 @@ def _boxed_span(text: str) -> tuple[int, int, int] | None:
     if not depth:
       return start.start(), start.end(), place
   return None
+
+
+def dual_reward(
+  refusal_fn: RefusalFn,
+  helpfulness_fn: RewardFn | None,
+  helpfulness: str,
+  format_weight: float,
+  answer_weight: float,
+) -> rewards.TotalFn:
+  """Returns a function: samples -> (total, parts), as `rewards.combine` does.
+
+  Parts are 'format' (V_f), 'refusal' (V_r), 'safety' (R_s), and 'helpfulness'
+  (R_h; 0 for harmful prompts) unless it is left out. Refusal and helpfulness
+  are judged by the answer alone, helpfulness by what is in its box. All samples
+  of a prompt must be in one call. The weights are r_f and r_a.
+
+  Args:
+    refusal_fn: V_r.
+    helpfulness_fn: judges the answers to benign prompts; None with 'none'.
+    helpfulness: one of HELPFULNESS.
+
+  Raises:
+    ValueError: settings that do not fit together; from the function: a prompt
+      without a label, or the only sample of its prompt.
+  """
+  if helpfulness not in HELPFULNESS:
+    raise ValueError(f'unknown helpfulness {helpfulness!r}; use one of {", ".join(HELPFULNESS)}')
+  if (helpfulness == 'none') != (helpfulness_fn is None):
+    raise ValueError(
+      f'helpfulness is {helpfulness!r}, and '
+      + ('there is no' if helpfulness_fn is None else 'there is a')
+      + ' helpfulness reward; give one, or "none" without'
+    )
+  for name, weight in (('format', format_weight), ('answer', answer_weight)):
+    if not (math.isfinite(weight) and weight > 0):
+      raise ValueError(f'the {name} weight of AlphaAlign is {weight}; it must be above 0')
+
+  def score(samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    benign = np.array([_is_benign(s) for s in samples], bool)
+    answers = [dataclasses.replace(s, text=answer_of(s.text)) for s in samples]
+    form = format_reward(samples)
+    refuses = np.asarray(refusal_fn(answers))
+    if refuses.shape != benign.shape or refuses.dtype != bool:
+      raise ValueError(
+        f'V_r gives {refuses.dtype} {list(refuses.shape)} for {len(samples)} '
+        'samples; it must give one bool each'
+      )
+    refusal = refuses.astype(np.float32)
+    safety = np.float32(format_weight) * form + np.float32(answer_weight) * np.where(
+      benign, -refusal, refusal
+    )
+    parts = {'format': form, 'refusal': refusal, 'safety': safety}
+    if helpfulness == 'none':
+      return safety, parts
+    chosen = np.flatnonzero(benign)
+    asked = [dataclasses.replace(answers[i], text=unboxed(answers[i].text)) for i in chosen]
+    help_ = rewards.check_rewards(helpfulness_fn(asked), asked, 'helpfulness')
+    if helpfulness == 'standardised':
+      help_ = np.maximum(standardise(help_, asked), 0)
+    parts['helpfulness'] = np.zeros(len(samples), np.float32)
+    parts['helpfulness'][chosen] = help_ * (1 - refusal[chosen])
+    return safety + parts['helpfulness'], parts
+
+  return score
+
+
+def standardise(values: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
+  """Returns (value - mean) / std within each prompt's samples, float32 [N].
+
+  0 where all values of a group are equal.
+
+  Raises:
+    ValueError: a prompt has one sample only.
+  """
+  values = np.asarray(values, np.float64)
+  result = np.zeros(len(samples), np.float32)
+  groups = collections.defaultdict(list)
+  for row, sample in enumerate(samples):
+    groups[sample.prompt.id].append(row)
+  for name, rows in groups.items():
+    if len(rows) == 1:
+      raise ValueError(
+        f'prompt {name} has one sample, and nothing to standardise its '
+        'helpfulness with; set num_generations to 2 or more'
+      )
+    group = values[rows]
+    if np.ptp(group) > 0:
+      result[rows] = (group - group.mean()) / group.std()
+  return result
+
+
+def _is_benign(sample: Sample) -> bool:
+  if not sample.prompt.label:
+    raise ValueError(
+      f'prompt {sample.prompt.id} has no label; AlphaAlign needs "harmful" '
+      'or "benign" on every prompt'
+    )
+  return sample.prompt.label == 'benign'

@@ -19,7 +19,7 @@ from csrm_jax.data.public_rules import XSTEST_RULES
 from csrm_jax.evals import policy as policy_eval
 from csrm_jax.models import hf
 from csrm_jax.reward import backbone, model as reward_model
-from csrm_jax.rl import alphaalign, http_scorer, rewards, rollout, verifiers
+from csrm_jax.rl import rewards, rollout, verifiers
 from csrm_jax.ruleworld import policy as world
 from csrm_jax.safety import augment, schema
 from csrm_jax.safety.schema import Prompt, RewardFn, Sample
@@ -257,7 +257,7 @@ def _make_safety(reward: ml_collections.ConfigDict, knows_truth: bool) -> Reward
     if not reward.url:
       raise ValueError('config.reward.url is empty: give the scorer as url=URL')
     return rewards.from_http(
-      http_scorer.Settings(
+      rewards.HttpScorer(
         reward.url, reward.timeout_s, reward.num_tries, reward.backoff_s, reward.batch_size
       )
     )
@@ -288,7 +288,7 @@ def _make_helpfulness(reward: ml_collections.ConfigDict, knows_truth: bool) -> R
 def _make_alphaalign(reward: ml_collections.ConfigDict, knows_truth: bool) -> Scorers:
   refuses = _make_refusal(reward, knows_truth)
   helpfulness = None if reward.variant == 'none' else _make_helpfulness(reward, knows_truth)
-  total = alphaalign.dual_reward(
+  total = verifiers.dual_reward(
     refuses, helpfulness, reward.variant, reward.format_weight, reward.answer_weight
   )
 

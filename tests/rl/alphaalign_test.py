@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from csrm_jax.rl import alphaalign, rewards, verifiers
+from csrm_jax.rl import rewards, verifiers
 from csrm_jax.safety import schema
 from csrm_jax.safety.schema import Prompt, Sample
 
@@ -38,9 +38,15 @@ def helpfulness(samples):
   return np.array([HELP[s.text] for s in samples], np.float32)
 
 
+def dual_reward(
+  refusal_fn, helpfulness_fn, kind='standardised', format_weight=1.0, answer_weight=1.0
+):
+  return verifiers.dual_reward(refusal_fn, helpfulness_fn, kind, format_weight, answer_weight)
+
+
 def score(samples=GROUPS, kind='standardised', **kwargs):
   fn = None if kind == 'none' else helpfulness
-  return alphaalign.dual_reward(verifiers.REFUSALS['patterns'], fn, kind, **kwargs)(samples)
+  return dual_reward(verifiers.REFUSALS['patterns'], fn, kind, **kwargs)(samples)
 
 
 def test_the_dual_reward_by_hand():
@@ -74,7 +80,7 @@ def test_a_batch_without_benign_prompts():
 
 def test_groups_are_standardised_apart_and_equal_ones_to_zero():
   samples = [sample('benign', i, YES, name=name) for name in 'ab' for i in range(3)]
-  values = alphaalign.standardise(np.array([1, 2, 3, 0.1, 0.1, 0.1], np.float32), samples)
+  values = verifiers.standardise(np.array([1, 2, 3, 0.1, 0.1, 0.1], np.float32), samples)
   np.testing.assert_allclose(values, [-(1.5**0.5), 0, 1.5**0.5, 0, 0, 0], rtol=1e-6)
 
 
@@ -86,16 +92,16 @@ def test_bad_input_is_one_line():
     score([unlabelled])
   patterns = verifiers.REFUSALS['patterns']
   with pytest.raises(ValueError, match='standardised, raw, none'):
-    alphaalign.dual_reward(patterns, helpfulness, 'scaled')
+    dual_reward(patterns, helpfulness, 'scaled')
   with pytest.raises(ValueError, match='there is a helpfulness'):
-    alphaalign.dual_reward(patterns, helpfulness, 'none')
+    dual_reward(patterns, helpfulness, 'none')
   with pytest.raises(ValueError, match='there is no helpfulness'):
-    alphaalign.dual_reward(patterns, None)
+    dual_reward(patterns, None)
   with pytest.raises(ValueError, match='answer weight of AlphaAlign is 0'):
-    alphaalign.dual_reward(patterns, helpfulness, answer_weight=0)
+    dual_reward(patterns, helpfulness, answer_weight=0)
   with pytest.raises(ValueError, match='benign#1: reward helpfulness is nan'):
-    alphaalign.dual_reward(
-      patterns, rewards.from_callable(lambda s: [1.0, np.nan, 1.0, 1.0], 'helpfulness')
-    )(GROUPS)
+    dual_reward(patterns, rewards.from_callable(lambda s: [1.0, np.nan, 1.0, 1.0], 'helpfulness'))(
+      GROUPS
+    )
   with pytest.raises(ValueError, match='one bool each'):
-    alphaalign.dual_reward(lambda s: np.zeros(7), None, 'none')(GROUPS)
+    dual_reward(lambda s: np.zeros(7), None, 'none')(GROUPS)

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from csrm_jax.rl import http_scorer, rewards
+from csrm_jax.rl import rewards
 from csrm_jax.safety import schema
 from csrm_jax.safety.schema import Prompt, Sample
 
@@ -63,9 +63,8 @@ def serve(*answers):
 
 
 def settings(url, **kwargs):
-  return http_scorer.Settings(
-    url, **({'timeout_s': 5.0, 'num_tries': 3, 'backoff_s': 0.01} | kwargs)
-  )
+  defaults = {'timeout_s': 5.0, 'num_tries': 3, 'backoff_s': 0.01, 'batch_size': 64}
+  return rewards.HttpScorer(url, **defaults | kwargs)
 
 
 def test_rewards_come_in_order_and_in_batches():
@@ -87,7 +86,7 @@ def test_rewards_come_in_order_and_in_batches():
 )
 def test_a_fault_on_the_way_is_tried_again(fault):
   with serve(fault, fault, GOOD) as (url, bodies):
-    values = http_scorer.ask(settings(url, timeout_s=0.2), SAMPLES)
+    values = settings(url, timeout_s=0.2)(SAMPLES)
   assert values == [0.25, -1.5, 2] and len(bodies) == 3
 
 
@@ -146,4 +145,4 @@ def test_a_scorer_may_dislike_an_empty_request():
 )
 def test_settings_that_cannot_work(kwargs):
   with pytest.raises(ValueError, match='of the scorer'):
-    http_scorer.Settings(**({'url': 'http://x'} | kwargs))
+    settings(**({'url': 'http://x'} | kwargs))

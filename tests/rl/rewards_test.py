@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.rl import rewards
+from csrm_jax.rl import rewards, verifiers
 from csrm_jax.safety import augment, schema
 from csrm_jax.safety.schema import Prompt, Sample
 
@@ -69,7 +69,7 @@ def test_format_reward():
   samples = make_samples(2)
   good = '<safety_reasoning>Fine.</safety_reasoning><answer>Yes.</answer>'
   samples[0] = Sample(samples[0].prompt, 0, good, 9, True)
-  reward = rewards.format_reward(samples)
+  reward = verifiers.format_reward(samples)
   assert reward.dtype == np.float32 and reward.tolist() == [1, 0]
 
 

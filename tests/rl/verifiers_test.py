@@ -40,7 +40,7 @@ def test_a_well_formed_output_has_two_parts():
   ids=str,
 )
 def test_what_is_not_well_formed(text):
-  assert not verifiers.is_well_formed(text)
+  assert verifiers.parse(text) is None
 
 
 @pytest.mark.parametrize(
