@@ -12,6 +12,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+from csrm_jax.core import files
 from csrm_jax.models import gguf, hf
 from csrm_jax.text import chat, tokenizer as tokenizer_lib
 
@@ -66,10 +67,10 @@ def save_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> N
   """
   directory = pathlib.Path(directory)
   with _tokenizer_file(source) as path:
-    files = {f'tokenizer{path.suffix}': path}
+    found = {f'tokenizer{path.suffix}': path}
     if path.suffix == '.json':
-      files |= {name: path.with_name(name) for name in _SETTINGS}
-    for name, file in files.items():
+      found |= {name: path.with_name(name) for name in _SETTINGS}
+    for name, file in found.items():
       if file.is_file():
         files.write(directory / name, file.read_bytes())
 
