@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import pathlib
@@ -44,33 +43,30 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
   Raises:
     ValueError: an unknown or repeated key, or a value of another type.
   """
-  values = {key: _default(default) for key, default in spec.items()}
-  seen = set()
-  for part in (arg or '').split(','):
-    if not part.strip():
-      continue
-    key, equals, text = part.strip().partition('=')
+  values, given = {}, {}
+  for key, default in spec.items():
+    values[key] = default[0] if isinstance(default, tuple) else default
+    if isinstance(default, type):
+      values[key] = None
+  for part in _parts(arg):
+    key, equals, text = part.partition('=')
     if key not in spec:
       known = ', '.join(spec) or '(none)'
       raise ValueError(f'config argument {key!r} is unknown{_close(key, spec)}; known: {known}')
-    if key in seen:
+    if key in given:
       raise ValueError(f'config argument {key!r} is given twice')
-    seen.add(key)
-    values[key] = _parse_value(key, text if equals else None, spec[key])
-  return ConfigDict(values)
+    given[key] = _parse_value(key, text if equals else None, spec[key])
+  return ConfigDict(values | given)
 
 
 def split_arg(arg: str | None, names: Sequence[str]) -> tuple[str, str]:
   """Returns the parts of an argument that have these names, and the others."""
-  parts = [part.strip() for part in (arg or '').split(',') if part.strip()]
-  own = [part for part in parts if part.partition('=')[0] in names]
-  return ','.join(own), ','.join(part for part in parts if part not in own)
+  own = [part for part in _parts(arg) if part.partition('=')[0] in names]
+  return ','.join(own), ','.join(part for part in _parts(arg) if part not in own)
 
 
-def _default(default: Any) -> Any:
-  if isinstance(default, type):
-    return None
-  return default[0] if isinstance(default, tuple) else default
+def _parts(arg: str | None) -> list[str]:
+  return [part.strip() for part in (arg or '').split(',') if part.strip()]
 
 
 def _parse_value(key: str, text: str | None, default: Any) -> Any:
@@ -85,15 +81,13 @@ def _parse_value(key: str, text: str | None, default: Any) -> Any:
       return True
     if text.lower() in _FALSE:
       return False
-  elif text is not None:
-    if default is None:
-      return text
-    try:
-      return kind(text)
-    except ValueError:
-      pass
-  else:
+  elif text is None:
     raise ValueError(f'config argument {key!r} needs a value: {key}=...')
+  elif default is None:
+    return text
+  else:
+    with contextlib.suppress(ValueError):
+      return kind(text)
   raise ValueError(f'config argument {key}={text}: {text!r} is not of type {kind.__name__}')
 
 
@@ -115,11 +109,7 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_key(config: ConfigDict, key: str) -> None:
-  """Checks that a dotted key names a value of the config.
-
-  Raises:
-    ValueError: it does not; the message suggests keys that do.
-  """
+  """Raises a ValueError that suggests others if a dotted key names no value of the config."""
   known = flatten(config)
   if key in known:
     return
@@ -132,11 +122,7 @@ def check_key(config: ConfigDict, key: str) -> None:
 
 
 def set_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
-  """Sets dotted keys of the config in place.
-
-  Raises:
-    ValueError: a key that does not exist, or a value of another type.
-  """
+  """Sets dotted keys of the config in place; ValueError: no such key, or another type."""
   for key, value in overrides.items():
     check_key(config, key)
     *sections, last = key.split('.')
@@ -150,11 +136,7 @@ def set_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
 
 
 def load_module(path: str | os.PathLike) -> types.ModuleType:
-  """Returns the module of a config file.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-  """
+  """Returns the module of a config file; FileNotFoundError: there is none."""
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'config file {path} does not exist')
   spec = importlib.util.spec_from_file_location('_csrm_jax_config', path)
@@ -168,8 +150,7 @@ def load_module(path: str | os.PathLike) -> types.ModuleType:
 def to_json(config: ConfigDict) -> str:
   """Returns the resolved config as indented JSON with sorted keys.
 
-  Raises:
-    ValueError: a value that JSON cannot hold; the message names its key.
+  A value that JSON cannot hold is a ValueError that names its key.
   """
   plain = config.to_dict()
   for key, value in flatten(plain).items():
@@ -185,15 +166,13 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
   """Returns the ConfigDict of to_json's text; lists become tuples."""
-  return ConfigDict(_tuples(json.loads(text)))
 
+  def tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+      return {key: tuples(item) for key, item in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-def _tuples(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {key: _tuples(item) for key, item in value.items()}
-  if isinstance(value, list):
-    return tuple(_tuples(item) for item in value)
-  return value
+  return ConfigDict(tuples(json.loads(text)))
 
 
 def digest(config: ConfigDict) -> str:
@@ -203,15 +182,16 @@ def digest(config: ConfigDict) -> str:
 
 def diff_config(old: ConfigDict, new: ConfigDict) -> list[str]:
   """Returns one 'key: old -> new' per difference, sorted; [] if equal."""
-  old_flat, new_flat = (flatten(json.loads(to_json(c))) for c in (old, new))
-  lines = []
-  for key in sorted(old_flat | new_flat):
-    before, after = (
-      json.dumps(flat[key]) if key in flat else '(absent)' for flat in (old_flat, new_flat)
-    )
-    if before != after:
-      lines.append(f'{key}: {before} -> {after}')
-  return lines
+  values = []
+  for config in (old, new):
+    flat = flatten(json.loads(to_json(config)))
+    values.append({key: json.dumps(value) for key, value in flat.items()})
+  before, after = values
+  return [
+    f'{key}: {before.get(key, "(absent)")} -> {after.get(key, "(absent)")}'
+    for key in sorted(before | after)
+    if before.get(key) != after.get(key)
+  ]
 
 
 def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.Path:
@@ -259,23 +239,18 @@ def discard_workdir(workdir: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class SweepRun:
-  """One run of a sweep.
+  """One run of a sweep."""
 
-  name: names its work directory. overrides: dotted keys and their values.
-  arg: the config file's argument, what follows the colon in --config.
-  """
-
-  name: str
-  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  arg: str = ''
+  name: str  # of its work directory
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # dotted keys
+  arg: str = ''  # the config file's argument: what follows the colon in --config
 
 
 def expand_sweep(sweep_fn: Callable[[], Sequence[Mapping[str, Any]]]) -> tuple[SweepRun, ...]:
   """Returns the checked runs of a config file's `sweep()`.
 
   `sweep()` returns [{'name': 'no_cca', 'arg': 'ablation=no_cca'}, {'name':
-  'lr', 'overrides': {'optim.lr': 1e-4}}, …]; `axis`, `product` and `zipped`
-  build such lists.
+  'lr', 'overrides': {'optim.lr': 1e-4}}, …].
 
   Raises:
     ValueError: an empty sweep, unknown fields, or unusable or repeated names.
@@ -293,48 +268,9 @@ def expand_sweep(sweep_fn: Callable[[], Sequence[Mapping[str, Any]]]) -> tuple[S
       raise ValueError(
         f'sweep() name {run.name!r} cannot be a folder: use letters, digits and _ . = + -'
       )
+    if run.name in [other.name for other in runs]:
+      raise ValueError(f'sweep() has two runs named {run.name!r}')
     runs.append(run)
-  names = [run.name for run in runs]
-  if not names:
+  if not runs:
     raise ValueError('sweep() gives no runs')
-  twice = next((name for name in names if names.count(name) > 1), None)
-  if twice is not None:
-    raise ValueError(f'sweep() has two runs named {twice!r}')
   return tuple(runs)
-
-
-def axis(key: str, values: Sequence[Any]) -> list[dict[str, Any]]:
-  """Returns one sweep item per value of a config key, named 'lr=0.001'."""
-  short = key.rpartition('.')[2]
-  return [{'name': f'{short}={v}', 'overrides': {key: v}} for v in values]
-
-
-def product(*axes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Returns every combination of the axes' items, the last axis fastest."""
-  return [_merge(items) for items in itertools.product(*axes)]
-
-
-def zipped(*axes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Returns the first items merged, the second ones, and so on.
-
-  Raises:
-    ValueError: the axes differ in length.
-  """
-  lengths = [len(items) for items in axes]
-  if len(set(lengths)) > 1:
-    raise ValueError(f'zipped() needs axes of one length: got {lengths}')
-  return [_merge(items) for items in zip(*axes, strict=True)]
-
-
-def _merge(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  overrides: dict[str, Any] = {}
-  for item in items:
-    for key, value in item.get('overrides', {}).items():
-      if key in overrides:
-        raise ValueError(f'two axes of the sweep set {key!r}')
-      overrides[key] = value
-  return {
-    'name': '-'.join(item['name'] for item in items),
-    'overrides': overrides,
-    'arg': ','.join(item['arg'] for item in items if item.get('arg')),
-  }

@@ -57,16 +57,14 @@ _DEBUG = flags.DEFINE_bool(
   'debug', False, 'Show the traceback of an error in the input, and more logs.'
 )
 _SHOW_TOKENS = flags.DEFINE_bool(
-  'show_tokens',
-  False,
-  'Print what the model sees of the first example, segment by segment, and'
-  ' exit; needs no --workdir.',
-)
+  'show_tokens', False,
+  'Print what the model sees of the first example, segment by segment, and exit; needs no'
+  ' --workdir.',
+)  # fmt: skip
 _MULTIHOST = flags.DEFINE_bool(
-  'multihost',
-  False,
+  'multihost', False,
   'This is one of several processes; the cluster (TPU slice, Slurm, MPI, Kubernetes) says which.',
-)
+)  # fmt: skip
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', '', 'host:port of process 0, where no cluster says it.'
 )
@@ -84,16 +82,11 @@ _START_TIMEOUT_S = flags.DEFINE_integer(
 # ImportError: of an extra that the input needs.
 _INPUT_ERRORS = (ValueError, OSError, ImportError)
 # What absl and config_flags raise for input that is as bad.
-_FLAG_ERRORS = (flags.Error, LookupError, AttributeError, TypeError)
-_FLAG_ERRORS += _INPUT_ERRORS
+_FLAG_ERRORS = (flags.Error, LookupError, AttributeError, TypeError, *_INPUT_ERRORS)
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
-  """Prepares the work directory and runs config.runner in it.
-
-  Args:
-    config: of the run.
-    workdir: a folder of this machine, or gs://BUCKET/FOLDER.
+  """Prepares the work directory, or gs://BUCKET/FOLDER, and runs config.runner in it.
 
   Raises:
     ValueError: an unknown runner, a workdir of another config, or a bucket that
@@ -101,27 +94,21 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
   """
   runner = _find_runner(config)
   with remote.local(workdir) as path:
-    _run(config, path, runner)
-
-
-def _run(config: ml_collections.ConfigDict, path: pathlib.Path, runner: types.ModuleType) -> None:
-  path = path.expanduser()
-  is_new = not path.is_dir() or not any(path.iterdir())
-  path = config_lib.prepare_workdir(path, config)
-  try:
-    manifest = writer.make_manifest()
-    manifest['config_digest'] = config_lib.digest(config)
-    manifest['runner'] = config.runner
-    writer.update_manifest(path, manifest)
-    runner.run(config, path)
-  except jax.errors.JaxRuntimeError as error:
-    if not profiling.is_out_of_memory(error):
+    path = path.expanduser()
+    is_new = not path.is_dir() or not any(path.iterdir())
+    path = config_lib.prepare_workdir(path, config)
+    try:
+      made_of = {'config_digest': config_lib.digest(config), 'runner': config.runner}
+      writer.update_manifest(path, writer.make_manifest() | made_of)
+      runner.run(config, path)
+    except jax.errors.JaxRuntimeError as error:
+      if not profiling.is_out_of_memory(error):
+        raise
+      raise ValueError(memory.explain(error, config, path)) from error
+    except _INPUT_ERRORS:
+      if is_new and jax.process_index() == 0:
+        config_lib.discard_workdir(path)
       raise
-    raise ValueError(memory.explain(error, config, path)) from error
-  except _INPUT_ERRORS:
-    if is_new and jax.process_index() == 0:
-      config_lib.discard_workdir(path)
-    raise
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
@@ -162,12 +149,6 @@ def use_compilation_cache() -> None:
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
 
 
-def _quiet_logs() -> None:
-  # Warnings only: the libraries below tell of every file they write.
-  if not FLAGS['verbosity'].present and not _DEBUG.value:
-    logging.set_verbosity(logging.WARNING)
-
-
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   """Returns the arguments that are not flags; exits with one line if bad."""
   try:
@@ -193,25 +174,21 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _diagnose(argv: Sequence[str]) -> None:
-  """Raises the clear form of what is wrong with the config flags, if it can.
-
-  config_flags wraps the errors of config files in tracebacks, and reports an
-  unknown key as an AttributeError.
-  """
+  """Raises the clear form of what is wrong with the config flags, if it can."""
+  # config_flags wraps the errors of config files in tracebacks, and reports an
+  # unknown key as an AttributeError.
   text = '\n'.join(argv)
   match = re.search(r'^--?config[=\n](.+)$', text, re.MULTILINE)
   if not match:
     return
   path, colon, arg = match[1].partition(':')
-  module = config_lib.load_module(path)
-  config = module.get_config(*([arg] if colon else []))
+  config = config_lib.load_module(path).get_config(*([arg] if colon else []))
   for key in re.findall(r'^--?(?:no)?config\.([^=\n]+)', text, re.MULTILINE):
     config_lib.check_key(config, key)
 
 
 def _exit(error: BaseException) -> None:
-  message = remote.named(' '.join(str(error).split()))
-  print(f'error: {message}', file=sys.stderr)
+  print('error:', remote.named(' '.join(str(error).split())), file=sys.stderr)
   sys.exit(2)
 
 
@@ -230,7 +207,9 @@ def _join() -> None:
 
 def _main(argv: Sequence[str]) -> None:
   del argv
-  _quiet_logs()
+  # Warnings only: the libraries below tell of every file they write.
+  if not FLAGS['verbosity'].present and not _DEBUG.value:
+    logging.set_verbosity(logging.WARNING)
   training.keep_freed_memory()
   try:
     _join()
