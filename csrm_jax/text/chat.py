@@ -1,8 +1,8 @@
 """Chat templates: what a backbone wants around the text of a user.
 
-A model's own jinja template is rendered once, with one user message that only
-holds a marker, and cut at the marker. What was in front and behind is text of
-the template; conversations never go through jinja.
+A model's own jinja template is rendered once, with one user message that only holds a marker, and
+cut at the marker. What was in front and behind is text of the template; conversations never go
+through jinja.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
-from csrm_jax.text import hf_json
+from csrm_jax.text import tokenizer
 
 # Survives whatever a template does to a message: strip, split, escape.
 _MARKER = 'csrm0content0goes0here'
@@ -24,41 +23,38 @@ _SPECIAL = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 def wrap(template: str, special_tokens: Mapping[str, str], bos: str | None) -> tuple[str, str]:
   """Returns the text before a user's message, and from there to the answer.
 
-  The next token behind the suffix is the first of the assistant's turn.
-  Templates that can are told not to think, and those that know the date say
-  the one that is written in them, whatever the day.
+  The next token behind the suffix is the first of the assistant's turn. Templates that can are told
+  not to think, and those that know the date say the one that is written in them, whatever the day.
 
   Args:
     template: jinja, as in a tokenizer_config.json.
     special_tokens: texts of 'bos_token', 'eos_token', ... for the template.
-    bos: the token that the encoder puts in front of every prompt, or None. A
-      template that writes it too has it removed, so that there is one.
+    bos: the token that the encoder puts in front of every prompt, or None. A template that writes
+      it too has it removed, so that there is one.
 
   Raises:
     ImportError: no package jinja2.
-    ValueError: the template cannot be rendered, drops, repeats or changes the
-      message, has nothing behind it, or writes the begin of text elsewhere.
+    ValueError: the template cannot be rendered, drops, repeats or changes the message, has nothing
+      behind it, or writes the begin of text elsewhere.
   """
   text = _render(template, special_tokens)
   if text.count(_MARKER) != 1:
     raise ValueError(
-      f'the chat template renders a user message {text.count(_MARKER)} times'
-      ' as it is, it must do so once; use the template of an instruction-tuned'
-      ' model, or none'
+      f'the chat template renders a user message {text.count(_MARKER)} times as it is, it must do'
+      ' so once; use the template of an instruction-tuned model, or none'
     )
   prefix, suffix = text.split(_MARKER)
   if not suffix.strip():
     raise ValueError(
-      'the chat template has nothing behind the user message that opens the'
-      " assistant's turn (add_generation_prompt); use the template of an"
-      ' instruction-tuned model, or none'
+      "the chat template has nothing behind the user message that opens the assistant's turn"
+      ' (add_generation_prompt); use the template of an instruction-tuned model, or none'
     )
   if bos:
     prefix = prefix.removeprefix(bos)
     if bos in prefix or bos in suffix:
       raise ValueError(
-        f'the chat template writes the begin-of-text token {bos!r} more than'
-        ' once or not in front; a prompt must hold one'
+        f'the chat template writes the begin-of-text token {bos!r} more than once or not in front;'
+        ' a prompt must hold one'
       )
   return prefix, suffix
 
@@ -66,15 +62,16 @@ def wrap(template: str, special_tokens: Mapping[str, str], bos: str | None) -> t
 def read(folder: str | os.PathLike) -> tuple[str | None, dict[str, str]]:
   """Returns (template or None, special tokens) of a Hugging Face folder.
 
-  The template is that of chat_template.jinja, else of tokenizer_config.json;
-  of several, the one that is named 'default'.
+  The template is that of chat_template.jinja, else of tokenizer_config.json; of several, the one
+  that is named 'default'.
 
   Raises:
     ValueError: a file that cannot be read, or several without a default.
   """
   folder = pathlib.Path(folder)
-  settings = hf_json.read_settings(folder / 'tokenizer.json')
-  special = {name: text for name in _SPECIAL if (text := hf_json.named(settings, name)) is not None}
+  settings = tokenizer.read_settings(folder / 'tokenizer.json')
+  texts = {name: tokenizer.named(settings, name) for name in _SPECIAL}
+  special = {name: text for name, text in texts.items() if text is not None}
   path = folder / _TEMPLATE_FILE
   if path.is_file():
     try:
@@ -86,9 +83,8 @@ def read(folder: str | os.PathLike) -> tuple[str | None, dict[str, str]]:
     named = {item['name']: item['template'] for item in template}
     if 'default' not in named:
       raise ValueError(
-        f'{folder}: tokenizer_config.json has the chat templates'
-        f' {", ".join(named)} and none that is named default; write the one to'
-        f' use to {_TEMPLATE_FILE}'
+        f'{folder}: tokenizer_config.json has the chat templates {", ".join(named)} and none that'
+        f' is named default; write the one to use to {_TEMPLATE_FILE}'
       )
     template = named['default']
   return template, special
@@ -100,16 +96,22 @@ def _render(template: str, special_tokens: Mapping[str, str]) -> str:
     import jinja2.sandbox
   except ImportError:
     raise ImportError(
-      'a chat template needs the package jinja2; run "pip install jinja2", or'
-      ' install csrm_jax with its extra "hf"'
+      'a chat template needs the package jinja2; run "pip install jinja2", or install csrm_jax with'
+      ' its extra "hf"'
     ) from None
-  # The settings that templates are written for; strftime_now is left out, so
-  # that a prompt does not depend on the day.
+
+  def raise_exception(message: str) -> None:
+    raise ValueError(message)
+
+  # The settings that templates are written for; strftime_now is left out, so that a prompt does
+  # not depend on the day.
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
-  environment.filters['tojson'] = _to_json
-  environment.globals['raise_exception'] = _raise
+  environment.filters['tojson'] = lambda value, indent=None: json.dumps(
+    value, ensure_ascii=False, indent=indent
+  )
+  environment.globals['raise_exception'] = raise_exception
   try:
     return environment.from_string(template).render(
       messages=[{'role': 'user', 'content': _MARKER}],
@@ -122,14 +124,6 @@ def _render(template: str, special_tokens: Mapping[str, str]) -> str:
   except Exception as error:  # A template is a program of somebody else's.
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
     raise ValueError(
-      f'the chat template cannot be rendered ({reason}); use the template of'
-      ' an instruction-tuned model, or none'
+      f'the chat template cannot be rendered ({reason}); use the template of an instruction-tuned'
+      ' model, or none'
     ) from None
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-  return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise(message: str) -> None:
-  raise ValueError(message)

@@ -1,29 +1,37 @@
 """SentencePiece and Hugging Face tokenizers behind one protocol.
 
-Text of users, agents and rules goes through `encode`, which never returns a
-control id, whatever the text holds. Only text that the template wrote goes
-through `encode_control`. Neither adds a begin- or end-of-text token, and
-both encode their text as the continuation of another text, so that the
-tokens of a prompt are those of its segments in a row.
+Text of users, agents and rules goes through `encode`, which never returns a control id, whatever
+the text holds. Only text that the template wrote goes through `encode_control`. Neither adds a
+begin- or end-of-text token, and both encode their text as the continuation of another text, so that
+the tokens of a prompt are those of its segments in a row.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import os
 import pathlib
 import re
-import types
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import sentencepiece
 
-from csrm_jax.text import hf_json
+if TYPE_CHECKING:
+  import tokenizers
 
 _WORD_MARK = '\u2581'  # SentencePiece writes a space so, inside a piece
+# What looks like a control token, even where a vocabulary lists it as text.
+_TAG = re.compile(r'<[^\s<>]+>|\[[A-Z_]+\]')
+# Looked for where neither the caller nor tokenizer_config.json names them.
+_EOS = (
+  *('<|eot_id|>', '<|im_end|>', '<end_of_turn>', '<|end_of_text|>'),
+  *('<eos>', '</s>', '<|endoftext|>'),
+)
+_PAD = ('<pad>', '[PAD]', '<|pad|>', '<|finetune_right_pad_id|>', '<|endoftext|>')
 
 
 @runtime_checkable
@@ -36,9 +44,8 @@ class Tokenizer(Protocol):
     eos_id: the id that closes a text or turn.
     pad_id: fills what nobody reads; may equal eos_id.
     digest: sha256 (hex) of the model file.
-    opens_with_space: whether the model was trained on prompts whose first
-      plain text has a space in front that nobody wrote. `encode` never adds
-      it; who writes the beginning of a prompt does.
+    opens_with_space: whether the model was trained on prompts whose first plain text has a space in
+      front that nobody wrote. `encode` never adds it; who writes the beginning of a prompt does.
   """
 
   vocab_size: int
@@ -61,18 +68,64 @@ class Tokenizer(Protocol):
     """Returns what the vocabulary calls an id, for people to read."""
 
 
-class SentencePieceTokenizer:
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+  """Returns the tokenizer in a .model (SentencePiece) or tokenizer.json file.
+
+  Raises:
+    ImportError: a tokenizer.json, and no package `tokenizers`.
+    ValueError: another suffix, or the file is not what its suffix says.
+  """
+  suffix = pathlib.Path(path).suffix
+  if suffix == '.model':
+    return SentencePieceTokenizer(path)
+  if suffix == '.json':
+    return HFTokenizer(path)
+  raise ValueError(
+    f'{os.fspath(path)}: unknown suffix {suffix!r}; a tokenizer is a SentencePiece .model or a'
+    ' Hugging Face tokenizer.json'
+  )
+
+
+class _WithControl:
+  """What both kinds share: the control tokens, which only the template may write."""
+
+  def _set_control(self, control: Mapping[str, int], where: str) -> None:
+    self._control = control
+    self._pattern = _alternatives(control)
+    self._memo: dict[str, list[int]] = {}
+    # The template keeps its blocks apart by line breaks.
+    if self.encode('a\nb') == self.encode('a b'):
+      raise ValueError(
+        f'{where}: encodes a line break as a space, so that text could forge the lines of the'
+        ' template; choose a tokenizer that keeps line breaks'
+      )
+
+  def encode_control(self, text: str) -> list[int]:
+    # The template has a handful of control texts: remember them.
+    ids = self._memo.get(text)
+    if ids is None:
+      ids, end = [], 0
+      for match in self._pattern.finditer(text) if self._pattern else ():
+        ids += self.encode(text[end : match.start()])
+        ids.append(self._control[match.group()])
+        end = match.end()
+      ids += self.encode(text[end:])
+      if len(self._memo) < 1024:
+        self._memo[text] = ids
+    return list(ids)
+
+
+class SentencePieceTokenizer(_WithControl):
   """A tokenizer from a SentencePiece .model file (its path or its bytes).
 
-  A model that was trained with a dummy prefix puts a space before each
-  segment; its tokenizer.json does not (HFTokenizer).
+  A model that was trained with a dummy prefix puts a space before each segment; its tokenizer.json
+  does not (HFTokenizer).
   """
 
   opens_with_space = False
 
   def __init__(self, model: str | os.PathLike | bytes):
-    data = model if isinstance(model, bytes) else _read_bytes(model)
-    where = 'the model' if isinstance(model, bytes) else os.fspath(model)
+    data, where = _read(model)
     try:
       sp = sentencepiece.SentencePieceProcessor()
       sp.LoadFromSerializedProto(data)
@@ -88,63 +141,46 @@ class SentencePieceTokenizer:
     if self.eos_id < 0:
       raise ValueError(f'{where}: has no end-of-text piece; train one with it')
     self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
-    control = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
-    # Some models list chat markers as user-defined pieces: plain text that
-    # spells one would turn into it.
+    pieces = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
+    control = {piece: i for piece, i in pieces.items() if sp.is_control(i)}
+    # Some models list chat markers as user-defined pieces: plain text that spells one would turn
+    # into it.
     tags = {
       piece: i
-      for i in range(self.vocab_size)
-      if hf_json.TAG.fullmatch(piece := sp.id_to_piece(i))
-      and i not in control.values()
-      and sp.encode(piece) == [i]
+      for piece, i in pieces.items()
+      if _TAG.fullmatch(piece) and piece not in control and sp.encode(piece) == [i]
     }
-    self._control = control | tags
     self._tags = _alternatives(tags)
-    self._pattern = _alternatives(self._control)
-    self._memo: dict[str, list[int]] = {}
-    mark = [f'<0x{byte:02X}>' for byte in _WORD_MARK.encode()]
-    self._mark_ids = [sp.piece_to_id(piece) for piece in mark]
+    self._mark_ids = [sp.piece_to_id(f'<0x{byte:02X}>') for byte in _WORD_MARK.encode()]
     self._has_bytes = all(sp.is_byte(i) for i in self._mark_ids)
-    _check_lines(self, where)
+    self._set_control(control | tags, where)
 
   def __reduce__(self):
     return type(self), (self._data,)
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of plain text, never a control id."""
     if _WORD_MARK in text and self._has_bytes:
       # As bytes it stays what it is; as a piece it would become a space.
       first, *rest = text.split(_WORD_MARK)
-      ids = self.encode(first)
-      for part in rest:
-        ids += self._mark_ids
-        ids += self.encode(part)
-      return ids
+      return self.encode(first) + [i for part in rest for i in self._mark_ids + self.encode(part)]
     if self._tags and self._tags.search(text):
       cuts = [match.start() + 1 for match in self._tags.finditer(text)]
       return [i for part in _split_at(text, cuts) for i in self.encode(part)]
     return self._sp.encode(text)
 
-  def encode_control(self, text: str) -> list[int]:
-    """Returns the ids of template text, the longest control tokens first."""
-    return _encode_control(self, text)
-
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of the ids; control ids count as no text."""
     return self._sp.decode([int(i) for i in ids])
 
   def piece(self, token: int) -> str:
-    """Returns what the vocabulary calls an id, for people to read."""
     return self._sp.id_to_piece(int(token))
 
 
-class HFTokenizer:
+class HFTokenizer(_WithControl):
   """A tokenizer from a Hugging Face tokenizer.json (its path or its bytes).
 
-  Special tokens and added tokens that look like tags are control tokens. The
-  begin of text is what the file's post-processor puts in front. End and
-  padding are the arguments, else what tokenizer_config.json beside the file
-  names, else the first of a list of usual names.
+  Special tokens and added tokens that look like tags are control tokens. The begin of text is what
+  the file's post-processor puts in front. End and padding are the arguments, else what
+  tokenizer_config.json beside the file names, else the first of a list of usual names.
   """
 
   def __init__(
@@ -155,119 +191,84 @@ class HFTokenizer:
     eos: str | None = None,
     pad: str | None = None,
   ):
-    data = model if isinstance(model, bytes) else _read_bytes(model)
-    where = 'the model' if isinstance(model, bytes) else os.fspath(model)
-    tokenizers = _import_tokenizers(where)
+    data, where = _read(model)
+    try:
+      import tokenizers  # Only these files need the package, so it is an extra.
+    except ImportError:
+      raise ImportError(
+        f'{where}: a Hugging Face tokenizer.json needs the package tokenizers; run "pip install'
+        ' tokenizers", or install csrm_jax with its extra "hf"'
+      ) from None
     try:
       spec = json.loads(data)
-      control = hf_json.mark_control(spec)
-      opens_with_space = hf_json.encode_as_continuation(spec)
+      control = _mark_control(spec)
+      self.opens_with_space = _encode_as_continuation(spec)
       tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # The Rust side raises plain Exception.
       reason = str(error).splitlines()[0][:120] if str(error) else 'empty'
       raise ValueError(
-        f'{where}: not a Hugging Face tokenizer.json ({reason}); give the file'
-        ' that save_pretrained wrote'
+        f'{where}: not a Hugging Face tokenizer.json ({reason}); give the file that save_pretrained'
+        ' wrote'
       ) from None
     tok.no_truncation()
     tok.no_padding()
     tok.encode_special_tokens = True
-    settings = {}
-    if not isinstance(model, bytes):
-      settings = hf_json.read_settings(model)
-    names, ids = hf_json.name_tokens(
-      tok, control, settings, {'bos': bos, 'eos': eos, 'pad': pad}, where
-    )
-    control |= {names[key]: i for key, i in ids.items() if i is not None}
-    self._data, self._tok, self._names = data, tok, names
-    self.opens_with_space = opens_with_space
+    settings = {} if isinstance(model, bytes) else read_settings(model)
+    eos = eos or named(settings, 'eos_token') or _first(_EOS, control)
+    if eos is None:
+      raise ValueError(f'{where}: no end-of-text token is known; name it with eos=...')
+    pad = pad or named(settings, 'pad_token') or _first(_PAD, control) or eos
+    bos = bos or _opening_token(tok, settings)
+    self._names = {'bos': bos, 'eos': eos, 'pad': pad}
+    ids = {key: name and tok.token_to_id(name) for key, name in self._names.items()}
+    for key, name in self._names.items():
+      if name is not None and ids[key] is None:
+        raise ValueError(
+          f'{where}: the token {name!r} is not in the vocabulary; name one that is, with {key}=...'
+        )
+    control |= {self._names[key]: i for key, i in ids.items() if i is not None}
+    self._data, self._tok = data, tok
     self.bos_id, self.eos_id, self.pad_id = ids['bos'], ids['eos'], ids['pad']
     self.digest = hashlib.sha256(data).hexdigest()
     self.vocab_size = max(tok.get_vocab(with_added_tokens=True).values()) + 1
-    self._control = control
     self._control_ids = frozenset(control.values())
-    self._pattern = _alternatives(control)
-    self._memo: dict[str, list[int]] = {}
-    _check_lines(self, where)
+    self._set_control(control, where)
 
   def __reduce__(self):
-    return _rebuild_hf, (self._data, self._names)
+    return functools.partial(type(self), self._data, **self._names), ()
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of plain text, never a control id."""
     encoding = self._tok.encode(text, add_special_tokens=False)
     ids = encoding.ids
     if self._control_ids.isdisjoint(ids):
       return ids
-    # A model can spell a control token out of plain text where its own
-    # vocabulary lists it. Cut behind its first character.
-    cuts = [
-      start + 1
-      for i, (start, _) in zip(ids, encoding.offsets, strict=True)
-      if i in self._control_ids
-    ]
-    parts = _split_at(text, cuts)
+    # A model can spell a control token out of plain text where its own vocabulary lists it. Cut
+    # behind its first character.
+    offsets = zip(ids, encoding.offsets, strict=True)
+    parts = _split_at(text, [start + 1 for i, (start, _) in offsets if i in self._control_ids])
     if len(parts) < 2:
       raise ValueError(
         f'the text {text[:20]!r} can only be encoded as a control token; remove it from the text'
       )
     return [i for part in parts for i in self.encode(part)]
 
-  def encode_control(self, text: str) -> list[int]:
-    """Returns the ids of template text, the longest control tokens first."""
-    return _encode_control(self, text)
-
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of the ids; control ids count as no text."""
     plain = [int(i) for i in ids if int(i) not in self._control_ids]
     return self._tok.decode(plain, skip_special_tokens=False)
 
   def piece(self, token: int) -> str:
-    """Returns what the vocabulary calls an id, for people to read."""
     return self._tok.id_to_token(int(token))
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-  """Returns the tokenizer in a .model (SentencePiece) or tokenizer.json file.
-
-  Raises:
-    ImportError: a tokenizer.json, and no package `tokenizers`.
-    ValueError: another suffix, or the file is not what its suffix says.
-  """
-  suffix = pathlib.Path(path).suffix
-  if suffix == '.model':
-    return SentencePieceTokenizer(path)
-  if suffix == '.json':
-    return HFTokenizer(path)
-  raise ValueError(
-    f'{os.fspath(path)}: unknown suffix {suffix!r}; a tokenizer is a'
-    ' SentencePiece .model or a Hugging Face tokenizer.json'
-  )
-
-
-def _encode_control(tokenizer: SentencePieceTokenizer | HFTokenizer, text: str) -> list[int]:
-  # The template has a handful of control texts: remember them.
-  ids = tokenizer._memo.get(text)
-  if ids is None:
-    ids, end = [], 0
-    if tokenizer._pattern:
-      for match in tokenizer._pattern.finditer(text):
-        ids += tokenizer.encode(text[end : match.start()])
-        ids.append(tokenizer._control[match.group()])
-        end = match.end()
-    ids += tokenizer.encode(text[end:])
-    if len(tokenizer._memo) < 1024:
-      tokenizer._memo[text] = ids
-  return list(ids)
-
-
-def _check_lines(tokenizer: Tokenizer, where: str) -> None:
-  # The template keeps its blocks apart by line breaks.
-  if tokenizer.encode('a\nb') == tokenizer.encode('a b'):
-    raise ValueError(
-      f'{where}: encodes a line break as a space, so that text could forge'
-      ' the lines of the template; choose a tokenizer that keeps line breaks'
-    )
+def _read(model: str | os.PathLike | bytes) -> tuple[bytes, str]:
+  """Returns (content, what errors call it) of a file or of its bytes."""
+  if isinstance(model, bytes):
+    return model, 'the model'
+  where = os.fspath(model)
+  try:
+    return pathlib.Path(model).read_bytes(), where
+  except OSError as error:
+    raise ValueError(f'{where}: cannot be read ({error.strerror}); check the path') from None
 
 
 def _alternatives(words: Mapping[str, int]) -> re.Pattern[str] | None:
@@ -276,31 +277,102 @@ def _alternatives(words: Mapping[str, int]) -> re.Pattern[str] | None:
 
 
 def _split_at(text: str, cuts: Sequence[int]) -> list[str]:
-  ends = [0, *cuts, len(text)]
-  parts = (text[a:b] for a, b in itertools.pairwise(ends))
+  parts = (text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)]))
   return [part for part in parts if part]
 
 
-def _import_tokenizers(where: str) -> types.ModuleType:
-  # Only these files need the package, so it is an extra.
+# --- What Hugging Face files say -------------------------------------------------------
+
+
+def read_settings(path: str | os.PathLike) -> Mapping[str, Any]:
+  """Returns the tokenizer_config.json beside `path`, {} if there is none."""
+  settings = pathlib.Path(path).with_name('tokenizer_config.json')
+  if not settings.is_file():
+    return {}
   try:
-    import tokenizers
-  except ImportError:
-    raise ImportError(
-      f'{where}: a Hugging Face tokenizer.json needs the package tokenizers;'
-      ' run "pip install tokenizers", or install csrm_jax with its extra "hf"'
-    ) from None
-  return tokenizers
-
-
-def _rebuild_hf(data: bytes, names: Mapping[str, str | None]) -> HFTokenizer:
-  return HFTokenizer(data, **names)
-
-
-def _read_bytes(path: str | os.PathLike) -> bytes:
-  try:
-    return pathlib.Path(path).read_bytes()
-  except OSError as error:
+    obj = json.loads(settings.read_bytes())
+  except ValueError:
     raise ValueError(
-      f'{os.fspath(path)}: cannot be read ({error.strerror}); check the path'
+      f'{settings}: not valid JSON; restore it, or remove it and name the tokens with eos=...,'
+      ' pad=...'
     ) from None
+  return obj if isinstance(obj, Mapping) else {}
+
+
+def named(settings: Mapping[str, Any], key: str) -> str | None:
+  """Returns the text of a token that is given as text or as an object."""
+  value = settings.get(key)
+  return value.get('content') if isinstance(value, Mapping) else value
+
+
+def _first(names: Iterable[str], control: Mapping[str, int]) -> str | None:
+  return next((name for name in names if name in control), None)
+
+
+def _opening_token(tok: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> str | None:
+  encoding = tok.encode('a', add_special_tokens=True)
+  if encoding.ids and encoding.special_tokens_mask[0]:
+    return encoding.tokens[0]
+  return named(settings, 'bos_token') if settings.get('add_bos_token') is True else None
+
+
+def _mark_control(spec: dict[str, Any]) -> dict[str, int]:
+  """Marks the control tokens of a tokenizer.json as special; returns text -> id.
+
+  Chat markers such as <think> are often listed as no special token, which makes the library parse
+  them from any text. The unknown token is none of them: it is what plain text gives.
+  """
+  model = spec['model']
+  unknown = model.get('unk_token')
+  if unknown is None and model.get('unk_id') is not None:
+    unknown = model['vocab'][model['unk_id']][0]
+  control = {}
+  for token in spec.get('added_tokens') or ():
+    content = token['content']
+    if token['special'] or _TAG.fullmatch(content.strip()):
+      token['special'] = True
+      if content != unknown:
+        control[content] = token['id']
+  return control
+
+
+def _encode_as_continuation(spec: dict[str, Any]) -> bool:
+  """Turns off what a tokenizer.json does to the beginning of a text alone.
+
+  Returns whether it puts a space in front of plain text that begins a prompt.
+  """
+  stages = ('normalizer', 'pre_tokenizer')
+  opens_with_space = any(_has_prefix(spec.get(stage)) for stage in stages)
+  for stage in (*stages, 'decoder'):
+    spec[stage] = _without_prefix(spec.get(stage))
+  return opens_with_space
+
+
+def _has_prefix(part: dict[str, Any] | None) -> bool:
+  if part is None:
+    return False
+  items = part.get('normalizers') or part.get('pretokenizers') or ()
+  is_open = part.get('prepend_scheme', 'always') != 'never'
+  return (
+    part['type'] == 'Prepend'
+    or (part['type'] == 'ByteLevel' and part.get('add_prefix_space', True))
+    or (part['type'] == 'Metaspace' and is_open and part.get('add_prefix_space', True))
+    or any(_has_prefix(item) for item in items)
+  )
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+  if part is None:
+    return None
+  kind = part['type']
+  if kind == 'Prepend' or (kind == 'Strip' and part.get('start', 0)):
+    return None
+  if kind == 'Metaspace':
+    part['prepend_scheme'] = 'never'
+  if kind in ('Metaspace', 'ByteLevel') and 'add_prefix_space' in part:
+    part['add_prefix_space'] = False
+  for key in ('normalizers', 'pretokenizers', 'decoders'):
+    if key in part:
+      kept = [_without_prefix(item) for item in part[key]]
+      part[key] = [item for item in kept if item is not None]
+  return part

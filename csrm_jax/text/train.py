@@ -21,21 +21,21 @@ def train_sentencepiece(
 ) -> tokenizer.SentencePieceTokenizer:
   """Returns a BPE tokenizer trained on `sentences`, written to `path`.
 
-  Any Unicode text can be encoded (bytes as the last resort) and comes back
-  unchanged. Digits stand alone. The same input gives the same bytes. Ids:
-  0 padding, 1 begin, 2 end, 3 unknown (never used), 4... `control_symbols`.
+  Any Unicode text can be encoded (bytes as the last resort) and comes back unchanged. Digits stand
+  alone. The same input gives the same bytes. Ids: 0 padding, 1 begin, 2 end, 3 unknown (never
+  used), 4... `control_symbols`.
 
   Args:
     sentences: texts; line breaks in them are fine.
     path: the .model file to write.
     vocab_size: number of ids, control and 256 byte pieces included.
     control_symbols: one id each, never the result of plain text.
-    user_symbols: pieces that plain text always gives: the line break, and
-      the verdict words with their space, whatever the corpus.
+    user_symbols: pieces that plain text always gives: the line break, and the verdict words with
+      their space, whatever the corpus.
 
   Raises:
-    ValueError: the corpus does not have that many pieces, or the vocabulary
-      is too small for what it must hold.
+    ValueError: the corpus does not have that many pieces, or the vocabulary is too small for what
+      it must hold.
   """
   lines = (line for text in sentences for line in text.split('\n') if line)
   model = io.BytesIO()
