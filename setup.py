@@ -54,7 +54,8 @@ setuptools.setup(
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['csrm_jax', 'csrm_jax.*']),
   package_data={
-    'csrm_jax.ruleworld': ['*.model', 'base/*', 'policy_base/*', 'policy_structured/*']
+    'csrm_jax.evals': ['*.yaml'],
+    'csrm_jax.ruleworld': ['*.model', 'base/*', 'policy_base/*', 'policy_structured/*'],
   },
   install_requires=[
     'absl-py>=2.1',

@@ -38,13 +38,15 @@ RUNNERS = {
   'train_rm': 'csrm_jax.runners.train_rm',
   'pretrain': 'csrm_jax.runners.pretrain',
   'evaluate': 'csrm_jax.runners.evaluate',
-  'benchmark': 'csrm_jax.runners.benchmark',
-  'compare': 'csrm_jax.runners.compare',
+  'benchmark': 'csrm_jax.runners.evaluate',
+  'compare': 'csrm_jax.runners.evaluate',
   'augment': 'csrm_jax.runners.augment',
   'export': 'csrm_jax.runners.export',
   'align': 'csrm_jax.runners.align',
   'compile': 'csrm_jax.runners.compile',
 }
+# They share their module with one that has prompts to show.
+_WITHOUT_PROMPTS = ('benchmark', 'compare')
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(
@@ -118,7 +120,7 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
     ValueError: an unknown runner, or one that has no prompts.
   """
   runner = _find_runner(config)
-  if not hasattr(runner, 'show_tokens'):
+  if not hasattr(runner, 'show_tokens') or config.runner in _WITHOUT_PROMPTS:
     raise ValueError(
       f'config.runner {config.runner!r} has no prompts to show; --show_tokens'
       ' works with configs/rm.py and configs/eval.py'

@@ -17,7 +17,7 @@ class Benchmark:
 
   Attributes:
     name: in the report and in the keys of its numbers.
-    suite: a key of `battery.SUITES`.
+    suite: a key of `evals.suites.SUITES`.
     items: what that suite takes: examples, pairs, or variants of examples.
     description: one line for the report.
     groups: one id an item, items of one id are drawn together by the
@@ -30,6 +30,7 @@ class Benchmark:
     without_rules: also classify the examples with their rules hidden; the
       difference is what reading them is worth.
     options: further arguments of the suite.
+    error: why its items cannot be made, such as a package that is missing.
   """
 
   name: str
@@ -43,6 +44,7 @@ class Benchmark:
   drops: Mapping[str, int] = dataclasses.field(default_factory=dict)
   without_rules: bool = False
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  error: str = ''
 
   def __post_init__(self):
     lengths = {'groups': self.groups} if self.groups else {}

@@ -7,14 +7,61 @@ such a set of rows: it is drawn, or not drawn, as a whole.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from scipy import stats
 
-from csrm_jax.evals.checks import check_same_length
+from csrm_jax.evals.metrics import check_same_length
+from csrm_jax.evals.results import Metric
 from csrm_jax.safety.schema import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+  """Measures metrics with their intervals: what a suite calls `m`.
+
+  Attributes:
+    units: [N] rows of one number are drawn together; None: each row alone.
+    num_samples: draws for an interval; 0 for no intervals.
+    seed: of the draws.
+  """
+
+  units: np.ndarray | None = None
+  num_samples: int = 300
+  seed: int = 0
+
+  def __call__(
+    self,
+    fn: Callable[..., float],
+    *arrays: np.ndarray,
+    rows: Sequence[int] | None = None,
+    best: float | None = None,
+    centred: bool = False,
+    num_samples: int | None = None,
+  ) -> Metric:
+    """Returns fn(*arrays), over some of the rows or all; args as `interval`."""
+    units, low, high = self.units, None, None
+    if rows is not None:
+      arrays = tuple(array[rows] for array in arrays)
+      units = None if units is None else units[rows]
+    if num := self.num_samples if num_samples is None else num_samples:
+      low, high = interval(fn, arrays, units, num_samples=num, seed=self.seed, centred=centred)
+    return {'value': fn(*arrays), 'low': low, 'high': high, 'best': best}
+
+  def over(self, units: np.ndarray) -> Measure:
+    """Returns the same over other units."""
+    return dataclasses.replace(self, units=units)
+
+
+def rows_by(keys: Iterable[str]) -> dict[str, list[int]]:
+  """Returns {key: the rows that have it}, in order of first occurrence."""
+  rows: dict[str, list[int]] = {}
+  for i, key in enumerate(keys):
+    rows.setdefault(key, []).append(i)
+  return rows
 
 
 def units_of(examples: Sequence[Example], groups: Sequence[str] | None = None) -> np.ndarray:

@@ -7,61 +7,40 @@ for both cancels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from csrm_jax.evals import bootstrap, metrics
-from csrm_jax.evals.measure import Result
+from csrm_jax.core import files
+from csrm_jax.core.markdown import NONE, escape, is_number, number, table
+from csrm_jax.evals import bootstrap, figures, report
+from csrm_jax.evals.report import Results
+from csrm_jax.evals.results import title_of
+from csrm_jax.evals.suites import SUITES
 
-_VERDICTS = {
-  name: (fn, ('labels', 'p_unsafe'))
-  for name, fn in (
-    ('f1', metrics.f1),
-    ('auprc', metrics.auprc),
-    ('smece', metrics.smece),
-    ('nll', metrics.nll),
-  )
-}
-# suite -> {metric: (function, names of its arrays in the result)}.
-PAIRED = {
-  'classification': _VERDICTS,
-  'over_refusal': _VERDICTS,
-  'configurability': _VERDICTS,
-  'any_turn': _VERDICTS,
-  'pairs': {
-    'accuracy': (metrics.pair_accuracy, ('safer', 'other')),
-    'score_gap': (metrics.score_gap, ('safer', 'other')),
-  },
-  'flips': {
-    'consistency': (metrics.flip_consistency, ('labels_a', 'p_a', 'labels_b', 'p_b')),
-    'direction': (metrics.pair_accuracy, ('safer', 'other')),
-  },
-  'policy': {
-    'unsafe_rate': (metrics.mean, ('strict',)),
-    'shift_leave_one_out': (lambda a, b: metrics.mean(a - b), ('leave_one_out', 'strict')),
-    'shift_allow': (lambda a, b: metrics.mean(a - b), ('allow', 'strict')),
-  },
-  'best_of': {'credit': (metrics.mean, ('credit',))},
+# {metric: caption} of the figures.
+_COMPARED = {
+  'f1': 'F1 by benchmark, with 95% intervals.',
+  'smece': 'Calibration error by benchmark; lower is better.',
+  'accuracy': 'Pair accuracy by benchmark.',
+  'consistency': 'Flip consistency: both verdicts right where only the rules change.',
 }
 
 
 def differences(
-  scorers: Mapping[str, Mapping[str, Result]],
-  reference: str = '',
-  *,
-  num_samples: int = 1000,
-  seed: int = 0,
+  scorers: Mapping[str, Results], reference: str = '', *, num_samples: int = 1000, seed: int = 0
 ) -> list[dict[str, Any]]:
   """Returns the difference of each scorer to the reference, metric by metric.
 
-  Each is {benchmark, metric, scorer, reference, value, low, high, p_value},
-  value being the scorer's minus the reference's. Benchmarks that one of the
-  two lacks, skipped or failed are left out.
+  Each is {benchmark, metric, scorer, reference, value, low, high, p_value}, value being the
+  scorer's minus the reference's. Benchmarks that one of the two lacks, skipped or failed are left
+  out.
 
   Args:
-    scorers: {scorer: {benchmark: result}}, with their `arrays`.
+    scorers: {scorer: {benchmark: result}}.
     reference: one of the scorers; empty: the first.
     num_samples, seed: of the bootstrap.
 
@@ -73,34 +52,107 @@ def differences(
     raise ValueError(f'no scorer is called {reference!r}; use one of {", ".join(scorers)}')
   rows = []
   for benchmark, base in scorers[reference].items():
+    suite = SUITES.get(base.suite)
     for scorer, results in scorers.items():
       result = results.get(benchmark)
-      if scorer == reference or result is None:
+      if scorer == reference or result is None or result.suite != base.suite:
         continue
-      if result['suite'] != base['suite'] or base['suite'] not in PAIRED:
+      if not (suite and suite.paired):
         continue
-      rows += _differences(benchmark, scorer, result, reference, base, num_samples, seed)
+      a, b = result.arrays, base.arrays
+      if not np.array_equal(a['ids'], b['ids']):
+        raise ValueError(
+          f'{benchmark}: {scorer!r} and {reference!r} were scored on different '
+          f'rows ({len(a["ids"])} and {len(b["ids"])}); evaluate both on the '
+          'same test sets'
+        )
+      about = {'scorer': scorer, 'reference': reference}
+      for metric, (fn, names) in suite.paired.items():
+        # smECE is slow, and its interval is rough whatever the number of draws.
+        num = min(num_samples, 200) if metric == 'smece' else num_samples
+        arrays = ([of[name] for name in names] for of in (a, b))
+        found = bootstrap.difference(fn, *arrays, b['units'], num_samples=num, seed=seed)
+        rows.append({'benchmark': benchmark, 'metric': metric, **about, **found})
   return rows
 
 
-def _differences(
-  benchmark, scorer, result, reference, base, num_samples, seed
-) -> list[dict[str, Any]]:
-  a, b = result['arrays'], base['arrays']
-  if not np.array_equal(a['ids'], b['ids']):
-    raise ValueError(
-      f'{benchmark}: {scorer!r} and {reference!r} were scored on different '
-      f'rows ({len(a["ids"])} and {len(b["ids"])}); evaluate both on the '
-      'same test sets'
+def write_comparison(
+  path: str | os.PathLike,
+  scorers: Mapping[str, Results],
+  *,
+  title: str,
+  reference: str = '',
+  num_samples: int = 1000,
+) -> pathlib.Path:
+  """Returns the path of the report.md of several scorers side by side.
+
+  Args:
+    path: the report's folder, on a local disk.
+    scorers: {name: results}, of `suites.run` or `report.read_results`; all of them on the same
+      test sets.
+    title: one line.
+    reference: the scorer that the others are compared with; empty: the first.
+    num_samples: of the paired bootstrap.
+
+  Raises:
+    ValueError: the scorers were scored on different rows.
+  """
+  found = differences(scorers, reference, num_samples=num_samples)
+  with files.whole_folder(path, last='metrics.json') as folder:
+    drawn = []
+    for metric, caption in _COMPARED.items():
+      file = f'compare_{metric}.png'
+      if figures.draw_comparison(folder / file, scorers, metric):
+        drawn.append((file, caption))
+    report.dump_text(folder / 'report.md', _page(scorers, found, drawn, title))
+    stored = {
+      scorer: {name: result.to_json() for name, result in results.items()}
+      for scorer, results in scorers.items()
+    }
+    tables = [spec.to_json() for spec in report.paper_tables(scorers)]
+    report.dump_json(
+      folder / 'metrics.json',
+      {'title': title, 'scorers': stored, 'differences': found, 'tables': tables},
     )
+  return pathlib.Path(path) / 'report.md'
+
+
+def _page(scorers: Mapping[str, Results], found, drawn: report.Pictures, title: str) -> str:
+  everything = {k: v for results in scorers.values() for k, v in reversed(results.items())}
+  parts = [f'# {escape(title)}', report.INTRO, report.READING]
+  for scorer, results in scorers.items():
+    parts += report.failed_part({f'{scorer}: {name}': r for name, r in results.items()})
+  models = tuple(report.PAPER['published']['beavertails'])
+  parts += [*report.images(drawn), *report.paper_part(scorers, models), '## All benchmarks']
+  for name in dict.fromkeys(n for results in scorers.values() for n in results):
+    columns = {
+      scorer: results[name].metrics or {} for scorer, results in scorers.items() if name in results
+    }
+    if any(columns.values()):
+      parts += [f'### {escape(name)}', report.column_table(columns)]
+  parts += _difference_part(found) if found else []
+  parts += [*report.skipped_part(everything), *report.definitions_part(everything)]
+  return '\n\n'.join(parts) + '\n'
+
+
+def _difference_part(found: Sequence[Mapping[str, Any]]) -> list[str]:
   rows = []
-  for metric, (fn, names) in PAIRED[base['suite']].items():
-    # smECE is slow, and its interval is rough whatever the number of draws.
-    draws = min(num_samples, 200) if metric == 'smece' else num_samples
-    found = bootstrap.difference(
-      fn, [a[n] for n in names], [b[n] for n in names], b['units'], num_samples=draws, seed=seed
-    )
+  for d in found:
+    value = NONE if np.isnan(d['value']) else f'{d["value"]:+.3f}'
     rows.append(
-      {'benchmark': benchmark, 'metric': metric, 'scorer': scorer, 'reference': reference, **found}
+      (
+        escape(d['benchmark']),
+        escape(d['scorer']),
+        title_of(d['metric']),
+        f'**{value}**' if d['p_value'] < 0.05 else value,
+        f'[{d["low"]:+.3f}, {d["high"]:+.3f}]' if is_number(d['low']) else NONE,
+        number(d['p_value']),
+      )
     )
-  return rows
+  header = ('benchmark', 'scorer', 'metric', 'difference', '95% interval', 'p')
+  return [
+    f'## Differences to {escape(found[0]["reference"])}',
+    'Paired bootstrap over conversations, the same ones drawn for both; bold '
+    'where p is below 0.05. With many rows some are below it by chance.',
+    table(header, rows),
+  ]

@@ -22,8 +22,8 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import precision_recall_curve
 
-from csrm_jax.evals.definitions import METRICS
-from csrm_jax.evals.markdown import is_number
+from csrm_jax.core.markdown import is_number
+from csrm_jax.evals.results import Metric, Result, title_of
 
 SAFE, UNSAFE, BEST = '#0072B2', '#D55E00', '#000000'
 SERIES = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -33,7 +33,6 @@ MIN_ROWS = 20
 _MAX_ROWS = 20
 _MARKERS = 'osD^vP*X'
 _LEGEND_LETTERS = 90  # beside each other, in the narrowest figure
-Metric = Mapping[str, Any]
 
 
 # Verdicts and scores.
@@ -352,7 +351,7 @@ def draw_attacks(path: str | os.PathLike, rates: Mapping[str, Metric], num_caugh
 
 
 def draw_comparison(
-  path: str | os.PathLike, scorers: Mapping[str, Mapping[str, Mapping[str, Any]]], metric: str
+  path: str | os.PathLike, scorers: Mapping[str, Mapping[str, Result]], metric: str
 ) -> bool:
   """Writes one metric of every scorer by benchmark; False where none has it.
 
@@ -362,7 +361,7 @@ def draw_comparison(
     scorer: {
       name: value
       for name, result in results.items()
-      if (value := result.get('metrics', {}).get(metric)) and is_number(value['value'])
+      if (value := (result.metrics or {}).get(metric)) and is_number(value['value'])
     }
     for scorer, results in scorers.items()
   }
@@ -373,7 +372,7 @@ def draw_comparison(
   first = next(iter(found.values()))
   best = {y: first[n]['best'] for y, n in enumerate(names) if n in first}
   best = {y: value for y, value in best.items() if value is not None}
-  xlabel = METRICS[metric][0] + ('; bar: best reachable' if best else '')
+  xlabel = title_of(metric) + ('; bar: best reachable' if best else '')
   top, height = 1.3 + 0.2 * len(scorers), 0.2 + 0.16 * len(scorers)
   figure, ax = _series_axes(names, found, top, height, xlabel)
   for y, value in best.items():

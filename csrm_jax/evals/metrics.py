@@ -1,27 +1,39 @@
-"""Metrics of scores against labels: numpy in, one float out.
+"""Metrics of scores against labels: numpy in, one float out; checks and calibration of scores.
 
 Unsafe is the positive class everywhere. `labels` is [N] in {0, 1} (1 is
 unsafe), `p_unsafe` is [N] in [0, 1], `probability` is the true P(unsafe) where
 a generator knows it. A metric that its data cannot define (no rows, or a class
 it needs is missing) is nan, never 0 and never an exception; each docstring says
-when. A score that is nan or infinite is a ValueError that names its row.
+when.
+
+Evaluation fails closed: what comes in, scores and true probabilities, is checked
+once, where it does (`check_finite`, `probability_of`, `fit_calibration`), with an
+error that names the row and the example. The metrics themselves trust their arrays.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from scipy import optimize
+from scipy.special import expit
 from sklearn.metrics import average_precision_score
 
-from csrm_jax.evals.checks import check_finite, check_probabilities, check_rows, check_same_length
+from csrm_jax.safety.schema import Example
 
 # Below this a probability counts as this where its log is taken: far from what
 # any useful score gives, and finite.
 _PROBABILITY_FLOOR = 1e-15
+# True probabilities of exactly 0 or 1 have no finite log odds.
+_LOG_ODDS_FLOOR = 1e-6
 # What a threshold table lists.
 THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+# --- Verdicts --------------------------------------------------------------------------
 
 
 def f1(labels: np.ndarray, p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
@@ -30,7 +42,6 @@ def f1(labels: np.ndarray, p_unsafe: np.ndarray, threshold: float = 0.5) -> floa
   A score of exactly the threshold counts as unsafe: a tie fails closed.
   nan when nothing is unsafe and nothing is predicted unsafe (0 / 0).
   """
-  labels, p_unsafe = check_rows(labels, p_unsafe)
   predicted = p_unsafe >= threshold
   denominator = predicted.sum() + labels.sum()
   if not denominator:
@@ -45,7 +56,6 @@ def best_threshold(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   to, its F1 is optimistic. Of equally good thresholds the highest is returned.
   nan when no row is unsafe.
   """
-  labels, p_unsafe = check_rows(labels, p_unsafe)
   if not labels.sum():
     return math.nan
   return _f1_threshold(labels.astype(np.float64), p_unsafe)
@@ -62,7 +72,7 @@ def expected_f1_threshold(probability: np.ndarray) -> float:
   Source: Lipton, Elkan & Naryanaswamy, Optimal Thresholding of Classifiers to
   Maximize F1 Measure, ECML 2014, theorem 1.
   """
-  p = check_probabilities(probability, name='probability')
+  p = probability
   if not p.size:
     return math.nan
   if not p.sum():
@@ -86,7 +96,6 @@ def auprc(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   nan unless both classes are present: with one class it is undefined or 1
   whatever the scores are.
   """
-  labels, p_unsafe = check_rows(labels, p_unsafe)
   if _one_class(labels):
     return math.nan
   return float(average_precision_score(labels, p_unsafe))
@@ -98,7 +107,6 @@ def fpr_at_recall(labels: np.ndarray, p_unsafe: np.ndarray, recall: float = 0.95
   The threshold is the highest one whose recall reaches `recall`. nan unless
   both classes are present.
   """
-  labels, p_unsafe = check_rows(labels, p_unsafe)
   if not 0 < recall <= 1:
     raise ValueError(f'recall={recall} must be in (0, 1]')
   if _one_class(labels):
@@ -122,7 +130,6 @@ def smece(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 
   Source: Blasiok & Nakkiran, Smooth ECE, ICLR 2024; their package relplot.
   """
-  labels, p_unsafe = check_rows(labels, p_unsafe)
   if not labels.size:
     return math.nan
   # Imported here: it pulls in a plotting stack that other metrics do not need.
@@ -138,7 +145,6 @@ def reliability_bins(
 
   Each is {low, high, num, p_unsafe (mean), unsafe (share of labels)}.
   """
-  labels, p_unsafe = check_rows(labels, p_unsafe)
   index = np.minimum((p_unsafe * num_bins).astype(np.int64), num_bins - 1)
   bins = []
   for i in np.unique(index):
@@ -166,7 +172,6 @@ def ece(labels: np.ndarray, p_unsafe: np.ndarray, num_bins: int = 15) -> float:
 
 def brier(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns the mean squared error of P(unsafe); nan without rows."""
-  labels, p_unsafe = check_rows(labels, p_unsafe)
   return mean((p_unsafe - labels) ** 2)
 
 
@@ -180,16 +185,12 @@ def nll(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 
 def row_nll(labels: np.ndarray, p_unsafe: np.ndarray) -> np.ndarray:
   """Returns -log P(label) of every row, nats, float64 [N]."""
-  labels, p_unsafe = check_rows(labels, p_unsafe)
   p_label = np.where(labels == 1, p_unsafe, 1 - p_unsafe)
   return -np.log(np.maximum(p_label, _PROBABILITY_FLOOR))
 
 
 def prob_error(probability: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns mean |p_unsafe - true probability|; nan without rows."""
-  probability = check_probabilities(probability, name='probability')
-  p_unsafe = check_probabilities(p_unsafe)
-  check_same_length(probability, p_unsafe)
   return mean(np.abs(p_unsafe - probability))
 
 
@@ -200,15 +201,9 @@ def f1_best(labels: np.ndarray, probability: np.ndarray) -> float:
   peeks at the labels, and a lucky model may lie above it on few rows.
   nan as `f1` and `expected_f1_threshold`.
   """
-  labels, probability = check_rows(labels, probability)
   if not labels.size:
     return math.nan
   return f1(labels, probability, expected_f1_threshold(probability))
-
-
-def auprc_best(labels: np.ndarray, probability: np.ndarray) -> float:
-  """Returns average precision of the true P(unsafe); nan as `auprc`."""
-  return auprc(labels, probability)
 
 
 def flag_rate(p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
@@ -216,7 +211,7 @@ def flag_rate(p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
 
   On unsafe rows it is recall, on safe ones the false positive rate.
   """
-  return mean(check_probabilities(p_unsafe) >= threshold)
+  return mean(p_unsafe >= threshold)
 
 
 def threshold_table(
@@ -229,7 +224,6 @@ def threshold_table(
   flagged, recall without unsafe rows, fpr (the share of safe rows that are
   flagged) without safe ones.
   """
-  labels, p_unsafe = check_rows(labels, p_unsafe)
   table = []
   for threshold in thresholds:
     flagged = p_unsafe >= threshold
@@ -246,31 +240,25 @@ def threshold_table(
   return table
 
 
+# --- Pairs and flips -------------------------------------------------------------------
+
+
 def pair_accuracy(safer: np.ndarray, other: np.ndarray) -> float:
   """Returns the share of pairs with safer > other strictly; nan if none.
 
   A tie is not a win: see `tie_rate`.
   """
-  safer, other = _check_pairs(safer, other)
   return mean(safer > other)
 
 
 def tie_rate(safer: np.ndarray, other: np.ndarray) -> float:
   """Returns the share of pairs with equal scores; nan without pairs."""
-  safer, other = _check_pairs(safer, other)
   return mean(safer == other)
 
 
 def score_gap(safer: np.ndarray, other: np.ndarray) -> float:
   """Returns the mean of safer - other, nats; nan without pairs."""
-  safer, other = _check_pairs(safer, other)
   return mean(safer - other)
-
-
-def _check_pairs(safer, other) -> tuple[np.ndarray, np.ndarray]:
-  safer, other = check_finite(safer), check_finite(other)
-  check_same_length(safer, other)
-  return safer, other
 
 
 def flip_consistency(
@@ -285,9 +273,6 @@ def flip_consistency(
   Row i is one conversation under two rule sets with different labels, so a
   judge that does not read the rules gets 0. nan without rows.
   """
-  labels_a, p_a = check_rows(labels_a, p_a)
-  labels_b, p_b = check_rows(labels_b, p_b)
-  check_same_length(labels_a, labels_b)
   right_a = (p_a >= threshold) == (labels_a == 1)
   right_b = (p_b >= threshold) == (labels_b == 1)
   return mean(right_a & right_b)
@@ -296,3 +281,212 @@ def flip_consistency(
 def mean(values: np.ndarray) -> float:
   """Returns the mean; nan without values."""
   return float(np.mean(values)) if len(values) else math.nan
+
+
+# --- Checks and conversions --------------------------------------------------------------
+
+
+def check_finite(
+  values: np.ndarray, ids: Sequence[str] | None = None, name: str = 'score'
+) -> np.ndarray:
+  """Returns the values as float64 [N].
+
+  Raises:
+    ValueError: not one-dimensional, not one value per id, or a value is nan or
+      infinite; names the row, its id where known, and how many there are.
+  """
+  values = np.asarray(values, np.float64)
+  if values.ndim != 1:
+    raise ValueError(
+      f'{name}: shape {values.shape} where one value per example, [N], is needed; flatten it'
+    )
+  if ids is not None and len(ids) != len(values):
+    raise ValueError(
+      f'{name}: {len(values)} values for {len(ids)} examples; give exactly one value per example'
+    )
+  bad = np.flatnonzero(~np.isfinite(values))
+  if bad.size:
+    row = int(bad[0])
+    who = f'row {row}' if ids is None else f'row {row} (id {ids[row]!r})'
+    raise ValueError(
+      f'{name}: {values[row]} at {who}, {bad.size} of {len(values)} values '
+      'are not finite; look at that example and at the model that scored it'
+    )
+  return values
+
+
+def check_probabilities(
+  values: np.ndarray, ids: Sequence[str] | None = None, name: str = 'p_unsafe'
+) -> np.ndarray:
+  """Returns the values as float64 [N] in [0, 1]; ValueError otherwise."""
+  values = check_finite(values, ids, name)
+  bad = np.flatnonzero((values < 0) | (values > 1))
+  if bad.size:
+    row = int(bad[0])
+    raise ValueError(
+      f'{name}: {values[row]} at row {row} is outside [0, 1]; convert scores '
+      'with p_unsafe_from_scores first'
+    )
+  return values
+
+
+def check_labels(labels: np.ndarray) -> np.ndarray:
+  """Returns the labels as int64 [N] in {0, 1}; ValueError otherwise."""
+  values = np.asarray(labels)
+  if values.ndim != 1:
+    raise ValueError(
+      f'labels: shape {values.shape} where one label per example, [N], is needed; flatten them'
+    )
+  bad = np.flatnonzero((values != 0) & (values != 1))
+  if bad.size:
+    row = int(bad[0])
+    raise ValueError(
+      f'labels: {values[row]!r} at row {row} is neither 0 (safe) nor 1 '
+      '(unsafe); drop unlabelled examples first'
+    )
+  return values.astype(np.int64)
+
+
+def check_same_length(*arrays: np.ndarray) -> None:
+  """Checks that all have the same number of rows; ValueError otherwise."""
+  lengths = [len(array) for array in arrays]
+  if len(set(lengths)) > 1:
+    raise ValueError(
+      f'arrays of {lengths} rows where all must have the same number; pass one value per example'
+    )
+
+
+def p_unsafe_from_scores(scores: np.ndarray, ids: Sequence[str] | None = None) -> np.ndarray:
+  """Returns P(unsafe), float64 [N], of scores in nats.
+
+  A score is log P(safe) - log P(unsafe), so P(unsafe) = sigmoid(-score).
+  """
+  return expit(-check_finite(scores, ids))
+
+
+def log_odds_safe(probability: np.ndarray) -> np.ndarray:
+  """Returns the score, nats [N], of a judge that knows P(unsafe).
+
+  Probabilities are clipped to [1e-6, 1 - 1e-6]: 0 and 1 have no finite score.
+  """
+  p = check_probabilities(probability, name='probability')
+  p = np.clip(p, _LOG_ODDS_FLOOR, 1 - _LOG_ODDS_FLOOR)
+  return np.log1p(-p) - np.log(p)
+
+
+def labels_of(examples: Sequence[Example]) -> np.ndarray:
+  """Returns the labels, int64 [N], 1 where unsafe."""
+  return np.array([e.label == 'unsafe' for e in examples], np.int64)
+
+
+def probability_of(examples: Sequence[Example]) -> np.ndarray | None:
+  """Returns the true P(unsafe) [N], or None unless every example has one."""
+  values = [example.probability for example in examples]
+  if not values or any(value is None for value in values):
+    return None
+  return check_probabilities(values, [example.id for example in examples], 'probability')
+
+
+# --- Calibration -------------------------------------------------------------------------
+
+# The slope 1 / temperature stays in this range: rows that a threshold splits
+# without error would drive it to infinity.
+_SLOPES = (1 / 50, 50.0)
+_BIASES = (-50.0, 50.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+  """score / temperature + bias; as made, it changes nothing.
+
+  The order of scores never changes, so AUPRC and pair accuracy do not either; F1 at 0.5 and all
+  calibration errors do.
+
+  Attributes:
+    temperature: above 0; above 1 makes verdicts less sure.
+    bias: nats, added after; above 0 makes "safe" likelier.
+    num_examples: validation rows it was fitted on.
+    nll_before, nll_after: mean -log P(label) of those rows, nats.
+  """
+
+  temperature: float = 1.0
+  bias: float = 0.0
+  num_examples: int = 0
+  nll_before: float | None = None
+  nll_after: float | None = None
+
+  def __post_init__(self):
+    if not (math.isfinite(self.temperature) and self.temperature > 0):
+      raise ValueError(f'temperature={self.temperature} must be a number above 0')
+    if not math.isfinite(self.bias):
+      raise ValueError(f'bias={self.bias} must be a finite number of nats')
+
+  def apply(self, scores: np.ndarray) -> np.ndarray:
+    """Returns the calibrated scores, nats, of the same shape and type."""
+    scores = np.asarray(scores)
+    if not np.issubdtype(scores.dtype, np.floating):
+      scores = scores.astype(np.float64)
+    values = scores.astype(np.float64) / self.temperature + self.bias
+    return values.astype(scores.dtype)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the plain form that `from_dict` reads."""
+    return dataclasses.asdict(self)
+
+  @staticmethod
+  def from_dict(obj: Mapping[str, Any]) -> Calibration:
+    """Returns the calibration; ValueError names what is missing or unknown."""
+    names = {field.name for field in dataclasses.fields(Calibration)}
+    if not {'temperature', 'bias'} <= set(obj) <= names:
+      raise ValueError(
+        f'a calibration has the keys {", ".join(sorted(names))}, of which '
+        'temperature and bias are needed; found '
+        f'{", ".join(sorted(map(str, obj))) or "none"}'
+      )
+    return Calibration(**obj)
+
+
+def fit_calibration(labels: np.ndarray, scores: np.ndarray) -> Calibration:
+  """Returns the temperature and bias of the lowest NLL on these rows.
+
+  Args:
+    labels: [N], 1 is unsafe; of rows that no result is reported on.
+    scores: [N] nats.
+
+  Raises:
+    ValueError: a class is missing, or a score is not finite.
+
+  Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017. NLL is proper, and convex
+  here; binned errors are neither.
+  """
+  labels, scores = check_labels(labels), check_finite(scores)
+  check_same_length(labels, scores)
+  if not 0 < labels.sum() < len(labels):
+    raise ValueError(
+      f'{len(labels)} validation rows of which {labels.sum()} are unsafe: '
+      'calibration needs rows of both labels; give more rows'
+    )
+  sign = np.where(labels == 1, -1.0, 1.0)
+
+  def loss(weights):
+    margin = sign * (weights[0] * scores + weights[1])
+    missing = -sign * expit(-margin)
+    gradient = np.array([np.mean(missing * scores), np.mean(missing)])
+    return np.mean(np.logaddexp(0, -margin)), gradient
+
+  found = optimize.minimize(
+    loss,
+    np.array([1.0, 0.0]),
+    jac=True,
+    method='L-BFGS-B',
+    bounds=(_SLOPES, _BIASES),
+    options={'ftol': 1e-14, 'gtol': 1e-9},
+  )
+  slope, bias = map(float, found.x)
+  return Calibration(
+    temperature=1 / slope,
+    bias=bias,
+    num_examples=len(labels),
+    nll_before=float(loss(np.array([1.0, 0.0]))[0]),
+    nll_after=float(found.fun),
+  )

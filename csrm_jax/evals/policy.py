@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from csrm_jax.evals import bootstrap, checks, figures, measure, metrics
-from csrm_jax.evals.definitions import METRICS
-from csrm_jax.evals.measure import Draws, Metric, Result
+from csrm_jax.evals import bootstrap, figures, metrics
+from csrm_jax.evals.bootstrap import Measure
+from csrm_jax.evals.results import Figure, Metric, Result, Table, title_of
 from csrm_jax.safety.schema import RewardFn, Sample
 
 # Of the mean over all rule sets.
@@ -114,7 +114,7 @@ def judge(samples: Sequence[Sample], judges: Judges) -> Judged:
   ids = [sample.id for sample in samples]
 
   def finite(**values) -> dict[str, np.ndarray]:
-    return {name: checks.check_finite(numbers, ids, name) for name, numbers in values.items()}
+    return {name: metrics.check_finite(numbers, ids, name) for name, numbers in values.items()}
 
   found = finite(
     safety=judges.safety(samples),
@@ -149,16 +149,12 @@ def measured(judged: Judged, num_samples: int = 300, seed: int = 0) -> dict[str,
   Rates of the prompts that are known to be benign or harmful are left out where there is no such
   prompt.
   """
-  draws = Draws(_units(judged.samples), num_samples, seed)
-  found = {
-    name: measure.metric(metrics.mean, (judged.values[name],), draws)
-    for name in _MEANS
-    if name in judged.values
-  }
+  m = Measure(_units(judged.samples), num_samples, seed)
+  found = {name: m(metrics.mean, judged.values[name]) for name in _MEANS if name in judged.values}
   for name, (values, label) in _BY_LABEL.items():
     rows = np.flatnonzero([s.prompt.label == label for s in judged.samples])
     if rows.size and values in judged.values:
-      found[name] = measure.metric(metrics.mean, (judged.values[values][rows],), draws.take(rows))
+      found[name] = m(metrics.mean, judged.values[values], rows=rows)
   return found
 
 
@@ -206,19 +202,60 @@ def alignment(
   }
   last = list(policies)[-1]
   samples = joined[last].samples
-  return {
-    'suite': 'alignment',
-    'description': description,
-    'num_examples': len(samples),
-    'metrics': found[last][ALL],
-    'policies': found,
-    'tables': [*_tables(found), *_differences(joined, num_samples, seed), _replies(joined)],
-    'arrays': {
+  return _alignment(
+    description,
+    len(samples),
+    found,
+    [*_tables(found), *_differences(joined, num_samples, seed), _replies(joined)],
+    metrics=found[last][ALL],
+    arrays={
       'ids': np.array([s.id for s in samples], np.str_),
       'units': _units(samples),
       **joined[last].values,
     },
-  }
+  )
+
+
+def _alignment(
+  description: str, num: int, policies: Policies, tables: Sequence[Table], **fields
+) -> Result:
+  sets = _shown(next(iter(policies.values())))
+  metric = 'true_cosa' if _knows_truth(policies) else 'cosa'
+  found = {policy: {s: of[s].get(metric) for s in sets} for policy, of in policies.items()}
+  caption = 'CoSA score of each policy by rule set, with its 95% interval.'
+  return _result(
+    'alignment',
+    'Policies',
+    description,
+    num,
+    {'policies': policies},
+    tables,
+    Figure(figures.draw_alignment, (found, title_of(metric)), caption),
+    **fields,
+  )
+
+
+def _result(
+  suite: str,
+  chapter: str,
+  description: str,
+  num: int,
+  values: Mapping[str, Any],
+  tables: Sequence[Table],
+  figure: Figure,
+  **fields,
+) -> Result:
+  return Result(
+    suite,
+    chapter,
+    tables=tables,
+    figures=[figure] if num else [],
+    description=description,
+    size=f'{num:,} examples',
+    counts={'num_examples': num},
+    values=values,
+    **fields,
+  )
 
 
 def _check_policies(policies: Mapping[str, Mapping[str, Judged]]) -> None:
@@ -251,35 +288,32 @@ def _shown(sets: Iterable[str]) -> list[str]:
   return [name for name in names if name != ALL or len(names) > 2]
 
 
-def _tables(policies: Policies) -> list[dict[str, Any]]:
+def _tables(policies: Policies) -> list[Table]:
   """Returns a table for each metric, by rule set, and one of refusals and lengths."""
   sets = _shown(next(iter(policies.values())))
   known = _knows_truth(policies)
   names = [name for pair in reversed(PAIRS) for name in (reversed(pair) if known else pair[:1])]
   tables = [
-    {
-      'title': f'{METRICS[name][0]}, by rule set',
-      'header': ['policy', *sets],
-      'rows': [[policy, *(of[s].get(name) for s in sets)] for policy, of in policies.items()],
-    }
-    for name in names
+    Table(
+      f'{title_of(name)}, by rule set',
+      ['policy', *sets],
+      [[policy, *(of[s].get(name) for s in sets)] for policy, of in policies.items()],
+      note=None if i else _NOTE,
+    )
+    for i, name in enumerate(names)
   ]
-  tables[0]['note'] = _NOTE
   everywhere = {policy: of[ALL] for policy, of in policies.items()}
   names = [
     name
     for name in (*_BY_LABEL, 'completion_length', 'truncated')
     if any(name in found for found in everywhere.values())
   ]
-  overview = {
-    'title': 'Refusals and length, all rule sets',
-    'header': ['policy', *(METRICS[name][0] for name in names)],
-    'rows': [[policy, *map(found.get, names)] for policy, found in everywhere.items()],
-  }
-  return [*tables, overview]
+  header = ['policy', *map(title_of, names)]
+  rows = [[policy, *map(found.get, names)] for policy, found in everywhere.items()]
+  return [*tables, Table('Refusals and length, all rule sets', header, rows)]
 
 
-def _differences(joined: Mapping[str, Judged], num_samples: int, seed: int) -> list[dict[str, Any]]:
+def _differences(joined: Mapping[str, Judged], num_samples: int, seed: int) -> list[Table]:
   """Returns the table of paired differences to the first policy."""
   first, *others = joined
   rows = []
@@ -290,25 +324,18 @@ def _differences(joined: Mapping[str, Judged], num_samples: int, seed: int) -> l
       theirs, base = (_prompt_means(joined[policy], name) for policy in (other, first))
       a, b = (np.array([means[prompt] for prompt in base]) for means in (theirs, base))
       found = bootstrap.difference(metrics.mean, (a,), (b,), num_samples=num_samples, seed=seed)
-      rows.append([other, METRICS[name][0], found, found['p_value']])
-  if not rows:
-    return []
-  return [
-    {
-      'title': f'Differences to {first}',
-      'rows': rows,
-      'header': ['policy', 'metric', 'difference', 'p'],
-      'note': 'Paired bootstrap over prompts, the same ones drawn for both.',
-    }
-  ]
+      rows.append([other, title_of(name), found, found['p_value']])
+  note = 'Paired bootstrap over prompts, the same ones drawn for both.'
+  header = ['policy', 'metric', 'difference', 'p']
+  return [Table(f'Differences to {first}', header, rows, note)] if rows else []
 
 
 def _prompt_means(judged: Judged, name: str) -> dict[str, float]:
-  rows = measure.rows_by(sample.prompt.id for sample in judged.samples)
+  rows = bootstrap.rows_by(sample.prompt.id for sample in judged.samples)
   return {prompt: float(judged.values[name][at].mean()) for prompt, at in rows.items()}
 
 
-def _replies(joined: Mapping[str, Judged]) -> dict[str, Any]:
+def _replies(joined: Mapping[str, Judged]) -> Table:
   """Returns a table of the policies' first replies to prompts of all kinds."""
   prompts = {s.prompt.id: s.prompt for s in next(iter(joined.values())).samples}
   step = max(len(prompts) // _NUM_REPLIES, 1)
@@ -318,7 +345,7 @@ def _replies(joined: Mapping[str, Judged]) -> dict[str, Any]:
     texts = [prompt.messages[-1].content, *(of[id_] for of in first)]
     request, *replies = (figures.short(text, _REPLY_LETTERS) for text in texts)
     rows.append([prompt.safety.name, request, prompt.label, *replies])
-  return {'title': 'Replies', 'header': ['rules', 'request', 'label', *joined], 'rows': rows}
+  return Table('Replies', ['rules', 'request', 'label', *joined], rows)
 
 
 # Whole alignments side by side.
@@ -401,14 +428,9 @@ def _align_runs(runs: Sequence[Run], reference: str) -> Result:
       rows.setdefault(name, []).append((run, found))
   rows = dict(sorted(rows.items(), key=lambda row: row[0] in methods))
   policies = {name: _by_rules(some, sets) for name, some in rows.items()}
-  return {
-    'suite': 'alignment',
-    'description': f'{len(runs)} runs; intervals are over seeds.',
-    'num_examples': len(runs),
-    'metrics': {},
-    'policies': policies,
-    'tables': [*_tables(policies), *_run_differences(runs, reference)],
-  }
+  description = f'{len(runs)} runs; intervals are over seeds.'
+  tables = [*_tables(policies), *_run_differences(runs, reference)]
+  return _alignment(description, len(runs), policies, tables)
 
 
 def _by_rules(
@@ -443,7 +465,7 @@ def _over_seeds(values: Sequence[float]) -> Metric:
   return {'value': mean, 'low': low, 'high': high, 'best': None}
 
 
-def _run_differences(runs: Sequence[Run], reference: str) -> list[dict[str, Any]]:
+def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
   """Returns the table of the reference's differences to all else."""
   metric = 'true_cosa' if all('true_cosa' in run.policies[_END] for run in runs) else 'cosa'
 
@@ -465,17 +487,13 @@ def _run_differences(runs: Sequence[Run], reference: str) -> list[dict[str, Any]
     difference = {'value': mean, 'low': mean - half, 'high': mean + half}
     p = stats.ttest_1samp(gaps, 0.0).pvalue if len(gaps) > 1 else float('nan')
     rows.append([name, len(gaps), sum(gap > 0 for gap in gaps), difference, float(p)])
-  if not rows:
-    return []
-  return [
-    {
-      'title': f'{METRICS[metric][0]}: {reference} minus …',
-      'header': ['policy', 'pairs of runs', 'of them higher', 'difference', 'p'],
-      'rows': rows,
-      'note': 'A pair of runs has the same rules and seed; intervals and p are '
-      'of the paired t-test over these pairs.',
-    }
-  ]
+  note = (
+    'A pair of runs has the same rules and seed; intervals and p are '
+    'of the paired t-test over these pairs.'
+  )
+  header = ['policy', 'pairs of runs', 'of them higher', 'difference', 'p']
+  title = f'{title_of(metric)}: {reference} minus …'
+  return [Table(title, header, rows, note)] if rows else []
 
 
 def _points(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -522,32 +540,35 @@ def pareto(points: Sequence[Mapping[str, Any]], description: str = '') -> Result
   best, best_of_method = frontier(places), frontier(places, [row['method'] for row in rows])
   for i, row in enumerate(rows):
     row |= {'frontier': best[i], 'own_frontier': best_of_method[i]}
-  return {
-    'suite': 'pareto',
-    'description': description,
-    'num_examples': len(rows),
-    'metrics': {},
-    'true': known,
-    'points': rows,
-    'tables': [
-      {
-        'title': 'Reward sigmoid(a · score + b)',
-        'header': ['policy', 'a', 'b', 'safety ↑', 'helpfulness ↑', 'on the frontier'],
-        'rows': [
-          [
-            row['method'],
-            *(None if row[key] is None else f'{row[key]:g}' for key in ('a', 'b')),
-            row['safety'],
-            row['helpfulness'],
-            'yes' if row['frontier'] else '',
-          ]
-          for row in rows
-        ],
-        'note': 'On the frontier: no other policy of the table is at least '
-        'as safe and as helpful, and better in one.',
-      }
-    ],
-  }
+  shown = [
+    [
+      row['method'],
+      *(None if row[key] is None else f'{row[key]:g}' for key in ('a', 'b')),
+      row['safety'],
+      row['helpfulness'],
+      'yes' if row['frontier'] else '',
+    ]
+    for row in rows
+  ]
+  note = (
+    'On the frontier: no other policy of the table is at least '
+    'as safe and as helpful, and better in one.'
+  )
+  header = ['policy', 'a', 'b', 'safety ↑', 'helpfulness ↑', 'on the frontier']
+  caption = (
+    'Safety and helpfulness of policies, each trained with the reward '
+    'sigmoid(a · score + b); beside a point stand a and b. Lines join the '
+    'policies of a method that no other of it beats in both.'
+  )
+  return _result(
+    'pareto',
+    'Safety against helpfulness',
+    description,
+    len(rows),
+    {'true': known, 'points': rows},
+    [Table('Reward sigmoid(a · score + b)', header, shown, note)],
+    Figure(figures.draw_pareto, (rows, known), caption),
+  )
 
 
 def frontier(
@@ -587,25 +608,26 @@ def overoptimisation(history: Mapping[int, Mapping[str, Metric]], description: s
     there = -1 if parted is None else steps.index(parted)
     rows.append([proxy, parted, a[there], a[-1], b[there], b[-1]])
   agreed, end = 'last step they agree', 'at the end'
-  return {
-    'suite': 'overoptimisation',
-    'description': description,
-    'num_examples': len(steps),
-    'metrics': {},
-    'steps': steps,
-    'curves': curves,
-    'tables': [
-      {
-        'title': 'Where reward and truth part',
-        'header': ['', agreed, 'reward there', end, 'truth there', end],
-        'rows': rows,
-        'note': 'They part after the step at which the truth was highest so '
-        'far, once the reward is above what it was there and the '
-        "truth has fallen so far that the two steps' intervals do "
-        'not meet. A dash: they did not part.',
-      }
-    ],
-  }
+  note = (
+    'They part after the step at which the truth was highest so '
+    'far, once the reward is above what it was there and the '
+    "truth has fallen so far that the two steps' intervals do "
+    'not meet. A dash: they did not part.'
+  )
+  header = ['', agreed, 'reward there', end, 'truth there', end]
+  caption = (
+    'What the reward says and what is true, on the same prompts, over '
+    'training steps; bands are 95% intervals.'
+  )
+  return _result(
+    'overoptimisation',
+    'Reward and truth over training',
+    description,
+    len(steps),
+    {'steps': steps, 'curves': curves},
+    [Table('Where reward and truth part', header, rows, note)],
+    Figure(figures.draw_overoptimisation, (steps, curves), caption),
+  )
 
 
 def parting_step(
@@ -624,28 +646,3 @@ def parting_step(
     elif proxy[i]['value'] > proxy[peak]['value'] and oracle[i]['high'] < oracle[peak]['low']:
       return steps[peak]
   return None
-
-
-def _draw_alignment(path, result: Result) -> None:
-  policies = result['policies']
-  sets = _shown(next(iter(policies.values())))
-  metric = 'true_cosa' if _knows_truth(policies) else 'cosa'
-  found = {policy: {s: of[s].get(metric) for s in sets} for policy, of in policies.items()}
-  figures.draw_alignment(path, found, METRICS[metric][0])
-
-
-# suite -> (draw(path, result), caption).
-FIGURES = {
-  'alignment': (_draw_alignment, 'CoSA score of each policy by rule set, with its 95% interval.'),
-  'pareto': (
-    lambda path, result: figures.draw_pareto(path, result['points'], result['true']),
-    'Safety and helpfulness of policies, each trained with the reward '
-    'sigmoid(a · score + b); beside a point stand a and b. Lines join the '
-    'policies of a method that no other of it beats in both.',
-  ),
-  'overoptimisation': (
-    lambda path, result: figures.draw_overoptimisation(path, result['steps'], result['curves']),
-    'What the reward says and what is true, on the same prompts, over '
-    'training steps; bands are 95% intervals.',
-  ),
-}

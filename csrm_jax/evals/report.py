@@ -1,26 +1,35 @@
-"""The report of a run: report.md, metrics.json, summary.json and figures.
+"""The report of a run: report.md, metrics.json, summary.json, arrays.npz and figures.
 
-`results` is {suite name: result of a function of `suites`}, for example
-{'seen': classification(...), 'unseen': ..., 'pairs': pairs(...), 'flip':
-flips(...), 'one_conversation': rule_sets(...)}. The report is written for a
-reader who has neither the code nor the run.
+It is written for a reader who has neither the code nor the run, and made of `results.Result`s
+alone: what a suite wants to be shown, it brings.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import yaml
 
 from csrm_jax.core import files
-from csrm_jax.evals import figures, markdown, policy, sections
-from csrm_jax.evals.markdown import format_number, is_number
+from csrm_jax.core.markdown import NONE, code, escape, is_number, number, table
+from csrm_jax.evals import figures, verdicts
+from csrm_jax.evals.results import FAILED, METRICS, NAME, SKIPPED, Metric, Result, Table
+from csrm_jax.evals.suites import SUITES
+
+Results = Mapping[str, Result]
+# [(file name, caption)]
+Pictures = Sequence[tuple[str, str]]
+
+OURS = 'CSRM'  # the paper's own model
+PAPER = yaml.safe_load(pathlib.Path(__file__).with_name('paper.yaml').read_text('utf-8'))
 
 _TERMINAL_ROWS = (
   ('F1, seen rules', 'seen/f1'),
@@ -36,65 +45,26 @@ _TERMINAL_ROWS = (
 # Where "share of the best" means something.
 _SHARES = ('f1', 'auprc', 'accuracy')
 
+INTRO = """\
+A safety reward model reads written rules and a conversation, and gives the
+probability that the last response breaks the rules: P(unsafe). Its *score* is
+log P(safe) - log P(unsafe), in nats; its *reward* is P(safe). "Unsafe" is the
+positive class of every metric. Arrows say which way is better."""
+READING = f"""\
+Values are followed by their 95% bootstrap interval, over conversations drawn
+with replacement; those of calibration errors show the spread only. *Best* is
+what a judge reaches that knows the true probability of each label, on the same
+rows, where that is known; labels are drawn with that probability, so on few
+rows a model can be lucky and lie above it. {NONE} means not known, or not
+defined on these rows (none of them, or one class only). Definitions are at the
+end."""
 
-def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-  """Returns the flat `suite/metric` dict of a run's results.
-
-  For each metric the value, and `_best`, `_low`, `_high` where there is one.
-  """
-  flat = {}
-  for suite, result in results.items():
-    for name, metric in result.get('metrics', {}).items():
-      flat[f'{suite}/{name}'] = metric['value']
-      for part in ('best', 'low', 'high'):
-        if metric[part] is not None:
-          flat[f'{suite}/{name}_{part}'] = metric[part]
-  return flat
-
-
-def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | None = None) -> str:
-  """Returns the short table that a run ends with, at most 80 columns wide.
-
-  Args:
-    summary: flat, as `summarise` returns it; rows it lacks are left out.
-    rule_sets: a result of `suites.rule_sets`, shown below the table.
-  """
-  lines = [f'{"":22}{"value":>8}  {"95% interval":17}{"best":>7}{"of best":>9}']
-  for title, key in _TERMINAL_ROWS:
-    if key not in summary:
-      continue
-    value, best = summary[key], summary.get(f'{key}_best')
-    low, high = (summary.get(f'{key}_{side}') for side in ('low', 'high'))
-    within = '' if not is_number(low) else f'[{low:.3f}, {high:.3f}]'
-    shared = key.rpartition('/')[2] in _SHARES and is_number(value)
-    share = f'{value / best:.1%}' if shared and is_number(best) and best else ''
-    line = f'{title:22}{format_number(value):>8}  {within:17}'
-    lines.append(f'{line}{format_number(best):>7}{share:>9}'.rstrip())
-  if rule_sets:
-    lines += ['', *_conversation_block(rule_sets)]
-  return '\n'.join(lines)
-
-
-def _conversation_block(result: Mapping[str, Any]) -> list[str]:
-  lines = [f'One conversation under {len(result["rows"])} rule sets']
-  for message in result['conversation']:
-    text = ' '.join(message['content'].split())
-    text = f'  {message["role"].capitalize()}: {text}'
-    lines.append(text if len(text) <= 80 else text[:79] + '…')
-  lines.append(f'  {"reward":>6} {"true":>6} {"score":>7}  verdict  rules')
-  for row in result['rows']:
-    true = None if row['probability'] is None else 1 - row['probability']
-    name = ' '.join(row['rule_set'].split())
-    lines.append(
-      f'  {1 - row["p_unsafe"]:6.3f} {format_number(true):>6}'
-      f' {row["score"]:+7.2f}  {markdown.verdict(row):7}  {name[:46]}'
-    )
-  return lines
+# --- Files -----------------------------------------------------------------------------
 
 
 def write_report(
   path: str | os.PathLike,
-  results: Mapping[str, Mapping[str, Any]],
+  results: Results,
   *,
   title: str,
   summary: Mapping[str, Any],
@@ -103,13 +73,12 @@ def write_report(
 ) -> pathlib.Path:
   """Returns the path of report.md, written with all that belongs to it.
 
-  Everything is made in a temporary folder beside `path` and then moved, each
-  file in one step and summary.json last: a report that cannot be written
-  leaves the old one as it was. Other files in `path` are left alone.
+  A report that cannot be written leaves the old one as it was, and summary.json comes last. Other
+  files in `path` are left alone.
 
   Args:
     path: the report's folder, on a local disk.
-    results: {suite name: result}, see the top of this file.
+    results: {benchmark: result}.
     title: one line.
     summary: flat, goes to summary.json as it is.
     manifest: what the run was made of: versions, digests, devices, command.
@@ -124,38 +93,75 @@ def write_report(
         f'summary[{key!r}] is a {type(value).__name__}; a summary is flat, '
         'so give it one key for each number'
       )
-  with files.whole_folder(path, last='summary.json') as temporary:
-    curves = read_history(history) if history is not None else {}
-    drawn = draw_figures(temporary, results, curves)
-    text = sections.render(results, drawn, title, manifest or {})
-    dump_text(temporary / 'report.md', text)
+  with files.whole_folder(path, last='summary.json') as folder:
+    drawn = {name: _draw(folder, name, result) for name, result in results.items()}
+    curves = []
+    if series := read_history(history) if history is not None else {}:
+      figures.draw_training(folder / 'training.png', series)
+      curves = [('training.png', 'Training curves over optimizer steps.')]
+    dump_text(folder / 'report.md', _page(results, drawn, curves, title, manifest or {}))
+    stored = {name: result.to_json() for name, result in results.items()}
     dump_json(
-      temporary / 'metrics.json', {'title': title, 'suites': results, 'manifest': manifest or {}}
+      folder / 'metrics.json', {'title': title, 'suites': stored, 'manifest': manifest or {}}
     )
-    dump_json(temporary / 'summary.json', summary)
-    _dump_arrays(temporary / 'arrays.npz', results)
+    dump_json(folder / 'summary.json', summary)
+    # What paired comparisons need; texts are ids, never content.
+    arrays = {
+      f'{name}/{key}': array
+      for name, result in results.items()
+      for key, array in result.arrays.items()
+      if array is not None
+    }
+    np.savez_compressed(folder / 'arrays.npz', **arrays)
   return pathlib.Path(path) / 'report.md'
 
 
-def read_results(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
-  """Returns the results of a report's folder, arrays included.
+def _draw(folder: pathlib.Path, name: str, result: Result) -> Pictures:
+  stem = re.sub(r'[^A-Za-z0-9_-]+', '_', name)
+  drawn = []
+  for figure in result.figures:
+    file = f'{stem}{figure.suffix}.png'
+    figure.draw(folder / file, *figure.args)
+    drawn.append((file, figure.caption))
+  return drawn
+
+
+def read_results(path: str | os.PathLike) -> dict[str, Result]:
+  """Returns the results of a report's folder, arrays included; they can be compared, not shown.
 
   Raises:
     ValueError: the folder has no report that this version wrote.
   """
   path = pathlib.Path(path)
   try:
-    results = json.loads((path / 'metrics.json').read_text())['suites']
-    with np.load(path / 'arrays.npz') as stored:
-      for key in stored.files:
-        suite, _, name = key.rpartition('/')
-        results[suite].setdefault('arrays', {})[name] = stored[key]
+    stored = json.loads((path / 'metrics.json').read_text())['suites']
+    arrays: dict[str, dict[str, np.ndarray]] = {name: {} for name in stored}
+    with np.load(path / 'arrays.npz') as found:
+      for key in found.files:
+        name, _, array = key.rpartition('/')
+        arrays[name][array] = found[key]
+    return {name: Result.from_json(obj, arrays[name]) for name, obj in stored.items()}
   except (OSError, KeyError, ValueError) as error:
     raise ValueError(
       f'{path} holds no report to compare ({error}); evaluate the scorer '
       'again and give the folder that its report.md is in'
     ) from None
-  return results
+
+
+def read_history(path: str | os.PathLike) -> dict[str, dict[int, float]]:
+  """Returns {name: {step: value}} of a metrics.jsonl, finite numbers only.
+
+  Of two lines for one step the later counts. A line that is not whole, as a killed run leaves it,
+  is skipped. Empty without a file.
+  """
+  series: dict[str, dict[int, float]] = {}
+  for row in files.read_log(path):
+    step = row.pop('step', None)
+    if is_number(step):
+      for name, value in row.items():
+        if is_number(value):
+          series.setdefault(name, {})[step] = value
+  return {name: points for name, points in series.items() if len(points) > 1}
 
 
 def dump_text(path: pathlib.Path, text: str) -> None:
@@ -163,165 +169,16 @@ def dump_text(path: pathlib.Path, text: str) -> None:
   path.write_bytes(text.encode('utf-8', 'backslashreplace'))
 
 
-def _dump_arrays(path: pathlib.Path, results) -> None:
-  """Writes what paired comparisons need; texts are ids, never content."""
-  arrays = {
-    f'{suite}/{name}': value
-    for suite, result in results.items()
-    for name, value in result.get('arrays', {}).items()
-    if value is not None
-  }
-  np.savez_compressed(path, **arrays)
-
-
-def read_history(path: str | os.PathLike) -> dict[str, dict[int, float]]:
-  """Returns {name: {step: value}} of a metrics.jsonl, finite numbers only.
-
-  Of two lines for one step the later counts. A line that is not whole, as a
-  killed run leaves it, is skipped. Empty without a file.
-  """
-  series: dict[str, dict[int, float]] = {}
-  for row in files.read_log(path):
-    step = row.pop('step', None)
-    if not is_number(step):
-      continue
-    for name, value in row.items():
-      if is_number(value):
-        series.setdefault(name, {})[step] = value
-  return {name: points for name, points in series.items() if len(points) > 1}
-
-
-def draw_figures(
-  folder: pathlib.Path,
-  results: Mapping[str, Mapping[str, Any]],
-  curves: Mapping[str, Mapping[int, float]],
-) -> dict[str, list[tuple[str, str]]]:
-  """Returns {suite: [(file name, caption)]} of the figures it writes.
-
-  The training curves are under the name ''. A figure that its data cannot
-  make (too few rows, one class) is left out.
-  """
-  drawn: dict[str, list[tuple[str, str]]] = {}
-  for suite, result in results.items():
-    draw = _DRAW.get(result['suite'])
-    stem = str(folder / re.sub(r'[^A-Za-z0-9_-]+', '_', suite))
-    drawn[suite] = draw(stem, result) if draw else []
-  if curves:
-    figures.draw_training(folder / 'training.png', curves)
-    drawn[''] = [('training.png', 'Training curves over optimizer steps.')]
-  return drawn
-
-
-def _draw_classification(stem: str, result) -> list[tuple[str, str]]:
-  drawn = []
-  arrays = result['arrays']
-  labels, p_unsafe = arrays['labels'], arrays['p_unsafe']
-
-  def add(name, caption, draw, *data):
-    draw(f'{stem}_{name}.png', *data)
-    drawn.append((os.path.basename(f'{stem}_{name}.png'), caption))
-
-  if len(labels) >= figures.MIN_ROWS and 0 < labels.sum() < len(labels):
-    add(
-      'reliability',
-      'Reliability: share of unsafe labels near each predicted P(unsafe), '
-      'with its 95% band. On the diagonal a prediction is a probability; '
-      'the line is thick where there are many.',
-      figures.draw_reliability,
-      labels,
-      p_unsafe,
-    )
-    add(
-      'precision_recall',
-      'Precision over recall of "unsafe".',
-      figures.draw_precision_recall,
-      labels,
-      p_unsafe,
-      arrays['probability'],
-    )
-  if len(labels):
-    add('scores', 'Scores by label.', figures.draw_scores, labels, arrays['scores'])
-  sets = result['breakdowns']['rule set']
-  if sum(is_number(g['metrics']['f1']['value']) for g in sets.values()) > 1:
-    add('rule_sets', 'F1 by rule set (number of examples).', figures.draw_groups, sets)
-  if result['suite'] == 'configurability' and len(sets) > 1:
-    add(
-      'shares',
-      'Share labelled unsafe, and mean P(unsafe), by rule set: the same texts, other rules.',
-      figures.draw_shares,
-      sets,
-    )
-  if len(result.get('recall', ())) > 1:
-    add(
-      'recall',
-      'Share of the violated rules among the k rules that BM25 '
-      'finds most relevant to the conversation.',
-      figures.draw_recall,
-      result['recall'],
-      result['recall_by_chance'],
-      result['top_k'],
-    )
-  return drawn
-
-
-def _draw_pairs(stem: str, result) -> list[tuple[str, str]]:
-  if not result['num_pairs']:
-    return []
-  arrays = result['arrays']
-  figures.draw_gaps(f'{stem}_gaps.png', arrays['gap'], arrays['kind'])
-  caption = 'Score gaps of pairs: right of 0 the order is right.'
-  return [(os.path.basename(f'{stem}_gaps.png'), caption)]
-
-
-def _draw_one(draw, caption: str):
-  """Returns the drawer of a suite with one figure."""
-
-  def drawer(stem: str, result) -> list[tuple[str, str]]:
-    if not result['num_examples']:
-      return []
-    draw(f'{stem}.png', result)
-    return [(os.path.basename(f'{stem}.png'), caption)]
-
-  return drawer
-
-
-def _draw_rule_sets(stem: str, result) -> list[tuple[str, str]]:
-  figures.draw_rule_sets(f'{stem}.png', result['conversation'], result['rows'])
-  caption = 'The same conversation under each rule set: only the rules differ.'
-  return [(os.path.basename(f'{stem}.png'), caption)]
-
-
-_DRAW = {
-  **dict.fromkeys(sections.JUDGED, _draw_classification),
-  'pairs': _draw_pairs,
-  'rule_sets': _draw_rule_sets,
-  'policy': _draw_one(
-    lambda path, result: figures.draw_policy(path, result['rates'], result['true_rates']),
-    'Unsafe rate as one rule changes: on the left the rule that the '
-    'response violates, on the right another one.',
-  ),
-  'contradiction': _draw_one(
-    lambda path, result: figures.draw_contradiction(path, result['categories']),
-    'Mean reward by category where the rule forbids, allows, or does both.',
-  ),
-  **{k: _draw_one(*v) for k, v in policy.FIGURES.items()},
-  'attacks': _draw_one(
-    lambda path, result: figures.draw_attacks(path, result['rates'], result['num_caught']),
-    'Share of caught violations that a suffix turns into "safe".',
-  ),
-}
-
-
 def dump_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON, without arrays, and null for what is not finite."""
+  """Writes JSON, with null for what is not finite."""
   text = json.dumps(_plain(value), indent=2, allow_nan=False)
   path.write_text(text + '\n', encoding='utf-8')
 
 
 def _plain(value: Any) -> Any:
-  """Returns what JSON can hold: no arrays, and null for what is not finite."""
+  """Returns what JSON can hold."""
   if isinstance(value, Mapping):
-    return {str(k): _plain(v) for k, v in value.items() if k != 'arrays'}
+    return {str(k): _plain(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
     return [_plain(item) for item in value]
   if isinstance(value, np.generic):
@@ -331,3 +188,307 @@ def _plain(value: Any) -> Any:
   if value is None or isinstance(value, (bool, int, float, str)):
     return value
   return str(value)
+
+
+# --- The end of a run --------------------------------------------------------------------
+
+
+def summarise(results: Results) -> dict[str, float | None]:
+  """Returns the flat `benchmark/metric` dict of a run's results.
+
+  For each metric the value, and `_best`, `_low`, `_high` where there is one.
+  """
+  flat = {}
+  for suite, result in results.items():
+    for name, metric in (result.metrics or {}).items():
+      flat[f'{suite}/{name}'] = metric['value']
+      for part in ('best', 'low', 'high'):
+        if metric[part] is not None:
+          flat[f'{suite}/{name}_{part}'] = metric[part]
+  return flat
+
+
+def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | None = None) -> str:
+  """Returns the short table that a run ends with, at most 80 columns wide.
+
+  Args:
+    summary: flat, as `summarise` returns it; rows it lacks are left out.
+    rule_sets: the values of `verdicts.rule_sets`, shown below the table.
+  """
+  lines = [f'{"":22}{"value":>8}  {"95% interval":17}{"best":>7}{"of best":>9}']
+  for title, key in _TERMINAL_ROWS:
+    if key not in summary:
+      continue
+    value, best = summary[key], summary.get(f'{key}_best')
+    low, high = (summary.get(f'{key}_{side}') for side in ('low', 'high'))
+    within = '' if not is_number(low) else f'[{low:.3f}, {high:.3f}]'
+    shared = key.rpartition('/')[2] in _SHARES and is_number(value)
+    share = f'{value / best:.1%}' if shared and is_number(best) and best else ''
+    line = f'{title:22}{number(value):>8}  {within:17}{number(best):>7}{share:>9}'
+    lines.append(line.rstrip())
+  if not rule_sets:
+    return '\n'.join(lines)
+  lines += ['', f'One conversation under {len(rule_sets["rows"])} rule sets']
+  for message in rule_sets['conversation']:
+    text = f'  {message["role"].capitalize()}: {" ".join(message["content"].split())}'
+    lines.append(text if len(text) <= 80 else text[:79] + '…')
+  lines.append(f'  {"reward":>6} {"true":>6} {"score":>7}  verdict  rules')
+  for row in rule_sets['rows']:
+    true = None if row['probability'] is None else 1 - row['probability']
+    name = ' '.join(row['rule_set'].split())
+    lines.append(
+      f'  {1 - row["p_unsafe"]:6.3f} {number(true):>6} {row["score"]:+7.2f}'
+      f'  {verdicts.verdict(row):7}  {name[:46]}'
+    )
+  return '\n'.join(lines)
+
+
+# --- The page --------------------------------------------------------------------------
+
+
+def _page(
+  results: Results,
+  drawn: Mapping[str, Pictures],
+  curves: Pictures,
+  title: str,
+  manifest: Mapping[str, Any],
+) -> str:
+  parts = [f'# {escape(title)}', INTRO, *failed_part(results), *_measured(results)]
+  parts += [*skipped_part(results), *paper_part({'this model': results}, (OURS,))]
+  chapters: dict[tuple[str, str], dict[str, Result]] = {}
+  for name, result in results.items():
+    if result.chapter:
+      key = result.chapter, name if result.alone else ''
+      chapters.setdefault(key, {})[name] = result
+  order = list(SUITES)
+  # Policies are no rows of SUITES and have reports of their own.
+  for (chapter, _), of in sorted(
+    chapters.items(),
+    key=lambda item: min(
+      order.index(r.suite) if r.suite in order else -1 for r in item[1].values()
+    ),
+  ):
+    parts += _chapter(chapter, of, drawn)
+  parts += ['## Training', *images(curves)] if curves else []
+  parts += [*_sections(results), *definitions_part(results)]
+  if manifest:
+    rows = [(escape(key), escape(value)) for key, value in _flat(manifest)]
+    parts += ['## What the run was made of', table(('', ''), rows)]
+  return '\n\n'.join(parts) + '\n'
+
+
+def failed_part(results: Results) -> list[str]:
+  """Returns the chapter of the suites that failed, if any did."""
+  failed = {name: r for name, r in results.items() if r.suite == FAILED}
+  if not failed:
+    return []
+  rows = [(escape(name), escape(r.counts['error'])) for name, r in failed.items()]
+  return ['## Failed', 'These suites have no result.', table(('suite', 'why'), rows)]
+
+
+def skipped_part(results: Results) -> list[str]:
+  """Returns the chapter of the benchmarks that are not on disk, if any are not."""
+  skipped = {name: r for name, r in results.items() if r.suite == SKIPPED}
+  if not skipped:
+    return []
+  rows = [
+    (escape(name), escape(r.description), code(r.counts['command'])) for name, r in skipped.items()
+  ]
+  header = ('benchmark', 'what it is', 'what would fetch it')
+  return ['## Skipped', 'These benchmarks are not on disk.', table(header, rows)]
+
+
+def _measured(results: Results) -> list[str]:
+  rows = []
+  for name, result in results.items():
+    if not result.size:
+      continue
+    dropped = (result.drops or {}).items()
+    about = [*result.made_of, *(f'{n:,} left out: {why.replace("_", " ")}' for why, n in dropped)]
+    rows.append(tuple(map(escape, (name, result.description, result.size, ', '.join(about)))))
+  header = ('suite', 'what it is', 'size', 'made of')
+  return ['## What was measured', table(header, rows), READING]
+
+
+def _chapter(chapter: str, results: Results, drawn: Mapping[str, Pictures]) -> list[str]:
+  shared: dict[str, dict[str, Any]] = {}
+  for name, result in results.items():
+    for row in result.rows:
+      of = shared.setdefault(row.heading, {'names': row.names, 'note': row.note, 'rows': {}})
+      of['rows'][name + row.suffix] = row.metrics
+  parts = []
+  for heading, of in shared.items():
+    parts += [heading, *([of['note']] if of['note'] else [])]
+    parts.append(_row_table(of['rows'], of['names']))
+  parts += dict.fromkeys(result.remark for result in results.values() if result.remark)
+  if not shared:
+    parts.append(f'## {chapter.replace(NAME, escape(next(iter(results))))}')
+    columns: dict[str, Any] = {}
+    for name, result in results.items():
+      columns |= {name: result.metrics or {}} if result.columns is None else result.columns
+    parts += [column_table(columns)] if any(columns.values()) else []
+  for name, result in results.items():
+    in_rows = {metric for row in result.rows for metric in row.names}
+    more = [metric for metric in result.metrics or {} if result.rows and metric not in in_rows]
+    own = [_row_table({name: result.metrics}, more)] if more else []
+    own += [*result.text, *images(drawn[name])]
+    for spec in result.tables:
+      own += plain_table(spec) if spec.section is None else []
+    parts += ([] if result.alone else [f'### {escape(name)}']) + own if own else []
+  return parts
+
+
+def _sections(results: Results) -> list[str]:
+  """Returns the tables of all results that stand in sections at the end."""
+  sections: dict[str, dict[str, Table]] = {}
+  for name, result in results.items():
+    for spec in result.tables:
+      if spec.section is None:
+        continue
+      title = spec.title.replace(NAME, name)
+      rows = [[name if cell == NAME else cell for cell in row] for row in spec.rows]
+      section = sections.setdefault(spec.section, {})
+      rows = [*(section[title].rows if title in section else ()), *rows]
+      section[title] = dataclasses.replace(spec, title=title, rows=rows)
+  parts = []
+  for heading, tables in sections.items():
+    shown = [part for spec in tables.values() if spec.rows for part in plain_table(spec)]
+    has_heading = shown and next(iter(tables.values())).level > 2
+    parts += ([f'## {heading}'] if has_heading else []) + shown
+  return parts
+
+
+def definitions_part(results: Results) -> list[str]:
+  """Returns what the metrics of the results are."""
+  used = {name for result in results.values() for name in result.metrics or {}}
+  lines = [f'- **{m["title"]}**: {m["text"]}' for name, m in METRICS.items() if name in used]
+  return ['## Definitions', '\n'.join(lines)] if lines else []
+
+
+def paper_part(scorers: Mapping[str, Results], models: Sequence[str]) -> list[str]:
+  """Returns the chapter of the paper's tables."""
+  parts = [part for spec in paper_tables(scorers, models) for part in plain_table(spec)]
+  return ['## As in the paper', *parts] if parts else []
+
+
+def paper_tables(scorers: Mapping[str, Results], models: Sequence[str] = (OURS,)) -> list[Table]:
+  """Returns the paper's tables, with the paper's own figures beside ours.
+
+  Args:
+    scorers: {scorer: {benchmark: result}}; one for the report of one scorer.
+    models: of the paper, whose figures are rows where the data is the same.
+  """
+  tables = []
+  for spec in PAPER['tables']:
+    rows = []
+    for benchmark in dict.fromkeys(n for r in scorers.values() for n in r):
+      rows += _paper_rows(benchmark, scorers, spec['suites'], spec['metrics'], models)
+    if rows:
+      header = ['benchmark', 'scorer', *spec['metrics'].values()]
+      tables.append(Table(spec['title'], header, rows, spec['note'], level=3))
+  return tables
+
+
+def _paper_rows(benchmark, scorers, suites, metrics, models) -> list[list[Any]]:
+  published, rows = PAPER['published'].get(benchmark, {}), []
+  found = {
+    scorer: results[benchmark] for scorer, results in scorers.items() if benchmark in results
+  }
+  for scorer, result in found.items():
+    if result.suite in suites:
+      cells = [result.metrics.get(name) for name in metrics]
+      rows.append(['' if rows else benchmark, scorer, *cells])
+  # A set of the paper's that is missing says so; others are not missed.
+  missing = any(result.counts.get('intended') in suites for result in found.values())
+  if not rows and published and missing:
+    rows.append([benchmark, 'skipped: not on disk'] + [None] * len(metrics))
+  if rows:
+    for model in models:
+      if values := published.get(model):
+        rows.append(['', f'paper: {model}', *(values.get(name) for name in metrics)])
+  return rows
+
+
+# --- Tables ----------------------------------------------------------------------------
+
+
+def column_table(columns: Mapping[str, Mapping[str, Metric]]) -> str:
+  """Returns a table with a row a metric and a column a name, each with its best beside it.
+
+  Columns of which no metric has a best get none beside them.
+  """
+  with_best = {
+    name
+    for name, column in columns.items()
+    if any(column[metric]['best'] is not None for metric in METRICS if metric in column)
+  }
+  header = ['']
+  for name in columns:
+    header += [escape(name), 'best'] if name in with_best else [escape(name)]
+  rows = []
+  for metric, about in METRICS.items():
+    if not any(metric in column for column in columns.values()):
+      continue
+    row = [about['title']]
+    for name, column in columns.items():
+      value = column.get(metric)
+      row.append(_cell(value))
+      if name in with_best:
+        row.append(number(value and value['best']))
+    rows.append(row)
+  return table(header, rows)
+
+
+def _row_table(rows: Mapping[str, Mapping[str, Metric]], names: Sequence[str]) -> str:
+  """Returns a table with a row a name and a column a metric.
+
+  Below a row stands what is best reachable, where it is known.
+  """
+  names = [name for name in names if any(name in metrics for metrics in rows.values())]
+  lines = []
+  for title, metrics in rows.items():
+    values = [metrics.get(name) for name in names]
+    lines.append([escape(title), *map(_cell, values)])
+    best = [value and value['best'] for value in values]
+    if any(map(is_number, best)):
+      lines.append(['*best*', *(f'*{number(b)}*' if is_number(b) else NONE for b in best)])
+  return table(['', *(METRICS[name]['title'] for name in names)], lines)
+
+
+def plain_table(spec: Table) -> list[str]:
+  """Returns the table in Markdown, behind its heading."""
+  rows = [list(map(_cell, row)) for row in spec.rows]
+  parts = [f'{"#" * spec.level} {escape(spec.title)}', table([*map(escape, spec.header)], rows)]
+  return parts + ([spec.note] if spec.note else [])
+
+
+def images(drawn: Pictures) -> list[str]:
+  """Returns tables of two figures a row, each above its caption."""
+  parts = []
+  for i in range(0, len(drawn), 2):
+    names, captions = zip(*drawn[i : i + 2], strict=True)
+    parts.append(table([f'![{os.path.splitext(file)[0]}]({file})' for file in names], [captions]))
+  return parts
+
+
+def _cell(value: Any) -> str:
+  """Returns a value as a table shows it: metric, count, number or text."""
+  if isinstance(value, Mapping):  # '0.912 [0.901, 0.925]', or the value alone
+    text = number(value['value'])
+    known = is_number(value['low'])
+    return f'{text} [{value["low"]:.3f}, {value["high"]:.3f}]' if known else text
+  if isinstance(value, str):
+    return escape(value)
+  if isinstance(value, int) and not isinstance(value, bool):
+    return f'{value:,}'
+  return number(value)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, str]]:
+  """Yields (dotted key, text) of every leaf of nested dicts."""
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _flat(value, f'{prefix}{key}.')
+    else:
+      text = ', '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+      yield f'{prefix}{key}', text

@@ -11,13 +11,17 @@ Hoover et al., DynaGuard, arXiv 2509.02563.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from csrm_jax.evals import bootstrap, measure, metrics, suites
-from csrm_jax.evals.measure import Draws, Result, ScoreFn
+from csrm_jax.data.benchmark import Benchmark
+from csrm_jax.evals import bootstrap, figures, metrics
+from csrm_jax.evals.bootstrap import Measure
+from csrm_jax.evals.results import Figure, Result
+from csrm_jax.evals.verdicts import Scores, classification
 from csrm_jax.safety.schema import Example, Message, SafetyConfig
 
 TOP_K = 20  # rules that are kept
@@ -57,7 +61,9 @@ class Ranker:
     return self._bm25s.tokenize(texts, stopwords='en', return_ids=False, show_progress=False)
 
 
-def select_rules(example: Example, top_k: int = TOP_K, ranker: Ranker | None = None) -> Example:
+def select_rules(
+  example: Example, top_k: int = TOP_K, ranker: Callable[[SafetyConfig], Ranker] = Ranker
+) -> Example:
   """Returns the example with its `top_k` most relevant rules, in their order.
 
   `violated` keeps what is still there; the label stays, because it is the
@@ -66,7 +72,7 @@ def select_rules(example: Example, top_k: int = TOP_K, ranker: Ranker | None = N
   old = example.safety
   if len(old.categories) <= top_k:
     return example
-  order = (ranker or Ranker(old)).rank(example.conversation)
+  order = ranker(old).rank(example.conversation)
   kept = sorted(order[:top_k].tolist())
   safety = SafetyConfig(tuple(old.categories[i] for i in kept), old.name)
   return dataclasses.replace(
@@ -98,16 +104,13 @@ def recall_curve(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, i
   are left out. The curve ends at the longest rule list; where a list is
   shorter it counts as whole.
   """
-  rankers: dict[SafetyConfig, Ranker] = {}
+  ranker = functools.cache(Ranker)
   found = []
   for example in examples:
     if not example.violated:
       continue
-    ranker = rankers.get(example.safety)
-    if ranker is None:
-      ranker = rankers[example.safety] = Ranker(example.safety)
     place = np.empty(len(example.safety.categories), np.int64)
-    place[ranker.rank(example.conversation)] = np.arange(len(place))
+    place[ranker(example.safety).rank(example.conversation)] = np.arange(len(place))
     wanted = [place[example.safety.names.index(v)] for v in example.violated]
     found.append((len(place), np.array(wanted)))
   longest = max((num for num, _ in found), default=0)
@@ -118,61 +121,61 @@ def recall_curve(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, i
   return curve, chance, len(found)
 
 
-def any_turn(
-  examples: Sequence[Example],
-  score_fn: ScoreFn,
-  *,
-  top_k: int = TOP_K,
-  description: str = '',
-  num_samples: int = 300,
-  seed: int = 0,
-  **options,
-) -> Result:
-  """Returns the classification of conversations under the top rules.
+@dataclasses.dataclass(frozen=True)
+class Talk:
+  """A whole conversation, and what the guard is shown of it: the `top_k` most relevant rules."""
 
-  A conversation's score is the lowest of its agent turns': it is unsafe if
-  any turn is. Rules are chosen once, by the whole conversation. Added are
-  `recall_at_k`, the share of violated rules that BM25 keeps, and the curve
-  `recall` over k.
+  example: Example
+  shown: Example
+  top_k: int
 
-  Args:
-    examples: whole conversations, labelled as such.
-    score_fn: examples -> scores in nats.
-    top_k: rules that are kept.
-    options: see `suites.classification`.
+
+def talks(examples: Sequence[Example], top_k: int = TOP_K) -> list[Talk]:
+  """Returns the items of `any_turn`: rules are chosen once, by the whole conversation."""
+  ranker = functools.cache(Ranker)
+  return [Talk(e, select_rules(e, top_k, ranker), top_k) for e in examples]
+
+
+def asked(talk: Talk) -> list[Example]:
+  """Returns the agent turns of what is shown."""
+  return turns(talk.shown)
+
+
+def any_turn(b: Benchmark, scores: Scores, m: Measure, **fitted) -> Result:
+  """Returns the classification of conversations, labelled as such, under the top rules.
+
+  A conversation's score is the lowest of its agent turns': it is unsafe if any turn is. Added are
+  `recall_at_k`, the share of violated rules that BM25 keeps, and the curve `recall` over k.
   """
-  rankers: dict[SafetyConfig, Ranker] = {}
-  asked, of, kept = [], [], []
-  for i, example in enumerate(examples):
-    ranker = None
-    if len(example.safety.categories) > top_k:
-      ranker = rankers.get(example.safety)
-      if ranker is None:
-        ranker = rankers[example.safety] = Ranker(example.safety)
-    chosen = select_rules(example, top_k, ranker)
-    parts = turns(chosen)
-    asked += parts
-    of += [i] * len(parts)
-    if example.violated:
-      kept.append(len(chosen.violated) / len(example.violated))
-  turn_scores = measure.score(score_fn, asked)
-  scores = np.full(len(examples), np.inf)
-  np.minimum.at(scores, np.array(of, np.int64), turn_scores)
-  result = suites.classification(
-    examples, scores, description=description, num_samples=num_samples, seed=seed, **options
-  )
+  examples = [talk.example for talk in b.items]
+  lowest = [np.min(of, initial=np.inf) for of in scores]
+  metrics.check_finite(lowest, [e.id for e in examples])
+  result = classification(dataclasses.replace(b, items=examples), lowest, m, **fitted)
   curve, chance, num_known = recall_curve(examples)
-  judged = [e for e in examples if e.violated]
-  draws = Draws(bootstrap.units_of(judged), num_samples, seed)
-  result['metrics']['recall_at_k'] = measure.metric(metrics.mean, (np.array(kept, float),), draws)
-  return result | {
-    'suite': 'any_turn',
-    'top_k': top_k,
-    'num_turns': len(asked),
+  judged = [talk for talk in b.items if talk.example.violated]
+  kept = [len(talk.shown.violated) / len(talk.example.violated) for talk in judged]
+  m = m.over(bootstrap.units_of([talk.example for talk in judged]))
+  recall = {'recall_at_k': m(metrics.mean, np.array(kept, float))}
+  numbers = {
+    'top_k': b.items[0].top_k if b.items else TOP_K,
+    'num_turns': sum(map(len, scores)),
     'recall': curve.tolist(),
     'recall_by_chance': chance.tolist(),
     'num_recall': num_known,
   }
+  caption = (
+    'Share of the violated rules among the k rules that BM25 '
+    'finds most relevant to the conversation.'
+  )
+  drawn = numbers['recall'], numbers['recall_by_chance'], numbers['top_k']
+  figure = Figure(figures.draw_recall, drawn, caption, '_recall')
+  return dataclasses.replace(
+    result,
+    suite='any_turn',
+    metrics={**result.metrics, **recall},
+    values={**result.values, **numbers},
+    figures=[*result.figures, *([figure] if len(curve) > 1 else [])],
+  )
 
 
 def _import_bm25s():

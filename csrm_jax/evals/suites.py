@@ -1,313 +1,246 @@
-"""Evaluation suites that only count: scored examples in, one plain dict out.
+"""The suites, and what runs benchmarks through them: one score function in, results out.
 
-A score function is `score_fn(examples) -> float32 [N]`, scores in nats:
-log P(safe) - log P(unsafe). Here the caller scores, so that any judge can be
-compared on the same rows; suites that change examples (probes, attacks, rule
-selection) have modules of their own and take the score function.
-
-A metric in a result is {value, low, high, best}, see `measure`. Intervals
-resample conversations. Under `arrays` a suite keeps what figures and paired
-comparisons are made from; reports leave it out of their JSON.
+A suite is a row of SUITES and a function that measures: to add one, write both. Metrics that are
+new get their title and text in metrics.yaml.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from csrm_jax.evals import bootstrap, checks, measure, metrics
-from csrm_jax.evals.calibration import Calibration
-from csrm_jax.evals.measure import Draws, Result, ScoreFn
-from csrm_jax.safety.schema import Example, Pair
+from csrm_jax.data.benchmark import Benchmark
+from csrm_jax.evals import metrics, probes, retrieval, verdicts
+from csrm_jax.evals.bootstrap import Measure
+from csrm_jax.evals.metrics import Calibration
+from csrm_jax.evals.results import FAILED, SKIPPED, Result
+from csrm_jax.safety import augment
+from csrm_jax.safety.schema import Example
 
-__all__ = ['ScoreFn', 'classification', 'flips', 'pairs', 'rule_sets', 'worst']
+# Examples -> scores, float32 [N] nats.
+ScoreFn = Callable[[Sequence[Example]], np.ndarray]
 
-_NUM_WORST = 20
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+  """What is asked of a judge, and what is made of its answers.
+
+  Attributes:
+    measure: (benchmark, scores, m) -> Result, with finite scores (nats, float64), an array for each
+      item; m measures metrics with their intervals, see `bootstrap.Measure`.
+    ask: item -> the examples to be scored.
+    make: labelled examples, and the benchmark's options -> items; or (items, how many gave none).
+      None where examples are items, or items must be given.
+    is_judged: items are examples whose verdicts are judged: measure also takes a threshold and a
+      calibration, which are fitted on the benchmark's validation rows.
+    by_side: the first examples of all items are scored in one call, then the second ones.
+    paired: {metric: (function, names of its arrays)}, what a comparison of two scorers tests.
+  """
+
+  measure: Callable[..., Result]
+  ask: Callable[[Any], Sequence[Example]] = lambda example: (example,)
+  make: Callable[..., Any] | None = None
+  is_judged: bool = False
+  by_side: bool = False
+  paired: Mapping[str, tuple[Callable[..., float], Sequence[str]]] = dataclasses.field(
+    default_factory=dict
+  )
 
 
-def classification(
-  examples: Sequence[Example],
-  scores: np.ndarray,
+def _variants(item: Mapping[str, Example]) -> Sequence[Example]:
+  return tuple(item.values())
+
+
+# In the order of a report's chapters.
+SUITES = {
+  'classification': Suite(verdicts.classification, is_judged=True, paired=verdicts.PAIRED),
+  'over_refusal': Suite(verdicts.over_refusal, is_judged=True, paired=verdicts.PAIRED),
+  'configurability': Suite(verdicts.configurability, is_judged=True, paired=verdicts.PAIRED),
+  'any_turn': Suite(
+    retrieval.any_turn, retrieval.asked, retrieval.talks, is_judged=True, paired=verdicts.PAIRED
+  ),
+  'pairs': Suite(
+    verdicts.pairs,
+    lambda pair: (pair.safer, pair.other),
+    by_side=True,
+    paired=verdicts.PAIRED_PAIRS,
+  ),
+  'flips': Suite(verdicts.flips, tuple, by_side=True, paired=verdicts.PAIRED_FLIPS),
+  'rule_sets': Suite(verdicts.rule_sets),
+  'policy': Suite(probes.policy, _variants, probes.policy_items, paired=probes.PAIRED_POLICY),
+  'contradiction': Suite(probes.contradiction, _variants, probes.contradiction_items),
+  'attacks': Suite(probes.attacks, _variants, probes.attack_items),
+  'sensitivity': Suite(probes.sensitivity, _variants),
+  'order': Suite(probes.sensitivity, _variants, probes.order_items),
+  'wordings': Suite(probes.sensitivity, _variants, probes.paraphrase_items),
+  'padding': Suite(probes.sensitivity, _variants, probes.length_items),
+  'length': Suite(probes.length),
+  'best_of': Suite(
+    probes.best_of, lambda choice: choice.responses, paired={'credit': (metrics.mean, ('credit',))}
+  ),
+}
+
+
+def prepare(benchmarks: Iterable[Benchmark]) -> list[Benchmark]:
+  """Returns the benchmarks with plain examples made into what suites take.
+
+  After this `num_scores` is exact. Rows of which a suite can make nothing are counted in `drops`.
+
+  Raises:
+    ValueError: an unknown suite, or two benchmarks of one name.
+  """
+  prepared: dict[str, Benchmark] = {}
+  for benchmark in benchmarks:
+    if benchmark.suite not in SUITES:
+      raise ValueError(
+        f'benchmark {benchmark.name}: unknown suite {benchmark.suite!r}; use '
+        f'one of {", ".join(SUITES)}'
+      )
+    if benchmark.name in prepared:
+      raise ValueError(f'two benchmarks are called {benchmark.name!r}; rename one')
+    items = benchmark.items
+    if SUITES[benchmark.suite].make and len(items) and isinstance(items[0], Example):
+      benchmark = _make(benchmark)
+    prepared[benchmark.name] = benchmark
+  return list(prepared.values())
+
+
+def _make(benchmark: Benchmark) -> Benchmark:
+  try:
+    made = SUITES[benchmark.suite].make(benchmark.items, **benchmark.options)
+  except ImportError as error:  # of an extra: this suite fails, the others go on
+    return dataclasses.replace(benchmark, items=(), error=str(error), groups=(), tags={})
+  drops = dict(benchmark.drops)
+  if isinstance(made, tuple):
+    made, num_dropped = made
+    if num_dropped:
+      drops['not one category of several'] = num_dropped
+  elif len(made) < len(benchmark.items):
+    drops['not applicable'] = len(benchmark.items) - len(made)
+  # The items are not those that groups, tags and validation rows were given for.
+  return dataclasses.replace(
+    benchmark, items=made, groups=(), tags={}, validation=(), options={}, drops=drops
+  )
+
+
+def num_scores(benchmarks: Iterable[Benchmark]) -> int:
+  """Returns how many examples prepared benchmarks will score."""
+  total = 0
+  for b in benchmarks:
+    suite = SUITES[b.suite]
+    total += sum(len(suite.ask(item)) for item in b.items) * (1 + b.without_rules)
+    total += len(b.validation) if suite.is_judged and len(b.items) else 0
+  return total
+
+
+def run(
+  score_fn: ScoreFn,
+  benchmarks: Sequence[Benchmark],
   *,
-  threshold: float | None = None,
-  calibration: Calibration | None = None,
-  groups: Sequence[str] = (),
-  tags: Mapping[str, Sequence[str]] | None = None,
-  description: str = '',
+  fitted: Calibration | None = None,
   num_samples: int = 300,
   seed: int = 0,
-) -> Result:
-  """Returns metrics of the labelled examples, as a whole and by group.
+  on_start: Callable[[str], Any] = lambda name: None,
+) -> dict[str, Result]:
+  """Returns {benchmark: result}, in their order.
+
+  A benchmark that is not on disk gives a result SKIPPED with the command that would fetch it. A
+  suite whose scores are not finite, or whose examples cannot be scored, gives one FAILED with the
+  error, which names the example (or the package that is missing); the others go on. See `failures`.
 
   Args:
-    examples: those without a label are counted and left out.
-    scores: [N] nats.
-    threshold: on p_unsafe, fitted on *other* rows with
-      `metrics.best_threshold`; adds `f1_tuned` beside F1 at 0.5.
-    calibration: fitted on *other* rows; its metrics stand apart, under
-      `calibrated`.
-    groups: one id a row, rows of one id are drawn together.
-    tags: breakdown -> the group of each row in it, beside rule set, source
-      and violated category.
-    description: what these examples are, one line for the report.
+    score_fn: examples -> scores in nats.
+    benchmarks: as from `prepare`, or not.
+    fitted: the scorer's own calibration; where a benchmark has validation rows and none is given,
+      one is fitted on those.
     num_samples, seed: bootstrap draws for each interval.
-
-  Raises:
-    ValueError: a score is nan or infinite; names the example's id.
+    on_start: called with the name of each benchmark that is run.
   """
-  scores = checks.check_finite(scores, [example.id for example in examples])
-  kept = [i for i, e in enumerate(examples) if e.label is not None]
-  rows, scores = [examples[i] for i in kept], scores[kept]
-  labels = checks.labels_of(rows)
-  p_unsafe = checks.p_unsafe_from_scores(scores)
-  probability = checks.probability_of(rows)
-  units = bootstrap.units_of(rows, [groups[i] for i in kept] if groups else None)
-  draws = Draws(units, num_samples, seed)
-  keys = {'rule set': [e.rule_set for e in rows], 'source': [e.source for e in rows]}
-  keys |= {k: [v[i] for i in kept] for k, v in (tags or {}).items()}
-  rows_of = {what: measure.rows_by(names) for what, names in keys.items()}
-  rows_of['category'] = measure.rows_by_category(rows)
-  return {
-    'suite': 'classification',
-    'description': description,
-    'num_examples': len(rows),
-    'num_unsafe': int(labels.sum()),
-    'num_unlabelled': len(examples) - len(rows),
-    'num_units': int(units.max() + 1) if len(rows) else 0,
-    'threshold': threshold,
-    'metrics': measure.classification(labels, p_unsafe, probability, draws, threshold),
-    'calibrated': calibration and _calibrated(labels, scores, probability, draws, calibration),
-    'thresholds': metrics.threshold_table(labels, p_unsafe),
-    'breakdowns': {
-      what: measure.groups(labels, p_unsafe, probability, draws, part)
-      for what, part in rows_of.items()
-    },
-    'reliability': metrics.reliability_bins(labels, p_unsafe),
-    'worst': worst(rows, scores, _NUM_WORST),
-    'arrays': {
-      'ids': np.array([e.id for e in rows], np.str_),
-      'scores': scores,
-      'labels': labels,
-      'p_unsafe': p_unsafe,
-      'probability': probability,
-      'units': units,
-    },
-  }
+  results: dict[str, Result] = {}
+  m = Measure(num_samples=num_samples, seed=seed)
+  for b in prepare(benchmarks):
+    about = {'description': b.description}
+    if b.is_skipped:
+      counts = {'command': b.command, 'intended': b.suite}
+      results[b.name] = Result(SKIPPED, counts=counts, **about)
+      continue
+    on_start(b.name)
+    try:
+      result = measure(score_fn, b, m, fitted)
+      results[b.name] = dataclasses.replace(result, drops=dict(b.drops))
+      if b.without_rules:
+        hidden = 'The same examples with their rules hidden.'
+        scores = [np.array([s]) for s in score(blind(score_fn), b.items)]
+        result = verdicts.classification(dataclasses.replace(b, tags={}), scores, m, blind=True)
+        results[f'{b.name}_without_rules'] = dataclasses.replace(result, description=hidden)
+    except (ValueError, ImportError) as error:
+      results[b.name] = Result(FAILED, counts={'error': str(error)}, **about)
+  return results
 
 
-def _calibrated(labels, scores, probability, draws, calibration) -> Result:
-  p_unsafe = checks.p_unsafe_from_scores(calibration.apply(scores))
-  return {
-    'calibration': calibration.to_dict(),
-    'metrics': measure.classification(labels, p_unsafe, probability, draws),
-    'thresholds': metrics.threshold_table(labels, p_unsafe),
-  }
-
-
-def pairs(
-  pairs: Sequence[Pair],
-  safer_scores: np.ndarray,
-  other_scores: np.ndarray,
-  *,
-  description: str = '',
-  num_samples: int = 300,
-  seed: int = 0,
+def measure(
+  score_fn: ScoreFn, b: Benchmark, m: Measure, fitted: Calibration | None = None
 ) -> Result:
-  """Returns accuracy, ties and score gap of all pairs and of each kind.
-
-  The best accuracy is the share of pairs that their true probabilities order
-  as labelled, strictly. Where they are equal (the best `tie_rate`) the label is
-  a coin's, so a judge that never ties may lie above it by half of that rate.
-  The best gap is that of the true log odds.
+  """Returns the result of one prepared benchmark.
 
   Raises:
-    ValueError: a score is nan or infinite; names the pair's id.
+    ValueError: a score is not finite (names the id), or the suite cannot use an item.
+    ImportError: of a package that the suite needs.
   """
-  ids = [pair.id for pair in pairs]
-  safer = checks.check_finite(safer_scores, ids, 'score of the safer side')
-  other = checks.check_finite(other_scores, ids, 'score of the other side')
-  true = [
-    checks.probability_of([getattr(pair, side) for pair in pairs]) for side in ('safer', 'other')
-  ]
-  true = None if any(side is None for side in true) else true
-  units = bootstrap.units_of([pair.safer for pair in pairs], [_prompt_of(pair) for pair in pairs])
-  draws = Draws(units, num_samples, seed)
-
-  def part(rows):
-    return {'num_pairs': len(rows)} | _pair_metrics(
-      safer[rows], other[rows], true and [t[rows] for t in true], draws.take(rows)
-    )
-
-  by_set = measure.rows_by(pair.safer.rule_set for pair in pairs)
-  by_set.pop('', None)
-  return {
-    'suite': 'pairs',
-    'description': description,
-    'num_pairs': len(pairs),
-    'metrics': _pair_metrics(safer, other, true, draws),
-    'kinds': {
-      kind: part(rows) for kind, rows in measure.rows_by(pair.kind for pair in pairs).items()
-    },
-    'rule_sets': {
-      name: part(rows)
-      for name, rows in sorted(by_set.items(), key=lambda item: -len(item[1]))[: measure.MAX_GROUPS]
-    },
-    'arrays': {
-      'ids': np.array(ids, np.str_),
-      'safer': safer,
-      'other': other,
-      'gap': safer - other,
-      'kind': np.array([p.kind for p in pairs]),
-      'units': units,
-    },
-  }
-
-
-def flips(
-  examples: Sequence[tuple[Example, Example]],
-  scores_a: np.ndarray,
-  scores_b: np.ndarray,
-  *,
-  description: str = '',
-  num_samples: int = 300,
-  seed: int = 0,
-) -> Result:
-  """Returns how well verdicts follow a change of the rules alone.
-
-  Each row is one conversation under two rule sets that give it different
-  labels. `consistency`: both predicted labels are right (p_unsafe >= 0.5 is
-  unsafe). `direction`: the score is higher, strictly, under the rules that
-  make it safe.
-
-  Raises:
-    ValueError: a score is not finite, the two examples of a row differ in
-      their conversation, or their labels do not differ; names the ids.
-  """
-  for a, b in examples:
-    checks.check_flip(a, b)
-  first, second = [a for a, _ in examples], [b for _, b in examples]
-  scores_a = checks.check_finite(scores_a, [e.id for e in first])
-  scores_b = checks.check_finite(scores_b, [e.id for e in second])
-  labels_a, labels_b = checks.labels_of(first), checks.labels_of(second)
-  p_a, p_b = map(checks.p_unsafe_from_scores, (scores_a, scores_b))
-  safer = np.where(labels_a == 0, scores_a, scores_b)
-  other = np.where(labels_a == 0, scores_b, scores_a)
-  true_a, true_b = checks.probability_of(first), checks.probability_of(second)
-  best = [None, None]
-  if true_a is not None and true_b is not None:
-    gap = np.where(labels_a == 0, true_b - true_a, true_a - true_b)
-    best = [
-      metrics.flip_consistency(labels_a, true_a, labels_b, true_b),
-      metrics.pair_accuracy(gap, np.zeros_like(gap)),
-    ]
-  units = bootstrap.units_of(first)
-  draws = Draws(units, num_samples, seed)
-  return {
-    'suite': 'flips',
-    'description': description,
-    'num_flips': len(examples),
-    'metrics': {
-      'consistency': measure.metric(
-        metrics.flip_consistency, (labels_a, p_a, labels_b, p_b), draws, best[0]
-      ),
-      'direction': measure.metric(metrics.pair_accuracy, (safer, other), draws, best[1]),
-    },
-    'arrays': {
-      'ids': np.array([e.id for e in first], np.str_),
-      'units': units,
-      'labels_a': labels_a,
-      'p_a': p_a,
-      'labels_b': labels_b,
-      'p_b': p_b,
-      'safer': safer,
-      'other': other,
-    },
-  }
-
-
-def rule_sets(examples: Sequence[Example], scores: np.ndarray) -> Result:
-  """Returns one conversation under several rule sets, with text and scores.
-
-  Source: the paper's Figure 6.
-
-  Raises:
-    ValueError: no example, not the same conversation, or a score not finite.
-  """
-  scores = checks.check_finite(scores, [example.id for example in examples])
-  if not examples:
-    raise ValueError('no example: give one conversation under each rule set')
-  conversation = examples[0].conversation
-  for example in examples:
-    if example.conversation != conversation:
-      raise ValueError(
-        f'examples {examples[0].id!r} and {example.id!r} differ in their '
-        'conversation; only the rules may differ'
-      )
-  rows = []
-  for example, score in zip(examples, scores, strict=True):
-    rows.append(
-      {
-        'rule_set': example.rule_set or example.safety.name or example.id,
-        'rules': [c.to_dict() for c in example.safety.categories],
-        'score': float(score),
-        'p_unsafe': float(checks.p_unsafe_from_scores(score[None])[0]),
-        'label': example.label,
-        'probability': example.probability,
+  if b.error:
+    raise ImportError(b.error)
+  suite = SUITES[b.suite]
+  asked = [suite.ask(item) for item in b.items]
+  if suite.by_side:
+    scores = list(zip(*(score(score_fn, side) for side in zip(*asked, strict=True)), strict=True))
+  else:
+    flat = score(score_fn, [example for examples in asked for example in examples])
+    scores = np.split(flat, np.cumsum([len(examples) for examples in asked])[:-1]) if asked else []
+  options = dict(b.options)
+  if suite.is_judged:
+    rows = [e for e in b.validation if e.label is not None]
+    labels, options = metrics.labels_of(rows), {'calibration': fitted}
+    if 0 < labels.sum() < len(labels):
+      held_out = score(score_fn, rows)
+      p_unsafe = metrics.p_unsafe_from_scores(held_out)
+      options = {
+        'threshold': metrics.best_threshold(labels, p_unsafe),
+        'calibration': fitted or metrics.fit_calibration(labels, held_out),
       }
-    )
-  talk = [message.to_dict() for message in conversation]
-  return {'suite': 'rule_sets', 'conversation': talk, 'rows': rows}
+  return dataclasses.replace(suite.measure(b, scores, m, **options), description=b.description)
 
 
-def worst(examples: Sequence[Example], scores: np.ndarray, n: int) -> list[dict[str, Any]]:
-  """Returns the n labelled examples of highest -log P(label), worst first.
+def score(score_fn: ScoreFn, examples: Sequence[Example]) -> np.ndarray:
+  """Returns the scores, float64 [N] nats; not finite: ValueError with the id."""
+  return metrics.check_finite(score_fn(examples), [e.id for e in examples])
 
-  By id, never by text: a report may travel further than its data.
-  """
-  scores = checks.check_finite(scores, [example.id for example in examples])
-  kept = [i for i, e in enumerate(examples) if e.label is not None]
-  rows = [examples[i] for i in kept]
-  p_unsafe = checks.p_unsafe_from_scores(scores[kept])
-  loss = metrics.row_nll(checks.labels_of(rows), p_unsafe)
-  order = sorted(range(len(rows)), key=lambda i: (-loss[i], rows[i].id))[:n]
+
+def failures(results: Mapping[str, Result]) -> list[str]:
+  """Returns 'benchmark: error' of each suite that failed."""
   return [
-    {
-      'id': rows[i].id,
-      'label': rows[i].label,
-      'p_unsafe': float(p_unsafe[i]),
-      'nll': float(loss[i]),
-      'probability': rows[i].probability,
-    }
-    for i in order
+    f'{name}: {result.counts["error"]}'
+    for name, result in results.items()
+    if result.suite == FAILED
   ]
 
 
-def _pair_metrics(safer, other, true, draws):
-  best = dict.fromkeys(('accuracy', 'tie_rate', 'score_gap'))
-  if true is not None:
-    # Order and ties come from the probabilities themselves: their log odds
-    # are clipped, which would tie the surest ones.
-    safe, other_safe = (-probability for probability in true)
-    best = {
-      'accuracy': metrics.pair_accuracy(safe, other_safe),
-      'tie_rate': metrics.tie_rate(safe, other_safe),
-      'score_gap': metrics.score_gap(*map(checks.log_odds_safe, true)),
-    }
-  fns = metrics.pair_accuracy, metrics.tie_rate, metrics.score_gap
-  return {
-    name: measure.metric(fn, (safer, other), draws, best[name])
-    for name, fn in zip(best, fns, strict=True)
-  }
+def blind(score_fn: ScoreFn) -> ScoreFn:
+  """Returns the score function that is shown no rules."""
+
+  def score(examples, *args):
+    return score_fn([augment.hide_rules(e) for e in examples], *args)
+
+  return score
 
 
-def _prompt_of(pair: Pair) -> str:
-  """Returns what pairs of one prompt share: the text before the response.
+def fit_calibration(score_fn: ScoreFn, examples: Sequence[Example]) -> Calibration:
+  """Returns the calibration fitted on labelled validation examples.
 
-  Pairs of one conversation under two rule sets share the conversation, which
-  `bootstrap.units_of` sees for itself.
+  Raises:
+    ValueError: a score is not finite (names the id), or a class is missing.
   """
-  if pair.kind != 'preference' or len(pair.safer.conversation) < 2:
-    return ''
-  return repr([(m.role, m.content) for m in pair.safer.conversation[:-1]])
+  rows = [e for e in examples if e.label is not None]
+  return metrics.fit_calibration(metrics.labels_of(rows), score(score_fn, rows))

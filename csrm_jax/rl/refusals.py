@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from csrm_jax.core import checks
+from csrm_jax.core import checks, markdown
 from csrm_jax.data import public, rows
-from csrm_jax.evals import bootstrap, markdown
+from csrm_jax.evals import bootstrap
 from csrm_jax.reward import model as reward_model
 from csrm_jax.rl import verifiers
 from csrm_jax.safety import schema

@@ -284,7 +284,7 @@ def _evaluate(
     results['overoptimisation'] = policy_eval.overoptimisation(
       history, f'{min(_NUM_LOOKED_AT, len(setup.test))} held-out prompts.'
     )
-  measured = results['alignment']['policies']
+  measured = results['alignment'].values['policies']
   return results, {policy: sets[policy_eval.ALL] for policy, sets in measured.items()}
 
 

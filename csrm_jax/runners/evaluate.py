@@ -1,27 +1,61 @@
-"""Scores a file of conversations with a reward model or a public model."""
+"""Evaluates: scores a file, runs benchmarks and writes their report, compares reports.
+
+The config says which: config.runner is 'evaluate', 'benchmark' or 'compare'. Training runs use the
+second half, to test what they have made.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import glob
+import hashlib
+import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ml_collections
+import numpy as np
+import tqdm
 
+from csrm_jax import config as config_lib
 from csrm_jax.core import files
-from csrm_jax.data import features, sources
-from csrm_jax.evals import report, suites
+from csrm_jax.data import benchmark, benchmarks as data_benchmarks, features, sources
+from csrm_jax.data.benchmark import Benchmark
+from csrm_jax.evals import compare, policy, report, suites
+from csrm_jax.evals.bootstrap import Measure
+from csrm_jax.evals.metrics import Calibration
+from csrm_jax.evals.results import Result
 from csrm_jax.reward import model as reward_model, scoring
-from csrm_jax.runners import evaluation, show_tokens as show_tokens_lib
+from csrm_jax.ruleworld import probes
+from csrm_jax.runners import show_tokens as show_tokens_lib
 from csrm_jax.safety import schema, templates
+from csrm_jax.train import loop
+
+# Of held-out rows, the share that thresholds and calibration are fitted on.
+_VALIDATION_FRACTION = 0.25
+_HELD_OUT = '{} of the data trained on that training did not see.'
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Does what config.runner says."""
+  jobs = {'evaluate': _score_file, 'benchmark': _run_benchmarks, 'compare': _compare}
+  jobs[config.runner](config, workdir)
+
+
+# --- A file ----------------------------------------------------------------------------
+
+
+def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Writes workdir/scored.jsonl, and a report where the rows have labels."""
   examples = _read_examples(config)
-  rm = evaluation.load_model(config)
-  scores = evaluation.score_with_progress(rm.score_fn, examples)
+  rm = load_model(config)
+  with _progress_bar('score', len(examples)) as bar:
+    scores = rm.score_fn(examples, bar.update)
   path = workdir / 'scored.jsonl'
   lines = [
     json.dumps({'id': example.id, **dataclasses.asdict(verdict)})
@@ -31,28 +65,21 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   print(f'{len(lines)} verdicts: {path}')
   if any(example.label is not None for example in examples):
     name = rm.spec.layout.format
-    results = {
-      'file': suites.classification(
-        examples,
-        scores,
-        description=f'The rows of {config.conversations}, '
-        f'judged by {config.checkpoint} in the format {name}.',
-      )
-    }
-    summary = report.summarise(results) | {'num_examples': len(examples), 'format': name}
-    print(
-      'report:',
-      report.write_report(
-        workdir / 'report', results, title=f'Scores of a file, format {name}', summary=summary
-      ),
+    about = (
+      f'The rows of {config.conversations}, judged by {config.checkpoint} in the format {name}.'
     )
+    rows = Benchmark('file', 'classification', examples, about)
+    results = {'file': suites.measure(lambda _: scores, rows, Measure())}
+    summary = report.summarise(results) | {'num_examples': len(examples), 'format': name}
+    title = f'Scores of a file, format {name}'
+    path = report.write_report(workdir / 'report', results, title=title, summary=summary)
+    print(f'report: {path}')
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
-  """Prints the prompt of the first row; of its first category, if the guard
-  reads one at a time."""
+  """Prints the prompt of the first row; of its first category, if the guard reads one at a time."""
   example = _read_examples(config)[0]
-  spec, tokenizer = reward_model.describe(config.checkpoint, **evaluation.model_options(config))
+  spec, tokenizer = reward_model.describe(config.checkpoint, **model_options(config))
   guard = templates.GUARDS.get(spec.layout.format)
   if guard and guard.per_category:
     example = scoring.split_categories(example)[0]
@@ -79,3 +106,307 @@ def _read_examples(config: ml_collections.ConfigDict) -> Sequence[schema.Example
     else dataclasses.replace(example, safety=safety, label=None, violated=(), probability=None)
     for example in examples
   ]
+
+
+# --- All benchmarks ----------------------------------------------------------------------
+
+
+def _run_benchmarks(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes workdir/report: tables, probes and figures of all suites."""
+  if show_finished(workdir):
+    return
+  start = time.monotonic()
+  todo = _all_benchmarks(config.benchmarks)
+  rm = load_model(config)
+  score_fn = keep_scores(rm.score_fn, workdir / 'scores')
+  results = test(score_fn, todo, _calibration(config.checkpoint))
+  name = rm.spec.layout.format
+  summary = report.summarise(results) | {
+    'format': name,
+    'checkpoint': str(config.checkpoint),
+    'time_s': time.monotonic() - start,
+  }
+  write(workdir, results, summary, config.title or f'Evaluation of {config.checkpoint}')
+
+
+def _all_benchmarks(config: ml_collections.ConfigDict) -> list[Benchmark]:
+  todo = []
+  if config.ruleworld_examples:
+    todo += probes.benchmarks(config.ruleworld_seed, config.ruleworld_examples)
+  if config.data_dir:
+    todo += data_benchmarks.load(config.data_dir, tuple(config.names))
+  if not todo:
+    raise ValueError(
+      'nothing to evaluate: give --config.benchmarks.data_dir=FOLDER, or ruleworld_examples above 0'
+    )
+  return suites.prepare(benchmark.limited(item, config.max_items) for item in todo)
+
+
+def _calibration(checkpoint: str) -> Calibration | None:
+  """Returns what training fitted, if it did."""
+  path = pathlib.Path(checkpoint).expanduser() / 'calibration.json'
+  if not path.is_file():
+    return None
+  return Calibration.from_dict(json.loads(path.read_text()))
+
+
+# --- Reports side by side ----------------------------------------------------------------
+
+
+def _compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes workdir/report from the reports of config.compare.
+
+  Nothing is scored again: the models must have been tested on the same rows,
+  the policies asked the same prompts.
+  """
+  found = (_find(pathlib.Path(pattern).expanduser()) for pattern in config.compare)
+  folders = list(dict.fromkeys(itertools.chain.from_iterable(found)))  # Patterns may overlap.
+  if len(folders) < 2:
+    raise ValueError(
+      f'config.compare names {len(folders)} work directories: give two or '
+      "more, as --config.compare=\"('/tmp/a', '/tmp/b')\""
+    )
+  names = [folder.name for folder in folders]
+  if len(set(names)) < len(names):
+    raise ValueError(
+      f'config.compare: the folders are called {", ".join(names)}; a name '
+      'tells the models apart, so rename one'
+    )
+  results = {folder.name: report.read_results(folder / 'report') for folder in folders}
+  aligned = [folder for folder in folders if 'alignment' in results[folder.name]]
+  if aligned:
+    other = next((f for f in folders if f not in aligned), None)
+    if other is not None:
+      raise ValueError(
+        f'config.compare: {aligned[0]} is an alignment and {other} is not; '
+        'compare either policies or reward models'
+      )
+    runs = [_read_run(folder, results[folder.name]) for folder in folders]
+    path = report.write_report(
+      workdir / 'report',
+      policy.compare_runs(runs, config.reference),
+      title=config.title or 'Aligned policies',
+      summary={'num_runs': len(folders)},
+    )
+  else:
+    path = compare.write_comparison(
+      workdir / 'report',
+      results,
+      title=config.title or 'Comparison',
+      reference=config.reference,
+      num_samples=config.num_samples,
+    )
+  print(f'report: {path}')
+
+
+def _find(pattern: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the folder; for a pattern, those that match and have a report."""
+  if '*' not in str(pattern):
+    return [pattern]
+  return sorted(
+    pathlib.Path(path)
+    for path in glob.glob(str(pattern))
+    if (pathlib.Path(path) / 'report' / 'metrics.json').is_file()
+  )
+
+
+def _read_run(folder: pathlib.Path, results: report.Results) -> policy.Run:
+  made = config_lib.from_json((folder / 'config.json').read_text('utf-8'))
+  reward = made.reward
+  name = reward.name
+  if name == 'csrm':  # one a seed is the same reward
+    name = re.sub(r'-seed\d+$', '', pathlib.Path(reward.checkpoint).name)
+  elif name == 'alphaalign':
+    name = f'{name}: {reward.variant}, {pathlib.Path(reward.refusal).name}'
+  return policy.Run(
+    made.algorithm,
+    name,
+    made.data.rules,
+    made.seed,
+    reward.get('a', 1.0),
+    reward.get('b', 0.0),
+    {which: sets[policy.ALL] for which, sets in results['alignment'].values['policies'].items()},
+  )
+
+
+# --- Models, test sets and scores ---------------------------------------------------------
+
+
+def load_model(config: ml_collections.ConfigDict) -> reward_model.RewardModel:
+  """Returns the model that configs/eval.py names."""
+  return reward_model.load(config.checkpoint, config.max_length, **model_options(config))
+
+
+def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the options of reward_model.load for the model that is named.
+
+  Raises:
+    ValueError: none is.
+  """
+  if not config.checkpoint:
+    raise ValueError('config.checkpoint is empty: give --config.checkpoint=PATH')
+  options = {'format': config.format, 'words': tuple(config.words)}
+  overrides = {name: value for name, value in config.numerics.items() if value}
+  return options | overrides
+
+
+def benchmarks(
+  config: ml_collections.ConfigDict, held_out: Mapping[str, Sequence[Any]]
+) -> list[Benchmark]:
+  """Returns what a run is tested on, of each a sample.
+
+  That is RuleWorld's sets if asked for, and held-out parts of the training data.
+  """
+  todo = []
+  if config.ruleworld_examples:
+    # A seed of its own: runs with other seeds are tested on the same sets.
+    todo = probes.basic_benchmarks(config.ruleworld_seed, config.ruleworld_examples)
+  for name, items in held_out.items():
+    pairs = [item for item in items if isinstance(item, schema.Pair)]
+    examples = [item for item in items if isinstance(item, schema.Example)]
+    made = []
+    if examples:
+      test, validation = sources.split(examples, _VALIDATION_FRACTION, seed=1)
+      made.append(
+        Benchmark(name, 'classification', test, _HELD_OUT.format('Rows'), validation=validation)
+      )
+    if pairs:  # A file of both kinds, as augmentation writes, has two sets.
+      made.append(
+        Benchmark(f'{name}_pairs' if examples else name, 'pairs', pairs, _HELD_OUT.format('Pairs'))
+      )
+    todo += [benchmark.limited(b, config.max_examples) for b in made]
+  return suites.prepare(todo)
+
+
+def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path) -> scoring.ScoreFn:
+  """Returns a score function that keeps its answers in files of `folder`.
+
+  A resumed run has no untrained model to ask again.
+  """
+
+  def score(examples, progress=lambda num: None):
+    content = json.dumps([example.to_dict() for example in examples])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    path = folder / f'{digest}.json'
+    if path.is_file():
+      progress(len(examples))
+      return np.array(json.loads(path.read_text()), np.float32)
+    scores = score_fn(examples, progress)
+    folder.mkdir(exist_ok=True)
+    files.write(path, json.dumps(scores.tolist()))
+    return scores
+
+  return score
+
+
+def check_lengths(sets: Mapping[str, Sequence[Any]], encoder: features.Encoder) -> None:
+  """Checks that all rules fit into a prompt: before training, not after it.
+
+  Raises:
+    ValueError: names the example whose rules do not.
+  """
+  for item in itertools.chain.from_iterable(sets.values()):
+    is_pair = isinstance(item, schema.Pair)
+    for example in (item.safer, item.other) if is_pair else (item,):
+      features.require(features.encode_example(example, encoder))
+
+
+def test(
+  score_fn: scoring.ScoreFn,
+  todo: Sequence[Benchmark],
+  calibration: Calibration | None = None,
+  rules_blind: bool = False,
+) -> dict[str, Result]:
+  """Returns {benchmark: result} of prepared benchmarks, behind a progress bar.
+
+  Args:
+    score_fn: examples -> scores in nats.
+    todo: as from suites.prepare.
+    calibration: of the scorer; its figures stand apart from the raw ones.
+    rules_blind: the scorer was trained without rules and is given none.
+  """
+  with _progress_bar('evaluate', suites.num_scores(todo)) as bar:
+    score = _score_once(score_fn, bar.update, rules_blind)
+    results = suites.run(score, todo, fitted=calibration, on_start=bar.set_postfix_str)
+    bar.set_postfix_str('')
+  return results
+
+
+def _score_once(
+  score_fn: scoring.ScoreFn, progress: Callable[[int], Any], rules_blind: bool
+) -> suites.ScoreFn:
+  """Returns a score function that computes each example once: test sets share validation rows."""
+  known: dict[schema.Example, float] = {}
+
+  def score(examples):
+    new = [e for e in dict.fromkeys(examples) if e not in known]
+    progress(len(examples) - len(new))
+    known.update(zip(new, score_fn(new, progress).tolist(), strict=True))
+    return np.array([known[example] for example in examples], np.float32)
+
+  return suites.blind(score) if rules_blind else score
+
+
+def fit_calibration(
+  score_fn: scoring.ScoreFn,
+  todo: Sequence[Benchmark],
+  workdir: pathlib.Path,
+  rules_blind: bool = False,
+) -> Calibration | None:
+  """Returns temperature and bias, fitted on validation rows; None without rows of both labels.
+
+  They are written to workdir/calibration.json.
+  """
+  rows = dict.fromkeys(row for b in todo for row in b.validation)
+  if {row.label for row in rows} < set(schema.LABELS):
+    return None
+  with _progress_bar('calibrate', len(rows)) as bar:
+    score = _score_once(score_fn, bar.update, rules_blind)
+    fitted = suites.fit_calibration(score, list(rows))
+  files.write(workdir / 'calibration.json', json.dumps(fitted.to_dict()))
+  return fitted
+
+
+def _progress_bar(name: str, total: int) -> tqdm.tqdm:
+  return tqdm.tqdm(
+    total=total, desc=name, unit='example', dynamic_ncols=True, mininterval=loop.BAR_INTERVAL_S
+  )
+
+
+def show_finished(workdir: pathlib.Path) -> bool:
+  """Returns whether the report is there; if so prints its table."""
+  folder = workdir / 'report'
+  if not (folder / 'summary.json').is_file():
+    return False
+  summary, metrics = (
+    json.loads((folder / name).read_text()) for name in ('summary.json', 'metrics.json')
+  )
+  print(report.terminal_table(summary, metrics['suites'].get('one_conversation')))
+  print(f'{workdir} is finished; remove its report/ to evaluate again')
+  print(f'report: {folder / "report.md"}')
+  return True
+
+
+def write(
+  workdir: pathlib.Path, results: report.Results, summary: Mapping[str, Any], title: str
+) -> None:
+  """Writes workdir/report and prints the table a run ends with.
+
+  Raises:
+    ValueError: a suite failed; the report is written all the same.
+  """
+  manifest = json.loads((workdir / 'manifest.json').read_text())
+  print('writing the report', file=sys.stderr)
+  path = report.write_report(
+    workdir / 'report',
+    results,
+    title=title,
+    summary=summary,
+    manifest=manifest,
+    history=workdir / 'metrics.jsonl',
+  )
+  talk = results.get('one_conversation')
+  print(report.terminal_table(summary, talk and talk.values))
+  print(f'report: {path}')
+  for failure in suites.failures(results):
+    raise ValueError(f'{failure}; the report has what could be evaluated')

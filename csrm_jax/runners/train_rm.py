@@ -21,7 +21,7 @@ from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.ruleworld import datasets
-from csrm_jax.runners import evaluation, show_tokens as show_tokens_lib
+from csrm_jax.runners import evaluate, show_tokens as show_tokens_lib
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, step as training
@@ -29,7 +29,7 @@ from csrm_jax.train import loop as loop_lib, step as training
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Trains from the base weights, evaluates, writes workdir/report."""
-  if evaluation.show_finished(workdir):
+  if evaluate.show_finished(workdir):
     return
   mesh = mesh_lib.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
@@ -41,8 +41,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   loop_lib.check_lengths(config)
   spec, tokenizer = _describe(config)
   parts, held_out = _read_data(config)
-  todo = evaluation.benchmarks(config.eval, held_out)
-  evaluation.check_lengths(held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
+  todo = evaluate.benchmarks(config.eval, held_out)
+  evaluate.check_lengths(held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
   batches = _make_batches(config, tokenizer, spec.layout, parts)
   # Data of which nothing fits ends here, before anything is written.
   first = batches.get_state()
@@ -56,8 +56,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
 
   blind, before = config.data.rules_blind, {}
   if config.eval.zero_shot:
-    before = evaluation.run(
-      evaluation.keep_scores(score_fn(params), workdir / 'zero_shot'), todo, rules_blind=blind
+    before = evaluate.test(
+      evaluate.keep_scores(score_fn(params), workdir / 'zero_shot'), todo, rules_blind=blind
     )
   step_fn, state = make_step(config, spec.model, spec.verbalizers(tokenizer), params, mesh)
   state = loop_lib.train(
@@ -74,9 +74,11 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   start = time.monotonic()
   trained_s = loop_lib.elapsed_s(workdir)
   score = score_fn(state.params)
-  calibration = evaluation.fit_calibration(score, todo, workdir, blind)
-  results = evaluation.run(score, todo, calibration, blind) | {
-    f'{name}_zero_shot': result | {'description': 'The same examples before training.'}
+  calibration = evaluate.fit_calibration(score, todo, workdir, blind)
+  results = evaluate.test(score, todo, calibration, blind) | {
+    f'{name}_zero_shot': dataclasses.replace(
+      result, description='The same examples before training.'
+    )
     for name, result in before.items()
   }
   summary = report.summarise(results) | {
@@ -88,8 +90,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
     'num_trained_params': tree.num_params(state.params),
     'num_steps': config.num_steps,
   }
-  evaluation.write(workdir, results, summary, title=config.title)
-  evaluation.check(results)
+  evaluate.write(workdir, results, summary, config.title)
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from csrm_jax.data.benchmark import Benchmark, limited
-from csrm_jax.evals import battery, comparison, figures, report
-from csrm_jax.evals.calibration import Calibration
+from csrm_jax.evals import compare, figures, report, retrieval, suites
+from csrm_jax.evals.metrics import Calibration
+from csrm_jax.evals.results import Result
 from csrm_jax.ruleworld import probes
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
@@ -34,7 +35,7 @@ def _oracle(noise=0.0, seed=0):
 
 @pytest.fixture(scope='module')
 def benchmarks():
-  return battery.prepare(probes.benchmarks(seed=3, num_examples=40))
+  return suites.prepare(probes.benchmarks(seed=3, num_examples=40))
 
 
 @pytest.fixture(scope='module')
@@ -45,16 +46,16 @@ def results(benchmarks):
     counted.append(len(examples))
     return _oracle()(examples)
 
-  found = battery.run(score, benchmarks, num_samples=4)
+  found = suites.run(score, benchmarks, num_samples=4)
   # What a progress bar is told beforehand is what happens.
-  assert sum(counted) == battery.num_scores(benchmarks)
+  assert sum(counted) == suites.num_scores(benchmarks)
   return found
 
 
 def test_every_suite_has_a_benchmark_in_ruleworld(benchmarks, results):
   # Its own wordings come as variants already: the suite 'sensitivity'.
-  assert {b.suite for b in benchmarks} == set(battery.SUITES) - {'wordings'}
-  assert not battery.failures(results)
+  assert {b.suite for b in benchmarks} == set(suites.SUITES) - {'wordings'}
+  assert not suites.failures(results)
   assert set(results) == {b.name for b in benchmarks} | {
     'seen_without_rules',
     'unseen_without_rules',
@@ -63,7 +64,7 @@ def test_every_suite_has_a_benchmark_in_ruleworld(benchmarks, results):
 
 def test_the_oracle_is_right_wherever_the_truth_is_known(results):
   def value(name, metric):
-    return results[name]['metrics'][metric]['value']
+    return results[name].metrics[metric]['value']
 
   for name, metric, expected in (
     ('levels', 'consistency', 1),
@@ -83,29 +84,29 @@ def test_the_oracle_is_right_wherever_the_truth_is_known(results):
     ('pairs', 'accuracy', 1),
   ):
     assert value(name, metric) == expected, (name, metric)
-  best = results['policy']['metrics']['shift_allow']['best']
+  best = results['policy'].metrics['shift_allow']['best']
   assert best == -1
-  blind = results['unseen_without_rules']['metrics']['auprc']['value']
+  blind = results['unseen_without_rules'].metrics['auprc']['value']
   assert blind < value('unseen', 'auprc')
   assert value('contradiction', 'reward_allow') > 0.9
 
 
 def test_thresholds_and_calibration_come_from_validation_rows(results):
   unseen = results['unseen']
-  assert 0 < unseen['threshold'] < 1 and 'f1_tuned' in unseen['metrics']
+  assert 0 < unseen.counts['threshold'] < 1 and 'f1_tuned' in unseen.metrics
   # The scores are probabilities already.
-  fitted = unseen['calibrated']['calibration']
+  fitted = unseen.values['calibrated']['calibration']
   assert fitted['temperature'] == pytest.approx(1, abs=0.6)
-  assert results['levels']['threshold'] is None
+  assert results['levels'].counts['threshold'] is None
 
 
 def test_a_given_calibration_is_used_everywhere(benchmarks):
   few = [b for b in benchmarks if b.name in ('unseen', 'levels')]
   mine = Calibration(3.0, 1.0)
-  found = battery.run(_oracle(), few, fitted=mine, num_samples=0)
+  found = suites.run(_oracle(), few, fitted=mine, num_samples=0)
   for name in ('unseen', 'levels'):
-    assert found[name]['calibrated']['calibration'] == mine.to_dict()
-  assert found['unseen']['metrics']['f1']['low'] is None
+    assert found[name].values['calibrated']['calibration'] == mine.to_dict()
+  assert found['unseen'].metrics['f1']['low'] is None
 
 
 def test_missing_data_and_bad_scores(benchmarks, tmp_path):
@@ -120,11 +121,11 @@ def test_missing_data_and_bad_scores(benchmarks, tmp_path):
     return scores
 
   todo = [missing, *(b for b in benchmarks if b.name in ('seen', 'flip'))]
-  found = battery.run(judge, todo, num_samples=2)
-  assert found['beavertails']['suite'] == 'skipped'
-  (failure,) = battery.failures(found)
+  found = suites.run(judge, todo, num_samples=2)
+  assert found['beavertails'].suite == 'skipped'
+  (failure,) = suites.failures(found)
   assert failure.startswith('seen: ') and bad_id in failure
-  assert found['flip']['suite'] == 'flips'
+  assert found['flip'].suite == 'flips'
   path = report.write_report(tmp_path / 'r', found, title='t', summary=report.summarise(found))
   text = path.read_text()
   assert '`fetch \\| it --now`' in text and '## Failed' in text
@@ -134,9 +135,9 @@ def test_missing_data_and_bad_scores(benchmarks, tmp_path):
 
 def test_unknown_suites_and_names_twice():
   with pytest.raises(ValueError, match="unknown suite 'dance'"):
-    battery.prepare([Benchmark('a', 'dance')])
+    suites.prepare([Benchmark('a', 'dance')])
   with pytest.raises(ValueError, match="called 'a'"):
-    battery.prepare([Benchmark('a', 'pairs'), Benchmark('a', 'flips')])
+    suites.prepare([Benchmark('a', 'pairs'), Benchmark('a', 'flips')])
   with pytest.raises(ValueError, match="1 values of 'kind'"):
     Benchmark('a', 'pairs', [1, 2], tags={'kind': ['x']})
 
@@ -220,11 +221,11 @@ def test_the_report_shows_probes_and_no_text(folder, benchmarks):
 def test_stored_results_compare_like_fresh_ones(folder, results, benchmarks):
   back = report.read_results(folder)
   assert set(back) == set(results)
-  stored, fresh = (r['unseen']['arrays']['p_unsafe'] for r in (back, results))
+  stored, fresh = (r['unseen'].arrays['p_unsafe'] for r in (back, results))
   np.testing.assert_array_equal(stored, fresh)
-  noisy = battery.run(_oracle(2.0, 1), benchmarks, num_samples=2)
+  noisy = suites.run(_oracle(2.0, 1), benchmarks, num_samples=2)
   path = folder.parent / 'compare'
-  comparison.write_comparison(
+  compare.write_comparison(
     path, {'oracle': back, 'noisy | judge': noisy}, title='Two', num_samples=50
   )
   text = (path / 'report.md').read_text()
@@ -235,7 +236,7 @@ def test_stored_results_compare_like_fresh_ones(folder, results, benchmarks):
 
 
 def test_a_metric_that_no_scorer_has_is_not_drawn(tmp_path):
-  assert not figures.draw_comparison(tmp_path / 'x.png', {'a': {'b': {'metrics': {}}}}, 'f1')
+  assert not figures.draw_comparison(tmp_path / 'x.png', {'a': {'b': Result('pairs')}}, 'f1')
   assert list(tmp_path.iterdir()) == []
 
 
@@ -243,9 +244,9 @@ def test_a_missing_package_fails_its_suite_only(benchmarks, monkeypatch):
   def missing():
     raise ImportError('run "pip install csrm_jax[evals]"')
 
-  monkeypatch.setattr(battery.retrieval, '_import_bm25s', missing)
+  monkeypatch.setattr(retrieval, '_import_bm25s', missing)
   todo = [b for b in benchmarks if b.name in ('long_rules', 'flip')]
-  found = battery.run(_oracle(), todo, num_samples=2)
-  assert found['flip']['suite'] == 'flips'
-  (failure,) = battery.failures(found)
+  found = suites.run(_oracle(), todo, num_samples=2)
+  assert found['flip'].suite == 'flips'
+  (failure,) = suites.failures(found)
   assert failure == 'long_rules: run "pip install csrm_jax[evals]"'

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from csrm_jax.data.benchmark import Choice
-from csrm_jax.evals import best_of
+from csrm_jax.evals import probes
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
+from tests.evals.helpers import plain, run
 
 SAFETY = SafetyConfig((Category('Pets', 'No dogs.'),))
 
@@ -27,8 +28,9 @@ def _choice(name, num, num_correct=1, subset='Safety'):
 def _run(rows):
   """rows: [(choice, scores of its responses)]"""
   table = {r.id: s for c, scores in rows for r, s in zip(c.responses, scores, strict=True)}
-  return best_of.best_of(
-    [c for c, _ in rows], lambda es: np.array([table[e.id] for e in es]), num_samples=5
+  choices = [c for c, _ in rows]
+  return plain(
+    run('best_of', choices, lambda es: np.array([table[e.id] for e in es]), num_samples=5)
   )
 
 
@@ -58,7 +60,7 @@ def test_ties_follow_the_published_formula():
     (_choice('ref:2', 3, 1, 'Ties'), np.array([0.0, 1.0, 0.0])),
     (_choice('tied:2', 4, 2, 'Ties'), np.array([4.0, 1.0, 0.0, 0.0])),
   ]
-  found = best_of.ties_score([c for c, _ in items], [s for _, s in items])
+  found = probes.ties_score([c for c, _ in items], [s for _, s in items])
   # Item 1: margin 1.5, spread 0.5, ref margin 1. Item 2: margin 1, spread 3,
   # ref margin -1.
   assert found['ref_accuracy'] == 0.5 and found['tied_accuracy'] == 1
@@ -72,7 +74,7 @@ def test_ties_follow_the_published_formula():
   assert result['metrics']['best_of']['value'] == pytest.approx(found['score'])
   assert math.isnan(result['metrics']['strict']['value'])
   # No spread at all: a margin above it is as good as can be.
-  flat = best_of.ties_score(
+  flat = probes.ties_score(
     [c for c, _ in items[:2]], [np.array([2.0, 1, 0]), np.array([3.0, 3, 1, 1])]
   )
   assert flat['margin'] == 1 and flat['score'] == pytest.approx(1.01)
@@ -85,5 +87,5 @@ def test_order_of_responses_and_bad_items():
     _choice('a', 4, 1, 'Ties')
   with pytest.raises(ValueError, match="'b/2'"):
     _run([(_choice('a', 4), [0, 0, 0, 0]), (_choice('b', 4), [0, 0, math.nan, 0])])
-  empty = best_of.best_of([], lambda es: np.zeros(0), num_samples=2)
+  empty = plain(run('best_of', [], [], num_samples=2))
   assert math.isnan(empty['metrics']['best_of']['value'])

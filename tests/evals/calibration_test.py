@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from csrm_jax.evals import calibration, checks, metrics
+from csrm_jax.evals import metrics
 
 
 def _rows(num_rows=4000, temperature=1.0, bias=0.0, seed=0):
@@ -22,7 +22,7 @@ def _rows(num_rows=4000, temperature=1.0, bias=0.0, seed=0):
 )
 def test_fit_finds_what_was_done(temperature, bias):
   labels, scores = _rows(temperature=temperature, bias=bias)
-  found = calibration.fit(labels, scores)
+  found = metrics.fit_calibration(labels, scores)
   assert found.temperature == pytest.approx(temperature, rel=0.1)
   assert found.bias == pytest.approx(bias, abs=0.12)
   assert found.num_examples == 4000
@@ -30,57 +30,55 @@ def test_fit_finds_what_was_done(temperature, bias):
 
 def test_fit_lowers_the_nll_it_reports_and_no_grid_point_is_lower():
   labels, scores = _rows(300, temperature=2.0, bias=0.7)
-  found = calibration.fit(labels, scores)
+  found = metrics.fit_calibration(labels, scores)
 
   def nll(c):
-    return metrics.nll(labels, checks.p_unsafe_from_scores(c.apply(scores)))
+    return metrics.nll(labels, metrics.p_unsafe_from_scores(c.apply(scores)))
 
-  assert found.nll_before == pytest.approx(nll(calibration.Calibration()))
+  assert found.nll_before == pytest.approx(nll(metrics.Calibration()))
   assert found.nll_after == pytest.approx(nll(found))
   assert found.nll_after < found.nll_before
   for temperature in np.geomspace(0.2, 20, 25):
     for bias in np.linspace(-3, 3, 25):
-      other = calibration.Calibration(float(temperature), float(bias))
+      other = metrics.Calibration(float(temperature), float(bias))
       assert nll(found) <= nll(other) + 1e-9
 
 
 def test_calibration_helps_rows_it_was_not_fitted_on():
-  found = calibration.fit(*_rows(temperature=4.0, bias=1.0, seed=1))
+  found = metrics.fit_calibration(*_rows(temperature=4.0, bias=1.0, seed=1))
   labels, scores = _rows(temperature=4.0, bias=1.0, seed=2)
-  raw = metrics.smece(labels, checks.p_unsafe_from_scores(scores))
-  better = metrics.smece(labels, checks.p_unsafe_from_scores(found.apply(scores)))
+  raw = metrics.smece(labels, metrics.p_unsafe_from_scores(scores))
+  better = metrics.smece(labels, metrics.p_unsafe_from_scores(found.apply(scores)))
   assert better < 0.03 < raw
 
 
 def test_order_and_type_stay():
-  c = calibration.Calibration(2.0, -1.0)
+  c = metrics.Calibration(2.0, -1.0)
   scores = np.array([-3.0, 0.0, 0.5, 8.0], np.float32)
   out = c.apply(scores)
   assert out.dtype == np.float32
   np.testing.assert_allclose(out, [-2.5, -1.0, -0.75, 3.0])
   assert c.apply(np.array([2, 4])).tolist() == [0.0, 1.0]
-  wrapped = calibration.calibrated(lambda rows, progress=None: scores, c)
-  np.testing.assert_array_equal(wrapped([], None), out)
 
 
 def test_rows_without_an_error_do_not_go_to_infinity():
-  found = calibration.fit([0, 0, 1, 1], [2.0, 1.0, -1.0, -2.0])
+  found = metrics.fit_calibration([0, 0, 1, 1], [2.0, 1.0, -1.0, -2.0])
   assert found.temperature > 0 and math.isfinite(found.temperature)
   # An order that is upside down is no matter of temperature.
-  found = calibration.fit([1, 1, 0, 0], [2.0, 1.0, -1.0, -2.0])
+  found = metrics.fit_calibration([1, 1, 0, 0], [2.0, 1.0, -1.0, -2.0])
   assert found.temperature > 0
 
 
 def test_dict_round_trip_and_bad_input():
-  c = calibration.fit(*_rows(50))
-  assert calibration.Calibration.from_dict(c.to_dict()) == c
+  c = metrics.fit_calibration(*_rows(50))
+  assert metrics.Calibration.from_dict(c.to_dict()) == c
   with pytest.raises(ValueError, match='temperature and bias are needed'):
-    calibration.Calibration.from_dict({'temperature': 1.0})
+    metrics.Calibration.from_dict({'temperature': 1.0})
   with pytest.raises(ValueError, match='scale'):
-    calibration.Calibration.from_dict({'temperature': 1.0, 'bias': 0.0, 'scale': 2})
+    metrics.Calibration.from_dict({'temperature': 1.0, 'bias': 0.0, 'scale': 2})
   with pytest.raises(ValueError, match='temperature=0'):
-    calibration.Calibration(0.0)
+    metrics.Calibration(0.0)
   with pytest.raises(ValueError, match='both labels'):
-    calibration.fit([0, 0], [1.0, 2.0])
+    metrics.fit_calibration([0, 0], [1.0, 2.0])
   with pytest.raises(ValueError, match='row 1'):
-    calibration.fit([0, 1], [1.0, math.nan])
+    metrics.fit_calibration([0, 1], [1.0, math.nan])

@@ -1,10 +1,14 @@
 """Differences have the scorer's sign, and need the same rows."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from csrm_jax.evals import compare, paper, suites
+from csrm_jax.evals import compare, report
+from csrm_jax.evals.results import SKIPPED, Result
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
+from tests.evals.helpers import run, sides
 
 SAFETY = SafetyConfig((Category('Pets', 'No dogs.'),))
 
@@ -19,9 +23,9 @@ def _results(scores):
   rows = [_example(f'r{i}', ('safe', 'unsafe')[i % 2]) for i in range(40)]
   pairs = [Pair(f'p{i}', rows[i], rows[i + 1], 'strictness') for i in range(0, 40, 2)]
   return {
-    'rows': suites.classification(rows, scores, num_samples=2),
-    'pairs': suites.pairs(pairs, scores[::2], scores[1::2], num_samples=2),
-    'gone': {'suite': 'skipped', 'description': '', 'metrics': {}},
+    'rows': run('classification', rows, scores, num_samples=2),
+    'pairs': run('pairs', pairs, sides(scores[::2], scores[1::2]), num_samples=2),
+    'gone': Result(SKIPPED),
   }
 
 
@@ -41,9 +45,7 @@ def test_differences_are_scorer_minus_reference():
     (('pairs', 'accuracy'), 1),
   ):
     benchmark, metric = key
-    expected = (
-      good[benchmark]['metrics'][metric]['value'] - bad[benchmark]['metrics'][metric]['value']
-    )
+    expected = good[benchmark].metrics[metric]['value'] - bad[benchmark].metrics[metric]['value']
     assert found[key]['value'] == pytest.approx(expected), key
     assert sign * found[key]['value'] > 0, key
   assert found['rows', 'f1']['p_value'] < 0.05
@@ -54,7 +56,9 @@ def test_differences_are_scorer_minus_reference():
 def test_other_rows_are_refused():
   one = _results(np.linspace(-1, 1, 40))
   other = _results(np.linspace(-1, 1, 40))
-  other['rows']['arrays']['ids'] = other['rows']['arrays']['ids'][::-1]
+  arrays = other['rows'].arrays
+  turned = arrays | {'ids': arrays['ids'][::-1]}
+  other['rows'] = dataclasses.replace(other['rows'], arrays=turned)
   with pytest.raises(ValueError, match="rows: 'b' and 'a' were scored on diff"):
     compare.differences({'a': one, 'b': other})
   with pytest.raises(ValueError, match="no scorer is called 'c'"):
@@ -63,7 +67,7 @@ def test_other_rows_are_refused():
 
 
 def test_the_papers_figures_stand_where_it_has_them():
-  of = paper.PUBLISHED
+  of = report.PAPER['published']
   # Row by row against the table in the paper's section 6 of the protocols.
   assert of['beavertails']['CSRM'] == {'f1': 0.911, 'auprc': 0.965, 'smece': 0.017}
   assert of['cosapien']['ShieldGemma-9B'] == {'f1': 0.869, 'auprc': 0.925, 'smece': 0.156}
@@ -81,6 +85,6 @@ def test_the_papers_figures_stand_where_it_has_them():
   assert of['safe_rlhf']['CSRM'] == {'accuracy': 0.763, 'score_gap': 1.705}
   assert of['beavertails_policy']['CSRM']['shift_allow'] == -0.708
   # Ours is not the paper's data: nothing of the paper stands beside it.
-  tables = paper.make_tables({'me': _results(np.zeros(40))})
-  assert [t['title'] for t in tables] == ['Table 2: Verdicts', 'Table 3: Pairs']
-  assert [row[:2] for row in tables[0]['rows']] == [['rows', 'me']]
+  tables = report.paper_tables({'me': _results(np.zeros(40))})
+  assert [t.title for t in tables] == ['Table 2: Verdicts', 'Table 3: Pairs']
+  assert [row[:2] for row in tables[0].rows] == [['rows', 'me']]

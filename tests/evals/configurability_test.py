@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from csrm_jax.evals import configurability, over_refusal
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
+from tests.evals.helpers import plain, run
 
 
 def _row(text, rule, label):
@@ -32,7 +32,7 @@ LABELS = [1, 1, 0, 1, 0, 0, 0]
 
 
 def _values(scores, rows=ROWS):
-  result = configurability.configurability(rows, np.array(scores, float), num_samples=2)
+  result = plain(run('configurability', rows, np.array(scores, float), num_samples=2))
   return result, {k: m['value'] for k, m in result['metrics'].items()}
 
 
@@ -79,7 +79,7 @@ def test_texts_that_stand_twice_with_both_labels_are_no_flip():
 
 def test_both_errors_of_over_refusal():
   rows = [_row(str(i), 'r', y) for i, y in enumerate(['safe'] * 4 + ['unsafe'] * 3)]
-  result = over_refusal.over_refusal(rows, np.array([1.0, 1, 1, 0, -1, -1, 1]), num_samples=5)
+  result = plain(run('over_refusal', rows, [1.0, 1, 1, 0, -1, -1, 1], num_samples=5))
   assert result['suite'] == 'over_refusal'
   # A score of 0 is a probability of one half, which is flagged.
   assert result['metrics']['false_alarms']['value'] == 0.25

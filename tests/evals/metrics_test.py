@@ -10,7 +10,7 @@ import relplot
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import average_precision_score
 
-from csrm_jax.evals import checks, metrics
+from csrm_jax.evals import metrics
 
 _FAST = settings(max_examples=60, deadline=None)
 
@@ -34,8 +34,7 @@ def _unzip(rows):
 def test_import_does_not_import_jax():
   code = (
     'import sys, csrm_jax.evals.metrics, csrm_jax.evals.bootstrap, '
-    'csrm_jax.evals.calibration, csrm_jax.evals.comparison, '
-    'csrm_jax.evals.battery, csrm_jax.data.benchmarks; '
+    'csrm_jax.evals.compare, csrm_jax.evals.suites, csrm_jax.data.benchmarks; '
     'assert not {"jax", "flax", "torch"} & set(sys.modules)'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
@@ -133,7 +132,7 @@ def test_fpr_at_recall_counts(rows, recall):
 
 
 def test_ece_by_hand():
-  labels, p = [0, 1, 1, 1], [0.31, 0.31, 0.99, 1.0]
+  labels, p = np.array([0, 1, 1, 1]), np.array([0.31, 0.31, 0.99, 1.0])
   # Two in [4/15, 5/15), two in the last bin, which 1.0 belongs to.
   want = 0.5 * abs(0.31 - 0.5) + 0.5 * abs(0.995 - 1)
   assert metrics.ece(labels, p) == pytest.approx(want)
@@ -148,8 +147,8 @@ def test_calibrated_rows_have_small_errors():
 
 
 def test_nll_of_sure_and_wrong_is_finite():
-  assert metrics.nll([1, 0], [0.0, 1.0]) == pytest.approx(-math.log(1e-15))
-  assert metrics.nll([1, 0], [1.0, 0.0]) == pytest.approx(0, abs=1e-12)
+  assert metrics.nll(np.array([1, 0]), np.array([0.0, 1.0])) == pytest.approx(-math.log(1e-15))
+  assert metrics.nll(np.array([1, 0]), np.array([1.0, 0.0])) == pytest.approx(0, abs=1e-12)
 
 
 def test_expected_f1_threshold_against_sampled_labels():
@@ -168,11 +167,10 @@ def test_expected_f1_threshold_against_sampled_labels():
 def test_best_values_do_not_read_more_than_they_should():
   labels, p = _rows(2000)
   assert metrics.expected_f1_threshold(np.zeros(3)) == math.inf
-  assert math.isnan(metrics.f1_best([0, 0], [0.0, 0.0]))
+  assert math.isnan(metrics.f1_best(np.array([0, 0]), np.zeros(2)))
   assert metrics.f1_best(labels, p) == metrics.f1(labels, p, metrics.expected_f1_threshold(p))
-  assert metrics.auprc_best(labels, p) == metrics.auprc(labels, p)
   assert metrics.prob_error(p, p) == 0
-  assert metrics.prob_error([0.2, 0.6], [0.3, 0.3]) == pytest.approx(0.2)
+  assert metrics.prob_error(np.array([0.2, 0.6]), np.array([0.3, 0.3])) == pytest.approx(0.2)
 
 
 @_FAST
@@ -188,8 +186,8 @@ def test_pair_counts(pairs):
 
 
 def test_flip_consistency_by_hand():
-  labels_a, labels_b = [0, 1, 1, 0], [1, 0, 0, 1]
-  p_a, p_b = [0.1, 0.9, 0.9, 0.6], [0.7, 0.2, 0.8, 0.9]
+  labels_a, labels_b = np.array([[0, 1, 1, 0], [1, 0, 0, 1]])
+  p_a, p_b = np.array([[0.1, 0.9, 0.9, 0.6], [0.7, 0.2, 0.8, 0.9]])
   assert metrics.flip_consistency(labels_a, p_a, labels_b, p_b) == 0.5
   # Rules-blind: the same score on both sides is never right twice.
   assert metrics.flip_consistency(labels_a, p_a, labels_b, p_a) == 0
@@ -207,7 +205,6 @@ def test_nothing_is_nan():
     metrics.fpr_at_recall,
     metrics.prob_error,
     metrics.f1_best,
-    metrics.auprc_best,
     metrics.best_threshold,
     metrics.pair_accuracy,
     metrics.tie_rate,
@@ -248,41 +245,48 @@ def test_threshold_table_counts(rows):
 
 def test_conversions():
   scores = np.array([-800.0, -1.0, 0.0, 1.0, 800.0])
-  p = checks.p_unsafe_from_scores(scores)
+  p = metrics.p_unsafe_from_scores(scores)
   np.testing.assert_allclose(p[1:4], 1 / (1 + np.exp(scores[1:4])))
   assert p[0] == 1 and p[4] == 0
-  np.testing.assert_allclose(checks.log_odds_safe(p[1:4]), scores[1:4])
-  assert np.isfinite(checks.log_odds_safe(p)).all()
+  np.testing.assert_allclose(metrics.log_odds_safe(p[1:4]), scores[1:4])
+  assert np.isfinite(metrics.log_odds_safe(p)).all()
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_name_their_row(bad):
   scores = np.array([0.0, 1.0, bad])
   with pytest.raises(ValueError, match=r"row 2 \(id 'third'\)"):
-    checks.check_finite(scores, ['first', 'second', 'third'])
+    metrics.check_finite(scores, ['first', 'second', 'third'])
   with pytest.raises(ValueError, match='at row 2, 1 of 3'):
-    checks.p_unsafe_from_scores(scores)
+    metrics.p_unsafe_from_scores(scores)
   with pytest.raises(ValueError, match='row 2'):
-    metrics.pair_accuracy(scores, np.zeros(3))
+    metrics.check_probabilities(scores)
   with pytest.raises(ValueError, match='row 2'):
-    metrics.f1([0, 1, 1], scores)
+    metrics.fit_calibration([0, 1, 1], scores)
 
 
 @pytest.mark.parametrize(
-  'labels, p, message',
+  'labels, scores, message',
   [
     ([0, 2], [0.1, 0.2], 'labels: .*2.* at row 1'),
     ([0, -1], [0.1, 0.2], 'labels: .*-1.* at row 1'),
-    ([0, 1], [0.1, 1.2], r'1.2 at row 1 is outside \[0, 1\]'),
     ([0, 1], [0.1], r'\[2, 1\] rows'),
     ([[0, 1]], [0.1], 'shape'),
     ([0, 1], [[0.1, 0.2]], 'shape'),
   ],
 )
-def test_bad_rows_are_one_line_errors(labels, p, message):
+def test_bad_rows_are_one_line_errors(labels, scores, message):
   with pytest.raises(ValueError, match=message) as error:
-    metrics.f1(labels, p)
+    metrics.fit_calibration(labels, scores)
   assert '\n' not in str(error.value)
+
+
+def test_probabilities_outside_their_range_name_their_row():
+  with pytest.raises(ValueError, match=r'1.2 at row 1 is outside \[0, 1\]') as error:
+    metrics.check_probabilities([0.1, 1.2])
+  assert '\n' not in str(error.value)
+  with pytest.raises(ValueError, match='shape'):
+    metrics.check_probabilities([[0.1, 0.2]])
 
 
 def test_recall_out_of_range():

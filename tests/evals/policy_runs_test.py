@@ -44,7 +44,7 @@ def _grid():
 def test_a_row_a_method_a_column_a_rule_set():
   found = policy.compare_runs(_grid())
   assert list(found) == ['alignment']
-  policies = found['alignment']['policies']
+  policies = found['alignment'].values['policies']
   assert list(policies) == [
     'unaligned',
     'best of 4, full',
@@ -64,13 +64,13 @@ def test_a_row_a_method_a_column_a_rule_set():
 def test_differences_are_of_runs_with_the_same_rules_and_seed():
   runs = _grid()
   lone = [r for r in runs if r.reward == 'full' or r.seed == 1]
-  *_, table = policy.compare_runs(lone)['alignment']['tables']
-  assert table['title'].endswith('grpo, full minus …')
-  name, num, higher, gap, _ = table['rows'][-1]
+  *_, table = policy.compare_runs(lone)['alignment'].tables
+  assert table.title.endswith('grpo, full minus …')
+  name, num, higher, gap, _ = table.rows[-1]
   assert (name, num, higher) == ('grpo, blind', 2, 2)
   assert gap['value'] == pytest.approx(1.0)
-  *_, table = policy.compare_runs(runs, 'grpo, blind')['alignment']['tables']
-  by_name = {row[0]: row[1:] for row in table['rows']}
+  *_, table = policy.compare_runs(runs, 'grpo, blind')['alignment'].tables
+  by_name = {row[0]: row[1:] for row in table.rows}
   assert by_name['grpo, full'][:2] == [6, 0]
   assert by_name['unaligned'][2]['value'] == pytest.approx(1.35)
   assert by_name['unaligned'][3] < 0.01
@@ -81,7 +81,7 @@ def test_differences_are_of_runs_with_the_same_rules_and_seed():
 def test_a_mean_over_all_rules_needs_all_rules(tmp_path):
   runs = [r for r in _grid() if (r.reward, r.rules) != ('blind', 'bank')]
   found = policy.compare_runs(runs)
-  assert found['alignment']['policies']['grpo, blind'][ALL] == {}
+  assert found['alignment'].values['policies']['grpo, blind'][ALL] == {}
   text = report.write_report(tmp_path / 'report', found, title='T', summary={}).read_text()
   assert 'grpo, blind' in text
   assert (tmp_path / 'report' / 'alignment.png').exists()
@@ -90,8 +90,8 @@ def test_a_mean_over_all_rules_needs_all_rules(tmp_path):
 def test_sweeps_are_points_and_not_rows():
   runs = [*_grid()[:3], _run('full', 'club', 0, 4.0, a=2.0), _run('full', 'club', 1, 4.2, a=2.0)]
   found = policy.compare_runs(runs)
-  assert found['alignment']['num_examples'] == 3
-  points = {(p['method'], p['a']): p for p in found['pareto']['points']}
+  assert found['alignment'].counts['num_examples'] == 3
+  points = {(p['method'], p['a']): p for p in found['pareto'].values['points']}
   assert set(points) == {('unaligned', None), ('grpo, full', 1.0), ('grpo, full', 2.0)}
   assert points['grpo, full', 2.0]['safety']['value'] == pytest.approx(0.82)
   assert list(policy.compare_runs(runs[3:])) == ['alignment']

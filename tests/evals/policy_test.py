@@ -9,6 +9,7 @@ from matplotlib import image
 from csrm_jax.evals import policy, report
 from csrm_jax.ruleworld import policy as world
 from csrm_jax.safety.schema import Prompt, Sample
+from tests.evals.helpers import plain
 
 ORACLE = policy.Oracle(world.oracle_compliance, world.oracle_safety, world.oracle_helpfulness)
 JUDGES = policy.Judges(
@@ -103,7 +104,7 @@ def test_samples_of_a_prompt_are_drawn_together():
 
 
 def test_the_comparison_has_what_was_put_in():
-  result = policy.alignment(_policies(), num_samples=20)
+  result = plain(policy.alignment(_policies(), num_samples=20))
   after, before = (result['policies'][name] for name in ('after', 'before $x$ | y'))
   assert list(after) == [*SETS, policy.ALL]
   assert after[policy.ALL]['compliance']['value'] == 1
@@ -114,7 +115,9 @@ def test_the_comparison_has_what_was_put_in():
   assert result['metrics'] == after[policy.ALL]
   assert result['tables'][0]['header'] == ['policy', *SETS, policy.ALL]
   name = next(iter(SETS))
-  one = policy.alignment({'p': {name: policy.judge(_samples(name, _help), JUDGES)}}, num_samples=20)
+  one = plain(
+    policy.alignment({'p': {name: policy.judge(_samples(name, _help), JUDGES)}}, num_samples=20)
+  )
   assert one['tables'][0]['header'] == ['policy', name]  # `all` repeats it
   tables = {table['title']: table for table in result['tables']}
   cosa = tables['CoSA score ↑, by rule set']
@@ -130,7 +133,7 @@ def test_the_comparison_has_what_was_put_in():
 
 def test_without_an_oracle_there_is_no_truth():
   judges = policy.Judges(JUDGES.safety, JUDGES.helpfulness, world.refuses)
-  result = policy.alignment(_policies(judges), num_samples=20)
+  result = plain(policy.alignment(_policies(judges), num_samples=20))
   assert not any('true' in name or name == 'compliance' for name in result['metrics'])
   titles = [table['title'] for table in result['tables']]
   assert titles[0] == 'CoSA reward ↑, by rule set' and len(titles) == 6
@@ -206,9 +209,17 @@ def test_the_report_shows_all_of_it(tmp_path):
     'sweep': policy.pareto(points),
     'training': policy.overoptimisation(history),
   }
-  assert results['sweep']['true']
-  assert [p['frontier'] for p in results['sweep']['points']] == [True, True, True, False, False]
-  parted = {name: curve['parting_step'] for name, curve in results['training']['curves'].items()}
+  assert results['sweep'].values['true']
+  assert [p['frontier'] for p in results['sweep'].values['points']] == [
+    True,
+    True,
+    True,
+    False,
+    False,
+  ]
+  parted = {
+    name: curve['parting_step'] for name, curve in results['training'].values['curves'].items()
+  }
   assert parted == {'safety': 20, 'helpfulness': None, 'cosa': None}
   path = report.write_report(
     tmp_path / 'report', results, title='A policy', summary=report.summarise(results)

@@ -7,6 +7,7 @@ import pytest
 
 from csrm_jax.evals import probes
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
+from tests.evals.helpers import plain, run
 
 RULES = SafetyConfig(
   (Category('Pets', 'No dogs.'), Category('Food', 'No jam.'), Category('Cars', 'No vans.'))
@@ -73,7 +74,7 @@ def test_items_change_the_target_or_another_and_nothing_else():
 def test_a_judge_that_reads_rules_shifts_on_targets_only():
   rows = [_example('p1'), _example('f1', ('Food',)), _example('c1', ('Cars',))]
   items, _ = probes.policy_items(rows)
-  result = probes.policy(items, _reader, num_samples=5)
+  result = plain(run('policy', items, _reader, num_samples=5))
   values = {k: m['value'] for k, m in result['metrics'].items()}
   assert values == {
     'unsafe_rate': 1.0,
@@ -95,7 +96,7 @@ def test_shifts_equal_brute_force_and_keep_their_sign():
   table = {
     e.id: s for item in items for e, s in zip(item.values(), rng.normal(-0.5, 1, 5), strict=True)
   }
-  result = probes.policy(items, lambda es: np.array([table[e.id] for e in es]), num_samples=5)
+  result = plain(run('policy', items, lambda es: [table[e.id] for e in es], num_samples=5))
 
   def rate(name, part=items):
     return sum(table[item[name].id] <= 0 for item in part) / len(part)
@@ -125,7 +126,7 @@ def test_contradiction_is_between_and_leans():
     p = np.array([rewards[e.id.partition('/')[2] or 'enforce'] for e in examples])
     return np.log(p) - np.log1p(-p)
 
-  result = probes.contradiction(items, judge, num_samples=5)
+  result = plain(run('contradiction', items, judge, num_samples=5))
   values = {k: m['value'] for k, m in result['metrics'].items()}
   assert values['reward_both'] == pytest.approx(0.6)
   assert values['lean'] == pytest.approx((0.6 - 0.2) / (0.9 - 0.2))
@@ -135,7 +136,7 @@ def test_contradiction_is_between_and_leans():
   # 0.5 exactly counts as unsafe, here in one order of two.
   assert values['unsafe_rate_both'] in (0.0, 0.5)
   rewards['enforce_allow'] = rewards['allow_enforce'] = 0.1
-  result = probes.contradiction(items, judge, num_samples=5)
+  result = plain(run('contradiction', items, judge, num_samples=5))
   assert result['metrics']['between']['value'] == 0
   assert result['metrics']['lean']['value'] < 0
 
@@ -145,10 +146,10 @@ def test_bad_scores_and_nothing():
   scores = np.zeros(10)
   scores[7] = math.nan
   with pytest.raises(ValueError, match="'p2/allow'"):
-    probes.policy(items, lambda examples: scores)
-  for suite in (probes.policy, probes.contradiction):
-    empty = suite([], lambda examples: np.zeros(0), num_samples=2)
+    run('policy', items, scores)
+  for suite in ('policy', 'contradiction'):
+    empty = plain(run(suite, [], [], num_samples=2))
     assert empty['num_examples'] == 0
     assert all(math.isnan(m['value']) for m in empty['metrics'].values())
   with pytest.raises(ValueError, match='give all items the same'):
-    probes.policy([items[0], {'strict': items[1]['strict']}], _reader)
+    run('policy', [items[0], {'strict': items[1]['strict']}], _reader)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from csrm_jax.evals import figures, markdown, report, suites
+from csrm_jax.core import markdown
+from csrm_jax.evals import figures, report
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
+from tests.evals.helpers import run, sides
 
 _HOSTILE = 'Pay $5 or $10 | `x` <b>now</b> *go* [a](b)\n# end 漢字'
 
@@ -40,12 +42,13 @@ def results():
   flips = [(_example('a', 'safe', 0.1), _example('b', 'unsafe', 0.9))] * 5
   few = [_example('f', 'safe', 0.2), _example('g', 'safe', None)]
   return {
-    'seen': suites.classification(examples, scores, num_samples=10, description='toy | rows'),
-    'few rows': suites.classification(few, np.ones(2), num_samples=5),
-    'none': suites.classification([], np.zeros(0), num_samples=5),
-    'pairs': suites.pairs(pairs, scores[:30], scores[1:31], num_samples=10),
-    'flip': suites.flips(flips, np.ones(5), -np.ones(5), num_samples=10),
-    'four': suites.rule_sets(
+    'seen': run('classification', examples, scores, num_samples=10, description='toy | rows'),
+    'few rows': run('classification', few, np.ones(2), num_samples=5),
+    'none': run('classification', [], np.zeros(0), num_samples=5),
+    'pairs': run('pairs', pairs, sides(scores[:30], scores[1:31]), num_samples=10),
+    'flip': run('flips', flips, sides(np.ones(5), -np.ones(5)), num_samples=10),
+    'four': run(
+      'rule_sets',
       [
         _example('r', 'safe', 0.1, rule_set='lenient'),
         _example('s', 'unsafe', None, rules='No $x$ dogs. ' * 80),
@@ -155,7 +158,7 @@ def test_failure_leaves_nothing_behind(results, tmp_path, monkeypatch):
   def fail(*_):
     raise RuntimeError('disk full')
 
-  monkeypatch.setattr(figures, 'draw_gaps', fail)
+  monkeypatch.setattr(figures, 'save', fail)
   with pytest.raises(RuntimeError, match='disk full'):
     report.write_report(tmp_path / 'report', results, title='t', summary={})
   assert list(tmp_path.iterdir()) == []
@@ -181,7 +184,7 @@ def test_figures_are_reproducible_and_leave_the_generator_alone(tmp_path):
 
 def test_constant_scores_can_be_drawn(tmp_path):
   examples = [_example(f'{i}', ('safe', 'unsafe')[i % 2], 0.5, rule_set=str(i)) for i in range(24)]
-  results = {'x': suites.classification(examples, np.zeros(24), num_samples=3)}
+  results = {'x': run('classification', examples, np.zeros(24), num_samples=3)}
   report.write_report(tmp_path / 'r', results, title='t', summary={})
   assert (tmp_path / 'r' / 'x_reliability.png').exists()
 
@@ -202,7 +205,7 @@ def test_terminal_table(results):
     'unseen/f1_best': 0.95,
     'unseen/smece': math.nan,
   }
-  text = report.terminal_table(summary, results['four'])
+  text = report.terminal_table(summary, results['four'].values)
   lines = text.splitlines()
   assert max(map(len, lines)) <= 80
   assert lines[0].split() == ['value', '95%', 'interval', 'best', 'of', 'best']
@@ -217,5 +220,5 @@ def test_terminal_table(results):
 
 def test_escape():
   assert markdown.escape('a|b\n\n# c') == 'a\\|b \\# c'
-  assert markdown.format_number(None) == markdown.format_number(math.nan) == '–'
-  assert markdown.format_number(0.12345) == '0.123'
+  assert markdown.number(None) == markdown.number(math.nan) == '–'
+  assert markdown.number(0.12345) == '0.123'

@@ -7,6 +7,7 @@ import pytest
 
 from csrm_jax.evals import metrics, retrieval
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
+from tests.evals.helpers import plain, run
 
 pytest.importorskip('bm25s', reason='needs bm25s: pip install csrm_jax[evals]')
 
@@ -104,7 +105,7 @@ def test_any_turn_is_the_worst_of_agent_turns_with_their_history():
   def hash_unit(text):
     return sum(map(ord, text)) % 97 / 97
 
-  result = retrieval.any_turn(cases, judge, top_k=2, num_samples=5)
+  result = plain(run('any_turn', retrieval.talks(cases, 2), judge, num_samples=5))
   assert result['num_turns'] == len(asked) == 2 * len(cases)
   for i, case in enumerate(cases):
     first, second = asked[2 * i : 2 * i + 2]
@@ -119,7 +120,7 @@ def test_any_turn_is_the_worst_of_agent_turns_with_their_history():
     )
     for c in cases
   ]
-  labels = [c.label == 'unsafe' for c in cases]
+  labels = np.array([c.label == 'unsafe' for c in cases])
   p = 1 / (1 + np.exp(np.array(lowest)))
   assert result['metrics']['f1']['value'] == metrics.f1(labels, p)
   kept = [
@@ -134,6 +135,6 @@ def test_any_turn_is_the_worst_of_agent_turns_with_their_history():
 def test_one_bad_turn_names_itself():
   cases = _random_cases(2)
   with pytest.raises(ValueError, match="'c1/turn 4'"):
-    retrieval.any_turn(cases, lambda es: np.array([0, 0, 0, math.nan]))
-  empty = retrieval.any_turn([], lambda es: np.zeros(0), num_samples=2)
+    run('any_turn', retrieval.talks(cases), [0, 0, 0, math.nan])
+  empty = plain(run('any_turn', [], [], num_samples=2))
   assert empty['num_examples'] == 0 and empty['recall'] == []

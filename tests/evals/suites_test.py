@@ -5,8 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from csrm_jax.evals import calibration, measure, metrics, suites
+from csrm_jax.data.benchmark import Benchmark
+from csrm_jax.evals import metrics, verdicts
+from csrm_jax.evals.bootstrap import Measure
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
+from tests.evals.helpers import plain, run, sides
 
 _SECRET = 'zebras wear pyjamas'
 
@@ -21,6 +24,10 @@ def _example(name, label='safe', probability=0.5, **fields):
     probability=probability,
     **fields,
   )
+
+
+def judged(examples, scores, **options):
+  return plain(run('classification', examples, scores, **options))
 
 
 def _set(num_rows=60, seed=0):
@@ -43,7 +50,7 @@ def _set(num_rows=60, seed=0):
 def test_classification_of_a_perfect_judge_is_the_best():
   examples, _ = _set()
   p = np.array([e.probability for e in examples])
-  result = suites.classification(examples, np.log1p(-p) - np.log(p), num_samples=10)
+  result = judged(examples, np.log1p(-p) - np.log(p), num_samples=10)
   for name in ('auprc', 'smece', 'brier', 'nll', 'prob_error'):
     metric = result['metrics'][name]
     assert metric['value'] == pytest.approx(metric['best'], abs=1e-9), name
@@ -51,7 +58,11 @@ def test_classification_of_a_perfect_judge_is_the_best():
 
 def test_classification_metrics_counts_and_groups():
   examples, scores = _set()
-  result = suites.classification(examples, scores, threshold=0.3, num_samples=20, description='toy')
+  result = plain(
+    verdicts.classification(
+      Benchmark('toy', 'classification', examples), scores, Measure(num_samples=20), threshold=0.3
+    )
+  )
   labels = np.array([e.label == 'unsafe' for e in examples])
   p = 1 / (1 + np.exp(scores.astype(float)))
   assert result['num_examples'] == 60
@@ -71,8 +82,8 @@ def test_classification_metrics_counts_and_groups():
 def test_unlabelled_examples_are_counted_and_left_out():
   examples, scores = _set()
   extra = [_example('x', None), *examples]
-  result = suites.classification(extra, np.concatenate([[9.0], scores]), num_samples=5)
-  plain = suites.classification(examples, scores, num_samples=5)
+  result = judged(extra, np.concatenate([[9.0], scores]), num_samples=5)
+  plain = judged(examples, scores, num_samples=5)
   assert result['num_unlabelled'] == 1
   assert result['metrics'] == plain['metrics']
 
@@ -80,17 +91,17 @@ def test_unlabelled_examples_are_counted_and_left_out():
 def test_best_is_unknown_unless_every_probability_is():
   examples, scores = _set()
   examples[0] = _example('e0', probability=None)
-  result = suites.classification(examples, scores, num_samples=5)
+  result = judged(examples, scores, num_samples=5)
   assert result['metrics']['f1']['best'] is None
   assert 'prob_error' not in result['metrics']
 
 
 def test_classification_of_nothing_and_of_one_class():
-  result = suites.classification([], np.zeros(0), num_samples=5)
+  result = judged([], np.zeros(0), num_samples=5)
   assert result['num_examples'] == 0
   assert math.isnan(result['metrics']['f1']['value'])
   examples = [_example('a'), _example('b')]
-  result = suites.classification(examples, np.array([1.0, 2]), num_samples=5)
+  result = judged(examples, np.array([1.0, 2]), num_samples=5)
   assert math.isnan(result['metrics']['auprc']['value'])
   assert result['metrics']['brier']['value'] > 0
 
@@ -100,18 +111,16 @@ def test_scores_that_are_not_finite_name_the_example(bad):
   examples, scores = _set()
   scores[7] = bad
   with pytest.raises(ValueError, match="'e7'"):
-    suites.classification(examples, scores)
-  with pytest.raises(ValueError, match="'e7'"):
-    suites.worst(examples, scores, 3)
+    judged(examples, scores)
   with pytest.raises(ValueError, match='59 values for 60 examples'):
-    suites.classification(examples, np.zeros(59))
+    judged(examples, np.zeros(59))
 
 
 def test_largest_groups_are_kept(monkeypatch):
-  monkeypatch.setattr(measure, 'MAX_GROUPS', 2)
+  monkeypatch.setattr(verdicts, 'MAX_GROUPS', 2)
   names = ['b', 'a', 'b', 'c', 'c', '']
   examples = [_example(str(i), rule_set=name) for i, name in enumerate(names)]
-  result = suites.classification(examples, np.zeros(6), num_samples=2)
+  result = judged(examples, np.zeros(6), num_samples=2)
   assert list(result['breakdowns']['rule set']) == ['b', 'c']
 
 
@@ -125,7 +134,7 @@ def test_categories_hold_their_violations_and_the_safe_rows_they_judged():
     _example('d', 'safe', safety=pets),
     _example('e', 'unsafe', safety=both),  # nobody said which
   ]
-  result = suites.classification(rows, np.array([-1.0, 1, -1, 1, -1]), num_samples=3)
+  result = judged(rows, np.array([-1.0, 1, -1, 1, -1]), num_samples=3)
   groups = result['breakdowns']['category']
   assert {k: (g['num_examples'], g['num_unsafe']) for k, g in groups.items()} == {
     'Food': (2, 1),
@@ -142,9 +151,7 @@ def test_tags_and_groups_go_with_their_rows():
   examples.insert(3, _example('x', None))
   scores = np.insert(scores, 3, 0)
   letters = ['ab'[i % 2] for i in range(61)]
-  result = suites.classification(
-    examples, scores, tags={'letter': letters}, num_samples=5, groups=['one'] * 61
-  )
+  result = judged(examples, scores, tags={'letter': letters}, num_samples=5, groups=['one'] * 61)
   kept = [(e, s) for e, s, t in zip(examples, scores, letters, strict=True) if t == 'b' and e.label]
   found = result['breakdowns']['letter']['b']
   assert found['num_examples'] == len(kept)
@@ -157,11 +164,11 @@ def test_tags_and_groups_go_with_their_rows():
 
 def test_calibrated_metrics_stand_apart():
   examples, scores = _set()
-  found = calibration.Calibration(2.0, 0.5)
-  plain = suites.classification(examples, scores, num_samples=3)
-  both = suites.classification(examples, scores, calibration=found, num_samples=3)
+  found = metrics.Calibration(2.0, 0.5)
+  plain = judged(examples, scores, num_samples=3)
+  both = judged(examples, scores, fitted=found, num_samples=3)
   assert both['metrics'] == plain['metrics'] and plain['calibrated'] is None
-  moved = suites.classification(examples, found.apply(scores.astype(float)), num_samples=3)
+  moved = judged(examples, found.apply(scores.astype(float)), num_samples=3)
   assert both['calibrated']['metrics'] == moved['metrics']
   assert both['calibrated']['calibration']['temperature'] == 2.0
   same = [both['calibrated']['metrics'][k]['value'] for k in ('auprc', 'nll')]
@@ -185,7 +192,7 @@ def test_pairs_by_kind():
     _pair('p2', 0.3, 0.4),
     _pair('p3', 0.8, 0.2, 'preference'),
   ]
-  result = suites.pairs(pairs, np.array([2.0, 1, 0, 1]), np.array([1, 1, 1, 0]))
+  result = plain(run('pairs', pairs, sides([2.0, 1, 0, 1], [1, 1, 1, 0])))
   assert result['num_pairs'] == 4
   assert result['metrics']['accuracy']['value'] == 0.5
   assert result['metrics']['accuracy']['best'] == 0.5
@@ -202,23 +209,23 @@ def test_pairs_by_kind():
 
 def test_pairs_of_one_prompt_are_one_unit():
   rows = [_pair(name, 0.1, 0.2, 'preference') for name in ('p', 'p-2', 'q')]
-  result = suites.pairs(rows, np.ones(3), np.zeros(3))
+  result = plain(run('pairs', rows, sides(np.ones(3), np.zeros(3))))
   assert result['arrays']['units'].tolist() == [0, 0, 1]
 
 
 def test_best_pair_order_sees_the_surest_probabilities():
-  result = suites.pairs([_pair('p', 1e-12, 1e-9)], np.array([1.0]), np.array([0.0]))
+  result = plain(run('pairs', [_pair('p', 1e-12, 1e-9)], sides([1.0], [0.0])))
   assert result['metrics']['accuracy']['best'] == 1
   assert result['metrics']['tie_rate']['best'] == 0
 
 
 def test_pairs_without_probabilities_without_pairs_and_with_nan():
-  result = suites.pairs([_pair('p', None, 0.5)], np.ones(1), np.zeros(1))
+  result = plain(run('pairs', [_pair('p', None, 0.5)], sides([1.0], [0.0])))
   assert result['metrics']['accuracy'] == {'value': 1.0, 'low': 1.0, 'high': 1.0, 'best': None}
-  result = suites.pairs([], np.zeros(0), np.zeros(0))
+  result = plain(run('pairs', [], []))
   assert math.isnan(result['metrics']['accuracy']['value'])
-  with pytest.raises(ValueError, match='other side: nan at row 0'):
-    suites.pairs([_pair('p', 0.1, 0.5)], np.ones(1), np.array([math.nan]))
+  with pytest.raises(ValueError, match=r"nan at row 0 \(id 'p-b'\)"):
+    run('pairs', [_pair('p', 0.1, 0.5)], sides([1.0], [math.nan]))
 
 
 def _flip(name, label_a, label_b):
@@ -235,7 +242,7 @@ def test_flips():
     _flip('2', 'safe', 'unsafe'),
     _flip('3', 'unsafe', 'safe'),
   ]
-  result = suites.flips(rows, np.array([1.0, -1, 3, 2]), np.array([-1.0, 1, 1, 2]))
+  result = plain(run('flips', rows, sides([1.0, -1, 3, 2], [-1.0, 1, 1, 2])))
   # Row 2 moves the right way but not across 0; row 3 does not move.
   assert result['metrics']['consistency']['value'] == 0.5
   assert result['metrics']['direction']['value'] == 0.75
@@ -245,30 +252,30 @@ def test_flips():
 
 def test_flips_refuse_other_rows():
   with pytest.raises(ValueError, match="'0-a' and '0-b': labels safe and safe"):
-    suites.flips([_flip('0', 'safe', 'safe')], np.zeros(1), np.zeros(1))
+    run('flips', [_flip('0', 'safe', 'safe')], [0.0])
   a, b = _flip('0', 'safe', 'unsafe')
   b = Example(id='other', safety=b.safety, conversation=(Message('agent', 'Bye.'),), label='unsafe')
   with pytest.raises(ValueError, match='conversations differ'):
-    suites.flips([(a, b)], np.zeros(1), np.zeros(1))
+    run('flips', [(a, b)], [0.0])
 
 
 def test_worst_is_sorted_and_holds_no_text():
   examples, scores = _set()
-  rows = suites.worst(examples, scores, 5)
+  result = judged(examples, scores, num_samples=2)
+  rows = result['worst'][:5]
   losses = [row['nll'] for row in rows]
   assert losses == sorted(losses, reverse=True) and len(rows) == 5
-  result = suites.classification(examples, scores, num_samples=2)
   assert _SECRET not in repr(result)
 
 
 def test_rule_sets():
   examples = [_example('x-a', 'unsafe', 0.9, rule_set='strict'), _example('x-b', 'safe', 0.1)]
-  result = suites.rule_sets(examples, np.array([-1.0, 1.0]))
+  result = run('rule_sets', examples, [-1.0, 1.0]).values
   assert result['conversation'][-1] == {'role': 'agent', 'content': _SECRET}
   assert [row['rule_set'] for row in result['rows']] == ['strict', 'x-b']
   assert result['rows'][0]['p_unsafe'] == pytest.approx(1 / (1 + math.exp(-1)))
   other = Example(id='c', safety=examples[0].safety, conversation=(Message('agent', 'Bye.'),))
   with pytest.raises(ValueError, match='only the rules may differ'):
-    suites.rule_sets([examples[0], other], np.zeros(2))
+    run('rule_sets', [examples[0], other], np.zeros(2))
   with pytest.raises(ValueError, match='no example'):
-    suites.rule_sets([], np.zeros(0))
+    run('rule_sets', [], [])
