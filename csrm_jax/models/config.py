@@ -12,6 +12,15 @@ FAMILIES = ('llama', 'mistral', 'qwen3', 'gemma2')
 ACTIVATIONS = ('silu', 'gelu_tanh')
 # The products of a block that may carry a LoRA adapter.
 LORA_TARGETS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
+_CHOICES = {
+  'family': FAMILIES,
+  'activation': ACTIVATIONS,
+  'dtype': DTYPES,
+  'param_dtype': DTYPES,
+  'remat': REMAT,
+}
+_MAY_BE_ZERO = ('vocab_size', 'query_scale', 'attention_softcap', 'final_softcap')
+_MAY_BE_ZERO += ('sliding_window', 'lora_rank')
 # Fields that say how a model is computed, not which weights it has.
 RUN_TIME_FIELDS = (
   'dtype',
@@ -27,20 +36,12 @@ RUN_TIME_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """Llama 3's stretching of RoPE wavelengths for longer contexts.
+  """Llama 3's stretching of RoPE wavelengths for longer contexts."""
 
-  Attributes:
-    factor: the longest wavelengths grow by it.
-    low_freq_factor: wavelengths above original_length / low_freq_factor grow
-      by the whole factor.
-    high_freq_factor: those below original_length / high_freq_factor stay.
-    original_length: context length of pretraining, tokens.
-  """
-
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_length: int
+  factor: float  # the longest wavelengths grow by it
+  low_freq_factor: float  # wavelengths above original_length over this grow by all of it
+  high_freq_factor: float  # those below original_length over this stay
+  original_length: int  # context length of pretraining, tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,122 +49,70 @@ class ModelConfig:
   """A decoder; hashable, so it can be a static jit argument.
 
   The defaults are a Llama; other families differ in data only.
-
-  Attributes:
-    vocab_size: V, rows of the embedding; 0 in a preset means "set at run time".
-    num_layers: L, number of blocks.
-    embed_dim: D, width of the residual stream.
-    num_heads: N, query heads.
-    num_kv_heads: K, key and value heads; divides num_heads.
-    head_dim: H, width of a head; even, because RoPE rotates halves.
-    mlp_dim: F, inner width of the gated MLP.
-    family: which Hugging Face architecture the weights are read and written
-      as. Decides nothing that is computed.
-    context_length: tokens the model was made for.
-    rope_theta: base of the RoPE wavelengths.
-    rope_scaling: Llama 3's, or None.
-    norm_eps: added to the mean square in RMSNorm.
-    norm_offset: added to the learned scale of RMSNorm; Gemma stores it minus 1.
-    tie_embeddings: the output layer is the transposed embedding.
-    activation: of the gate: 'silu' or 'gelu_tanh'.
-    scale_embeddings: multiply embeddings by sqrt(D), rounded to dtype (Gemma).
-    query_scale: queries are divided by its square root; 0 means head_dim.
-    attention_softcap: c of c·tanh(x/c) on attention scores; 0 means none.
-    final_softcap: the same on logits.
-    qk_norm: RMSNorm of each query and key head before RoPE (Qwen3).
-    post_norms: RMSNorm also after attention and MLP, before the residual sum
-      (Gemma 2).
-    sliding_window: a token attends to itself and window - 1 before it; 0 means
-      to all.
-    window_period: layer i has the window iff i % window_period == 0: 1 for all
-      layers (Mistral), 2 for every other one (Gemma 2).
-    dtype: what activations and products are computed in.
-    param_dtype: what parameters are created and loaded in. LoRA adapters are
-      always float32.
-    remat: what the backward pass recomputes in each block: 'none' keeps all
-      activations, 'dots' keeps the results of the dense products only, 'full'
-      keeps the block's input only.
-    match_init: the first query head of each kv head starts equal to the key
-      head, so that a token attends to its like from the start. A small model
-      learns to look things up in a list much sooner so (after the mimetic
-      initialisation of Trockman & Kolter 2023).
-    unroll: layers per step of the scan over depth. More is faster to run on
-      CPU, slower to compile.
-    lora_rank: r of the adapters; 0 means none.
-    lora_alpha: the adapters' product is scaled by lora_alpha / lora_rank.
-    lora_targets: names out of LORA_TARGETS.
   """
 
-  vocab_size: int
-  num_layers: int
-  embed_dim: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  mlp_dim: int
+  vocab_size: int  # V, rows of the embedding; 0 in a preset means "set at run time"
+  num_layers: int  # L
+  embed_dim: int  # D, width of the residual stream
+  num_heads: int  # N, query heads
+  num_kv_heads: int  # K, key and value heads; divides num_heads
+  head_dim: int  # H, width of a head; even, because RoPE rotates halves
+  mlp_dim: int  # F, inner width of the gated MLP
+  # The Hugging Face architecture that the weights are read and written as. It
+  # decides nothing that is computed.
   family: str = 'llama'
-  context_length: int = 2048
-  rope_theta: float = 10_000.0
+  context_length: int = 2048  # tokens the model was made for
+  rope_theta: float = 10_000.0  # base of the RoPE wavelengths
   rope_scaling: RopeScaling | None = None
-  norm_eps: float = 1e-5
-  norm_offset: float = 0.0
-  tie_embeddings: bool = True
-  activation: str = 'silu'
-  scale_embeddings: bool = False
-  query_scale: float = 0.0
-  attention_softcap: float = 0.0
-  final_softcap: float = 0.0
-  qk_norm: bool = False
-  post_norms: bool = False
+  norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+  norm_offset: float = 0.0  # added to RMSNorm's learned scale; Gemma stores it minus 1
+  tie_embeddings: bool = True  # the output layer is the transposed embedding
+  activation: str = 'silu'  # gates the MLP: 'silu' or 'gelu_tanh'
+  scale_embeddings: bool = False  # by sqrt(D), rounded to dtype (Gemma)
+  query_scale: float = 0.0  # queries are divided by its square root; 0 means head_dim
+  attention_softcap: float = 0.0  # c of c·tanh(x/c) on attention scores; 0 means none
+  final_softcap: float = 0.0  # the same on logits
+  qk_norm: bool = False  # RMSNorm of each query and key head before RoPE (Qwen3)
+  post_norms: bool = False  # RMSNorm also of what a layer adds to the stream (Gemma 2)
+  # A token attends to itself and window - 1 before it; 0 means to all. Layer i has
+  # the window iff i % window_period == 0: 1 for all layers (Mistral), 2 for every
+  # other one (Gemma 2).
   sliding_window: int = 0
   window_period: int = 1
-  dtype: str = 'float32'
-  param_dtype: str = 'float32'
+  dtype: str = 'float32'  # of activations and products
+  param_dtype: str = 'float32'  # of parameters but LoRA adapters, which are float32
+  # What the backward pass recomputes in each block: 'none' keeps all activations,
+  # 'dots' the results of the dense products only, 'full' the block's input only.
   remat: str = 'none'
+  # The first query head of each kv head starts equal to the key head, so that a
+  # token attends to its like from the start. A small model learns to look things
+  # up in a list much sooner so (after the mimetic initialisation of Trockman &
+  # Kolter 2023).
   match_init: bool = False
+  # Layers per step of the scan over depth. More is faster to run on CPU, slower
+  # to compile.
   unroll: int = 1
-  lora_rank: int = 0
-  lora_alpha: float = 16.0
+  lora_rank: int = 0  # r of the adapters; 0 means none
+  lora_alpha: float = 16.0  # the adapters' product is scaled by lora_alpha / lora_rank
   lora_targets: tuple[str, ...] = LORA_TARGETS
 
   def __post_init__(self):
-    for name in (
-      'num_layers',
-      'embed_dim',
-      'num_heads',
-      'num_kv_heads',
-      'head_dim',
-      'mlp_dim',
-      'unroll',
-      'rope_theta',
-      'norm_eps',
-      'context_length',
-      'window_period',
-      'lora_alpha',
-    ):
-      if not getattr(self, name) > 0:
-        raise ValueError(f'{name}={getattr(self, name)!r} must be positive.')
-    for name in (
-      'vocab_size',
-      'query_scale',
-      'attention_softcap',
-      'final_softcap',
-      'sliding_window',
-      'lora_rank',
-    ):
-      if not getattr(self, name) >= 0:
-        raise ValueError(f'{name}={getattr(self, name)!r} must not be negative.')
+    for field in dataclasses.fields(self):
+      name, value = field.name, getattr(self, field.name)
+      if name in _MAY_BE_ZERO and not value >= 0:
+        raise ValueError(f'{name}={value!r} must not be negative.')
+      is_number = field.type in ('int', 'float') and name != 'norm_offset'
+      if is_number and name not in _MAY_BE_ZERO and not value > 0:
+        raise ValueError(f'{name}={value!r} must be positive.')
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f'num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}.'
       )
     if self.head_dim % 2:
       raise ValueError(f'head_dim={self.head_dim} must be even (RoPE).')
-    _check_choice('family', self.family, FAMILIES)
-    _check_choice('activation', self.activation, ACTIVATIONS)
-    _check_choice('dtype', self.dtype, DTYPES)
-    _check_choice('param_dtype', self.param_dtype, DTYPES)
-    _check_choice('remat', self.remat, REMAT)
+    for name, choices in _CHOICES.items():
+      if getattr(self, name) not in choices:
+        raise ValueError(f'{name}={getattr(self, name)!r} must be one of {", ".join(choices)}.')
     if self.lora_rank and not self.lora_targets:
       raise ValueError(
         f'lora_targets is empty: no layer matches; choose from {", ".join(LORA_TARGETS)}.'
@@ -181,102 +130,49 @@ class ModelConfig:
     Raises:
       ValueError: an unknown field, or one that is missing.
     """
-    fields = {field.name for field in dataclasses.fields(cls)}
-    for name in sorted(fields ^ set(obj)):
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in sorted(known ^ set(obj)):
       raise ValueError(
-        f'model config: the field {name!r} is {"missing" if name in fields else "unknown"}.'
+        f'model config: the field {name!r} is {"missing" if name in known else "unknown"}.'
       )
     scaling = obj['rope_scaling']
-    return cls(
-      **{
-        **obj,
-        'rope_scaling': scaling and RopeScaling(**scaling),
-        'lora_targets': tuple(obj['lora_targets']),
-      }
-    )
+    rope_scaling = scaling and RopeScaling(**scaling)
+    fields = {**obj, 'rope_scaling': rope_scaling, 'lora_targets': tuple(obj['lora_targets'])}
+    return cls(**fields)
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as a JSON-able dict."""
     return dataclasses.asdict(self)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-  if value not in choices:
-    raise ValueError(f'{name}={value!r} must be one of {", ".join(choices)}.')
-
-
+# Shapes: vocab_size, num_layers, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim.
+_LLAMA3_8B = ModelConfig(
+  *(128_256, 32, 4096, 32, 8, 128, 14_336),
+  context_length=131_072,
+  rope_theta=500_000.0,
+  tie_embeddings=False,
+  rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+)
 PRESETS = {
   # The CPU default: 0.8M parameters beside the embedding.
-  'tiny': ModelConfig(
-    vocab_size=0,
-    num_layers=4,
-    embed_dim=128,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    mlp_dim=384,
-    match_init=True,
-    unroll=4,
-  ),
+  'tiny': ModelConfig(*(0, 4, 128, 4, 2, 32, 384), match_init=True, unroll=4),
   # Shapes of public models; their weights come from model.init.
   'smollm2_135m': ModelConfig(
-    vocab_size=49_152,
-    num_layers=30,
-    embed_dim=576,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    mlp_dim=1536,
-    context_length=8192,
-    rope_theta=100_000.0,
+    *(49_152, 30, 576, 9, 3, 64, 1536), context_length=8192, rope_theta=100_000.0
   ),
-  'llama3_8b': ModelConfig(
-    vocab_size=128_256,
-    num_layers=32,
-    embed_dim=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_dim=14_336,
-    context_length=131_072,
-    rope_theta=500_000.0,
-    tie_embeddings=False,
-    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
-  ),
-  'llama3_70b': ModelConfig(
-    vocab_size=128_256,
-    num_layers=80,
-    embed_dim=8192,
-    num_heads=64,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_dim=28_672,
-    context_length=131_072,
-    rope_theta=500_000.0,
-    tie_embeddings=False,
-    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+  'llama3_8b': _LLAMA3_8B,
+  'llama3_70b': dataclasses.replace(
+    _LLAMA3_8B, num_layers=80, embed_dim=8192, num_heads=64, mlp_dim=28_672
   ),
   'mistral_7b': ModelConfig(  # Instruct v0.1
-    vocab_size=32_000,
-    num_layers=32,
-    embed_dim=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_dim=14_336,
+    *(32_000, 32, 4096, 32, 8, 128, 14_336),
     family='mistral',
     context_length=32_768,
     sliding_window=4096,
     tie_embeddings=False,
   ),
   'qwen3_1b7': ModelConfig(
-    vocab_size=151_936,
-    num_layers=28,
-    embed_dim=2048,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_dim=6144,
+    *(151_936, 28, 2048, 16, 8, 128, 6144),
     family='qwen3',
     context_length=40_960,
     rope_theta=1_000_000.0,
@@ -284,13 +180,7 @@ PRESETS = {
     qk_norm=True,
   ),
   'gemma2_9b': ModelConfig(  # also ShieldGemma 9B
-    vocab_size=256_000,
-    num_layers=42,
-    embed_dim=3584,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=256,
-    mlp_dim=14_336,
+    *(256_000, 42, 3584, 16, 8, 256, 14_336),
     family='gemma2',
     context_length=8192,
     norm_eps=1e-6,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import pathlib
 import re
 import types
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from csrm_jax.core import files
 from csrm_jax.models import shards
 
 # What the quantised types are read from; their values become float32.
@@ -74,19 +72,12 @@ _LLAMA3 = (
 
 
 class _Pre(NamedTuple):
-  """How a byte-level BPE cuts text.
+  """How a byte-level BPE cuts text."""
 
-  Attributes:
-    pattern: what is one piece.
-    single_digits: digits are cut off one by one first.
-    normalizer: of Unicode text, None for none.
-    whole_words: a piece that is a token is never merged from parts.
-  """
-
-  pattern: str
-  single_digits: bool = False
-  normalizer: str | None = None
-  whole_words: bool = False
+  pattern: str  # what is one piece
+  single_digits: bool = False  # digits are cut off one by one first
+  normalizer: str | None = None  # Unicode text is normalised so
+  whole_words: bool = False  # a piece that is a token is never merged from parts
 
 
 _PRE = {
@@ -119,11 +110,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
       f'{", ".join(_ARCHITECTURES)} is supported; convert the model to '
       'safetensors elsewhere.'
     )
-  own = {
-    key.removeprefix(f'{arch}.'): value
-    for key, value in file.metadata.items()
-    if key.startswith(f'{arch}.')
-  }
+  prefix = f'{arch}.'
+  own = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
   names = {tensor.name: tensor for tensor in file.tensors}
   bad = [f'{arch}.{key}' for key in _UNSUPPORTED if own.get(key)]
   bad += ['rope_freqs.weight'] if 'rope_freqs.weight' in names else []
@@ -159,13 +147,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, shards.Tensor]:
-  """Returns the tensors under their Hugging Face names, as float32, unread.
-
-  Raises:
-    ImportError: no package gguf.
-    ValueError: not a GGUF file, or a tensor of an unknown name or of a type
-      that is not supported.
-  """
+  """Returns the tensors under their Hugging Face names, as float32, unread."""
   spec, tensors = read_config(path), {}
   heads = {}
   if _ARCHITECTURES[spec['model_type']][1]:
@@ -197,12 +179,7 @@ def token_ids(path: pathlib.Path) -> dict[str, int]:
 
 
 def tokenizer_files(path: pathlib.Path) -> dict[str, bytes]:
-  """Returns tokenizer.json and tokenizer_config.json, with the chat template.
-
-  Raises:
-    ImportError: no package gguf.
-    ValueError: not a byte-level BPE, or text is cut in an unknown way.
-  """
+  """Returns tokenizer.json and tokenizer_config.json, with the chat template."""
   metadata = _read(path).metadata
   kind = metadata.get('tokenizer.ggml.model')
   pre = metadata.get('tokenizer.ggml.pre', 'gpt-2')
@@ -234,48 +211,20 @@ def tokenizer_files(path: pathlib.Path) -> dict[str, bytes]:
   }
 
 
-def convert(path: str | os.PathLike, folder: str | os.PathLike) -> None:
-  """Writes the Hugging Face folder of a .gguf file, weights in float32.
-
-  Raises:
-    ImportError: no package gguf.
-    ValueError: as read_config, open_tensors and tokenizer_files.
-  """
-  path, folder = pathlib.Path(path), pathlib.Path(folder)
-  spec, texts = read_config(path), tokenizer_files(path)
-  tensors = open_tensors(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  shards.write(folder, tensors, {'source': path.name})
-  for name, content in texts.items():
-    files.write(folder / name, content)
-  shards.write_json(folder / 'config.json', spec)
-
-
 def _tokenizer_json(
   tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], pre: _Pre
 ) -> dict[str, Any]:
-  byte_level = {
-    'type': 'ByteLevel',
-    'add_prefix_space': False,
-    'trim_offsets': True,
-    'use_regex': False,
-  }
+  byte_level = {'type': 'ByteLevel', 'add_prefix_space': False}
+  byte_level |= {'trim_offsets': True, 'use_regex': False}
   steps = [
     {'type': 'Split', 'pattern': {'Regex': pre.pattern}, 'behavior': 'Isolated', 'invert': False},
     byte_level,
   ]
   if pre.single_digits:
     steps.insert(0, {'type': 'Digits', 'individual_digits': True})
+  no_flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
   added = [
-    {
-      'id': i,
-      'content': tokens[i],
-      'single_word': False,
-      'lstrip': False,
-      'rstrip': False,
-      'normalized': False,
-      'special': kind == _CONTROL,
-    }
+    {'id': i, 'content': tokens[i], **no_flags, 'special': kind == _CONTROL}
     for i, kind in enumerate(kinds)
     if kind in (_CONTROL, _USER_DEFINED)
   ]
@@ -305,15 +254,12 @@ def _tokenizer_json(
 
 def _prepend(token: str, i: int) -> dict[str, Any]:
   """Returns the post-processor that puts a token before each text."""
-  text = [{'Sequence': {'id': 'A', 'type_id': 0}}]
+  first = {'SpecialToken': {'id': token, 'type_id': 0}}
+  text, other = ({'Sequence': {'id': name, 'type_id': n}} for n, name in enumerate('AB'))
   return {
     'type': 'TemplateProcessing',
-    'single': [{'SpecialToken': {'id': token, 'type_id': 0}}, *text],
-    'pair': [
-      {'SpecialToken': {'id': token, 'type_id': 0}},
-      *text,
-      {'Sequence': {'id': 'B', 'type_id': 1}},
-    ],
+    'single': [first, text],
+    'pair': [first, text, other],
     'special_tokens': {token: {'id': token, 'ids': [i], 'tokens': [token]}},
   }
 

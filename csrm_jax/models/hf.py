@@ -1,106 +1,136 @@
-"""Weights in Hugging Face form, in and out (the names are in hf_table).
+"""Weights in Hugging Face form, in and out.
 
 A source is a folder as save_pretrained writes it (config.json, safetensors in
 one file or in shards), the id of such a folder on the Hugging Face hub
 ("org/name"), or a .gguf file. Weights go straight to where they are computed
 with, tensor by tensor: the host holds one tensor at a time, never a model.
+
+Whatever reads or writes weights goes through slots, models and LoRA adapters
+alike: a slot says which part of which parameter of ours a tensor of theirs is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from csrm_jax.models import gguf, hf_config, hf_table, shards
+from csrm_jax.models import gguf, hf_config, shards, transformer
 from csrm_jax.models.config import ModelConfig
 
 _HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?')
 _HUB_FILES = ('*.safetensors', '*.json', '*.jinja', 'tokenizer.model')
-
-
 # Old files list these constants among the weights.
 _CONSTANTS = re.compile(r'.*\.rotary_emb\.inv_freq')
 
 
-def resolve(source: str | os.PathLike) -> pathlib.Path:
-  """Returns the local path of a source; downloads a hub id if needed.
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Weights in Hugging Face form: looked for once, and read no more than once.
 
-  Args:
-    source: a folder, a .gguf file, or "org/name" or "org/name@revision" on the
+  Attributes:
+    name: a folder, a .gguf file, or "org/name" or "org/name@revision" on the
       hub. What exists here is never looked for there.
-
-  Raises:
-    ImportError: a hub id, and no package huggingface_hub.
-    ValueError: no such folder, or it cannot be downloaded.
   """
-  text = os.fspath(source)
-  path = pathlib.Path(text).expanduser()
-  if path.exists():
-    return path
-  if not _HUB_ID.fullmatch(text):
-    raise ValueError(
-      f'{text}: does not exist; give a folder with {hf_config.CONFIG_FILE}, '
-      'a .gguf file or a hub id (org/name).'
-    )
-  try:
-    import huggingface_hub
-  except ImportError:
-    raise ImportError(
-      f'{text}: is no folder here, and a hub id needs the package '
-      'huggingface_hub; run "pip install huggingface_hub", or install '
-      'csrm_jax with its extra "hf"'
-    ) from None
-  name, _, revision = text.partition('@')
-  try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
+
+  name: str | os.PathLike
+
+  @functools.cached_property
+  def path(self) -> pathlib.Path:
+    """The local path; a hub id is downloaded if needed.
+
+    Raises:
+      ImportError: a hub id, and no package huggingface_hub.
+      ValueError: no such folder, or it cannot be downloaded.
+    """
+    text = os.fspath(self.name)
+    path = pathlib.Path(text).expanduser()
+    if path.exists():
+      return path
+    if not _HUB_ID.fullmatch(text):
+      raise ValueError(
+        f'{text}: does not exist; give a folder with {hf_config.CONFIG_FILE}, '
+        'a .gguf file or a hub id (org/name).'
+      )
+    try:
+      import huggingface_hub
+    except ImportError:
+      raise ImportError(
+        f'{text}: is no folder here, and a hub id needs the package '
+        'huggingface_hub; run "pip install huggingface_hub", or install '
+        'csrm_jax with its extra "hf"'
+      ) from None
+    name, _, revision = text.partition('@')
+    try:
+      folder = huggingface_hub.snapshot_download(
         name,
         revision=revision or None,
         allow_patterns=list(_HUB_FILES),
         ignore_patterns=['*/*', 'consolidated*'],
       )
-    )
-  except Exception as error:  # Whatever the network or the hub says.
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise ValueError(
-      f'{text}: is no folder here and cannot be downloaded ({reason}); '
-      'check the name, the network and your access to it.'
-    ) from None
+    except Exception as error:  # Whatever the network or the hub says.
+      reason = (str(error).splitlines() or [type(error).__name__])[0]
+      raise ValueError(
+        f'{text}: is no folder here and cannot be downloaded ({reason}); '
+        'check the name, the network and your access to it.'
+      ) from None
+    return pathlib.Path(folder)
+
+  @property
+  def is_gguf(self) -> bool:
+    return self.path.suffix == '.gguf'
+
+  @functools.cached_property
+  def spec(self) -> dict[str, Any]:
+    """The content of config.json."""
+    return gguf.read_config(self.path) if self.is_gguf else hf_config.read(self.path)
+
+  @property
+  def where(self) -> str:
+    """Where the spec stands, for errors."""
+    return str(self.path if self.is_gguf else self.path / hf_config.CONFIG_FILE)
+
+  @functools.cached_property
+  def tensors(self) -> dict[str, shards.Tensor]:
+    """The tensors under their Hugging Face names, unread."""
+    return (gguf.open_tensors if self.is_gguf else shards.open_folder)(self.path)
 
 
-def load(source: str | os.PathLike, **overrides) -> tuple[ModelConfig, dict[str, Any]]:
+def open_source(source: str | os.PathLike | Source) -> Source:
+  """Returns the source of a name; one that is open already, as it is."""
+  return source if isinstance(source, Source) else Source(source)
+
+
+def load(source: str | os.PathLike | Source, **overrides) -> tuple[ModelConfig, dict[str, Any]]:
   """Returns (cfg, params) of a source; overrides as in load_config."""
+  source = open_source(source)
   cfg = load_config(source, **overrides)
   return cfg, load_params(source, cfg)
 
 
-def load_config(source: str | os.PathLike, **overrides) -> ModelConfig:
-  """Returns the ModelConfig of a source.
-
-  Args:
-    source: as in `resolve`.
-    **overrides: fields that are no property of the weights: RUN_TIME_FIELDS.
+def load_config(source: str | os.PathLike | Source, **overrides) -> ModelConfig:
+  """Returns the ModelConfig of a source, with other RUN_TIME_FIELDS if given.
 
   Raises:
     ValueError: not a model that this decoder computes; names the field.
   """
-  path = resolve(source)
-  if path.suffix == '.gguf':
-    return hf_config.from_hf(gguf.read_config(path), str(path), **overrides)
-  return hf_config.from_hf(hf_config.read(path), str(path / hf_config.CONFIG_FILE), **overrides)
+  source = open_source(source)
+  return hf_config.from_hf(source.spec, source.where, **overrides)
 
 
 def load_params(
-  source: str | os.PathLike, cfg: ModelConfig, shardings: Any = None
+  source: str | os.PathLike | Source, cfg: ModelConfig, shardings: Any = None
 ) -> dict[str, Any]:
   """Returns the weights of a source as a nested dict, in cfg.param_dtype.
 
@@ -108,8 +138,8 @@ def load_params(
   classifier has score/kernel [D, 1] and no lm_head.
 
   Args:
-    source: as in `resolve`.
-    cfg: of the model; run-time fields may differ from the stored ones.
+    source: a name or an open source.
+    cfg: the model; run-time fields may differ from the stored ones.
     shardings: a nested dict of Shardings with at least the leaves of the
       result; None: the default device.
 
@@ -117,145 +147,65 @@ def load_params(
     ValueError: the source holds another backbone than cfg, or a tensor is
       missing, unused or of another shape; names file and tensor.
   """
-  path = resolve(source)
-  _check_backbone(path, cfg)
-  slots = hf_table.slots(cfg, _form(path))
-  tensors = _check_tensors(open_tensors(path), slots, path)
-  return place(tensors, slots, jnp.dtype(cfg.param_dtype), shardings)
+  source = open_source(source)
+  stored = hf_config.canonical(load_config(source))
+  for name, value in hf_config.canonical(cfg).items():
+    if stored[name] != value:
+      raise ValueError(
+        f'{source.path}: weights of another backbone: {name} is {stored[name]!r} '
+        f'there and {value!r} in the model config; make them equal.'
+      )
+  places = slots(cfg, hf_config.form(source.spec, source.where))
+  tensors = {n: tensor for n, tensor in source.tensors.items() if not _CONSTANTS.fullmatch(n)}
+  head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
+  # Some write the output layer although it is tied; then it must be.
+  if (
+    head not in places
+    and {head, embedding} <= set(tensors)
+    and not shards.equal(tensors.pop(head), tensors[embedding])
+  ):
+    raise ValueError(
+      f'{source.tensors[head].where}: {head} differs from the embedding, but the '
+      'config ties them; set tie_word_embeddings to false in config.json.'
+    )
+  return fill(places, tensors, str(source.path), jnp.dtype(cfg.param_dtype), shardings)
 
 
-def place(
+def fill(
+  slots: Mapping[str, Slot],
   tensors: Mapping[str, shards.Tensor],
-  slots: Mapping[str, hf_table.Slot],
+  where: str,
   dtype: jnp.dtype,
   shardings: Any = None,
 ) -> dict[str, Any]:
-  """Returns the nested dict that the tensors fill, read one by one.
+  """Returns the nested dict that the tensors make, read one by one.
 
   Each goes to its devices at once; stacks of layers are filled in place there.
 
-  Args:
-    tensors: those of the slots.
-    slots: as from hf_table.
-    dtype: of the result.
-    shardings: as in load_params.
+  Raises:
+    ValueError: the tensors do not fill the slots, all and exactly.
   """
-  places = {} if shardings is None else hf_table.flatten(shardings)
+  check_names(set(tensors), set(slots), where)
+  for name, tensor in tensors.items():
+    if tensor.shape != slots[name].shape:
+      raise ValueError(
+        f'{tensor.where}: {name} has shape {tensor.shape}, the config makes '
+        f'it {slots[name].shape}; take weights and config.json from the same '
+        'model.'
+      )
+  places = {} if shardings is None else flatten_dict(shardings, sep='/')
   flat = {}
   for name, tensor in tensors.items():
     slot = slots[name]
     ours, to = slot.entry.ours, places.get(slot.entry.ours)
-    array = hf_table.to_ours(tensor.read(), slot)
+    array = to_ours(tensor.read(), slot)
     if slot.layer is None:
       flat[ours] = _put(array, to).astype(dtype)
       continue
     if ours not in flat:
       flat[ours] = jnp.zeros(slot.whole, dtype, device=to)
     flat[ours] = _fill(to)(flat[ours], _put(array, _within_layer(to)), slot.layer)
-  return hf_table.unflatten(flat)
-
-
-def load_metadata(folder: str | os.PathLike) -> dict[str, str]:
-  """Returns the strings in the header of a folder's weights."""
-  return shards.read_metadata(pathlib.Path(folder))
-
-
-def open_tensors(source: str | os.PathLike) -> dict[str, shards.Tensor]:
-  """Returns the tensors of a source under their Hugging Face names, unread."""
-  path = resolve(source)
-  if path.suffix == '.gguf':
-    return gguf.open_tensors(path)
-  return shards.open_folder(path)
-
-
-def digest(source: str | os.PathLike) -> str:
-  """Returns a sha256 (hex) over the weights of a source.
-
-  It covers names, shapes and values, however they are spread over files: a
-  .gguf file has the digest of the folder that it was converted to.
-  """
-  return shards.digest(open_tensors(source))
-
-
-def save(
-  folder: str | os.PathLike,
-  cfg: ModelConfig,
-  params: Mapping[str, Any],
-  metadata: Mapping[str, str] | None = None,
-  *,
-  extra: Mapping[str, Any] | None = None,
-  max_shard_bytes: int = shards.MAX_SHARD_BYTES,
-) -> None:
-  """Writes config.json and the weights; every file appears whole.
-
-  Args:
-    folder: made if absent; must not hold other weights.
-    cfg: the model's shape.
-    params: as from init_params, in any dtype, without adapters. With
-      score/kernel [D, 1] in place of lm_head they are written as a sequence
-      classifier.
-    metadata: strings for the header of the weights, such as how they were
-      made.
-    extra: more fields of config.json, such as pad_token_id.
-    max_shard_bytes: of one file; more is written as shards with an index.
-
-  Raises:
-    ValueError: params are not those of cfg, cfg is no model of its family, or
-      the folder holds other weights.
-  """
-  folder = pathlib.Path(folder)
-  flat = hf_table.flatten(params)
-  if any(name.endswith(('/lora_a', '/lora_b')) for name in flat):
-    raise ValueError(
-      'params hold LoRA adapters, which have no place in a whole model; '
-      'merge them first (lora.merge).'
-    )
-  form = 'causal_lm'
-  if 'score/kernel' in flat:
-    form = 'sequence_classification'
-  spec = hf_config.to_hf(cfg, str(flat['embed/embedding'].dtype), form)
-  slots = hf_table.slots(cfg, form)
-  hf_table.check_names(set(flat), {slot.entry.ours for slot in slots.values()}, 'params')
-  tensors = {name: hf_table.to_theirs(flat[slot.entry.ours], slot) for name, slot in slots.items()}
-  folder.mkdir(parents=True, exist_ok=True)
-  shards.write(folder, tensors, metadata or {}, max_shard_bytes)
-  shards.write_json(folder / hf_config.CONFIG_FILE, spec | dict(extra or {}))
-
-
-def _form(path: pathlib.Path) -> str:
-  if path.suffix == '.gguf':
-    return 'causal_lm'
-  return hf_config.form(hf_config.read(path), str(path))
-
-
-def _check_backbone(path: pathlib.Path, cfg: ModelConfig) -> None:
-  stored = hf_config.canonical(load_config(path))
-  for name, value in hf_config.canonical(cfg).items():
-    if stored[name] != value:
-      raise ValueError(
-        f'{path}: weights of another backbone: {name} is {stored[name]!r} '
-        f'there and {value!r} in the model config; make them equal.'
-      )
-
-
-def _check_tensors(
-  tensors: Mapping[str, shards.Tensor], slots: Mapping[str, hf_table.Slot], path: pathlib.Path
-) -> dict[str, shards.Tensor]:
-  """Returns the tensors that the model needs, all of them of its shapes."""
-  kept = {name: tensor for name, tensor in tensors.items() if not _CONSTANTS.fullmatch(name)}
-  head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
-  # Some write the output layer although it is tied; then it must be.
-  if (
-    head not in slots
-    and {head, embedding} <= set(kept)
-    and not shards.equal(kept.pop(head), kept[embedding])
-  ):
-    raise ValueError(
-      f'{tensors[head].where}: {head} differs from the embedding, but the '
-      'config ties them; set tie_word_embeddings to false in config.json.'
-    )
-  hf_table.check_tensors(kept, slots, str(path))
-  return kept
+  return unflatten_dict(flat, sep='/')
 
 
 def _put(array: np.ndarray, place: Sharding | None) -> jax.Array:
@@ -280,3 +230,226 @@ def _fill(place: Sharding | None) -> Callable[..., jax.Array]:
     return jax.lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), layer, 0)
 
   return jax.jit(fill, donate_argnums=0, out_shardings=place)
+
+
+def digest(source: str | os.PathLike | Source) -> str:
+  """Returns a sha256 (hex) over the weights of a source: it reads them all.
+
+  It covers names, shapes and values, however they are spread over files: a
+  .gguf file has the digest of the folder that it was converted to.
+  """
+  return shards.digest(open_source(source).tensors)
+
+
+def save(
+  folder: str | os.PathLike,
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  metadata: Mapping[str, str] | None = None,
+  *,
+  extra: Mapping[str, Any] | None = None,
+  max_shard_bytes: int = shards.MAX_SHARD_BYTES,
+) -> None:
+  """Writes config.json and the weights; every file appears whole.
+
+  Args:
+    folder: made if absent; must not hold other weights.
+    cfg: the model's shape.
+    params: as from init_params, in any dtype, without adapters. With
+      score/kernel [D, 1] in place of lm_head they are written as a sequence
+      classifier.
+    metadata: strings for the header of the weights, such as how they were
+      made.
+    extra: more fields of config.json, such as pad_token_id.
+    max_shard_bytes: the most that one file may hold; more is written as shards
+      with an index.
+
+  Raises:
+    ValueError: params are not those of cfg, cfg is no model of its family, or
+      the folder holds other weights.
+  """
+  folder = pathlib.Path(folder)
+  flat = flatten_dict(params, sep='/')
+  if any(name.endswith(('/lora_a', '/lora_b')) for name in flat):
+    raise ValueError(
+      'params hold LoRA adapters, which have no place in a whole model; '
+      'merge them first (lora.merge).'
+    )
+  form = 'sequence_classification' if 'score/kernel' in flat else 'causal_lm'
+  spec = hf_config.to_hf(cfg, str(flat['embed/embedding'].dtype), form)
+  tensors = to_theirs(flat, slots(cfg, form), 'params')
+  shards.write(folder, tensors, metadata or {}, max_shard_bytes)
+  shards.write_json(folder / hf_config.CONFIG_FILE, spec | dict(extra or {}))
+
+
+# --- The one table of weight names -----------------------------------------------------
+
+
+class Entry(NamedTuple):
+  """A parameter's two names.
+
+  Attributes:
+    ours: path in the nested dict; under layers/ it has a leading axis L.
+    theirs: tensor name, with the number of the layer as {}.
+    num_in: leading axes of our kernel that are inputs. Theirs is [out, in],
+      each flattened. 0: stored as it is.
+    post_norms: the entry is of models whose config says so; None: of all.
+  """
+
+  ours: str
+  theirs: str
+  num_in: int
+  post_norms: bool | None = None
+
+
+_LAYER = 'model.layers.{}.'
+TABLE = (
+  Entry('embed/embedding', 'model.embed_tokens.weight', 0),
+  Entry('layers/attention_norm/scale', _LAYER + 'input_layernorm.weight', 0),
+  Entry('layers/attention/query/kernel', _LAYER + 'self_attn.q_proj.weight', 1),
+  Entry('layers/attention/key/kernel', _LAYER + 'self_attn.k_proj.weight', 1),
+  Entry('layers/attention/value/kernel', _LAYER + 'self_attn.v_proj.weight', 1),
+  Entry('layers/attention/out/kernel', _LAYER + 'self_attn.o_proj.weight', 2),
+  Entry('layers/attention/query_norm/scale', _LAYER + 'self_attn.q_norm.weight', 0),
+  Entry('layers/attention/key_norm/scale', _LAYER + 'self_attn.k_norm.weight', 0),
+  # One name, two places: before the MLP, and with post_norms after attention.
+  Entry('layers/mlp_norm/scale', _LAYER + 'post_attention_layernorm.weight', 0, False),
+  Entry('layers/attention_post_norm/scale', _LAYER + 'post_attention_layernorm.weight', 0, True),
+  Entry('layers/mlp_norm/scale', _LAYER + 'pre_feedforward_layernorm.weight', 0, True),
+  Entry('layers/mlp_post_norm/scale', _LAYER + 'post_feedforward_layernorm.weight', 0, True),
+  Entry('layers/mlp/gate/kernel', _LAYER + 'mlp.gate_proj.weight', 1),
+  Entry('layers/mlp/up/kernel', _LAYER + 'mlp.up_proj.weight', 1),
+  Entry('layers/mlp/down/kernel', _LAYER + 'mlp.down_proj.weight', 1),
+  Entry('final_norm/scale', 'model.norm.weight', 0),
+  Entry('lm_head/kernel', 'lm_head.weight', 1),
+  # [D, 1]; in place of the output layer in a sequence classifier.
+  Entry('score/kernel', 'score.weight', 1),
+)
+# What PEFT puts around the name of a kernel.
+_PEFT = ('base_model.model.', '.weight')
+_UNUSED = {'causal_lm': 'score/kernel', 'sequence_classification': 'lm_head/kernel'}
+
+
+class Slot(NamedTuple):
+  """Where a tensor of theirs goes.
+
+  Attributes:
+    entry: the names.
+    layer: its place on the axis L of our parameter, None without that axis.
+    shape: of theirs.
+    whole: shape of our parameter, all layers.
+  """
+
+  entry: Entry
+  layer: int | None
+  shape: tuple[int, ...]
+  whole: tuple[int, ...]
+
+
+def slots(cfg: ModelConfig, form: str = 'causal_lm') -> dict[str, Slot]:
+  """Returns {their name: slot} of a model without adapters, layer by layer.
+
+  The form is one of hf_config.FORMS.
+  """
+  shapes = {**_shapes(dataclasses.replace(cfg, lora_rank=0)), 'score/kernel': (cfg.embed_dim, 1)}
+  return _make_slots(
+    cfg,
+    {
+      entry: shapes[entry.ours]
+      for entry in TABLE
+      if entry.ours in shapes
+      and entry.ours != _UNUSED[form]
+      and entry.post_norms in (None, cfg.post_norms)
+    },
+  )
+
+
+def lora_slots(cfg: ModelConfig) -> dict[str, Slot]:
+  """Returns {name in a PEFT file: slot} of the adapters of a model.
+
+  PEFT keeps an adapter as two products: lora_A [r, in] and lora_B [out, r].
+  """
+  shapes, entries = _shapes(cfg), {}
+  before, after = _PEFT
+  for entry in TABLE:
+    path = entry.ours.removesuffix('/kernel')
+    stem = before + entry.theirs.removesuffix(after)
+    for name, num_in in (('a', entry.num_in), ('b', 1)):
+      ours = f'{path}/lora_{name}'
+      if ours in shapes:
+        theirs = f'{stem}.lora_{name.upper()}{after}'
+        entries[Entry(ours, theirs, num_in)] = shapes[ours]
+  return _make_slots(cfg, entries)
+
+
+def to_ours(array: np.ndarray, slot: Slot) -> np.ndarray:
+  """Returns a tensor of theirs in our axes, without the axis L: a view."""
+  if not slot.entry.num_in:
+    return array
+  return array.T.reshape(slot.whole if slot.layer is None else slot.whole[1:])
+
+
+def to_theirs(
+  flat: Mapping[str, Any], slots: Mapping[str, Slot], where: str
+) -> dict[str, shards.Tensor]:
+  """Returns the tensors of theirs that parameters {'a/b': array} of ours fill.
+
+  A parameter, on any device, is read when the tensor is.
+
+  Raises:
+    ValueError: the parameters are not those of the slots.
+  """
+  check_names(set(flat), {slot.entry.ours for slot in slots.values()}, where)
+
+  def read(param, slot):
+    part = np.asarray(param if slot.layer is None else param[slot.layer])
+    if not slot.entry.num_in:
+      return part
+    return part.reshape(math.prod(part.shape[: slot.entry.num_in]), -1).T
+
+  tensors = {}
+  for name, slot in slots.items():
+    param = flat[slot.entry.ours]
+    read_it = functools.partial(read, param, slot)
+    tensors[name] = shards.Tensor(slot.shape, np.dtype(param.dtype), where, read_it)
+  return tensors
+
+
+def check_names(have: set[str], want: set[str], where: str) -> None:
+  """Raises ValueError, with a name, unless both hold the same names."""
+  if want - have:
+    raise ValueError(
+      f'{where}: {min(want - have)} is missing ({len(want - have)} of '
+      f'{len(want)} are); the weights must be those of the model config.'
+    )
+  if have - want:
+    raise ValueError(
+      f'{where}: {min(have - want)} is of no use to the model '
+      f'({len(have - want)} such); the weights must be those of the model '
+      'config.'
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+  params = jax.eval_shape(lambda: transformer.init_params(cfg, 0))
+  return {name: leaf.shape for name, leaf in flatten_dict(params, sep='/').items()}
+
+
+def _make_slots(cfg: ModelConfig, entries: Mapping[Entry, tuple[int, ...]]) -> dict[str, Slot]:
+  """Returns the slots of the entries, given the shapes of our parameters."""
+  whole, layers = {}, [{} for _ in range(cfg.num_layers)]
+  for entry, shape in entries.items():
+    if not entry.ours.startswith('layers/'):
+      whole[entry.theirs] = Slot(entry, None, _their_shape(shape, entry.num_in), shape)
+      continue
+    theirs = _their_shape(shape[1:], entry.num_in)
+    for i, layer in enumerate(layers):
+      layer[entry.theirs.format(i)] = Slot(entry, i, theirs, shape)
+  return functools.reduce(lambda a, b: a | b, layers, whole)
+
+
+def _their_shape(shape: tuple[int, ...], num_in: int) -> tuple[int, ...]:
+  if not num_in:
+    return shape
+  return math.prod(shape[num_in:]), math.prod(shape[:num_in])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from csrm_jax.models.config import RUN_TIME_FIELDS, ModelConfig, RopeScaling
@@ -19,24 +19,15 @@ FORMS = {'causal_lm': 'ForCausalLM', 'sequence_classification': 'ForSequenceClas
 
 
 class Family(NamedTuple):
-  """What one architecture fixes.
+  """What one architecture fixes."""
 
-  Attributes:
-    name: of its classes, before the suffix in FORMS.
-    fixed: fields of ModelConfig that config.json cannot change.
-    silent: fields of config.json and what they are where it is silent.
-    activation: the field of config.json that names the activation.
-    window_period: of ModelConfig where there is a window and no layer_types;
-      0: this architecture knows no window.
-    layer_types: config.json says for each layer whether it has the window.
-  """
-
-  name: str
-  fixed: Mapping[str, Any]
-  silent: Mapping[str, Any] = {}
-  activation: str = 'hidden_act'
+  name: str  # its classes begin with it; a suffix in FORMS follows
+  fixed: Mapping[str, Any]  # fields of ModelConfig that config.json cannot change
+  silent: Mapping[str, Any] = {}  # what fields of config.json are where it is silent
+  activation: str = 'hidden_act'  # the field of config.json that names the activation
+  # ModelConfig's, where there is a window and no layer_types; 0: never a window.
   window_period: int = 1
-  layer_types: bool = False
+  layer_types: bool = False  # config.json says which layers have the window
 
 
 _PLAIN = {
@@ -114,11 +105,7 @@ _DTYPES = {'float32': 'float32', 'bfloat16': 'bfloat16', 'float16': 'float32'}
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the content of a folder's config.json.
-
-  Raises:
-    ValueError: there is none, or it is not a JSON object.
-  """
+  """Returns the content of a folder's config.json."""
   path = folder / CONFIG_FILE
   try:
     spec = json.loads(path.read_text(encoding='utf-8'))
@@ -133,11 +120,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def form(spec: Mapping[str, Any], where: str) -> str:
-  """Returns which of FORMS a config.json describes.
-
-  Raises:
-    ValueError: neither; names the architecture.
-  """
+  """Returns which of FORMS a config.json describes."""
   names = spec.get('architectures') or [FORMS['causal_lm']]
   for name, suffix in FORMS.items():
     if names[0].endswith(suffix):
@@ -152,16 +135,12 @@ def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfi
   """Returns the ModelConfig that the content of a config.json describes.
 
   Files of transformers before and since version 5 are read: rope_theta and
-  rope_scaling, or rope_parameters; layer_types are optional.
-
-  Args:
-    spec: as from `read`.
-    where: the file's name, for errors.
-    **overrides: fields out of RUN_TIME_FIELDS, no property of the weights.
+  rope_scaling, or rope_parameters; layer_types are optional. The overrides are
+  fields out of RUN_TIME_FIELDS.
 
   Raises:
     ValueError: not a config of a model that this decoder computes; names the
-      field, its value and what is supported.
+      file (where), the field, its value and what is supported.
   """
   for name in overrides:
     if name not in RUN_TIME_FIELDS:
@@ -174,14 +153,9 @@ def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfi
     raise _unsupported(where, 'model_type', family_name, FAMILIES)
   family = FAMILIES[family_name]
   form(spec, where)  # validates
-  spec = {
-    **family.silent,
-    **{
-      name: value
-      for name, value in spec.items()
-      if value is not None or name in ('sliding_window', *_OPTIONAL)
-    },
-  }
+  may_be_null = ('sliding_window', *_OPTIONAL)
+  said = {name: v for name, v in spec.items() if v is not None or name in may_be_null}
+  spec = {**family.silent, **said}
   for name, value in _REQUIRED.items():
     if spec.get(name, value) != value:
       raise _unsupported(where, name, spec[name], [value])
@@ -196,28 +170,16 @@ def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfi
   dtype = str(spec.get('dtype', spec.get('torch_dtype', 'float32')))
   if dtype not in _DTYPES:
     raise _unsupported(where, 'dtype', dtype, _DTYPES)
-  return ModelConfig(
-    **{
-      'family': family_name,
-      'param_dtype': _DTYPES[dtype],
-      **fields,
-      **_read_rope(spec, where),
-      **_read_window(spec, family, where),
-      **overrides,
-    }
-  )
+  fields |= {'family': family_name, 'param_dtype': _DTYPES[dtype]}
+  fields |= _read_rope(spec, where) | _read_window(spec, family, where)
+  return ModelConfig(**fields | overrides)
 
 
 def to_hf(cfg: ModelConfig, dtype: str, form: str = 'causal_lm') -> dict[str, Any]:
-  """Returns the content of config.json, as `from_hf` reads it.
+  """Returns the content of config.json, for weights stored in a dtype.
 
   It is in the older of the two styles, which every version of transformers
   and the servers built on it read.
-
-  Args:
-    cfg: the model.
-    dtype: of the stored weights.
-    form: one of FORMS.
 
   Raises:
     ValueError: cfg.family has no such model.
@@ -230,7 +192,10 @@ def to_hf(cfg: ModelConfig, dtype: str, form: str = 'causal_lm') -> dict[str, An
         f'{cfg.family!r}, where it is {value!r}; set the family that has it.'
       )
   activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-  scaling = cfg.rope_scaling
+  scaling = None
+  if cfg.rope_scaling:
+    fields = {theirs: getattr(cfg.rope_scaling, ours) for theirs, ours in _ROPE_SCALING.items()}
+    scaling = {'rope_type': 'llama3', **fields}
   spec = {
     'architectures': [family.name + FORMS[form]],
     'model_type': cfg.family,
@@ -238,11 +203,7 @@ def to_hf(cfg: ModelConfig, dtype: str, form: str = 'causal_lm') -> dict[str, An
     'attention_bias': False,
     family.activation: activations[cfg.activation],
     'rope_theta': cfg.rope_theta,
-    'rope_scaling': scaling
-    and {
-      'rope_type': 'llama3',
-      **{theirs: getattr(scaling, ours) for theirs, ours in _ROPE_SCALING.items()},
-    },
+    'rope_scaling': scaling,
     'torch_dtype': dtype,
   }
   if cfg.family == 'llama':
@@ -317,7 +278,15 @@ def _read_window(spec: Mapping[str, Any], family: Family, where: str) -> dict[st
   num_layers = spec['num_hidden_layers']
   types = spec.get('layer_types') if family.layer_types else None
   if types is not None:
-    flags = _flags(types, num_layers, where)
+    known = ('full_attention', 'sliding_attention')
+    for kind in types:
+      if kind not in known:
+        raise _unsupported(where, 'layer_types', kind, known)
+    if len(types) != num_layers:
+      raise ValueError(
+        f'{where}: {len(types)} layer_types for {num_layers} layers; copy the file again.'
+      )
+    flags = [kind == 'sliding_attention' for kind in types]
   elif spec.get('use_sliding_window'):
     flags = [i >= spec['max_window_layers'] for i in range(num_layers)]
   else:
@@ -333,18 +302,6 @@ def _read_window(spec: Mapping[str, Any], family: Family, where: str) -> dict[st
     f'{[i for i, flag in enumerate(flags) if flag]}; only every n-th layer '
     'from the first on is supported; choose another model.'
   )
-
-
-def _flags(types: Sequence[str], num_layers: int, where: str) -> list[bool]:
-  known = ('full_attention', 'sliding_attention')
-  for kind in types:
-    if kind not in known:
-      raise _unsupported(where, 'layer_types', kind, known)
-  if len(types) != num_layers:
-    raise ValueError(
-      f'{where}: {len(types)} layer_types for {num_layers} layers; copy the file again.'
-    )
-  return [kind == 'sliding_attention' for kind in types]
 
 
 def _every(period: int, num_layers: int) -> list[bool]:

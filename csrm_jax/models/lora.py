@@ -13,21 +13,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from csrm_jax.models import hf, hf_table, shards, transformer
+from csrm_jax.models import hf, shards, transformer
 from csrm_jax.models.config import LORA_TARGETS, ModelConfig
 
 NAMES = ('lora_a', 'lora_b')
 CONFIG_FILE = 'adapter_config.json'
 WEIGHTS_FILE = 'adapter_model.safetensors'
-# Hugging Face's names of the layers in LORA_TARGETS, in that order.
-_MODULES = dict(
-  zip(
-    ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'),
-    LORA_TARGETS,
-    strict=True,
-  )
-)
+# Hugging Face's names of the layers in LORA_TARGETS.
+_MODULES = {
+  'q_proj': 'query',
+  'k_proj': 'key',
+  'v_proj': 'value',
+  'o_proj': 'out',
+  'gate_proj': 'gate',
+  'up_proj': 'up',
+  'down_proj': 'down',
+}
 # What an adapter of PEFT may have and ours has not; empty is fine.
 _UNSUPPORTED = (
   'use_rslora',
@@ -48,10 +51,9 @@ _UNSUPPORTED = (
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (adapters, base): two nested dicts whose merge is `params`."""
   parts = ({}, {})
-  for name, leaf in hf_table.flatten(params).items():
-    parts[not _is_adapter(name)][name] = leaf
-  adapters, base = map(hf_table.unflatten, parts)
-  return adapters, base
+  for path, leaf in flatten_dict(params).items():
+    parts[path[-1] not in NAMES][path] = leaf
+  return unflatten_dict(parts[0]), unflatten_dict(parts[1])
 
 
 def init(cfg: ModelConfig, seed: int) -> dict[str, Any]:
@@ -71,27 +73,18 @@ def merge(cfg: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
   Kernels become kernel + alpha / rank · a·b, summed in float32 and rounded to
   the kernel's dtype: in bfloat16, small adapters lose digits here.
 
-  Args:
-    cfg: of the model with adapters.
-    params: base and adapters in one tree.
-
   Raises:
-    ValueError: the adapters are not those of cfg.
+    ValueError: the adapters are not those of cfg, the model with adapters.
   """
   _check_has_adapters(cfg)
-  flat = hf_table.flatten(params)
-  want = {slot.entry.ours for slot in hf_table.lora_slots(cfg).values()}
-  hf_table.check_names(set(filter(_is_adapter, flat)), want, 'adapters')
-  merged = {}
-  for name, leaf in flat.items():
-    path = name.removesuffix('/kernel')
-    if f'{path}/lora_a' in want and name != path:
-      leaf = _merge_kernel(
-        leaf, flat[f'{path}/lora_a'], flat[f'{path}/lora_b'], cfg.lora_alpha / cfg.lora_rank
-      )
-    if not _is_adapter(name):
-      merged[name] = leaf
-  return hf_table.unflatten(merged)
+  adapters, base = (flatten_dict(part, sep='/') for part in split(params))
+  want = {slot.entry.ours for slot in hf.lora_slots(cfg).values()}
+  hf.check_names(set(adapters), want, 'adapters')
+  scale = cfg.lora_alpha / cfg.lora_rank
+  for a in filter(lambda name: name.endswith('/lora_a'), adapters):
+    b, kernel = (a.removesuffix('lora_a') + name for name in ('lora_b', 'kernel'))
+    base[kernel] = _merge_kernel(base[kernel], adapters[a], adapters[b], scale)
+  return unflatten_dict(base, sep='/')
 
 
 def save_peft(
@@ -101,24 +94,17 @@ def save_peft(
   base_name: str,
   metadata: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes the adapters as PEFT reads them.
+  """Writes the adapters of a model as PEFT reads them.
 
-  Args:
-    folder: made if absent.
-    cfg: of the model with adapters.
-    adapters: as from `split`.
-    base_name: folder or hub id of the weights that they belong to.
-    metadata: strings for the header of the weights.
+  The base_name is the folder or hub id of the weights that they belong to;
+  metadata are strings for the header of theirs.
 
   Raises:
     ValueError: the adapters are not those of cfg.
   """
   _check_has_adapters(cfg)
-  folder, flat = pathlib.Path(folder), hf_table.flatten(adapters)
-  slots = hf_table.lora_slots(cfg)
-  hf_table.check_names(set(flat), {slot.entry.ours for slot in slots.values()}, 'adapters')
-  tensors = {name: hf_table.to_theirs(flat[slot.entry.ours], slot) for name, slot in slots.items()}
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = pathlib.Path(folder)
+  tensors = hf.to_theirs(flatten_dict(adapters, sep='/'), hf.lora_slots(cfg), 'adapters')
   shards.write_file(folder / WEIGHTS_FILE, tensors, metadata or {})
   shards.write_json(
     folder / CONFIG_FILE,
@@ -182,10 +168,7 @@ def read_peft(folder: str | os.PathLike) -> dict[str, Any]:
 def load_peft(folder: str | os.PathLike, cfg: ModelConfig, shardings: Any = None) -> dict[str, Any]:
   """Returns the float32 adapters that PEFT or save_peft wrote.
 
-  Args:
-    folder: has adapter_config.json and adapter_model.safetensors.
-    cfg: of the model, with the fields that read_peft returns.
-    shardings: as in hf.load_params.
+  cfg has the fields that read_peft returns; shardings are as in hf.load_params.
 
   Raises:
     ValueError: the adapters are not those of cfg; names what differs.
@@ -199,14 +182,9 @@ def load_peft(folder: str | os.PathLike, cfg: ModelConfig, shardings: Any = None
       raise ValueError(
         f'{folder}: {name} is {value!r} there and {ours!r} in the model config; make them equal.'
       )
-  path, slots = folder / WEIGHTS_FILE, hf_table.lora_slots(cfg)
+  path = folder / WEIGHTS_FILE
   tensors = shards.open_file(path)
-  hf_table.check_tensors(tensors, slots, str(path))
-  return hf.place(tensors, slots, jnp.dtype(jnp.float32), shardings)
-
-
-def _is_adapter(name: str) -> bool:
-  return name.rpartition('/')[2] in NAMES
+  return hf.fill(hf.lora_slots(cfg), tensors, str(path), jnp.dtype(jnp.float32), shardings)
 
 
 def _check_has_adapters(cfg: ModelConfig) -> None:

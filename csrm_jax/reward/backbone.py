@@ -16,12 +16,15 @@ from csrm_jax.core import files
 from csrm_jax.models import gguf, hf
 from csrm_jax.text import chat, tokenizer as tokenizer_lib
 
+# What names or is a source.
+Name = str | os.PathLike | hf.Source
+
 _MODELS = ('tokenizer.json', 'tokenizer.model')
 # What stands beside a tokenizer.json and says how it is used.
 _SETTINGS = ('tokenizer_config.json', 'chat_template.jinja')
 
 
-def load_tokenizer(source: str | os.PathLike) -> tokenizer_lib.Tokenizer:
+def load_tokenizer(source: Name) -> tokenizer_lib.Tokenizer:
   """Returns the tokenizer of a source, or in a .model or tokenizer.json file.
 
   Raises:
@@ -32,12 +35,8 @@ def load_tokenizer(source: str | os.PathLike) -> tokenizer_lib.Tokenizer:
     return tokenizer_lib.load_tokenizer(path)
 
 
-def chat_marks(source: str | os.PathLike, tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, str]:
+def chat_marks(source: Name, tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, str]:
   """Returns what opens and what closes a user's turn; ('', '') without chat.
-
-  Args:
-    source: has a chat template, or not.
-    tokenizer: that of the source.
 
   Raises:
     ImportError: no package jinja2.
@@ -53,13 +52,13 @@ def chat_marks(source: str | os.PathLike, tokenizer: tokenizer_lib.Tokenizer) ->
       template, special_tokens, None if bos is None else tokenizer.piece(bos)
     )
   except ValueError as error:
-    raise ValueError(f'{os.fspath(source)}: {error}') from None
+    raise ValueError(f'{hf.open_source(source).name}: {error}') from None
   if tokenizer.opens_with_space and not _opens_with_control(prefix, tokenizer):
     prefix = f' {prefix}'
   return prefix, suffix
 
 
-def save_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> None:
+def save_tokenizer(source: Name, directory: str | os.PathLike) -> None:
   """Writes the tokenizer's files into `directory`, where load_tokenizer looks.
 
   They are the model file, under the name that Hugging Face gives it, and the
@@ -82,15 +81,16 @@ def _opens_with_control(text: str, tokenizer: tokenizer_lib.Tokenizer) -> bool:
 
 
 @contextlib.contextmanager
-def _tokenizer_file(source: str | os.PathLike) -> Iterator[pathlib.Path]:
+def _tokenizer_file(source: Name) -> Iterator[pathlib.Path]:
   """Yields the tokenizer's model file, among its settings."""
-  path = pathlib.Path(source).expanduser()
+  source = hf.open_source(source)
+  path = pathlib.Path(source.name).expanduser()
   if path.suffix in ('.json', '.model'):
     yield path
     return
-  path = hf.resolve(source)
+  path = source.path
   with contextlib.ExitStack() as stack:
-    if path.suffix == '.gguf':
+    if source.is_gguf:
       folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
       for name, content in gguf.tokenizer_files(path).items():
         (folder / name).write_bytes(content)
@@ -100,6 +100,5 @@ def _tokenizer_file(source: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield path / name
         return
   raise ValueError(
-    f'{os.fspath(source)}: no {" or ".join(_MODELS)} there; give the folder'
-    ' that save_pretrained wrote'
+    f'{source.name}: no {" or ".join(_MODELS)} there; give the folder that save_pretrained wrote'
   )

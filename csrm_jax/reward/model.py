@@ -29,28 +29,17 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """All that a score depends on besides the parameters; stored with them.
-
-  Attributes:
-    model: the decoder's shape.
-    layout: of the prompts.
-    max_length: tokens a prompt may have.
-    safe_words: verdict words of "safe".
-    unsafe_words: verdict words of "unsafe".
-    template_hash: of what the layout gave in the version that trained it.
-    tokenizer_digest: sha256 of the tokenizer's file.
-    base: source of the weights (see models.hf) that the checkpoint's adapters
-      belong to; '' where the checkpoint holds all weights.
-    base_digest: sha256 of those weights.
-  """
+  """All that a score depends on besides the parameters; stored with them."""
 
   model: model_config.ModelConfig
-  layout: templates.Layout
-  max_length: int
-  safe_words: tuple[str, ...]
+  layout: templates.Layout  # how prompts are laid out
+  max_length: int  # tokens a prompt may have
+  safe_words: tuple[str, ...]  # the words of the verdict "safe"
   unsafe_words: tuple[str, ...]
-  template_hash: str
-  tokenizer_digest: str
+  template_hash: str  # what the layout gave in the version that trained it
+  tokenizer_digest: str  # sha256 of the tokenizer's file
+  # The source (see models.hf) of the weights that the checkpoint's adapters
+  # belong to, and their sha256; '' where the checkpoint holds all weights.
   base: str = ''
   base_digest: str = ''
 
@@ -87,34 +76,29 @@ class Spec:
     return lora.split(params)[0] if self.base else params
 
   def load_base(self, shardings: Any = None) -> dict[str, Any]:
-    """Returns the weights under the adapters; {} where there are none.
-
-    Args:
-      shardings: a nested dict of Shardings; None: the default device.
+    """Returns the weights under the adapters, placed as hf.load_params does.
 
     Raises:
       ValueError: the base is not there, or is not that of base_digest.
     """
     if not self.base:
       return {}
-    digest = hf.digest(self.base)
+    source = hf.Source(self.base)
+    digest = hf.digest(source)
     if digest != self.base_digest:
       raise ValueError(
         f'{self.base}: the weights have digest {digest[:12]}, the adapters '
         f'were trained on {self.base_digest[:12]}; give the weights they '
         'were trained on'
       )
-    return hf.load_params(self.base, self.model, shardings)
+    return hf.load_params(source, self.model, shardings)
 
   def make_score_fn(
     self, params: Any, tokenizer: tokenizer_lib.Tokenizer, max_length: int | None = None
   ) -> scoring.ScoreFn:
     """Returns examples -> scores (nats) of these parameters.
 
-    Args:
-      params: of the model.
-      tokenizer: that of tokenizer_digest.
-      max_length: tokens a prompt may have; None: as in training.
+    A prompt may have max_length tokens, or as many as in training.
     """
     score_fn = scoring.make_score_fn(
       self.model,
@@ -132,15 +116,10 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-  """A loaded reward model.
-
-  Attributes:
-    spec: what it is.
-    score_fn: examples -> float32 [N], log P(safe) − log P(unsafe) in nats.
-  """
+  """A loaded reward model."""
 
   spec: Spec
-  score_fn: scoring.ScoreFn
+  score_fn: scoring.ScoreFn  # -> float32 [N], log P(safe) − log P(unsafe) in nats
 
   def score(
     self, safety: schema.SafetyConfig, conversations: Sequence[Sequence[schema.Message]]
@@ -171,26 +150,47 @@ def load(
     max_length: tokens a prompt may have before its history and response are
       shortened. It may be more than in training (`spec.max_length`), for rules
       that are longer than any there; how well they are read is another matter.
-    format: of a public model's prompts, see templates.FORMATS: 'csrm' to
-      ask an instruction-tuned model in our words, within its chat template.
-    **options: of `describe`.
+    format: how a public model is asked, see templates.FORMATS: 'csrm' asks an
+      instruction-tuned model in our words, within its chat template.
+    **options: more arguments of `describe`.
 
   Raises:
     FileNotFoundError: no checkpoint or no tokenizer there.
     ValueError: the checkpoint belongs to another template, tokenizer or
       backbone than it says; or the public model is none that can be used so.
   """
-  spec, tokenizer = describe(source, format, **options)
-  if _is_run(source):
-    params = restore_params(source, spec)
-  else:
+  public = public_model(source)
+  spec, tokenizer = describe(public or source, format, **options)
+  if public:
     shapes = jax.eval_shape(lambda: transformer.init_params(spec.model, 0))
-    params = hf.load_params(source, spec.model, _shardings(shapes))
+    params = hf.load_params(public, spec.model, _shardings(shapes))
+  else:
+    params = restore_params(source, spec)
   return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length))
 
 
+def public_model(source: str | pathlib.Path | hf.Source) -> hf.Source | None:
+  """Returns the public model that a source names; None for a run's work directory."""
+  if isinstance(source, hf.Source):
+    return source
+  path = _directory(source)
+  if path.suffix == '.gguf':
+    return hf.Source(source)
+  if path.exists():
+    is_ours = any((path / name).exists() for name in ('checkpoints', 'manifest.json'))
+    is_run = is_ours or not (path / 'config.json').is_file()
+  else:
+    # Then it is the id of a public model, or a folder that is missing.
+    name = str(source)
+    is_run = name.count('/') != 1 or name[0] in './~'
+  return None if is_run else hf.Source(source)
+
+
 def describe(
-  source: str | pathlib.Path, format: str = 'csrm', words: tuple[str, str] = WORDS, **overrides: Any
+  source: str | pathlib.Path | hf.Source,
+  format: str = 'csrm',
+  words: tuple[str, str] = WORDS,
+  **overrides: Any,
 ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
   """Returns what `load` loads, but for the weights: spec and tokenizer.
 
@@ -205,8 +205,9 @@ def describe(
   Raises:
     FileNotFoundError, ValueError: as `load` does.
   """
-  if not _is_run(source):
-    return _describe_backbone(source, format, tuple(words), overrides)
+  public = public_model(source)
+  if public:
+    return _describe_public(public, format, tuple(words), overrides)
   if (format, tuple(words), overrides) != ('csrm', WORDS, {}):
     raise ValueError(
       f'{source}: a trained reward model knows its format, words and '
@@ -221,21 +222,29 @@ def _describe_run(directory: pathlib.Path) -> tuple[Spec, tokenizer_lib.Tokenize
     spec = Spec.from_dict(meta)
   except ValueError as error:
     raise ValueError(f'{directory}: {error}') from None
-  tokenizer = tokenizer_lib.load_tokenizer(_tokenizer_path(directory))
-  _check(
-    directory,
-    'template',
-    spec.template_hash,
-    templates.template_hash(spec.layout),
-    'use the csrm_jax version that trained it',
-  )
-  _check(
-    directory,
-    'tokenizer',
-    spec.tokenizer_digest,
-    tokenizer.digest,
-    'put back the tokenizer file that the training run wrote there',
-  )
+  paths = [directory / f'tokenizer{suffix}' for suffix in ('.model', '.json')]
+  path = next((path for path in paths if path.is_file()), None)
+  if path is None:
+    raise FileNotFoundError(
+      f'{directory}: no tokenizer.model or tokenizer.json; '
+      'give the work directory of a training run'
+    )
+  tokenizer = tokenizer_lib.load_tokenizer(path)
+  template_hash = templates.template_hash(spec.layout)
+  for what, saved, now, fix in (
+    ('template', spec.template_hash, template_hash, 'use the csrm_jax version that trained it'),
+    (
+      'tokenizer',
+      spec.tokenizer_digest,
+      tokenizer.digest,
+      'put back the tokenizer file that the training run wrote there',
+    ),
+  ):
+    if saved != now:
+      raise ValueError(
+        f'{directory}: the checkpoint was made with {what} {saved[:12]}, '
+        f'here it is {now[:12]}; {fix}'
+      )
   return spec, tokenizer
 
 
@@ -249,7 +258,9 @@ def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
     ValueError: the base is not there, or another one.
   """
   directory = _directory(source)
-  shapes = _on_mesh({'params': spec.abstract_params()})
+  mesh, shapes = jax.sharding.get_mesh(), {'params': spec.abstract_params()}
+  if not mesh.empty:
+    shapes = mesh_lib.abstract(shapes, mesh)
   with checkpoint.Checkpoints(directory / 'checkpoints') as saved:
     restored = saved.restore_latest(shapes, partial=True)
   if restored is None:
@@ -259,20 +270,14 @@ def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
   return tree.merge(spec.load_base(_shardings(base)), restored.state['params'])
 
 
-def _on_mesh(shapes: Any) -> Any:
-  """Returns the shapes, with their places on the mesh that is set, if any."""
-  mesh = jax.sharding.get_mesh()
-  return shapes if mesh.empty else mesh_lib.abstract(shapes, mesh)
-
-
 def _shardings(shapes: Any) -> Any:
   """Returns the places of parameters on the mesh that is set; None for none."""
   mesh = jax.sharding.get_mesh()
   return None if mesh.empty else mesh_lib.shardings(shapes, mesh)
 
 
-def _describe_backbone(
-  source: str | pathlib.Path, format: str, words: tuple[str, str], overrides: Mapping[str, Any]
+def _describe_public(
+  source: hf.Source, format: str, words: tuple[str, str], overrides: Mapping[str, Any]
 ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
   guard = templates.GUARDS.get(format)
   tokenizer = backbone.load_tokenizer(source)
@@ -299,40 +304,5 @@ def _describe_backbone(
   return spec, tokenizer
 
 
-def _is_run(source: str | pathlib.Path) -> bool:
-  """Returns whether a source is a work directory, not a public model."""
-  path = _directory(source)
-  if path.suffix == '.gguf':
-    return False
-  if not path.exists():
-    # Then it is the id of a public model, or a folder that is missing.
-    name = str(source)
-    return name.count('/') != 1 or name[0] in './~'
-  is_ours = any((path / name).exists() for name in ('checkpoints', 'manifest.json'))
-  return is_ours or not (path / 'config.json').is_file()
-
-
 def _directory(source: str | pathlib.Path) -> pathlib.Path:
   return pathlib.Path(remote.readable(source)).expanduser().absolute()
-
-
-def save_tokenizer(path: str, directory: pathlib.Path) -> None:
-  """Writes the tokenizer beside the checkpoints, where `load` looks."""
-  backbone.save_tokenizer(path, directory)
-
-
-def _tokenizer_path(directory: pathlib.Path) -> pathlib.Path:
-  for suffix in ('.model', '.json'):
-    path = directory / f'tokenizer{suffix}'
-    if path.is_file():
-      return path
-  raise FileNotFoundError(
-    f'{directory}: no tokenizer.model or tokenizer.json; give the work directory of a training run'
-  )
-
-
-def _check(directory: pathlib.Path, what: str, saved: str, now: str, fix: str) -> None:
-  if saved != now:
-    raise ValueError(
-      f'{directory}: the checkpoint was made with {what} {saved[:12]}, here it is {now[:12]}; {fix}'
-    )

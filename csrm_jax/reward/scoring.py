@@ -2,7 +2,8 @@
 
 Training, evaluation, RL and serving all read a verdict through
 `verdict_logprobs`: at an explicit index, over the full vocabulary, in float32.
-`make_score_fn` puts a tokenizer in front and fixed buckets around it.
+`make_score_fn` puts a tokenizer in front, and makes prompts of many lengths into
+batches of few shapes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,6 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.reward import prompt_batches
 from csrm_jax.safety import schema
 from csrm_jax.safety.templates import DEFAULT, Layout, Verbalizers
 from csrm_jax.text.tokenizer import Tokenizer
@@ -29,10 +29,17 @@ from csrm_jax.train import losses
 
 ScoreFn = Callable[..., np.ndarray]  # (examples[, progress]), see make_score_fn
 
+# Row lengths that are compiled; from 128 on about a third is padding at most.
+BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+# Fewer tokens than this are not worth shapes of their own.
+MIN_SAVED = 2048
 # About how many tokens a device takes at once.
 BATCH_TOKENS = 8192
 # Batches in flight: enough to keep a device busy, and little memory.
 _MAX_PENDING = 8
+
+# [(indices of prompts, (rows, row length))]
+Plan = list[tuple[list[int], tuple[int, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +77,12 @@ def verdicts(scores: np.ndarray) -> list[Verdict]:
   ]
 
 
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+  # Without overflow in either direction.
+  small = np.exp(-np.abs(x))
+  return np.where(x >= 0, 1, small) / (1 + small)
+
+
 def verdict_logprobs(
   cfg: ModelConfig,
   params: Any,
@@ -82,13 +95,9 @@ def verdict_logprobs(
   Only the S verdict positions of a row meet the vocabulary. Slots that hold no
   prompt get the verdict of position 0; give them no weight.
 
-  Args:
-    cfg: static.
-    params: as from transformer.init_params.
-    batch: tokens, positions, segment_ids int32 [B,T]; verdict_index int32
-      [B,S], the place of the last token of each prompt.
-    verbalizers: token ids of both labels.
-    prefix: of all rows, as in transformer.hidden.
+  The batch has tokens, positions, segment_ids int32 [B,T] and verdict_index
+  int32 [B,S], the place of the last token of each prompt; all rows go on from
+  the prefix, if there is one, as in transformer.hidden. cfg is static.
   """
   hidden = transformer.hidden(
     cfg, params, batch['tokens'], batch['positions'], batch['segment_ids'], prefix
@@ -103,11 +112,7 @@ def make_loss_fn(
 ) -> Callable[..., Any]:
   """Returns (params, batch) -> (total, weight, metrics), for the train step.
 
-  Args:
-    cfg: the model.
-    verbalizers: token ids of both labels.
-    gamma: weight of the pair loss.
-    margin: of the pair loss, in nats.
+  gamma weighs the pair loss, whose margin is in nats.
   """
 
   def loss_fn(params, batch):
@@ -125,7 +130,7 @@ def make_score_fn(
   *,
   layout: Layout = DEFAULT,
   max_length: int = 2048,
-  buckets: Sequence[int] = prompt_batches.BUCKETS,
+  buckets: Sequence[int] = BUCKETS,
   batch_tokens: int = BATCH_TOKENS,
 ) -> ScoreFn:
   """Returns a function: examples -> scores, float32 [N] nats, in their order.
@@ -133,9 +138,8 @@ def make_score_fn(
   Prompts are sorted by length and padded to the smallest bucket that holds
   them, so few shapes are ever compiled; rules that many examples share are read
   once. Neither padding nor neighbours change a score (up to rounding). A prompt
-  longer than max_length is shortened as in training.
-
-  It computes on the mesh that params lie on.
+  longer than max_length tokens is shortened as in training. It computes on the
+  mesh that params lie on.
 
   The function may be given a second argument, which is called with the number
   of examples in each batch that is done. It raises ValueError, with the
@@ -144,9 +148,9 @@ def make_score_fn(
   Args:
     cfg: the model.
     params: its parameters.
-    tokenizer: of the model.
+    tokenizer: that of the model.
     verbalizers: token ids of both labels.
-    layout: of the prompts, as in training.
+    layout: how prompts were laid out in training.
     max_length: the most tokens a prompt may have.
     buckets: row lengths; those above max_length are not used.
     batch_tokens: about how many tokens go through the model at once, for each
@@ -160,7 +164,7 @@ def make_score_fn(
       f'the tokenizer has {tokenizer.vocab_size} ids, the model '
       f'{cfg.vocab_size}; give the tokenizer of the model.'
     )
-  lengths = prompt_batches.usable_buckets(buckets, max_length)
+  lengths = usable_buckets(buckets, max_length)
   batch_tokens *= mesh_lib.num_row_parts(params)
   encoder = features.Encoder(tokenizer, max_length, layout)
   compute = make_score_step(cfg, verbalizers)
@@ -168,7 +172,8 @@ def make_score_fn(
   def score(
     examples: Sequence[schema.Example], progress: Callable[[int], Any] = lambda num: None
   ) -> np.ndarray:
-    prompts = [_encode(example, encoder) for example in examples]
+    atoms = [features.require(features.encode_example(e, encoder)) for e in examples]
+    prompts = [atom.prompts[0].tokens for atom in atoms]
     scores = np.zeros(len(prompts), np.float32)
     pending = collections.deque()
 
@@ -178,12 +183,17 @@ def make_score_fn(
       progress(len(chosen))
 
     with mesh_lib.of(params):
-      for group in prompt_batches.make_groups(
+      for group in make_groups(
         prompts, [example.safety for example in examples], lengths, batch_tokens, cfg.sliding_window
       ):
-        prefix = _read_prefix(cfg, params, prompts, group)
+        prefix = None
+        if group.num_shared:
+          shared = prompts[group.batches[0][0][0]][: group.num_shared]
+          batch = pad([shared], (1, group.prefix_length))
+          read = transformer.make_prefix_reader(cfg)
+          prefix = read(params, batch['tokens'], batch['segment_ids'])
         for chosen, shape in group.batches:
-          batch = prompt_batches.pad([prompts[i] for i in chosen], shape, group.num_shared)
+          batch = pad([prompts[i] for i in chosen], shape, group.num_shared)
           pending.append((chosen, compute(params, batch, prefix)))
           if len(pending) > _MAX_PENDING:
             settle()
@@ -200,13 +210,10 @@ def make_score_fn(
 
 
 def per_category(score_fn: ScoreFn) -> ScoreFn:
-  """Returns a score function that asks about one category at a time.
+  """Returns a score function that asks score_fn about one category at a time.
 
   An example is as unsafe as its worst category: its score is the lowest of
   its categories' scores, and its P(unsafe) the highest of theirs.
-
-  Args:
-    score_fn: gets each example as often as it has categories, with one each.
   """
 
   def score(
@@ -256,23 +263,111 @@ def make_score_step(cfg: ModelConfig, verbalizers: Verbalizers) -> Callable[...,
   return jax.jit(compute)
 
 
-def _encode(example: schema.Example, encoder: features.Encoder) -> np.ndarray:
-  atom = features.require(features.encode_example(example, encoder))
-  return atom.prompts[0].tokens
+# --- Batches of few shapes -------------------------------------------------------------
 
 
-def _read_prefix(
-  cfg: ModelConfig, params: Any, prompts: Sequence[np.ndarray], group: prompt_batches.Group
-) -> dict | None:
-  """Returns what the group's prompts share, as transformer.hidden takes it."""
-  if not group.num_shared:
-    return None
-  first = prompts[group.batches[0][0][0]][: group.num_shared]
-  batch = prompt_batches.pad([first], (1, group.prefix_length))
-  return transformer.make_prefix_reader(cfg)(params, batch['tokens'], batch['segment_ids'])
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Prompts that go together, behind the first tokens that all of them share."""
+
+  batches: Plan  # what the rows hold behind these
+  num_shared: int = 0  # tokens; 0: each prompt is whole
+  prefix_length: int = 0  # num_shared, padded
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens that the model reads, padding included."""
+    return self.prefix_length + sum(rows * length for _, (rows, length) in self.batches)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-  # Without overflow in either direction.
-  small = np.exp(-np.abs(x))
-  return np.where(x >= 0, 1, small) / (1 + small)
+def usable_buckets(buckets: Sequence[int], max_length: int) -> list[int]:
+  """Returns the buckets up to max_length, ascending, the last one of it."""
+  return sorted({b for b in buckets if b < max_length} | {max_length})
+
+
+def make_groups(
+  prompts: Sequence[np.ndarray],
+  keys: Sequence[Hashable],
+  lengths: Sequence[int],
+  batch_tokens: int,
+  window: int = 0,
+) -> list[Group]:
+  """Returns groups that hold each prompt once.
+
+  Prompts under the same rules, which are read behind one copy of these, have the
+  same key; they form a group if it takes at most three quarters of the tokens
+  and MIN_SAVED fewer, padding included. A window of the model's attention counts
+  the padding of a prefix, so that it must hold a whole row.
+  """
+  by_key = {}
+  for i, key in enumerate(keys):
+    by_key.setdefault(key, []).append(i)
+  groups, others = [], []
+  for indices in by_key.values():
+    if len(indices) < 2:
+      others += indices
+      continue
+    whole = Group(_plan(prompts, indices, lengths, batch_tokens))
+    num_shared = transformer.num_common([prompts[i] for i in indices])
+    prefix_length = lengths[np.searchsorted(lengths, num_shared)]
+    batches = _plan(prompts, indices, lengths, batch_tokens, num_shared)
+    group = Group(batches, num_shared, prefix_length)
+    length = group.prefix_length + max(length for _, (_, length) in group.batches)
+    saved = whole.num_tokens - group.num_tokens
+    if saved >= MIN_SAVED and 4 * saved >= whole.num_tokens and (not window or length <= window):
+      groups.append(group)
+    else:
+      others += indices
+  if others:
+    groups.append(Group(_plan(prompts, sorted(others), lengths, batch_tokens)))
+  return groups
+
+
+def _plan(
+  prompts: Sequence[np.ndarray],
+  indices: Sequence[int],
+  lengths: Sequence[int],
+  batch_tokens: int,
+  num_shared: int = 0,
+) -> Plan:
+  """Returns batches of the indices, shapes repeating.
+
+  Within a bucket chunks are full but for the last, whose rows are the next
+  power of two: at most log2(rows) shapes a bucket.
+  """
+  plan = []
+  sizes = np.array([len(prompts[i]) for i in indices], np.int64) - num_shared
+  bucket_of = np.searchsorted(lengths, sizes)
+  for bucket in np.unique(bucket_of):
+    length = lengths[bucket]
+    most = most_rows(batch_tokens, length)
+    chosen = [indices[i] for i in np.flatnonzero(bucket_of == bucket)]
+    for start in range(0, len(chosen), most):
+      part = chosen[start : start + most]
+      rows = 1 << (len(part) - 1).bit_length()
+      plan.append((part, (rows, length)))
+  return plan
+
+
+def most_rows(batch_tokens: int, length: int) -> int:
+  """Returns the rows of a full batch, a power of two."""
+  return 1 << max(batch_tokens // length, 1).bit_length() - 1
+
+
+def pad(
+  prompts: Sequence[np.ndarray], shape: tuple[int, int], num_shared: int = 0
+) -> dict[str, np.ndarray]:
+  """Returns a batch with one prompt a row; rows left over are all padding.
+
+  It holds tokens, positions, segment_ids int32 [B,T] of the prompts without
+  their first num_shared tokens, and verdict_index int32 [B,1].
+  """
+  batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'positions', 'segment_ids')}
+  batch['verdict_index'] = np.zeros((shape[0], 1), np.int32)
+  for row, tokens in enumerate(prompts):
+    size = len(tokens) - num_shared
+    batch['tokens'][row, :size] = tokens[num_shared:]
+    batch['positions'][row, :size] = num_shared + np.arange(size)
+    batch['segment_ids'][row, :size] = 1
+    batch['verdict_index'][row, 0] = size - 1
+  return batch

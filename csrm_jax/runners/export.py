@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -39,11 +38,31 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   params = reward_model.restore_params(source, spec)
   folder = workdir / ('adapter' if config.form == 'peft' else 'model')
   _write(config, spec, tokenizer, params, folder)
-  _write_tokenizer(source, tokenizer, folder)
+  backbone.save_tokenizer(source, folder)
+  if isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer):
+    # A .model file says nothing about how transformers should use it.
+    ids = _special_ids(tokenizer)
+    settings = {
+      'tokenizer_class': 'LlamaTokenizer',
+      'legacy': False,
+      'add_bos_token': tokenizer.bos_id is not None,
+      'add_eos_token': False,
+      'add_prefix_space': tokenizer.opens_with_space,
+      **{f'{name}_token': tokenizer.piece(i) for name, i in ids.items() if i is not None},
+    }
+    shards.write_json(folder / 'tokenizer_config.json', settings)
   tokens = np.random.default_rng(config.seed).integers(
     tokenizer.vocab_size, size=(_ROWS, _LENGTH), dtype=np.int32
   )
-  outputs = _compute(spec.model, _head(config.form, spec, tokenizer), params, tokens)
+  head = transformer.logits
+  if config.form == 'sequence_classification':
+    safe, unsafe = _verdict_tokens(spec, tokenizer)
+
+    def head(*args):
+      logits = transformer.logits(*args)
+      return logits[..., safe] - logits[..., unsafe]
+
+  outputs = _compute(spec.model, head, params, tokens)
   base = lora.split(params)[1] if config.form == 'peft' else {}
   del params
   again = _read_back(config.form, spec, folder, base, tokens)
@@ -83,33 +102,12 @@ def _write(
     params = lora.merge(spec.model, params)
   if config.form == 'sequence_classification':
     params = _classifier(spec, tokenizer, params)
-  ids = {
-    'bos_token_id': tokenizer.bos_id,
-    'eos_token_id': tokenizer.eos_id,
-    'pad_token_id': tokenizer.pad_id,
-  }
+  ids = {f'{name}_token_id': i for name, i in _special_ids(tokenizer).items()}
   hf.save(folder, cfg, params, metadata, extra=ids, max_shard_bytes=config.max_shard_bytes)
 
 
-def _write_tokenizer(
-  source: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer, folder: pathlib.Path
-) -> None:
-  backbone.save_tokenizer(source, folder)
-  path = folder / 'tokenizer_config.json'
-  if isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer):
-    # A .model file says nothing about how transformers should use it.
-    ids = {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id, 'pad': tokenizer.pad_id}
-    shards.write_json(
-      path,
-      {
-        'tokenizer_class': 'LlamaTokenizer',
-        'legacy': False,
-        'add_bos_token': tokenizer.bos_id is not None,
-        'add_eos_token': False,
-        'add_prefix_space': tokenizer.opens_with_space,
-        **{f'{name}_token': tokenizer.piece(i) for name, i in ids.items() if i is not None},
-      },
-    )
+def _special_ids(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, int | None]:
+  return {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id, 'pad': tokenizer.pad_id}
 
 
 def _classifier(
@@ -122,7 +120,10 @@ def _classifier(
       f'final_softcap={spec.model.final_softcap} is not linear, so that no '
       'one logit is the score; export with form=causal_lm'
     )
-  if _last_token(spec, tokenizer) == tokenizer.pad_id:
+  # Every prompt of the layout ends with the same token.
+  rules = schema.SafetyConfig((schema.Category('A', 'B.'),))
+  segments = templates.render(rules, (schema.Message('agent', 'C'),), spec.layout)
+  if tokenizer.encode_control(segments[-1].text)[-1] == tokenizer.pad_id:
     raise ValueError(
       f'the prompt ends with the padding token {tokenizer.pad_id}, which '
       'readers of a sequence classifier skip; export with form=causal_lm'
@@ -151,29 +152,6 @@ def _verdict_tokens(spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer)
   return verbalizers.safe[0], verbalizers.unsafe[0]
 
 
-def _last_token(spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer) -> int:
-  """Returns the token that every prompt of the layout ends with."""
-  segments = templates.render(
-    schema.SafetyConfig((schema.Category('A', 'B.'),)), (schema.Message('agent', 'C'),), spec.layout
-  )
-  return tokenizer.encode_control(segments[-1].text)[-1]
-
-
-def _head(
-  form: str, spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer
-) -> Callable[..., jax.Array]:
-  """Returns (cfg, params, hidden) -> what the exported model should give."""
-  if form != 'sequence_classification':
-    return transformer.logits
-  safe, unsafe = _verdict_tokens(spec, tokenizer)
-
-  def score(cfg, params, hidden):
-    logits = transformer.logits(cfg, params, hidden)
-    return logits[..., safe] - logits[..., unsafe]
-
-  return score
-
-
 def _read_back(
   form: str, spec: reward_model.Spec, folder: pathlib.Path, base: Any, tokens: np.ndarray
 ) -> np.ndarray:
@@ -182,10 +160,11 @@ def _read_back(
     cfg = dataclasses.replace(spec.model, **lora.read_peft(folder))
     params = tree.merge(base, lora.load_peft(folder, cfg))
     return _compute(cfg, transformer.logits, params, tokens)
-  cfg, params = hf.load(folder)
+  source = hf.Source(folder)
+  cfg, params = hf.load(source)
+  assert hf_config.form(source.spec, source.where) == form
   if form == 'causal_lm':
     return _compute(cfg, transformer.logits, params, tokens)
-  assert hf_config.form(hf_config.read(folder), str(folder)) == form
   kernel = params.pop('score')['kernel']
   # Without an output layer only hidden states are computed.
   cfg = dataclasses.replace(cfg, tie_embeddings=True)
@@ -198,10 +177,10 @@ def _compute(
   """Returns the head's float32 outputs for tokens [B,T], in float32."""
   cfg = dataclasses.replace(cfg, dtype='float32', remat='none')
   positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-  forward = jax.jit(functools.partial(_forward, cfg, head))
-  return np.asarray(forward(params, tokens, positions), np.float32)
 
+  @jax.jit
+  def forward(params, tokens):
+    hidden = transformer.hidden(cfg, params, tokens, positions, jnp.ones_like(tokens))
+    return head(cfg, params, hidden)
 
-def _forward(cfg, head, params, tokens, positions):
-  hidden = transformer.hidden(cfg, params, tokens, positions, jnp.ones_like(tokens))
-  return head(cfg, params, hidden)
+  return np.asarray(forward(params, tokens), np.float32)

@@ -16,7 +16,7 @@ import numpy as np
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import packing
 from csrm_jax.models import config as model_config, hf, lora, sampling as sampling_lib, transformer
-from csrm_jax.reward import prompt_batches, scoring
+from csrm_jax.reward import scoring
 from csrm_jax.rl import algorithms, rollout
 from csrm_jax.runners import align_step, train_rm
 from csrm_jax.safety import templates
@@ -317,7 +317,7 @@ def _rewards(config, held):
     )
   parts = math.prod(held.mesh.shape[name] for name in mesh_lib.ROWS)
   length, num = config.score_length, held.settings.num_rows
-  most = prompt_batches.most_rows(scoring.BATCH_TOKENS * parts, length)
+  most = scoring.most_rows(scoring.BATCH_TOKENS * parts, length)
   rows = sampling_lib.num_rows(num, most)
   return _score(
     held.judge, held.mesh, rows, length, beside=[held.state, held.base], calls=-(-num // rows)

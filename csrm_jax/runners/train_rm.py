@@ -19,7 +19,7 @@ from csrm_jax.core import mesh as mesh_lib, tree
 from csrm_jax.data import features, mixture, packing, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
-from csrm_jax.reward import model as reward_model, scoring
+from csrm_jax.reward import backbone, model as reward_model, scoring
 from csrm_jax.ruleworld import datasets
 from csrm_jax.runners import evaluate, show_tokens as show_tokens_lib
 from csrm_jax.safety import templates
@@ -39,7 +39,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
   start = time.monotonic()
   loop_lib.check_lengths(config)
-  spec, tokenizer = _describe(config)
+  spec, tokenizer, source = _describe(config)
   parts, held_out = _read_data(config)
   todo = evaluate.benchmarks(config.eval, held_out)
   evaluate.check_lengths(held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
@@ -48,8 +48,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   first = batches.get_state()
   next(batches)
   batches.set_state(first)
-  params, frozen = _init_params(config, spec, mesh)
-  reward_model.save_tokenizer(config.tokenizer or config.model.init, workdir)
+  params, frozen = _init_params(config, spec, source, mesh)
+  backbone.save_tokenizer(config.tokenizer or source, workdir)
 
   def score_fn(params):
     return spec.make_score_fn(tree.merge(frozen, params), tokenizer)
@@ -95,7 +95,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
   """Prints the prompt of the first item that training would see."""
-  spec, tokenizer = _describe(config)
+  spec, tokenizer, _ = _describe(config)
   encoder = _make_encoder(config, tokenizer, spec.layout)
   augment_fn, seen = _make_augment(config), []
 
@@ -129,11 +129,11 @@ def make_step(
 
 def _describe(
   config: ml_collections.ConfigDict,
-) -> tuple[reward_model.Spec, tokenizer_lib.Tokenizer]:
-  """Returns what is trained: the backbone in our layout, and its tokenizer."""
+) -> tuple[reward_model.Spec, tokenizer_lib.Tokenizer, hf.Source]:
+  """Returns what is trained, the backbone in our layout; tokenizer and weights of it."""
   model, template = config.model, config.template
   if config.tokenizer:
-    tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
+    tokenizer, source = tokenizer_lib.load_tokenizer(config.tokenizer), hf.Source(model.init)
     layout = templates.Layout(order=template.order, words=tuple(template.words))
     spec = reward_model.Spec(
       model=model_config.preset(model.preset, tokenizer.vocab_size, **model.overrides),
@@ -150,9 +150,9 @@ def _describe(
         'config.tokenizer and config.model.init are both empty: give the '
         'weights of a public model as init=..., or a tokenizer'
       )
-    spec, tokenizer = reward_model.describe(
-      model.init, words=tuple(template.words), **model.overrides
-    )
+    source = reward_model.public_model(model.init) or model.init
+    spec, tokenizer = reward_model.describe(source, words=tuple(template.words), **model.overrides)
+    source = hf.open_source(source)
     layout = dataclasses.replace(spec.layout, order=template.order)
     spec = dataclasses.replace(
       spec,
@@ -169,8 +169,8 @@ def _describe(
         f'config.model.overrides.lora_rank is {spec.model.lora_rank}, but '
         'model.init is empty: adapters need weights; give them as init=...'
       )
-    spec = dataclasses.replace(spec, base=str(model.init), base_digest=hf.digest(model.init))
-  return spec, tokenizer
+    spec = dataclasses.replace(spec, base=str(model.init), base_digest=hf.digest(source))
+  return spec, tokenizer, source
 
 
 def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -230,19 +230,21 @@ def _make_atoms(
 
 
 def _init_params(
-  config: ml_collections.ConfigDict, spec: reward_model.Spec, mesh: jax.sharding.Mesh
+  config: ml_collections.ConfigDict,
+  spec: reward_model.Spec,
+  source: hf.Source,
+  mesh: jax.sharding.Mesh,
 ) -> tuple[Any, Any]:
-  """Returns (trained, frozen) parameters, on the mesh.
-
-  With adapters the base is frozen.
-  """
+  """Returns (trained, frozen) parameters, on the mesh; with adapters the base is frozen."""
   shapes = jax.eval_shape(lambda: transformer.init_params(spec.model, config.seed))
   shardings = mesh_lib.shardings(shapes, mesh)
   if spec.base:
     adapters = lora.init(spec.model, config.seed)
-    return (jax.device_put(adapters, mesh_lib.shardings(adapters, mesh)), spec.load_base(shardings))
+    adapters = jax.device_put(adapters, mesh_lib.shardings(adapters, mesh))
+    # The base was hashed when it was described: that is not done again here.
+    return adapters, hf.load_params(source, spec.model, shardings)
   if config.model.init:
-    return hf.load_params(config.model.init, spec.model, shardings), {}
+    return hf.load_params(source, spec.model, shardings), {}
   params = transformer.init_params(spec.model, config.seed)
   return jax.device_put(params, shardings), {}
 

@@ -8,6 +8,7 @@ import pytest
 
 from csrm_jax.models import config, gguf, hf, shards
 from csrm_jax.text import tokenizer as tokenizer_lib
+from tests import fetch_smollm2
 
 package = pytest.importorskip('gguf')
 
@@ -40,7 +41,7 @@ def _permuted(weight, num_heads):
 def _their_tensors(folder, cfg):
   """Returns {name in GGUF: float32 array} of a Hugging Face folder."""
   tensors = {}
-  for name, tensor in hf.open_tensors(folder).items():
+  for name, tensor in hf.Source(folder).tensors.items():
     array, stem = tensor.read(), name.removesuffix('.weight')
     heads = {'q_proj': cfg.num_heads, 'k_proj': cfg.num_kv_heads}
     if cfg.family == 'llama' and stem.split('.')[-1] in heads:
@@ -112,7 +113,7 @@ def test_weights_and_config(fields, model, tmp_path):
   got_cfg, got = hf.load(tmp_path / 'm.gguf')
   assert got_cfg == cfg
   jax.tree.map(np.testing.assert_array_equal, got, params)
-  gguf.convert(tmp_path / 'm.gguf', tmp_path / 'converted')
+  fetch_smollm2.convert(tmp_path / 'm.gguf', tmp_path / 'converted')
   assert hf.load_config(tmp_path / 'converted') == cfg
   digests = {hf.digest(tmp_path / name) for name in ('m.gguf', 'converted', 'hf')}
   assert len(digests) == 1
@@ -167,7 +168,7 @@ def test_transformers_reads_the_same_model(model, tmp_path):
   transformers = pytest.importorskip('transformers')
   cfg, _, tensors = model(head_dim=16)  # it takes embed_dim / num_heads
   _write(tmp_path / 'm.gguf', cfg, tensors, kind='Q8_0')
-  gguf.convert(tmp_path / 'm.gguf', tmp_path / 'converted')
+  fetch_smollm2.convert(tmp_path / 'm.gguf', tmp_path / 'converted')
   auto = transformers.AutoModelForCausalLM
   models = [
     auto.from_pretrained(tmp_path, gguf_file='m.gguf', dtype=torch.float32),
@@ -182,7 +183,7 @@ def test_transformers_reads_the_same_model(model, tmp_path):
 def test_tokenizer(model, tmp_path):
   cfg, _, tensors = model()
   _write(tmp_path / 'm.gguf', cfg, tensors)
-  gguf.convert(tmp_path / 'm.gguf', tmp_path / 'hf2')
+  fetch_smollm2.convert(tmp_path / 'm.gguf', tmp_path / 'hf2')
   tok = tokenizer_lib.load_tokenizer(tmp_path / 'hf2' / 'tokenizer.json')
   assert (tok.bos_id, tok.eos_id, tok.pad_id) == (None, 0, 0)
   ids = {token: i for i, token in enumerate(TOKENS)}
@@ -318,5 +319,5 @@ def test_conversion_leaves_other_weights_alone(model, tmp_path):
   _write(tmp_path / 'm.gguf', cfg, tensors)
   hf.save(tmp_path / 'there', cfg, params, max_shard_bytes=20_000)
   with pytest.raises(ValueError, match='other weights are there already'):
-    gguf.convert(tmp_path / 'm.gguf', tmp_path / 'there')
+    fetch_smollm2.convert(tmp_path / 'm.gguf', tmp_path / 'there')
   assert shards.INDEX_FILE in {p.name for p in (tmp_path / 'there').iterdir()}

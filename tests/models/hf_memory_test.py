@@ -14,8 +14,9 @@ import sys
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from csrm_jax.models import config, hf, hf_table
+from csrm_jax.models import config, hf
 
 # 136 MB in shards of at most 32 MB: small beside the whole, and large beside
 # what threads and allocators add at random (up to about 20 MB were seen).
@@ -72,14 +73,14 @@ print(json.dumps([one, four]))
 
 @pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='needs Linux')
 def test_host_holds_less_than_a_shard_beside_the_parameters(tmp_path):
-  slots = hf_table.slots(CFG)
+  slots = hf.slots(CFG)
   shapes = {slot.entry.ours: slot.whole for slot in slots.values()}
   rng = np.random.default_rng(0)
   hf.save(
     tmp_path,
     CFG,
-    hf_table.unflatten(
-      {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    unflatten_dict(
+      {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}, sep='/'
     ),
     max_shard_bytes=SHARD_BYTES,
   )
@@ -105,11 +106,11 @@ def test_host_holds_less_than_a_shard_beside_the_parameters(tmp_path):
 def test_stacks_of_any_layout_are_filled(tmp_path):
   """bfloat16 in the file, float32 in memory."""
   cfg = dataclasses.replace(CFG, num_layers=2, embed_dim=32, mlp_dim=48)
-  shapes = {slot.entry.ours: slot.whole for slot in hf_table.slots(cfg).values()}
+  shapes = {slot.entry.ours: slot.whole for slot in hf.slots(cfg).values()}
   params = {name: np.full(shape, 1.5, np.float32) for name, shape in shapes.items()}
   half = {name: x.astype('bfloat16') for name, x in params.items()}
-  hf.save(tmp_path, cfg, hf_table.unflatten(half))
+  hf.save(tmp_path, cfg, unflatten_dict(half, sep='/'))
   assert hf.load_config(tmp_path).param_dtype == 'bfloat16'
-  got = hf_table.flatten(hf.load_params(tmp_path, cfg))
+  got = flatten_dict(hf.load_params(tmp_path, cfg), sep='/')
   assert {str(x.dtype) for x in got.values()} == {'float32'}
   assert all((x == 1.5).all() for x in got.values())

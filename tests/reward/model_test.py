@@ -10,7 +10,7 @@ import pytest
 import csrm_jax
 from csrm_jax.core import checkpoint
 from csrm_jax.models import config, transformer
-from csrm_jax.reward import model as reward_model, scoring
+from csrm_jax.reward import backbone, model as reward_model, scoring
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -47,7 +47,7 @@ def _params(seed=0):
 def _save(folder, spec=SPEC, seed=0, step=3):
   """Writes what a training run leaves in its work directory."""
   folder.mkdir(exist_ok=True)
-  reward_model.save_tokenizer(str(PATH), folder)
+  backbone.save_tokenizer(str(PATH), folder)
   state = training.init_state(_params(seed), optax.adam(1e-3))
   with checkpoint.Checkpoints(folder / 'checkpoints') as saved:
     saved.save(step, state, {'next': 0}, spec.to_dict())

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from csrm_jax.models import transformer
-from csrm_jax.reward import prompt_batches
+from csrm_jax.reward import scoring
 
 LENGTHS = [64, 128, 256, 512]
 
@@ -34,7 +34,7 @@ def _check(groups, prompts):
 
 def test_a_long_common_beginning_is_shared():
   prompts = _prompts(40, 150, [30, 50, 20, 60] * 10)
-  groups = prompt_batches.make_groups(prompts, ['a'] * 40, LENGTHS, 1024)
+  groups = scoring.make_groups(prompts, ['a'] * 40, LENGTHS, 1024)
   _check(groups, prompts)
   assert [g.num_shared for g in groups] == [150]
   assert groups[0].prefix_length == 256
@@ -53,7 +53,7 @@ def test_a_long_common_beginning_is_shared():
   ],
 )
 def test_what_does_not_pay_is_not_shared(prompts, keys, window):
-  groups = prompt_batches.make_groups(prompts, list(keys), LENGTHS, 1024, window)
+  groups = scoring.make_groups(prompts, list(keys), LENGTHS, 1024, window)
   _check(groups, prompts)
   assert [g.num_shared for g in groups] == [0]
 
@@ -68,20 +68,20 @@ def test_groups_are_apart_and_the_rest_is_together():
   keys = ['a'] * 40 + ['b'] * 40 + ['c'] * 3 + ['d']
   order = np.random.default_rng(0).permutation(len(prompts))
   prompts, keys = [prompts[i] for i in order], [keys[i] for i in order]
-  groups = prompt_batches.make_groups(prompts, keys, LENGTHS, 1024)
+  groups = scoring.make_groups(prompts, keys, LENGTHS, 1024)
   _check(groups, prompts)
   assert sorted(g.num_shared for g in groups) == [0, 150, 200]
-  plain = prompt_batches.make_groups(prompts, range(len(keys)), LENGTHS, 1024)
+  plain = scoring.make_groups(prompts, range(len(keys)), LENGTHS, 1024)
   total = sum(g.num_tokens for g in groups)
   assert total < 0.5 * plain[0].num_tokens
 
 
 def test_no_prompts_no_groups():
-  assert prompt_batches.make_groups([], [], LENGTHS, 1024) == []
+  assert scoring.make_groups([], [], LENGTHS, 1024) == []
 
 
 def test_pad_leaves_out_what_is_shared():
-  batch = prompt_batches.pad([np.arange(9), np.arange(6)], (4, 8), 4)
+  batch = scoring.pad([np.arange(9), np.arange(6)], (4, 8), 4)
   np.testing.assert_array_equal(
     batch['tokens'][:2], [[4, 5, 6, 7, 8, 0, 0, 0], [4, 5, 0, 0, 0, 0, 0, 0]]
   )

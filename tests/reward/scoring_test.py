@@ -10,7 +10,7 @@ import pytest
 import csrm_jax
 from csrm_jax.data import features, packing
 from csrm_jax.models import config, transformer
-from csrm_jax.reward import prompt_batches, scoring
+from csrm_jax.reward import scoring
 from csrm_jax.ruleworld import examples as ruleworld
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -122,7 +122,7 @@ def _under(safety, rows):
 
 def test_rules_of_many_examples_are_read_once(monkeypatch):
   """A group of 20, one of 9 and single ones: scores as one by one."""
-  monkeypatch.setattr(prompt_batches, 'MIN_SAVED', 300)
+  monkeypatch.setattr(scoring, 'MIN_SAVED', 300)
   rules = _rules('heists', 'cats', 'rumours', 'gambling', 'refunds')
   rows = [*_under(rules, _examples(20)), *_under(_rules('dogs'), _examples()), *_examples()]
   rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
@@ -138,7 +138,7 @@ def test_rules_of_many_examples_are_read_once(monkeypatch):
     got = _score_fn(buckets=(32, 64, 96, 128))(rows)
   assert any(shared for _, shared in shapes)
   assert not all(shared for _, shared in shapes)
-  monkeypatch.setattr(prompt_batches, 'MIN_SAVED', 10**9)
+  monkeypatch.setattr(scoring, 'MIN_SAVED', 10**9)
   np.testing.assert_allclose(got, _score_fn()(rows), atol=1e-5)
 
 

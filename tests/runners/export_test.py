@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import safetensors
 
 import csrm_jax
 from csrm_jax import config as config_lib
 from csrm_jax.core import checkpoint
 from csrm_jax.data import features
 from csrm_jax.models import config, hf, lora, transformer
-from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import backbone, model as reward_model
 from csrm_jax.ruleworld import examples as examples_lib
 from csrm_jax.runners import export
 from csrm_jax.safety import templates
@@ -51,7 +52,7 @@ def make_run(tmp_path):
     workdir = tmp_path / 'run'
     workdir.mkdir()
     tokenizer = tokenizer_lib.load_tokenizer(TOKENIZER)
-    reward_model.save_tokenizer(TOKENIZER, workdir)
+    backbone.save_tokenizer(TOKENIZER, workdir)
     params = _random_params(cfg)
     if cfg.lora_rank:
       adapters, base = lora.split(params)
@@ -136,7 +137,8 @@ def test_whole_model_with_merged_adapters(make_run, tmp_path, capsys):
   out = capsys.readouterr().out
   assert 'largest difference of' in out and 'causal_lm: ' in out
   assert len(list(folder.glob('model-*.safetensors'))) > 1
-  metadata = json.loads(hf.load_metadata(folder)['csrm_jax'])
+  with safetensors.safe_open(next(folder.glob('*.safetensors')), 'numpy') as file:
+    metadata = json.loads(file.metadata()['csrm_jax'])
   assert reward_model.Spec.from_dict(metadata).model == LORA
   rows, prompts = _prompts(run)
   model = transformers.AutoModelForCausalLM.from_pretrained(folder)
