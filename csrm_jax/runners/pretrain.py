@@ -26,58 +26,38 @@ from csrm_jax.ruleworld import corpus, dialogues
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, losses, step as training
 
+# task -> (seed, index) -> a dialogue to learn from; None: the corpus.
+_DIALOGUES = {
+  'base': None,
+  'policy': dialogues.dialogue,
+  'structured': dialogues.structured_dialogue,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """The pretraining corpus as a sequence, in the order of the curriculum."""
+  """What a model learns from, as a sequence: the corpus, or dialogues of a kind."""
 
   seed: int
   num_documents: int
-  curriculum_length: int  # documents until lists are at their longest
+  curriculum_length: int  # documents of the corpus until lists are at their longest
+  dialogue: Callable[[int, int], tuple[corpus.Span, ...]] | None = None
 
   def __len__(self) -> int:
     return self.num_documents
 
   def __getitem__(self, index: int) -> tuple[corpus.Span, ...]:
-    progress = min(index / self.curriculum_length, 1.0)
-    return corpus.document(self.seed, index, progress)
+    if self.dialogue:
+      return self.dialogue(self.seed, index)
+    return corpus.document(self.seed, index, min(index / self.curriculum_length, 1.0))
 
   def digest(self, num_documents: int = 1000) -> str:
-    """Returns a sha256 (hex) over documents spread evenly over the corpus."""
-    return _digest(self, num_documents)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dialogues:
-  """The requests and replies that a policy learns from, as a sequence.
-
-  Attributes:
-    seed: of all of them.
-    num_documents: how many there are.
-    dialogue: a function of dialogues: (seed, index) -> one.
-  """
-
-  seed: int
-  num_documents: int
-  dialogue: Callable[[int, int], tuple[corpus.Span, ...]]
-
-  def __len__(self) -> int:
-    return self.num_documents
-
-  def __getitem__(self, index: int) -> tuple[corpus.Span, ...]:
-    return self.dialogue(self.seed, index)
-
-  def digest(self, num_documents: int = 1000) -> str:
-    """Returns a sha256 (hex) over dialogues spread evenly over them all."""
-    return _digest(self, num_documents)
-
-
-def _digest(documents: Documents | Dialogues, num_documents: int) -> str:
-  content = hashlib.sha256()
-  for i in range(num_documents):
-    document = documents[i * len(documents) // num_documents]
-    content.update(repr([(s.text, s.weight) for s in document]).encode())
-  return content.hexdigest()
+    """Returns a sha256 (hex) over documents spread evenly over them all."""
+    content = hashlib.sha256()
+    for i in range(num_documents):
+      document = self[i * len(self) // num_documents]
+      content.update(repr([(s.text, s.weight) for s in document]).encode())
+    return content.hexdigest()
 
 
 def encode_document(
@@ -112,15 +92,21 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Trains, and writes weights and their config to the task's folder."""
   began = time.monotonic()
   tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
-  cfg, params, documents = _START[config.task](config, tokenizer)
+  model, data = config.model, config.data
+  if model.weights:
+    cfg, params = hf.load(model.weights, **model.overrides)
+  else:
+    cfg = model_config.preset(model.preset, tokenizer.vocab_size, **model.overrides)
+    params = transformer.init_params(cfg, config.seed)
+  documents = Documents(
+    config.seed, data.num_documents, data.curriculum_length, _DIALOGUES[config.task]
+  )
   atoms = (
     grain.MapDataset.source(documents)
     .map(functools.partial(encode_document, tokenizer=tokenizer))
     .repeat()
   )
-  shape = packing.BatchShape(
-    config.data.batch_size, config.data.row_length, config.data.max_segments, tokenizer.pad_id
-  )
+  shape = packing.BatchShape(data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id)
   batches = pipeline.batches(atoms, shape, fingerprint=f'{tokenizer.digest}/{documents.digest()}')
   mesh = mesh_lib.make_mesh()
   step_fn, state = training.make_step(
@@ -135,38 +121,17 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     meta={'model': cfg.to_dict()},
     setup_s=time.monotonic() - began,
   )
-  params = jax.tree.map(lambda x: x.astype(config.model.saved_dtype), state.params)
+  params = jax.tree.map(lambda x: x.astype(model.saved_dtype), state.params)
+  task = '' if config.task == 'base' else f':task={config.task}'
   hf.save(
     workdir / config.task,
     cfg,
     params,
     metadata={
-      'made_by': f'python -m csrm_jax.main --config={_CONFIGS[config.task]}',
+      'made_by': f'python -m csrm_jax.main --config=configs/pretrain.py{task}',
       'seed': str(config.seed),
       'num_steps': str(config.num_steps),
       'data_digest': documents.digest(),
       'tokenizer_digest': tokenizer.digest,
     },
   )
-
-
-def _start_base(config, tokenizer):
-  cfg = model_config.preset(config.model.preset, tokenizer.vocab_size, **config.model.overrides)
-  documents = Documents(config.seed, config.data.num_documents, config.data.curriculum_length)
-  return cfg, transformer.init_params(cfg, config.seed), documents
-
-
-def _start_policy(config, tokenizer):
-  del tokenizer  # The weights say how many words there are.
-  cfg, params = hf.load(config.model.weights, **config.model.overrides)
-  return cfg, params, Dialogues(config.seed, config.data.num_documents, _DIALOGUES[config.task])
-
-
-_CONFIGS = {
-  'base': 'configs/pretrain.py',
-  'policy': 'configs/pretrain.py:task=policy',
-  'structured': 'configs/pretrain.py:task=structured',
-}
-# task -> (config, tokenizer) -> (cfg, params, documents).
-_START = {'base': _start_base, 'policy': _start_policy, 'structured': _start_policy}
-_DIALOGUES = {'policy': dialogues.dialogue, 'structured': dialogues.structured_dialogue}

@@ -96,14 +96,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
 def show_tokens(config: ml_collections.ConfigDict) -> None:
   """Prints the prompt of the first item that training would see."""
   spec, tokenizer, _ = _describe(config)
-  encoder = _make_encoder(config, tokenizer, spec.layout)
-  augment_fn, seen = _make_augment(config), []
-
-  def remember(item, rng):
-    seen.append(augment_fn(item, rng))
-    return seen[-1]
-
-  _make_atoms(config, encoder, _read_data(config)[0], remember)[0]
+  encoder, seen = _make_encoder(config.data, tokenizer, spec.layout), []
+  _make_atoms(config, encoder, _read_data(config)[0], seen.append)[0]
   show_tokens_lib.show(seen[0], encoder)
 
 
@@ -114,15 +108,7 @@ def make_step(
   params: Any,
   mesh: jax.sharding.Mesh,
 ) -> tuple[training.StepFn, training.TrainState]:
-  """Returns the train step, and the first state; of params' shapes, its shapes.
-
-  Args:
-    config: as in configs/rm.py.
-    model: what is trained.
-    verbalizers: token ids of both labels.
-    params: what is trained of the parameters, or the shapes of it.
-    mesh: of the state.
-  """
+  """Returns the train step of configs/rm.py and the first state; of shapes, shapes."""
   loss_fn = scoring.make_loss_fn(model, verbalizers, config.loss.gamma, config.loss.margin)
   return training.make_step(loss_fn, params, mesh, config.num_steps, **config.optim)
 
@@ -134,16 +120,8 @@ def _describe(
   model, template = config.model, config.template
   if config.tokenizer:
     tokenizer, source = tokenizer_lib.load_tokenizer(config.tokenizer), hf.Source(model.init)
-    layout = templates.Layout(order=template.order, words=tuple(template.words))
-    spec = reward_model.Spec(
-      model=model_config.preset(model.preset, tokenizer.vocab_size, **model.overrides),
-      layout=layout,
-      max_length=config.data.max_length,
-      safe_words=tuple(template.safe_words),
-      unsafe_words=tuple(template.unsafe_words),
-      template_hash=templates.template_hash(layout),
-      tokenizer_digest=tokenizer.digest,
-    )
+    cfg = model_config.preset(model.preset, tokenizer.vocab_size, **model.overrides)
+    layout = templates.Layout(words=tuple(template.words))
   else:
     if not model.init:
       raise ValueError(
@@ -152,16 +130,17 @@ def _describe(
       )
     source = reward_model.public_model(model.init) or model.init
     spec, tokenizer = reward_model.describe(source, words=tuple(template.words), **model.overrides)
-    source = hf.open_source(source)
-    layout = dataclasses.replace(spec.layout, order=template.order)
-    spec = dataclasses.replace(
-      spec,
-      layout=layout,
-      max_length=config.data.max_length,
-      safe_words=tuple(template.safe_words),
-      unsafe_words=tuple(template.unsafe_words),
-      template_hash=templates.template_hash(layout),
-    )
+    cfg, layout, source = spec.model, spec.layout, hf.open_source(source)
+  layout = dataclasses.replace(layout, order=template.order)
+  spec = reward_model.Spec(
+    model=cfg,
+    layout=layout,
+    max_length=config.data.max_length,
+    safe_words=tuple(template.safe_words),
+    unsafe_words=tuple(template.unsafe_words),
+    template_hash=templates.template_hash(layout),
+    tokenizer_digest=tokenizer.digest,
+  )
   spec.verbalizers(tokenizer)  # an error here beats one after an hour
   if spec.model.lora_rank:
     if not model.init:
@@ -189,17 +168,12 @@ def _make_batches(
   parts: dict[str, Any],
 ) -> pipeline.BatchIterator:
   data = config.data
-  atoms = _make_atoms(
-    config, _make_encoder(config, tokenizer, layout), parts, _make_augment(config)
-  )
+  atoms = _make_atoms(config, _make_encoder(data, tokenizer, layout), parts)
   shape = packing.BatchShape(data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id)
+  read = {name: [part.source, part.weight, len(parts[name])] for name, part in data.parts.items()}
+  # A resumed run goes on only where it would have gone on.
   identity = {
-    'data': {
-      **data.to_dict(),
-      'parts': {
-        name: [part.source, part.weight, len(parts[name])] for name, part in data.parts.items()
-      },
-    },
+    'data': data.to_dict() | {'parts': read},
     'seed': config.seed,
     'tokenizer': tokenizer.digest,
     'template': templates.template_hash(layout),
@@ -208,25 +182,28 @@ def _make_batches(
 
 
 def _make_encoder(
-  config: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer, layout: templates.Layout
+  data: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer, layout: templates.Layout
 ) -> features.Encoder:
-  data = config.data
   return features.Encoder(tokenizer, data.max_length, layout, data.row_length, data.label_pairs)
-
-
-def _make_augment(config: ml_collections.ConfigDict) -> Callable[..., Any]:
-  data = config.data
-  return mixture.make_augment(data.drop_prob, data.plus_prob, data.minus_prob, data.rules_blind)
 
 
 def _make_atoms(
   config: ml_collections.ConfigDict,
   encoder: features.Encoder,
   parts: dict[str, Any],
-  augment_fn: Callable[..., Any],
+  look: Callable[[Any], Any] = lambda item: None,
 ) -> grain.MapDataset:
-  weights = {name: part.weight for name, part in config.data.parts.items()}
-  return mixture.make_training_atoms(parts, weights, encoder, config.seed, augment_fn)
+  """Returns what training packs; look is called with each item, augmented."""
+  data = config.data
+  apply = mixture.make_augment(data.drop_prob, data.plus_prob, data.minus_prob, data.rules_blind)
+
+  def augment(item, rng):
+    item = apply(item, rng)
+    look(item)
+    return item
+
+  weights = {name: part.weight for name, part in data.parts.items()}
+  return mixture.make_training_atoms(parts, weights, encoder, config.seed, augment)
 
 
 def _init_params(

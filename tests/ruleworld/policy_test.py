@@ -235,7 +235,7 @@ def test_the_shipped_policies_belong_to_their_dialogues_and_are_small(folder, di
   assert path.stat().st_size < 2.5e6
   with safetensors.safe_open(path, 'numpy') as file:
     metadata = file.metadata()
-  documents = pretrain.Dialogues(int(metadata['seed']), 2_000_000, dialogue)
+  documents = pretrain.Documents(int(metadata['seed']), 2_000_000, 0, dialogue)
   assert metadata['data_digest'] == documents.digest()
   assert metadata['tokenizer_digest'] == TOKENIZER.digest
 
