@@ -286,20 +286,14 @@ def save(
 
 
 class Entry(NamedTuple):
-  """A parameter's two names.
+  """A parameter's two names."""
 
-  Attributes:
-    ours: path in the nested dict; under layers/ it has a leading axis L.
-    theirs: tensor name, with the number of the layer as {}.
-    num_in: leading axes of our kernel that are inputs. Theirs is [out, in],
-      each flattened. 0: stored as it is.
-    post_norms: the entry is of models whose config says so; None: of all.
-  """
-
-  ours: str
-  theirs: str
+  ours: str  # path in the nested dict; under layers/ it has a leading axis L
+  theirs: str  # tensor name, with the number of the layer as {}
+  # Leading axes of our kernel that are inputs. Theirs is [out, in], each
+  # flattened. 0: stored as it is.
   num_in: int
-  post_norms: bool | None = None
+  post_norms: bool | None = None  # only models whose config says so have it; None: all
 
 
 _LAYER = 'model.layers.{}.'
@@ -331,19 +325,12 @@ _UNUSED = {'causal_lm': 'score/kernel', 'sequence_classification': 'lm_head/kern
 
 
 class Slot(NamedTuple):
-  """Where a tensor of theirs goes.
-
-  Attributes:
-    entry: the names.
-    layer: its place on the axis L of our parameter, None without that axis.
-    shape: of theirs.
-    whole: shape of our parameter, all layers.
-  """
+  """Where a tensor of theirs goes."""
 
   entry: Entry
-  layer: int | None
-  shape: tuple[int, ...]
-  whole: tuple[int, ...]
+  layer: int | None  # its place on the axis L of our parameter, None without that axis
+  shape: tuple[int, ...]  # the shape of theirs
+  whole: tuple[int, ...]  # the shape of our parameter, all layers
 
 
 def slots(cfg: ModelConfig, form: str = 'causal_lm') -> dict[str, Slot]:

@@ -39,23 +39,16 @@ _BLOCK = 256
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are chosen; hashable, compiled once for each value.
+  """How tokens are chosen; hashable, compiled once for each value."""
 
-  Attributes:
-    max_completion_length: the most tokens of a completion.
-    temperature: logits are divided by it; 0 takes the likeliest token.
-    top_k: only the k likeliest tokens are drawn, and ties with the last of
-      them; 0 for all.
-    top_p: of these, only the likeliest tokens that together reach this
-      probability, and ties with the last of them.
-    stop_ids: a completion ends with the first of these, which belongs to it.
-  """
-
-  max_completion_length: int = 512
-  temperature: float = 1.0
+  max_completion_length: int = 512  # tokens at most
+  temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token
+  # Only the k likeliest tokens are drawn, and ties with the last of them; 0 for all.
   top_k: int = 0
+  # Of these, only the likeliest tokens that together reach this probability, and
+  # ties with the last of them.
   top_p: float = 1.0
-  stop_ids: tuple[int, ...] = ()
+  stop_ids: tuple[int, ...] = ()  # the first of these ends a completion, and belongs to it
 
   def __post_init__(self):
     if self.max_completion_length < 1:
@@ -75,19 +68,12 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-  """What generate returns for N prompts; C = max_completion_length.
+  """What generate returns for N prompts; C = max_completion_length."""
 
-  Attributes:
-    tokens: int32 [N,C]; 0 from a completion's length on.
-    lengths: int32 [N], in tokens, the stop token included.
-    logprobs: float32 [N,C], token_logprobs of each token; 0 past the length.
-    stopped: bool [N]; False where max_completion_length cut it off.
-  """
-
-  tokens: np.ndarray
-  lengths: np.ndarray
-  logprobs: np.ndarray
-  stopped: np.ndarray
+  tokens: np.ndarray  # int32 [N,C]; 0 from a completion's length on
+  lengths: np.ndarray  # int32 [N], in tokens, the stop token included
+  logprobs: np.ndarray  # float32 [N,C], token_logprobs of each token; 0 past the length
+  stopped: np.ndarray  # bool [N]; False where max_completion_length cut it off
 
 
 def generate(

@@ -70,29 +70,6 @@ class Spec:
     """Returns the verdict tokens. Raises ValueError as its resolver does."""
     return templates.resolve_verbalizers(tokenizer, self.safe_words, self.unsafe_words)
 
-  def abstract_params(self) -> Any:
-    """Returns the shapes of what a checkpoint holds of the parameters."""
-    params = jax.eval_shape(lambda: transformer.init_params(self.model, 0))
-    return lora.split(params)[0] if self.base else params
-
-  def load_base(self, shardings: Any = None) -> dict[str, Any]:
-    """Returns the weights under the adapters, placed as hf.load_params does.
-
-    Raises:
-      ValueError: the base is not there, or is not that of base_digest.
-    """
-    if not self.base:
-      return {}
-    source = hf.Source(self.base)
-    digest = hf.digest(source)
-    if digest != self.base_digest:
-      raise ValueError(
-        f'{self.base}: the weights have digest {digest[:12]}, the adapters '
-        f'were trained on {self.base_digest[:12]}; give the weights they '
-        'were trained on'
-      )
-    return hf.load_params(source, self.model, shardings)
-
   def make_score_fn(
     self, params: Any, tokenizer: tokenizer_lib.Tokenizer, max_length: int | None = None
   ) -> scoring.ScoreFn:
@@ -162,8 +139,7 @@ def load(
   public = public_model(source)
   spec, tokenizer = describe(public or source, format, **options)
   if public:
-    shapes = jax.eval_shape(lambda: transformer.init_params(spec.model, 0))
-    params = hf.load_params(public, spec.model, _shardings(shapes))
+    params = hf.load_params(public, spec.model, _shardings(_shapes(spec.model)))
   else:
     params = restore_params(source, spec)
   return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length))
@@ -230,20 +206,17 @@ def _describe_run(directory: pathlib.Path) -> tuple[Spec, tokenizer_lib.Tokenize
       'give the work directory of a training run'
     )
   tokenizer = tokenizer_lib.load_tokenizer(path)
-  template_hash = templates.template_hash(spec.layout)
-  for what, saved, now, fix in (
-    ('template', spec.template_hash, template_hash, 'use the csrm_jax version that trained it'),
-    (
-      'tokenizer',
-      spec.tokenizer_digest,
-      tokenizer.digest,
-      'put back the tokenizer file that the training run wrote there',
-    ),
-  ):
-    if saved != now:
+  now = {'template': templates.template_hash(spec.layout), 'tokenizer': tokenizer.digest}
+  saved = {'template': spec.template_hash, 'tokenizer': spec.tokenizer_digest}
+  fixes = {
+    'template': 'use the csrm_jax version that trained it',
+    'tokenizer': 'put back the tokenizer file that the training run wrote there',
+  }
+  for what, fix in fixes.items():
+    if saved[what] != now[what]:
       raise ValueError(
-        f'{directory}: the checkpoint was made with {what} {saved[:12]}, '
-        f'here it is {now[:12]}; {fix}'
+        f'{directory}: the checkpoint was made with {what} {saved[what][:12]}, '
+        f'here it is {now[what][:12]}; {fix}'
       )
   return spec, tokenizer
 
@@ -258,16 +231,31 @@ def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
     ValueError: the base is not there, or another one.
   """
   directory = _directory(source)
-  mesh, shapes = jax.sharding.get_mesh(), {'params': spec.abstract_params()}
-  if not mesh.empty:
-    shapes = mesh_lib.abstract(shapes, mesh)
+  mesh, shapes = jax.sharding.get_mesh(), _shapes(spec.model)
+  stored, base = lora.split(shapes) if spec.base else (shapes, {})
+  stored = {'params': stored}
   with checkpoint.Checkpoints(directory / 'checkpoints') as saved:
-    restored = saved.restore_latest(shapes, partial=True)
+    restored = saved.restore_latest(
+      stored if mesh.empty else mesh_lib.abstract(stored, mesh), partial=True
+    )
   if restored is None:
     raise FileNotFoundError(f'{directory}: no intact checkpoint there')
-  whole = jax.eval_shape(lambda: transformer.init_params(spec.model, 0))
-  base = lora.split(whole)[1] if spec.base else {}
-  return tree.merge(spec.load_base(_shardings(base)), restored.state['params'])
+  params = restored.state['params']
+  if not spec.base:
+    return params
+  weights = hf.Source(spec.base)
+  digest = hf.digest(weights)
+  if digest != spec.base_digest:
+    raise ValueError(
+      f'{spec.base}: the weights have digest {digest[:12]}, the adapters '
+      f'were trained on {spec.base_digest[:12]}; give the weights they '
+      'were trained on'
+    )
+  return tree.merge(hf.load_params(weights, spec.model, _shardings(base)), params)
+
+
+def _shapes(model: model_config.ModelConfig) -> Any:
+  return jax.eval_shape(lambda: transformer.init_params(model, 0))
 
 
 def _shardings(shapes: Any) -> Any:

@@ -44,19 +44,12 @@ Plan = list[tuple[list[int], tuple[int, int]]]
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What the reward model says about one response.
+  """What the reward model says about one response."""
 
-  Attributes:
-    p_unsafe: probability that the response violates the rules, in [0, 1].
-    reward: 1 - p_unsafe = sigmoid(score).
-    score: log P(safe) - log P(unsafe), in nats.
-    label: 'unsafe' if p_unsafe is at least one half, else 'safe'.
-  """
-
-  p_unsafe: float
-  reward: float
-  score: float
-  label: str
+  p_unsafe: float  # probability that the response violates the rules, in [0, 1]
+  reward: float  # 1 - p_unsafe = sigmoid(score)
+  score: float  # log P(safe) - log P(unsafe), in nats
+  label: str  # 'unsafe' if p_unsafe is at least one half, else 'safe'
 
 
 def verdicts(scores: np.ndarray) -> list[Verdict]:
