@@ -34,6 +34,7 @@ import tqdm
 from etils import epath
 
 from csrm_jax import config as config_lib
+from csrm_jax.core import markdown
 from csrm_jax.evals import bootstrap
 
 KEYS = (
@@ -219,17 +220,16 @@ def make_table(
 def format_table(table: Mapping[str, Mapping[str, Mapping[str, Any]]], keys: Sequence[str]) -> str:
   """Returns a Markdown table: mean ± half width of the 95 % interval."""
   keys = [key for key in keys if any(key in row for row in table.values())]
-  lines = ['| run | n | ' + ' | '.join(keys) + ' |', '|---|---|' + '---|' * len(keys)]
+  rows = []
   for group, row in table.items():
     count = max((len(cell['values']) for cell in row.values()), default=0)
-    cells = [_format_cell(row.get(key)) for key in keys]
-    lines.append(f'| {group} | {count} | ' + ' | '.join(cells) + ' |')
-  return '\n'.join(lines) + '\n'
+    rows.append((group, count, *(_format_cell(row.get(key)) for key in keys)))
+  return markdown.table(['run', 'n', *keys], rows) + '\n'
 
 
 def _format_cell(cell: Mapping[str, Any] | None) -> str:
   if cell is None:
-    return '–'
+    return markdown.NONE
   digits = 3 if abs(cell['mean']) < 100 else 0
   text = f'{cell["mean"]:.{digits}f}'
   if cell['half_width'] is not None:

@@ -36,11 +36,10 @@ class Checkpoints:
   """The checkpoints of one directory, the newest `keep` of them."""
 
   def __init__(self, directory: str | os.PathLike, keep: int = 2):
-    """Opens the directory; it is made with the first save.
+    """Opens the directory, which is made with the first save.
 
-    In a copy of a bucket it is that in the bucket; see remote.
-
-    What an interrupted save left behind is removed then, not on reading.
+    In a copy of a bucket it is that in the bucket; see remote. What an interrupted
+    save left behind is removed with the next save, not on reading.
     """
     self.directory = remote.home(directory)
     self._keep = keep
@@ -56,19 +55,19 @@ class Checkpoints:
   ) -> None:
     """Starts to write a checkpoint; returns when `state` may be donated.
 
-    Args:
-      step: greater than that of every intact checkpoint here.
-      state: a tree of arrays.
-      data_state: JSON values, from the data iterator.
-      meta: JSON values that describe the model, for `read_meta`.
+    `data_state` and `meta`, which describes the model for `read_meta`, are JSON values.
 
     Raises:
       ValueError: a checkpoint of this or a later step is here already, or
         a value is not JSON.
     """
-    manager = self._writable()
+    if self._manager is None:
+      self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True),
+      )
     self._set_aside_damaged(step)
-    latest = manager.latest_step()
+    latest = self._manager.latest_step()
     if latest is not None and latest >= step:
       raise ValueError(
         f'{self.directory}: cannot save step {step}, a checkpoint of step '
@@ -82,7 +81,7 @@ class Checkpoints:
       'leaves': {name: [list(x.shape), str(x.dtype), int(sums[name])] for name, x in named.items()},
     }
     info = {'content': content, 'digest': _digest(content)}
-    manager.save(
+    self._manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(_storage_names(named)), info=ocp.args.JsonSave(info)
@@ -92,11 +91,9 @@ class Checkpoints:
   def restore_latest(self, abstract_state: Any, partial: bool = False) -> Restored | None:
     """Returns the newest intact checkpoint, or None where there is none.
 
-    Args:
-      abstract_state: a tree of ShapeDtypeStructs (or arrays); their shardings
-        decide where the leaves go, whatever mesh wrote them.
-      partial: the checkpoint may hold leaves that are not asked for, as when
-        parameters are read without the optimizer's state.
+    The shardings of `abstract_state` (ShapeDtypeStructs or arrays) decide where the
+    leaves go, whatever mesh wrote them. If `partial`, the checkpoint may hold leaves
+    that are not asked for, as when parameters are read without the optimizer's state.
 
     Raises:
       ValueError: the checkpoint is of another model.
@@ -132,8 +129,8 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for the last save and ends Orbax's threads."""
+    self.wait()
     if self._manager is not None:
-      self._manager.wait_until_finished()
       self._manager.close()
       self._manager = None
 
@@ -142,14 +139,6 @@ class Checkpoints:
 
   def __exit__(self, *unused) -> None:
     self.close()
-
-  def _writable(self) -> ocp.CheckpointManager:
-    if self._manager is None:
-      self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True),
-      )
-    return self._manager
 
   def _set_aside_damaged(self, step: int) -> None:
     """Renames damaged checkpoints that stand in the way of `step`."""
@@ -211,8 +200,7 @@ class Checkpoints:
 def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
   """Returns the `meta` of the newest checkpoint whose description is intact.
 
-  Raises:
-    FileNotFoundError: there is none.
+  Without one it is a FileNotFoundError.
   """
   directory = remote.home(directory)
   for step in reversed(_steps(directory)):

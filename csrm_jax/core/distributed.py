@@ -26,12 +26,8 @@ def start(
 ) -> None:
   """Joins the other processes of this run; call it before any JAX computation.
 
-  Args:
-    coordinator: host:port of process 0. '' asks the cluster: a TPU slice,
-      Slurm, Open MPI or Kubernetes tells each process who it is.
-    num_processes: in all; with a coordinator.
-    process_id: from 0; with a coordinator.
-    timeout_s: to wait for the others.
+  Without a coordinator (host:port of process 0) the cluster is asked: a TPU slice,
+  Slurm, Open MPI or Kubernetes tells each process who it is.
 
   Where the others are not there in time it prints one line and ends the process
   with exit code 2: the runtime would abort it.
@@ -56,9 +52,8 @@ def start(
     'and each its own --process_id, and reach that port'
   )
   where = coordinator or 'the cluster'
-  watch = threading.Timer(
-    timeout_s, _give_up, [f'no start with {where} in {timeout_s} s: {advice}']
-  )
+  late = f'no start with {where} in {timeout_s} s: {advice}'
+  watch = threading.Timer(timeout_s, _give_up, [late])
   watch.daemon = True
   watch.start()
   try:
@@ -90,8 +85,7 @@ def leave_if_alone(error: BaseException) -> None:
   text = ' '.join(str(error).split())
   # A collective may fail with a ValueError as well; other words of _GONE are
   # those of other faults there, such as a scorer that does not answer.
-  is_runtime = isinstance(error, jax.errors.JaxRuntimeError)
-  words = _GONE if is_runtime else 'Gloo'
+  words = _GONE if isinstance(error, jax.errors.JaxRuntimeError) else 'Gloo'
   if jax.process_count() > 1 and re.search(words, text):
     _give_up(
       f'another process is gone ({text[:160]}); start all of them again: they '
@@ -102,9 +96,7 @@ def leave_if_alone(error: BaseException) -> None:
 def check_same(values: Mapping[str, str]) -> None:
   """Checks that all processes hold the same values.
 
-  Raises:
-    ValueError: on all of them, and names the value and the processes that
-      differ from process 0.
+  If not, a ValueError on all of them names the value and who differs from process 0.
   """
   if jax.process_count() == 1:
     return

@@ -69,15 +69,9 @@ def make_mesh(
 ) -> Mesh:
   """Returns a mesh with axes (data, fsdp, tensor) over all devices.
 
-  At most one size may be -1: it takes the devices the others leave.
-
-  Args:
-    data: first axis.
-    fsdp: second axis.
-    tensor: last axis, of neighbours.
-    num_slices: of TPUs, or nodes of GPUs, that a slow network connects. Only
-      `data` goes across it: each has a whole copy of fsdp x tensor.
-    devices: by default all.
+  At most one size may be -1: it takes the devices the others leave. `num_slices` of
+  TPUs, or nodes of GPUs, are connected by a slow network. Only `data` goes across it:
+  each has a whole copy of fsdp x tensor.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices, or the
@@ -223,25 +217,19 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
 
 
 def shardings(shapes: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
-  """Returns the tree of NamedShardings for a tree of arrays or shapes.
+  """Returns the tree of NamedShardings for parameters or a whole train state.
 
-  Takes parameters as well as a whole train state.
-
-  Raises:
-    ValueError: a leaf has no rule; the message names it.
+  A leaf without a rule is a ValueError that names it.
   """
-  named = {
-    name: NamedSharding(mesh, param_spec(name, leaf.shape, mesh, rules))
-    for name, leaf in tree.named_leaves(shapes).items()
+  named = tree.named_leaves(shapes)
+  found = {
+    name: NamedSharding(mesh, param_spec(name, x.shape, mesh, rules)) for name, x in named.items()
   }
-  return tree.from_named(shapes, named)
+  return tree.from_named(shapes, found)
 
 
 def abstract(shapes: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
-  """Returns the ShapeDtypeStructs of a tree, with their shardings.
-
-  This is what checkpoints are restored onto.
-  """
+  """Returns the ShapeDtypeStructs of a tree with their shardings, to restore onto."""
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
@@ -254,32 +242,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of batch arrays: axis 0 over data and fsdp."""
-  return NamedSharding(mesh, P(ROWS))
-
-
 def abstract_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of to_global's arrays.
-
-  Raises:
-    ValueError: the rows do not divide over the mesh.
-  """
-  sharding = batch_sharding(mesh)
-  for name, x in batch.items():
-    _check_rows(name, x.shape[0], mesh)
+  """Returns the shapes of to_global's arrays, with their shardings."""
+  sharding = _rows_sharding(batch, mesh)
   return {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in batch.items()
   }
 
 
-def _check_rows(name: str, rows: int, mesh: Mesh) -> None:
+def _rows_sharding(batch: Mapping[str, np.ndarray], mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of batch arrays: axis 0 over data and fsdp."""
   parts = mesh.shape['data'] * mesh.shape['fsdp']
-  if rows % parts:
-    raise ValueError(
-      f'batch array {name!r} has {rows} rows, which do not divide over '
-      f'data x fsdp = {parts} devices: use a batch size that does'
-    )
+  for name, x in batch.items():
+    if x.shape[0] % parts:
+      raise ValueError(
+        f'batch array {name!r} has {x.shape[0]} rows, which do not divide over '
+        f'data x fsdp = {parts} devices: use a batch size that does'
+      )
+  return NamedSharding(mesh, P(ROWS))
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -287,17 +267,13 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
   Each puts its own rows on its own devices. That all make the same batch costs
   little beside the step, and keeps packing, the curve and the position in the
-  data the same on any number of hosts.
-
-  Raises:
-    ValueError: the rows do not divide over the mesh.
+  data the same on any number of hosts. Rows that do not divide over the mesh are a
+  ValueError.
   """
-  sharding = batch_sharding(mesh)
-  arrays = {}
-  for name, x in batch.items():
-    _check_rows(name, x.shape[0], mesh)
-    if jax.process_count() == 1:
-      arrays[name] = jax.device_put(x, sharding)
-    else:
-      arrays[name] = jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-  return arrays
+  sharding = _rows_sharding(batch, mesh)
+  if jax.process_count() == 1:
+    return {name: jax.device_put(x, sharding) for name, x in batch.items()}
+  return {
+    name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+    for name, x in batch.items()
+  }

@@ -13,11 +13,7 @@ import jax
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
-  """Returns (first, last) of 'FIRST:LAST'; None for ''.
-
-  Raises:
-    ValueError: it is neither.
-  """
+  """Returns (first, last) of 'FIRST:LAST', None for ''; ValueError: it is neither."""
   if not text:
     return None
   match = re.fullmatch(r'(\d+):(\d+)', text)
@@ -59,7 +55,7 @@ def trace(
 
 def is_out_of_memory(error: BaseException) -> bool:
   """Returns whether a device, or a program for it, had too little memory."""
-  return isinstance(error, jax.errors.JaxRuntimeError) and ('RESOURCE_EXHAUSTED' in str(error))
+  return isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def save_memory_profile(folder: pathlib.Path) -> pathlib.Path:

@@ -33,12 +33,10 @@ _NOT_FETCHED = (*_IN_BUCKET, 'profile')
 
 @dataclasses.dataclass
 class _Mirror:
-  """A bucket's folder, and what of the copy it is known to hold.
-
-  held: {relative name: (modified, bytes)} of the local files.
-  """
+  """A bucket's folder, and what of the copy it is known to hold."""
 
   home: epath.Path
+  # Relative name -> (modified, bytes) of the local file.
   held: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
   lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
@@ -53,15 +51,22 @@ _NAMES: dict[str, str] = {}
 def local(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
   """Yields the folder to work in: workdir, or a copy of it if it is gs://….
 
-  Raises:
-    ValueError: the bucket cannot be written, or an address of another kind.
+  A bucket that cannot be written, or an address of another kind, is a ValueError.
   """
   if '://' not in str(workdir):
     yield pathlib.Path(workdir)
     return
   if not str(workdir).startswith(_PREFIX):
     raise ValueError(f'--workdir={workdir}: give a path of this machine or gs://BUCKET/FOLDER')
-  with mirror(_checked(workdir)) as path:
+  home = epath.Path(workdir)
+  try:  # Say at once, and not after hours, that nothing can be kept.
+    probe = home / f'.writable-{jax.process_index()}'
+    home.mkdir(parents=True, exist_ok=True)
+    probe.write_text('')
+    probe.unlink()
+  except Exception as error:
+    raise ValueError(_cannot('write to', f'--workdir={workdir}', error)) from error
+  with mirror(home) as path:
     yield path
   print(f'{workdir} holds what was in {path}', file=sys.stderr)
 
@@ -92,17 +97,27 @@ def mirror(home: epath.Path) -> Iterator[pathlib.Path]:
 def push(path: pathlib.Path) -> None:
   """Copies what changed in `path` to the bucket; without one does nothing.
 
-  The first process does it, for all.
-
-  Raises:
-    OSError: the bucket cannot be written.
+  The first process does it, for all. A bucket that cannot be written is an OSError.
   """
   found = _MIRRORS.get(path)
   if found is None or jax.process_index() != 0:
     return
   with found.lock:
     try:
-      _push(path, found)
+      names = _files(path, _IN_BUCKET)
+      for name in names:
+        with contextlib.suppress(FileNotFoundError):  # Replaced or gone meanwhile.
+          stamp = _stamp(path / name)
+          if found.held.get(name) == stamp:
+            continue
+          data = (path / name).read_bytes()
+          target = found.home / name
+          target.parent.mkdir(parents=True, exist_ok=True)
+          target.write_bytes(data)
+          found.held[name] = stamp
+      for name in set(found.held) - set(names):
+        (found.home / name).unlink(missing_ok=True)
+        del found.held[name]
     except Exception as error:  # Each library of buckets has its own.
       raise OSError(
         f'cannot write to {found.home} ({_reason(error)}); the same command '
@@ -141,19 +156,6 @@ def _readable(address: str) -> pathlib.Path:
     return _copy(epath.Path(address), pathlib.Path(folder.name))
   except Exception as error:
     raise ValueError(_cannot('read', address, error)) from error
-
-
-def _checked(workdir: str | os.PathLike) -> epath.Path:
-  """Returns the bucket's folder, once a file was written to it."""
-  try:
-    path = epath.Path(workdir)
-    probe = path / f'.writable-{jax.process_index()}'
-    path.mkdir(parents=True, exist_ok=True)
-    probe.write_text('')
-    probe.unlink()
-    return path
-  except Exception as error:
-    raise ValueError(_cannot('write to', f'--workdir={workdir}', error)) from error
 
 
 def _cannot(do: str, what: str, error: Exception) -> str:
@@ -200,23 +202,6 @@ def _files(
 def _stamp(path: pathlib.Path) -> tuple[int, int]:
   stat = path.stat()
   return stat.st_mtime_ns, stat.st_size
-
-
-def _push(path: pathlib.Path, found: _Mirror) -> None:
-  names = _files(path, _IN_BUCKET)
-  for name in names:
-    with contextlib.suppress(FileNotFoundError):  # Replaced or gone meanwhile.
-      stamp = _stamp(path / name)
-      if found.held.get(name) == stamp:
-        continue
-      data = (path / name).read_bytes()
-      target = found.home / name
-      target.parent.mkdir(parents=True, exist_ok=True)
-      target.write_bytes(data)
-      found.held[name] = stamp
-  for name in set(found.held) - set(names):
-    (found.home / name).unlink(missing_ok=True)
-    del found.held[name]
 
 
 def _keep_pushing(path: pathlib.Path, done: threading.Event) -> None:

@@ -31,8 +31,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def from_named(tree: Any, named: Mapping[str, Any]) -> Any:
   """Returns a tree of the structure of `tree` with the leaves of `named`.
 
-  Raises:
-    ValueError: the names differ; the message holds the first that does.
+  If the names differ, a ValueError holds the first that does.
   """
   names = dict.fromkeys(named_leaves(tree))
   for name in names:
@@ -45,11 +44,7 @@ def from_named(tree: Any, named: Mapping[str, Any]) -> Any:
 
 
 def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns one nested dict with the leaves of both.
-
-  Raises:
-    ValueError: both have a leaf at the same place.
-  """
+  """Returns one nested dict with the leaves of both, which none has in common."""
   merged = dict(tree)
   for key, value in other.items():
     if key not in merged:

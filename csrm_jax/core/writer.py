@@ -73,14 +73,11 @@ class MetricsWriter:
   def __init__(
     self, workdir: str | os.PathLike, resume_step: int | None = None, tensorboard: bool = True
   ):
-    """Opens the files.
+    """Opens the files, and TensorBoard's event files beside them.
 
-    Args:
-      workdir: made if it is not there.
-      resume_step: the restored step: later lines are dropped (they will be
-        written again), and so is a last line cut short. -1: a fresh run, all
-        lines are dropped. None: nothing is dropped.
-      tensorboard: also write TensorBoard event files.
+    Lines after the restored `resume_step` are dropped (they will be written again),
+    and so is a last line cut short. -1: a fresh run, all lines are dropped. None:
+    nothing is dropped.
     """
     self._file = self._board = None
     if jax.process_index() != 0:

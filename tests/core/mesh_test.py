@@ -166,7 +166,7 @@ def test_eight_devices():
     assert m.num_row_parts(jax.device_put(1.0, m.replicated(two))) == 8
     x = np.arange(24, dtype=np.int32).reshape(8, 3)
     y = m.to_global({'x': x}, mesh)['x']
-    assert y.sharding == m.batch_sharding(mesh)
+    assert y.sharding == m.NamedSharding(mesh, m.P(m.ROWS))
     assert {s.data.shape for s in y.addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(np.asarray(y), x)
     z = jax.device_put(1.0, m.replicated(mesh))
