@@ -14,6 +14,7 @@ the reward of one seed here. `--only=` and `algorithm=` choose among the runs.
 import pathlib
 
 from csrm_jax import config as config_lib
+from csrm_jax.rl import algorithms
 
 # Held-out rule sets; the settings of configs/rl.py were chosen on another one.
 RULES = ('pet forum', 'savings bank', 'music school', 'weather desk')
@@ -35,7 +36,7 @@ def get_config(arg=None):
     ','.join(part for part in (f'checkpoint={checkpoint}', rest) if part)
   )
   c.seed = int(own.run.rpartition('seed')[2])
-  if 'every' in c.eval:  # online
+  if algorithms.get(c.algorithm).online:
     # A third of the samples, and more updates of each, tell rewards apart.
     c.num_steps, c.rollout.num_prompts, c.loss.num_mini_batches = 40, 32, 4
     c.eval.every = 0

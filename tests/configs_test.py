@@ -6,10 +6,13 @@ import re
 import pytest
 
 from csrm_jax import config as config_lib
+from csrm_jax.core import topology
 from csrm_jax.data import mixture
+from csrm_jax.rl import algorithms
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RM = config_lib.load_module(ROOT / 'configs' / 'rm.py')
+RL = config_lib.load_module(ROOT / 'configs' / 'rl.py')
 COMMON = config_lib.load_module(ROOT / 'configs' / 'common.py')
 
 
@@ -68,3 +71,58 @@ def test_parts_are_merged_in_order_and_set_known_keys_only():
   assert base == {'a': 1, 'b': {'c': 2, 'd': {'e': 3}}}
   with pytest.raises(KeyError, match=r'b\.x'):
     COMMON.merge(base, {'b.x': 1})
+
+
+_SLICES = ('v5e-64', 'v5e-256', '2xv5e-256', 'v5p-16', 'h100-8', 'h100-16')
+
+
+def test_the_documented_alignment_of_a_public_model_is_tested_here():
+  text = (ROOT / 'configs' / 'rl.py').read_text().replace('\\\n', '')
+  found = re.findall(r'configs/rl\.py:\S*policy=(\w+),mesh=([\w-]+)', text)
+  assert found and all(policy in RL.POLICIES and mesh in _SLICES for policy, mesh in found)
+
+
+@pytest.mark.parametrize('mesh', _SLICES)
+@pytest.mark.parametrize('policy', RL.POLICIES)
+def test_a_public_policy_on_a_slice_has_the_recipe_of_the_paper(policy, mesh):
+  num = topology.num_devices(mesh)
+  for arg in ('', ',algorithm=ppo', ',reward=alphaalign'):
+    c = RL.get_config(f'policy={policy},mesh={mesh}{arg}')
+    samples = c.rollout.num_prompts * c.rollout.num_generations
+    assert c.num_steps * c.rollout.num_prompts == 5 * 1024 and c.data.num_prompts == 1024
+    assert c.rollout.num_generations == (16 if 'alphaalign' in arg else 8)
+    assert samples // c.loss.num_mini_batches == max(128, num)
+    # What goes through the model at once lies on all devices.
+    assert samples // (c.loss.num_mini_batches * c.optim.num_microbatches) % num == 0
+    assert c.eval.num_prompts >= 128 and c.checkpoint_every < c.num_steps
+    assert c.optim.warmup_steps > 1 and c.eval.every < c.num_steps
+    assert c.optim.lr == 1e-6 and c.policy.overrides.dtype == 'bfloat16'
+    assert c.pairs.num_best is None
+  c = RL.get_config(f'policy={policy},mesh={mesh},algorithm=distillation')
+  pairs = c.pairs
+  assert (pairs.num_prompts, pairs.num_samples, pairs.num_best) == (1024, 100, 5)
+  assert pairs.batch_size == max(128, num)
+  assert c.num_steps * pairs.batch_size == 5 * 5 * 1024
+  assert pairs.batch_size % (num * c.optim.num_microbatches) == 0
+  assert c.checkpoint_every <= c.num_steps and c.eval.num_prompts == 128
+
+
+def test_a_laptop_and_a_smoke_run_of_a_public_policy_are_short():
+  for arg in ('', ',mesh=v5e-64,smoke', ',smoke'):
+    c = RL.get_config(f'policy=llama3_8b{arg}')
+    assert c.num_steps == 4 and c.eval.num_prompts == 16 and c.optim.warmup_steps == 1
+  assert RL.get_config('policy=llama3_8b,mesh=v5e-64,num_steps=9').num_steps == 9
+
+
+def test_every_run_of_alignment_has_all_keys():
+  keys = set(config_lib.flatten(RL.get_config()))
+  for algorithm in algorithms.ALGORITHMS:
+    for reward in RL.REWARDS:
+      c = RL.get_config(f'algorithm={algorithm},reward={reward}')
+      assert set(config_lib.flatten(c)) == keys
+      algorithms.check_idle(c)
+      if algorithms.get(algorithm).online:
+        algorithms.make_objective(c)
+  # A run does not change the next one's.
+  RL.get_config().loss.kl_target = 0.1
+  assert RL.get_config().loss.kl_target is None

@@ -1,17 +1,132 @@
-"""The algorithms as rows of a table, and which settings go with which."""
+"""The algorithms as rows of one table: their advantages, and which settings do something.
+
+An advantage is a function
+  (batch, num_generations, gamma, lam) -> {'advantages': ...}
+of the whole rollout, not of one minibatch of it. batch holds
+  rewards float32 [N]: of each completion; a prompt's G = num_generations
+    completions lie side by side;
+  completion_mask [N,T]: 1 on the completion's tokens, stop token included;
+  kl_penalty float32 [N,T]: kl_coef times the k1 estimate of each token where
+    the KL is part of the reward, else zeros;
+  old_values float32 [N,T]: only for 'ppo'; the critic's value of what precedes
+    token t, in units of the reward.
+Advantages are float32 [N,T], 0 off the completion; 'ppo' adds 'returns', what
+the critic learns. What lies off the completion is never read, so it may be NaN.
+A row without completion tokens counts in its group's mean and nowhere else.
+
+gamma (discount per token) and lam do nothing where all tokens of a completion
+have the same advantage; check_idle refuses to set them there.
+
+Axes: N completions, G of one prompt, T tokens of the longest completion.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.rl import advantages, objectives
+import jax
+import jax.numpy as jnp
+
+from csrm_jax import config as config_lib
+from csrm_jax.core import checks, masked
+from csrm_jax.rl import objectives
 from csrm_jax.rl.objectives import Objective
 
-# Values of the knobs where they are left alone.
-GAMMA, LAM = 1.0, 0.95
+Batch = Mapping[str, jax.Array]
+Advantages = dict[str, jax.Array]
+AdvantageFn = Callable[[Batch, int, float, float], Advantages]
+
+# Added to a group's standard deviation, as in the implementations users know.
+GROUP_EPSILON = 1e-4
+# Added to the variance over the tokens of a whole batch.
+BATCH_EPSILON = 1e-8
+
+
+def reinforce_pp(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advantages:
+  """Returns advantages: returns with the KL inside, normalised over the batch.
+
+  The return of token t is γ^(n−t)·R − Σ_{s≥t} γ^(s−t)·kl_penalty_s. Mean and
+  standard deviation are those of all completion tokens of the batch.
+
+  Source: REINFORCE++ (arXiv 2501.03262), eq. of A_t.
+  """
+  del num_generations, lam
+  rewards = _check_rewards(batch, 1)
+  return {'advantages': _whiten(_returns(rewards, batch, gamma), batch['completion_mask'])}
+
+
+def reinforce_pp_baseline(
+  batch: Batch, num_generations: int, gamma: float, lam: float
+) -> Advantages:
+  """Returns advantages as reinforce_pp does, of rewards less the group's mean.
+
+  The mean is of the rewards alone; the KL comes in after it, token by token.
+
+  Source: REINFORCE++ (arXiv 2501.03262), the variant with a baseline.
+  """
+  del lam
+  rewards = _check_rewards(batch, num_generations)
+  centred = _centre(_group(rewards, num_generations)).reshape(-1)
+  return {'advantages': _whiten(_returns(centred, batch, gamma), batch['completion_mask'])}
+
+
+def grpo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advantages:
+  """Returns advantages (R − mean of the group) / (its std + GROUP_EPSILON).
+
+  The standard deviation divides by G − 1. A group whose rewards are all equal
+  has advantages of exactly 0. R is less the completion's summed kl_penalty.
+
+  Source: GRPO (arXiv 2402.03300), outcome supervision.
+  """
+  del gamma, lam
+  centred = _centre(_total_rewards(batch, num_generations))
+  std = jnp.sqrt(jnp.square(centred).sum(1, keepdims=True) / (num_generations - 1))
+  return _broadcast(centred / (std + GROUP_EPSILON), batch)
+
+
+def dr_grpo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advantages:
+  """Returns advantages R − mean of the group, not divided by anything.
+
+  R is less the completion's summed kl_penalty.
+
+  Source: Dr. GRPO (arXiv 2503.20783), §3.2.
+  """
+  del gamma, lam
+  return _broadcast(_centre(_total_rewards(batch, num_generations)), batch)
+
+
+def rloo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advantages:
+  """Returns advantages R − mean of the *other* completions of the group.
+
+  R is less the completion's summed kl_penalty.
+
+  Source: RLOO (arXiv 2402.14740), eq. 8.
+  """
+  del gamma, lam
+  centred = _centre(_total_rewards(batch, num_generations))
+  # R − (sum − R)/(G − 1) = (R − mean)·G/(G − 1), which is exactly 0 for a
+  # group whose rewards are all equal.
+  return _broadcast(centred * (num_generations / (num_generations - 1)), batch)
+
+
+def ppo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advantages:
+  """Returns advantages by GAE(γ, λ), normalised over the batch, and returns.
+
+  δ_t = r_t + γ·V_{t+1} − V_t, A_t = δ_t + γλ·A_{t+1}; r_t = −kl_penalty_t, plus
+  R at the last token; V after it is 0. returns_t = A_t + V_t before the
+  normalisation.
+
+  Source: GAE (arXiv 1506.02438), eq. 16; PPO (arXiv 1707.06347).
+  """
+  del num_generations
+  rewards = _check_rewards(batch, 1)
+  mask = batch['completion_mask']
+  values = _clear(batch['old_values'], mask)
+  advantages = _gae(_token_rewards(rewards, batch), values, mask, gamma, lam)
+  return {'advantages': _whiten(advantages, mask), 'returns': _clear(advantages + values, mask)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +134,10 @@ class Algorithm:
   """What makes an algorithm; what may be set is there as a default.
 
   Attributes:
-    loss: a function of objectives.
-    online: samples from the policy that is trained, scores each rollout with
-      the rewards; else it learns from pairs of completions of the reference.
-    advantage: a row of advantages.ADVANTAGES; None where offline.
+    advantage: of an online algorithm, which samples from the policy that is
+      trained and scores each rollout with the rewards.
+    pair_loss: of an offline one, which learns from pairs of completions of the
+      reference.
     needs_group: compares the completions of one prompt, so needs 2 or more.
     needs_values: has a critic.
     token_returns: a token's advantage depends on its place where gamma < 1 or
@@ -32,9 +147,8 @@ class Algorithm:
     loss_aggregation: default of Objective.loss_aggregation.
   """
 
-  loss: Callable[..., Any]
-  online: bool = True
-  advantage: advantages.AdvantageFn | None = None
+  advantage: AdvantageFn | None = None
+  pair_loss: Callable[..., Any] | None = None
   needs_group: bool = False
   needs_values: bool = False
   token_returns: bool = False
@@ -42,39 +156,32 @@ class Algorithm:
   kl_estimator: str = 'k1'
   loss_aggregation: str = 'token-mean'
 
+  @property
+  def online(self) -> bool:
+    return self.advantage is not None
+
 
 ALGORITHMS: dict[str, Algorithm] = {
-  'distillation': Algorithm(loss=objectives.distillation_loss, online=False, needs_group=True),
-  'dpo': Algorithm(loss=objectives.dpo_loss, online=False, needs_group=True),
-  'reinforce_pp': Algorithm(
-    loss=objectives.policy_loss, advantage=advantages.reinforce_pp, token_returns=True
-  ),
-  'reinforce_pp_baseline': Algorithm(
-    loss=objectives.policy_loss,
-    advantage=advantages.reinforce_pp_baseline,
-    needs_group=True,
-    token_returns=True,
-  ),
+  'reinforce_pp': Algorithm(reinforce_pp, token_returns=True),
+  'reinforce_pp_baseline': Algorithm(reinforce_pp_baseline, needs_group=True, token_returns=True),
   'grpo': Algorithm(
-    loss=objectives.policy_loss,
-    advantage=advantages.grpo,
+    grpo,
     needs_group=True,
     kl_place='loss',
     kl_estimator='k3',
     loss_aggregation='seq-mean-token-mean',
   ),
   'dr_grpo': Algorithm(
-    loss=objectives.policy_loss,
-    advantage=advantages.dr_grpo,
+    dr_grpo,
     needs_group=True,
     kl_place='loss',
     kl_estimator='k3',
     loss_aggregation='seq-mean-token-sum-norm',
   ),
-  'rloo': Algorithm(loss=objectives.policy_loss, advantage=advantages.rloo, needs_group=True),
-  'ppo': Algorithm(
-    loss=objectives.policy_loss, advantage=advantages.ppo, needs_values=True, token_returns=True
-  ),
+  'rloo': Algorithm(rloo, needs_group=True),
+  'ppo': Algorithm(ppo, needs_values=True, token_returns=True),
+  'distillation': Algorithm(pair_loss=objectives.distillation_loss),
+  'dpo': Algorithm(pair_loss=objectives.dpo_loss),
 }
 
 
@@ -84,32 +191,110 @@ def get(name: str) -> Algorithm:
   Raises:
     ValueError: there is none of this name.
   """
-  if name not in ALGORITHMS:
-    raise ValueError(f'algorithm={name!r} must be one of {", ".join(ALGORITHMS)}.')
+  checks.one_of('algorithm', name, ALGORITHMS)
   return ALGORITHMS[name]
 
 
-def make_objective(name: str, **settings: Any) -> Objective | None:
-  """Returns the Objective of an algorithm; None for the offline ones.
+def _choices(config: Any) -> Iterator[tuple[bool, list[str], str]]:
+  """Yields (do they do nothing, keys or sections of configs/rl.py, why)."""
+  name, row, reward = config.algorithm, get(config.algorithm), config.reward.name
+  yield (
+    not row.online,
+    ['rollout', 'loss', 'stop', 'eval.every'],
+    f'in {name}, which learns from pairs',
+  )
+  yield row.online, ['pairs'], f'in {name}, which learns from its own samples'
+  same = 'whose advantage is the same at all tokens of a completion'
+  yield not row.token_returns, ['loss.gamma'], f'in {name}, {same}'
+  critic = ['loss.lam', 'loss.value_clip', 'loss.vf_coef']
+  yield not row.needs_values, critic, f'in {name}, which has no critic'
+  own = {
+    'csrm': ('checkpoint', 'a', 'b', 'max_length'),
+    'http': ('url', 'timeout_s', 'num_tries', 'backoff_s', 'batch_size'),
+    'python': ('function',),
+    'alphaalign': ('variant', 'format_weight', 'answer_weight', 'refusal', 'refusal_rules'),
+  }
+  for owner, keys in own.items():
+    yield reward != owner, [f'reward.{key}' for key in keys], f'without reward={owner}'
+  parts = (
+    'mode', 'safety_weight', 'helpfulness_weight', 'overlong_buffer', 'overlong_penalty', 'clip'
+  )  # fmt: skip
+  yield reward == 'alphaalign', [f'reward.{key}' for key in parts], 'with reward=alphaalign'
+  helps = ['reward.helpfulness', 'reward.helpfulness_a', 'reward.helpfulness_b']
+  is_zero = reward == 'alphaalign' and config.reward.variant == 'none'
+  yield is_zero, helps, 'with variant=zero, which is not rewarded for helping'
 
-  Args:
-    name: of the algorithm.
-    **settings: fields of Objective; one that is left out or None is as the
-      algorithm has it. kl_coef left out at kl_place='none' is 0. A kl_place
-      other than the algorithm's takes k1 in the reward and k2 in the loss.
+
+def idle_keys(config: Any) -> dict[str, str]:
+  """Returns {key: why it does nothing with this algorithm or reward}.
+
+  configs/rl.py leaves these keys empty.
+  """
+  idle = {}
+  for is_idle, keys, why in _choices(config):
+    for key in _inside(config, keys) if is_idle else ():
+      idle.setdefault(key, why)
+  return idle
+
+
+def _inside(config: Any, keys: Sequence[str]) -> list[str]:
+  """Returns the keys that are there or lie in a section that is."""
+  return [key for key in config_lib.flatten(config) if {key, key.partition('.')[0]} & {*keys}]
+
+
+def check_idle(config: Any) -> None:
+  """Checks that no knob was turned that does nothing in this run.
 
   Raises:
-    ValueError: settings that do not go together, or do nothing.
+    ValueError: one was; the message says what would make it do something.
   """
-  algorithm = get(name)
-  given = {key: value for key, value in settings.items() if value is not None}
-  if not algorithm.online:
-    if given:
+  values = config_lib.flatten(config)
+  for key, why in idle_keys(config).items():
+    if values[key] is not None:
+      raise ValueError(f'config.{key}={values[key]} does nothing {why}; leave it out')
+  for is_idle, keys, _ in _choices(config):
+    if not is_idle and all(values[key] is None for key in _inside(config, keys)):
       raise ValueError(
-        f'{next(iter(given))}={next(iter(given.values()))} does nothing in '
-        f'{name}, which learns from pairs; leave it out.'
+        f'config.{keys[0]} is empty: choose the algorithm and the reward in the argument of '
+        'configs/rl.py, algorithm=... and reward=..., which fills in what they need'
       )
-    return None
+  reward, is_world = config.reward, config.data.source == 'ruleworld'
+  known = reward.helpfulness in (None, 'none', 'oracle')
+  judge = 'a reward model as reward.helpfulness'
+  table = (  # key, left at this, does it do nothing, what it needs
+    ('data.eval_fraction', 0.2, is_world, 'prompts from a file'),
+    ('data.eval_seed', 1, not is_world, 'data.source=ruleworld'),
+    ('policy.overrides.lora_alpha', 16.0, not config.policy.overrides.lora_rank, 'lora_rank'),
+    ('reward.helpfulness_a', 1.0, known, judge),
+    ('reward.helpfulness_b', 0.0, known, judge),
+    ('reward.overlong_penalty', 1.0, not reward.overlong_buffer, 'reward.overlong_buffer'),
+    ('reward.helpfulness_weight', 1.0, reward.helpfulness == 'none', 'reward.helpfulness'),
+    ('loss.kl_horizon', 10_000, config.loss.kl_target is None, 'loss.kl_target'),
+  )
+  for key, value, is_idle, needs in table:
+    if is_idle and values[key] not in (None, value):
+      raise ValueError(
+        f'config.{key}={values[key]} does nothing without {needs}; leave it at {value}'
+      )
+
+
+def make_objective(config: Any) -> Objective:
+  """Returns the objective of an online run; None in config.loss is as the algorithm has it.
+
+  A kl_place other than the algorithm's takes k1 in the reward and k2 in the
+  loss.
+
+  Raises:
+    ValueError: settings that do not go together; one line that says what to
+      change.
+  """
+  name, loss = config.algorithm, config.loss
+  algorithm = get(name)
+  given = {
+    field.name: loss[field.name]
+    for field in dataclasses.fields(Objective)
+    if field.name in loss and loss[field.name] is not None
+  }
   place = given.get('kl_place', algorithm.kl_place)
   defaults = {
     'kl_place': place,
@@ -118,80 +303,41 @@ def make_objective(name: str, **settings: Any) -> Objective | None:
   }
   if place != algorithm.kl_place:
     defaults['kl_estimator'] = {'loss': 'k2'}.get(place, 'k1')
-  if place == 'none':
-    defaults['kl_coef'] = 0.0
   if given.get('ratio') == 'sequence':
     defaults['loss_aggregation'] = 'seq-mean-token-mean'
-  return Objective(**(defaults | given))
+  objective = Objective(
+    **(defaults | given), max_completion_length=config.sampling.max_completion_length
+  )
+  _check(name, objective, config)
+  return objective
 
 
-def check(
-  name: str,
-  objective: Objective | None,
-  num_generations: int,
-  gamma: float = GAMMA,
-  lam: float = LAM,
-  kl_target: float | None = None,
-) -> None:
-  """Refuses what does not go together, or does nothing, before a run starts.
-
-  Args:
-    name: of the algorithm.
-    objective: as from make_objective.
-    num_generations: completions a prompt.
-    gamma: discount per token.
-    lam: λ of GAE.
-    kl_target: of adaptive_kl; None where kl_coef stays as it is.
-
-  Raises:
-    ValueError: one line that says what to change.
-  """
-  algorithm = get(name)
-  least = 2 if algorithm.needs_group else 1
-  if num_generations < least:
+def _check(name: str, objective: Objective, config: Any) -> None:
+  """Refuses what does not go together, before a run starts."""
+  algorithm, loss, num_generations = get(name), config.loss, config.rollout.num_generations
+  if algorithm.needs_group and num_generations < 2:
     raise ValueError(
       f'num_generations={num_generations} does not go with {name}, which '
-      f'compares the completions of a prompt; take at least {least}, or '
+      'compares the completions of a prompt; take at least 2, or '
       'algorithm=reinforce_pp.'
-      if algorithm.needs_group
-      else f'num_generations={num_generations} must be at least 1.'
     )
+  if num_generations < 1:
+    raise ValueError(f'num_generations={num_generations} must be at least 1.')
+  # Both are None where they do nothing.
+  gamma, lam = (1.0 if x is None else x for x in (loss.gamma, loss.lam))
   if not 0 < gamma <= 1 or not 0 <= lam <= 1:
     raise ValueError(f'gamma={gamma} must lie in (0, 1] and lam={lam} in [0, 1].')
-  if gamma != GAMMA and not algorithm.token_returns:
-    raise ValueError(
-      f'gamma={gamma} does nothing in {name}, whose advantage is the same at '
-      f'all tokens of a completion; leave it at {GAMMA}.'
-    )
-  if lam != LAM and not algorithm.needs_values:
-    raise ValueError(f'lam={lam} does nothing in {name}, which has no critic; leave it at {LAM}.')
-  if kl_target is not None:
-    _check_kl_target(kl_target, name, objective)
-  if (objective is None) == algorithm.online:
-    raise ValueError(
-      f'{name} needs an objective; make it by make_objective.'
-      if algorithm.online
-      else f'{name} learns from pairs and takes no objective; give None.'
-    )
-  if objective is not None:
-    _check_objective(name, algorithm, objective, gamma)
-
-
-def _check_kl_target(kl_target, name, objective) -> None:
-  if objective is None or objective.kl_place != 'reward':
-    place = 'none' if objective is None else objective.kl_place
-    raise ValueError(
-      f'kl_target={kl_target} adapts kl_coef only where the KL is in the '
-      f'reward; {name} has kl_place={place!r}: leave kl_target out.'
-    )
-  if not (0 < kl_target < float('inf') and objective.kl_coef):
-    raise ValueError(
-      f'kl_target={kl_target} and kl_coef={objective.kl_coef}, from which '
-      'it starts, must be positive and finite.'
-    )
-
-
-def _check_objective(name, algorithm, objective, gamma) -> None:
+  if loss.kl_target is not None:
+    if objective.kl_place != 'reward':
+      raise ValueError(
+        f'kl_target={loss.kl_target} adapts kl_coef only where the KL is in the '
+        f'reward; {name} has kl_place={objective.kl_place!r}: leave kl_target out.'
+      )
+    if not (0 < loss.kl_target < float('inf') and objective.kl_coef):
+      raise ValueError(
+        f'kl_target={loss.kl_target} and kl_coef={objective.kl_coef}, from which '
+        'it starts, must be positive and finite.'
+      )
   norm = 'seq-mean-token-sum-norm'
   if name == 'dr_grpo' and objective.loss_aggregation != norm:
     raise ValueError(
@@ -218,15 +364,9 @@ def adaptive_kl(
   """Returns the next kl_coef: larger where the KL lies above its target.
 
   kl_coef·(1 + clip(measured_kl/target − 1, −0.2, 0.2)·num_samples/horizon).
-  Only for a KL in the reward (check refuses it elsewhere).
-
-  Args:
-    kl_coef: the present one.
-    measured_kl: of the last rollout, in the unit of target (nats a token as
-      kl/ref).
-    target: what to hold the KL at.
-    horizon: in completions; about how many it takes to react.
-    num_samples: completions since the last call, at most horizon.
+  Only for a KL in the reward (make_objective refuses it elsewhere). KLs are in
+  nats a token, as kl/ref; the horizon is about how many completions it takes to
+  react, num_samples how many there were since the last call.
 
   Raises:
     ValueError: measured_kl is not finite, or a batch is longer than horizon.
@@ -241,3 +381,108 @@ def adaptive_kl(
     )
   error = min(max(measured_kl / target - 1, -0.2), 0.2)
   return kl_coef * (1 + error * num_samples / horizon)
+
+
+def _check_rewards(batch, num_generations: int) -> jax.Array:
+  rewards = jnp.asarray(batch['rewards'])
+  # A reward that was rounded to an integer or to 8 bits orders nothing.
+  if rewards.dtype not in (jnp.float32, jnp.float64):
+    raise ValueError(
+      f'rewards have dtype {rewards.dtype}; make them float32 where they are computed.'
+    )
+  if rewards.shape != batch['completion_mask'].shape[:1]:
+    raise ValueError(
+      f'rewards of shape {rewards.shape} do not fit completion_mask of shape '
+      f'{batch["completion_mask"].shape}; give one reward a completion.'
+    )
+  if len(rewards) % num_generations:
+    raise ValueError(
+      f'num_generations={num_generations} must divide the number of completions {len(rewards)}.'
+    )
+  return rewards
+
+
+def _total_rewards(batch, num_generations: int) -> jax.Array:
+  """Returns rewards less the summed KL penalty, [N/G,G]."""
+  rewards = _check_rewards(batch, num_generations)
+  penalty = _clear(batch['kl_penalty'], batch['completion_mask']).sum(1)
+  return _group(rewards - penalty, num_generations)
+
+
+def _group(x: jax.Array, num_generations: int) -> jax.Array:
+  return jnp.asarray(x).reshape(-1, num_generations)
+
+
+def _centre(groups: jax.Array) -> jax.Array:
+  """Returns groups [N/G,G] less their means; 0 where all G are equal.
+
+  The mean of equal numbers may differ from them in the last place, and the
+  division by a standard deviation as small would make an advantage of that.
+
+  Raises:
+    ValueError: G is 1.
+  """
+  if groups.shape[1] < 2:
+    raise ValueError(
+      f'num_generations={groups.shape[1]} leaves a group baseline nothing to '
+      'compare with; sample at least 2 completions a prompt.'
+    )
+  same = groups.max(1, keepdims=True) == groups.min(1, keepdims=True)
+  return jnp.where(same, 0.0, groups - groups.mean(1, keepdims=True))
+
+
+def _broadcast(values: jax.Array, batch) -> Advantages:
+  """Returns values [N/G,G] as the advantage of each completion token."""
+  mask = batch['completion_mask']
+  return {'advantages': jnp.where(mask > 0, values.reshape(-1, 1), 0.0)}
+
+
+def _clear(x: jax.Array, mask: jax.Array) -> jax.Array:
+  return jnp.where(mask > 0, x, 0.0)
+
+
+def _token_rewards(rewards: jax.Array, batch) -> jax.Array:
+  """Returns −kl_penalty [N,T], plus the reward at a completion's last token."""
+  mask = batch['completion_mask'] > 0
+  num_left = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
+  at_last = jnp.where(mask & (num_left == 1), rewards[:, None], 0.0)
+  return at_last - _clear(batch['kl_penalty'], mask)
+
+
+def _returns(rewards: jax.Array, batch, gamma: float) -> jax.Array:
+  token_rewards = _token_rewards(rewards, batch)
+  return _gae(
+    token_rewards, jnp.zeros_like(token_rewards), batch['completion_mask'], gamma, lam=1.0
+  )
+
+
+def _gae(
+  token_rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float, lam: float
+) -> jax.Array:
+  """Returns unnormalised advantages [N,T]; all arguments are cleared."""
+
+  def back(after, now):
+    next_advantage, next_value = after
+    reward, value, active = now
+    delta = reward + gamma * next_value - value
+    advantage = delta + gamma * lam * next_advantage
+    # Off the completion time stands still.
+    return (
+      jnp.where(active, advantage, next_advantage),
+      jnp.where(active, value, next_value),
+    ), advantage
+
+  zeros = jnp.zeros_like(token_rewards[:, 0])
+  _, advantages = jax.lax.scan(
+    back, (zeros, zeros), (token_rewards.T, values.T, (mask > 0).T), reverse=True
+  )
+  return _clear(advantages.T, mask)
+
+
+def _whiten(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns (x − mean) / std over all completion tokens; 0 if all are equal."""
+  mask = mask > 0
+  centred = _clear(x - masked.masked_mean(x, mask), mask)
+  variance = masked.masked_mean(jnp.square(centred), mask)
+  same = jnp.where(mask, x, -jnp.inf).max() == jnp.where(mask, x, jnp.inf).min()
+  return jnp.where(same, 0.0, centred / jnp.sqrt(variance + BATCH_EPSILON))

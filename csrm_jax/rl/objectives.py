@@ -25,7 +25,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from csrm_jax.core import masked
+from csrm_jax.core import checks, masked
 from csrm_jax.train.losses import Metrics
 
 RATIOS = ('token', 'sequence')
@@ -39,36 +39,23 @@ MAX_LOG_RATIO = 20.0
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The clipped policy-gradient objective; hashable.
+  """The clipped policy-gradient objective; hashable. Fields are those of config.loss."""
 
-  Attributes:
-    epsilon: ratios below 1 − epsilon are clipped.
-    epsilon_high: ratios above 1 + epsilon_high are clipped; clip-higher where
-      it is larger than epsilon.
-    dual_clip: largest ratio that counts for a negative advantage, above 1;
-      None for no limit.
-    ratio: of each 'token', or one of the 'sequence' (GSPO): the geometric mean
-      of its tokens' ratios.
-    loss_aggregation: 'token-mean' over all tokens of the batch;
-      'seq-mean-token-mean' over rows of the mean over their tokens;
-      'seq-mean-token-sum-norm' over rows of the sum over their tokens divided
-      by max_completion_length.
-    kl_place: where the KL to the reference is penalised: 'reward' (the caller
-      hands kl_coef times the estimate to the advantages), 'loss' or 'none'.
-    kl_estimator: k1 in the reward, k2 or k3 in the loss.
-    kl_coef: weight of the KL; 0 where kl_place is 'none'.
-    max_completion_length: in tokens, for 'seq-mean-token-sum-norm'.
-  """
-
-  epsilon: float = 0.2
-  epsilon_high: float = 0.2
+  epsilon: float
+  epsilon_high: float
+  # 'token', or 'sequence' (GSPO): the geometric mean of its tokens' ratios.
+  ratio: str
+  # 'token-mean' over all tokens of the batch; 'seq-mean-token-mean' over rows of
+  # the mean over their tokens; 'seq-mean-token-sum-norm' over rows of the sum
+  # over their tokens divided by max_completion_length.
+  loss_aggregation: str
+  # Where the KL to the reference is penalised: 'reward' (the caller hands kl_coef
+  # times the estimate to the advantages), 'loss' or 'none'.
+  kl_place: str
+  kl_estimator: str
+  kl_coef: float
+  max_completion_length: int
   dual_clip: float | None = None
-  ratio: str = 'token'
-  loss_aggregation: str = 'token-mean'
-  kl_place: str = 'reward'
-  kl_estimator: str = 'k1'
-  kl_coef: float = 0.01
-  max_completion_length: int | None = None
 
   def __post_init__(self):
     for name, allowed in (
@@ -76,10 +63,31 @@ class Objective:
       ('kl_place', KL_ESTIMATORS),
       ('loss_aggregation', AGGREGATIONS),
     ):
-      if getattr(self, name) not in allowed:
-        raise ValueError(f'{name}={getattr(self, name)!r} must be one of {", ".join(allowed)}.')
-    _check_clipping(self)
-    _check_kl(self)
+      checks.one_of(name, getattr(self, name), allowed)
+    if not (0 < self.epsilon < 1 and 0 < self.epsilon_high < float('inf')):
+      raise ValueError(
+        f'epsilon={self.epsilon} must lie in (0, 1) and epsilon_high={self.epsilon_high} '
+        'be positive and finite.'
+      )
+    if self.dual_clip is not None and not self.dual_clip > 1:
+      raise ValueError(f'dual_clip={self.dual_clip} must be above 1; None is no limit.')
+    estimators = KL_ESTIMATORS[self.kl_place]
+    if self.kl_estimator not in estimators:
+      why = {
+        'loss': "k1's expected gradient there is 0",
+        'reward': 'only k1 penalises the KL there',
+      }.get(self.kl_place, 'unknown')
+      raise ValueError(
+        f'kl_estimator={self.kl_estimator!r} does not go with kl_place={self.kl_place!r} '
+        f'({why}); take {" or ".join(estimators)}.'
+      )
+    if not 0 <= self.kl_coef < float('inf'):
+      raise ValueError(f'kl_coef={self.kl_coef} must be at least 0 and finite.')
+    if self.kl_place == 'none' and self.kl_coef:
+      raise ValueError(
+        f"kl_coef={self.kl_coef} does nothing at kl_place='none'; set it "
+        "to 0 or put the KL into 'reward' or 'loss'."
+      )
     if self.ratio == 'sequence' and self.loss_aggregation != 'seq-mean-token-mean':
       raise ValueError(
         f"ratio='sequence' with loss_aggregation={self.loss_aggregation!r} "
@@ -95,37 +103,6 @@ class Objective:
       )
 
 
-def _check_clipping(objective: Objective) -> None:
-  epsilon, epsilon_high = objective.epsilon, objective.epsilon_high
-  if not (0 < epsilon < 1 and 0 < epsilon_high < float('inf')):
-    raise ValueError(
-      f'epsilon={epsilon} must lie in (0, 1) and epsilon_high={epsilon_high} '
-      'be positive and finite.'
-    )
-  if objective.dual_clip is not None and not objective.dual_clip > 1:
-    raise ValueError(f'dual_clip={objective.dual_clip} must be above 1; None is no limit.')
-
-
-def _check_kl(objective: Objective) -> None:
-  place, estimator = objective.kl_place, objective.kl_estimator
-  if estimator not in KL_ESTIMATORS[place]:
-    why = {
-      'loss': "k1's expected gradient there is 0",
-      'reward': 'only k1 penalises the KL there',
-    }.get(place, 'unknown')
-    raise ValueError(
-      f'kl_estimator={estimator!r} does not go with kl_place={place!r} '
-      f'({why}); take {" or ".join(KL_ESTIMATORS[place])}.'
-    )
-  if not 0 <= objective.kl_coef < float('inf'):
-    raise ValueError(f'kl_coef={objective.kl_coef} must be at least 0 and finite.')
-  if place == 'none' and objective.kl_coef:
-    raise ValueError(
-      f"kl_coef={objective.kl_coef} does nothing at kl_place='none'; set it "
-      "to 0 or put the KL into 'reward' or 'loss'."
-    )
-
-
 def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, estimator: str) -> jax.Array:
   """Returns an estimate of KL(policy ‖ reference) from each token, in nats.
 
@@ -133,11 +110,6 @@ def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, estimator: str) ->
   tokens drawn from the policy k1 and k3 have the KL as their mean, k2 nearly;
   but as a *loss* k1's expected gradient is 0, k2's is the KL's, and k3's that
   of KL(reference ‖ policy).
-
-  Args:
-    logprobs: of the drawn tokens, any shape.
-    ref_logprobs: of the same tokens under the reference.
-    estimator: 'k1', 'k2' or 'k3'.
 
   Source: Schulman, "Approximating KL divergence" (2020).
   """
@@ -165,11 +137,6 @@ def policy_loss(
   stops the gradient), policy/dual_clip_frac, policy/ratio_mean,
   policy/ratio_max (mean over rows of a row's largest), policy/entropy (from the
   drawn tokens: −logprobs), kl/ref and kl/old (k3).
-
-  Args:
-    logprobs: float32 [B,T] of the policy that is trained.
-    batch: see the top of the file.
-    objective: static.
 
   Source: PPO (arXiv 1707.06347), eq. 7; dual clip (arXiv 1912.09729), eq. 5;
     clip-higher (DAPO, arXiv 2503.14476), eq. 10; GSPO (2507.18071), eq. 5.
@@ -205,21 +172,15 @@ def policy_loss(
 
 
 def value_loss(
-  values: jax.Array,
-  batch: Mapping[str, jax.Array],
-  value_clip: float | None = 0.2,
-  objective: Objective | None = None,
+  values: jax.Array, batch: Mapping[str, jax.Array], value_clip: float | None, objective: Objective
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of the critic's squared error, halved.
 
   With value_clip the larger of the errors of the value and of the value held
   within value_clip of old_values. Metrics: value/loss, value/clip_frac.
 
-  Args:
-    values: float32 [B,T], of what precedes token t.
-    batch: see the top of the file.
-    value_clip: in units of the reward; None does not clip.
-    objective: for its aggregation; None is a mean over tokens.
+  A value is about what precedes token t; value_clip, in units of the reward, may
+  be None.
 
   Source: PPO's reference implementation; see arXiv 2005.12729, §2.
   """
@@ -236,7 +197,7 @@ def value_loss(
     held_error = jnp.square(held - returns)
     clipped = held_error > error
     error = jnp.maximum(error, held_error)
-  total, weight = _aggregate(0.5 * error, mask, objective or Objective())
+  total, weight = _aggregate(0.5 * error, mask, objective)
   return (
     total,
     weight,

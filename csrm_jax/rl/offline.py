@@ -11,95 +11,77 @@ prompt, sorted by reward, the 5 best are paired with the 5 worst at random.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 
 from csrm_jax.core import journal
 from csrm_jax.models.sampling import Completions, Sampling
-from csrm_jax.rl import objectives, rewards, rollout
+from csrm_jax.rl import algorithms, objectives, rewards, rollout
 from csrm_jax.safety.schema import Prompt, Sample
-from csrm_jax.train import step as training
+from csrm_jax.train import loop, step as training
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How pairs are made.
+def check(config: Any) -> None:
+  """Checks the numbers of an offline run; see configs/rl.py.
 
-  Attributes:
-    num_samples: completions of each prompt.
-    num_best: of them, paired with as many of the worst.
-    num_prompts: of which completions are drawn at once.
-    sampling: of completions.
-    seed: of draws and pairs.
+  Raises:
+    ValueError: with these there are no pairs.
   """
-
-  num_samples: int
-  num_best: int
-  num_prompts: int
-  sampling: Sampling
-  seed: int
-
-  def __post_init__(self):
-    if not 1 <= self.num_best <= self.num_samples // 2:
-      raise ValueError(
-        f'num_best={self.num_best} must be from 1 to half of num_samples='
-        f'{self.num_samples}; the best are paired with as many others'
-      )
-    if self.num_prompts < 1:
-      raise ValueError(f'num_prompts={self.num_prompts} must be at least 1')
-    if not self.sampling.temperature:
-      raise ValueError(
-        'temperature=0 always draws the same completion, of which there are '
-        'no pairs; give one above 0'
-      )
+  pairs = config.pairs
+  if not 1 <= pairs.num_best <= pairs.num_samples // 2:
+    raise ValueError(
+      f'num_best={pairs.num_best} must be from 1 to half of num_samples='
+      f'{pairs.num_samples}; the best are paired with as many others'
+    )
+  if pairs.num_parallel < 1:
+    raise ValueError(f'num_parallel={pairs.num_parallel} must be at least 1')
+  if not 0 <= pairs.nll_coef < float('inf'):
+    raise ValueError(f'nll_coef={pairs.nll_coef} must be 0 or above, and finite')
+  if not config.sampling.temperature:
+    raise ValueError(
+      'temperature=0 always draws the same completion, of which there are '
+      'no pairs; give one above 0'
+    )
 
 
 def sample(
+  config: Any,
   policy: rollout.Policy,
   params: Any,
   prompts: Sequence[Prompt],
   reward_fn: rewards.TotalFn,
-  settings: Settings,
+  sampling: Sampling,
   path: pathlib.Path,
-  progress: Callable[[int], Any] = lambda num: None,
 ) -> dict[str, list[dict[str, Any]]]:
-  """Returns {prompt id: its completions} with their rewards.
+  """Returns {prompt id: its completions} with their rewards, behind a progress bar.
 
-  A completion is {'tokens', 'text', 'stopped', 'reward', 'parts'}.
-
-  Args:
-    policy: the reference.
-    params: its parameters.
-    prompts: with ids of their own.
-    reward_fn: samples -> (total, parts).
-    settings: see there.
-    path: of the journal. What it holds is not sampled again; what is drawn for
-      a prompt does not depend on where a run was interrupted.
-    progress: called with the number of prompts that are done.
+  A completion is {'tokens', 'text', 'stopped', 'reward', 'parts'}. What the journal
+  at `path` holds is not sampled again; what is drawn for a prompt does not depend
+  on where a run was interrupted. The policy is the reference.
 
   Raises:
     ValueError: two prompts share an id, or a reward is not finite.
   """
   if len({prompt.id for prompt in prompts}) < len(prompts):
     raise ValueError('two prompts share an id; give each its own')
-  policy.encode_all(prompts, settings.sampling.max_completion_length)
-  with journal.Journal(path) as kept:
-    for start in range(0, len(prompts), settings.num_prompts):
-      group = prompts[start : start + settings.num_prompts]
+  policy.encode_all(prompts, sampling.max_completion_length)
+  num_parallel, num_samples = config.pairs.num_parallel, config.pairs.num_samples
+  bar = tqdm.tqdm(total=len(prompts), desc='sample', unit='prompt', mininterval=loop.BAR_INTERVAL_S)
+  with journal.Journal(path) as kept, bar:
+    for start in range(0, len(prompts), num_parallel):
+      group = prompts[start : start + num_parallel]
       if not all(prompt.id in kept for prompt in group):
-        rng = np.random.default_rng((settings.seed, start))
-        samples, rows = rollout.rollout(
-          policy, params, group, settings.sampling, settings.num_samples, int(rng.integers(2**32))
-        )
+        seed = int(np.random.default_rng((config.seed, start)).integers(2**32))
+        samples, rows = rollout.rollout(policy, params, group, sampling, num_samples, seed)
         for prompt, found in _by_prompt(samples, rows, reward_fn):
           if prompt.id not in kept:
             kept.put(prompt.id, found)
-      progress(len(group))
+      bar.update(len(group))
     return {prompt.id: kept[prompt.id] for prompt in prompts}
 
 
@@ -130,13 +112,9 @@ def choose_pairs(
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
   """Returns (better, worse) completions of one prompt, paired at random.
 
-  Completions with the same text count once. Of fewer than 2 · num_best there
-  are fewer pairs; pairs of equal rewards are left out.
-
-  Args:
-    completions: as from `sample`.
-    num_best: see Settings.
-    seed: of the pairing.
+  Completions with the same text count once. The num_best best are paired with as
+  many of the worst; of fewer than 2 · num_best there are fewer pairs, and pairs of
+  equal rewards are left out.
   """
   unique = list({one['text']: one for one in completions}.values())
   # Ties are broken by the text, not by the order of the draws.
@@ -149,26 +127,17 @@ def choose_pairs(
 
 
 def make_pairs(
+  config: Any,
   policy: rollout.Policy,
   params: Any,
   prompts: Sequence[Prompt],
   completions: Mapping[str, Sequence[Mapping[str, Any]]],
-  settings: Settings,
-  chunk: int,
 ) -> dict[str, np.ndarray]:
   """Returns all pairs as rows of a train batch.
 
   tokens, positions, segment_ids int32 [P,2,T]; completion_mask float32
   [P,2,C]; reward, ref_logprob float32 [P,2], the latter a sum over the
-  completion in nats.
-
-  Args:
-    policy: the reference.
-    params: its parameters.
-    prompts: whose completions they are.
-    completions: as from `sample`.
-    settings: see there.
-    chunk: rows that go through the model at once.
+  completion in nats. Completions are as from `sample`.
 
   Raises:
     ValueError: there are no pairs at all.
@@ -176,7 +145,7 @@ def make_pairs(
   asked, sides = [], []
   for i, prompt in enumerate(prompts):
     ids = policy.encode(prompt)
-    for pair in choose_pairs(completions[prompt.id], settings.num_best, (settings.seed, i)):
+    for pair in choose_pairs(completions[prompt.id], config.pairs.num_best, (config.seed, i)):
       asked += [ids, ids]
       sides += pair
   if not sides:
@@ -184,7 +153,7 @@ def make_pairs(
       'no prompt has two completions with different rewards, so there are '
       'no pairs; raise the temperature or look at the reward'
     )
-  length = settings.sampling.max_completion_length
+  length = config.sampling.max_completion_length
   done = Completions(
     tokens=np.zeros((len(sides), length), np.int32),
     lengths=np.array([len(side['tokens']) for side in sides], np.int32),
@@ -195,64 +164,41 @@ def make_pairs(
     done.tokens[i, : len(side['tokens'])] = side['tokens']
   rows = rollout.make_rows(policy, asked, done)
   del rows['rollout_logprobs']
-  reference = _reference(policy, params, rows, settings, chunk)
-  return {
-    name: x.reshape(-1, 2, *x.shape[1:])
-    for name, x in (
-      rows
-      | {
-        'reward': np.array([side['reward'] for side in sides], np.float32),
-        'ref_logprob': reference,
-      }
-    ).items()
+  rows |= {
+    'reward': np.array([side['reward'] for side in sides], np.float32),
+    'ref_logprob': _reference(config, policy, params, rows),
   }
+  return {name: x.reshape(-1, 2, *x.shape[1:]) for name, x in rows.items()}
 
 
-def _reference(policy, params, rows, settings, chunk) -> np.ndarray:
+def _reference(config, policy, params, rows) -> np.ndarray:
   """Returns the sums of the rows' log-probabilities, float32 [2P]."""
   num, sums = len(rows['tokens']), []
+  chunk = 2 * config.pairs.batch_size  # as many rows at a time as in an update
   for start in range(0, num, chunk):
     part = {name: x[start : start + chunk] for name, x in rows.items()}
     missing = chunk - len(part['tokens'])
     part = {name: np.pad(x, ((0, missing), (0, 0))) for name, x in part.items()}
-    out = rollout.logprobs(policy.model, params, part, settings.sampling.temperature)
+    out = rollout.logprobs(policy.model, params, part, config.sampling.temperature)
     sums.append(np.asarray(out['logprobs']).sum(1))
   return np.concatenate(sums)[:num]
 
 
-def make_loss_fn(
-  policy: rollout.Policy,
-  loss: Callable[..., Any],
-  beta: float,
-  temperature: float,
-  nll_coef: float = 0.0,
-) -> training.LossFn:
-  """Returns (params, batch) -> (total, weight, metrics), for the train step.
-
-  Args:
-    policy: what is trained.
-    loss: objectives.distillation_loss or dpo_loss.
-    beta: β of it.
-    temperature: of the log-probabilities, as in sampling.
-    nll_coef: factor of objectives.better_nll, which is added.
-
-  Raises:
-    ValueError: nll_coef is below 0.
-  """
-  if not 0 <= nll_coef < float('inf'):
-    raise ValueError(f'nll_coef={nll_coef} must be 0 or above, and finite')
+def make_loss_fn(config: Any, policy: rollout.Policy) -> training.LossFn:
+  """Returns (params, batch) -> (total, weight, metrics), for the train step."""
+  loss, pairs = algorithms.get(config.algorithm).pair_loss, config.pairs
 
   def loss_fn(params, batch):
     rows = {
       name: batch[name].reshape(-1, batch[name].shape[-1])
       for name in ('tokens', 'positions', 'segment_ids', 'completion_mask')
     }
-    out = rollout.logprobs(policy.model, params, rows, temperature)
+    out = rollout.logprobs(policy.model, params, rows, config.sampling.temperature)
     sums = out['logprobs'].sum(1).reshape(-1, 2)
-    total, weight, metrics = loss(sums, batch, beta)
+    total, weight, metrics = loss(sums, batch, pairs.beta)
     nll = objectives.better_nll(sums, batch)
     metrics['pairs/nll'] = jax.lax.stop_gradient(nll)
-    return total + nll_coef * nll[0], weight, metrics
+    return total + pairs.nll_coef * nll[0], weight, metrics
 
   return loss_fn
 
@@ -263,9 +209,9 @@ class PairBatches:
   Its position is a number of batches, so that a resumed run sees the same.
   """
 
+  # What does not fit is an error before there are pairs.
   drops: Mapping[str, int] = {}
   num_shortened = 0
-  wait_s = 0.0
 
   def __init__(self, pairs: Mapping[str, np.ndarray], batch_size: int, seed: int):
     self._pairs, self._batch_size, self._seed = pairs, batch_size, seed

@@ -33,20 +33,15 @@ VALUE_HEAD = 'value_head'
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """What completions come from, but for its parameters.
-
-  Attributes:
-    model: the decoder.
-    tokenizer: its own.
-    marks: what opens a user's turn, and what closes it and opens the answer;
-      template text, whose control tokens count.
-    joins_turns: whether turns follow each other with nothing but these marks;
-      a chat template may want more, and then only single turns are taken.
-  """
+  """What completions come from, but for its parameters."""
 
   model: ModelConfig
   tokenizer: Tokenizer
+  # What opens a user's turn, and what closes it and opens the answer: template
+  # text, whose control tokens count.
   marks: tuple[str, str]
+  # Whether turns follow each other with nothing but these marks. A chat template
+  # may want more, and then only single turns are taken.
   joins_turns: bool = False
 
   def encode(self, prompt: Prompt) -> list[int]:
@@ -106,13 +101,7 @@ def rollout(
   [N,C], what the sampler says of these tokens, which is
   sampling.token_logprobs. All are 0 elsewhere. C = max_completion_length.
 
-  Args:
-    policy: what is asked.
-    params: its parameters; a value head among them is left out.
-    prompts: at least one.
-    sampling: how.
-    num_generations: G.
-    seed: of the draws, in [0, 2**32).
+  A value head among the parameters is left out. The seed lies in [0, 2**32).
 
   Raises:
     ValueError: a prompt that cannot be encoded or is too long, with its id;
@@ -185,13 +174,8 @@ def logprobs(
   """Returns logprobs and, with a value head, values, float32 [N,C].
 
   Both are 0 outside of the completion. A value belongs to the token behind the
-  state it is read off, as the log-probability does.
-
-  Args:
-    cfg: static.
-    params: of the decoder, with or without a value head.
-    rows: as from `rollout`.
-    temperature: static, as in sampling.
+  state it is read off, as the log-probability does. Rows are as from `rollout`,
+  the temperature is that of sampling.
   """
   decoder, mask = decoder_params(params), rows['completion_mask']
   hidden = transformer.hidden(cfg, decoder, rows['tokens'], rows['positions'], rows['segment_ids'])
@@ -213,11 +197,8 @@ def sampling_copy(
 ) -> tuple[ModelConfig, Any]:
   """Returns what to sample from: without adapters, in `dtype`, on `mesh`.
 
-  Args:
-    cfg: the policy's model.
-    params: all of its parameters, adapters included.
-    dtype: of weights and activations; '' leaves them as they are.
-    mesh: of the same devices; weights that lie so already are not copied.
+  An empty dtype leaves weights and activations as they are. Weights that lie so
+  already are not copied.
 
   Raises:
     ValueError: an unknown dtype.

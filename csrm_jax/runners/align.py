@@ -3,58 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-import tqdm
 
-from csrm_jax.core import mesh as mesh_lib, tree
+from csrm_jax.core import files, mesh as mesh_lib, tree
+from csrm_jax.data import rows, sources
+from csrm_jax.data.public_rules import XSTEST_RULES
 from csrm_jax.evals import policy as policy_eval, report
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.models.sampling import Sampling
-from csrm_jax.reward import backbone
-from csrm_jax.rl import algorithms, job, learner, logs, offline, rollout
-from csrm_jax.runners import align_setup, align_step
-from csrm_jax.safety.schema import Prompt, Sample
-from csrm_jax.train import loop as loop_lib
+from csrm_jax.reward import backbone, model as reward_model
+from csrm_jax.rl import algorithms, offline, online, rewards, rollout, verifiers
+from csrm_jax.ruleworld import policy as world
+from csrm_jax.safety import augment, schema
+from csrm_jax.safety.schema import Prompt, RewardFn, Sample
+from csrm_jax.train import loop as loop_lib, step as training
 
 # Samples of a look at held-out prompts, at most: enough to see a trend.
 _NUM_LOOKED_AT = 64
+# What stands around a user's turn, but for a chat template.
+MARKS = {'plain': world.CHAT_MARKS, 'structured': world.STRUCTURED_MARKS}
+_ORACLE = policy_eval.Oracle(world.oracle_compliance, world.oracle_safety, world.oracle_helpfulness)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """What a run has read before it begins.
+  """What a run has read before it begins."""
 
-  Attributes:
-    policy: what is trained.
-    reference: the unaligned policy: its model, and its parameters on the mesh.
-    train: prompts.
-    test: held-out prompts.
-    scorers: rewards.
-    sampling: of completions.
-    mesh: of devices.
-    sampling_mesh: of the same devices, that completions are drawn on.
-    began: time.monotonic() before anything was read.
-  """
-
-  policy: rollout.Policy
-  reference: tuple[ModelConfig, Any]
+  config: ml_collections.ConfigDict
+  policy: rollout.Policy  # what is trained
+  reference: tuple[ModelConfig, Any]  # the unaligned policy, its parameters on the mesh
   train: Sequence[Prompt]
-  test: Sequence[Prompt]
-  scorers: align_setup.Scorers
+  test: Sequence[Prompt]  # held out
+  scorers: Scorers
   sampling: Sampling
   mesh: jax.sharding.Mesh
-  sampling_mesh: jax.sharding.Mesh
-  began: float
+  sampling_mesh: jax.sharding.Mesh  # of the same devices, that completions are drawn on
+  began: float  # time.monotonic() before anything was read
+
+  @property
+  def knows_truth(self) -> bool:
+    """RuleWorld's oracle judges its own prompts."""
+    return self.config.data.source == 'ruleworld'
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -67,17 +68,13 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       "its devices; start it once, or give each process's run its --workdir"
     )
   start, earlier_s = time.monotonic(), loop_lib.elapsed_s(workdir)
-  algorithm = algorithms.get(config.algorithm)
-  align_setup.check_idle(config)
-  if algorithm.online:
-    # An error here beats one after loading weights.
-    align_step.make_objective(config)
+  _check(config)
   setup = _set_up(config)
   with jax.set_mesh(setup.mesh):
-    train = _train_online if algorithm.online else _train_offline
-    params, extra = train(config, setup, workdir)
-    results, measured = _evaluate(config, setup, params, workdir)
-    _export(config, setup, params, workdir)
+    is_online = algorithms.get(config.algorithm).online
+    params, extra = (_train_online if is_online else _train_offline)(setup, workdir)
+    results, measured = _evaluate(setup, params, workdir)
+    _export(setup, params, workdir)
   summary = (
     _flatten(measured)
     | extra
@@ -100,149 +97,168 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   print(f'report: {path}')
 
 
+def _check(config: ml_collections.ConfigDict) -> None:
+  """An error here beats one after loading weights."""
+  algorithms.check_idle(config)
+  loop_lib.check_lengths(config)
+  if algorithms.get(config.algorithm).online:
+    algorithms.make_objective(config)
+    online.check(config)
+  else:
+    offline.check(config)
+
+
 def _set_up(config: ml_collections.ConfigDict) -> Setup:
   began = time.monotonic()
-  policy = align_setup.make_policy(config)
-  sampling = align_step.make_sampling(config, (policy.tokenizer.eos_id,))
-  train, test = align_setup.make_prompts(config)
+  policy = make_policy(config)
+  sampling = make_sampling(config, (policy.tokenizer.eos_id,))
+  train, test = make_prompts(config)
   # What does not fit ends here, before anything is written.
   policy.encode_all([*train, *test], sampling.max_completion_length)
-  mesh, sampling_mesh = align_step.make_meshes(config)
+  mesh, sampling_mesh = make_meshes(config)
   with jax.set_mesh(mesh):
-    scorers = align_setup.make_scorers(config)
+    scorers = make_scorers(config)
   model = dataclasses.replace(policy.model, lora_rank=0)
   shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
   params = hf.load_params(config.policy.init, model, mesh_lib.shardings(shapes, mesh))
-  return Setup(policy, (model, params), train, test, scorers, sampling, mesh, sampling_mesh, began)
+  reference = model, params
+  return Setup(
+    config, policy, reference, train, test, scorers, sampling, mesh, sampling_mesh, began
+  )
 
 
-def _init_params(
-  config: ml_collections.ConfigDict, setup: Setup
-) -> tuple[dict[str, Any], dict[str, Any]]:
+# --- Training --------------------------------------------------------------------------
+
+
+def make_meshes(
+  config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None
+) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+  """Returns the meshes of training and of sampling, over the same devices.
+
+  Completions are drawn from copies of the weights that are cut by heads only:
+  what is cut over fsdp would have to come together for every token. The devices,
+  or descriptions of them, are by default all.
+  """
+  tensor, num_slices = config.sampling.tensor, config.mesh.num_slices
+  return (
+    mesh_lib.make_mesh(**config.mesh, devices=devices),
+    mesh_lib.make_mesh(tensor=tensor, num_slices=num_slices, devices=devices),
+  )
+
+
+def make_sampling(config: ml_collections.ConfigDict, stop_ids: tuple[int, ...]) -> Sampling:
+  """Returns how completions are drawn."""
+  knobs = {name: value for name, value in config.sampling.items() if name != 'tensor'}
+  return Sampling(**knobs, stop_ids=stop_ids)
+
+
+def make_step(
+  config: ml_collections.ConfigDict, policy: rollout.Policy, params: Any, mesh: jax.sharding.Mesh
+) -> tuple[training.StepFn, training.TrainState]:
+  """Returns the train step and its first state; see training.make_step."""
+  loss_fn, num_updates = offline.make_loss_fn, config.num_steps
+  if algorithms.get(config.algorithm).online:
+    loss_fn = online.make_loss_fn
+    num_updates *= config.loss.num_iterations * config.loss.num_mini_batches
+  return training.make_step(loss_fn(config, policy), params, mesh, num_updates, **config.optim)
+
+
+def _init_params(setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (trained, frozen) parameters of the policy."""
-  base = setup.reference[1]
-  if setup.policy.model.lora_rank:
-    params, frozen = lora.init(setup.policy.model, config.seed), base
+  model, base = setup.policy.model, setup.reference[1]
+  if model.lora_rank:
+    params, frozen = lora.init(model, setup.config.seed), base
   else:
     # A copy: the step donates its state, and the reference stays.
     params, frozen = jax.tree.map(lambda x: x.copy(), base), {}
-  if algorithms.get(config.algorithm).needs_values:
-    params = params | rollout.init_value_head(setup.policy.model)
+  if algorithms.get(setup.config.algorithm).needs_values:
+    params = params | rollout.init_value_head(model)
   return params, frozen
 
 
-def _train_online(
-  config: ml_collections.ConfigDict, setup: Setup, workdir: pathlib.Path
-) -> tuple[Any, dict[str, Any]]:
+def _train_online(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
   """Returns (all parameters of the aligned policy, summary)."""
-  settings = align_step.make_settings(config, setup.sampling)
-  params, frozen = _init_params(config, setup)
-  step_fn, state = align_step.make_step(
-    config,
-    align_step.make_loss_fn(config, setup.policy, setup.sampling.temperature),
-    params,
-    setup.mesh,
-  )
-  work = job.Job(
+  params, frozen = _init_params(setup)
+  step_fn, state = make_step(setup.config, setup.policy, params, setup.mesh)
+  judges = setup.scorers.judges(setup.knows_truth)
+
+  def look(model: ModelConfig, params: Any) -> dict[str, Any]:
+    samples = _answer(setup, model, params, setup.test[:_NUM_LOOKED_AT])
+    return policy_eval.measured(policy_eval.judge(samples, judges))
+
+  work = online.Online(
+    setup.config,
     setup.policy,
     frozen,
     setup.reference,
-    algorithms.get(config.algorithm),
-    align_step.make_objective(config),
     setup.train,
     setup.scorers.total,
     step_fn,
+    setup.sampling,
     setup.mesh,
     setup.sampling_mesh,
     workdir,
-    settings,
-    _describe(config, setup),
-    _make_look(config, setup),
+    look,
   )
-  state, progress = learner.train(
-    work, state, loop_lib.elapsed_s(workdir), time.monotonic() - setup.began
-  )
+  state = _train(setup, work, state, workdir, 'align')
   return rollout.decoder_params(tree.merge(frozen, state.params)), {
     'num_updates': int(state.step),
-    'stopped': progress.stopped or None,
+    'stopped': work.stopped or None,
   }
 
 
-def _train_offline(
-  config: ml_collections.ConfigDict, setup: Setup, workdir: pathlib.Path
-) -> tuple[Any, dict[str, Any]]:
+def _train_offline(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
   """Returns (all parameters of the aligned policy, summary)."""
-  pairs = config.pairs
-  settings = offline.Settings(
-    pairs.num_samples, pairs.num_best, pairs.num_parallel, setup.sampling, config.seed
-  )
-  loss = algorithms.get(config.algorithm).loss
-  params, frozen = _init_params(config, setup)
-  model, copy = rollout.sampling_copy(*setup.reference, '', setup.sampling_mesh)
+  config, (model, base) = setup.config, setup.reference
+  params, frozen = _init_params(setup)
+  model, copy = rollout.sampling_copy(model, base, '', setup.sampling_mesh)
   reference = dataclasses.replace(setup.policy, model=model)
-  prompts = setup.train[: pairs.num_prompts]
-  with tqdm.tqdm(
-    total=len(prompts), desc='sample', unit='prompt', mininterval=loop_lib.BAR_INTERVAL_S
-  ) as bar:
-    completions = offline.sample(
-      reference,
-      copy,
-      prompts,
-      setup.scorers.total,
-      settings,
-      workdir / 'completions.jsonl',
-      bar.update,
-    )
-  rows = offline.make_pairs(
-    reference, setup.reference[1], prompts, completions, settings, chunk=2 * pairs.batch_size
+  prompts = setup.train[: config.pairs.num_prompts]
+  completions = offline.sample(
+    config,
+    reference,
+    copy,
+    prompts,
+    setup.scorers.total,
+    setup.sampling,
+    workdir / 'completions.jsonl',
   )
-  if config.algorithm == 'distillation' and rows['reward'].min() <= 0:
+  pairs = offline.make_pairs(config, reference, base, prompts, completions)
+  if config.algorithm == 'distillation' and pairs['reward'].min() <= 0:
     raise ValueError(
-      f'a reward is {rows["reward"].min():.4g}, and distillation takes its '
+      f'a reward is {pairs["reward"].min():.4g}, and distillation takes its '
       'logarithm; use rewards above 0, such as mode=product'
     )
-  batches = offline.PairBatches(rows, pairs.batch_size, config.seed)
-  step_fn, state = align_step.make_step(
-    config,
-    offline.make_loss_fn(
-      setup.policy, loss, pairs.beta, setup.sampling.temperature, pairs.nll_coef
-    ),
-    params,
-    setup.mesh,
-  )
-  state = loop_lib.train(
-    loop_lib.Supervised(step_fn, batches, setup.mesh, frozen or None),
-    state,
-    config,
-    mesh=setup.mesh,
-    workdir=workdir,
-    meta=_describe(config, setup),
-    setup_s=time.monotonic() - setup.began,
-  )
-  found = offline.describe(completions, rows)
+  batches = offline.PairBatches(pairs, config.pairs.batch_size, config.seed)
+  step_fn, state = make_step(config, setup.policy, params, setup.mesh)
+  work = loop_lib.Supervised(step_fn, batches, setup.mesh, frozen or None)
+  state = _train(setup, work, state, workdir, 'train')
+  found = offline.describe(completions, pairs)
   return tree.merge(frozen, state.params), {f'pairs/{name}': value for name, value in found.items()}
 
 
-def _describe(config: ml_collections.ConfigDict, setup: Setup) -> dict[str, Any]:
-  """Returns what a checkpoint says of itself."""
-  return {
+def _train(
+  setup: Setup, work: loop_lib.Work, state: training.TrainState, workdir: pathlib.Path, name: str
+) -> training.TrainState:
+  meta = {
     'policy': setup.policy.model.to_dict(),
     'marks': list(setup.policy.marks),
     'tokenizer_digest': setup.policy.tokenizer.digest,
-    'init': str(config.policy.init),
+    'init': str(setup.config.policy.init),
   }
+  return loop_lib.train(
+    work,
+    state,
+    setup.config,
+    mesh=setup.mesh,
+    workdir=workdir,
+    meta=meta,
+    setup_s=time.monotonic() - setup.began,
+    name=name,
+  )
 
 
-def _make_look(config: ml_collections.ConfigDict, setup: Setup) -> job.LookFn:
-  """Returns parameters -> metrics of held-out prompts, as in evals.policy."""
-  judges = setup.scorers.judges(config.data.source == 'ruleworld')
-  prompts = setup.test[:_NUM_LOOKED_AT]
-
-  def look(model: ModelConfig, params: Any) -> dict[str, Any]:
-    samples = _answer(setup, model, params, prompts)
-    return policy_eval.measured(policy_eval.judge(samples, judges))
-
-  return look
+# --- The report ------------------------------------------------------------------------
 
 
 def _answer(
@@ -256,11 +272,11 @@ def _answer(
 
 
 def _evaluate(
-  config: ml_collections.ConfigDict, setup: Setup, params: Any, workdir: pathlib.Path
+  setup: Setup, params: Any, workdir: pathlib.Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns (results of the report, {policy: its metrics})."""
   print('evaluating', file=sys.stderr)
-  judges = setup.scorers.judges(config.data.source == 'ruleworld')
+  config, judges = setup.config, setup.scorers.judges(setup.knows_truth)
   answers = {'unaligned': _answer(setup, *setup.reference, setup.test)}
   if config.eval.best_of:
     many = _answer(setup, *setup.reference, setup.test, config.eval.best_of)
@@ -279,7 +295,7 @@ def _evaluate(
       f'algorithm {config.algorithm}, reward {config.reward.name}.',
     )
   }
-  history = logs.read_looks(workdir / 'looks.jsonl')
+  history = {row['step']: row['metrics'] for row in files.read_log(workdir / 'looks.jsonl')}
   if judges.oracle is not None and len(history) > 1:
     results['overoptimisation'] = policy_eval.overoptimisation(
       history, f'{min(_NUM_LOOKED_AT, len(setup.test))} held-out prompts.'
@@ -305,17 +321,12 @@ def _flatten(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
   return flat
 
 
-def _export(
-  config: ml_collections.ConfigDict, setup: Setup, params: Any, workdir: pathlib.Path
-) -> None:
+def _export(setup: Setup, params: Any, workdir: pathlib.Path) -> None:
   """Writes workdir/policy, in Hugging Face's form, for the next run or user."""
+  config = setup.config
   model, merged = rollout.sampling_copy(setup.policy.model, params, '', setup.mesh)
-  hf.save(
-    workdir / 'policy',
-    model,
-    merged,
-    metadata={'made_by': f'csrm_jax, algorithm {config.algorithm}'},
-  )
+  made_by = f'csrm_jax, algorithm {config.algorithm}'
+  hf.save(workdir / 'policy', model, merged, metadata={'made_by': made_by})
   backbone.save_tokenizer(config.policy.tokenizer or config.policy.init, workdir / 'policy')
 
 
@@ -344,3 +355,289 @@ def _print_table(summary: dict[str, Any]) -> None:
   for name in names:
     values = (summary[f'{policy}/{name}'] for policy in policies)
     print(f'{name:20}' + ''.join(f'{value:14.3f}' for value in values))
+
+
+# --- Policy and prompts ----------------------------------------------------------------
+
+
+def make_policy(config: ml_collections.ConfigDict) -> rollout.Policy:
+  """Returns the policy that config.policy describes, without its parameters.
+
+  Raises:
+    ValueError: marks that there are not, or a tokenizer of another model.
+  """
+  source = config.policy.init
+  model = hf.load_config(source, **config.policy.overrides)
+  tokenizer = backbone.load_tokenizer(config.policy.tokenizer or source)
+  if tokenizer.vocab_size > model.vocab_size:
+    raise ValueError(
+      f'config.policy.tokenizer has {tokenizer.vocab_size} ids, the policy '
+      f'{model.vocab_size}; give the tokenizer of the policy'
+    )
+  name = config.policy.marks
+  if name == 'chat':
+    prefix, suffix = backbone.chat_marks(source, tokenizer)
+  elif name in MARKS:
+    prefix, suffix = MARKS[name]
+  else:
+    raise ValueError(f'config.policy.marks={name!r} must be chat or one of {", ".join(MARKS)}')
+  return rollout.Policy(
+    model, tokenizer, (prefix + config.policy.instruction, suffix), joins_turns=name != 'chat'
+  )
+
+
+def make_prompts(config: ml_collections.ConfigDict) -> tuple[list[Prompt], list[Prompt]]:
+  """Returns (prompts to train on, held-out ones).
+
+  Raises:
+    ValueError: an unknown source or rule set, no prompts, or none to balance
+      others with.
+  """
+  train, test = _read_prompts(config)
+  return (_balance(train) if config.data.balance else train), test
+
+
+def _balance(prompts: Sequence[Prompt]) -> list[Prompt]:
+  """Returns the prompts without the last of the more frequent label."""
+  places = {
+    label: [i for i, p in enumerate(prompts) if p.label == label] for label in ('harmful', 'benign')
+  }
+  num = min(map(len, places.values()))
+  if not num:
+    raise ValueError(
+      f'{len(places["harmful"])} prompts to train on are labelled harmful '
+      f'and {len(places["benign"])} benign; label some as each, or set '
+      'config.data.balance=False'
+    )
+  surplus = {i for some in places.values() for i in some[num:]}
+  return [p for i, p in enumerate(prompts) if i not in surplus]
+
+
+def _read_prompts(config: ml_collections.ConfigDict) -> tuple[list[Prompt], list[Prompt]]:
+  data, num_test = config.data, config.eval.num_prompts
+  if data.source == 'ruleworld':
+    return (
+      world.prompts(config.seed, data.num_prompts, data.rules, 'train'),
+      world.prompts(data.eval_seed, num_test, data.rules, 'test'),
+    )
+  readers = {'xstest': _read_xstest, 'jsonl': _read_jsonl}
+  if data.source not in readers:
+    raise ValueError(
+      f'config.data.source={data.source!r} must be one of ruleworld, {", ".join(readers)}'
+    )
+  if not data.path:
+    raise ValueError(
+      f'config.data.path is empty: give the prompts of data={data.source} '
+      'as data_dir=FOLDER or path=FILE'
+    )
+  found = readers[data.source](pathlib.Path(data.path), _load_rules(data))
+  examples = {
+    schema.Example(p.id, p.safety, (*p.messages, schema.Message('agent', ''))): p for p in found
+  }
+  halves = sources.split(list(examples), data.eval_fraction, config.seed)
+  train, test = ([examples[e] for e in half] for half in halves)
+  if not train or not test:
+    raise ValueError(
+      f'{data.path}: {len(train)} prompts to train on and {len(test)} held '
+      'out; give more prompts, or another config.data.eval_fraction'
+    )
+  return train[: data.num_prompts], test[:num_test]
+
+
+def _load_rules(data: ml_collections.ConfigDict) -> schema.SafetyConfig:
+  if data.rules:
+    return schema.load_safety(data.rules)
+  if data.source == 'xstest':
+    return schema.SafetyConfig(tuple(XSTEST_RULES.values()), 'xstest/both')
+  raise ValueError('config.data.rules is empty: give a YAML or JSON file of rules as rules=FILE')
+
+
+def _read_xstest(path: pathlib.Path, safety: schema.SafetyConfig) -> list[Prompt]:
+  if path.is_dir():
+    found = sorted(path.glob('**/xstest_prompts.csv'))
+    if not found:
+      raise FileNotFoundError(f'{path}: no xstest_prompts.csv there')
+    path = found[0]
+  labels = {'unsafe': 'harmful', 'safe': 'benign'}
+  prompts = []
+  for where, row in rows.read_csv(path, ('id', 'prompt', 'label')):
+    if row['label'] not in labels:
+      raise ValueError(f'{where}: label {row["label"]!r} must be safe or unsafe')
+    prompts.append(_prompt(f'xstest/{row["id"]}', row['prompt'], safety, labels[row['label']]))
+  return prompts
+
+
+def _read_jsonl(path: pathlib.Path, safety: schema.SafetyConfig) -> list[Prompt]:
+  prompts = []
+  for where, row in files.read_json_lines(path):
+    rows.check_object(row, ('id', 'prompt'), where)
+    text = rows.check_text(row, 'prompt', where)
+    prompts.append(_prompt(str(row['id']), text, safety, row.get('label') or ''))
+  return prompts
+
+
+def _prompt(name: str, text: str, safety: schema.SafetyConfig, label: str) -> Prompt:
+  return Prompt(name, (schema.Message('user', text),), safety, label)
+
+
+# --- Rewards ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorers:
+  """What a run maximises, and the two parts by which the report judges."""
+
+  total: rewards.TotalFn
+  safety: RewardFn
+  helpfulness: RewardFn
+
+  def judges(self, knows_truth: bool) -> policy_eval.Judges:
+    """Returns the judges of the report; with RuleWorld's oracle, or not."""
+    refuses = (
+      world.refuses
+      if knows_truth
+      else (lambda text: verifiers.is_refusal(verifiers.answer_of(text)))
+    )
+    return policy_eval.Judges(
+      self.safety, self.helpfulness, refuses, _ORACLE if knows_truth else None
+    )
+
+
+def make_scorers(config: ml_collections.ConfigDict) -> Scorers:
+  """Returns the rewards that config.reward describes.
+
+  Reward models lie on the mesh that jax.set_mesh has set.
+
+  Raises:
+    FileNotFoundError: no reward model there.
+    ValueError: it cannot be used, or settings that do not fit.
+  """
+  reward = config.reward
+  knows_truth = config.data.source == 'ruleworld'
+  if reward.name == 'alphaalign':
+    return _make_alphaalign(reward, knows_truth)
+  safety = _make_safety(reward, knows_truth)
+  helpfulness = _make_helpfulness(reward, knows_truth)
+  parts = {'safety': (safety, reward.safety_weight)}
+  if helpfulness is not None:
+    parts['helpfulness'] = helpfulness, reward.helpfulness_weight
+  added = {}
+  if reward.overlong_buffer:
+    fn = rewards.overlong_penalty(
+      reward.overlong_buffer, reward.overlong_penalty, config.sampling.max_completion_length
+    )
+    added['overlong'] = fn, 1.0
+  if knows_truth and reward.name != 'oracle':
+    # Weight 0: only logged, so that over-optimisation shows in each step.
+    parts['true_cosa'] = rewards.from_each(world.oracle_cosa, 'true_cosa'), 0.0
+  if reward.mode == 'sum':
+    parts, added = parts | added, {}
+  total = rewards.combine(parts, reward.mode, added, tuple(reward.clip) or None)
+  return Scorers(total, _judge_safety(reward, safety), helpfulness or _nothing)
+
+
+def _judge_safety(reward: Any, safety: RewardFn) -> RewardFn:
+  """Returns P(safe): the reward without the sweep's a and b."""
+  if reward.name == 'csrm' and (reward.a, reward.b) != (1.0, 0.0):
+    return rewards.safety_reward(_load_score_fn(reward.checkpoint, reward.max_length))
+  return safety
+
+
+def _make_safety(reward: ml_collections.ConfigDict, knows_truth: bool) -> RewardFn:
+  if reward.name == 'csrm':
+    if not reward.checkpoint:
+      raise ValueError(
+        'config.reward.checkpoint is empty: give the work directory of a '
+        'reward model that configs/rm.py has trained, as checkpoint=DIR'
+      )
+    score_fn = _load_score_fn(reward.checkpoint, reward.max_length)
+    return rewards.safety_reward(score_fn, reward.a, reward.b)
+  if reward.name == 'http':
+    if not reward.url:
+      raise ValueError('config.reward.url is empty: give the scorer as url=URL')
+    return rewards.from_http(
+      rewards.HttpScorer(
+        reward.url, reward.timeout_s, reward.num_tries, reward.backoff_s, reward.batch_size
+      )
+    )
+  if reward.name == 'python':
+    return rewards.from_callable(_find(reward.function), reward.function)
+  if reward.name != 'oracle':
+    raise ValueError(f'config.reward.name={reward.name!r} is unknown')
+  _check_truth(knows_truth, 'reward=oracle', 'take data=ruleworld or another reward')
+  return rewards.from_each(world.oracle_safety, 'safety')
+
+
+def _make_helpfulness(reward: ml_collections.ConfigDict, knows_truth: bool) -> RewardFn | None:
+  name = reward.helpfulness
+  if name == 'none':
+    return None
+  if name != 'oracle':
+    return rewards.helpfulness_reward(
+      _load_score_fn(name), reward.helpfulness_a, reward.helpfulness_b, augment.NO_RULES
+    )
+  _check_truth(
+    knows_truth,
+    "config.reward.helpfulness='oracle'",
+    "give the work directory of a reward model, or 'none'",
+  )
+  return rewards.from_each(world.oracle_helpfulness, 'helpfulness')
+
+
+def _make_alphaalign(reward: ml_collections.ConfigDict, knows_truth: bool) -> Scorers:
+  refuses = _make_refusal(reward, knows_truth)
+  helpfulness = None if reward.variant == 'none' else _make_helpfulness(reward, knows_truth)
+  total = verifiers.dual_reward(
+    refuses, helpfulness, reward.variant, reward.format_weight, reward.answer_weight
+  )
+
+  def safety(samples: Sequence[Sample]) -> np.ndarray:
+    """1 unless a harmful request is answered: all that the labels say."""
+    answers = [dataclasses.replace(s, text=verifiers.answer_of(s.text)) for s in samples]
+    harmful = np.array([s.prompt.label == 'harmful' for s in samples])
+    return (~harmful | refuses(answers)).astype(np.float32)
+
+  return Scorers(total, safety, helpfulness or _nothing)
+
+
+def _make_refusal(reward: ml_collections.ConfigDict, knows_truth: bool) -> verifiers.RefusalFn:
+  name = reward.refusal
+  if name == 'oracle':
+    _check_truth(
+      knows_truth,
+      "config.reward.refusal='oracle'",
+      f'take {", ".join(verifiers.REFUSALS)} or the work directory of a reward model',
+    )
+    return verifiers.by_text(world.refuses)
+  if name in verifiers.REFUSALS:
+    return verifiers.REFUSALS[name]
+  return verifiers.by_score(_load_score_fn(name), schema.load_safety(reward.refusal_rules))
+
+
+def _check_truth(knows_truth: bool, setting: str, instead: str) -> None:
+  if not knows_truth:
+    raise ValueError(f'{setting} knows RuleWorld only; {instead}')
+
+
+@functools.lru_cache(maxsize=4)
+def _load_score_fn(source: str, max_length: int = 2048) -> Callable[..., Any]:
+  return reward_model.load(source, max_length).score_fn
+
+
+def _find(name: str) -> Callable[..., Any]:
+  module, _, attribute = name.partition(':')
+  try:
+    fn = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(
+      f'config.reward.function={name!r} cannot be imported ({error}); write '
+      'module:name of a function of samples'
+    ) from None
+  if not callable(fn):
+    raise ValueError(f'config.reward.function={name!r} is no function')
+  return fn
+
+
+def _nothing(samples: Sequence[Sample]) -> np.ndarray:
+  """Helpfulness where nobody judges it."""
+  return np.ones(len(samples), np.float32)

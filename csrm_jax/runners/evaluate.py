@@ -223,8 +223,7 @@ def _read_run(folder: pathlib.Path, results: report.Results) -> policy.Run:
     name,
     made.data.rules,
     made.seed,
-    reward.get('a', 1.0),
-    reward.get('b', 0.0),
+    *((reward.a, reward.b) if reward.name == 'csrm' else (1.0, 0.0)),
     {which: sets[policy.ALL] for which, sets in results['alignment'].values['policies'].items()},
   )
 

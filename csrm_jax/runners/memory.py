@@ -34,7 +34,8 @@ def explain(error: Exception, config: ml_collections.ConfigDict, workdir: pathli
 
   Writes workdir/memory_{process}.prof, what the devices held.
   """
-  flat = config_lib.flatten(config)
+  # What does nothing in this run is empty.
+  flat = {key: value for key, value in config_lib.flatten(config).items() if value is not None}
   numbers = ', '.join(f'{name}={flat[name]}' for name in _NUMBERS if name in flat)
   lines = [f'out of memory ({" ".join(str(error).split())[:160]})']
   if numbers:

@@ -17,8 +17,8 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import packing
 from csrm_jax.models import config as model_config, hf, lora, sampling as sampling_lib, transformer
 from csrm_jax.reward import scoring
-from csrm_jax.rl import algorithms, rollout
-from csrm_jax.runners import align_step, train_rm
+from csrm_jax.rl import algorithms, online, rollout
+from csrm_jax.runners import align, train_rm
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -158,7 +158,6 @@ class _Held:
   base: Any  # what the KL is measured from, and what lies under adapters
   judge: model_config.ModelConfig | None  # the reward model, if the reward is one
   judge_params: Any
-  settings: Any
 
   @property
   def frozen(self) -> Any:
@@ -173,50 +172,40 @@ class _Held:
 
 def _hold(config, devices) -> _Held:
   run, model = config.run, model_of(config)
-  mesh, sampling_mesh = align_step.make_meshes(run, devices)
-  sampling = align_step.make_sampling(run, (1,))
+  online.check(run)
+  mesh, sampling_mesh = align.make_meshes(run, devices)
   policy = rollout.Policy(model, None, ('', ''))
   shapes = _shapes(model)
   trained, base = lora.split(shapes) if model.lora_rank else (shapes, shapes)
   if algorithms.get(run.algorithm).needs_values:
     trained = trained | jax.eval_shape(lambda: rollout.init_value_head(model))
-  step_fn, state = align_step.make_step(
-    run, align_step.make_loss_fn(run, policy, sampling.temperature), trained, mesh
-  )
+  step_fn, state = align.make_step(run, policy, trained, mesh)
   judge, judge_params = None, {}
   if config.reward_model and run.reward.name == 'csrm':
     judge = _cut(config, model_config.preset(config.reward_model, 0, dtype=model.dtype, unroll=1))
     judge_params = mesh_lib.abstract(_shapes(judge), mesh)
   return _Held(
-    mesh,
-    sampling_mesh,
-    policy,
-    state,
-    step_fn,
-    mesh_lib.abstract(base, mesh),
-    judge,
-    judge_params,
-    align_step.make_settings(run, sampling),
+    mesh, sampling_mesh, policy, state, step_fn, mesh_lib.abstract(base, mesh), judge, judge_params
   )
 
 
 def _drawing(config, held):
   """Returns (fn of each program of sampling, args, rows drawn, a Program's fields)."""
-  settings, mesh = held.settings, held.sampling_mesh
-  model = rollout.sampling_model(held.policy.model, settings.rollout_dtype)
+  draws, mesh = config.run.rollout, held.sampling_mesh
+  model = rollout.sampling_model(held.policy.model, draws.dtype)
   params = mesh_lib.abstract(_shapes(model), mesh)
-  rows = sampling_lib.num_rows(settings.num_rows, rollout.MAX_ROWS)
-  prompts = [(1 + i // settings.num_generations,) * config.prompt_length for i in range(rows)]
+  rows = sampling_lib.num_rows(online.num_rows(config.run), rollout.MAX_ROWS)
+  prompts = [(1 + i // draws.num_generations,) * config.prompt_length for i in range(rows)]
   batch = sampling_lib.pad_prompts(prompts, rows, 0, model)
   whole = mesh_lib.replicated(mesh)
   batch = {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in batch.items()
   }
-  start, go_on = sampling_lib.compiled(model, settings.sampling)
+  start, go_on = sampling_lib.compiled(model, align.make_sampling(config.run, (1,)))
   beside = [held.state.opt_state, held.base, held.judge_params]
   if model != held.policy.model or mesh != held.mesh:  # It draws from a copy.
     beside.append(held.state.params)
-  calls = -(-settings.num_rows // rows)
+  calls = -(-online.num_rows(config.run) // rows)
   fields = {'mesh': mesh, 'params': params, 'beside': beside, 'calls': calls}
   return start, go_on, (params, batch, None), rows, fields
 
@@ -240,7 +229,7 @@ def _decode(config, held):
   state = {name: place(x, mesh_lib.ROWS) for name, x in state.items()}
   index = place(jax.ShapeDtypeStruct((rows,), jnp.uint32))
   seed = place(jax.ShapeDtypeStruct((), jnp.uint32))
-  length = held.settings.sampling.max_completion_length
+  length = config.run.sampling.max_completion_length
   return Program(
     go_on,
     (args[0], cache, state, index, seed),
@@ -262,15 +251,13 @@ def _rows(config, held, num: int) -> dict[str, np.ndarray]:
 def _logprobs(config, held):
   """Returns the program of the policy's log-probabilities; that of the reference's
   is about the same, and the sampler's own are the policy's where weights are."""
-  settings, model = held.settings, held.policy.model
-  rows = _rows(config, held, settings.chunk)
+  run, model = config.run, held.policy.model
+  rows = _rows(config, held, online.chunk(run))
   batch = mesh_lib.abstract_batch(rows, held.mesh)
   params = mesh_lib.abstract(_shapes(model), held.mesh) if held.frozen else held.state.params
-  fn = jax.jit(
-    lambda params, rows: rollout.logprobs(model, params, rows, settings.sampling.temperature)
-  )
-  needs_values = algorithms.get(config.run.algorithm).needs_values
-  times = 2 if settings.rollout_dtype or needs_values else 1
+  fn = jax.jit(lambda params, rows: rollout.logprobs(model, params, rows, run.sampling.temperature))
+  needs_values = algorithms.get(run.algorithm).needs_values
+  times = 2 if run.rollout.dtype or needs_values else 1
   return Program(
     fn,
     (params, batch),
@@ -278,22 +265,21 @@ def _logprobs(config, held):
     params,
     rows['tokens'].size,
     beside=[held.state.opt_state, held.reference, held.judge_params],
-    calls=times * settings.num_rows // settings.chunk,
+    calls=times * online.num_rows(run) // online.chunk(run),
   )
 
 
 def _update(config, held):
-  settings = held.settings
-  row = algorithms.get(config.run.algorithm)
-  rows = _rows(config, held, settings.num_rows // settings.num_mini_batches)
+  run, loss = config.run, config.run.loss
+  row = algorithms.get(run.algorithm)
+  rows = _rows(config, held, online.num_rows(run) // loss.num_mini_batches)
   scores = rows['completion_mask']
   batch = rows | {'old_logprobs': scores, 'ref_logprobs': scores}
   estimate = {'rewards': scores[:, 0], 'completion_mask': scores, 'kl_penalty': scores}
   if row.needs_values:
     batch['old_values'] = estimate['old_values'] = scores
   found = jax.eval_shape(
-    lambda batch: row.advantage(batch, settings.num_generations, settings.gamma, settings.lam),
-    estimate,
+    lambda batch: row.advantage(batch, run.rollout.num_generations, loss.gamma, loss.lam), estimate
   )
   batch |= {name: np.zeros(x.shape, x.dtype) for name, x in found.items()}
   args = (held.state, mesh_lib.abstract_batch(batch, held.mesh), held.frozen or None)
@@ -305,7 +291,7 @@ def _update(config, held):
     rows['tokens'].size,
     held.state.opt_state,
     beside=[held.reference, held.judge_params],
-    calls=settings.num_iterations * settings.num_mini_batches,
+    calls=loss.num_iterations * loss.num_mini_batches,
   )
 
 
@@ -316,7 +302,7 @@ def _rewards(config, held):
       "'score' out of config.programs"
     )
   parts = math.prod(held.mesh.shape[name] for name in mesh_lib.ROWS)
-  length, num = config.score_length, held.settings.num_rows
+  length, num = config.score_length, online.num_rows(config.run)
   most = scoring.most_rows(scoring.BATCH_TOKENS * parts, length)
   rows = sampling_lib.num_rows(num, most)
   return _score(

@@ -65,19 +65,12 @@ class Work(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-  """The work of learning from batches, one update each.
-
-  Attributes:
-    step_fn: as from training.make_step.
-    batches: packed rows or pairs without end; count what they drop and shorten.
-    mesh: what batches are spread over.
-    frozen: parameters that are neither trained nor saved, on the mesh.
-  """
+  """The work of learning from batches, one update each."""
 
   step_fn: training.StepFn
-  batches: Any
+  batches: Any  # packed rows or pairs without end; count what they drop and shorten
   mesh: jax.sharding.Mesh
-  frozen: Any = None
+  frozen: Any = None  # parameters that are neither trained nor saved, on the mesh
   stopped = ''
 
   def begin(self, state, step, carried) -> None:
@@ -145,13 +138,13 @@ def train(
 
   Args:
     work: what to do.
-    state: of a fresh run, laid out on the mesh.
+    state: that of a fresh run, laid out on the mesh.
     config: see check_lengths.
-    mesh: of the state.
+    mesh: what the state lies on.
     workdir: where checkpoints/, profile/ and metrics.jsonl go.
     meta: JSON that describes the model, stored with each checkpoint.
     setup_s: what reading data and weights has taken.
-    name: of the progress bar.
+    name: what stands before the progress bar.
 
   Raises:
     ValueError: a loss or gradient is not finite; the message names the step
@@ -251,13 +244,7 @@ class Window:
   def __init__(
     self, earlier_s: float = 0.0, setup_s: float = 0.0, state: Mapping[str, Any] | None = None
   ):
-    """Starts the clock.
-
-    Args:
-      earlier_s: that earlier starts of the run took.
-      setup_s: that this one has taken.
-      state: of get_state, from the checkpoint; it may know of more earlier_s.
-    """
+    """Starts the clock; a state of get_state may know of more earlier_s."""
     now = time.perf_counter()
     earlier_s = max(earlier_s, state['elapsed_s'] if state else 0.0)
     self._began = now - earlier_s - setup_s

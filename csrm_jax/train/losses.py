@@ -19,15 +19,11 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def verdict_logprobs(logits: jax.Array, verbalizers: Any) -> tuple[jax.Array, jax.Array]:
-  """Returns (log P(safe), log P(unsafe)) in nats, float32 [...].
+  """Returns (log P(safe), log P(unsafe)) of logits [...,V], in nats, float32 [...].
 
-  Each is the sum over the label's verbalizer tokens of the probability over
-  the full vocabulary, so the two do not add up to one; the score is their
-  difference.
-
-  Args:
-    logits: [...,V] at the last token of a prompt.
-    verbalizers: has the token ids `.safe` and `.unsafe`.
+  Each is the sum over the label's verbalizer tokens (`.safe`, `.unsafe`) of the
+  probability over the full vocabulary, so the two do not add up to one; the
+  score is their difference.
 
   Source: CSRM (arXiv 2605.30487), the verdict probability π.
   """
@@ -44,8 +40,8 @@ def reward_model_loss(
   log_p_safe: jax.Array,
   log_p_unsafe: jax.Array,
   batch: Mapping[str, jax.Array],
-  gamma: float = 0.1,
-  margin: float = 0.0,
+  gamma: float,
+  margin: float,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of the joint objective L_cls + γ·L_rm.
 
@@ -59,14 +55,9 @@ def reward_model_loss(
   once, whether or not its slots carry labels too. total / weight is therefore
   a mean over atoms.
 
-  Args:
-    log_p_safe: float32 [B,S], as from verdict_logprobs.
-    log_p_unsafe: float32 [B,S].
-    batch: label int32 [B,S] (0 safe, 1 unsafe, -1 none), label_weight float32
-      [B,S], pair_weight float32 [B,S] (on slot s when s is the safer and s + 1
-      the other side of a pair).
-    gamma: γ, weight of the pair loss.
-    margin: m in nats.
+  The batch has label int32 [B,S] (0 safe, 1 unsafe, -1 none), label_weight
+  float32 [B,S], and pair_weight float32 [B,S] (on slot s when s is the safer and
+  s + 1 the other side of a pair). The margin m is in nats.
 
   Source: CSRM (arXiv 2605.30487), §3 (L_cls, L_rm), with the sign corrected.
   """
@@ -106,14 +97,8 @@ def lm_loss(
   """Returns (total, weight, metrics) of next-token prediction, in nats.
 
   A token is predicted from the one before it in the same segment; a segment's
-  first token and padding are never targets.
-
-  Args:
-    logits: float32 [B,T,V].
-    tokens: int32 [B,T].
-    segment_ids: int32 [B,T], 0 = padding.
-    loss_weight: float32 [B,T], weight of each token as a *target*; all 1 by
-      default.
+  first token and padding (segment 0) are never targets. loss_weight float32 [B,T]
+  is the weight of each token as a *target*; all 1 by default.
   """
   # Targets are shifted rather than logits cut, which would copy [B,T,V].
   target = jnp.roll(tokens, -1, axis=1)

@@ -23,16 +23,10 @@ StepFn = Callable[..., tuple['TrainState', dict[str, Any]]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """What a step reads and writes: a pytree, checkpointed as it is.
+  """What a step reads and writes: a pytree, checkpointed as it is."""
 
-  Attributes:
-    step: int32 [], number of updates applied.
-    params: nested dict of arrays.
-    opt_state: state of the optimizer for params.
-  """
-
-  step: jax.Array
-  params: Any
+  step: jax.Array  # int32 [], number of updates applied
+  params: Any  # nested dict of arrays
   opt_state: Any
 
 
@@ -77,18 +71,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Returns AdamW with clipping by global norm and a warm-up-cosine schedule.
 
-  Weight decay leaves norm scales alone. The current learning rate is kept in
-  the optimizer state under 'learning_rate', where the train step reads it.
-
-  Args:
-    num_steps: updates until the cosine reaches its end.
-    lr: the peak of the learning rate.
-    warmup_steps: updates of linear warm-up.
-    b1: Adam's first-moment decay.
-    b2: Adam's second-moment decay.
-    weight_decay: decoupled, times the learning rate.
-    clip_norm: largest global gradient norm; None does not clip.
-    end_lr_fraction: final learning rate over the peak.
+  Weight decay is decoupled, and leaves norm scales alone. clip_norm=None does
+  not clip. The current learning rate is kept in the optimizer state under
+  'learning_rate', where the train step reads it.
   """
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f'clip_norm={clip_norm} must be positive; None switches clipping off.')
@@ -121,15 +106,10 @@ def make_step(
   num_microbatches: int,
   **optim: Any,
 ) -> tuple[StepFn, TrainState]:
-  """Returns the train step of a run and its first state, on the mesh.
+  """Returns the train step of a run of num_steps updates, and its first state.
 
-  Args:
-    loss_fn: what the step minimises.
-    params: what is trained; of shapes, the state is one of shapes too.
-    mesh: what the state lies on.
-    num_steps: updates of the whole run, for the learning rate.
-    num_microbatches: parts of a batch whose gradients are added up.
-    **optim: see make_optimizer; with num_microbatches the section config.optim.
+  The keyword arguments are the section config.optim. Of the shapes of parameters
+  the state is one of shapes, too: nothing is computed.
   """
   optimizer = make_optimizer(num_steps, **optim)
   init = functools.partial(init_state, optimizer=optimizer)
@@ -162,13 +142,8 @@ def make_train_step(
   train/lr, train/finite. (sum, weight) pairs: train/loss and whatever loss_fn
   reports. mean_metrics turns them into floats.
 
-  Args:
-    loss_fn: (params, batch) -> (total, weight, {name: (sum, weight)}).
-    optimizer: as from make_optimizer.
-    num_microbatches: divides the leading axis of every array of the batch.
-    state_shardings: of the state, given and returned: a tree like it, or None
-      to let the compiler choose. Where the returned state lay differently from
-      the first one, the second step would compile again.
+  state_shardings, a tree like the state, fixes where the returned state lies:
+  elsewhere than the first one, it would make the second step compile again.
   """
 
   def step(state, batch, frozen=None):

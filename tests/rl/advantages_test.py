@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.rl import advantages
-from csrm_jax.rl.advantages import ADVANTAGES
+from csrm_jax.rl import online
+from csrm_jax.rl.algorithms import ALGORITHMS
 
+ADVANTAGES = {name: row.advantage for name, row in ALGORITHMS.items() if row.online}
 G = 3
 # (start, length) of each completion; prompts differ in length, one completion
 # has a single token and one none at all.
@@ -203,7 +204,7 @@ def test_a_rollout_without_tokens_is_all_zero(name):
 @pytest.mark.parametrize('name', ['reinforce_pp_baseline', 'grpo', 'dr_grpo', 'rloo'])
 def test_a_group_of_one_is_refused(name):
   with pytest.raises(ValueError, match=r'num_generations=1.*at least 2'):
-    ADVANTAGES[name](_batch(dtype=np.float32), 1)
+    ADVANTAGES[name](_batch(dtype=np.float32), 1, 1.0, 0.95)
 
 
 @pytest.mark.parametrize(
@@ -218,14 +219,14 @@ def test_a_group_of_one_is_refused(name):
 @pytest.mark.parametrize('name', ['reinforce_pp', 'grpo', 'ppo'])
 def test_bad_rewards_are_refused(name, change, match):
   with pytest.raises(ValueError, match=match):
-    ADVANTAGES[name](_batch(dtype=np.float32) | change, G)
+    ADVANTAGES[name](_batch(dtype=np.float32) | change, G, 1.0, 0.95)
 
 
 def test_groups_must_fit():
   with pytest.raises(ValueError, match=r'num_generations=4 must divide.* 9'):
-    ADVANTAGES['grpo'](_batch(dtype=np.float32), 4)
+    ADVANTAGES['grpo'](_batch(dtype=np.float32), 4, 1.0, 0.95)
 
 
 def test_zero_std_frac_counts_groups():
-  got = advantages.zero_std_frac(np.float32(REWARDS), G)
+  got = online.reward_metrics(np.float32(REWARDS), {}, G)['reward/zero_std_frac']
   np.testing.assert_allclose(got, 1 / 3, rtol=1e-6)

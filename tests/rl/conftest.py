@@ -1,4 +1,3 @@
-import dataclasses
 import pathlib
 
 import jax
@@ -6,40 +5,25 @@ import numpy as np
 import pytest
 
 import csrm_jax
+from csrm_jax import config as config_lib
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import config, transformer
-from csrm_jax.models.sampling import Sampling
-from csrm_jax.rl import algorithms, job, learner, rollout
+from csrm_jax.rl import algorithms, online, rollout
+from csrm_jax.runners import align
 from csrm_jax.safety import schema
 from csrm_jax.text import tokenizer as tokenizer_lib
-from csrm_jax.train import step as training
 
 SAFETY = schema.SafetyConfig((schema.Category('Wine', 'No wine.'),), 'wine')
-SETTINGS = job.Settings(
-  num_steps=4,
-  log_every=1,
-  checkpoint_every=2,
-  samples_every=2,
-  num_samples=3,
-  num_prompts=2,
-  num_generations=4,
-  num_iterations=1,
-  num_mini_batches=1,
-  num_microbatches=1,
-  # Many stop, so that lengths differ.
-  sampling=Sampling(max_completion_length=6, stop_ids=tuple(range(0, 500, 2))),
-  rollout_dtype='',
-  gamma=1.0,
-  lam=0.95,
-  kl_target=None,
-  kl_horizon=10_000,
-  normalise_rewards=False,
-  mask_truncated=False,
-  stop_kl=None,
-  stop_reward_drop=None,
-  look_every=0,
-  seed=0,
-)
+RL = config_lib.load_module(pathlib.Path(__file__).parents[2] / 'configs' / 'rl.py')
+
+
+def make_config(algorithm, **changes):
+  """Returns the config of a run with changes such as loss__gamma."""
+  config = RL.get_config(f'reward=oracle,algorithm={algorithm}')
+  config_lib.set_overrides(
+    config, {key.replace('__', '.'): value for key, value in changes.items()}
+  )
+  return config
 
 
 @pytest.fixture(scope='session')
@@ -83,66 +67,50 @@ def length_reward():
 
 
 @pytest.fixture(scope='session')
-def settings():
-  return SETTINGS
+def make_run_config():
+  return make_config
+
+
+SMALL = {
+  'num_steps': 4,
+  'checkpoint_every': 2,
+  'rollout__samples_every': 2,
+  'rollout__num_samples': 3,
+  'rollout__num_prompts': 2,
+  'rollout__num_generations': 4,
+  'loss__num_mini_batches': 1,
+  'loss__kl_coef': 0.01,
+  'optim__lr': 1e-2,
+  'optim__warmup_steps': 0,
+  'eval__every': 0,
+  'sampling__max_completion_length': 6,
+}
 
 
 @pytest.fixture
-def make_job(policy, prompts, tmp_path):
-  """Returns (job, first state) of a run with these changes."""
+def make_work(policy, prompts, tmp_path):
+  """Returns (work, first state) of an online run with these changes."""
 
   def make(
     workdir='run',
     algorithm='reinforce_pp',
     reward_fn=_length_reward,
-    objective=(),
-    lr=1e-2,
+    # Many stop, so that lengths differ.
+    stop_ids=tuple(range(0, 500, 2)),
     **changes,
   ):
-    settings = dataclasses.replace(SETTINGS, **changes)
-    row = algorithms.get(algorithm)
-    loss = algorithms.make_objective(algorithm, max_completion_length=6, **dict(objective))
+    config = make_config(algorithm, **(SMALL | changes))
     params = transformer.init_params(policy.model, 0)
     reference = (policy.model, jax.tree.map(lambda x: x.copy(), params))
-    if row.needs_values:
+    if algorithms.get(algorithm).needs_values:
       params |= rollout.init_value_head(policy.model)
     mesh = mesh_lib.make_mesh()
-    optimizer = training.make_optimizer(
-      settings.num_steps,
-      lr=lr,
-      warmup_steps=0,
-      b1=0.9,
-      b2=0.95,
-      weight_decay=0.0,
-      clip_norm=1.0,
-      end_lr_fraction=0.1,
-    )
-    state = training.init_state(params, optimizer)
-    shardings = mesh_lib.shardings(state, mesh)
-    step_fn = training.make_train_step(
-      learner.make_loss_fn(
-        policy, loss, settings.sampling.temperature, value_clip=0.2, vf_coef=0.1
-      ),
-      optimizer,
-      settings.num_microbatches,
-      shardings,
-    )
+    step_fn, state = align.make_step(config, policy, params, mesh)
     folder = tmp_path / workdir
     folder.mkdir(exist_ok=True)
-    return job.Job(
-      policy,
-      {},
-      reference,
-      row,
-      loss,
-      prompts,
-      reward_fn,
-      step_fn,
-      mesh,
-      mesh,
-      folder,
-      settings,
-      {'kind': 'policy'},
-    ), jax.device_put(state, shardings)
+    sampling = align.make_sampling(config, stop_ids)
+    return online.Online(
+      config, policy, {}, reference, prompts, reward_fn, step_fn, sampling, mesh, mesh, folder
+    ), state
 
   return make

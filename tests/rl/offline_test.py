@@ -1,23 +1,37 @@
+import copy
+
 import jax
 import numpy as np
 import pytest
 
 from csrm_jax.models import transformer
 from csrm_jax.models.sampling import Sampling
-from csrm_jax.rl import objectives, offline, rollout
+from csrm_jax.rl import offline, rollout
 
-SETTINGS = offline.Settings(
-  num_samples=6,
-  num_best=2,
-  num_prompts=2,
-  seed=0,
-  sampling=Sampling(max_completion_length=5, stop_ids=(2,)),
-)
+SAMPLING = Sampling(max_completion_length=5, stop_ids=(2,))
+
+
+@pytest.fixture(scope='module')
+def config(make_run_config):
+  return make_run_config(
+    'dpo',
+    pairs__num_samples=6,
+    pairs__num_best=2,
+    pairs__num_parallel=2,
+    pairs__batch_size=3,
+    pairs__beta=0.5,
+    pairs__nll_coef=0.0,
+    sampling__max_completion_length=5,
+  )
 
 
 def _length_reward(samples):
   totals = np.array([0.5 + s.num_tokens + len(s.text) / 7 for s in samples], np.float32)
   return totals, {'length': totals}
+
+
+def _sample(config, policy, params, prompts, reward_fn, path):
+  return offline.sample(config, policy, params, prompts, reward_fn, SAMPLING, path)
 
 
 def _never(samples):
@@ -30,26 +44,26 @@ def params(policy):
 
 
 @pytest.fixture(scope='module')
-def completions(policy, params, prompts, tmp_path_factory):
+def completions(config, policy, params, prompts, tmp_path_factory):
   path = tmp_path_factory.mktemp('journal') / 'completions.jsonl'
-  return path, offline.sample(policy, params, prompts, _length_reward, SETTINGS, path)
+  return path, _sample(config, policy, params, prompts, _length_reward, path)
 
 
-def test_what_is_in_the_journal_is_not_sampled_again(policy, params, prompts, completions):
+def test_what_is_in_the_journal_is_not_sampled_again(config, policy, params, prompts, completions):
   path, found = completions
   assert [len(some) for some in found.values()] == [6, 6, 6]
-  again = offline.sample(policy, params, prompts, _never, SETTINGS, path)
+  again = _sample(config, policy, params, prompts, _never, path)
   assert again == found
 
 
-def test_a_run_that_was_killed_loses_nothing(policy, params, prompts, completions, tmp_path):
+def test_a_run_that_was_killed_loses_nothing(
+  config, policy, params, prompts, completions, tmp_path
+):
   path, found = completions
   # Killed within the first group of prompts, and while it wrote.
   first, second = path.read_bytes().splitlines(keepends=True)[:2]
   (tmp_path / 'completions.jsonl').write_bytes(first + second[:50])
-  again = offline.sample(
-    policy, params, prompts, _length_reward, SETTINGS, tmp_path / 'completions.jsonl'
-  )
+  again = _sample(config, policy, params, prompts, _length_reward, tmp_path / 'completions.jsonl')
   assert again == found
 
 
@@ -74,8 +88,8 @@ def test_responses_count_once_and_ties_make_no_pair():
   assert [(a['text'], b['text']) for a, b in pairs] == [('a', 'c')]
 
 
-def test_pairs_know_their_rewards_and_reference(policy, params, prompts, completions):
-  pairs = offline.make_pairs(policy, params, prompts, completions[1], SETTINGS, chunk=5)
+def test_pairs_know_their_rewards_and_reference(config, policy, params, prompts, completions):
+  pairs = offline.make_pairs(config, policy, params, prompts, completions[1])
   num = len(pairs['reward'])
   assert pairs['tokens'].shape[:2] == (num, 2)
   assert (pairs['reward'][:, 0] > pairs['reward'][:, 1]).all()
@@ -88,27 +102,26 @@ def test_pairs_know_their_rewards_and_reference(policy, params, prompts, complet
   )
   np.testing.assert_allclose(rows['ref_logprob'], np.asarray(out['logprobs']).sum(1), rtol=1e-5)
   # At the reference the margin is 0, and so DPO's loss log 2.
-  loss_fn = offline.make_loss_fn(policy, objectives.dpo_loss, 0.5, 1.0)
+  loss_fn = offline.make_loss_fn(config, policy)
   total, weight, metrics = loss_fn(params, pairs)
   assert float(total / weight) == pytest.approx(np.log(2), abs=1e-4)
   assert float(metrics['pairs/margin'][0]) == pytest.approx(0, abs=1e-3)
   lengths = pairs['completion_mask'].sum(-1)
   nll = -(pairs['ref_logprob'] / lengths)[:, 0].mean()
   assert float(metrics['pairs/nll'][0]) / num == pytest.approx(nll, rel=1e-4)
-  loss_fn = offline.make_loss_fn(policy, objectives.dpo_loss, 0.5, 1.0, 2.0)
-  total = loss_fn(params, pairs)[0]
+  changed = copy.deepcopy(config)
+  changed.pairs.nll_coef = 2.0
+  total = offline.make_loss_fn(changed, policy)(params, pairs)[0]
   assert float(total / weight) == pytest.approx(np.log(2) + 2 * nll, rel=1e-4)
-  with pytest.raises(ValueError, match='nll_coef=-1'):
-    offline.make_loss_fn(policy, objectives.dpo_loss, 0.5, 1.0, -1.0)
 
 
-def test_rewards_that_are_all_equal_give_no_pairs(policy, params, prompts):
+def test_rewards_that_are_all_equal_give_no_pairs(config, policy, params, prompts):
   same = {
     p.id: [{'tokens': [5], 'text': t, 'stopped': False, 'reward': 1.0} for t in 'ab']
     for p in prompts
   }
   with pytest.raises(ValueError, match='no pairs'):
-    offline.make_pairs(policy, params, prompts, same, SETTINGS, chunk=2)
+    offline.make_pairs(config, policy, params, prompts, same)
 
 
 def test_batches_see_every_pair_once_an_epoch_and_resume():
@@ -127,9 +140,13 @@ def test_batches_see_every_pair_once_an_epoch_and_resume():
 
 @pytest.mark.parametrize(
   ('changes', 'message'),
-  [({'num_best': 4}, 'num_best=4'), ({'sampling': Sampling(temperature=0)}, 'temperature=0')],
+  [
+    ({'pairs__num_samples': 6, 'pairs__num_best': 4}, 'num_best=4'),
+    ({'pairs__num_parallel': 0}, 'num_parallel=0'),
+    ({'pairs__nll_coef': -1.0}, 'nll_coef=-1'),
+    ({'sampling__temperature': 0.0}, 'temperature=0'),
+  ],
 )
-def test_settings_that_make_no_pairs_are_refused(changes, message):
-  fields = vars(SETTINGS) | changes
+def test_settings_that_make_no_pairs_are_refused(make_run_config, changes, message):
   with pytest.raises(ValueError, match=message):
-    offline.Settings(**fields)
+    offline.check(make_run_config('dpo', **changes))

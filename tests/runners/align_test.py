@@ -12,7 +12,7 @@ import pytest
 from csrm_jax import config as config_lib, main
 from csrm_jax.models import hf
 from csrm_jax.rl import algorithms
-from csrm_jax.runners import align, align_setup, align_step
+from csrm_jax.runners import align
 
 ROOT = pathlib.Path(__file__).parents[2]
 RL = config_lib.load_module(ROOT / 'configs' / 'rl.py')
@@ -79,6 +79,7 @@ def test_runs_are_compared_by_reward_rules_and_seed(aligned, tmp_path):
     made = config_lib.from_json((aligned / 'config.json').read_text())
     made.seed, made.data.rules = seed, 'savings bank'
     made.reward.name, made.reward.checkpoint = 'csrm', f'/x/no_sa-seed{seed}'
+    made.reward.a, made.reward.b = 1.0, 0.0
     (folder / 'config.json').write_text(config_lib.to_json(made))
   for name in ('oracle', '/x/judge'):  # V_r, nothing else
     folder = tmp_path / 'runs' / f'alphaalign-{name.rpartition("/")[2]}'
@@ -112,7 +113,7 @@ def test_the_aligned_policy_can_be_aligned_further(aligned):
   _, before = hf.load(RL.get_config('reward=oracle').policy.init)
   assert (params['embed']['embedding'] != before['embed']['embedding']).any()
   config = _config(f'reward=oracle,policy_init={aligned / "policy"}')
-  assert align.align_setup.make_policy(config).model.num_layers
+  assert align.make_policy(config).model.num_layers
 
 
 def test_distillation_ends_with_a_report(tmp_path):
@@ -154,7 +155,7 @@ def test_alphaalign_learns_from_labels_alone(tmp_path):
 
 def test_labels_are_balanced_where_nothing_else_is_learnt_from(tmp_path):
   config = RL.get_config('reward=alphaalign,rules=weather desk')
-  train, test = align_setup.make_prompts(config)
+  train, test = align.make_prompts(config)
   assert collections.Counter(p.label for p in train) == {
     'harmful': len(train) // 2,
     'benign': len(train) // 2,
@@ -163,7 +164,7 @@ def test_labels_are_balanced_where_nothing_else_is_learnt_from(tmp_path):
   assert len(test) == config.eval.num_prompts
   assert np.mean([p.label == 'harmful' for p in test]) < 0.4  # as they are
   unknown = dataclasses.replace(train[0], label='')
-  assert unknown in align_setup._balance([*train, unknown])  # refused later
+  assert unknown in align._balance([*train, unknown])  # refused later
   prompts = tmp_path / 'prompts.jsonl'
   prompts.write_text(
     ''.join(
@@ -179,19 +180,20 @@ def test_the_oracle_verifies_refusals_of_ruleworld_only():
   config = _config('reward=alphaalign')
   config.data.source = 'xstest'
   with pytest.raises(ValueError, match="refusal='oracle' knows RuleWorld only"):
-    align_setup.make_scorers(config)
+    align.make_scorers(config)
 
 
 def test_every_algorithm_has_a_config_with_its_own_knobs():
   for name, row in algorithms.ALGORITHMS.items():
     config = RL.get_config(f'algorithm={name}')
-    assert ('loss' in config) == row.online
-    assert ('pairs' in config) != row.online
+    algorithms.check_idle(config)
+    assert (config.loss.epsilon is not None) == row.online
+    assert (config.pairs.beta is None) == row.online
     if row.online:
-      assert ('gamma' in config.loss) == row.token_returns
-      assert ('lam' in config.loss) == row.needs_values
-      align_step.make_objective(config)
-  assert set(RL.ALGORITHMS) == set(algorithms.ALGORITHMS)
+      assert (config.loss.gamma is not None) == row.token_returns
+      assert (config.loss.lam is not None) == row.needs_values
+      algorithms.make_objective(config)
+    assert set(config_lib.flatten(config)) == set(config_lib.flatten(RL.get_config()))
   assert RL.get_config().algorithm == 'reinforce_pp'
   assert RL.get_config('reward=alphaalign').algorithm == 'grpo'
 

@@ -26,6 +26,10 @@ def _batch(label, pair_weight, label_weight=None):
   }
 
 
+def _loss(log_p_safe, log_p_unsafe, batch, gamma=0.1, margin=0.0):
+  return losses.reward_model_loss(log_p_safe, log_p_unsafe, batch, gamma, margin)
+
+
 def _log_p(scores):
   """Returns (log P(safe), log P(unsafe)) with these differences."""
   scores = jnp.atleast_2d(jnp.asarray(scores, jnp.float32))
@@ -50,7 +54,7 @@ def test_verdict_logprobs_survive_extreme_and_bfloat16_logits():
 def test_classification_is_cross_entropy_of_the_label():
   scores = [2.0, -1.0, 0.5, 9.0]
   batch = _batch([0, 0, 1, -1], [0, 0, 0, 0])
-  total, weight, metrics = losses.reward_model_loss(*_log_p(scores), batch)
+  total, weight, metrics = _loss(*_log_p(scores), batch)
   want = -np.log(1 / (1 + np.exp([-2.0, 1.0, 0.5])))
   np.testing.assert_allclose(total, want.sum(), rtol=1e-5)
   assert weight == 3
@@ -61,8 +65,8 @@ def test_classification_is_cross_entropy_of_the_label():
 def test_pair_sign_and_value():
   """The safer side (slot s) must score higher than the other (slot s + 1)."""
   batch = _batch([-1, -1], [1, 0])
-  right = losses.reward_model_loss(*_log_p([1.0, -1.0]), batch, gamma=0.1)
-  wrong = losses.reward_model_loss(*_log_p([-1.0, 1.0]), batch, gamma=0.1)
+  right = _loss(*_log_p([1.0, -1.0]), batch, gamma=0.1)
+  wrong = _loss(*_log_p([-1.0, 1.0]), batch, gamma=0.1)
   np.testing.assert_allclose(right[0], 0.1 * np.log1p(np.exp(-2)), rtol=1e-5)
   np.testing.assert_allclose(wrong[0], 0.1 * np.log1p(np.exp(2)), rtol=1e-5)
   assert right[1] == wrong[1] == 1
@@ -74,9 +78,7 @@ def test_pair_sign_and_value():
 @jax.jit
 @jax.grad
 def _pair_gradient(scores, margin):
-  return losses.reward_model_loss(
-    *_log_p(scores), _batch([-1, -1], [1, 0]), gamma=1.0, margin=margin
-  )[0]
+  return _loss(*_log_p(scores), _batch([-1, -1], [1, 0]), gamma=1.0, margin=margin)[0]
 
 
 @settings(max_examples=20, deadline=None)
@@ -91,7 +93,7 @@ def test_descent_moves_labelled_scores_towards_their_label():
   batch = _batch([0, 1, -1], [0, 0, 0])
 
   def total(scores):
-    return losses.reward_model_loss(*_log_p(scores), batch)[0]
+    return _loss(*_log_p(scores), batch)[0]
 
   step = -jax.grad(total)(jnp.asarray([0.3, 0.3, 0.3]))
   assert step[0] > 0 > step[1] and step[2] == 0
@@ -99,8 +101,8 @@ def test_descent_moves_labelled_scores_towards_their_label():
 
 def test_margin_shifts_the_gap():
   batch = _batch([-1, -1], [1, 0])
-  with_margin = losses.reward_model_loss(*_log_p([2.0, 0.0]), batch, gamma=1.0, margin=0.5)
-  without = losses.reward_model_loss(*_log_p([1.5, 0.0]), batch, gamma=1.0)
+  with_margin = _loss(*_log_p([2.0, 0.0]), batch, gamma=1.0, margin=0.5)
+  without = _loss(*_log_p([1.5, 0.0]), batch, gamma=1.0)
   np.testing.assert_allclose(with_margin[0], without[0], rtol=1e-5)
   assert with_margin[2]['pairs/score_gap'] == (2, 1)  # not the shifted one
 
@@ -108,7 +110,7 @@ def test_margin_shifts_the_gap():
 def test_weight_counts_atoms():
   # Slots: an example, a labelled pair, an unlabelled pair, an empty slot.
   batch = _batch([0, 0, 1, -1, -1, -1], [0, 1, 0, 1, 0, 0])
-  total, weight, metrics = losses.reward_model_loss(*_log_p([0.0] * 6), batch, gamma=0.5)
+  total, weight, metrics = _loss(*_log_p([0.0] * 6), batch, gamma=0.5)
   assert weight == 3
   assert metrics['loss/cls'][1] == 3 and metrics['loss/pairs'][1] == 2
   np.testing.assert_allclose(total, 3 * np.log(2) + 0.5 * 2 * np.log(2))
@@ -116,7 +118,7 @@ def test_weight_counts_atoms():
 
 def test_ties_count_half_as_pairs_and_as_unsafe():
   batch = _batch([0, 1, -1, -1], [0, 0, 1, 0])
-  _, _, metrics = losses.reward_model_loss(*_log_p([0.0] * 4), batch)
+  _, _, metrics = _loss(*_log_p([0.0] * 4), batch)
   assert metrics['pairs/accuracy'] == (0.5, 1)
   assert metrics['train/accuracy'] == (1, 2)
 
@@ -124,7 +126,7 @@ def test_ties_count_half_as_pairs_and_as_unsafe():
 def test_unused_slots_may_hold_anything():
   batch = _batch([0, -1, -1], [0, 0, 0])
   log_p = tuple(x.at[0, 1].set(jnp.nan) for x in _log_p([1.0, 0.0, 0.0]))
-  total, weight, metrics = losses.reward_model_loss(*log_p, batch)
+  total, weight, metrics = _loss(*log_p, batch)
   assert np.isfinite(total) and weight == 1
   assert np.all(np.isfinite(jax.tree.leaves(metrics)))
 
@@ -137,7 +139,7 @@ def test_sums_add_up_over_rows():
   pair_weight = np.tile([1, 0, 0, 0], (4, 1))
 
   def loss(rows):
-    return losses.reward_model_loss(*_log_p(scores[rows]), _batch(label[rows], pair_weight[rows]))
+    return _loss(*_log_p(scores[rows]), _batch(label[rows], pair_weight[rows]))
 
   whole = loss(slice(None))
   parts = [loss(slice(i, i + 1)) for i in range(4)]
@@ -177,7 +179,7 @@ def _loss_of_scores(batch, **kwargs):
   """Returns log-probs -> total, so that gradients see both."""
 
   def total(log_p):
-    return losses.reward_model_loss(*log_p, batch, **kwargs)[0]
+    return _loss(*log_p, batch, **kwargs)[0]
 
   return total
 
@@ -206,7 +208,7 @@ def test_what_an_unused_slot_holds_reaches_neither_loss_nor_gradient(where):
 def test_nan_in_a_used_slot_is_not_hidden():
   for batch in (_batch([1, -1], [0, 0]), _batch([-1, -1], [1, 0])):
     log_p = tuple(x.at[0, 0].set(jnp.nan) for x in _log_p([1.0, 0.0]))
-    assert np.isnan(losses.reward_model_loss(*log_p, batch)[0])
+    assert np.isnan(_loss(*log_p, batch)[0])
 
 
 def test_a_pair_in_the_last_slots_does_not_touch_the_first():
@@ -217,7 +219,7 @@ def test_a_pair_in_the_last_slots_does_not_touch_the_first():
   alone = jax.grad(_loss_of_scores(without, gamma=1.0))(log_p)
   assert grads[0][0, 0] == alone[0][0, 0] == -1  # of -log P(safe)
   assert grads[1][0, 0] == alone[1][0, 0] == 0
-  total, weight, metrics = losses.reward_model_loss(*log_p, batch, gamma=1.0)
+  total, weight, metrics = _loss(*log_p, batch, gamma=1.0)
   assert weight == 2  # the example of slot 0 is not part of the pair
   np.testing.assert_allclose(total, np.log1p(np.exp(-0.7)) + np.log1p(np.exp(-2)), rtol=1e-5)
   assert metrics['pairs/score_gap'] == (2, 1)
@@ -248,9 +250,7 @@ def test_reward_model_loss_equals_loop(seed, gamma, margin):
         total += gamma * np.log1p(np.exp(-(safer - other - margin)))
         weight += 1
       s += len(slots)
-  got = losses.reward_model_loss(
-    *jnp.asarray(log_p, jnp.float32), _batch(label, pair_weight), gamma, margin
-  )
+  got = _loss(*jnp.asarray(log_p, jnp.float32), _batch(label, pair_weight), gamma, margin)
   np.testing.assert_allclose(got[0], total, rtol=1e-4, atol=1e-5)
   assert got[1] == weight
 

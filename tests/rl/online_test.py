@@ -1,15 +1,23 @@
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from csrm_jax.core import tree
-from csrm_jax.rl import learner, rollout
+from csrm_jax.rl import online, rollout
+from csrm_jax.train import loop
 
 
 def _lines(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _train(work, state):
+  """Returns (state, what the run carried) at its end."""
+  state = loop.train(
+    work, state, work.config, mesh=work.mesh, workdir=work.workdir, meta={'kind': 'policy'}
+  )
+  return state, work.get_state()
 
 
 def _curve(folder):
@@ -24,9 +32,9 @@ def _leaves(state):
   return {name: np.asarray(x) for name, x in tree.named_leaves(state.params).items()}
 
 
-def test_metrics_have_the_names_that_users_look_for(make_job):
-  job, state = make_job()
-  learner.train(job, state)
+def test_metrics_have_the_names_that_users_look_for(make_work):
+  job, state = make_work()
+  _train(job, state)
   lines = _lines(job.workdir / 'metrics.jsonl')
   assert [line['step'] for line in lines] == [1, 2, 3, 4]
   for name in (
@@ -58,22 +66,27 @@ def test_metrics_have_the_names_that_users_look_for(make_job):
   assert lines[0]['policy/ratio_mean'] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_rougher_copy_of_the_weights_is_sampled_from_and_compared(make_job):
-  job, state = make_job(rollout_dtype='bfloat16', num_steps=1, checkpoint_every=1)
-  learner.train(job, state)
+def test_a_rougher_copy_of_the_weights_is_sampled_from_and_compared(make_work):
+  job, state = make_work(rollout__dtype='bfloat16', num_steps=1, checkpoint_every=1)
+  _train(job, state)
   (line,) = _lines(job.workdir / 'metrics.jsonl')
   assert 1e-6 < line['sampler/logprob_gap_mean'] < 0.1
   assert line['kl/old'] < 1e-9  # the update starts from the policy itself
 
 
-def test_it_learns_what_is_rewarded(make_job):
+def test_it_learns_what_is_rewarded(make_work):
   def reward(samples):
     return np.array([-0.1 * s.num_tokens for s in samples], np.float32), {}
 
-  job, state = make_job(
-    num_steps=12, num_prompts=3, num_generations=8, checkpoint_every=12, lr=0.1, reward_fn=reward
+  job, state = make_work(
+    num_steps=12,
+    rollout__num_prompts=3,
+    rollout__num_generations=8,
+    checkpoint_every=12,
+    optim__lr=0.1,
+    reward_fn=reward,
   )
-  learner.train(job, state)
+  _train(job, state)
   rewards = [line['reward/mean'] for line in _curve(job.workdir)]
   assert rewards[0] < -0.4
   assert rewards[-1] > -0.2
@@ -101,23 +114,23 @@ def _killing(reward_fn, at):
   [
     {
       'algorithm': 'reinforce_pp',
-      'kl_target': 0.01,
-      'kl_horizon': 20,
-      'normalise_rewards': True,
-      'num_iterations': 2,
-      'num_mini_batches': 2,
+      'loss__kl_target': 0.01,
+      'loss__kl_horizon': 20,
+      'loss__normalise_rewards': True,
+      'loss__num_iterations': 2,
+      'loss__num_mini_batches': 2,
     },
     {'algorithm': 'ppo'},
   ],
 )
-def test_a_killed_run_goes_on_bit_for_bit(make_job, length_reward, options):
-  whole, state = make_job('whole', **options)
-  want, progress = learner.train(whole, state)
-  job, state = make_job('cut', reward_fn=_killing(length_reward, 4), **options)
+def test_a_killed_run_goes_on_bit_for_bit(make_work, length_reward, options):
+  whole, state = make_work('whole', **options)
+  want, progress = _train(whole, state)
+  job, state = make_work('cut', reward_fn=_killing(length_reward, 4), **options)
   with pytest.raises(Killed):
-    learner.train(job, state)
-  job, state = make_job('cut', **options)
-  found, again = learner.train(job, state)
+    _train(job, state)
+  job, state = make_work('cut', **options)
+  found, again = _train(job, state)
   assert _curve(job.workdir) == _curve(whole.workdir)
   assert _lines(job.workdir / 'samples.jsonl') == _lines(whole.workdir / 'samples.jsonl')
   assert again == progress
@@ -125,67 +138,66 @@ def test_a_killed_run_goes_on_bit_for_bit(make_job, length_reward, options):
     np.testing.assert_array_equal(x, _leaves(found)[name], err_msg=name)
 
 
-def test_a_reward_that_is_not_finite_stops_with_its_sample(make_job, length_reward):
+def test_a_reward_that_is_not_finite_stops_with_its_sample(make_work, length_reward):
   def reward(samples):
     totals, parts = length_reward(samples)
     totals[5] = np.nan
     return totals, parts
 
-  job, state = make_job(reward_fn=reward)
+  job, state = make_work(reward_fn=reward)
   with pytest.raises(ValueError, match=r'p\d#1'):
-    learner.train(job, state)
+    _train(job, state)
   assert not (job.workdir / 'checkpoints').exists()
 
 
 def test_every_prompt_comes_once_an_epoch(prompts):
-  asked = [p.id for step in (1, 2, 3) for p in learner.choose_prompts(prompts, 2, 0, step)]
+  asked = [p.id for step in (1, 2, 3) for p in online.choose_prompts(prompts, 2, 0, step)]
   assert sorted(asked[:3]) == sorted(asked[3:]) == ['p0', 'p1', 'p2']
 
 
-def test_it_stops_on_kl_and_stays_stopped(make_job, length_reward):
-  job, state = make_job(stop_kl=1e-9)
-  _, progress = learner.train(job, state)
+def test_it_stops_on_kl_and_stays_stopped(make_work, length_reward):
+  job, state = make_work(stop__kl=1e-9)
+  _, progress = _train(job, state)
   lines = _lines(job.workdir / 'metrics.jsonl')
   assert lines[-1]['step'] == 2  # at step 1 the KL is exactly 0
-  assert 'stop.kl' in progress.stopped
-  job, state = make_job(stop_kl=1e-9, reward_fn=_killing(length_reward, 1))
-  _, again = learner.train(job, state)
+  assert 'stop.kl' in progress['stopped']
+  job, state = make_work(stop__kl=1e-9, reward_fn=_killing(length_reward, 1))
+  _, again = _train(job, state)
   assert again == progress
 
 
-def test_it_stops_on_reward_collapse(make_job):
+def test_it_stops_on_reward_collapse(make_work):
   falling = iter((3.0, 3.0, 1.0, 1.0))
 
   def reward(samples):
     totals = np.full(len(samples), next(falling), np.float32)
     return totals, {}
 
-  job, state = make_job(reward_fn=reward, stop_reward_drop=1.5)
-  _, progress = learner.train(job, state)
-  assert 'reward_drop' in progress.stopped
+  job, state = make_work(reward_fn=reward, stop__reward_drop=1.5)
+  _, progress = _train(job, state)
+  assert 'reward_drop' in progress['stopped']
   assert _curve(job.workdir)[-1]['step'] == 3
 
 
-def test_cut_off_completions_can_be_left_out(make_job, settings):
-  never_stops = dataclasses.replace(settings.sampling, stop_ids=())
+def test_cut_off_completions_can_be_left_out(make_work):
   for masked in (True, False):
-    job, state = make_job(f'{masked}', mask_truncated=masked, sampling=never_stops, num_steps=2)
+    job, state = make_work(f'{masked}', loss__mask_truncated=masked, stop_ids=(), num_steps=2)
     before = _leaves(state)
-    after = _leaves(learner.train(job, state)[0])
+    after = _leaves(_train(job, state)[0])
     same = [np.array_equal(before[name], after[name]) for name in before]
     assert all(same) == masked
 
 
-def test_the_critic_learns(make_job):
-  job, state = make_job(algorithm='ppo', num_steps=2)
-  state, _ = learner.train(job, state)
+def test_the_critic_learns(make_work):
+  job, state = make_work(algorithm='ppo', num_steps=2)
+  state, _ = _train(job, state)
   assert float(state.params[rollout.VALUE_HEAD]['bias']) > 0
   assert 'value/loss' in _curve(job.workdir)[0]
 
 
-def test_nothing_is_compiled_after_the_first_steps(make_job):
-  job, state = make_job(num_steps=6, checkpoint_every=6, num_mini_batches=2)
-  learner.train(job, state)
+def test_nothing_is_compiled_after_the_first_steps(make_work):
+  job, state = make_work(num_steps=6, checkpoint_every=6, loss__num_mini_batches=2)
+  _train(job, state)
   lines = _lines(job.workdir / 'metrics.jsonl')
   counts = [line['time/num_compilations'] for line in lines]
   assert counts[0] > 0
@@ -195,11 +207,13 @@ def test_nothing_is_compiled_after_the_first_steps(make_job):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'num_mini_batches': 3}, 'num_mini_batches=3'),
+    ({'loss__num_mini_batches': 3}, 'num_mini_batches=3'),
     ({'checkpoint_every': 3, 'log_every': 2}, 'checkpoint_every=3'),
-    ({'num_prompts': 0}, 'num_prompts=0'),
+    ({'rollout__num_prompts': 0}, 'num_prompts=0'),
   ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, changes, message):
+def test_settings_that_do_not_fit_are_refused(make_run_config, changes, message):
+  config = make_run_config('reinforce_pp', **changes)
   with pytest.raises(ValueError, match=message):
-    dataclasses.replace(settings, **changes)
+    online.check(config)
+    loop.check_lengths(config)

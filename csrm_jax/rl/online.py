@@ -1,0 +1,350 @@
+"""Online RL: rollout, score, advantage, update.
+
+A step draws num_generations completions of each of num_prompts prompts, and
+updates the policy num_iterations times with all of them. What is drawn depends
+on the seed, the step and the policy only, so that a run that was killed goes on
+as if it had not been.
+
+Axes: N samples of a step, C tokens of the longest completion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from csrm_jax.core import files, mesh as mesh_lib, tree
+from csrm_jax.models.config import ModelConfig
+from csrm_jax.models.sampling import Sampling
+from csrm_jax.rl import algorithms, objectives, rewards, rollout
+from csrm_jax.safety.schema import Prompt, Sample
+from csrm_jax.train import loop, step as training
+
+# (model, parameters) -> {name: a Metric of evals}
+LookFn = Callable[[ModelConfig, Any], dict[str, Any]]
+
+# The train step's names of what users of RL look for elsewhere.
+_NAMES = {'train/lr': 'optim/lr', 'train/grad_norm': 'optim/grad_norm', 'train/loss': 'loss'}
+
+
+def check(config: Any) -> None:
+  """Checks the numbers of an online run; see configs/rl.py.
+
+  Raises:
+    ValueError: one is out of range, or they do not go together.
+  """
+  for section, names in (
+    ('rollout', ('num_prompts', 'num_generations')),
+    ('loss', ('num_iterations', 'num_mini_batches', 'kl_horizon')),
+    ('optim', ('num_microbatches',)),
+  ):
+    for name in names:
+      if config[section][name] < 1:
+        raise ValueError(f'{name}={config[section][name]} must be at least 1')
+  num_mini_batches = config.loss.num_mini_batches
+  num_microbatches = config.optim.num_microbatches
+  if num_rows(config) % (num_mini_batches * num_microbatches):
+    raise ValueError(
+      f'num_prompts x num_generations = {num_rows(config)} samples do not '
+      f'divide into num_mini_batches={num_mini_batches} of '
+      f'num_microbatches={num_microbatches}'
+    )
+  if not config.sampling.temperature:
+    raise ValueError(
+      'temperature=0 always draws the same completion, from which nothing '
+      'is learnt; give one above 0'
+    )
+
+
+def num_rows(config: Any) -> int:
+  """Returns N, the samples of a step."""
+  return config.rollout.num_prompts * config.rollout.num_generations
+
+
+def chunk(config: Any) -> int:
+  """Returns the rows that go through the model at once."""
+  return num_rows(config) // (config.loss.num_mini_batches * config.optim.num_microbatches)
+
+
+def make_loss_fn(config: Any, policy: rollout.Policy) -> training.LossFn:
+  """Returns (params, batch) -> (total, weight, metrics), for the train step."""
+  loss, objective = config.loss, algorithms.make_objective(config)
+
+  def loss_fn(params, batch):
+    out = rollout.logprobs(policy.model, params, batch, config.sampling.temperature)
+    total, weight, metrics = objectives.policy_loss(out['logprobs'], batch, objective)
+    if 'values' in out:
+      # Its weight is the same.
+      error, _, more = objectives.value_loss(out['values'], batch, loss.value_clip, objective)
+      total, metrics = total + loss.vf_coef * error, metrics | more
+    return total, weight, metrics
+
+  return loss_fn
+
+
+@dataclasses.dataclass
+class Online:
+  """The work of an online run; see loop.Work."""
+
+  config: Any  # as in configs/rl.py
+  policy: rollout.Policy  # what is trained
+  frozen: Mapping[str, Any]  # its parameters that are not; {} where all are
+  reference: tuple[ModelConfig, Any]  # what the KL is measured from
+  prompts: Sequence[Prompt]  # each step takes the next ones, in an order of each epoch
+  reward_fn: rewards.TotalFn
+  step_fn: training.StepFn
+  sampling: Sampling
+  mesh: jax.sharding.Mesh  # what batches are spread over
+  sampling_mesh: jax.sharding.Mesh  # of the same devices, that completions are drawn on
+  workdir: pathlib.Path  # of samples.jsonl and looks.jsonl
+  look_fn: LookFn | None = None  # measures held-out prompts
+  # Carried from step to step:
+  normaliser: rewards.Normaliser = dataclasses.field(default_factory=rewards.Normaliser)
+  best_reward: float | None = None  # reward/mean of the best log line
+  stopped: str = ''  # why the run ended early
+
+  def __post_init__(self):
+    self.algorithm = algorithms.get(self.config.algorithm)
+    self.objective = algorithms.make_objective(self.config)
+    self.kl_coef = self.objective.kl_coef  # as kl_target has adapted it so far
+
+  def begin(self, state, step, carried) -> None:
+    resume_step = -1 if carried is None else step
+    for name in ('samples.jsonl', 'looks.jsonl'):
+      files.cut_log(self.workdir / name, resume_step)
+    if carried is None:
+      self._look(state, 0)
+    else:
+      self.kl_coef = carried['kl_coef']
+      self.normaliser = rewards.Normaliser.from_dict(carried['normaliser'])
+      self.best_reward, self.stopped = carried['best_reward'], carried['stopped']
+
+  def get_state(self) -> dict[str, Any]:
+    return {
+      'kl_coef': self.kl_coef,
+      'normaliser': self.normaliser.to_dict(),
+      'best_reward': self.best_reward,
+      'stopped': self.stopped,
+    }
+
+  def step(self, state, step, log):
+    config, times = self.config, [time.perf_counter()]
+    samples, rows = self._rollout(state, step)
+    times.append(time.perf_counter())
+    totals, parts = self.reward_fn(samples)
+    totals = rewards.check_rewards(totals, samples, 'reward')
+    times.append(time.perf_counter())
+    measured = reward_metrics(totals, parts, config.rollout.num_generations)
+    measured |= _completion_metrics(samples)
+    if config.loss.normalise_rewards:
+      self.normaliser = self.normaliser.update(totals)
+    batch = self._make_batch(state, rows, samples, totals)
+    if config.rollout.dtype:
+      # Nats between training's log-probabilities and the sampler's own.
+      gap = np.abs(batch['old_logprobs'] - rows['rollout_logprobs'])[rows['completion_mask'] > 0]
+      measured['sampler/logprob_gap_mean'] = float(gap.mean())
+      measured['sampler/logprob_gap_max'] = float(gap.max())
+    updates = []
+    for chosen in self._mini_batches(step):
+      part = {name: x[chosen] for name, x in batch.items()}
+      state, metrics = self.step_fn(state, mesh_lib.to_global(part, self.mesh), self.frozen or None)
+      updates.append((part, metrics))
+    # At once, so that no sample of a step that was not applied is written.
+    loop.check_finite(self.workdir, step, updates)
+    times.append(time.perf_counter())
+    spans = dict(zip(('rollout', 'reward', 'update'), np.diff(times).tolist(), strict=True))
+    measured |= {f'time/{name}_s': span for name, span in spans.items()}
+    measured['time/tokens_per_s'] = sum(one.num_tokens for one in samples) / spans['rollout']
+    log.add([measured, *(metrics for _, metrics in updates)])
+    every = config.rollout.samples_every
+    if every and step % every == 0:
+      rows = _table_rows(step, samples, totals, parts, config.rollout.num_samples)
+      _append(self.workdir / 'samples.jsonl', rows)
+    self._look(state, step)
+    return state, ()
+
+  def line(self, log) -> dict[str, float]:
+    values = {_NAMES.get(name, name): value for name, value in log.close().items()}
+    del values['train/finite']
+    values['kl/coef'] = self.kl_coef
+    self.stopped = self._why_stop(values)
+    return values
+
+  def _why_stop(self, values: Mapping[str, float]) -> str:
+    """Returns why the run ends after this log line, or ''; keeps the best."""
+    stop, reward = self.config.stop, values['reward/mean']
+    kl = values.get('kl/ref', 0.0)  # absent where no completion counted
+    if stop.kl is not None and kl > stop.kl:
+      return f'kl/ref {kl:.4g} is above stop.kl={stop.kl}'
+    best = reward if self.best_reward is None else self.best_reward
+    self.best_reward = max(best, reward)
+    if stop.reward_drop is not None and reward < best - stop.reward_drop:
+      return (
+        f'reward/mean {reward:.4g} is more than stop.reward_drop={stop.reward_drop} '
+        f'below its best, {best:.4g}'
+      )
+    return ''
+
+  def _look(self, state: training.TrainState, step: int) -> None:
+    """Adds metrics of held-out prompts to looks.jsonl, where it is time to."""
+    every = self.config.eval.every
+    if self.look_fn is None or not every or step % every:
+      return
+    metrics = self.look_fn(self.policy.model, tree.merge(self.frozen, state.params))
+    _append(self.workdir / 'looks.jsonl', [{'step': step, 'metrics': metrics}])
+
+  def _rollout(self, state, step: int) -> tuple[list[Sample], dict[str, np.ndarray]]:
+    draws, seed = self.config.rollout, self.config.seed
+    model, params = rollout.sampling_copy(
+      self.policy.model, tree.merge(self.frozen, state.params), draws.dtype, self.sampling_mesh
+    )
+    return rollout.rollout(
+      dataclasses.replace(self.policy, model=model),
+      params,
+      choose_prompts(self.prompts, draws.num_prompts, seed, step),
+      self.sampling,
+      draws.num_generations,
+      int(_rng(seed, step, 'rollout').integers(2**32)),
+    )
+
+  def _make_batch(self, state, rows, samples, totals) -> dict[str, np.ndarray]:
+    """Returns what the updates of a step learn from; adapts kl_coef."""
+    config, loss = self.config, self.config.loss
+    if config.rollout.dtype or self.algorithm.needs_values:
+      old = self._logprobs(self.policy.model, tree.merge(self.frozen, state.params), rows)
+    else:  # the sampler has the same weights and the same function
+      old = {'logprobs': rows['rollout_logprobs']}
+    reference = self._logprobs(*self.reference, rows)['logprobs']
+    batch = {name: x for name, x in rows.items() if name != 'rollout_logprobs'}
+    if loss.mask_truncated:
+      stopped = np.array([sample.stopped for sample in samples])
+      batch['completion_mask'] = rows['completion_mask'] * stopped[:, None]
+    if loss.normalise_rewards:
+      totals = self.normaliser.apply(totals)
+    in_reward = self.objective.kl_place == 'reward'
+    kl = old['logprobs'] - reference
+    values = {'old_values': old['values']} if 'values' in old else {}
+    estimate = {
+      'rewards': totals,
+      'completion_mask': batch['completion_mask'],
+      'kl_penalty': np.float32(self.kl_coef * in_reward) * kl,
+    }
+    found = _advantages(
+      self.algorithm.advantage,
+      config.rollout.num_generations,
+      loss.gamma,
+      loss.lam,
+      estimate | values,
+    )
+    if loss.kl_target is not None:
+      mask = rows['completion_mask']
+      k3 = objectives.kl_estimate(old['logprobs'], reference, 'k3')
+      self.kl_coef = algorithms.adaptive_kl(
+        self.kl_coef,
+        float((k3 * mask).sum() / mask.sum()),
+        loss.kl_target,
+        loss.kl_horizon,
+        len(samples),
+      )
+    batch |= {'old_logprobs': old['logprobs'], 'ref_logprobs': reference}
+    return batch | {name: np.asarray(x) for name, x in found.items()} | values
+
+  def _logprobs(self, model: ModelConfig, params: Any, rows) -> dict[str, np.ndarray]:
+    """Returns rollout.logprobs, as many rows at a time as in an update."""
+    names = ('tokens', 'positions', 'segment_ids', 'completion_mask')
+    size, parts = chunk(self.config), []
+    for start in range(0, num_rows(self.config), size):
+      part = {name: rows[name][start : start + size] for name in names}
+      part = mesh_lib.to_global(part, self.mesh)
+      parts.append(rollout.logprobs(model, params, part, self.sampling.temperature))
+    parts = jax.device_get(parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+  def _mini_batches(self, step: int) -> Iterator[np.ndarray]:
+    """Yields the rows of each update of a step."""
+    num = self.config.loss.num_mini_batches
+    for iteration in range(self.config.loss.num_iterations):
+      order = np.arange(num_rows(self.config))
+      if num > 1:
+        order = _rng(self.config.seed, step, f'mini batches {iteration}').permutation(order)
+      yield from np.split(order, num)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _advantages(fn, num_generations, gamma, lam, batch):
+  return fn(batch, num_generations, gamma, lam)
+
+
+def choose_prompts(prompts: Sequence[Prompt], num: int, seed: int, step: int) -> list[Prompt]:
+  """Returns the prompts of step 1, 2, …: all of them once an epoch."""
+  places = np.arange((step - 1) * num, step * num)
+  orders = {
+    epoch: _rng(seed, epoch, 'prompts').permutation(len(prompts))
+    for epoch in np.unique(places // len(prompts)).tolist()
+  }
+  return [prompts[orders[i // len(prompts)][i % len(prompts)]] for i in places.tolist()]
+
+
+def _rng(seed: int, step: int, use: str) -> np.random.Generator:
+  return np.random.default_rng((seed, step, *use.encode()))
+
+
+def reward_metrics(
+  totals: np.ndarray, parts: Mapping[str, np.ndarray], num_generations: int
+) -> dict[str, float]:
+  """Returns reward/{mean,std}, the same of each part, reward/zero_std_frac.
+
+  The last is the fraction of prompts whose samples, side by side, are all worth
+  the same; it is left out where each has one sample.
+  """
+  metrics = {}
+  if num_generations > 1:
+    groups = totals.reshape(-1, num_generations)
+    metrics['reward/zero_std_frac'] = (groups.max(1) == groups.min(1)).mean()
+  named = {f'reward/{name}': values for name, values in parts.items()}
+  for name, values in ({'reward': totals} | named).items():
+    metrics |= {f'{name}/mean': values.mean(), f'{name}/std': values.std()}
+  return {name: float(value) for name, value in metrics.items()}
+
+
+def _completion_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+  lengths = np.array([sample.num_tokens for sample in samples])
+  return {
+    'completion/mean_length': float(lengths.mean()),
+    'completion/min_length': float(lengths.min()),
+    'completion/max_length': float(lengths.max()),
+    'completion/truncated_frac': float(np.mean([not sample.stopped for sample in samples])),
+  }
+
+
+def _table_rows(step, samples: Sequence[Sample], totals, parts, num: int) -> list[dict[str, Any]]:
+  """Returns `num` lines of samples.jsonl, spread evenly over the step's."""
+  chosen = np.unique(np.linspace(0, len(samples) - 1, num).astype(int))
+  return [
+    {
+      'step': step,
+      'id': samples[i].id,
+      'rules': samples[i].prompt.safety.name,
+      'prompt': [m.to_dict() for m in samples[i].prompt.messages],
+      'completion': samples[i].text,
+      'num_tokens': samples[i].num_tokens,
+      'stopped': samples[i].stopped,
+      'reward': float(totals[i]),
+      'parts': {name: float(values[i]) for name, values in parts.items()},
+    }
+    for i in chosen.tolist()
+  ]
+
+
+def _append(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+  with path.open('a', encoding='utf-8') as file:
+    file.write(text)
