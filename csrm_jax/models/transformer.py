@@ -225,71 +225,24 @@ class Transformer(nnx.Module):
       layer, has_window, *before = xs
       return block(x, layer, functools.partial(attend, has_window=has_window, before=before))
 
-    block = self._make_block(positions)
+    block = self.make_block(positions)
     before = () if prefix is None else (prefix['key'], prefix['value'])
-    x, kept = self._scan(with_remat(body, cfg.remat), self.embed(tokens), *before)
+    x, kept = self.scan(with_remat(body, cfg.remat), self.embed(tokens), *before)
     return self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim), kept
 
-  def extend(self, tokens, positions, segment_ids, cache):
-    """Returns hidden [B,T,D] and the cache with T more slots in use."""
-    cfg, start = self.cfg, cache['length']
-    used = jax.lax.dynamic_update_slice(cache['segment_ids'], segment_ids, (0, start))
-    mask_of = _make_mask_of(
-      cfg,
-      functools.partial(attention_lib.make_mask, segment_ids, key_segment_ids=used, start=start),
-    )
-
-    def attend(query, key, value, has_window, layer, keys, values):
-      key, value = _to_cache(key, value)
-      # Written in place: the whole cache is carried through all the layers.
-      keys = jax.lax.dynamic_update_slice(keys, key[None], (layer, 0, 0, 0, start))
-      values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, 0, start, 0))
-      out = attention_lib.attend_cached(
-        query, keys[layer], values[layer], mask_of(has_window), cfg.attention_softcap
-      )
-      return out, (keys, values)
-
-    def body(carry, xs):
-      x, layer, *cached = carry
-      x, cached = block(x, xs[0], lambda *heads: attend(*heads, xs[1], layer, *cached))
-      return (x, layer + 1, *cached), None
-
-    block = self._make_block(positions)
-    (x, _, keys, values), _ = self._scan(
-      body, (self.embed(tokens), 0, cache['key'], cache['value'])
-    )
-    hidden = self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim)
-    return hidden, _lay_out(
-      {'key': keys, 'value': values, 'segment_ids': used, 'length': start + tokens.shape[1]}
-    )
-
-  def _make_block(self, positions):
+  def make_block(self, positions):
     """Returns (x, layer's parameters, attend) -> (x, what attend keeps)."""
     cfg = self.cfg
     graphdef, _ = nnx.split(self.layers)
     sin, cos = attention_lib.rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     return lambda x, layer, attend: nnx.merge(graphdef, layer)(x, sin, cos, attend)
 
-  def _scan(self, body, carry, *more):
+  def scan(self, body, carry, *more):
     """Runs body over each layer's (parameters, entry of _has_window, *more)."""
     _, stacked = nnx.split(self.layers)
     return jax.lax.scan(
       body, carry, (stacked, _has_window(self.cfg), *more), unroll=self.cfg.unroll
     )
-
-  def logits(self, hidden):
-    if self.cfg.tie_embeddings:
-      kernel = self.embed.embedding[...].T
-    else:
-      kernel = self.lm_head.kernel[...]
-    logits = jnp.einsum(
-      'RD,DV->RV',
-      hidden.reshape(-1, self.cfg.embed_dim),
-      kernel.astype(hidden.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    logits = attention_lib.softcap(logits, self.cfg.final_softcap)
-    return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def _to_cache(key, value):
@@ -410,9 +363,17 @@ def hidden(
 def logits(cfg: ModelConfig, params: dict, hidden: jax.Array) -> jax.Array:
   """Returns float32 [...,V] for hidden [...,D], any leading shape."""
   # The rows come to the vocabulary's parts, not these to every device.
-  hidden = mesh_lib.constrain(hidden, 'data')
+  hidden, model = mesh_lib.constrain(hidden, 'data'), _merge(cfg, params)
+  kernel = model.embed.embedding[...].T if cfg.tie_embeddings else model.lm_head.kernel[...]
+  logits = jnp.einsum(
+    'RD,DV->RV',
+    hidden.reshape(-1, cfg.embed_dim),
+    kernel.astype(hidden.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  logits = attention_lib.softcap(logits, cfg.final_softcap).reshape(*hidden.shape[:-1], -1)
   between = (None,) * (hidden.ndim - 2)
-  return mesh_lib.constrain(_merge(cfg, params).logits(hidden), 'data', *between, mesh_lib.VOCAB)
+  return mesh_lib.constrain(logits, 'data', *between, mesh_lib.VOCAB)
 
 
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> dict:
@@ -500,7 +461,34 @@ def extend(
   a row that is done. The caller sees to it that T slots are free: beyond the end
   the last ones would be overwritten.
   """
-  return _merge(cfg, params).extend(tokens, positions, segment_ids, cache)
+  model, start = _merge(cfg, params), cache['length']
+  used = jax.lax.dynamic_update_slice(cache['segment_ids'], segment_ids, (0, start))
+  mask_of = _make_mask_of(
+    cfg, functools.partial(attention_lib.make_mask, segment_ids, key_segment_ids=used, start=start)
+  )
+
+  def attend(query, key, value, has_window, layer, keys, values):
+    key, value = _to_cache(key, value)
+    # Written in place: the whole cache is carried through all the layers.
+    keys = jax.lax.dynamic_update_slice(keys, key[None], (layer, 0, 0, 0, start))
+    values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, 0, start, 0))
+    out = attention_lib.attend_cached(
+      query, keys[layer], values[layer], mask_of(has_window), cfg.attention_softcap
+    )
+    return out, (keys, values)
+
+  def body(carry, xs):
+    x, layer, *cached = carry
+    x, cached = block(x, xs[0], lambda *heads: attend(*heads, xs[1], layer, *cached))
+    return (x, layer + 1, *cached), None
+
+  block = model.make_block(positions)
+  carry = model.embed(tokens), 0, cache['key'], cache['value']
+  (x, _, keys, values), _ = model.scan(body, carry)
+  hidden = model.final_norm(x).reshape(*tokens.shape, cfg.embed_dim)
+  return hidden, _lay_out(
+    {'key': keys, 'value': values, 'segment_ids': used, 'length': start + tokens.shape[1]}
+  )
 
 
 def _merge(cfg: ModelConfig, params: dict) -> Transformer:
