@@ -140,7 +140,8 @@ def generate(
       index = np.zeros(rows, np.uint32)
       index[: len(chosen)] = chosen if draws is None else [draws[i] for i in chosen]
       cache, state = start(params, batch, prefix)
-      drawn, _ = go_on(params, cache, state, index, jnp.uint32(seed))
+      # The cache that comes back is let go at once: the next batch needs the room.
+      drawn = go_on(params, cache, state, index, jnp.uint32(seed))[0]
       for name, values in jax.device_get(drawn).items():
         getattr(result, name)[chosen] = values[: len(chosen)]
       progress(len(chosen))
