@@ -97,7 +97,16 @@ def sample_prompt(
 
 def sample_scene(rng: random.Random, topic: str, topics: tuple[str, ...]) -> Scene:
   """Returns a conversation about `topic` that may stray to `topics`."""
-  asked, messages = sample_prompt(rng, topic, topics)
+  return answer(rng, *sample_prompt(rng, topic, topics), topics)
+
+
+def answer(
+  rng: random.Random,
+  asked: grammar.Statement,
+  messages: tuple[schema.Message, ...],
+  topics: tuple[str, ...],
+) -> Scene:
+  """Returns a conversation in which a prompt gets a random reply."""
   statements = sample_reply(rng, asked, topics)
   reply = schema.Message('agent', reply_text(rng, statements))
   return Scene(asked, statements, messages + (reply,))

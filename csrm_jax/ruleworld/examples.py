@@ -1,8 +1,13 @@
-"""Examples and pairs of RuleWorld, each a pure function of (seed, index)."""
+"""Examples and pairs of RuleWorld, each a pure function of (seed, index).
+
+`TRAINING` is what a reward model is trained on, `test_sets` what every run is
+tested on.
+"""
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from csrm_jax.ruleworld import conversations, grammar, lexicon, oracle, rules as rules_lib
 from csrm_jax.safety import schema
@@ -21,20 +26,28 @@ def make_rng(kind: str, seed: int, index: int) -> random.Random:
 
 
 def make_example(
-  rng: random.Random, scene: conversations.Scene, rules: Rules, example_id: str, **fields
+  rng: random.Random | None,
+  scene: conversations.Scene,
+  rules: Rules,
+  example_id: str,
+  **fields: Any,
 ) -> schema.Example:
-  """Returns the scene under the rules, annotated once by the oracle."""
-  violated = oracle.annotate(rng, rules, scene.statements)
-  safety = rules_lib.make_safety(rules)
-  return schema.Example(
-    id=example_id,
-    safety=safety,
-    conversation=scene.messages,
-    label='unsafe' if violated else 'safe',
-    violated=tuple(rule.category().name for rule in violated),
-    probability=oracle.unsafe_probability(rules, scene.statements),
-    **fields,
-  )
+  """Returns the scene under the rules, annotated once; without `rng` to the letter.
+
+  `probability` is an annotator's in both cases. Other fields may be given.
+  """
+  if rng is None:
+    violated = [rule for rule in rules if oracle.violates(rule, scene.statements)]
+  else:
+    violated = oracle.annotate(rng, rules, scene.statements)
+  known = {
+    'safety': rules_lib.make_safety(rules),
+    'conversation': scene.messages,
+    'label': 'unsafe' if violated else 'safe',
+    'violated': tuple(rule.category().name for rule in violated),
+    'probability': oracle.unsafe_probability(rules, scene.statements),
+  }
+  return schema.Example(example_id, **known | fields)
 
 
 def propose(
@@ -117,16 +130,17 @@ def preference_pair(seed: int, index: int) -> schema.Pair:
   rules = rules_lib.DATA_SETS[name]
   topic = rng.choice(rules).topic
   asked, messages = conversations.sample_prompt(rng, topic, lexicon.SEEN)
-  sides = []
-  for side in 'ab':
-    statements = conversations.sample_reply(rng, asked, lexicon.SEEN)
-    reply = schema.Message('agent', conversations.reply_text(rng, statements))
-    scene = conversations.Scene(asked, statements, messages + (reply,))
-    sides.append(
-      make_example(
-        rng, scene, rules, f'preference-{seed}-{index}{side}', source=name, rule_set=name
-      )
+  sides = [
+    make_example(
+      rng,
+      conversations.answer(rng, asked, messages, lexicon.SEEN),
+      rules,
+      f'preference-{seed}-{index}{side}',
+      source=name,
+      rule_set=name,
     )
+    for side in 'ab'
+  ]
   if not oracle.prefers(rng, *(side.probability for side in sides)):
     sides.reverse()
   return schema.Pair(f'preference-{seed}-{index}', sides[0], sides[1], 'preference')
@@ -158,7 +172,7 @@ def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
       make_example(
         rng,
         scene,
-        _replace(rules, slot, rules_lib.threshold_rule(topic, strictness, wording)),
+        rules_lib.put(rules, slot, rules_lib.threshold_rule(topic, strictness, wording)),
         f'{pair_id}-{strictness}',
         source='strictness',
         rule_set=f'{topic}-{strictness}',
@@ -168,10 +182,6 @@ def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
     if lenient.probability < strict.probability:
       return schema.Pair(pair_id, lenient, strict, 'strictness')
   raise RuntimeError(f'no ordered pair found for {pair_id}')
-
-
-def _replace(rules: Rules, slot: int, rule: rules_lib.Rule) -> Rules:
-  return rules[:slot] + (rule,) + rules[slot + 1 :]
 
 
 def test_example(seed: int, index: int, split: str) -> schema.Example:
@@ -185,7 +195,7 @@ def test_example(seed: int, index: int, split: str) -> schema.Example:
   topic = rng.choice(rules).topic if rng.random() < 0.8 else rng.choice(topics)
   scene = conversations.sample_scene(rng, topic, topics)
   return make_example(
-    rng, scene, rules, f'{split}-{seed}-{index}', source=split, rule_set=_num_categories(rules)
+    rng, scene, rules, f'{split}-{seed}-{index}', source=split, rule_set=num_categories(rules)
   )
 
 
@@ -206,16 +216,16 @@ def flip_pair(seed: int, index: int, split: str) -> tuple[schema.Example, schema
     labels = [oracle.label(r, scene.statements) for r in (rules, changed)]
     if labels[0] != labels[1]:
       return tuple(
-        schema.Example(
-          id=f'flip-{split}-{seed}-{index}{side}',
-          safety=rules_lib.make_safety(side_rules),
-          conversation=scene.messages,
-          label=side_label,
-          probability=oracle.unsafe_probability(side_rules, scene.statements),
+        make_example(
+          None,
+          scene,
+          side_rules,
+          f'flip-{split}-{seed}-{index}{side}',
+          violated=(),
           source=kind,
-          rule_set=_num_categories(side_rules),
+          rule_set=num_categories(side_rules),
         )
-        for side, side_rules, side_label in zip('ab', (rules, changed), labels, strict=True)
+        for side, side_rules in zip('ab', (rules, changed), strict=True)
       )
   raise RuntimeError(f'no flip found for {split} {seed} {index}')
 
@@ -225,10 +235,11 @@ def _change(rng: random.Random, rules: Rules, slot: int, kind: str, wordings: ra
   if kind == 'drop' and rest:
     return rest
   rule = rules_lib.threshold_rule(rules[slot].topic, rng.randint(0, 4), rng.choice(wordings))
-  return _replace(rules, slot, rule)
+  return rules_lib.put(rules, slot, rule)
 
 
-def _num_categories(rules: Rules) -> str:
+def num_categories(rules: Rules) -> str:
+  """Returns '1 category', '2 categories', ...; test sets are reported by it."""
   return f'{len(rules)} categor{"y" if len(rules) == 1 else "ies"}'
 
 
@@ -249,21 +260,52 @@ def one_conversation_four_rule_sets() -> list[schema.Example]:
     'only horrors forbidden': 1,
     'all films allowed': 0,
   }
-  examples = []
+  made = []
   for name, strictness in rule_sets.items():
     rules = (
       rules_lib.threshold_rule(topic, strictness, wording),
       rules_lib.threshold_rule('Pets', 2, wording),
     )
-    examples.append(
-      schema.Example(
-        id=f'four-{strictness}',
-        conversation=scene.messages,
+    made.append(
+      make_example(
+        None,
+        scene,
+        rules,
+        f'four-{strictness}',
         safety=rules_lib.make_safety(rules, name),
-        label=oracle.label(rules, scene.statements),
-        probability=oracle.unsafe_probability(rules, scene.statements),
+        violated=(),
         source='four rule sets',
         rule_set=name,
       )
     )
-  return examples
+  return made
+
+
+# source -> make(seed, index)
+TRAINING = {
+  'ruleworld/taxonomies': training_example,
+  'ruleworld/strictness': strictness_pair,
+  'ruleworld/preference': preference_pair,
+}
+
+
+def test_sets(seed: int, num_examples: int) -> dict[str, list[Any]]:
+  """Returns the test sets by name.
+
+  seen, unseen: examples. pairs: strictness pairs of unseen topics and wordings;
+  seen_pairs: of seen ones. flip: tuples of one conversation under two unseen
+  rule sets. one_conversation: under four.
+  """
+
+  def take(make, split, num):
+    return [make(seed, index, split) for index in range(num)]
+
+  half = max(num_examples // 2, 1)
+  return {
+    'seen': take(test_example, 'seen', num_examples),
+    'unseen': take(test_example, 'unseen', num_examples),
+    'pairs': take(strictness_pair, 'unseen', half),
+    'seen_pairs': take(strictness_pair, 'seen', half),
+    'flip': take(flip_pair, 'unseen', half),
+    'one_conversation': one_conversation_four_rule_sets(),
+  }

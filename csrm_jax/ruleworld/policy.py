@@ -2,7 +2,7 @@
 
 `policy_base/` beside this file holds a language model of RuleWorld that follows
 instructions and had no safety training, `policy_structured/` one that reasons
-before it answers; `dialogues` says what they were made from.
+before it answers; `corpus` says what they were made from.
 The rule sets here are worded and populated with what no reward model saw.
 
 The oracle reads what a policy wrote, and fails closed: of text that is no

@@ -46,6 +46,11 @@ def threshold_rule(topic: str, strictness: int, wording: int = 0) -> Rule:
   return Rule(topic, tuple(SEVERITIES[:strictness]), tuple(SEVERITIES[strictness:]), wording)
 
 
+def put(rules: tuple[Rule, ...], slot: int, rule: Rule) -> tuple[Rule, ...]:
+  """Returns the rules with another one in that slot."""
+  return rules[:slot] + (rule,) + rules[slot + 1 :]
+
+
 def stricter(a: Rule, b: Rule) -> bool:
   """Returns whether a forbids strictly more than b (a ≻ b), same topic."""
   return a.topic == b.topic and set(a.forbidden) > set(b.forbidden)

@@ -22,15 +22,15 @@ import numpy as np
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features, packing, pipeline
 from csrm_jax.models import config as model_config, hf, transformer
-from csrm_jax.ruleworld import corpus, dialogues
+from csrm_jax.ruleworld import corpus
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, losses, step as training
 
 # task -> (seed, index) -> a dialogue to learn from; None: the corpus.
 _DIALOGUES = {
   'base': None,
-  'policy': dialogues.dialogue,
-  'structured': dialogues.structured_dialogue,
+  'policy': corpus.dialogue,
+  'structured': corpus.structured_dialogue,
 }
 
 

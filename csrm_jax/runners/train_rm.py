@@ -20,7 +20,7 @@ from csrm_jax.data import features, mixture, packing, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
-from csrm_jax.ruleworld import datasets
+from csrm_jax.ruleworld import examples
 from csrm_jax.runners import evaluate, show_tokens as show_tokens_lib
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -156,7 +156,7 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[
   parts, held_out = {}, {}
   for name, part in config.data.parts.items():
     parts[name], held_out[name] = mixture.read_part(
-      part.source, part.path, config.seed, config.eval.fraction, datasets.TRAINING
+      part.source, part.path, config.seed, config.eval.fraction, examples.TRAINING
     )
   return parts, {name: items for name, items in held_out.items() if items}
 

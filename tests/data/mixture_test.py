@@ -7,7 +7,7 @@ import pytest
 
 import csrm_jax
 from csrm_jax.data import catalogue, features, mixture
-from csrm_jax.ruleworld import datasets, examples
+from csrm_jax.ruleworld import examples
 from csrm_jax.safety import augment, schema
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -19,7 +19,7 @@ NAMES = ('taxonomies', 'strictness', 'preference')
 
 def _parts(seed=0, names=NAMES):
   return {
-    name: mixture.read_part(f'ruleworld/{name}', '', seed, 0.2, datasets.TRAINING)[0]
+    name: mixture.read_part(f'ruleworld/{name}', '', seed, 0.2, examples.TRAINING)[0]
     for name in names
   }
 
@@ -50,7 +50,7 @@ def _same(a, b):
 @pytest.mark.parametrize('source', ['ruleworld/taxonomy', 'json', 'ruleworld'])
 def test_an_unknown_source_is_named_with_those_there_are(source):
   with pytest.raises(ValueError, match='unknown data source') as error:
-    mixture.read_part(source, 'file', 0, 0.2, datasets.TRAINING)
+    mixture.read_part(source, 'file', 0, 0.2, examples.TRAINING)
   message = str(error.value)
   assert repr(source) in message and '\n' not in message
   for known in (*mixture.READERS, *(f'ruleworld/{name}' for name in NAMES)):
@@ -58,8 +58,8 @@ def test_an_unknown_source_is_named_with_those_there_are(source):
 
 
 def test_ruleworld_parts_are_generated_by_seed_and_hold_nothing_out():
-  for name, make in datasets.TRAINING.items():
-    items, held_out = mixture.read_part(name, '', 7, 0.5, datasets.TRAINING)
+  for name, make in examples.TRAINING.items():
+    items, held_out = mixture.read_part(name, '', 7, 0.5, examples.TRAINING)
     assert not held_out
     assert items[3] == make(7, 3) != make(8, 3)
 
@@ -68,7 +68,7 @@ def test_files_are_split_into_training_and_held_out(tmp_path):
   rows = [examples.training_example(0, i).to_dict() for i in range(60)]
   path = tmp_path / 'rows.jsonl'
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  items, held_out = mixture.read_part('jsonl', str(path), 0, 0.3, datasets.TRAINING)
+  items, held_out = mixture.read_part('jsonl', str(path), 0, 0.3, examples.TRAINING)
   ids = [[item.id for item in part] for part in (items, held_out)]
   assert sorted(ids[0] + ids[1]) == sorted(row['id'] for row in rows)
   assert 5 <= len(held_out) <= 35
@@ -87,8 +87,8 @@ def test_every_source_has_one_name_and_training_reads_the_catalogue(tmp_path):
   for name in ('xstest_prompts.csv', 'completions_x.csv'):
     (tmp_path / name).write_text(','.join(row) + '\n' + ','.join(row.values()) + '\n')
   # The prompts themselves, and what a model answered under three rule sets.
-  (prompt,) = mixture.read_part('xstest', str(tmp_path), 0, 0.0, datasets.TRAINING)[0]
-  answers, _ = mixture.read_part('xstest_completions', str(tmp_path), 0, 0.0, datasets.TRAINING)
+  (prompt,) = mixture.read_part('xstest', str(tmp_path), 0, 0.0, examples.TRAINING)[0]
+  answers, _ = mixture.read_part('xstest_completions', str(tmp_path), 0, 0.0, examples.TRAINING)
   assert prompt.conversation[-1].content == f'Sure. {row["prompt"]}'
   assert {e.conversation[-1].content for e in answers} == {row['completion']}
   assert len(answers) == 3
@@ -100,7 +100,7 @@ def test_every_source_has_one_name_and_training_reads_the_catalogue(tmp_path):
 )
 def test_a_source_of_files_without_a_path_is_one_line(source, said):
   with pytest.raises(ValueError, match=said):
-    mixture.read_part(source, '', 0, 0.2, datasets.TRAINING)
+    mixture.read_part(source, '', 0, 0.2, examples.TRAINING)
 
 
 def test_array_record_files_are_a_source(tmp_path):
@@ -116,7 +116,7 @@ def test_array_record_files_are_a_source(tmp_path):
   public_sets.make_builder('augmented', tmp_path / 'tfds', tmp_path).download_and_prepare()
   # The work directory will do: what is prepared is found below it.
   found = [
-    mixture.read_part(source, str(tmp_path), 0, 0.3, datasets.TRAINING)
+    mixture.read_part(source, str(tmp_path), 0, 0.3, examples.TRAINING)
     for source in ('array_record', 'augmented')
   ]
   for part in zip(*found, strict=True):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import strategies as st
 
 from csrm_jax.data import mixture
-from csrm_jax.ruleworld import datasets, examples, grammar, lexicon, oracle, rules as rules_lib
+from csrm_jax.ruleworld import examples, grammar, lexicon, oracle, rules as rules_lib
 from csrm_jax.safety import augment
 
 indices = st.integers(0, 100_000)
@@ -136,5 +136,5 @@ def test_generated_sequences():
   assert len(rows) == 3 and rows[2].id == 'train-0-2'
   with pytest.raises(IndexError):
     rows[3]
-  sets = datasets.test_sets(seed=0, num_examples=4)
+  sets = examples.test_sets(seed=0, num_examples=4)
   assert [len(v) for v in sets.values()] == [4, 4, 2, 2, 2, 4]

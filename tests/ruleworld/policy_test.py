@@ -12,7 +12,6 @@ from csrm_jax.models import hf, sampling
 from csrm_jax.ruleworld import (
   conversations,
   corpus,
-  dialogues,
   examples,
   grammar,
   lexicon,
@@ -184,7 +183,7 @@ def test_requests_are_read_back_or_refused():
 def test_dialogues_keep_their_text_and_reach_every_behaviour():
   helpfulness, structured, formed = collections.Counter(), 0, 0
   for i in range(1500):
-    opens, request, closes, reply, end = dialogues.dialogue(0, i)
+    opens, request, closes, reply, end = corpus.dialogue(0, i)
     asked = policy.read_request(request.text)
     ids = TOKENIZER.encode(reply.text)
     assert TOKENIZER.decode(ids) == reply.text
@@ -209,7 +208,7 @@ def test_dialogues_keep_their_text_and_reach_every_behaviour():
 def test_the_structured_policy_knows_what_it_is_asked_about_not_what_to_do():
   refused = collections.Counter()
   for i in range(800):
-    opens, request, _, reply, _ = dialogues.structured_dialogue(0, i)
+    opens, request, _, reply, _ = corpus.structured_dialogue(0, i)
     asked = policy.read_request(request.text)
     kinds = lexicon.topic_named(asked.topic).subcategories
     assert opens.text == policy.STRUCTURED_MARKS[0]
@@ -224,10 +223,7 @@ def test_the_structured_policy_knows_what_it_is_asked_about_not_what_to_do():
 
 @pytest.mark.parametrize(
   'folder, dialogue',
-  [
-    (policy.WEIGHTS, dialogues.dialogue),
-    (FOLDER / 'policy_structured', dialogues.structured_dialogue),
-  ],
+  [(policy.WEIGHTS, corpus.dialogue), (FOLDER / 'policy_structured', corpus.structured_dialogue)],
   ids=['plain', 'structured'],
 )
 def test_the_shipped_policies_belong_to_their_dialogues_and_are_small(folder, dialogue):
@@ -305,5 +301,5 @@ def test_the_shipped_policies_write_the_structure_when_told(folder):
 
 
 def test_the_topics_of_dialogues_are_all():
-  asked = {policy.read_request(dialogues.dialogue(1, i)[1].text).topic for i in range(600)}
+  asked = {policy.read_request(corpus.dialogue(1, i)[1].text).topic for i in range(600)}
   assert asked == set(corpus.ALL_TOPICS)

@@ -11,7 +11,7 @@ import pytest
 from csrm_jax import config as config_lib, main
 from csrm_jax.core import journal
 from csrm_jax.data import mixture, sources
-from csrm_jax.ruleworld import datasets, examples
+from csrm_jax.ruleworld import examples
 from csrm_jax.runners import augment
 from csrm_jax.safety.schema import Category, Example, Pair
 
@@ -154,7 +154,7 @@ def test_a_reward_model_trains_on_it(finished, tmp_path):
   # The file holds examples and pairs: both are trained and tested on.
   assert result['suites']['file']['num_examples'] > 0
   assert result['suites']['file_pairs']['num_pairs'] > 0
-  items, held_out = mixture.read_part('augmented', str(workdir), 0, 0.2, datasets.TRAINING)
+  items, held_out = mixture.read_part('augmented', str(workdir), 0, 0.2, examples.TRAINING)
   for half in (items, held_out):
     assert {type(item) for item in half} == {Example, Pair}
   # Proposals are stored, and drawn anew: p+ is in some of the rules.
