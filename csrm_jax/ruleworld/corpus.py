@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from csrm_jax.ruleworld import conversations, examples, grammar, lexicon, policy, rules as rules_lib
 from csrm_jax.safety import templates
 
+Rules = examples.Rules
 ALL_TOPICS = tuple(topic.name for topic in lexicon.TOPICS)
 TEXT_WEIGHT = 0.1  # loss weight of a token of plain text; answers weigh 1
 
@@ -140,7 +141,7 @@ def _reply_table(rng: random.Random, progress: float) -> list[Span]:
 def _rules_questions(rng: random.Random, progress: float) -> list[Span]:
   rules = _sample_rules(rng, progress)
   spans, _ = _parts(rules, _sample_scene(rng, rules))
-  return spans + _ask(_lookup(rng, rules, (), progress) for _ in range(10))
+  return spans + _ask(_rules_question(rng, rules, (), progress) for _ in range(10))
 
 
 def _reading(rng: random.Random, progress: float) -> list[Span]:
@@ -160,7 +161,7 @@ def _both(rng: random.Random, progress: float) -> list[Span]:
       where = rng.random()
       if where < 0.6:
         about = phrases if where < 0.45 else ()
-        yield _lookup(rng, rules, about, progress)
+        yield _rules_question(rng, rules, about, progress)
       else:
         yield _reading_question(rng, scene)
 
@@ -168,7 +169,7 @@ def _both(rng: random.Random, progress: float) -> list[Span]:
   return parts + _ask(questions())
 
 
-def _sample_rules(rng: random.Random, progress: float) -> tuple[rules_lib.Rule, ...]:
+def _sample_rules(rng: random.Random, progress: float) -> Rules:
   max_rules = min(1 + int(4 * progress), 4)
   rules = []
   for topic in rng.sample(ALL_TOPICS, rng.randint(1, max_rules)):
@@ -192,14 +193,12 @@ def _sample_rules(rng: random.Random, progress: float) -> tuple[rules_lib.Rule, 
   return tuple(rules)
 
 
-def _sample_scene(rng: random.Random, rules: tuple[rules_lib.Rule, ...]) -> conversations.Scene:
+def _sample_scene(rng: random.Random, rules: Rules) -> conversations.Scene:
   pool = tuple(r.topic for r in rules) + tuple(rng.sample(ALL_TOPICS, 2))
   return conversations.sample_scene(rng, rng.choice(pool), pool)
 
 
-def _parts(
-  rules: tuple[rules_lib.Rule, ...], scene: conversations.Scene
-) -> tuple[list[Span], list[Span]]:
+def _parts(rules: Rules, scene: conversations.Scene) -> tuple[list[Span], list[Span]]:
   """Returns (the block of rules, the conversation) as the template has them."""
   segments = templates.render(rules_lib.make_safety(rules), scene.messages)
   spans = [
@@ -213,7 +212,7 @@ def _parts(
 
 
 def _look_up(
-  rng: random.Random, rules: tuple[rules_lib.Rule, ...], phrases: tuple[str, ...], progress: float
+  rng: random.Random, rules: Rules, phrases: tuple[str, ...], progress: float
 ) -> tuple[str, str, str, str, str]:
   """Returns (phrase, word, is it allowed, number of its rule, subcategory).
 
@@ -237,8 +236,8 @@ def _look_up(
   return phrase, word, answer, number, sub
 
 
-def _lookup(
-  rng: random.Random, rules: tuple[rules_lib.Rule, ...], phrases: tuple[str, ...], progress: float
+def _rules_question(
+  rng: random.Random, rules: Rules, phrases: tuple[str, ...], progress: float
 ) -> list[Span]:
   """Returns a question about the rules, on one of `phrases` if there are."""
   phrase, word, answer, number, sub = _look_up(rng, rules, phrases, progress)

@@ -15,14 +15,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import pathlib
 import re
 from collections.abc import Sequence
 
 from csrm_jax.ruleworld import examples, grammar, lexicon, oracle, rules as rules_lib
 from csrm_jax.safety import schema, templates
-
-WEIGHTS = pathlib.Path(__file__).parent / 'policy_base'
 
 # (what opens, what closes) a user's text; template text, encoded as such, so
 # nothing depends on how the text beside it is split into tokens. A policy reads

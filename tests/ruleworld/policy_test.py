@@ -223,7 +223,10 @@ def test_the_structured_policy_knows_what_it_is_asked_about_not_what_to_do():
 
 @pytest.mark.parametrize(
   'folder, dialogue',
-  [(policy.WEIGHTS, corpus.dialogue), (FOLDER / 'policy_structured', corpus.structured_dialogue)],
+  [
+    (FOLDER / 'policy_base', corpus.dialogue),
+    (FOLDER / 'policy_structured', corpus.structured_dialogue),
+  ],
   ids=['plain', 'structured'],
 )
 def test_the_shipped_policies_belong_to_their_dialogues_and_are_small(folder, dialogue):
@@ -238,7 +241,7 @@ def test_the_shipped_policies_belong_to_their_dialogues_and_are_small(folder, di
 
 @pytest.fixture(scope='module')
 def weights():
-  return hf.load(policy.WEIGHTS, unroll=4)
+  return hf.load(FOLDER / 'policy_base', unroll=4)
 
 
 def _replies(weights, marks, length, num):
@@ -286,7 +289,7 @@ def test_the_shipped_policy_speaks_as_the_world_does(weights):
 
 
 @pytest.mark.parametrize(
-  'folder', [policy.WEIGHTS, FOLDER / 'policy_structured'], ids=['plain', 'structured']
+  'folder', [FOLDER / 'policy_base', FOLDER / 'policy_structured'], ids=['plain', 'structured']
 )
 def test_the_shipped_policies_write_the_structure_when_told(folder):
   replies = _replies(
