@@ -68,7 +68,7 @@ def make_map(
     work: done in the place of the function that is mapped.
     options: Beam's, such as '--runner=DataflowRunner'; by default all is done
       in this process.
-    folder: of the results; the workers write there.
+    folder: where the workers write their results.
     count: called with what each piece of work took.
 
   Raises:
@@ -76,10 +76,7 @@ def make_map(
   """
   _import_beam()
 
-  def mapped(
-    unused: Any, pieces: Sequence[Sequence[Example]]
-  ) -> Iterator[list[categories.Checked]]:
-    del unused
+  def mapped(fn: Any, pieces: Sequence[Sequence[Example]]) -> Iterator[list[categories.Checked]]:
     rows = [[example.to_dict() for example in piece] for piece in pieces]
     for result in run(work, rows, options, folder):
       count(result['usage'])
@@ -93,11 +90,8 @@ def run(
 ) -> list[Any]:
   """Returns [fn(item) for item in items], made by a Beam pipeline.
 
-  Args:
-    fn: picklable, from JSON to JSON values.
-    items: JSON values.
-    options: of the pipeline.
-    folder: local or of any file system that Beam knows.
+  `fn` is picklable and maps JSON values; the folder is local or on any file
+  system that Beam knows.
   """
   beam, filesystems, pipeline_options = _import_beam()
   prefix = f'{os.fspath(folder)}/part'

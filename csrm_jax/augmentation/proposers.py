@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from csrm_jax.augmentation import requests
-from csrm_jax.core import journal, retry
+from csrm_jax.core import checks, journal, retry
 from csrm_jax.models import hf, sampling
 from csrm_jax.reward import backbone
 from csrm_jax.ruleworld import proposer as world
@@ -40,6 +40,7 @@ TRANSIENT = ('timeout', 'rate_limited', 'server_error', 'connection')
 _MAX_FAILED = 10
 # Requests to a model in this process that come within this time share a batch.
 _GATHER_S = 0.02
+_LEAST = '{name} is {value}; it must be >= {least}'
 
 
 class NoReplyError(Exception):
@@ -186,17 +187,11 @@ def _ask_model(
   raise NoReplyError('unparsable', str(problem))
 
 
-def _check_counts(settings: Any, *names: str) -> None:
-  for name in names:
-    if getattr(settings, name) < 1:
-      raise ValueError(f'{name} is {getattr(settings, name)}; it must be >= 1')
-
-
 @dataclasses.dataclass(eq=False)
 class Endpoint:
   """Asks a language model behind an endpoint; threads may share it.
 
-  It connects to nothing yet. What follows the cache is config.endpoint.
+  What follows the cache is config.endpoint. Nothing is asked until `ask`.
   """
 
   cache: journal.Cache
@@ -222,7 +217,8 @@ class Endpoint:
         )
     if self.json_mode not in JSON_MODES:
       raise ValueError(f'json_mode is {self.json_mode!r}; use one of {", ".join(JSON_MODES)}')
-    _check_counts(self, 'num_tries', 'num_unparsable', 'concurrency', 'max_tokens')
+    counts = ('num_tries', 'num_unparsable', 'concurrency', 'max_tokens')
+    checks.at_least(self, counts, say=_LEAST)
     try:
       import openai
     except ImportError:
@@ -405,7 +401,7 @@ class LocalModel:
         "the model's init is empty; give a folder, a hub id or a .gguf file,"
         ' as in --config.model.init=...'
       )
-    _check_counts(self, 'num_unparsable', 'concurrency', 'max_tokens')
+    checks.at_least(self, ('num_unparsable', 'concurrency', 'max_tokens'), say=_LEAST)
     self.name = self.init
     self._digest = hf.digest(self.init)
     self._tokenizer = backbone.load_tokenizer(self.init)

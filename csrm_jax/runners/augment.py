@@ -47,7 +47,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   judge = _make_judge(config)
   made, outcomes, pairs, num_pairs = examples, [], (), 0
   usage = collections.Counter()  # Of Beam's workers.
-  log = _Log(workdir / 'log.jsonl')
+  log = functools.partial(_log, workdir / 'log.jsonl')
   with (
     journal_lib.Journal(workdir / 'journal_categories.jsonl') as done,
     journal_lib.Journal(workdir / 'journal_strictness.jsonl') as ordered,
@@ -181,9 +181,7 @@ def _make_judge(config: ml_collections.ConfigDict) -> proposers.Judge | None:
   return judge
 
 
-def _make_map(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, usage: collections.Counter
-) -> Callable[..., Any]:
+def _make_map(config, workdir: pathlib.Path, usage: collections.Counter) -> Callable[..., Any]:
   """Returns what maps work over pieces of the data."""
   if not config.beam.enabled:
     return map
@@ -299,22 +297,17 @@ def _prepare(workdir: pathlib.Path, path: pathlib.Path, section: ml_collections.
     public_sets.make_builder('augmented', folder, path).download_and_prepare()
 
 
-class _Log:
+def _log(path: pathlib.Path, events: Sequence[Mapping[str, Any]]) -> None:
   """Appends events to a JSONL file, which is there from the first one on."""
-
-  def __init__(self, path: pathlib.Path):
-    self._path = path
-
-  def __call__(self, events: Sequence[Mapping[str, Any]]) -> None:
-    if events:
-      now = round(time.time(), 3)
-      lines = [json.dumps({'time': now, **event}) for event in events]
-      with journal_lib.writing(self._path), open(self._path, 'a', encoding='utf-8') as file:
-        file.write('\n'.join(lines) + '\n')
+  if events:
+    now = round(time.time(), 3)
+    lines = [json.dumps({'time': now, **event}) for event in events]
+    with journal_lib.writing(path), open(path, 'a', encoding='utf-8') as file:
+      file.write('\n'.join(lines) + '\n')
 
 
 @contextlib.contextmanager
-def _progress(total: int, name: str, log: _Log) -> Iterator[proposers.Progress]:
+def _progress(total: int, name: str, log: Callable[..., None]) -> Iterator[proposers.Progress]:
   """Shows a progress bar; gives what moves it and passes events to the log."""
   with tqdm.tqdm(
     total=total, desc=name, mininterval=loop.BAR_INTERVAL_S, dynamic_ncols=True
