@@ -27,11 +27,7 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, losses, step as training
 
 # task -> (seed, index) -> a dialogue to learn from; None: the corpus.
-_DIALOGUES = {
-  'base': None,
-  'policy': corpus.dialogue,
-  'structured': corpus.structured_dialogue,
-}
+_DIALOGUES = {'base': None, 'policy': corpus.dialogue, 'structured': corpus.structured_dialogue}
 
 
 @dataclasses.dataclass(frozen=True)
