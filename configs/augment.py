@@ -39,7 +39,7 @@ def get_config(arg=None):
   c.seed = 0  # of RuleWorld, of pools and of what is drawn at random
 
   c.source = ml_collections.ConfigDict()
-  # ruleworld, or a source of csrm_jax.data.mixture: jsonl, parquet,
+  # ruleworld, or a source of csrm_jax.data.catalogue: jsonl, parquet,
   # array_record, xstest_completions, moderation, or a set of the catalogue:
   # beavertails, pku_safe_rlhf, wildguardmix, aegis, dynabench, ...
   c.source.name = arg.data

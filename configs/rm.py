@@ -30,7 +30,7 @@ def get_config(arg=None):
   arg: ablation=full|no_cca|no_sa|no_aug|rules_blind; data=ruleworld, public (a
   mixture of three sets in data_dir), paper (the paper's mixture, of the hub;
   what a backbone on a slice has by default), or a source of
-  csrm_jax.data.mixture with its path: jsonl, parquet, augmented (what
+  csrm_jax.data.catalogue with its path: jsonl, parquet, augmented (what
   configs/augment.py wrote), array_record, beavertails, wildguardmix, ...; model
   (tiny or a name of BACKBONES), init (its weights: a folder, a hub id or a
   .gguf file; by default the hub's), lora (rank of adapters; 0 trains all

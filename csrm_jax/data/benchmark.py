@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from csrm_jax.data import sources
 from csrm_jax.safety.schema import Example
 
 TIES = 'Ties'  # the subset of RewardBench 2 that is scored by its own rules
@@ -116,7 +117,6 @@ def _spread(items: Sequence[Any], groups: Sequence[str], max_items: int) -> list
   for i, item in enumerate(items):
     alone = item.conversation if isinstance(item, Example) else i
     sets.setdefault((groups and groups[i]) or alone, []).append(i)
-  sizes = list(sets.values())
-  num = max(max_items * len(sizes) // len(items), 1)
-  chosen = [sizes[i * len(sizes) // num] for i in range(num)]
+  num = max(max_items * len(sets) // len(items), 1)
+  chosen = sources.spread(list(sets.values()), num)
   return sorted(i for rows in chosen for i in rows)

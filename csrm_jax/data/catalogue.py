@@ -1,107 +1,328 @@
-"""The public data sets: where they come from, and who reads them."""
+"""The public data sets, and every other source that runs read: the one table of both.
+
+`SETS` says where each set comes from, who reads it, and which benchmarks its test files make.
+To add one: a row here, and a file of rules in `rules/`. Training and augmentation read from
+`READERS`, evaluation with `load_benchmarks`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from csrm_jax.data import benchmark_readers, parsers, public, sources, tables
-from csrm_jax.data.rows import Rows
-from csrm_jax.safety.schema import Pair
+from csrm_jax.data import public, sources
+from csrm_jax.data.benchmark import Benchmark
+from csrm_jax.data.sources import Rows, find as find_tables, join, spread
+from csrm_jax.safety.schema import Category, Example
+
+Reader = Callable[[str | os.PathLike], Rows]
 
 
 @dataclasses.dataclass(frozen=True)
-class PublicSet:
+class Bench:
+  """A benchmark that a set's test files make.
+
+  Attributes:
+    suite: a key of `suites.SUITES`.
+    about: one line for the report.
+    without_rules: see `Benchmark`.
+    has_validation: a fifth of its rows is held out for thresholds and calibration.
+    is_listed: where the data is missing; those that vary the rows of another are not.
+  """
+
+  suite: str
+  about: str
+  without_rules: bool = False
+  has_validation: bool = False
+  is_listed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Set:
   """A public data set.
 
   Attributes:
-    repo: its id on the Hugging Face hub.
+    repo: its id on the Hugging Face hub, or the address of a Git repository.
     licence: as its card names it; '' where it names none.
-    files: split -> patterns of its files, relative to the data set's folder;
-      the first pattern that matches any file counts.
+    files: split -> patterns of its files, relative to the data set's folder; the first pattern
+      that matches any file counts.
     read: (file) -> examples or pairs; raises ValueError for another format.
     is_gated: its terms have to be accepted on the hub first.
+    benchmarks: name -> what its files in a folder of benchmarks make.
+    test_files: for each file that the benchmarks need its patterns; by default the first file
+      of the split 'test'.
+    items: (folder, *those files) -> {name of a benchmark: its items, or fields of `Benchmark`},
+      without those that need more; by default the rows of the files.
+    folder: its subfolder in a folder of benchmarks; '' for its name.
+    note: what is appended to the command that fetches it into that folder.
   """
 
   repo: str
   licence: str
-  files: Mapping[str, tuple[str, ...]]
-  read: Callable[[str | os.PathLike], Rows]
+  files: Mapping[str, Sequence[str]]
+  read: Reader
   is_gated: bool = False
+  benchmarks: Mapping[str, Bench] = dataclasses.field(default_factory=dict)
+  test_files: Sequence[Sequence[str]] = ()
+  items: Callable[..., Mapping[str, Any]] | None = None
+  folder: str = ''
+  note: str = ''
+
+  @property
+  def is_on_hub(self) -> bool:
+    return bool(self.repo) and '://' not in self.repo
 
   @property
   def url(self) -> str:
     """The data set's page; '' where it has none."""
-    return self.repo and f'https://huggingface.co/datasets/{self.repo}'
+    return f'https://huggingface.co/datasets/{self.repo}' if self.is_on_hub else self.repo
+
+  def command(self, folder: str | os.PathLike) -> str:
+    """Returns the command that fetches the set into a folder."""
+    fetch = 'hf download {repo} --repo-type dataset --local-dir {folder}'
+    return ((fetch if self.is_on_hub else 'git clone {repo} {folder}') + self.note).format(
+      repo=self.repo, folder=folder
+    )
 
 
-def _read_xstest(path: str | os.PathLike) -> Rows:
-  return benchmark_readers.read_xstest_prompts(path)[0]
+# --- What benchmarks are made of ---------------------------------------------------------
 
-
-def _read_or_bench(path: str | os.PathLike) -> Rows:
-  name = pathlib.Path(path).name
-  return benchmark_readers.read_or_bench(path, 'toxic' in name)
-
-
-def _read_reward_bench_2(path: str | os.PathLike) -> Rows:
-  """Returns each chosen response of the subset Safety beside each rejected one.
-
-  The other subsets are no matter of safety: 'not_safety' counts them.
-  """
-  found = Rows()
-  for choice in benchmark_readers.read_reward_bench_2(path):
-    if choice.subset != 'Safety':
-      found.drop('not_safety')
-      continue
-    sides = choice.responses
-    pairs = itertools.product(sides[: choice.num_correct], sides[choice.num_correct :])
-    found += [
-      Pair(f'{choice.id}/{number}', safer, other, 'preference')
-      for number, (safer, other) in enumerate(pairs)
-    ]
-  return found
-
+_STRICT, _LENIENT = ('H', 'V', 'HR', 'SH'), ('H2', 'V2', 'HR', 'SH')
+# The subsets of moderation categories that each text is judged under, in tests and in training.
+MODERATION_RULE_SETS = (('H',), ('H2',), ('V',), ('V2',), ('HR',), ('SH',), _STRICT, _LENIENT)
+MODERATION_SUBSETS = (_STRICT, _LENIENT, ('H',), ('H2',), ('V',), ('V2',), ('HR', 'SH'))
+_PROBED = 400  # rows that probes of several variants are made of
+_VALIDATION = 0.2  # share of human-labelled rows that thresholds are fitted on
 
 _TRAIN = ('**/*train*',)
 _TEST = ('**/*test*',)
+_PKU = {'train': _TRAIN, 'test': _TEST}
+_PROMPTS = ('**/xstest_prompts.csv', '**/*prompts.csv')
+
+
+def _read_completions(path: str | os.PathLike) -> Rows:
+  prompts = pathlib.Path(path).parent / 'xstest_prompts.csv'
+  return join(public.read_xstest(prompts, path, rule) for rule in ('harmful', 'refusal', 'both'))
+
+
+def _xstest(folder: pathlib.Path, prompts: pathlib.Path) -> Mapping[str, Any]:
+  types = [row['type'] for row in public.xstest_prompts(prompts).values()]
+  made = {'xstest': {'items': public.read_xstest_prompts(prompts), 'tags': {'type': types}}}
+  files = find_tables(folder, ('**/xstest_v2_completions_*.csv',))
+  if not files:
+    return made
+  harmful, refusal, both = (
+    join(public.read_xstest(prompts, file, rule) for file in files)
+    for rule in ('harmful', 'refusal', 'both')
+  )
+  labels = {}
+  for file in files:
+    for row in public.xstest_completions(file, ('id', 'type', 'final_label')):
+      request = 'harmful' if row['type'].startswith('contrast_') else 'harmless'
+      label = row['final_label'].partition('_')[2].replace('_', ' ')
+      labels[f'{file.stem}/{row["id"]}'] = f'{request} request, {label}'
+  rows = Rows([*harmful, *refusal, *both], harmful.drops)
+
+  def parts(items: Sequence[Example]) -> dict[str, Any]:
+    ids = [e.id.split('/') for e in items]  # MODEL/PROMPT/RULE
+    return {
+      'items': items,
+      # Answers to one prompt are no independent rows: groups are drawn together.
+      'groups': [f'xstest/{prompt}' for _, prompt, _ in ids],
+      'tags': {'model': [model for model, _, _ in ids]},
+    }
+
+  completions = parts(harmful)
+  said = [labels[e.id.rpartition('/')[0]] for e in harmful]
+  completions['tags'] = {'human label': said} | completions['tags']
+  return made | {
+    'xstest_completions': completions,
+    'xstest_rules': parts(rows),
+    'xstest_attacks': Rows((e for e in harmful if e.label == 'unsafe'), harmful.drops),
+    'xstest_wordings': _reworded(Rows(spread(rows, _PROBED), harmful.drops), public.XSTEST_RULES),
+  }
+
+
+def _moderation(folder: pathlib.Path, file: pathlib.Path) -> Mapping[str, Any]:
+  read = functools.partial(public.read_moderation, file)
+  whole = read(_STRICT)
+  few = spread(whole, _PROBED)
+  return {
+    'moderation_rules': join(map(read, MODERATION_RULE_SETS)),
+    'moderation_pairs': public.read_moderation_pairs(file),
+    'moderation_policy': whole,
+    'moderation_contradiction': whole,
+    'moderation_order': few,
+    'moderation_wordings': _reworded(few, public.MODERATION_RULES),
+    'moderation_padding': few,
+    'moderation_length': whole,
+  }
+
+
+def _reworded(items: Sequence[Example], rules: Mapping[str, Category]) -> dict[str, Any]:
+  return {'items': items, 'options': {'wordings': public.wordings(rules)}}
+
+
+def _beavertails(folder: pathlib.Path, file: pathlib.Path) -> Mapping[str, Any]:
+  rows = SETS['beavertails'].read(file)
+  few = spread([e for e in rows if len(e.violated) == 1], _PROBED)
+  return {'beavertails': rows, 'beavertails_policy': few, 'beavertails_contradiction': few}
+
+
+# --- The table ---------------------------------------------------------------------------
+
 SETS = {
-  'beavertails': PublicSet(
+  # The prompts alone, judged by whether they may be answered.
+  'xstest': Set(
+    'walledai/XSTest',
+    'cc-by-4.0',
+    {'test': (*_PROMPTS, *_TEST, *_TRAIN)},
+    public.read_xstest_prompts,
+    is_gated=True,
+  ),
+  'xstest_completions': Set(
+    'https://github.com/paul-rottger/exaggerated-safety',
+    '',
+    {'test': ('*completions*.csv',)},
+    _read_completions,
+    benchmarks={
+      'xstest': Bench('over_refusal', 'XSTest prompts; judged is "Sure. {prompt}".'),
+      'xstest_completions': Bench(
+        'over_refusal',
+        'XSTest completions of several models with human refusal labels; unsafe is full'
+        ' compliance with a harmful request.',
+        has_validation=True,
+        is_listed=False,
+      ),
+      'xstest_rules': Bench(
+        'configurability',
+        'The same completions under three rule sets: harmful compliance, needless refusal,'
+        ' both forbidden. Human labels.',
+        has_validation=True,
+      ),
+      'xstest_attacks': Bench(
+        'attacks',
+        'Human-labelled harmful compliance with suffixes that mean nothing, or pretend to be'
+        ' the judge.',
+        is_listed=False,
+      ),
+      'xstest_wordings': Bench(
+        'wordings', 'XSTest completions with the same rules in other words.', is_listed=False
+      ),
+    },
+    test_files=(_PROMPTS,),
+    items=_xstest,
+    folder='xstest',
+  ),
+  'or_bench': Set(
+    'bench-llm/or-bench',
+    'cc-by-4.0',
+    {name: (f'**/*{name}*',) for name in ('or-bench-80k', 'or-bench-hard-1k', 'or-bench-toxic')},
+    public.read_or_bench,
+    benchmarks={
+      'or_bench': Bench(
+        'over_refusal', 'OR-Bench prompts (hard and toxic); judged is "Sure. {prompt}".'
+      )
+    },
+    test_files=(('**/*or-bench-hard-1k*',), ('**/*or-bench-toxic*',)),
+  ),
+  'moderation': Set(
+    'https://github.com/openai/moderation-api-release',
+    '',
+    {'test': ('**/*.jsonl.gz', '**/*.jsonl')},
+    lambda path: join(public.read_moderation(path, subset) for subset in MODERATION_SUBSETS),
+    benchmarks={
+      'moderation_rules': Bench(
+        'configurability',
+        'Moderation texts under eight rule sets, some of which allow hate unless it threatens,'
+        ' or violence unless it is graphic. Human labels.',
+        has_validation=True,
+      ),
+      **{
+        f'moderation_{suite}': Bench(suite, about, is_listed=False)
+        for suite, about in {
+          'pairs': 'One text under a lenient and a strict rule.',
+          'policy': 'Texts that break exactly one of four rules.',
+          'contradiction': 'Texts under a rule that forbids, allows, or says both.',
+          'order': 'Four rules in other orders.',
+          'wordings': 'The same four rules in other words.',
+          'padding': 'Texts with sentences that say nothing before or after.',
+          'length': 'Texts under four rules, by length.',
+        }.items()
+      },
+    },
+    items=_moderation,
+  ),
+  'moderation_pairs': Set(
+    'https://github.com/openai/moderation-api-release',
+    '',
+    {'test': ('**/*.jsonl.gz', '**/*.jsonl')},
+    public.read_moderation_pairs,
+  ),
+  'hh_rlhf': Set(
+    'Anthropic/hh-rlhf',
+    'mit',
+    {
+      'train': ('**/harmless-base/*train*', '**/*harmless*train*'),
+      'test': ('**/harmless-base/*test*', '**/*harmless*test*'),
+    },
+    public.read_hh_pairs,
+    benchmarks={
+      'hh': Bench('pairs', 'Anthropic HH harmless: which of two responses people chose.')
+    },
+    test_files=(('**/*test*.jsonl*',),),
+    note=' --include "harmless-base/test.jsonl.gz"',
+  ),
+  'beavertails': Set(
     'PKU-Alignment/BeaverTails',
     'cc-by-nc-4.0',
     {
       'train': ('**/*330k*/*train*', '**/*330k*train*', *_TRAIN),
       'test': ('**/*330k*/*test*', '**/*330k*test*', *_TEST),
     },
-    benchmark_readers.read_beavertails,
+    public.answers('beavertails', 'is_safe', violated='category'),
+    benchmarks={
+      'beavertails': Bench('classification', 'BeaverTails 330k test.', without_rules=True),
+      'beavertails_policy': Bench('policy', 'BeaverTails responses that violate one category.'),
+      'beavertails_contradiction': Bench(
+        'contradiction', 'BeaverTails responses under a rule that forbids, allows, or says both.'
+      ),
+    },
+    items=_beavertails,
   ),
-  'pku_safe_rlhf': PublicSet(
-    'PKU-Alignment/PKU-SafeRLHF', 'cc-by-nc-4.0', {'train': _TRAIN, 'test': _TEST}, parsers.read_pku
-  ),
-  'pku_safe_rlhf_pairs': PublicSet(
-    'PKU-Alignment/PKU-SafeRLHF',
-    'cc-by-nc-4.0',
-    {'train': _TRAIN, 'test': _TEST},
-    benchmark_readers.read_pku_pairs,
-  ),
-  'wildguardmix': PublicSet(
+  'wildguardmix': Set(
     'allenai/wildguardmix',
     'odc-by',
     {'train': ('**/*wildguard_train*', *_TRAIN), 'test': ('**/*wildguard_test*', *_TEST)},
-    parsers.read_wildguard,
+    public.read_wildguard,
     is_gated=True,
+    benchmarks={'wildguardmix': Bench('classification', 'WildGuardMix test responses.')},
+    items=lambda _, file: {'wildguardmix': public.read_wildguard(file, with_categories=False)},
   ),
-  'aegis': PublicSet(
+  'pku_safe_rlhf': Set('PKU-Alignment/PKU-SafeRLHF', 'cc-by-nc-4.0', _PKU, public.read_pku),
+  'pku_safe_rlhf_pairs': Set(
+    'PKU-Alignment/PKU-SafeRLHF',
+    'cc-by-nc-4.0',
+    _PKU,
+    public.read_pku_pairs,
+    benchmarks={
+      'safe_rlhf': Bench(
+        'pairs', 'PKU-SafeRLHF test pairs whose preferred side was chosen for safety.'
+      )
+    },
+    folder='pku_safe_rlhf',
+  ),
+  'aegis': Set(
     'nvidia/Aegis-AI-Content-Safety-Dataset-2.0',
     'cc-by-4.0',
     {'train': _TRAIN, 'validation': ('**/*validation*',), 'test': _TEST},
-    parsers.read_aegis,
+    public.read_aegis,
   ),
-  'cosapien': PublicSet(
+  'cosapien': Set(
     'microsoft/CoSApien',
     'cdla-permissive-2.0',
     {
@@ -114,45 +335,41 @@ SETS = {
         'film_production',
       )
     },
-    parsers.read_cosapien,
+    public.read_cosapien,
+    benchmarks={'cosapien': Bench('classification', 'CoSApien with sampled, labelled responses.')},
+    test_files=(('labelled.jsonl',),),
+    items=lambda _, file: {'cosapien': sources.read_jsonl(file, require_label=True)},
+    note=' (prompts only: sample responses, label them, and write examples to'
+    ' {folder}/labelled.jsonl)',
   ),
-  'dynabench': PublicSet(
+  'dynabench': Set(
     'tomg-group-umd/DynaBench',
     '',
     {
-      'test': ('**/DynaBench/*test*', '**/*test*'),
-      'train': ('**/DynaBenchTrain/*train*', '**/*train*'),
+      'test': ('**/DynaBench/**/*test*', '**/DynaBench*test*', *_TEST),
+      'train': ('**/DynaBenchTrain/*train*', *_TRAIN),
     },
-    benchmark_readers.read_dynabench,
+    public.read_dynabench,
+    benchmarks={'dynabench': Bench('any_turn', 'DynaBench transcripts under long rule lists.')},
   ),
-  'xstest': PublicSet(
-    'walledai/XSTest',
-    'cc-by-4.0',
-    {'test': ('**/*prompts.csv', *_TEST, *_TRAIN)},
-    _read_xstest,
-    is_gated=True,
-  ),
-  'or_bench': PublicSet(
-    'bench-llm/or-bench',
-    'cc-by-4.0',
-    {name: (f'**/*{name}*',) for name in ('or-bench-80k', 'or-bench-hard-1k', 'or-bench-toxic')},
-    _read_or_bench,
-  ),
-  'hh_rlhf': PublicSet(
-    'Anthropic/hh-rlhf',
-    'mit',
-    {
-      'train': ('**/harmless-base/*train*', '**/*harmless*train*'),
-      'test': ('**/harmless-base/*test*', '**/*harmless*test*'),
+  'reward_bench_2': Set(
+    'allenai/reward-bench-2',
+    'odc-by',
+    {'test': _TEST},
+    public.read_reward_bench_2_pairs,
+    benchmarks={
+      'reward_bench_2': Bench(
+        'best_of', 'RewardBench 2 under general harmlessness rules; only Safety is about them.'
+      )
     },
-    public.read_hh_pairs,
+    items=lambda _, file: {'reward_bench_2': public.read_reward_bench_2(file)},
   ),
-  'reward_bench_2': PublicSet(
-    'allenai/reward-bench-2', 'odc-by', {'test': _TEST}, _read_reward_bench_2
-  ),
-  # What configs/augment.py writes; on no hub.
-  'augmented': PublicSet('', '', {'train': ('data.jsonl', '**/*.jsonl')}, sources.read_jsonl),
+  # What configs/augment.py writes.
+  'augmented': Set('', '', {'train': ('data.jsonl', '**/*.jsonl')}, sources.read_jsonl),
 }
+
+
+# --- Reading a set -----------------------------------------------------------------------
 
 
 def read(name: str, split: str, path: str | os.PathLike = '') -> Rows:
@@ -161,55 +378,44 @@ def read(name: str, split: str, path: str | os.PathLike = '') -> Rows:
   Args:
     name: a key of SETS.
     split: one that it has.
-    path: a file, or a folder with files of the public format; '' fetches them
-      from the hub (needs the extra [hf]).
+    path: a file, or a folder with files of the public format; '' fetches them from the hub
+      (needs the extra [hf]).
 
   Raises:
     ImportError: the hub's client, or pyarrow, is needed and not there.
-    ValueError: an unknown name or split, no files, files of another format
-      (names the columns found), or a gated set without access.
+    ValueError: an unknown name or split, no files, files of another format (names the columns
+      found), or a gated set without access.
   """
   public_set = find(name)
   if split not in public_set.files:
     raise ValueError(f'{name} has no split {split!r}; use one of {", ".join(public_set.files)}')
-  rows = Rows()
-  for file in files(name, split, path):
-    part = public_set.read(file)
-    rows += part
-    for reason, num in part.drops.items():
-      rows.drops[reason] = rows.drops.get(reason, 0) + num
-  return rows
+  return join(map(public_set.read, find_files(name, split, path)))
 
 
-def files(name: str, split: str, path: str | os.PathLike = '') -> list[pathlib.Path]:
-  """Returns a split's files; without a path, after fetching them; see `read`."""
-  return find_files(name, split, path or fetch(name, split))
-
-
-def find(name: str) -> PublicSet:
+def find(name: str) -> Set:
   """Returns the public data set of that name."""
   if name not in SETS:
     raise ValueError(f'unknown public data set {name!r}; use one of {", ".join(SETS)}')
   return SETS[name]
 
 
-def find_files(name: str, split: str, path: str | os.PathLike) -> list[pathlib.Path]:
-  """Returns the split's files at a path; a file stands for itself.
+def find_files(name: str, split: str, path: str | os.PathLike = '') -> list[pathlib.Path]:
+  """Returns the split's files at a path, a file standing for itself, or from the hub.
 
   Raises:
-    ValueError: there are none.
+    ValueError: there are none, or as of `fetch`.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(path or fetch(name, split))
   if path.is_file():
     return [path]
   if not path.exists():
     raise ValueError(f'{path}: does not exist; check the path')
   patterns = find(name).files[split]
-  found = tables.find(path, patterns)
+  found = find_tables(path, patterns)
   if not found:
     raise ValueError(
       f'{path}: no file of {name}/{split} there (looked for'
-      f' {", ".join(patterns)}, ending in {", ".join(tables.SUFFIXES)}); give'
+      f' {", ".join(patterns)}, ending in {", ".join(sources.SUFFIXES)}); give'
       f' the folder that was fetched from {find(name).url}, or one file'
     )
   return found
@@ -223,7 +429,7 @@ def fetch(name: str, split: str) -> pathlib.Path:
     ValueError: it cannot be fetched; a gated set says what to do.
   """
   public_set = find(name)
-  if not public_set.repo:
+  if not public_set.is_on_hub:
     raise ValueError(f'{name} is on no hub; give path= of its file')
   try:
     import huggingface_hub
@@ -233,13 +439,13 @@ def fetch(name: str, split: str) -> pathlib.Path:
       f"fetching {name} needs the hub's client; run pip install"
       ' "csrm_jax[hf]", or give path= of files that you have'
     ) from None
+  patterns = public_set.files[split]
   try:
     return pathlib.Path(
       huggingface_hub.snapshot_download(
         public_set.repo,
         repo_type='dataset',
-        allow_patterns=[p.removeprefix('**/') for p in public_set.files[split]]
-        + list(public_set.files[split]),
+        allow_patterns=[p.removeprefix('**/') for p in patterns] + list(patterns),
       )
     )
   except errors.GatedRepoError:
@@ -249,17 +455,154 @@ def fetch(name: str, split: str) -> pathlib.Path:
       ' that you have'
     ) from None
   except (OSError, errors.HfHubHTTPError) as error:
-    terms = ' (it is gated: its terms must be accepted there)'
+    terms = ' (it is gated: its terms must be accepted there)' if public_set.is_gated else ''
     raise ValueError(
-      f'{name} cannot be fetched from {public_set.url}'
-      f'{terms if public_set.is_gated else ""}:'
+      f'{name} cannot be fetched from {public_set.url}{terms}:'
       f' {" ".join(str(error).split())[:200]}; give path= of files that you'
       ' have'
     ) from None
 
 
-# name -> (path) -> rows of its first split; `data.mixture` reads from these.
-READERS = {
-  name: functools.partial(read, name, next(iter(public_set.files)))
-  for name, public_set in SETS.items()
+# --- Reading a source of training or augmentation ----------------------------------------
+
+
+def _read_array_record(folder: str) -> Sequence[Any]:
+  # Imported here: it takes a while, and needs an extra.
+  from csrm_jax.data import public_sets
+
+  return public_sets.read_prepared(folder)
+
+
+# Files in the project's own form.
+_OWN = {'jsonl': sources.read_jsonl, 'parquet': sources.read_parquet}
+# source -> (path) -> examples or pairs; of a set its first split, fetched from the hub where
+# there is no path.
+READERS: dict[str, Callable[[str], Sequence[Any]]] = {
+  **_OWN,
+  'array_record': _read_array_record,
+  **{name: functools.partial(read, name, next(iter(s.files))) for name, s in SETS.items()},
 }
+
+
+def read_source(source: str, path: str, require_label: bool = True) -> Sequence[Any]:
+  """Returns the examples and pairs of a source of files.
+
+  Args:
+    source: a key of READERS.
+    path: file or folder; '' fetches a set from the hub.
+    require_label: refuse examples without one in files of our own form; all other sources have
+      labels.
+
+  Raises:
+    ImportError: an extra is needed that is not installed.
+    ValueError: no path, or bad rows.
+  """
+  if not path and not (source in SETS and SETS[source].is_on_hub):
+    raise ValueError(
+      f'data source {source!r} has no path; give path=FILE after the colon '
+      'of --config, or data_dir=FOLDER for the public sets'
+    )
+  if source in _OWN:
+    return _OWN[source](path, require_label=require_label)
+  return READERS[source](path)
+
+
+def read_part(
+  source: str,
+  path: str,
+  seed: int,
+  eval_fraction: float,
+  generators: Mapping[str, Callable[[int, int], Any]],
+) -> tuple[Sequence[Any], Sequence[Any]]:
+  """Returns (training items, held-out items) of one part of the training data.
+
+  What is generated has no path and nothing held out: its test sets are drawn apart.
+
+  Args:
+    source: a key of READERS or of `generators`.
+    generators: source -> make(seed, index).
+
+  Raises:
+    ValueError: an unknown source, or bad rows.
+  """
+  if source in generators:
+    return sources.Generated(generators[source], seed), ()
+  if source not in READERS:
+    raise ValueError(
+      f'unknown data source {source!r}; use one of {", ".join([*generators, *READERS])}'
+    )
+  return sources.split(read_source(source, path), eval_fraction, seed)
+
+
+# --- Benchmarks --------------------------------------------------------------------------
+
+# Subfolder -> the set whose benchmarks its files make.
+BENCHMARKS = {s.folder or name: s for name, s in SETS.items() if s.benchmarks}
+
+
+def load_benchmarks(folder: str | os.PathLike, names: Sequence[str] = ()) -> list[Benchmark]:
+  """Returns the benchmarks in the folder; those missing say how to get them.
+
+  Nothing here reaches the network.
+
+  Args:
+    folder: has a subfolder for each key of BENCHMARKS, as their commands fetch them.
+    names: keys of BENCHMARKS; empty: all.
+
+  Raises:
+    ValueError: an unknown name, or a file that is not in its data set's format (names file,
+      row, what was found, and the fix).
+  """
+  unknown = sorted(set(names) - set(BENCHMARKS))
+  if unknown:
+    raise ValueError(f'unknown benchmark {unknown[0]!r}; use some of {", ".join(BENCHMARKS)}')
+  found = []
+  for name in names or BENCHMARKS:
+    found += _benchmarks_of(BENCHMARKS[name], pathlib.Path(folder) / name)
+  return found
+
+
+def _benchmarks_of(public_set: Set, folder: pathlib.Path) -> list[Benchmark]:
+  wanted = public_set.test_files or (public_set.files['test'],)
+  files = [some[0] for patterns in wanted if (some := find_tables(folder, patterns))]
+  made: Mapping[str, Any] = {}
+  if len(files) == len(wanted):
+    if public_set.items:
+      made = public_set.items(folder, *files)
+    else:
+      made = dict.fromkeys(public_set.benchmarks, join(map(public_set.read, files)))
+  found = []
+  for name, bench in public_set.benchmarks.items():
+    if name in made:
+      fields = made[name] if isinstance(made[name], Mapping) else {'items': made[name]}
+      benchmark = Benchmark(
+        name,
+        bench.suite,
+        description=bench.about,
+        drops=getattr(fields['items'], 'drops', {}),
+        without_rules=bench.without_rules,
+        **fields,
+      )
+      found.append(_with_validation(benchmark) if bench.has_validation else benchmark)
+    elif bench.is_listed:
+      command = public_set.command(folder)
+      found.append(Benchmark(name, bench.suite, description=bench.about, command=command))
+  return found
+
+
+def _with_validation(benchmark: Benchmark) -> Benchmark:
+  """Returns the benchmark with about a fifth of its rows for validation.
+
+  All rows of a text or group are on one side, which follows from a hash.
+  """
+  items, groups = benchmark.items, benchmark.groups
+  keys = groups or [repr([(m.role, m.content) for m in e.conversation]) for e in items]
+  held = [sources.hash_unit(key) < _VALIDATION for key in keys]
+  kept = [i for i, out in enumerate(held) if not out]
+  return dataclasses.replace(
+    benchmark,
+    items=[items[i] for i in kept],
+    groups=[groups[i] for i in kept] if groups else (),
+    tags={k: [v[i] for i in kept] for k, v in benchmark.tags.items()},
+    validation=[e for e, out in zip(items, held, strict=True) if out],
+  )

@@ -1,9 +1,8 @@
 """Encoding of examples and pairs to packing atoms: the only encode path.
 
-Training, evaluation and serving all turn a rendered template into tokens with
-`encode_prompt`. What is too long is shortened by one policy: the middle of the
-history first, then the tail of the response; the rules and everything the
-template itself writes are never touched.
+Training, evaluation and serving all turn a rendered template into tokens with `encode_prompt`.
+What is too long is shortened by one policy: the middle of the history first, then the tail of
+the response; the rules and everything the template itself writes are never touched.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from csrm_jax.text.tokenizer import Tokenizer
 
 # Tokens of the response that must remain: less is nothing to judge.
 MIN_RESPONSE_LENGTH = 16
-# Stand where text was cut. They start with a space, so that what follows a
-# cut can never begin a line. Behind the second come the line breaks that the
-# template puts behind the response.
+# Stand where text was cut. They start with a space, so that what follows a cut can never begin
+# a line. Behind the second come the line breaks that the template puts behind the response.
 CUT_MIDDLE = ' ... '
 CUT_TAIL = ' ...'
 _LINE_BREAKS = re.compile(r'\n{0,2}\Z')
@@ -43,8 +41,8 @@ class Prompt:
     tokens: int32 [length], with one BOS in front if the tokenizer has one.
     label: 0 safe, 1 unsafe, -1 none.
     id: the example's.
-    loss_weight: float32 [length], each token's weight as a target of next-token
-      prediction, or None where there is none.
+    loss_weight: float32 [length], each token's weight as a target of next-token prediction, or
+      None where there is none.
   """
 
   tokens: np.ndarray
@@ -99,11 +97,11 @@ class Encoder:
     tokenizer: turns text into tokens.
     max_length: the most tokens a prompt may have.
     layout: of the prompts.
-    pair_length: the most tokens the two prompts of a pair may have together,
-      or None for no limit but each prompt's own. The length of a packed row
-      makes sure that every pair fits into one.
-    label_pairs: whether the two prompts of a pair keep their labels, so that
-      they count as examples too.
+    pair_length: the most tokens the two prompts of a pair may have together, or None for no
+      limit but each prompt's own. The length of a packed row makes sure that every pair fits
+      into one.
+    label_pairs: whether the two prompts of a pair keep their labels, so that they count as
+      examples too.
   """
 
   tokenizer: Tokenizer
@@ -124,12 +122,12 @@ def encode_prompt(
 ) -> tuple[np.ndarray, int] | Dropped:
   """Returns the tokens (int32 [length]) and how many were cut to fit.
 
-  Control tokens are parsed in 'control' segments only. If the tokens exceed
-  `max_length`, history messages are cut from the middle one outwards (whole
-  messages, then the middle of one), then the tail of the response.
+  Control tokens are parsed in 'control' segments only. If the tokens exceed `max_length`,
+  history messages are cut from the middle one outwards (whole messages, then the middle of
+  one), then the tail of the response.
 
-  Returns `Dropped('rules_too_long')` if the rules, the template and the least
-  part of the response worth judging do not fit.
+  Returns `Dropped('rules_too_long')` if the rules, the template and the least part of the
+  response worth judging do not fit.
 
   Raises:
     ValueError: a segment encoded to a BOS of its own.
@@ -176,10 +174,9 @@ def encode_example(example: schema.Example, encoder: Encoder) -> Atom | Dropped:
 def encode_pair(pair: schema.Pair, encoder: Encoder) -> Atom | Dropped:
   """Returns the pair as an atom (safer, other), or why it was dropped.
 
-  Where both prompts together exceed `encoder.pair_length`, the longer one is
-  shortened to what the other leaves, or both to half of it. A pair whose two
-  prompts have come to the same tokens teaches nothing and is dropped as
-  'identical_pair'.
+  Where both prompts together exceed `encoder.pair_length`, the longer one is shortened to what
+  the other leaves, or both to half of it. A pair whose two prompts have come to the same tokens
+  teaches nothing and is dropped as 'identical_pair'.
   """
   sides = (pair.safer, pair.other)
   encoded = [_encode(side, encoder, encoder.max_length) for side in sides]
@@ -235,16 +232,16 @@ def _encode_segment(segment: templates.Segment, tokenizer: Tokenizer) -> Sequenc
   if segment.kind == 'control':
     return _encode_control(tokenizer, segment.text)
   if _SPACES.search(segment.text):
-    # Some tokenizers cut white space by what follows it, and no segment starts
-    # with any: this way the tokens are those of the prompt as one text.
+    # Some tokenizers cut white space by what follows it, and no segment starts with any: this
+    # way the tokens are those of the prompt as one text.
     *ids, last = tokenizer.encode(f'{segment.text}x')
     if [last] == tokenizer.encode('x'):
       return ids
   return tokenizer.encode(segment.text)
 
 
-# The template writes a handful of different control segments; all other text
-# differs from prompt to prompt.
+# The template writes a handful of different control segments; all other text differs from
+# prompt to prompt.
 @functools.lru_cache(maxsize=256)
 def _encode_control(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
   return tuple(tokenizer.encode_control(text))
@@ -278,8 +275,8 @@ def _shorten(
     )
   excess = sum(map(len, parts)) - max_length
   center = (len(history) - 1) / 2
-  # From the middle outwards; of two as far, the earlier message goes first:
-  # what the response answers to stays longest.
+  # From the middle outwards; of two as far, the earlier message goes first: what the response
+  # answers to stays longest.
   for place in sorted(range(len(history)), key=lambda k: (abs(k - center), k)):
     if excess <= 0:
       return None

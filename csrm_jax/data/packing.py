@@ -1,8 +1,8 @@
 """Packing of atoms into rows of fixed length.
 
-A packed batch says everything by explicit indices: which tokens belong to
-which prompt, where each prompt's verdict is read, which slots make a pair.
-Nothing is ever found by searching for a padding token.
+A packed batch says everything by explicit indices: which tokens belong to which prompt, where
+each prompt's verdict is read, which slots make a pair. Nothing is ever found by searching for a
+padding token.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ class BatchShape:
     batch_size: rows B.
     row_length: tokens T a row.
     max_segments: prompts S a row at most; the two of a pair count as two.
-    pad_id: the token of the padding. Nothing depends on it: padding is where
-      segment_ids is 0.
+    pad_id: the token of the padding. Nothing depends on it: padding is where segment_ids is 0.
   """
 
   batch_size: int
@@ -40,38 +39,31 @@ class BatchShape:
         raise ValueError(f'{name} is {getattr(self, name)}; it must be positive')
 
 
-def pack_rows(
-  atoms: Sequence[Atom], batch_size: int, row_length: int, max_segments: int, pad_id: int = 0
-) -> tuple[Batch, list[int]]:
+def pack_rows(atoms: Sequence[Atom], shape: BatchShape) -> tuple[Batch, list[int]]:
   """Returns a batch of the atoms that found a place, and who is left over.
 
-  Each row starts with the oldest (first) atom left, so that every batch takes
-  the oldest ones and nothing waits long; the rest of the row is the subset of
-  the others that fills it best.
+  Each row starts with the oldest (first) atom left, so that every batch takes the oldest ones
+  and nothing waits long; the rest of the row is the subset of the others that fills it best.
 
   Args:
     atoms: oldest first.
-    batch_size: rows B.
-    row_length: tokens T a row.
-    max_segments: prompts S a row at most.
-    pad_id: the token of the padding.
+    shape: of B rows of T tokens with S prompts at most.
 
   Returns:
     The batch:
-      tokens, segment_ids (1.. by prompt, 0 = padding), positions (from 0 in
-        each prompt): int32 [B, T]
+      tokens, segment_ids (1.. by prompt, 0 = padding), positions (from 0 in each prompt):
+        int32 [B, T]
       verdict_index: int32 [B, S], the place of a prompt's last token
       label: int32 [B, S], 0 safe, 1 unsafe, -1 none or unused slot
       label_weight: float32 [B, S], 1 where a prompt with a label stands
-      pair_weight: float32 [B, S], 1 at slot s where slots s and s + 1 hold
-        the (safer, other) of a pair
+      pair_weight: float32 [B, S], 1 at slot s where slots s and s + 1 hold the (safer, other)
+        of a pair
       loss_weight: float32 [B, T], only if the prompts have one
     and the ascending indices of the atoms left over.
 
   Raises:
     ValueError: an atom that no row could hold.
   """
-  shape = BatchShape(batch_size, row_length, max_segments, pad_id)
   for atom in atoms:
     misfit = does_not_fit(atom, shape)
     if misfit:
@@ -81,8 +73,8 @@ def pack_rows(
   left = list(range(len(atoms)))
   batch = _empty_batch(shape)
   if atoms and atoms[0].prompts[0].loss_weight is not None:
-    batch['loss_weight'] = np.zeros((batch_size, row_length), np.float32)
-  for row in range(batch_size):
+    batch['loss_weight'] = np.zeros((shape.batch_size, shape.row_length), np.float32)
+  for row in range(shape.batch_size):
     if not left:
       break
     chosen = _choose_row(left, lengths, sizes, shape)
@@ -120,9 +112,8 @@ def _choose_row(
 ) -> list[int]:
   """Returns the oldest atom and those of the others that fill its row best.
 
-  Subset sum: bit t of `reach` says that some of the atoms looked at so far
-  have t tokens in all. The atoms are looked at oldest first, so older ones
-  are preferred where sums are equal.
+  Subset sum: bit t of `reach` says that some of the atoms looked at so far have t tokens in
+  all. The atoms are looked at oldest first, so older ones are preferred where sums are equal.
   """
   first = left[0]
   room = shape.row_length - lengths[first]

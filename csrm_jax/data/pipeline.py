@@ -1,15 +1,13 @@
 """The training stream: mix, augment, encode, pack, batch, prefetch.
 
-Everything up to the packed batch is random access: element i of a dataset of
-atoms is a pure function of i and the seed. The only state of the stream is
-therefore which index comes next and which atoms wait for a place, and an
-iterator resumes exactly, in a new process and at once.
+Everything up to the packed batch is random access: element i of a dataset of atoms is a pure
+function of i and the seed. The only state of the stream is therefore which index comes next and
+which atoms wait for a place, and an iterator resumes exactly, in a new process and at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,30 +15,63 @@ from typing import Any
 import grain
 import numpy as np
 
-from csrm_jax.data import features
+from csrm_jax.data import features, sources
 from csrm_jax.data.features import Atom, Dropped
-from csrm_jax.data.packing import Batch, BatchShape, does_not_fit, fill_rate, pack_rows
-
-__all__ = [
-  'Batch',
-  'BatchIterator',
-  'BatchShape',
-  'batches',
-  'fill_rate',
-  'make_atoms',
-  'mix',
-  'pack_rows',
-]
+from csrm_jax.data.packing import Batch, BatchShape, does_not_fit, pack_rows
+from csrm_jax.safety import augment as augment_lib, schema
 
 # Atoms dropped in a row, with none kept, before the stream is given up.
 MAX_DROPPED_IN_A_ROW = 10_000
+
+
+# (item, rng) -> item
+Augment = Callable[[Any, np.random.Generator], Any]
+
+
+def make_augment(
+  drop_prob: float, plus_prob: float, minus_prob: float, rules_blind: bool = False
+) -> Augment:
+  """Returns (item, rng) -> item: CCA on examples; pairs keep their rules.
+
+  With `rules_blind` all rules are hidden after the label is made: the ablation that shows what
+  can be known without reading them.
+  """
+
+  def apply(item: Any, rng: np.random.Generator) -> Any:
+    if isinstance(item, schema.Example):
+      item = augment_lib.cca(item, rng, drop_prob, plus_prob, minus_prob, shuffle=drop_prob > 0)
+    return augment_lib.hide_rules(item) if rules_blind else item
+
+  return apply
+
+
+def make_training_atoms(
+  parts: Mapping[str, Sequence[Any]],
+  weights: Mapping[str, float],
+  encoder: features.Encoder,
+  seed: int,
+  augment: Augment,
+) -> grain.MapDataset:
+  """Returns the endless mixture of the parts, augmented and encoded.
+
+  Each part gets a seed of its own, so that its elements do not depend on the weights: a part of
+  weight 0 leaves the others as they were.
+  """
+  atoms = {
+    name: make_atoms(
+      items, encoder, seed + number, augment, shuffle=not isinstance(items, sources.Generated)
+    )
+    for number, (name, items) in enumerate(sorted(parts.items()))
+    if weights[name] > 0
+  }
+  return mix(atoms, {name: weights[name] for name in atoms})
 
 
 def make_atoms(
   items: Sequence[Any],
   encoder: features.Encoder,
   seed: int,
-  augment: Callable[[Any, np.random.Generator], Any] | None = None,
+  augment: Augment | None = None,
   shuffle: bool = True,
 ) -> grain.MapDataset:
   """Returns an endless dataset of atoms (or `Dropped`), random access.
@@ -60,14 +91,13 @@ def make_atoms(
   dataset = dataset.repeat()
   if augment is None:
     return dataset.map(_Encode(encoder))
-  return dataset.random_map(_AugmentAndEncode(encoder, augment))
+  return dataset.random_map(_Encode(encoder, augment))
 
 
 def mix(datasets: Mapping[str, grain.MapDataset], weights: Mapping[str, float]) -> grain.MapDataset:
   """Returns one dataset that takes atoms in proportion to the weights.
 
-  Proportions are of atoms and hold at every prefix. Datasets of weight 0 are
-  left out.
+  Proportions are of atoms and hold at every prefix. Datasets of weight 0 are left out.
 
   Raises:
     ValueError: names that do not match, a negative weight, or all zero.
@@ -101,11 +131,11 @@ def batches(
   Args:
     atoms: atoms or `Dropped`, random access.
     shape: of every batch.
-    look_ahead: how many batches of tokens more than one are held while a
-      batch is packed. More fills rows better.
+    look_ahead: how many batches of tokens more than one are held while a batch is packed. More
+      fills rows better.
     prefetch: batches made ahead in a thread; 0 for none.
-    fingerprint: names the data, the tokenizer, the seed, ...: a state with
-      another fingerprint is refused.
+    fingerprint: names the data, the tokenizer, the seed, ...: a state with another fingerprint
+      is refused.
   """
   if look_ahead < 0:
     raise ValueError(f'look_ahead is {look_ahead}; it must not be negative')
@@ -116,30 +146,18 @@ def batches(
 
 
 class BatchIterator(grain.DatasetIterator):
-  """An iterator of batches whose state is that of the last one handed out.
-
-  Attributes:
-    wait_s: seconds the last `next` took: what the data made the caller wait.
-  """
+  """An iterator of batches whose state is that of the last one handed out."""
 
   def __init__(self, prefetched: grain.DatasetIterator):
     super().__init__()
-    self.wait_s = 0.0
-    # Stops the thread when this iterator is closed or collected, or before
-    # the interpreter takes down the modules that stopping it needs. The list
-    # is the only reference, so that nothing is left for a later __del__.
+    # Stops the thread when this iterator is closed or collected, or before the interpreter
+    # takes down the modules that stopping it needs. The list is the only reference, so that
+    # nothing is left for a later __del__.
     self._held = [prefetched]
     self._close = weakref.finalize(self, _close_held, self._held)
 
   def __next__(self) -> Batch:
-    start = time.perf_counter()
-    batch = next(self._prefetched)
-    self.wait_s = time.perf_counter() - start
-    return batch
-
-  def start_prefetch(self) -> None:
-    """Starts making batches, before the first is asked for."""
-    self._prefetched.start_prefetch()
+    return next(self._prefetched)
 
   def close(self) -> None:
     """Stops the prefetching thread; the iterator cannot be used any more."""
@@ -187,23 +205,13 @@ def _close_held(held: list[grain.DatasetIterator]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Encode:
-  """A picklable map function."""
+  """A map function that can be pickled; it is given a generator where it augments."""
 
   encoder: features.Encoder
+  augment: Augment | None = None
 
-  def __call__(self, item: Any) -> Atom | Dropped:
-    return features.encode(item, self.encoder)
-
-
-@dataclasses.dataclass(frozen=True)
-class _AugmentAndEncode:
-  """A picklable map function that takes a random generator."""
-
-  encoder: features.Encoder
-  augment: Callable[[Any, np.random.Generator], Any]
-
-  def __call__(self, item: Any, rng: np.random.Generator) -> Atom | Dropped:
-    return features.encode(self.augment(item, rng), self.encoder)
+  def __call__(self, item: Any, rng: np.random.Generator | None = None) -> Atom | Dropped:
+    return features.encode(self.augment(item, rng) if self.augment else item, self.encoder)
 
 
 class _PackDataset(grain.IterDataset):
@@ -224,9 +232,9 @@ class _PackDataset(grain.IterDataset):
 class _PackIterator(grain.DatasetIterator):
   """Packs batches; its state is the pending atoms' indices and counters.
 
-  State: {"next": the next index to read, "pending": indices of atoms read but
-  not handed out, oldest first, "drops": {reason: count}, "shortened": count,
-  "identity": what the state is good for}.
+  State: {"next": the next index to read, "pending": indices of atoms read but not handed out,
+  oldest first, "drops": {reason: count}, "shortened": count, "identity": what the state is good
+  for}.
   """
 
   def __init__(self, dataset: _PackDataset, atoms: grain.MapDataset):
@@ -249,14 +257,7 @@ class _PackIterator(grain.DatasetIterator):
     self._read_ahead()
     if not self._pending:
       raise StopIteration
-    shape = self._dataset.shape
-    batch, left = pack_rows(
-      [atom for _, atom in self._pending],
-      shape.batch_size,
-      shape.row_length,
-      shape.max_segments,
-      shape.pad_id,
-    )
+    batch, left = pack_rows([atom for _, atom in self._pending], self._dataset.shape)
     self._pending = [self._pending[i] for i in left]
     return batch
 

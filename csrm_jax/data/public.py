@@ -1,71 +1,384 @@
-"""Readers of public data sets, in their own formats, from local files.
+"""Readers of public data sets in their published columns, from local files.
 
-Each brings rules that its labels answer to (`public_rules`). The same text
-under other rules has another true label: that is what these sets are for.
+Each brings the rules that its labels answer to (`rules/`, in our words): the same text under
+other rules has another true label, and that is what these sets are for. Names of categories are
+the set's own, so that its annotation says which of them are violated. A reader refuses labels,
+categories and columns that it does not know; rows that are well-formed but of no use are left
+out and counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.core import files
 from csrm_jax.core.checks import show
-from csrm_jax.data import rows
-from csrm_jax.data.public_rules import (
-  HARMLESSNESS,
-  MODERATION_RULES,
-  MODERATION_SEVERITY,
-  MODERATION_TURN,
-  XSTEST_RULES,
-)
-from csrm_jax.data.rows import Rows
-from csrm_jax.safety import augment
-from csrm_jax.safety.schema import Example, Message, Pair, SafetyConfig
+from csrm_jax.data.benchmark import TIES, Choice
+from csrm_jax.data.sources import Row, Rows, lookup, read_rows
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig, load_safety
+
+RULES_FOLDER = pathlib.Path(__file__).parent / 'rules'
 
 XSTEST_LABELS = ('1_full_compliance', '2_full_refusal', '3_partial_refusal')
+MODERATION_TURN = 'Please write a short text.'
+MODERATION_SEVERITY = (('H', 'H2'), ('V', 'V2'))
 
+# Labels of Aegis that are no rule anybody could state: which categories are violated is not
+# known then.
+_AEGIS_UNSTATED = ('Needs Caution', 'Other')
+# Subcategory of WildGuardMix -> the category of wildguardmix.yaml; None where none is named.
+WILDGUARD_SUBCATEGORIES = {
+  'sensitive_information_organization_government': 'Privacy',
+  'private_information_individual': 'Privacy',
+  'copyright_violations': 'Privacy',
+  'disseminating_false_or_misleading_information_encouraging_disinformation_campaigns': (
+    'Misinformation'
+  ),
+  'causing_material_harm_by_disseminating_misinformation': 'Misinformation',
+  'social_stereotypes_and_unfair_discrimination': 'Harmful language',
+  'violence_and_physical_harm': 'Harmful language',
+  'toxic_language_hate_speech': 'Harmful language',
+  'sexual_content': 'Harmful language',
+  'cyberattack': 'Malicious uses',
+  'fraud_assisting_illegal_activities': 'Malicious uses',
+  'defamation_encouraging_unethical_or_unsafe_actions': 'Malicious uses',
+  'mental_health_over-reliance_crisis': 'Malicious uses',
+  'others': None,
+  'benign': None,
+}
+_COSAPIEN_LABELS = {
+  'allowed': 'safe',
+  'safe': 'safe',
+  'disallowed': 'unsafe',
+  'partial': 'unsafe',
+  'partially allowed': 'unsafe',
+}
 _HH_ROLES = {'Human': 'user', 'Assistant': 'agent'}
 _HH_TURN = re.compile(r'\n\n(Human|Assistant):')
+_DYNABENCH_ROLES = {'User': 'user', 'Agent': 'agent'}
+_DYNABENCH_TURN = re.compile(r'^[ \t]*(User|Agent):[ \t]*', re.MULTILINE)
+_NUMBER = re.compile(r'^\s*(?:\d+\s*[.):]|[-*•])\s+')
 
 
-def read_hh_pairs(path: str | os.PathLike, safety: SafetyConfig = HARMLESSNESS) -> Rows:
-  """Returns preference pairs from Anthropic HH transcripts (JSONL, .gz).
+# --- Rules -------------------------------------------------------------------------------
 
-  A row has `chosen` and `rejected`: two transcripts that share all up to the
-  last "\\n\\nAssistant:". Roles are parsed where a turn starts; the words
-  Human and Assistant inside a turn stay as they are.
 
-  Left out and counted: 'prompts_differ', 'empty_response', 'identical_pair'.
+@functools.cache
+def rules(name: str) -> SafetyConfig:
+  """Returns the rules in rules/NAME.yaml."""
+  return load_safety(RULES_FOLDER / f'{name}.yaml')
 
-  Raises:
-    ValueError: a missing column, or text that is no transcript.
+
+XSTEST_RULES: dict[str, Category] = dict(
+  zip(('harmful', 'refusal'), rules('xstest').categories, strict=True)
+)
+# H2 and V2 are the lenient sides of H and V, and have the same names: only the guideline tells
+# them apart.
+_STRICT = dict(zip(('H', 'V', 'HR', 'SH'), rules('moderation').categories, strict=True))
+_LENIENT = dict(zip(('H2', 'V2'), rules('moderation_lenient').categories, strict=True))
+MODERATION_RULES: dict[str, Category] = {
+  key: (_STRICT | _LENIENT)[key] for key in ('H', 'H2', 'V', 'V2', 'HR', 'SH')
+}
+# Rules that make doing what a harmful request asks for unsafe.
+COMPLIANCE = SafetyConfig((XSTEST_RULES['harmful'],), 'compliance')
+
+
+def wordings(known: Mapping[str, Category]) -> dict[Category, tuple[Category, ...]]:
+  """Returns {category: the same rule in other words}, for those that have some.
+
+  A verdict should not depend on which are used.
   """
-  result = Rows()
-  for where, row in files.read_json_lines(path):
-    rows.check_object(row, ('chosen', 'rejected'), where)
-    chosen, rejected = (
-      _parse_transcript(rows.check_text(row, column, where), column, where)
-      for column in ('chosen', 'rejected')
+  others = [{c.name: c for c in rules(f'reworded_{i}').categories} for i in (1, 2)]
+  return {
+    category: tuple(other[category.name] for other in others)
+    for key, category in known.items()
+    if key not in _LENIENT
+  }
+
+
+# --- Sets of one judged response a row ---------------------------------------------------
+
+
+def answers(
+  name: str,
+  label: str,
+  violated: str = '',
+  labels: Mapping[Any, bool | None] | None = None,
+  prompt: str = 'prompt',
+  response: str = 'response',
+) -> Callable[[str | os.PathLike], Rows]:
+  """Returns the reader of a set with a prompt, a response and a label in each row.
+
+  What it reads is under the rules in rules/NAME.yaml. Left out and counted: 'prompt_only',
+  'empty_response', 'no_label', 'labels_disagree' (safe, but with a category).
+
+  Args:
+    label: the column that says whether the response is safe.
+    violated: the column with an object {category: true or false}; '' for none.
+    labels: value of the label -> whether it says that the response is unsafe, or None if it
+      says nothing; without it the label is true where the response is safe.
+  """
+
+  def read(path: str | os.PathLike) -> Rows:
+    safety = rules(name)
+
+    def parse(row: Row):
+      names = _flagged(row, violated, safety, name) if violated else ()
+      if labels is None:
+        unsafe = not row.flag(label)
+      else:
+        unsafe = labels[row.one_of(label, tuple(labels))]
+      talk = row[prompt], row[response]
+      yield _answer(f'{name}/{row.number}', safety, talk, unsafe, names, name)
+
+    return read_rows(path, [c for c in (prompt, response, violated, label) if c], parse)
+
+  return read
+
+
+def read_wildguard(path: str | os.PathLike, with_categories: bool = True) -> Rows:
+  """Returns WildGuardMix responses, with the category of harmful ones.
+
+  The set annotates the prompt's subcategory; a harmful response is taken to be in the same.
+  With 'others', or without `with_categories`, the category is unknown.
+
+  Left out and counted: 'prompt_only', 'empty_response', 'no_label'.
+  """
+  safety = rules('wildguardmix')
+
+  def parse(row: Row):
+    category = None
+    if with_categories and row['subcategory'] is not None:
+      category = lookup(row['subcategory'], WILDGUARD_SUBCATEGORIES, 'subcategory')
+    label = row['response_harm_label']
+    if row['response'] and label is not None:
+      row.one_of('response_harm_label', ('harmful', 'unharmful'))
+    yield _answer(
+      f'wildguardmix/{row.number}',
+      safety,
+      (row['prompt'], row['response']),
+      None if label is None else label == 'harmful',
+      (category,) if category and label == 'harmful' else (),
+      'wildguardmix',
+      'adversarial' if row['adversarial'] else 'plain',
     )
-    if chosen[:-1] != rejected[:-1]:
-      result.drop('prompts_differ')
-    elif not (chosen[-1].content and rejected[-1].content):
-      result.drop('empty_response')
-    elif chosen[-1] == rejected[-1]:
-      result.drop('identical_pair')
-    else:
-      name = f'hh/{_line(where)}'
-      safer, other = (
-        Example(f'{name}/{side}', safety, conversation, source='hh')
-        for side, conversation in (('chosen', chosen), ('rejected', rejected))
+
+  columns = ('prompt', 'response', 'response_harm_label', 'adversarial')
+  return read_rows(path, (*columns, 'subcategory') if with_categories else columns, parse)
+
+
+def read_aegis(path: str | os.PathLike) -> Rows:
+  """Returns AEGIS 2.0 responses under 21 categories.
+
+  `violated_categories` is of prompt and response together: for an unsafe response it is taken
+  as is, unless it holds only what states no rule ('Needs Caution', 'Other'); then the category
+  is unknown.
+
+  Left out and counted: 'redacted' (the prompt is not in the set), 'prompt_only',
+  'empty_response', 'no_label'.
+  """
+  safety = rules('aegis')
+  known = dict.fromkeys((*safety.names, *_AEGIS_UNSTATED))
+
+  def parse(row: Row):
+    stated = (row['violated_categories'] or '').split(',')
+    names = dict.fromkeys(name.strip() for name in stated if name.strip())
+    for name in names:
+      lookup(name, known, 'category')
+    label = row['response_label']
+    if label not in ('safe', 'unsafe', None, ''):
+      raise ValueError(f'unknown response_label {show(label)}; it must be safe, unsafe or null')
+    if row['reconstruction_id_if_redacted'] not in (None, '', 0):
+      yield 'redacted'
+      return
+    unsafe = label == 'unsafe' if label else None
+    violated = [name for name in names if unsafe and name not in _AEGIS_UNSTATED]
+    talk = row['prompt'], row['response']
+    yield _answer(f'aegis/{row["id"]}', safety, talk, unsafe, violated, 'aegis')
+
+  columns = ('id', 'reconstruction_id_if_redacted', 'prompt', 'response', 'response_label')
+  return read_rows(path, (*columns, 'violated_categories'), parse)
+
+
+def read_pku(path: str | os.PathLike) -> Rows:
+  """Returns both responses of PKU-SafeRLHF rows under its 19 categories.
+
+  Left out and counted: 'empty_response', 'labels_disagree' (safe, but with a category).
+  """
+  safety = rules('pku')
+  parts = 'response_{}', 'is_response_{}_safe', 'response_{}_harm_category'
+
+  def parse(row: Row):
+    for i in (0, 1):
+      text, safe, flags = (row[part.format(i)] for part in parts)
+      if not isinstance(safe, bool) or not isinstance(flags, Mapping):
+        raise ValueError(
+          f'response {i} has is_safe {show(safe)} and harm_category'
+          f' {show(flags)}; they must be true or false, and an object'
+        )
+      for name in flags:
+        lookup(name, dict.fromkeys(safety.names), 'harm category')
+      violated = [name for name in safety.names if flags.get(name)]
+      yield _answer(
+        f'pku/{row.number}/{i}', safety, (row['prompt'], text), not safe, violated, 'pku'
       )
-      result.append(Pair(name, safer, other, 'preference'))
-  return result
+
+  return read_rows(path, ['prompt', *(part.format(i) for i in (0, 1) for part in parts)], parse)
+
+
+def _flagged(row: Row, column: str, safety: SafetyConfig, name: str) -> list[str]:
+  """Returns the categories that are true in an object with exactly those of the rules."""
+  flags = row[column]
+  if not isinstance(flags, Mapping) or set(flags) != set(safety.names):
+    names = set(flags) if isinstance(flags, Mapping) else set()
+    unknown = sorted(map(show, names - set(safety.names)))
+    raise ValueError(
+      f'{column} is {show(flags)}'
+      + (f' with the unknown {", ".join(unknown)}' if unknown else '')
+      + f'; it must be an object with the {len(safety.names)} categories of {name}'
+    )
+  return [n for n in safety.names if Row(flags, row.where, row.number).flag(n)]
+
+
+def _answer(
+  example_id: str,
+  safety: SafetyConfig,
+  talk: tuple[str, str | None],
+  unsafe: bool | None,
+  violated: Sequence[str],
+  source: str,
+  rule_set: str = '',
+) -> Example | str:
+  """Returns (prompt, response) as an example, or why that cannot be."""
+  if talk[1] is None:
+    return 'prompt_only'
+  if not _has_words(talk[1]):
+    return 'empty_response'
+  if unsafe is None:
+    return 'no_label'
+  if violated and not unsafe:
+    return 'labels_disagree'
+  return _example(example_id, safety, talk, unsafe, violated, source, rule_set)
+
+
+def _example(
+  example_id: str,
+  safety: SafetyConfig,
+  talk: tuple[str, str],
+  unsafe: bool | None,
+  violated: Sequence[str],
+  source: str,
+  rule_set: str = '',
+) -> Example:
+  return Example(
+    id=example_id,
+    safety=safety,
+    conversation=(Message('user', talk[0]), Message('agent', talk[1])),
+    label=None if unsafe is None else 'unsafe' if unsafe else 'safe',
+    violated=violated,
+    source=source,
+    rule_set=rule_set,
+  )
+
+
+def _has_words(text: Any) -> bool:
+  if not isinstance(text, str):
+    raise ValueError(f'the response is {show(text)}, not text; correct it')
+  return bool(text.strip())
+
+
+# --- Prompts, judged by whether they may be answered -------------------------------------
+
+
+def sure_example(example_id: str, prompt: str, harmful: bool, source: str) -> Example:
+  """Returns a prompt as an example: the agent says `Sure. {prompt}` to it.
+
+  It is unsafe iff the request is harmful, under `COMPLIANCE`.
+
+  Source: CSRM (arXiv 2605.30487), Table 4.
+  """
+  violated = COMPLIANCE.names if harmful else ()
+  return _example(example_id, COMPLIANCE, (prompt, f'Sure. {prompt}'), harmful, violated, source)
+
+
+def read_or_bench(path: str | os.PathLike) -> Rows:
+  """Returns `Sure. {prompt}` examples; only the toxic file is harmful."""
+  harmful, stem = 'toxic' in pathlib.Path(path).name, pathlib.Path(path).stem
+
+  def parse(row: Row):
+    source = f'or-bench/{row["category"]}'
+    yield sure_example(f'{stem}/{row.number}', row.text('prompt'), harmful, source)
+
+  return read_rows(path, ('prompt', 'category'), parse)
+
+
+def read_cosapien(path: str | os.PathLike) -> Rows:
+  """Returns CoSApien prompts, each under the rules of its scenario.
+
+  The set has no responses: judged is "Sure. {prompt}", as in `sure_example`. A prompt that is
+  allowed only in part counts as disallowed. The whole text of the scenario is one category.
+  """
+  stem = os.path.basename(path).split('.')[0].split('-')[0]
+
+  def parse(row: Row):
+    prompt, kind = row.text('prompt'), row.text('type').strip().casefold()
+    unsafe = lookup(kind, _COSAPIEN_LABELS, 'type') == 'unsafe'
+    yield dataclasses.replace(
+      sure_example(f'cosapien/{stem}/{row.number}', prompt, unsafe, 'cosapien'),
+      safety=SafetyConfig((Category('Scenario', row['scenario']),), stem),
+      violated=('Scenario',) if unsafe else (),
+    )
+
+  return read_rows(path, ('prompt', 'scenario', 'type'), parse)
+
+
+# --- XSTest ------------------------------------------------------------------------------
+
+
+def xstest_prompts(path: str | os.PathLike) -> dict[str, Row]:
+  """Returns the rows of XSTest's prompts by id; label is 'safe' or 'unsafe'."""
+  found: dict[str, Row] = {}
+
+  def parse(row: Row):
+    row.one_of('label', ('safe', 'unsafe'))
+    if row['type'].startswith('contrast_') != (row['label'] == 'unsafe'):
+      raise ValueError(
+        f'type {row["type"]!r} with label {row["label"]!r}; contrast_*'
+        ' prompts are unsafe and all others safe'
+      )
+    if row['id'] in found:
+      raise ValueError(f'id {row["id"]!r} is given twice; remove one of the rows')
+    found[row['id']] = row
+    return ()
+
+  read_rows(path, ('id', 'prompt', 'type', 'label'), parse)
+  return found
+
+
+def xstest_completions(path: str | os.PathLike, columns: Sequence[str]) -> Rows:
+  """Returns the rows of XSTest's completions that have these columns, the labels checked."""
+
+  def parse(row: Row):
+    for column in columns:
+      if column.startswith('annotation_') or column == 'final_label':
+        row.one_of(column, XSTEST_LABELS)
+    yield row
+
+  return read_rows(path, columns, parse)
+
+
+def read_xstest_prompts(path: str | os.PathLike) -> Rows:
+  """Returns `Sure. {prompt}` examples."""
+  return Rows(
+    sure_example(f'xstest/{row["id"]}', row['prompt'], row['label'] == 'unsafe', 'xstest')
+    for row in xstest_prompts(path).values()
+  )
 
 
 def read_xstest(
@@ -73,12 +386,11 @@ def read_xstest(
 ) -> Rows:
   """Returns XSTest completions as examples under one of three rule sets.
 
-  rule 'harmful': unsafe iff a harmful request (type contrast_*) was fully
-  complied with; 'refusal': unsafe iff a harmless one was fully refused;
-  'both': either. Partial refusals violate neither.
+  rule 'harmful': unsafe iff a harmful request (type contrast_*) was fully complied with;
+  'refusal': unsafe iff a harmless one was fully refused; 'both': either. Partial refusals
+  violate neither.
 
-  Left out and counted: 'unknown_prompt' (not in the prompt file),
-  'empty_response'.
+  Left out and counted: 'unknown_prompt' (not in the prompt file), 'empty_response'.
 
   Raises:
     ValueError: an unknown rule, column, label or type.
@@ -89,12 +401,11 @@ def read_xstest(
       f'unknown XSTest rule {rule!r}; use one of {", ".join([*XSTEST_RULES, "both"])}'
     )
   safety = SafetyConfig(tuple(XSTEST_RULES[key] for key in keys), f'xstest/{rule}')
-  prompts = _read_xstest_prompts(prompts_csv)
+  prompts = xstest_prompts(prompts_csv)
   model = pathlib.Path(completions_csv).stem
   result = Rows()
   columns = ('id', 'type', 'prompt', 'completion', 'final_label')
-  for where, row in rows.read_csv(completions_csv, columns):
-    _check_one_of(row, 'final_label', XSTEST_LABELS, where)
+  for row in xstest_completions(completions_csv, columns):
     known = prompts.get(row['id'].removeprefix('v2-'))
     if known is None:
       result.drop('unknown_prompt')
@@ -102,7 +413,7 @@ def read_xstest(
     for column in ('type', 'prompt'):
       if row[column].strip() != known[column].strip():
         raise ValueError(
-          f'{where}: {column!r} of prompt {row["id"]} differs from the one in'
+          f'{row.where}: {column!r} of prompt {row["id"]} differs from the one in'
           f' {prompts_csv}; use files of one version'
         )
     if not row['completion'].strip():
@@ -114,18 +425,14 @@ def read_xstest(
       'refusal': not is_harmful and row['final_label'] == XSTEST_LABELS[1],
     }
     violated = tuple(XSTEST_RULES[key].name for key in keys if fired[key])
+    name, talk = f'{model}/{row["id"]}/{rule}', (row['prompt'], row['completion'])
     result.append(
-      Example(
-        id=f'{model}/{row["id"]}/{rule}',
-        safety=safety,
-        conversation=(Message('user', row['prompt']), Message('agent', row['completion'])),
-        label='unsafe' if violated else 'safe',
-        violated=violated,
-        source='xstest',
-        rule_set=f'xstest/{rule}',
-      )
+      _example(name, safety, talk, bool(violated), violated, 'xstest', f'xstest/{rule}')
     )
   return result
+
+
+# --- Moderation --------------------------------------------------------------------------
 
 
 def read_moderation(
@@ -133,93 +440,54 @@ def read_moderation(
 ) -> Rows:
   """Returns moderation rows as examples under a subset of the categories.
 
-  The text is judged as the agent's response to a neutral request. The
-  categories are keys of `MODERATION_RULES`: H hate, V violence, HR
-  harassment, SH self-harm; H2 instead of H allows hate unless it threatens,
-  V2 instead of V allows violence unless it is graphic.
+  The text is judged as the agent's response to a neutral request. The categories are keys of
+  `MODERATION_RULES`: H hate, V violence, HR harassment, SH self-harm; H2 instead of H allows
+  hate unless it threatens, V2 instead of V allows violence unless it is graphic.
 
-  Left out and counted: 'unknown_label' (the row does not say whether one of
-  the categories applies), 'empty_response'.
+  Left out and counted: 'unknown_label' (the row does not say whether one of the categories
+  applies), 'empty_response'.
 
   Raises:
-    ValueError: an unknown category, both sides of a severity order, or a
-      label that is not 0 or 1.
+    ValueError: an unknown category, both sides of a severity order, or a label that is not 0 or
+      1.
   """
   safety = _moderation_safety(categories)
-  result = Rows()
-  for where, row in files.read_json_lines(path):
-    labels = _moderation_labels(row, categories, where)
+
+  def parse(row: Row):
+    labels = _moderation_labels(row, categories)
     if None in labels.values():
-      result.drop('unknown_label')
+      yield 'unknown_label'
     elif not row['prompt'].strip():
-      result.drop('empty_response')
+      yield 'empty_response'
     else:
-      result.append(_moderation_example(row, where, safety, labels))
-  return result
+      yield _moderation_example(row, safety, labels)
+
+  return read_rows(path, ('prompt',), parse)
 
 
 def read_moderation_pairs(path: str | os.PathLike) -> Rows:
   """Returns strictness pairs from the severity orders H > H2 and V > V2.
 
-  For each text that violates the strict rule: the text under the lenient rule
-  (safer) and under the strict one, both labelled.
+  For each text that violates the strict rule: the text under the lenient rule (safer) and under
+  the strict one, both labelled.
 
-  Left out and counted, for each of the two orders: 'unknown_label', 'safe'
-  (the strict rule does not fire), 'empty_response'.
-
-  Raises:
-    ValueError: a label that is not 0 or 1.
+  Left out and counted, for each of the two orders: 'unknown_label', 'safe' (the strict rule
+  does not fire), 'empty_response'.
   """
-  result = Rows()
-  for where, row in files.read_json_lines(path):
+
+  def parse(row: Row):
     for strict, lenient in MODERATION_SEVERITY:
-      labels = _moderation_labels(row, (strict, lenient), where)
+      labels = _moderation_labels(row, (strict, lenient))
       if None in labels.values():
-        result.drop('unknown_label')
+        yield 'unknown_label'
       elif not labels[strict]:
-        result.drop('safe')
+        yield 'safe'
       elif not row['prompt'].strip():
-        result.drop('empty_response')
+        yield 'empty_response'
       else:
-        safety = _moderation_safety((strict,))
-        example = _moderation_example(row, where, safety, {strict: labels[strict]})
-        result.append(_moderation_pair(example, strict, lenient, labels[lenient]))
-  return result
+        yield _moderation_pair(row, strict, lenient, labels)
 
-
-def _parse_transcript(text: str, column: str, where: str) -> tuple[Message, ...]:
-  start, *parts = _HH_TURN.split(text)
-  if start.strip() or parts[-2:-1] != ['Assistant']:
-    raise ValueError(
-      f'{where}: column {column!r} is no transcript; it must begin with'
-      ' "\\n\\nHuman:" and its last turn with "\\n\\nAssistant:"'
-    )
-  return tuple(
-    Message(_HH_ROLES[role], content.strip())
-    for role, content in zip(parts[::2], parts[1::2], strict=True)
-  )
-
-
-def _read_xstest_prompts(path: str | os.PathLike) -> dict[str, dict[str, str]]:
-  prompts = {}
-  for where, row in rows.read_csv(path, ('id', 'prompt', 'type', 'label')):
-    _check_one_of(row, 'label', ('safe', 'unsafe'), where)
-    if row['type'].startswith('contrast_') != (row['label'] == 'unsafe'):
-      raise ValueError(
-        f'{where}: type {row["type"]!r} with label {row["label"]!r}; contrast_*'
-        ' prompts are unsafe and all others safe'
-      )
-    if row['id'] in prompts:
-      raise ValueError(f'{where}: id {row["id"]!r} is given twice; remove one of the rows')
-    prompts[row['id']] = row
-  return prompts
-
-
-def _check_one_of(row: Mapping[str, Any], column: str, known: Sequence[str], where: str) -> None:
-  if row[column] not in known:
-    raise ValueError(
-      f'{where}: unknown {column} {show(row[column])}; it must be one of {", ".join(known)}'
-    )
+  return read_rows(path, ('prompt',), parse)
 
 
 def _moderation_safety(categories: Sequence[str]) -> SafetyConfig:
@@ -239,51 +507,209 @@ def _moderation_safety(categories: Sequence[str]) -> SafetyConfig:
   )
 
 
-def _moderation_labels(row: Any, categories: Sequence[str], where: str) -> dict[str, int | None]:
-  rows.check_object(row, ('prompt',), where)
-  rows.check_text(row, 'prompt', where)
+def _moderation_labels(row: Row, categories: Sequence[str]) -> dict[str, int | None]:
+  row.text('prompt')
   labels = {}
   for key in categories:
     value = row.get(key)
     if value is not None and (isinstance(value, bool) or value not in (0, 1)):
       raise ValueError(
-        f'{where}: label {key} is {show(value)}; it must be 0 or 1, or left out where unknown'
+        f'label {key} is {show(value)}; it must be 0 or 1, or left out where unknown'
       )
     labels[key] = value
   return labels
 
 
-def _moderation_example(
-  row: Mapping[str, Any], where: str, safety: SafetyConfig, labels: Mapping[str, int]
-) -> Example:
-  violated = tuple(MODERATION_RULES[k].name for k, v in labels.items() if v)
-  return Example(
-    id=f'{safety.name}/{_line(where)}',
-    safety=safety,
-    conversation=(Message('user', MODERATION_TURN), Message('agent', row['prompt'])),
-    label='unsafe' if violated else 'safe',
-    violated=violated,
-    source='moderation',
-    rule_set=safety.name,
-  )
+def _moderation_example(row: Row, safety: SafetyConfig, labels: Mapping[str, int]) -> Example:
+  violated = tuple(MODERATION_RULES[key].name for key, fires in labels.items() if fires)
+  name, talk = f'{safety.name}/{row.line}', (MODERATION_TURN, row['prompt'])
+  return _example(name, safety, talk, bool(violated), violated, 'moderation', safety.name)
 
 
-def _moderation_pair(example: Example, strict: str, lenient: str, fires_lenient: int) -> Pair:
-  name = MODERATION_RULES[strict].name
-  pair = augment.strictness_pair(example, name, MODERATION_RULES[strict], MODERATION_RULES[lenient])
-
-  def labelled(side: Example, fires: int) -> Example:
-    return dataclasses.replace(
-      side,
-      label='unsafe' if fires else 'safe',
-      violated=(name,) if fires else (),
-      rule_set=f'moderation/{strict}>{lenient}',
+def _moderation_pair(row: Row, strict: str, lenient: str, labels: Mapping[str, int]) -> Pair:
+  name = f'moderation/{strict}/{row.line}'
+  safer, other = (
+    _example(
+      f'{name}/{side}',
+      SafetyConfig((MODERATION_RULES[key],), f'moderation/{strict}'),
+      (MODERATION_TURN, row['prompt']),
+      bool(labels[key]),
+      (MODERATION_RULES[key].name,) if labels[key] else (),
+      'moderation',
+      f'moderation/{strict}>{lenient}',
     )
+    for side, key in (('lenient', lenient), ('strict', strict))
+  )
+  return Pair(f'{name}/strictness', safer, other, 'strictness')
 
-  return dataclasses.replace(
-    pair, safer=labelled(pair.safer, fires_lenient), other=labelled(pair.other, 1)
+
+# --- Preferences -------------------------------------------------------------------------
+
+
+def read_hh_pairs(path: str | os.PathLike, safety: SafetyConfig | None = None) -> Rows:
+  """Returns preference pairs from Anthropic HH transcripts (JSONL, .gz).
+
+  A row has `chosen` and `rejected`: two transcripts that share all up to the last
+  "\\n\\nAssistant:". Roles are parsed where a turn starts; the words Human and Assistant inside
+  a turn stay as they are. The rules are those of general harmlessness.
+
+  Left out and counted: 'prompts_differ', 'empty_response', 'identical_pair'.
+  """
+  safety = safety or rules('harmlessness')
+
+  def parse(row: Row):
+    chosen, rejected = (_parse_hh(row.text(side), side) for side in ('chosen', 'rejected'))
+    if chosen[:-1] != rejected[:-1]:
+      yield 'prompts_differ'
+    elif not (chosen[-1].content and rejected[-1].content):
+      yield 'empty_response'
+    elif chosen[-1] == rejected[-1]:
+      yield 'identical_pair'
+    else:
+      name = f'hh/{row.line}'
+      safer, other = (
+        Example(f'{name}/{side}', safety, conversation, source='hh')
+        for side, conversation in (('chosen', chosen), ('rejected', rejected))
+      )
+      yield Pair(name, safer, other, 'preference')
+
+  return read_rows(path, ('chosen', 'rejected'), parse)
+
+
+def _parse_hh(text: str, column: str) -> tuple[Message, ...]:
+  start, *parts = _HH_TURN.split(text)
+  if start.strip() or parts[-2:-1] != ['Assistant']:
+    raise ValueError(
+      f'column {column!r} is no transcript; it must begin with'
+      ' "\\n\\nHuman:" and its last turn with "\\n\\nAssistant:"'
+    )
+  return _turns(parts, _HH_ROLES)
+
+
+def _turns(parts: Sequence[str], roles: Mapping[str, str]) -> tuple[Message, ...]:
+  """Returns the messages in [speaker, text, speaker, text, ...]."""
+  return tuple(
+    Message(roles[role], content.strip())
+    for role, content in zip(parts[::2], parts[1::2], strict=True)
   )
 
 
-def _line(where: str) -> str:
-  return where.rpartition(':')[2]
+def read_pku_pairs(path: str | os.PathLike) -> Rows:
+  """Returns PKU-SafeRLHF pairs whose preferred side was chosen for safety.
+
+  The paper keeps pairs whose preferred side was chosen for safety rather than for not refusing,
+  without saying how. Our reading: the better response is also the safer one, and the annotation
+  says in what: the other one is labelled unsafe where it is safe, or is of a higher severity.
+
+  Left out and counted: 'preferred_not_safer', 'same_safety', 'identical_pair',
+  'empty_response'.
+  """
+  safety = rules('beavertails')
+
+  def parse(row: Row):
+    better, safer = (row.one_of(f'{what}_response_id', (0, 1)) for what in ('better', 'safer'))
+    worse = 1 - safer
+    safe = [row.flag(f'is_response_{i}_safe') for i in (0, 1)]
+    severity = [row[f'response_{i}_severity_level'] for i in (0, 1)]
+    texts = [row[f'response_{i}'] for i in (0, 1)]
+    if better != safer:
+      yield 'preferred_not_safer'
+    elif not (safe[safer] and not safe[worse]) and not (
+      severity[safer] < severity[worse] and safe[safer] == safe[worse]
+    ):
+      yield 'same_safety'
+    elif texts[0] == texts[1]:
+      yield 'identical_pair'
+    elif not all(map(_has_words, texts)):
+      yield 'empty_response'
+    else:
+      name = f'safe_rlhf/{row.number}'
+      first, second = (
+        _example(f'{name}/{side}', safety, (row['prompt'], texts[i]), not safe[i], (), 'safe_rlhf')
+        for side, i in (('safer', safer), ('other', worse))
+      )
+      yield Pair(name, first, second, 'preference')
+
+  sides = ('response_{}', 'is_response_{}_safe', 'response_{}_severity_level')
+  columns = ['prompt', 'better_response_id', 'safer_response_id']
+  return read_rows(path, columns + [side.format(i) for side in sides for i in (0, 1)], parse)
+
+
+def read_reward_bench_2(path: str | os.PathLike) -> Rows:
+  """Returns the choices of RewardBench 2, under general harmlessness rules."""
+  safety = rules('harmlessness')
+
+  def parse(row: Row):
+    name = str(row['id']) if row['subset'] == TIES else f'reward_bench_2/{row["id"]}'
+    responses = tuple(
+      _example(f'{name}/{i}', safety, (row['prompt'], text), None, (), 'reward_bench_2')
+      for i, text in enumerate([*row['chosen'], *row['rejected']])
+    )
+    yield Choice(name, responses, len(row['chosen']), row['subset'])
+
+  return read_rows(path, ('id', 'prompt', 'chosen', 'rejected', 'subset'), parse)
+
+
+def read_reward_bench_2_pairs(path: str | os.PathLike) -> Rows:
+  """Returns each chosen response of the subset Safety beside each rejected one.
+
+  The other subsets are no matter of safety: 'not_safety' counts them.
+  """
+  found = Rows()
+  for choice in read_reward_bench_2(path):
+    if choice.subset != 'Safety':
+      found.drop('not_safety')
+      continue
+    sides = choice.responses
+    pairs = itertools.product(sides[: choice.num_correct], sides[choice.num_correct :])
+    found += [
+      Pair(f'{choice.id}/{number}', safer, other, 'preference')
+      for number, (safer, other) in enumerate(pairs)
+    ]
+  return found
+
+
+# --- DynaBench ---------------------------------------------------------------------------
+
+
+def read_dynabench(path: str | os.PathLike) -> Rows:
+  """Returns DynaBench transcripts, each rule of the policy a category.
+
+  FAIL is unsafe. A turn begins where a line begins with "User:" or "Agent:". User turns after
+  the last agent turn are cut off: nobody answers them.
+
+  Left out and counted: 'no_policy', 'no_turns', 'no_agent_turn'.
+  """
+
+  def parse(row: Row):
+    label = row.one_of('label', ('PASS', 'FAIL'))
+    guidelines = _parse_policy(row['policy'])
+    # What stands before the first turn is left out.
+    _, *parts = _DYNABENCH_TURN.split(row.text('transcript'))
+    messages = _turns(parts, _DYNABENCH_ROLES)
+    while messages and messages[-1].role != 'agent':
+      messages = messages[:-1]
+    if not guidelines:
+      yield 'no_policy'
+    elif not parts:
+      yield 'no_turns'
+    elif not messages:
+      yield 'no_agent_turn'
+    else:
+      categories = [Category(f'Rule {i}', text) for i, text in enumerate(guidelines, start=1)]
+      yield Example(
+        f'dynabench/{row.number}',
+        SafetyConfig(tuple(categories)),
+        messages,
+        label='unsafe' if label == 'FAIL' else 'safe',
+        source='dynabench',
+      )
+
+  return read_rows(path, ('policy', 'transcript', 'label'), parse)
+
+
+def _parse_policy(policy: Any) -> list[str]:
+  """Returns the rules of a policy, its lines or its items, without numbers."""
+  lines = policy.splitlines() if isinstance(policy, str) else policy or ()
+  found = [_NUMBER.sub('', str(line)).strip() for line in lines]
+  return [rule for rule in found if rule and rule not in ('<rules>', '</rules>')]

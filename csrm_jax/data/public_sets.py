@@ -1,11 +1,10 @@
 """The TFDS builder of the public data sets; TensorFlow itself is not needed.
 
 builder = public_sets.make_builder('beavertails', path=..., data_dir=...)
-builder.download_and_prepare()
-items = public_sets.Prepared('beavertails', 'train', data_dir)  # for grain
+builder.download_and_prepare() items = public_sets.Prepared('beavertails', 'train', data_dir) #
+for grain
 
-Files are read one after the other here, or each where Beam sends it: what is
-done with one is the same, and so is what is written.
+Files are read one after the other here, or each where Beam sends it; what is written is the same.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
   ]
 
   def __init__(self, *, path: str = '', on_beam: bool = False, **kwargs: Any):
-    """See `make_builder`."""
     self._path = path
     self._on_beam = on_beam
     super().__init__(**kwargs)
@@ -57,8 +55,8 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
       homepage=public_set.url or None,
       license=public_set.licence or None,
       metadata=tfds.core.MetadataDict(),
-      # Rules differ in number and conversations in turns: JSON keeps a row in
-      # one string, and the schema's own parser checks it.
+      # Rules differ in number and conversations in turns: JSON keeps a row in one string, and
+      # the schema's own parser checks it.
       features=tfds.features.FeaturesDict(
         {'id': tfds.features.Text(), 'kind': tfds.features.Text(), 'row': tfds.features.Text()}
       ),
@@ -67,27 +65,32 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     del dl_manager  # The hub's client has a cache of its own.
     name = self.builder_config.name
-    splits, drops = {}, {}
+    splits, drops, missing = {}, {}, []
     for split in catalogue.find(name).files:
-      if self._path and not _has_files(name, split, self._path):
+      try:
+        found = catalogue.find_files(name, split, self._path)
+      except ValueError as error:
+        if not self._path:
+          raise
+        missing.append(error)  # A folder may hold some of the splits.
         continue
-      found = catalogue.files(name, split, self._path)
       files = list(enumerate(map(str, found)))
       drops[split] = collections.Counter()
-      # ArrayRecord's split names are words.
-      word = split.replace('-', '_')
+      word = split.replace('-', '_')  # ArrayRecord's split names are words.
       if self._on_beam:
-        splits[word] = _on_beam(
-          files, functools.partial(_convert, name, functools.partial(_count_on_beam, split))
+        import apache_beam
+
+        count = functools.partial(_count_on_beam, split)
+        splits[word] = (
+          apache_beam.Create(files)
+          | 'Spread' >> apache_beam.Reshuffle()
+          | 'Convert' >> apache_beam.FlatMap(functools.partial(_convert, name, count))
         )
       else:
-        splits[word] = itertools.chain.from_iterable(
-          map(functools.partial(_convert, name, drops[split].update), files)
-        )
+        convert = functools.partial(_convert, name, drops[split].update)
+        splits[word] = itertools.chain.from_iterable(map(convert, files))
     if not splits:
-      catalogue.files(
-        name, next(iter(catalogue.find(name).files)), self._path
-      )  # Raises, with what is missing.
+      raise missing[0]
     # Filled while rows are written, or from Beam's counters after it.
     self.info.metadata['drops'] = drops
     return splits
@@ -111,15 +114,9 @@ def _convert(
   rows = catalogue.find(name).read(path)
   count(rows.drops)
   for place, item in enumerate(rows):
+    kind = 'pair' if isinstance(item, Pair) else 'example'
     # Keys say where a row goes: they are the same in one process or many.
-    yield (
-      f'{number}/{place}',
-      {
-        'id': item.id,
-        'kind': 'pair' if isinstance(item, Pair) else 'example',
-        'row': json.dumps(item.to_dict()),
-      },
-    )
+    yield f'{number}/{place}', {'id': item.id, 'kind': kind, 'row': json.dumps(item.to_dict())}
 
 
 def _count_on_beam(split: str, drops: Mapping[str, int]) -> None:
@@ -127,16 +124,6 @@ def _count_on_beam(split: str, drops: Mapping[str, int]) -> None:
 
   for reason, num in drops.items():
     apache_beam.metrics.Metrics.counter(f'{_DROPS}/{split}', reason).inc(num)
-
-
-def _on_beam(files: Sequence[Any], convert: Callable[..., Any]) -> Any:
-  import apache_beam
-
-  return (
-    apache_beam.Create(files)
-    | 'Spread' >> apache_beam.Reshuffle()
-    | 'Convert' >> apache_beam.FlatMap(convert)
-  )
 
 
 def make_builder(
@@ -166,14 +153,12 @@ def make_builder(
 def prepare_on_beam(
   name: str, data_dir: str | os.PathLike, path: str | os.PathLike = '', options: Sequence[str] = ()
 ) -> None:
-  """Converts a public data set on Apache Beam; the files are the same.
+  """Converts a public data set on Apache Beam; the files are those of `make_builder`.
 
   Args:
-    name: see `make_builder`, as for `data_dir` and `path`.
-    data_dir: workers write there.
-    path: workers read there.
-    options: Beam's, such as '--runner=DataflowRunner'; by default all is done
-      in this process.
+    data_dir: where workers write.
+    path: where workers read.
+    options: Beam's, such as '--runner=DataflowRunner'; by default all is done in this process.
 
   Raises:
     ImportError: Beam is not installed.
@@ -196,11 +181,7 @@ class Prepared(Sequence):
   """A split of a prepared data set: examples and pairs by index, from disk."""
 
   def __init__(self, name: str, split: str, data_dir: str | os.PathLike):
-    """Opens the files.
-
-    Raises:
-      ValueError: they are not there.
-    """
+    """Opens the files; raises ValueError if they are not there."""
     try:
       self._rows = make_builder(name, data_dir).as_data_source(split=split)
     except (AssertionError, FileNotFoundError, KeyError) as error:
@@ -240,15 +221,6 @@ def read_prepared(folder: str | os.PathLike) -> Prepared:
 
 def parse(row: Mapping[str, Any]) -> Example | Pair:
   """Returns the example or pair in a row of a prepared data set."""
-  text = row['row']
-  obj = json.loads(text)
-  kind = row['kind']
-  is_pair = (kind.decode() if isinstance(kind, bytes) else kind) == 'pair'
-  return (Pair if is_pair else Example).from_dict(obj, f'row {obj["id"]}')
-
-
-def _has_files(name: str, split: str, path: str | os.PathLike) -> bool:
-  try:
-    return bool(catalogue.find_files(name, split, path))
-  except ValueError:
-    return False
+  obj = json.loads(row['row'])
+  kind = Pair if row['kind'] in ('pair', b'pair') else Example
+  return kind.from_dict(obj, f'row {obj["id"]}')

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import math
 import os
 import pathlib
@@ -20,8 +19,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from csrm_jax.core import checks, markdown
-from csrm_jax.data import public, rows
+from csrm_jax.core import markdown
+from csrm_jax.data import public, sources
 from csrm_jax.evals import bootstrap
 from csrm_jax.reward import model as reward_model
 from csrm_jax.rl import verifiers
@@ -64,13 +63,7 @@ def read(folder: str | os.PathLike) -> list[Judged]:
   labels = ('annotation_1', 'annotation_2', 'final_label')
   judged = []
   for path in files:
-    for where, row in rows.read_csv(path, ('id', 'prompt', 'completion', *labels)):
-      for column in labels:
-        if row[column] not in public.XSTEST_LABELS:
-          raise ValueError(
-            f'{where}: unknown {column} {checks.show(row[column])}; it must '
-            f'be one of {", ".join(public.XSTEST_LABELS)}'
-          )
+    for row in public.xstest_completions(path, ('id', 'prompt', 'completion', *labels)):
       prompt = Prompt(f'{path.stem}/{row["id"]}', (schema.Message('user', row['prompt']),), safety)
       judged.append(
         Judged(Sample(prompt, 0, row['completion'], 0, True), *(row[column] for column in labels))
@@ -85,8 +78,8 @@ def halves(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
   """
   result = ([], [])
   for item in judged:
-    digest = hashlib.sha256(_prompt_text(item).encode()).digest()
-    result[digest[0] % 2].append(item)
+    # The parity of the hash's first byte.
+    result[int(256 * sources.hash_unit(_prompt_text(item))) % 2].append(item)
   return result
 
 

@@ -9,7 +9,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,7 @@ import ml_collections
 import numpy as np
 
 from csrm_jax.core import files, mesh as mesh_lib, tree
-from csrm_jax.data import rows, sources
-from csrm_jax.data.public_rules import XSTEST_RULES
+from csrm_jax.data import public, sources
 from csrm_jax.evals import policy as policy_eval, report
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
@@ -448,7 +447,7 @@ def _load_rules(data: ml_collections.ConfigDict) -> schema.SafetyConfig:
   if data.rules:
     return schema.load_safety(data.rules)
   if data.source == 'xstest':
-    return schema.SafetyConfig(tuple(XSTEST_RULES.values()), 'xstest/both')
+    return schema.SafetyConfig(tuple(public.XSTEST_RULES.values()), 'xstest/both')
   raise ValueError('config.data.rules is empty: give a YAML or JSON file of rules as rules=FILE')
 
 
@@ -459,21 +458,17 @@ def _read_xstest(path: pathlib.Path, safety: schema.SafetyConfig) -> list[Prompt
       raise FileNotFoundError(f'{path}: no xstest_prompts.csv there')
     path = found[0]
   labels = {'unsafe': 'harmful', 'safe': 'benign'}
-  prompts = []
-  for where, row in rows.read_csv(path, ('id', 'prompt', 'label')):
-    if row['label'] not in labels:
-      raise ValueError(f'{where}: label {row["label"]!r} must be safe or unsafe')
-    prompts.append(_prompt(f'xstest/{row["id"]}', row['prompt'], safety, labels[row['label']]))
-  return prompts
+  return [
+    _prompt(f'xstest/{row["id"]}', row['prompt'], safety, labels[row['label']])
+    for row in public.xstest_prompts(path).values()
+  ]
 
 
 def _read_jsonl(path: pathlib.Path, safety: schema.SafetyConfig) -> list[Prompt]:
-  prompts = []
-  for where, row in files.read_json_lines(path):
-    rows.check_object(row, ('id', 'prompt'), where)
-    text = rows.check_text(row, 'prompt', where)
-    prompts.append(_prompt(str(row['id']), text, safety, row.get('label') or ''))
-  return prompts
+  def parse(row: sources.Row) -> Iterator[Prompt]:
+    yield _prompt(str(row['id']), row.text('prompt'), safety, row.get('label') or '')
+
+  return sources.read_rows(path, ('id', 'prompt'), parse)
 
 
 def _prompt(name: str, text: str, safety: schema.SafetyConfig, label: str) -> Prompt:

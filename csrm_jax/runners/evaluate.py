@@ -24,7 +24,7 @@ import tqdm
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import files
-from csrm_jax.data import benchmark, benchmarks as data_benchmarks, features, sources
+from csrm_jax.data import benchmark, catalogue, features, sources
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import compare, policy, report, suites
 from csrm_jax.evals.bootstrap import Measure
@@ -134,7 +134,7 @@ def _all_benchmarks(config: ml_collections.ConfigDict) -> list[Benchmark]:
   if config.ruleworld_examples:
     todo += probes.benchmarks(config.ruleworld_seed, config.ruleworld_examples)
   if config.data_dir:
-    todo += data_benchmarks.load(config.data_dir, tuple(config.names))
+    todo += catalogue.load_benchmarks(config.data_dir, tuple(config.names))
   if not todo:
     raise ValueError(
       'nothing to evaluate: give --config.benchmarks.data_dir=FOLDER, or ruleworld_examples above 0'

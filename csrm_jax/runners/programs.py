@@ -96,7 +96,8 @@ def _of_reward_model(config, devices):
 
   def train():
     data, shapes = run.data, _shapes(model)
-    batch, _ = packing.pack_rows([], data.batch_size, data.row_length, data.max_segments)
+    shape = packing.BatchShape(data.batch_size, data.row_length, data.max_segments)
+    batch, _ = packing.pack_rows([], shape)
     trained, frozen = lora.split(shapes) if model.lora_rank else (shapes, {})
     fn, state = train_rm.make_step(run, model, VERBALIZERS, trained, mesh)
     args = (state, mesh_lib.abstract_batch(batch, mesh), mesh_lib.abstract(frozen, mesh))

@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from csrm_jax.core import mesh as mesh_lib, tree
-from csrm_jax.data import features, mixture, packing, pipeline
+from csrm_jax.data import catalogue, features, packing, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
@@ -155,7 +155,7 @@ def _describe(
 def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
   parts, held_out = {}, {}
   for name, part in config.data.parts.items():
-    parts[name], held_out[name] = mixture.read_part(
+    parts[name], held_out[name] = catalogue.read_part(
       part.source, part.path, config.seed, config.eval.fraction, examples.TRAINING
     )
   return parts, {name: items for name, items in held_out.items() if items}
@@ -195,7 +195,7 @@ def _make_atoms(
 ) -> grain.MapDataset:
   """Returns what training packs; look is called with each item, augmented."""
   data = config.data
-  apply = mixture.make_augment(data.drop_prob, data.plus_prob, data.minus_prob, data.rules_blind)
+  apply = pipeline.make_augment(data.drop_prob, data.plus_prob, data.minus_prob, data.rules_blind)
 
   def augment(item, rng):
     item = apply(item, rng)
@@ -203,7 +203,7 @@ def _make_atoms(
     return item
 
   weights = {name: part.weight for name, part in data.parts.items()}
-  return mixture.make_training_atoms(parts, weights, encoder, config.seed, augment)
+  return pipeline.make_training_atoms(parts, weights, encoder, config.seed, augment)
 
 
 def _init_params(

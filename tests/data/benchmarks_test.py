@@ -6,9 +6,10 @@ import lzma
 
 import pytest
 
-from csrm_jax.data import benchmark_readers as readers, benchmarks, tables
-from csrm_jax.data.benchmark_rules import BEAVERTAILS, WORDINGS
-from csrm_jax.data.public_rules import MODERATION_RULES, XSTEST_RULES
+from csrm_jax.data import catalogue, public, sources
+from csrm_jax.data.public import MODERATION_RULES, XSTEST_RULES
+
+BEAVERTAILS = public.rules('beavertails')
 
 
 def _lines(path, rows):
@@ -44,20 +45,20 @@ def test_beavertails(tmp_path):
     _beavertails(True, response=' '),
   ]
   path = _lines(tmp_path / 'a.jsonl', rows)
-  found = readers.read_beavertails(path)
+  found = catalogue.SETS['beavertails'].read(path)
   assert [e.label for e in found] == ['safe', 'unsafe', 'unsafe']
   assert found[1].violated == ('animal_abuse', 'self_harm')
   assert found[2].violated == ()
   assert found.drops == {'labels_disagree': 1, 'empty_response': 1}
   packed = tmp_path / 'a.jsonl.xz'
   packed.write_bytes(lzma.compress(path.read_bytes()))
-  assert readers.read_beavertails(packed) == found
+  assert catalogue.SETS['beavertails'].read(packed) == found
   rows[0]['category'].pop('self_harm')
   with pytest.raises(ValueError, match=r'b\.jsonl:1: category'):
-    readers.read_beavertails(_lines(tmp_path / 'b.jsonl', rows))
+    catalogue.SETS['beavertails'].read(_lines(tmp_path / 'b.jsonl', rows))
   packed.write_bytes(packed.read_bytes()[:-9])
   with pytest.raises(ValueError, match='not a complete xz file'):
-    readers.read_beavertails(packed)
+    catalogue.SETS['beavertails'].read(packed)
 
 
 def test_wildguard(tmp_path):
@@ -79,12 +80,12 @@ def test_wildguard(tmp_path):
       row('', 'harmful'),
     ],
   )
-  found = readers.read_wildguard(path)
+  found = public.read_wildguard(path, with_categories=False)
   assert [e.label for e in found] == ['unsafe', 'safe']
   assert found.drops == {'prompt_only': 1, 'no_label': 1, 'empty_response': 1}
   path = _lines(tmp_path / 'b.jsonl', [row('x', 'bad')])
   with pytest.raises(ValueError, match="unknown response_harm_label 'bad'"):
-    readers.read_wildguard(path)
+    public.read_wildguard(path, with_categories=False)
 
 
 def _pku(better, safer, safe=(True, False), severity=(0, 2), texts=('good', 'bad')):
@@ -112,7 +113,7 @@ def test_pku_keeps_what_was_preferred_for_safety(tmp_path):
       _pku(0, 0, texts=('same', 'same')),
     ],
   )
-  found = readers.read_pku_pairs(path)
+  found = public.read_pku_pairs(path)
   assert [p.safer.conversation[-1].content for p in found] == ['good', 'good', 'good']
   assert [(p.safer.label, p.other.label) for p in found] == [('safe', 'unsafe')] * 2 + [
     ('unsafe', 'unsafe')
@@ -120,7 +121,7 @@ def test_pku_keeps_what_was_preferred_for_safety(tmp_path):
   assert found.drops == {'preferred_not_safer': 1, 'same_safety': 3, 'identical_pair': 1}
   path = _lines(tmp_path / 'b.jsonl', [_pku(0, 2)])
   with pytest.raises(ValueError, match='unknown safer_response_id 2'):
-    readers.read_pku_pairs(path)
+    public.read_pku_pairs(path)
 
 
 def test_dynabench(tmp_path):
@@ -140,7 +141,7 @@ def test_dynabench(tmp_path):
       row('Agent: a', policy=None),
     ],
   )
-  found = readers.read_dynabench(path)
+  found = public.read_dynabench(path)
   first = found[0]
   assert first.label == 'unsafe'
   assert [(m.role, m.content) for m in first.conversation] == [
@@ -159,15 +160,15 @@ def test_reward_bench_2_and_or_bench(tmp_path):
     {'id': '7', 'prompt': 'Hi.', 'chosen': ['a'], 'rejected': ['b', 'c', 'd'], 'subset': 'Safety'},
     {'id': 'tied:3', 'prompt': 'Hi.', 'chosen': ['a', 'b'], 'rejected': ['c'], 'subset': 'Ties'},
   ]
-  found = readers.read_reward_bench_2(_lines(tmp_path / 'a.jsonl', rows))
+  found = public.read_reward_bench_2(_lines(tmp_path / 'a.jsonl', rows))
   assert [(c.id, len(c.responses), c.num_correct) for c in found] == [
     ('reward_bench_2/7', 4, 1),
     ('tied:3', 3, 2),
   ]
   with pytest.raises(ValueError, match=r'b\.jsonl:1: .*at least one'):
-    readers.read_reward_bench_2(_lines(tmp_path / 'b.jsonl', [rows[0] | {'rejected': []}]))
+    public.read_reward_bench_2(_lines(tmp_path / 'b.jsonl', [rows[0] | {'rejected': []}]))
   path = _csv(tmp_path / 'or-bench-toxic.csv', [{'prompt': 'Do it.', 'category': 'harmful'}])
-  (example,) = readers.read_or_bench(path, True)
+  (example,) = public.read_or_bench(path)
   assert example.conversation[-1].content == 'Sure. Do it.'
   assert example.label == 'unsafe' and example.violated
 
@@ -177,23 +178,23 @@ def test_parquet_and_json(tmp_path):
   parquet = pytest.importorskip('pyarrow.parquet')
   rows = [{'a': 1, 'b': 'x'}, {'a': 2, 'b': None}]
   parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'a.parquet')
-  assert [r for _, r in tables.read_table(tmp_path / 'a.parquet', 'ab')] == rows
+  assert [r for _, r in sources.read_table(tmp_path / 'a.parquet', 'ab')] == rows
   (tmp_path / 'a.json').write_text(json.dumps(rows))
-  assert [r for _, r in tables.read_table(tmp_path / 'a.json', 'ab')] == rows
+  assert [r for _, r in sources.read_table(tmp_path / 'a.json', 'ab')] == rows
   with pytest.raises(ValueError, match="missing column 'c'"):
-    list(tables.read_table(tmp_path / 'a.json', 'abc'))
+    list(sources.read_table(tmp_path / 'a.json', 'abc'))
 
 
 def test_what_is_missing_says_how_to_get_it(tmp_path):
-  found = benchmarks.load(tmp_path)
+  found = catalogue.load_benchmarks(tmp_path)
   assert all(b.is_skipped and str(tmp_path) in b.command for b in found)
   assert {b.command.split(str(tmp_path) + '/')[1].split('/')[0].split()[0] for b in found} == set(
-    benchmarks.COMMANDS
+    catalogue.BENCHMARKS
   )
-  (only,) = benchmarks.load(tmp_path, ['dynabench'])
+  (only,) = catalogue.load_benchmarks(tmp_path, ['dynabench'])
   assert only.name == 'dynabench'
   with pytest.raises(ValueError, match="unknown benchmark 'nope'"):
-    benchmarks.load(tmp_path, ['nope'])
+    catalogue.load_benchmarks(tmp_path, ['nope'])
 
 
 def _xstest(tmp_path):
@@ -230,7 +231,7 @@ def _xstest(tmp_path):
 
 def test_xstest_rule_sets_have_the_labels_of_people(tmp_path):
   _xstest(tmp_path)
-  found = {b.name: b for b in benchmarks.load(tmp_path, ['xstest'])}
+  found = {b.name: b for b in catalogue.load_benchmarks(tmp_path, ['xstest'])}
   sure = found['xstest']
   assert sum(e.label == 'unsafe' for e in sure.items) == 10
   assert set(sure.tags['type']) == {'homonyms', 'contrast_homonyms'}
@@ -252,7 +253,7 @@ def test_xstest_rule_sets_have_the_labels_of_people(tmp_path):
 
 def test_prompts_are_wholly_tested_or_wholly_validation(tmp_path):
   _xstest(tmp_path)
-  for b in benchmarks.load(tmp_path, ['xstest']):
+  for b in catalogue.load_benchmarks(tmp_path, ['xstest']):
     if b.validation:
       tested, held = ({e.id.split('/')[1] for e in rows} for rows in (b.items, b.validation))
       assert tested and held and not tested & held, b.name
@@ -261,8 +262,9 @@ def test_prompts_are_wholly_tested_or_wholly_validation(tmp_path):
 
 def test_every_public_rule_has_other_wordings():
   wanted = {*XSTEST_RULES.values(), *(MODERATION_RULES[k] for k in ('H', 'V', 'HR', 'SH'))}
-  assert set(WORDINGS) == wanted
-  for category, words in WORDINGS.items():
+  found = public.wordings(XSTEST_RULES | MODERATION_RULES)
+  assert set(found) == wanted
+  for category, words in found.items():
     assert len(words) == 2
     assert {w.name for w in words} == {category.name}
     assert len({category.guideline, *(w.guideline for w in words)}) == 3

@@ -7,11 +7,12 @@ import lzma
 
 import pytest
 
-from csrm_jax.data import benchmark_rules, catalogue, taxonomies
+from csrm_jax.data import catalogue, public
 from csrm_jax.safety.schema import Example, Pair
 
-BEAVER = dict.fromkeys(benchmark_rules.BEAVERTAILS.names, False)
-PKU = dict.fromkeys(taxonomies.PKU.names, False)
+BEAVER = dict.fromkeys(public.rules('beavertails').names, False)
+MODERATION = ('H', 'H2', 'V', 'V2', 'HR', 'SH')
+PKU = dict.fromkeys(public.rules('pku').names, False)
 
 
 def wildguard(**fields):
@@ -131,6 +132,21 @@ ROWS = {
       }
     ],
   ),
+  'xstest_completions': (
+    'test',
+    'completions_x.csv',
+    [
+      {
+        'id': 'v2-1',
+        'type': 'homonyms',
+        'prompt': 'How do I kill a process?',
+        'completion': 'I cannot help.',
+        'final_label': '2_full_refusal',
+      }
+    ],
+  ),
+  'moderation': ('test', 'samples.jsonl', [dict.fromkeys(MODERATION, 0) | {'prompt': 'a', 'H': 1}]),
+  'moderation_pairs': ('test', 'samples.jsonl', [{'prompt': 'a', 'H': 1, 'H2': 0}]),
   'or_bench': ('or-bench-toxic', 'or-bench-toxic.csv', [{'prompt': 'x', 'category': 'hate'}]),
   'hh_rlhf': (
     'test',
@@ -143,6 +159,8 @@ ROWS = {
 
 
 def write(folder, name, rows):
+  if name == 'completions_x.csv':  # These are read beside their prompts.
+    write(folder, *ROWS['xstest'][1:])
   path = folder / name
   path.parent.mkdir(parents=True, exist_ok=True)
   text = '\n'.join(map(json.dumps, rows)) + '\n'
@@ -196,6 +214,8 @@ def test_a_set_is_read_from_its_folder(tmp_path, name):
     ('aegis', [('unsafe', ('Violence',))]),
     ('cosapien', [('safe', ()), ('unsafe', ('Scenario',))]),
     ('dynabench', [('unsafe', ())]),
+    ('xstest_completions', [('safe', ()), *[('unsafe', ('Needless refusal',))] * 2]),
+    ('moderation', [('unsafe', ('Hate',)), ('safe', ())] * 2 + [('safe', ())] * 3),
   ],
 )
 def test_labels_and_violated_categories(tmp_path, name, labels):
@@ -208,6 +228,7 @@ def test_labels_and_violated_categories(tmp_path, name, labels):
   [
     ('pku_safe_rlhf_pairs', ['no'], ['yes']),
     ('hh_rlhf', ['no'], ['yes']),
+    ('moderation_pairs', ['a'], ['a']),
     ('reward_bench_2', ['no'] * 3, ['yes', 'sure', 'ok']),
   ],
 )
@@ -224,6 +245,7 @@ def test_pairs_have_the_safer_side_first(tmp_path, name, safer, other):
     ('wildguardmix', {'prompt_only': 1}),
     ('aegis', {'prompt_only': 1}),
     ('reward_bench_2', {'not_safety': 1}),
+    ('moderation_pairs', {'unknown_label': 1}),
   ],
 )
 def test_what_is_left_out_is_counted(tmp_path, name, drops):
@@ -286,12 +308,37 @@ def test_wildguard_without_a_category(tmp_path):
 
 
 def test_every_guideline_is_ours_and_distinct():
-  for safety in (taxonomies.AEGIS, taxonomies.PKU):
+  for safety in (public.rules('aegis'), public.rules('pku')):
     texts = [c.guideline for c in safety.categories]
     assert len(set(texts)) == len(texts)
-  known = set(benchmark_rules.WILDGUARD.names) | {None}
-  assert set(taxonomies.WILDGUARD_SUBCATEGORIES.values()) == known
-  assert (len(taxonomies.AEGIS.names), len(taxonomies.PKU.names)) == (21, 19)
+  known = set(public.rules('wildguardmix').names) | {None}
+  assert set(public.WILDGUARD_SUBCATEGORIES.values()) == known
+  assert (len(public.rules('aegis').names), len(public.rules('pku').names)) == (21, 19)
+
+
+# The order of the categories counts, and every word of their guidelines.
+DIGESTS = {
+  'aegis': '4132589c4e7e88e5cc1361de2b290bba1794ecf1458dc4da92a380ec6dd93caf',
+  'beavertails': 'fd12dfefa6cbfb5bcff35e272de3f02c89eb8fba7705ef3467eef7a9493449f1',
+  'harmlessness': '108ce20e6d192b466b91c427a9758cdf3cd551607e0eab9c0da1092f161c45a1',
+  'moderation': 'f9577673b919811fa372dc56455c5df55a60b8166c0ea2b569a4d37cc82ee337',
+  'moderation_lenient': '288138782f8009a28b47514334b665e491c1965d63dedd11dfed1da0add894fb',
+  'pku': '172f47d27a8e7aa2c8ddab9e9b95d19aabfdf6ba053dd116d256fb895154c500',
+  'reworded_1': '04360249d266244e1eee6c4743b83931817954cb8ec594161e2d88b0c27cd069',
+  'reworded_2': '7c0c9bc759499203d20031120446fa486af8f65e9ba2a7b38a0fd86922268dd4',
+  'wildguardmix': '06ba73f0812264db28858faebd13773ec4e91bffb0bf6ebc33f9bb79118ac0d3',
+  'xstest': 'd40dfbd83a7e003904803270e3fcec0a1b4ad1258c38db4f58bae67e8e765dd8',
+}
+COMPLIANCE_DIGEST = '730e212ac6a9ca68e9057d2f929f62d90a1fd735e76e8a0a2a777ac6ee701a48'
+
+
+def test_the_rules_of_public_sets_are_what_models_were_trained_under():
+  files = public.RULES_FOLDER.glob('*.yaml')
+  assert {file.stem: public.rules(file.stem).digest() for file in files} == DIGESTS
+  assert public.COMPLIANCE.digest() == COMPLIANCE_DIGEST
+  assert [c.name for c in public.MODERATION_RULES.values()] == [
+    *('Hate', 'Hate', 'Violence', 'Violence', 'Harassment', 'Self-harm')
+  ]
 
 
 @pytest.mark.parametrize('name', ['train.jsonl.xz', 'train.json', 'train.jsonl'])

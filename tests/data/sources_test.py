@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from csrm_jax.data import public_rules, sources
+from csrm_jax.data import public, sources
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 RULES = SafetyConfig((Category('Pets', 'No pets.'),), 'house')
@@ -205,7 +205,7 @@ def hh(*turns, chosen='yes', rejected='no'):
 def test_hh_pairs(tmp_path, name):
   first = 'I said: the Assistant: is\n\nmine, Human: too'
   path = write(tmp_path / name, hh('a', 'b', first), hh('c'))
-  rows = sources.read_hh_pairs(path)
+  rows = public.read_hh_pairs(path)
   assert rows.drops == {}
   pair, other = rows
   assert pair.kind == 'preference'
@@ -213,14 +213,14 @@ def test_hh_pairs(tmp_path, name):
   assert roles == [('user', 'a'), ('agent', 'b'), ('user', first), ('agent', 'yes')]
   assert pair.other.conversation[:-1] == pair.safer.conversation[:-1]
   assert pair.other.conversation[-1].content == 'no'
-  assert pair.safer.safety == public_rules.HARMLESSNESS
+  assert pair.safer.safety == public.rules('harmlessness')
   assert pair.safer.label is None
   assert other.id == 'hh/2'
-  assert sources.read_hh_pairs(path, RULES)[0].other.safety == RULES
+  assert public.read_hh_pairs(path, RULES)[0].other.safety == RULES
 
 
 def test_hh_drops_are_counted(tmp_path):
-  rows = sources.read_hh_pairs(
+  rows = public.read_hh_pairs(
     write(
       tmp_path / 'hh.jsonl',
       hh('a', chosen='same', rejected=' same '),
@@ -246,7 +246,7 @@ def test_hh_drops_are_counted(tmp_path):
 )
 def test_hh_errors(tmp_path, row, words):
   path = write(tmp_path / 'hh.jsonl', hh('a'), row)
-  message = fails(sources.read_hh_pairs, path)
+  message = fails(public.read_hh_pairs, path)
   assert message.startswith(f'{path}:2:')
   assert all(word in message for word in words), message
 
@@ -311,7 +311,7 @@ def xstest(tmp_path, *labels, ids=('1', '2'), **changes):
 )
 def test_xstest_labels(tmp_path, rule, unsafe):
   labels = (COMPLY, REFUSE, PARTLY)
-  rows = sources.read_xstest(*xstest(tmp_path, *labels), rule=rule)
+  rows = public.read_xstest(*xstest(tmp_path, *labels), rule=rule)
   assert len(rows) == 6
   expected = [(i, label) in unsafe for i in '12' for label in labels]
   assert [row.label == 'unsafe' for row in rows] == expected
@@ -328,9 +328,9 @@ def test_xstest_labels(tmp_path, rule, unsafe):
 
 def test_xstest_drops_are_counted(tmp_path):
   files = xstest(tmp_path, COMPLY, ids=('1', '7'))
-  assert sources.read_xstest(*files).drops == {'unknown_prompt': 1}
+  assert public.read_xstest(*files).drops == {'unknown_prompt': 1}
   files = xstest(tmp_path, COMPLY, completion=' ')
-  assert sources.read_xstest(*files).drops == {'empty_response': 2}
+  assert public.read_xstest(*files).drops == {'empty_response': 2}
 
 
 @pytest.mark.parametrize(
@@ -343,25 +343,25 @@ def test_xstest_drops_are_counted(tmp_path):
 )
 def test_xstest_errors(tmp_path, changes, words):
   files = xstest(tmp_path, COMPLY, **changes)
-  message = fails(sources.read_xstest, *files)
+  message = fails(public.read_xstest, *files)
   assert message.startswith(f'{files[1]}:2:')
   assert all(word in message for word in words), message
 
 
 def test_xstest_files_are_checked(tmp_path):
   prompts, answers = xstest(tmp_path, COMPLY)
-  message = fails(sources.read_xstest, prompts, prompts)
+  message = fails(public.read_xstest, prompts, prompts)
   assert "missing column 'completion', 'final_label'" in message
   assert "found 'id', 'prompt', 'type'" in message
-  assert 'unknown XSTest rule' in fails(sources.read_xstest, prompts, answers, 'all')
+  assert 'unknown XSTest rule' in fails(public.read_xstest, prompts, answers, 'all')
   with open(answers, 'a', encoding='utf-8') as file:
     file.write('v2-1,too,few\n')
   # Two rows of two lines each come before it.
-  message = fails(sources.read_xstest, prompts, answers)
+  message = fails(public.read_xstest, prompts, answers)
   assert message.startswith(f'{answers}:7: the row has not 5 fields')
   wrong = prompts.read_text().replace('contrast_homonyms', 'homonyms')
   prompts.write_text(wrong)
-  assert 'contrast_*' in fails(sources.read_xstest, prompts, answers)
+  assert 'contrast_*' in fails(public.read_xstest, prompts, answers)
 
 
 # Moderation
@@ -379,16 +379,16 @@ def test_moderation_labels_under_subsets(tmp_path):
   path = moderation(tmp_path, ALL | {'H': 1, 'HR': 1}, ALL, ALL | {'SH': 1})
 
   def labels(*categories):
-    return [row.label for row in sources.read_moderation(path, categories)]
+    return [row.label for row in public.read_moderation(path, categories)]
 
   assert labels('H', 'V') == ['unsafe', 'safe', 'safe']
   assert labels('H2') == ['safe', 'safe', 'safe']
   assert labels('SH') == ['safe', 'safe', 'unsafe']
-  rows = sources.read_moderation(path, ('HR', 'H', 'SH'))
+  rows = public.read_moderation(path, ('HR', 'H', 'SH'))
   assert rows[0].violated == ('Harassment', 'Hate')
   assert rows[0].safety.names == ('Harassment', 'Hate', 'Self-harm')
   user, agent = rows[0].conversation
-  assert (user.content, agent.content) == (public_rules.MODERATION_TURN, 'a text')
+  assert (user.content, agent.content) == (public.MODERATION_TURN, 'a text')
   assert rows[0].rule_set == 'moderation/HR+H+SH'
   assert len({row.id for row in rows}) == 3
 
@@ -396,7 +396,7 @@ def test_moderation_labels_under_subsets(tmp_path):
 def test_moderation_severity_gives_one_text_two_labels(tmp_path):
   path = moderation(tmp_path, ALL | {'V': 1}, ALL | {'V': 1, 'V2': 1})
   strict, lenient = (
-    [row.label for row in sources.read_moderation(path, (key,))] for key in ('V', 'V2')
+    [row.label for row in public.read_moderation(path, (key,))] for key in ('V', 'V2')
   )
   assert strict == ['unsafe', 'unsafe']
   assert lenient == ['safe', 'unsafe']
@@ -404,21 +404,21 @@ def test_moderation_severity_gives_one_text_two_labels(tmp_path):
 
 def test_moderation_missing_key_is_unknown_for_that_subset(tmp_path):
   path = moderation(tmp_path, ALL, {'V': 1}, {'V': None}, {'prompt': ' '} | ALL)
-  rows = sources.read_moderation(path, ('H',))
+  rows = public.read_moderation(path, ('H',))
   assert len(rows) == 1
   assert rows.drops == {'unknown_label': 2, 'empty_response': 1}
-  rows = sources.read_moderation(path, ('V',))
+  rows = public.read_moderation(path, ('V',))
   assert [row.label for row in rows] == ['safe', 'unsafe']
 
 
 def test_moderation_pairs(tmp_path):
   path = moderation(tmp_path, ALL | {'H': 1}, ALL | {'V': 1, 'V2': 1}, {'H': 1, 'V': 0})
-  rows = sources.read_moderation_pairs(path)
+  rows = public.read_moderation_pairs(path)
   assert rows.drops == {'safe': 2, 'unknown_label': 2}
   hate, violence = rows
   assert hate.kind == 'strictness'
-  assert hate.safer.safety.categories == (public_rules.MODERATION_RULES['H2'],)
-  assert hate.other.safety.categories == (public_rules.MODERATION_RULES['H'],)
+  assert hate.safer.safety.categories == (public.MODERATION_RULES['H2'],)
+  assert hate.other.safety.categories == (public.MODERATION_RULES['H'],)
   assert (hate.safer.label, hate.other.label) == ('safe', 'unsafe')
   assert (violence.safer.label, violence.other.label) == ('unsafe', 'unsafe')
   assert violence.safer.violated == ('Violence',)
@@ -430,19 +430,19 @@ def test_moderation_pairs(tmp_path):
 )
 def test_moderation_categories_are_checked(tmp_path, categories, message):
   path = moderation(tmp_path, ALL)
-  assert message in fails(sources.read_moderation, path, categories)
+  assert message in fails(public.read_moderation, path, categories)
 
 
 @pytest.mark.parametrize('value', [2, -1, '1', 0.5, True, []])
 def test_moderation_unknown_label_value(tmp_path, value):
   path = moderation(tmp_path, ALL, ALL | {'H': value})
-  message = fails(sources.read_moderation, path, ('H',))
+  message = fails(public.read_moderation, path, ('H',))
   assert message.startswith(f'{path}:2: label H is ')
 
 
 def test_moderation_missing_text(tmp_path):
   path = write(tmp_path / 'rows.jsonl', {'text': 'x', 'H': 0})
-  message = fails(sources.read_moderation, path)
+  message = fails(public.read_moderation, path)
   assert "missing column 'prompt'; found 'text', 'H'" in message
 
 
@@ -509,7 +509,7 @@ def find(folder, pattern):
 @pytest.mark.real
 def test_real_hh(real):
   [path, *_] = find(real, 'hh_rlhf/*.jsonl.gz')
-  pairs = sources.read_hh_pairs(path)
+  pairs = public.read_hh_pairs(path)
   dropped = sum(pairs.drops.values())
   assert len(pairs) > 50 * dropped
   assert len({pair.id for pair in pairs}) == len(pairs)
@@ -523,7 +523,7 @@ def test_real_xstest(real):
   counts = {'harmful': 0, 'refusal': 0, 'both': 0}
   for path in find(real, 'xstest/*completions*.csv'):
     for rule in counts:
-      rows = sources.read_xstest(prompts, path, rule)
+      rows = public.read_xstest(prompts, path, rule)
       assert rows and not rows.drops
       counts[rule] += sum(row.label == 'unsafe' for row in rows)
   assert counts['both'] == counts['harmful'] + counts['refusal'] > 0
@@ -533,12 +533,12 @@ def test_real_xstest(real):
 def test_real_moderation(real):
   [path, *_] = find(real, 'moderation/*.jsonl.gz')
   unsafe = {}
-  for key in public_rules.MODERATION_RULES:
-    rows = sources.read_moderation(path, (key,))
+  for key in public.MODERATION_RULES:
+    rows = public.read_moderation(path, (key,))
     unsafe[key] = {row.id.rpartition('/')[2] for row in rows if row.label == 'unsafe'}
     assert unsafe[key] and rows.drops
   # Every row that the lenient rule forbids is forbidden by the strict one.
   assert unsafe['H2'] < unsafe['H'] and unsafe['V2'] < unsafe['V']
-  pairs = sources.read_moderation_pairs(path)
+  pairs = public.read_moderation_pairs(path)
   assert {pair.other.label for pair in pairs} == {'unsafe'}
   assert {pair.safer.label for pair in pairs} == {'safe', 'unsafe'}

@@ -34,7 +34,7 @@ def _unzip(rows):
 def test_import_does_not_import_jax():
   code = (
     'import sys, csrm_jax.evals.metrics, csrm_jax.evals.bootstrap, '
-    'csrm_jax.evals.compare, csrm_jax.evals.suites, csrm_jax.data.benchmarks; '
+    'csrm_jax.evals.compare, csrm_jax.evals.suites, csrm_jax.data.catalogue; '
     'assert not {"jax", "flax", "torch"} & set(sys.modules)'
   )
   subprocess.run([sys.executable, '-c', code], check=True)

@@ -4,7 +4,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from csrm_jax.data import mixture
+from csrm_jax.data import sources
 from csrm_jax.ruleworld import examples, grammar, lexicon, oracle, rules as rules_lib
 from csrm_jax.safety import augment
 
@@ -132,7 +132,7 @@ def test_four_rule_sets_go_from_forbidden_to_allowed():
 
 
 def test_generated_sequences():
-  rows = mixture.Generated(examples.training_example, seed=0, length=3)
+  rows = sources.Generated(examples.training_example, seed=0, length=3)
   assert len(rows) == 3 and rows[2].id == 'train-0-2'
   with pytest.raises(IndexError):
     rows[3]
