@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from csrm_jax.core import checks
+
 DTYPES = ('float32', 'bfloat16')
 REMAT = ('none', 'full', 'dots')
 FAMILIES = ('llama', 'mistral', 'qwen3', 'gemma2')
@@ -111,8 +113,7 @@ class ModelConfig:
     if self.head_dim % 2:
       raise ValueError(f'head_dim={self.head_dim} must be even (RoPE).')
     for name, choices in _CHOICES.items():
-      if getattr(self, name) not in choices:
-        raise ValueError(f'{name}={getattr(self, name)!r} must be one of {", ".join(choices)}.')
+      checks.one_of(name, getattr(self, name), choices)
     if self.lora_rank and not self.lora_targets:
       raise ValueError(
         f'lora_targets is empty: no layer matches; choose from {", ".join(LORA_TARGETS)}.'

@@ -18,6 +18,7 @@ import itertools
 import re
 from collections.abc import Sequence
 
+from csrm_jax.core import checks
 from csrm_jax.ruleworld import examples, grammar, lexicon, oracle, rules as rules_lib
 from csrm_jax.safety import schema, templates
 
@@ -104,10 +105,8 @@ def prompts(seed: int, num: int, rule_set: str, split: str) -> list[schema.Promp
   Raises:
     ValueError: no such rule set or split, or more prompts than there are.
   """
-  if rule_set not in RULE_SETS:
-    raise ValueError(f'rule_set={rule_set!r} must be one of {", ".join(RULE_SETS)}.')
-  if split not in SPLITS:
-    raise ValueError(f'split={split!r} must be one of {", ".join(SPLITS)}.')
+  checks.one_of('rule_set', rule_set, RULE_SETS)
+  checks.one_of('split', split, SPLITS)
   rules = RULE_SETS[rule_set]
   inside = {rule.topic for rule in rules}
   rng = examples.make_rng(f'policy/{rule_set}/{split}', seed, 0)
