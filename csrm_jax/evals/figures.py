@@ -370,8 +370,9 @@ def draw_comparison(
   if not names:
     return False
   first = next(iter(found.values()))
-  best = {y: first[n]['best'] for y, n in enumerate(names) if n in first}
-  best = {y: value for y, value in best.items() if value is not None}
+  best = {
+    y: first[n]['best'] for y, n in enumerate(names) if n in first and is_number(first[n]['best'])
+  }
   xlabel = title_of(metric) + ('; bar: best reachable' if best else '')
   top, height = 1.3 + 0.2 * len(scorers), 0.2 + 0.16 * len(scorers)
   figure, ax = _series_axes(names, found, top, height, xlabel)
@@ -457,7 +458,7 @@ def draw_pareto(path: str | os.PathLike, points: Sequence[Mapping[str, Any]], kn
   Numbers beside points are a and b of sigmoid(a * score + b).
 
   Args:
-    points: those of `policy.pareto`.
+    points: those of `policy.pareto`, with `own_frontier`: whether it is on that of its method.
     known: whether they are the truth, not what the rewards say.
 
   Source: the paper's Figure 4.
@@ -492,7 +493,6 @@ def _draw_method(ax, name: str, points, colour: str, marker: str) -> None:
       text = f'{point["a"]:g}, {point["b"]:+g}'
       ax.annotate(text, at, (6, 5), textcoords='offset points', fontsize=8, color=GREY)
   x, y = (np.array([p[key]['value'] for p in points]) for key in ('safety', 'helpfulness'))
-  # Its own frontier: what another method reaches does not cut the line.
   best = np.flatnonzero([point['own_frontier'] for point in points])
   best = best[np.argsort(x[best])]
   ax.plot(x[best], y[best], color=colour, linewidth=1.5, linestyle='-' if len(best) > 1 else '')

@@ -58,33 +58,20 @@ Policies = Mapping[str, Mapping[str, Mapping[str, Metric]]]
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-  """The truth about a sample, as ruleworld.policy knows it.
+  """The truth about a sample, as ruleworld.policy knows it."""
 
-  Attributes:
-    compliance: 1 where no rule is broken to the letter, else 0.
-    safety: true P(safe).
-    helpfulness: 1 to 5.
-  """
-
-  compliance: Callable[[Sample], float]
-  safety: Callable[[Sample], float]
-  helpfulness: Callable[[Sample], float]
+  compliance: Callable[[Sample], float]  # 1 where no rule is broken to the letter, else 0
+  safety: Callable[[Sample], float]  # the true P(safe)
+  helpfulness: Callable[[Sample], float]  # 1 to 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Judges:
-  """Who judges samples.
+  """Who judges samples: the proxy's rewards, and the truth where it is known."""
 
-  Attributes:
-    safety: the proxy, P(safe).
-    helpfulness: the proxy, 1 to 5.
-    refuses: whether a text is a refusal and nothing else.
-    oracle: None where the truth is not known.
-  """
-
-  safety: RewardFn
-  helpfulness: RewardFn
-  refuses: Callable[[str], bool]
+  safety: RewardFn  # P(safe)
+  helpfulness: RewardFn  # 1 to 5
+  refuses: Callable[[str], bool]  # whether a text is a refusal and nothing else
   oracle: Oracle | None = None
 
 
@@ -202,59 +189,14 @@ def alignment(
   }
   last = list(policies)[-1]
   samples = joined[last].samples
+  ids = np.array([sample.id for sample in samples], np.str_)
   return _alignment(
     description,
     len(samples),
     found,
-    [*_tables(found), *_differences(joined, num_samples, seed), _replies(joined)],
+    [*_differences(joined, num_samples, seed), _replies(joined)],
     metrics=found[last][ALL],
-    arrays={
-      'ids': np.array([s.id for s in samples], np.str_),
-      'units': _units(samples),
-      **joined[last].values,
-    },
-  )
-
-
-def _alignment(
-  description: str, num: int, policies: Policies, tables: Sequence[Table], **fields
-) -> Result:
-  sets = _shown(next(iter(policies.values())))
-  metric = 'true_cosa' if _knows_truth(policies) else 'cosa'
-  found = {policy: {s: of[s].get(metric) for s in sets} for policy, of in policies.items()}
-  caption = 'CoSA score of each policy by rule set, with its 95% interval.'
-  return _result(
-    'alignment',
-    'Policies',
-    description,
-    num,
-    {'policies': policies},
-    tables,
-    Figure(figures.draw_alignment, (found, title_of(metric)), caption),
-    **fields,
-  )
-
-
-def _result(
-  suite: str,
-  chapter: str,
-  description: str,
-  num: int,
-  values: Mapping[str, Any],
-  tables: Sequence[Table],
-  figure: Figure,
-  **fields,
-) -> Result:
-  return Result(
-    suite,
-    chapter,
-    tables=tables,
-    figures=[figure] if num else [],
-    description=description,
-    size=f'{num:,} examples',
-    counts={'num_examples': num},
-    values=values,
-    **fields,
+    arrays={'ids': ids, 'units': _units(samples), **joined[last].values},
   )
 
 
@@ -277,23 +219,16 @@ def _check_policies(policies: Mapping[str, Mapping[str, Judged]]) -> None:
         )
 
 
-def _knows_truth(policies: Policies) -> bool:
-  """Returns whether the oracle judged all that was judged."""
-  return all('true_cosa' in found for of in policies.values() for found in of.values() if found)
-
-
-def _shown(sets: Iterable[str]) -> list[str]:
-  """Returns the rule sets to show: ALL would only repeat a single one."""
-  names = list(sets)
-  return [name for name in names if name != ALL or len(names) > 2]
-
-
-def _tables(policies: Policies) -> list[Table]:
-  """Returns a table for each metric, by rule set, and one of refusals and lengths."""
-  sets = _shown(next(iter(policies.values())))
-  known = _knows_truth(policies)
+def _alignment(
+  description: str, num: int, policies: Policies, tables: Sequence[Table], **fields
+) -> Result:
+  """Returns the result of policies: a table for each metric by rule set, and the given ones."""
+  first = next(iter(policies.values()))
+  # ALL would only repeat a single rule set.
+  sets = [name for name in first if name != ALL or len(first) > 2]
+  known = all('true_cosa' in found for of in policies.values() for found in of.values() if found)
   names = [name for pair in reversed(PAIRS) for name in (reversed(pair) if known else pair[:1])]
-  tables = [
+  by_rule_set = [
     Table(
       f'{title_of(name)}, by rule set',
       ['policy', *sets],
@@ -303,14 +238,32 @@ def _tables(policies: Policies) -> list[Table]:
     for i, name in enumerate(names)
   ]
   everywhere = {policy: of[ALL] for policy, of in policies.items()}
-  names = [
+  others = [
     name
     for name in (*_BY_LABEL, 'completion_length', 'truncated')
     if any(name in found for found in everywhere.values())
   ]
-  header = ['policy', *map(title_of, names)]
-  rows = [[policy, *map(found.get, names)] for policy, found in everywhere.items()]
-  return [*tables, Table('Refusals and length, all rule sets', header, rows)]
+  header = ['policy', *map(title_of, others)]
+  rows = [[policy, *map(found.get, others)] for policy, found in everywhere.items()]
+  overview = Table('Refusals and length, all rule sets', header, rows)
+  cosa = names[0]  # the oracle's where it knows the truth
+  drawn = {policy: {s: of[s].get(cosa) for s in sets} for policy, of in policies.items()}
+  caption = 'CoSA score of each policy by rule set, with its 95% interval.'
+  return _result(
+    'alignment',
+    'Policies',
+    num,
+    Figure(figures.draw_alignment, (drawn, title_of(cosa)), caption),
+    description=description,
+    values={'policies': policies},
+    tables=[*by_rule_set, overview, *tables],
+    **fields,
+  )
+
+
+def _result(suite: str, chapter: str, num: int, figure: Figure, **fields) -> Result:
+  drawn, counts = [figure] if num else [], {'num_examples': num}
+  return Result(suite, chapter, figures=drawn, counts=counts, size=f'{num:,} examples', **fields)
 
 
 def _differences(joined: Mapping[str, Judged], num_samples: int, seed: int) -> list[Table]:
@@ -353,22 +306,13 @@ def _replies(joined: Mapping[str, Judged]) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One alignment.
-
-  Attributes:
-    algorithm: a row of rl.algorithms.
-    reward: what it was trained with; without a and b.
-    rules: name of the rule set.
-    seed: of the run.
-    a, b: of its safety reward sigmoid(a * score + b).
-    policies: {policy: {metric: value and interval}}, over its prompts.
-  """
+  """One alignment, and {policy: {metric: value and interval}} over its prompts."""
 
   algorithm: str
-  reward: str
-  rules: str
+  reward: str  # without a and b
+  rules: str  # the name of the rule set
   seed: int
-  a: float
+  a: float  # of its safety reward sigmoid(a * score + b)
   b: float
   policies: Mapping[str, Mapping[str, Metric]]
 
@@ -429,8 +373,7 @@ def _align_runs(runs: Sequence[Run], reference: str) -> Result:
   rows = dict(sorted(rows.items(), key=lambda row: row[0] in methods))
   policies = {name: _by_rules(some, sets) for name, some in rows.items()}
   description = f'{len(runs)} runs; intervals are over seeds.'
-  tables = [*_tables(policies), *_run_differences(runs, reference)]
-  return _alignment(description, len(runs), policies, tables)
+  return _alignment(description, len(runs), policies, _run_differences(runs, reference))
 
 
 def _by_rules(
@@ -488,8 +431,8 @@ def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
     p = stats.ttest_1samp(gaps, 0.0).pvalue if len(gaps) > 1 else float('nan')
     rows.append([name, len(gaps), sum(gap > 0 for gap in gaps), difference, float(p)])
   note = (
-    'A pair of runs has the same rules and seed; intervals and p are '
-    'of the paired t-test over these pairs.'
+    'A pair of runs has the same rules and seed; intervals and p are of the paired t-test over'
+    ' these pairs.'
   )
   header = ['policy', 'pairs of runs', 'of them higher', 'difference', 'p']
   title = f'{title_of(metric)}: {reference} minus …'
@@ -537,9 +480,8 @@ def pareto(points: Sequence[Mapping[str, Any]], description: str = '') -> Result
     for point in points
   ]
   places = [(row['safety']['value'], row['helpfulness']['value']) for row in rows]
-  best, best_of_method = frontier(places), frontier(places, [row['method'] for row in rows])
-  for i, row in enumerate(rows):
-    row |= {'frontier': best[i], 'own_frontier': best_of_method[i]}
+  own = frontier(places, [row['method'] for row in rows])
+  rows = [row | {'frontier': best} for row, best in zip(rows, frontier(places), strict=True)]
   shown = [
     [
       row['method'],
@@ -550,24 +492,26 @@ def pareto(points: Sequence[Mapping[str, Any]], description: str = '') -> Result
     ]
     for row in rows
   ]
-  note = (
-    'On the frontier: no other policy of the table is at least '
-    'as safe and as helpful, and better in one.'
-  )
   header = ['policy', 'a', 'b', 'safety ↑', 'helpfulness ↑', 'on the frontier']
-  caption = (
-    'Safety and helpfulness of policies, each trained with the reward '
-    'sigmoid(a · score + b); beside a point stand a and b. Lines join the '
-    'policies of a method that no other of it beats in both.'
+  note = (
+    'On the frontier: no other policy of the table is at least as safe and as helpful, and better'
+    ' in one.'
   )
+  caption = (
+    'Safety and helpfulness of policies, each trained with the reward sigmoid(a · score + b);'
+    ' beside a point stand a and b. Lines join the policies of a method that no other of it beats'
+    ' in both.'
+  )
+  # A method's line joins its own frontier: what another reaches does not cut it.
+  drawn = [row | {'own_frontier': best} for row, best in zip(rows, own, strict=True)]
   return _result(
     'pareto',
     'Safety against helpfulness',
-    description,
     len(rows),
-    {'true': known, 'points': rows},
-    [Table('Reward sigmoid(a · score + b)', header, shown, note)],
-    Figure(figures.draw_pareto, (rows, known), caption),
+    Figure(figures.draw_pareto, (drawn, known), caption),
+    description=description,
+    values={'true': known, 'points': rows},
+    tables=[Table('Reward sigmoid(a · score + b)', header, shown, note)],
   )
 
 
@@ -599,8 +543,8 @@ def overoptimisation(history: Mapping[int, Mapping[str, Metric]], description: s
       missing = [step for step in steps if name not in history[step]]
       if missing:
         raise ValueError(
-          f'step {missing[0]} has no metric {name!r}; reward and truth are '
-          'compared only where an oracle judged every step'
+          f'step {missing[0]} has no metric {name!r}; reward and truth are compared only where an'
+          ' oracle judged every step'
         )
     a, b = ([history[step][name] for step in steps] for name in (proxy, truth))
     parted = parting_step(steps, a, b)
@@ -608,25 +552,24 @@ def overoptimisation(history: Mapping[int, Mapping[str, Metric]], description: s
     there = -1 if parted is None else steps.index(parted)
     rows.append([proxy, parted, a[there], a[-1], b[there], b[-1]])
   agreed, end = 'last step they agree', 'at the end'
-  note = (
-    'They part after the step at which the truth was highest so '
-    'far, once the reward is above what it was there and the '
-    "truth has fallen so far that the two steps' intervals do "
-    'not meet. A dash: they did not part.'
-  )
   header = ['', agreed, 'reward there', end, 'truth there', end]
+  note = (
+    'They part after the step at which the truth was highest so far, once the reward is above what'
+    " it was there and the truth has fallen so far that the two steps' intervals do not meet. A"
+    ' dash: they did not part.'
+  )
   caption = (
-    'What the reward says and what is true, on the same prompts, over '
-    'training steps; bands are 95% intervals.'
+    'What the reward says and what is true, on the same prompts, over training steps; bands are 95%'
+    ' intervals.'
   )
   return _result(
     'overoptimisation',
     'Reward and truth over training',
-    description,
     len(steps),
-    {'steps': steps, 'curves': curves},
-    [Table('Where reward and truth part', header, rows, note)],
     Figure(figures.draw_overoptimisation, (steps, curves), caption),
+    description=description,
+    values={'steps': steps, 'curves': curves},
+    tables=[Table('Where reward and truth part', header, rows, note)],
   )
 
 
