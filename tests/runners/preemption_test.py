@@ -18,7 +18,7 @@ NUM_STEPS = 60
 # The command line, with a bigram model as its runner.
 _PROGRAM = f"""
 import sys, time, types
-sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+sys.path.insert(0, {str(pathlib.Path(__file__).parents[1] / 'train')!r})
 import loop_test
 from csrm_jax import main
 
