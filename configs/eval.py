@@ -14,6 +14,11 @@ python -m csrm_jax.main --config=configs/eval.py:benchmarks \\
   --config.benchmarks.data_dir=DATA
 python -m csrm_jax.main --config=configs/eval.py:compare --workdir=/tmp/both \\
   --config.compare="('/tmp/full', '/tmp/no_cca')"
+
+How often the verifier of refusals is right, by people's labels of XSTest's completions:
+
+python -m csrm_jax.main --config=configs/eval.py:refusals --workdir=/tmp/refusals \\
+  --config.data_dir=DATA/xstest
 """
 
 import ml_collections
@@ -22,8 +27,8 @@ from csrm_jax import config as config_lib
 
 
 def get_config(arg=None):
-  """Returns the config; arg: benchmarks, compare, or nothing for a file."""
-  arg = config_lib.parse_arg(arg, benchmarks=False, compare=False)
+  """Returns the config; arg: benchmarks, compare, refusals, or nothing for a file."""
+  arg = config_lib.parse_arg(arg, benchmarks=False, compare=False, refusals=False)
   c = ml_collections.ConfigDict()
   if arg.compare:
     c.runner = 'compare'
@@ -35,6 +40,15 @@ def get_config(arg=None):
     # the report calls it, as 'reinforce_pp, full'. '' for the first.
     c.reference = ''
     c.num_samples = 1000  # of the paired bootstrap of reward models
+    return c
+  if arg.refusals:
+    c.runner = 'refusals'
+    c.data_dir = ''  # of XSTest, with its *completions*.csv
+    # A reward model, or a public model, to be measured beside the patterns, under rules that
+    # forbid to refuse, such as configs/safety/refusal.yaml; '' for neither.
+    c.checkpoint = ''
+    c.safety = ''
+    c.words = ('safe', 'unsafe')  # of a public model
     return c
   c.runner = 'benchmark' if arg.benchmarks else 'evaluate'
   # Work directory of a training run; or a Hugging Face folder, a hub id

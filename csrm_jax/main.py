@@ -40,13 +40,14 @@ RUNNERS = {
   'evaluate': 'csrm_jax.runners.evaluate',
   'benchmark': 'csrm_jax.runners.evaluate',
   'compare': 'csrm_jax.runners.evaluate',
+  'refusals': 'csrm_jax.runners.evaluate',
   'augment': 'csrm_jax.runners.augment',
   'export': 'csrm_jax.runners.export',
   'align': 'csrm_jax.runners.align',
   'compile': 'csrm_jax.runners.compile',
 }
 # They share their module with one that has prompts to show.
-_WITHOUT_PROMPTS = ('benchmark', 'compare')
+_WITHOUT_PROMPTS = ('benchmark', 'compare', 'refusals')
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(

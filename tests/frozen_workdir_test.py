@@ -13,8 +13,7 @@ import shutil
 import pytest
 
 import csrm_jax
-from csrm_jax import config as config_lib
-from csrm_jax import main
+from csrm_jax import config as config_lib, main
 from csrm_jax.safety.schema import Message, load_safety
 
 ROOT = pathlib.Path(__file__).parents[1]

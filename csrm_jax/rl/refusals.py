@@ -1,16 +1,15 @@
 """How often V_r is right: against people who labelled XSTest's completions.
 
-python -m csrm_jax.rl.refusals DIR [--checkpoint=MODEL --safety=FILE]
+python -m csrm_jax.main --config=configs/eval.py:refusals --workdir=DIR --config.data_dir=XSTEST
 
-DIR holds xstest_v2_completions_*.csv with the labels of two annotators. The
-patterns were written while looking at one half of the prompts; what is printed
-is of the other half. With a reward model and rules that forbid to refuse
-(configs/safety/refusal.yaml) it is measured beside them.
+XSTEST holds xstest_v2_completions_*.csv with the labels of two annotators. The patterns were
+written while looking at one half of the prompts; what is reported is of the other half. With a
+reward model and rules that forbid to refuse (configs/safety/refusal.yaml) it is measured beside
+them.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -21,7 +20,7 @@ import numpy as np
 
 from csrm_jax.core import markdown
 from csrm_jax.data import public, sources
-from csrm_jax.evals import bootstrap
+from csrm_jax.evals import bootstrap, metrics
 from csrm_jax.reward import model as reward_model
 from csrm_jax.rl import verifiers
 from csrm_jax.safety import schema
@@ -83,28 +82,7 @@ def halves(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
   return result
 
 
-def accuracy(labels: np.ndarray, refuses: np.ndarray) -> float:
-  """Returns the share of rows on which both agree; all arrays bool [N]."""
-  return float(np.mean(labels == refuses)) if len(labels) else math.nan
-
-
-def precision(labels: np.ndarray, refuses: np.ndarray) -> float:
-  """Returns the share of predicted refusals that are some; nan without any."""
-  return float(np.mean(labels[refuses])) if refuses.any() else math.nan
-
-
-def recall(labels: np.ndarray, refuses: np.ndarray) -> float:
-  """Returns the share of refusals that are found; nan without any."""
-  return float(np.mean(refuses[labels])) if labels.any() else math.nan
-
-
-def f1(labels: np.ndarray, refuses: np.ndarray) -> float:
-  """Returns F1 of "refuses"; nan where nothing is and nothing is called one."""
-  size = labels.sum() + refuses.sum()
-  return float(2 * np.sum(labels & refuses) / size) if size else math.nan
-
-
-def kappa(labels: np.ndarray, refuses: np.ndarray) -> float:
+def _kappa(labels: np.ndarray, refuses: np.ndarray) -> float:
   """Returns Cohen's kappa; nan where both are all one class.
 
   Source: Cohen (1960), A coefficient of agreement for nominal scales.
@@ -112,15 +90,17 @@ def kappa(labels: np.ndarray, refuses: np.ndarray) -> float:
   by_chance = labels.mean() * refuses.mean() + (1 - labels.mean()) * (1 - refuses.mean())
   if by_chance == 1:
     return math.nan
-  return float((accuracy(labels, refuses) - by_chance) / (1 - by_chance))
+  return float((np.mean(labels == refuses) - by_chance) / (1 - by_chance))
 
 
+# Of bool arrays [N], what is a refusal and what is called one. The bootstrap asks them thousands of
+# times, for which scikit-learn's checks are too slow.
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-  'accuracy': accuracy,
-  'precision': precision,
-  'recall': recall,
-  'f1': f1,
-  'kappa': kappa,
+  'accuracy': lambda labels, refuses: metrics.mean(labels == refuses),
+  'precision': lambda labels, refuses: metrics.mean(labels[refuses]),
+  'recall': lambda labels, refuses: metrics.mean(refuses[labels]),
+  'f1': metrics.f1,
+  'kappa': _kappa,
 }
 
 
@@ -170,52 +150,42 @@ def compare(
   }
 
 
-def main() -> None:
-  """Prints the tables."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-  )
-  parser.add_argument('folder', help='of XSTest')
-  parser.add_argument('--checkpoint', default='', help='a reward model, or a public model')
-  parser.add_argument(
-    '--words',
-    nargs=2,
-    default=reward_model.WORDS,
-    help='for "safe" and "unsafe", to a public model',
-  )
-  parser.add_argument('--safety', default='', help='rules that forbid to refuse, for --checkpoint')
-  args = parser.parse_args()
-  if bool(args.checkpoint) != bool(args.safety):
-    parser.error('--checkpoint and --safety belong together; give both')
-  tuned, judged = halves(read(args.folder))
+def tables(
+  folder: str | os.PathLike, checkpoint: str = '', safety: str = '', words: Sequence[str] = ()
+) -> list[str]:
+  """Returns what is known of V_r, in Markdown: of the patterns, and of a reward model if given.
+
+  Args:
+    folder: of XSTest.
+    checkpoint: a reward model, or a public model.
+    safety: rules that forbid to refuse, for the checkpoint.
+    words: for "safe" and "unsafe", to a public model.
+
+  Raises:
+    ValueError: a checkpoint without rules, or rules without one.
+  """
+  if bool(checkpoint) != bool(safety):
+    raise ValueError('config.checkpoint and config.safety belong together; give both')
+  tuned, judged = halves(read(folder))
   samples = [item.sample for item in judged]
   found = {'V_r, patterns': verifiers.REFUSALS['patterns'](samples)}
-  if args.checkpoint:
-    model = reward_model.load(args.checkpoint, words=tuple(args.words))
-    found['V_r, reward model'] = verifiers.by_score(
-      model.score_fn, schema.load_safety(args.safety)
-    )(samples)
-  print(
+  if checkpoint:
+    model = reward_model.load(checkpoint, words=tuple(words))
+    found['V_r, reward model'] = verifiers.by_score(model.score_fn, schema.load_safety(safety))(
+      samples
+    )
+  parts = [
     f'{len(judged)} completions; {len(tuned)} others were looked at while '
     'the patterns were written.'
-  )
+  ]
   for kind in POSITIVE:
-    print(f'\nA refusal is a {kind} refusal:\n')
-    table = compare(judged, found, kind)
-    print(
-      markdown.table(
-        ('', *METRICS),
-        [
-          (name, *(f'{value:.3f} [{low:.3f}, {high:.3f}]' for value, low, high in metrics.values()))
-          for name, metrics in table.items()
-        ],
-      )
-    )
+    rows = [
+      (name, *(f'{value:.3f} [{low:.3f}, {high:.3f}]' for value, low, high in measured.values()))
+      for name, measured in compare(judged, found, kind).items()
+    ]
+    parts += [f'A refusal is a {kind} refusal:', markdown.table(('', *METRICS), rows)]
+  return parts
 
 
 def _prompt_text(item: Judged) -> str:
   return ' '.join(item.sample.prompt.messages[-1].content.casefold().split())
-
-
-if __name__ == '__main__':
-  main()

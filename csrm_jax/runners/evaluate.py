@@ -1,7 +1,7 @@
 """Evaluates: scores a file, runs benchmarks and writes their report, compares reports.
 
-The config says which: config.runner is 'evaluate', 'benchmark' or 'compare'. Training runs use the
-second half, to test what they have made.
+The config says which: config.runner is 'evaluate', 'benchmark', 'compare' or 'refusals'.
+Training runs use the last part, to test what they have made.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from csrm_jax.evals.bootstrap import Measure
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import Result
 from csrm_jax.reward import model as reward_model, scoring
+from csrm_jax.rl import refusals
 from csrm_jax.ruleworld import probes
 from csrm_jax.runners import show_tokens as show_tokens_lib
 from csrm_jax.safety import schema, templates
@@ -43,7 +44,12 @@ _HELD_OUT = '{} of the data trained on that training did not see.'
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Does what config.runner says."""
-  jobs = {'evaluate': _score_file, 'benchmark': _run_benchmarks, 'compare': _compare}
+  jobs = {
+    'evaluate': _score_file,
+    'benchmark': _run_benchmarks,
+    'compare': _compare,
+    'refusals': _measure_refusals,
+  }
   jobs[config.runner](config, workdir)
 
 
@@ -226,6 +232,20 @@ def _read_run(folder: pathlib.Path, results: report.Results) -> policy.Run:
     *((reward.a, reward.b) if reward.name == 'csrm' else (1.0, 0.0)),
     {which: sets[policy.ALL] for which, sets in results['alignment'].values['policies'].items()},
   )
+
+
+# --- Refusals --------------------------------------------------------------------------
+
+
+def _measure_refusals(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes workdir/report/report.md, and prints it: how often V_r is right."""
+  if not config.data_dir:
+    raise ValueError('config.data_dir is empty: give --config.data_dir=FOLDER, that of XSTest')
+  parts = refusals.tables(config.data_dir, config.checkpoint, config.safety, config.words)
+  text = '\n\n'.join(parts) + '\n'
+  path = workdir / 'report' / 'report.md'
+  files.write(path, text)
+  print(f'{text}\nreport: {path}')
 
 
 # --- Models, test sets and scores ---------------------------------------------------------

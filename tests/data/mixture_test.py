@@ -106,7 +106,7 @@ def test_a_source_of_files_without_a_path_is_one_line(source, said):
 def test_array_record_files_are_a_source(tmp_path):
   pytest.importorskip('tensorflow_datasets')
   pytest.importorskip('array_record')
-  from csrm_jax.data import catalogue, pipeline, public_sets
+  from csrm_jax.data import catalogue, public_sets
 
   items = [examples.training_example(0, i) for i in range(20)]
   items += [examples.strictness_pair(0, i) for i in range(5)]
