@@ -1,7 +1,7 @@
-"""Public backbones: their tokenizer and the chat marks it is used with.
+"""The tokenizer of a public model, and the marks of a chat turn that go with it.
 
-A source is that of `models.hf` (a Hugging Face folder, the id of one on the
-hub, or a .gguf file); a tokenizer may also be given as its file alone.
+A source is what `models.hf` takes: a Hugging Face folder, the id of one on the hub, or a .gguf
+file. A tokenizer may also be given as its file alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from csrm_jax.core import files
 from csrm_jax.models import gguf, hf
 from csrm_jax.text import chat, tokenizer as tokenizer_lib
 
-# What names or is a source.
+# Either the name of a source or an open one, which is looked for only once.
 Name = str | os.PathLike | hf.Source
 
 _MODELS = ('tokenizer.json', 'tokenizer.model')
@@ -25,22 +25,20 @@ _SETTINGS = ('tokenizer_config.json', 'chat_template.jinja')
 
 
 def load_tokenizer(source: Name) -> tokenizer_lib.Tokenizer:
-  """Returns the tokenizer of a source, or in a .model or tokenizer.json file.
+  """Returns the tokenizer of a source, or of a .model or tokenizer.json file.
 
   Raises:
-    ImportError: a package is missing that the source needs.
-    ValueError: there is none, or one that cannot be read.
+    ImportError: A package that the source needs is missing.
+    ValueError: There is no tokenizer, or it cannot be read.
   """
   with _tokenizer_file(source) as path:
     return tokenizer_lib.load_tokenizer(path)
 
 
 def chat_marks(source: Name, tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, str]:
-  """Returns what opens and what closes a user's turn; ('', '') without chat.
+  """Returns the text before and after a user's turn; ('', '') where there is no chat template.
 
-  Raises:
-    ImportError: no package jinja2.
-    ValueError: the template cannot be used, see chat.wrap.
+  A template that cannot be used raises ValueError, see chat.wrap.
   """
   with _tokenizer_file(source) as path:
     template, special_tokens = chat.read(path.parent)
@@ -53,17 +51,14 @@ def chat_marks(source: Name, tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, s
     )
   except ValueError as error:
     raise ValueError(f'{hf.open_source(source).name}: {error}') from None
+  # The model was trained on prompts whose first plain text has a space in front.
   if tokenizer.opens_with_space and not _opens_with_control(prefix, tokenizer):
     prefix = f' {prefix}'
   return prefix, suffix
 
 
 def save_tokenizer(source: Name, directory: str | os.PathLike) -> None:
-  """Writes the tokenizer's files into `directory`, where load_tokenizer looks.
-
-  They are the model file, under the name that Hugging Face gives it, and the
-  settings beside it.
-  """
+  """Writes the tokenizer's model file, under Hugging Face's name, and the settings beside it."""
   directory = pathlib.Path(directory)
   with _tokenizer_file(source) as path:
     found = {f'tokenizer{path.suffix}': path}
@@ -75,7 +70,7 @@ def save_tokenizer(source: Name, directory: str | os.PathLike) -> None:
 
 
 def _opens_with_control(text: str, tokenizer: tokenizer_lib.Tokenizer) -> bool:
-  # The first id of plain text is that of some text.
+  # The id of a control token decodes to nothing, that of plain text to some text.
   first = tokenizer.encode_control(text)[:1]
   return bool(first) and not tokenizer.decode(first)
 
@@ -85,6 +80,7 @@ def _tokenizer_file(source: Name) -> Iterator[pathlib.Path]:
   """Yields the tokenizer's model file, among its settings."""
   source = hf.open_source(source)
   path = pathlib.Path(source.name).expanduser()
+  # A tokenizer file is no source: one that is missing must not be looked for on the hub.
   if path.suffix in ('.json', '.model'):
     yield path
     return

@@ -1,10 +1,10 @@
-"""A trained reward model: what describes it, and how it is loaded and asked.
+"""A trained reward model: what describes it, how it is loaded, and how it is asked.
 
 rm = csrm_jax.load(workdir)
 verdicts = rm.score(safety, conversations)
 
-Public models that nobody trained for it judge as well: an instruction-tuned
-one zero-shot, a guard model in its own format.
+Public models that nobody trained for it can judge as well: an instruction-tuned model zero-shot,
+a guard model in its own format.
 
 judge = csrm_jax.load('org/name')
 guard = csrm_jax.load('org/name', format='llama_guard_3')
@@ -29,14 +29,14 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """All that a score depends on besides the parameters; stored with them."""
+  """All that a score depends on besides the parameters; it is stored with them."""
 
   model: model_config.ModelConfig
   layout: templates.Layout  # how prompts are laid out
   max_length: int  # tokens a prompt may have
   safe_words: tuple[str, ...]  # the words of the verdict "safe"
   unsafe_words: tuple[str, ...]
-  template_hash: str  # what the layout gave in the version that trained it
+  template_hash: str  # names what the layout gave in the version that trained it
   tokenizer_digest: str  # sha256 of the tokenizer's file
   # The source (see models.hf) of the weights that the checkpoint's adapters
   # belong to, and their sha256; '' where the checkpoint holds all weights.
@@ -44,16 +44,12 @@ class Spec:
   base_digest: str = ''
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns JSON values; see from_dict."""
+    """Returns the fields as JSON values."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_dict(cls, obj: Mapping[str, Any]) -> Spec:
-    """Returns the spec that to_dict wrote.
-
-    Raises:
-      ValueError: it was not written by this version, or not by a spec.
-    """
+    """Returns the spec that to_dict wrote; other fields than its own are a ValueError."""
     known = {field.name for field in dataclasses.fields(cls)}
     for name in sorted(known ^ set(obj)):
       raise ValueError(
@@ -67,15 +63,15 @@ class Spec:
     return cls(**fields)
 
   def verbalizers(self, tokenizer: tokenizer_lib.Tokenizer) -> templates.Verbalizers:
-    """Returns the verdict tokens. Raises ValueError as its resolver does."""
+    """Returns the token ids of both verdicts; see resolve_verbalizers for what it raises."""
     return templates.resolve_verbalizers(tokenizer, self.safe_words, self.unsafe_words)
 
   def make_score_fn(
     self, params: Any, tokenizer: tokenizer_lib.Tokenizer, max_length: int | None = None
   ) -> scoring.ScoreFn:
-    """Returns examples -> scores (nats) of these parameters.
+    """Returns a function: examples -> scores of these parameters, float32 [N] in nats.
 
-    A prompt may have max_length tokens, or as many as in training.
+    A prompt may have max_length tokens; by default it may have as many as in training.
     """
     score_fn = scoring.make_score_fn(
       self.model,
@@ -86,6 +82,7 @@ class Spec:
       max_length=max_length or self.max_length,
     )
     guard = templates.GUARDS.get(self.layout.format)
+    # Such a guard reads one guideline at a time, so that rules take one pass for each category.
     if guard and guard.per_category:
       return scoring.per_category(score_fn)
     return score_fn
@@ -93,7 +90,7 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-  """A loaded reward model."""
+  """A loaded reward model, ready to be asked."""
 
   spec: Spec
   score_fn: scoring.ScoreFn  # -> float32 [N], log P(safe) − log P(unsafe) in nats
@@ -104,8 +101,8 @@ class RewardModel:
     """Returns one verdict for each conversation under these rules.
 
     Raises:
-      ValueError: a conversation that does not end with the agent, or rules
-        that do not fit into the model's length.
+      ValueError: A conversation does not end with the agent, or the rules do not fit into the
+        model's length.
     """
     examples = [
       schema.Example(f'conversation {i}', safety, tuple(conversation), None)
@@ -122,19 +119,19 @@ def load(
   Its parameters lie on the mesh that jax.set_mesh has set, if any.
 
   Args:
-    source: work directory of a training run (gs://… too); or a Hugging Face
-      folder, the id of one on the hub ("org/name"), or a .gguf file.
-    max_length: tokens a prompt may have before its history and response are
-      shortened. It may be more than in training (`spec.max_length`), for rules
-      that are longer than any there; how well they are read is another matter.
-    format: how a public model is asked, see templates.FORMATS: 'csrm' asks an
+    source: The work directory of a training run (gs://… too), a Hugging Face folder, the id of
+      one on the hub ("org/name"), or a .gguf file.
+    max_length: The tokens a prompt may have before its history and response are shortened. It may
+      exceed that of training (`spec.max_length`), for rules longer than any seen there; how well
+      the model reads them is another matter.
+    format: How a public model is asked, one of templates.FORMATS. 'csrm' asks an
       instruction-tuned model in our words, within its chat template.
-    **options: more arguments of `describe`.
+    **options: Further arguments of `describe`.
 
   Raises:
-    FileNotFoundError: no checkpoint or no tokenizer there.
-    ValueError: the checkpoint belongs to another template, tokenizer or
-      backbone than it says; or the public model is none that can be used so.
+    FileNotFoundError: There is no checkpoint or no tokenizer.
+    ValueError: The checkpoint belongs to another template, tokenizer or backbone than is found
+      here, or the public model cannot be used in this format.
   """
   public = public_model(source)
   spec, tokenizer = describe(public or source, format, **options)
@@ -146,7 +143,7 @@ def load(
 
 
 def public_model(source: str | pathlib.Path | hf.Source) -> hf.Source | None:
-  """Returns the public model that a source names; None for a run's work directory."""
+  """Returns the public model that a source names, or None for a run's work directory."""
   if isinstance(source, hf.Source):
     return source
   path = _directory(source)
@@ -156,7 +153,7 @@ def public_model(source: str | pathlib.Path | hf.Source) -> hf.Source | None:
     is_ours = any((path / name).exists() for name in ('checkpoints', 'manifest.json'))
     is_run = is_ours or not (path / 'config.json').is_file()
   else:
-    # Then it is the id of a public model, or a folder that is missing.
+    # "org/name" is an id on the hub; anything else is a folder that is missing.
     name = str(source)
     is_run = name.count('/') != 1 or name[0] in './~'
   return None if is_run else hf.Source(source)
@@ -168,18 +165,14 @@ def describe(
   words: tuple[str, str] = WORDS,
   **overrides: Any,
 ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
-  """Returns what `load` loads, but for the weights: spec and tokenizer.
+  """Returns the spec and tokenizer of what `load` loads, without reading weights.
+
+  The source, the format and the errors are those of `load`.
 
   Args:
-    source: as in `load`.
-    format: as in `load`.
-    words: for "safe" and "unsafe", in our words to a public model; some
-      tokenizers know Yes and No better.
-    **overrides: fields of a public model's config that say how it is computed,
-      such as dtype.
-
-  Raises:
-    FileNotFoundError, ValueError: as `load` does.
+    words: The words for "safe" and "unsafe" that a public model is asked for with format 'csrm';
+      some tokenizers know Yes and No better.
+    **overrides: Fields of a public model's config that say how it is computed, such as dtype.
   """
   public = public_model(source)
   if public:
@@ -222,18 +215,20 @@ def _describe_run(directory: pathlib.Path) -> tuple[Spec, tokenizer_lib.Tokenize
 
 
 def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
-  """Returns all parameters of a training run: with adapters, base and these.
+  """Returns all parameters of a training run; adapters come together with their base.
 
   They lie on the mesh that jax.set_mesh has set, if any.
 
   Raises:
-    FileNotFoundError: no intact checkpoint there.
-    ValueError: the base is not there, or another one.
+    FileNotFoundError: There is no intact checkpoint.
+    ValueError: The base of the adapters is missing, or its weights have changed.
   """
   directory = _directory(source)
   mesh, shapes = jax.sharding.get_mesh(), _shapes(spec.model)
+  # A checkpoint of adapters does not hold their base: it is read from where it came.
   stored, base = lora.split(shapes) if spec.base else (shapes, {})
   stored = {'params': stored}
+  # Partial, because the optimizer's state is stored beside the parameters.
   with checkpoint.Checkpoints(directory / 'checkpoints') as saved:
     restored = saved.restore_latest(
       stored if mesh.empty else mesh_lib.abstract(stored, mesh), partial=True
@@ -259,7 +254,7 @@ def _shapes(model: model_config.ModelConfig) -> Any:
 
 
 def _shardings(shapes: Any) -> Any:
-  """Returns the places of parameters on the mesh that is set; None for none."""
+  """Returns the shardings of parameters on the mesh that is set, or None without one."""
   mesh = jax.sharding.get_mesh()
   return None if mesh.empty else mesh_lib.shardings(shapes, mesh)
 
@@ -270,7 +265,7 @@ def _describe_public(
   guard = templates.GUARDS.get(format)
   tokenizer = backbone.load_tokenizer(source)
   if guard:
-    # Words of ours with it are an error there.
+    # A guard has words of its own; Layout refuses any others, so they are passed on to it.
     layout = templates.Layout(format, words=words)
     safe_words, unsafe_words = guard.safe_words, guard.unsafe_words
   else:
@@ -288,6 +283,7 @@ def _describe_public(
     template_hash=templates.template_hash(layout),
     tokenizer_digest=tokenizer.digest,
   )
+  # Words that this tokenizer cannot say are an error here, before any weights are read.
   spec.verbalizers(tokenizer)
   return spec, tokenizer
 

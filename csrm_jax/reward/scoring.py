@@ -1,9 +1,8 @@
 """Verdict scores: the one place where hidden states become safe or unsafe.
 
-Training, evaluation, RL and serving all read a verdict through
-`verdict_logprobs`: at an explicit index, over the full vocabulary, in float32.
-`make_score_fn` puts a tokenizer in front, and makes prompts of many lengths into
-batches of few shapes.
+Training, evaluation, RL and serving all read a verdict through `verdict_logprobs`: at an explicit
+index, over the full vocabulary, in float32. `make_score_fn` puts a tokenizer in front and packs
+prompts of many lengths into batches of few shapes.
 """
 
 from __future__ import annotations
@@ -29,9 +28,10 @@ from csrm_jax.train import losses
 
 ScoreFn = Callable[..., np.ndarray]  # (examples[, progress]), see make_score_fn
 
-# Row lengths that are compiled; from 128 on about a third is padding at most.
+# Row lengths that are compiled. From 128 on, none is more than 1.5 times the one before, so that at
+# most about a third of a row is padding.
 BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-# Fewer tokens than this are not worth shapes of their own.
+# A group saves at least so many tokens: fewer are not worth the compilation of new shapes.
 MIN_SAVED = 2048
 # About how many tokens a device takes at once.
 BATCH_TOKENS = 8192
@@ -55,8 +55,7 @@ class Verdict:
 def verdicts(scores: np.ndarray) -> list[Verdict]:
   """Returns the verdict of each score (nats).
 
-  Raises:
-    ValueError: a score is not finite: no verdict, and never "safe".
+  A score that is not finite has no verdict, least of all "safe": it raises ValueError.
   """
   scores = np.asarray(scores, np.float64)
   for i in np.flatnonzero(~np.isfinite(scores))[:1]:
@@ -71,7 +70,7 @@ def verdicts(scores: np.ndarray) -> list[Verdict]:
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-  # Without overflow in either direction.
+  # 1 / (1 + exp(-x)) would overflow at very negative x.
   small = np.exp(-np.abs(x))
   return np.where(x >= 0, 1, small) / (1 + small)
 
@@ -83,18 +82,17 @@ def verdict_logprobs(
   verbalizers: Verbalizers,
   prefix: dict | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (log P(safe), log P(unsafe)), float32 [B,S], of a packed batch.
+  """Returns (log P(safe), log P(unsafe)) in nats, float32 [B,S], of a packed batch.
 
-  Only the S verdict positions of a row meet the vocabulary. Slots that hold no
-  prompt get the verdict of position 0; give them no weight.
-
-  The batch has tokens, positions, segment_ids int32 [B,T] and verdict_index
-  int32 [B,S], the place of the last token of each prompt; all rows go on from
-  the prefix, if there is one, as in transformer.hidden. cfg is static.
+  The batch has tokens, positions, segment_ids int32 [B,T] and verdict_index int32 [B,S], the place
+  of the last token of each prompt. Slots that hold no prompt get the verdict of position 0; give
+  them no weight. All rows continue the prefix, if there is one, as in transformer.hidden. cfg is
+  static.
   """
   hidden = transformer.hidden(
     cfg, params, batch['tokens'], batch['positions'], batch['segment_ids'], prefix
   )
+  # Selected before the product with the vocabulary: logits [B,T,V] would be far larger.
   at_verdict = jnp.take_along_axis(hidden, batch['verdict_index'][..., None], axis=1)  # [B,S,D]
   logits = transformer.logits(cfg, params, at_verdict)  # [B,S,V]
   return losses.verdict_logprobs(logits, verbalizers)
@@ -103,7 +101,7 @@ def verdict_logprobs(
 def make_loss_fn(
   cfg: ModelConfig, verbalizers: Verbalizers, gamma: float, margin: float
 ) -> Callable[..., Any]:
-  """Returns (params, batch) -> (total, weight, metrics), for the train step.
+  """Returns a function: (params, batch) -> (total, weight, metrics), for the train step.
 
   gamma weighs the pair loss, whose margin is in nats.
   """
@@ -126,31 +124,22 @@ def make_score_fn(
   buckets: Sequence[int] = BUCKETS,
   batch_tokens: int = BATCH_TOKENS,
 ) -> ScoreFn:
-  """Returns a function: examples -> scores, float32 [N] nats, in their order.
+  """Returns a function: examples -> scores, float32 [N] in nats, in their order.
 
-  Prompts are sorted by length and padded to the smallest bucket that holds
-  them, so few shapes are ever compiled; rules that many examples share are read
-  once. Neither padding nor neighbours change a score (up to rounding). A prompt
-  longer than max_length tokens is shortened as in training. It computes on the
-  mesh that params lie on.
+  Prompts are padded to the smallest bucket that holds them, so that few shapes are ever compiled;
+  rules that many examples share are read once. Neither padding nor neighbours change a score (up
+  to rounding). A prompt of more than max_length tokens is shortened as in training. The function
+  computes on the mesh that params lie on.
 
-  The function may be given a second argument, which is called with the number
-  of examples in each batch that is done. It raises ValueError, with the
-  example's id, if rules do not fit into max_length or a score is not finite.
+  Its second argument, if given, is called with the number of examples in each batch that is done.
+  It raises ValueError, with the example's id, if rules do not fit into max_length or a score is
+  not finite.
 
   Args:
-    cfg: the model.
-    params: its parameters.
-    tokenizer: that of the model.
-    verbalizers: token ids of both labels.
-    layout: how prompts were laid out in training.
-    max_length: the most tokens a prompt may have.
-    buckets: row lengths; those above max_length are not used.
-    batch_tokens: about how many tokens go through the model at once, for each
-      part that the params' mesh cuts rows into.
-
-  Raises:
-    ValueError: the tokenizer does not belong to the model.
+    layout: How prompts were laid out in training.
+    buckets: Row lengths; those above max_length are not used.
+    batch_tokens: About how many tokens go through the model at once, for each part that the mesh
+      cuts rows into.
   """
   if tokenizer.vocab_size > cfg.vocab_size:
     raise ValueError(
@@ -170,6 +159,8 @@ def make_score_fn(
     scores = np.zeros(len(prompts), np.float32)
     pending = collections.deque()
 
+    # Batches are dispatched before earlier results are fetched, so that the device need not wait
+    # for the host.
     def settle():
       chosen, result = pending.popleft()
       scores[chosen] = np.asarray(result)[: len(chosen)]
@@ -205,8 +196,7 @@ def make_score_fn(
 def per_category(score_fn: ScoreFn) -> ScoreFn:
   """Returns a score function that asks score_fn about one category at a time.
 
-  An example is as unsafe as its worst category: its score is the lowest of
-  its categories' scores, and its P(unsafe) the highest of theirs.
+  An example is as unsafe as its worst category: its score is the lowest of their scores.
   """
 
   def score(
@@ -218,7 +208,7 @@ def per_category(score_fn: ScoreFn) -> ScoreFn:
     num_done = 0
 
     def advance(num):
-      # Of examples, as they would be if all had as many categories.
+      # The caller counts examples, score_fn counts parts: it is told the same share of examples.
       nonlocal num_done
       before = num_done * len(examples) // len(parts)
       num_done += num
@@ -233,7 +223,7 @@ def per_category(score_fn: ScoreFn) -> ScoreFn:
 
 
 def split_categories(example: schema.Example) -> list[schema.Example]:
-  """Returns the example once for each category, without what is known of it."""
+  """Returns the example once for each category, without its label."""
   return [
     schema.Example(
       f'{example.id} ({category.name})', schema.SafetyConfig((category,)), example.conversation
@@ -244,13 +234,11 @@ def split_categories(example: schema.Example) -> list[schema.Example]:
 
 @functools.lru_cache(maxsize=16)
 def make_score_step(cfg: ModelConfig, verbalizers: Verbalizers) -> Callable[..., jax.Array]:
-  """Returns a jitted (params, batch[, prefix]) -> scores [B]; cached.
-
-  The score is that of the first prompt of each row; every device gets all.
-  """
+  """Returns a jitted (params, batch[, prefix]) -> scores [B] of each row's first prompt."""
 
   def compute(params, batch, prefix=None):
     safe, unsafe = verdict_logprobs(cfg, params, batch, verbalizers, prefix)
+    # Every device gets all scores, so that every process can read them.
     return mesh_lib.constrain((safe - unsafe)[:, 0])
 
   return jax.jit(compute)
@@ -261,20 +249,20 @@ def make_score_step(cfg: ModelConfig, verbalizers: Verbalizers) -> Callable[...,
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Prompts that go together, behind the first tokens that all of them share."""
+  """Prompts that are read behind one copy of the first tokens that they share."""
 
-  batches: Plan  # what the rows hold behind these
-  num_shared: int = 0  # tokens; 0: each prompt is whole
+  batches: Plan  # what the rows hold behind the shared tokens
+  num_shared: int = 0  # in tokens; 0 where each row holds a whole prompt
   prefix_length: int = 0  # num_shared, padded
 
   @property
   def num_tokens(self) -> int:
-    """Tokens that the model reads, padding included."""
+    """How many tokens the model reads, padding included."""
     return self.prefix_length + sum(rows * length for _, (rows, length) in self.batches)
 
 
 def usable_buckets(buckets: Sequence[int], max_length: int) -> list[int]:
-  """Returns the buckets up to max_length, ascending, the last one of it."""
+  """Returns the buckets below max_length, ascending, and then max_length itself."""
   return sorted({b for b in buckets if b < max_length} | {max_length})
 
 
@@ -287,10 +275,9 @@ def make_groups(
 ) -> list[Group]:
   """Returns groups that hold each prompt once.
 
-  Prompts under the same rules, which are read behind one copy of these, have the
-  same key; they form a group if it takes at most three quarters of the tokens
-  and MIN_SAVED fewer, padding included. A window of the model's attention counts
-  the padding of a prefix, so that it must hold a whole row.
+  Prompts with the same key stand under the same rules. They form a group of their own, which reads
+  the rules once, if that takes at most three quarters of the tokens and MIN_SAVED fewer, padding
+  included. All other prompts go into one group.
   """
   by_key = {}
   for i, key in enumerate(keys):
@@ -306,6 +293,8 @@ def make_groups(
     batches = _plan(prompts, indices, lengths, batch_tokens, num_shared)
     group = Group(batches, num_shared, prefix_length)
     length = group.prefix_length + max(length for _, (_, length) in group.batches)
+    # The model's window counts the padding between a prefix and the rest as tokens, so that it
+    # must hold the whole row.
     saved = whole.num_tokens - group.num_tokens
     if saved >= MIN_SAVED and 4 * saved >= whole.num_tokens and (not window or length <= window):
       groups.append(group)
@@ -323,11 +312,7 @@ def _plan(
   batch_tokens: int,
   num_shared: int = 0,
 ) -> Plan:
-  """Returns batches of the indices, shapes repeating.
-
-  Within a bucket chunks are full but for the last, whose rows are the next
-  power of two: at most log2(rows) shapes a bucket.
-  """
+  """Returns the prompts of the indices in batches, bucket by bucket."""
   plan = []
   sizes = np.array([len(prompts[i]) for i in indices], np.int64) - num_shared
   bucket_of = np.searchsorted(lengths, sizes)
@@ -337,23 +322,24 @@ def _plan(
     chosen = [indices[i] for i in np.flatnonzero(bucket_of == bucket)]
     for start in range(0, len(chosen), most):
       part = chosen[start : start + most]
+      # Only the last batch of a bucket has fewer rows than most: a power of two of them, so that
+      # a bucket has at most log2(most) + 1 shapes.
       rows = 1 << (len(part) - 1).bit_length()
       plan.append((part, (rows, length)))
   return plan
 
 
 def most_rows(batch_tokens: int, length: int) -> int:
-  """Returns the rows of a full batch, a power of two."""
+  """Returns the rows of a full batch: the largest power of two that batch_tokens allow."""
   return 1 << max(batch_tokens // length, 1).bit_length() - 1
 
 
 def pad(
   prompts: Sequence[np.ndarray], shape: tuple[int, int], num_shared: int = 0
 ) -> dict[str, np.ndarray]:
-  """Returns a batch with one prompt a row; rows left over are all padding.
+  """Returns a batch, as verdict_logprobs takes it, with one prompt a row.
 
-  It holds tokens, positions, segment_ids int32 [B,T] of the prompts without
-  their first num_shared tokens, and verdict_index int32 [B,1].
+  The first num_shared tokens of each prompt are left out; rows left over are all padding.
   """
   batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'positions', 'segment_ids')}
   batch['verdict_index'] = np.zeros((shape[0], 1), np.int32)
