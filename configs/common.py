@@ -1,7 +1,6 @@
 """What several run configs share: merging, backbones, shared sections.
 
-The files beside this one load it by its path, so that a config works from any
-folder: common = config_lib.load_module(pathlib.Path(__file__).with_name('common.py'))
+The files beside this one load it by its path, so that a config works from any folder.
 """
 
 import pathlib
@@ -11,7 +10,7 @@ import ml_collections
 import csrm_jax
 from csrm_jax.core import topology
 
-# Weights and tokenizer that the package ships.
+# The folder of the weights and the tokenizer that the package ships.
 RULEWORLD = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld'
 TOKENIZER = str(RULEWORLD / 'tokenizer.model')
 
@@ -25,44 +24,40 @@ BACKBONES = {
   'gemma2_9b': 'google/gemma-2-9b-it',
 }
 
-# Fields of a model that are no property of its weights.
+# Fields of a model that do not depend on its weights.
 OVERRIDES = {
-  'dtype': 'float32',  # of activations; or bfloat16
-  'param_dtype': 'float32',  # of parameters; or bfloat16
-  'remat': 'none',  # recomputed in the backward pass: none, dots, full
-  'unroll': 4,  # layers a step of the scan over depth; more suits CPUs
-  'lora_rank': 0,  # of the adapters that are trained; 0 for none
-  'lora_alpha': 16.0,  # over the rank: their scale
-  'lora_targets': ('query', 'key', 'value', 'out', 'gate', 'up', 'down'),
+  'dtype': 'float32',  # the dtype of activations; or bfloat16
+  'param_dtype': 'float32',  # the dtype of parameters; or bfloat16
+  'remat': 'none',  # what the backward pass recomputes to save memory: none, dots, full
+  'unroll': 4,  # layers in one step of the scan over depth; more is faster on CPUs
+  'lora_rank': 0,  # the rank of the adapters that are trained; 0 for no adapters
+  'lora_alpha': 16.0,  # adapters are scaled by alpha / rank
+  'lora_targets': ('query', 'key', 'value', 'out', 'gate', 'up', 'down'),  # kernels with adapters
 }
 
-# AdamW; lr, warmup_steps and weight_decay are the run's own.
+# AdamW. Each run sets its own lr, warmup_steps and weight_decay.
 OPTIM = {
-  'lr': 1e-3,  # peak; warm-up, then cosine
+  'lr': 1e-3,  # the peak, which a warm-up reaches and a cosine leaves
   'warmup_steps': 20,  # updates
-  'b1': 0.9,
-  'b2': 0.95,
-  'weight_decay': 0.0,  # decoupled; not on norm scales
-  'clip_norm': 1.0,  # largest global gradient norm
-  'end_lr_fraction': 0.1,  # last learning rate over the peak
-  'num_microbatches': 1,  # gradient accumulation within an update
+  'b1': 0.9,  # decay of the first moment
+  'b2': 0.95,  # decay of the second moment
+  'weight_decay': 0.0,  # decoupled; norm scales have none
+  'clip_norm': 1.0,  # the largest global gradient norm
+  'end_lr_fraction': 0.1,  # the last learning rate, as a fraction of the peak
+  'num_microbatches': 1,  # an update adds up the gradients of so many parts of its batch
 }
 
-# Devices along each axis; -1 takes what is left. Of num_slices (or nodes),
-# which a slow network connects, data is a multiple.
+# Devices along each axis; -1 takes those that are left. A slow network connects slices (or
+# nodes), so that only the data axis may span them: it is a multiple of num_slices.
 MESH = {'data': -1, 'fsdp': 1, 'tensor': 1, 'num_slices': 1}
 
 
 def merge(base, *parts):
-  """Returns a config: the base, in which the parts set keys one after another.
+  """Returns the base as a config, in which the parts set keys one after another.
 
-  Args:
-    base: nested dict of all keys there are.
-    *parts: dicts of dotted keys ('optim.lr'), as on the command line. A dict as
-      value replaces a section; a function changes the value that is there.
-
-  Raises:
-    KeyError: a part sets a key that the base does not have.
+  The base is a nested dict with every key. A part is a dict of dotted keys ('optim.lr'), as on the
+  command line. A dict as value replaces a section; a function changes the value that is there. A
+  key that the base does not have is a KeyError.
   """
   config = ml_collections.ConfigDict(base)
   for part in parts:
@@ -76,6 +71,7 @@ def merge(base, *parts):
       if callable(value):
         value = value(section[last])
       if isinstance(value, dict):
+        # A ConfigDict does not take another section's keys in place of its own.
         del section[last]
         value = ml_collections.ConfigDict(value)
       section[last] = value

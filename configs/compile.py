@@ -6,9 +6,8 @@ python -m csrm_jax.main --workdir=/tmp/compiled \
   --config=configs/compile.py:target=configs/rl.py,topology=v5e-64,\
 policy=llama3_8b,reward_model=llama3_8b
 
-Needs the package libtpu (pip install "csrm_jax[tpu]"), no TPU and no weights.
-What is not an argument of this file is one of the target's. The same run on
-that slice is
+It needs the package libtpu (pip install "csrm_jax[tpu]"), but no TPU and no weights. Arguments that
+this file does not have go to the target. The same run on that slice is
 
 python -m csrm_jax.main --workdir=gs://... \
   --config=configs/rm.py:mesh=v5e-64,model=llama3_8b
@@ -22,23 +21,22 @@ from csrm_jax import config as config_lib
 def get_config(arg=None):
   """Returns the config.
 
-  arg: topology (a slice as it is rented: v5e-64, v5p-16, 2xv5e-256), target
-  (the config file of the run), reward_model (of target=configs/rl.py: what
-  scores its completions, a name of models.config.PRESETS), and the target's own
-  arguments.
+  arg: topology (a slice as it is rented: v5e-64, v5p-16, 2xv5e-256), target (the config file of the
+  run), reward_model (with target=configs/rl.py: the model that scores completions, a name of
+  models.config.PRESETS), and the target's own arguments.
   """
   own, rest = config_lib.split_arg(arg, ('topology', 'target', 'reward_model'))
   arg = config_lib.parse_arg(own, topology='v5e-64', target='configs/rm.py', reward_model='')
   c = ml_collections.ConfigDict()
   c.runner = 'compile'
   c.topology = arg.topology
-  # Layers to compile with; 0 for all. All layers are one loop: few compile to
-  # the same program, but memory is that of few.
+  # How many layers the compiled model has; 0 for all. All layers are one loop, so few layers
+  # compile to the same program, but the memory shown is then that of few layers.
   c.num_layers = 0
   # The share of a chip's peak that large products reach in practice.
   c.product_efficiency = 0.7
-  # If it does not fit: compile training with less memory until it does, and
-  # say how. Minutes more.
+  # If training does not fit, compiles it with settings that need less memory until it does, and
+  # says which. This takes minutes more.
   c.advise = True
   # The run itself, as its own file makes it.
   target = config_lib.load_module(arg.target)
@@ -48,13 +46,13 @@ def get_config(arg=None):
     c.programs = ('train', 'score')
     return c
   c.programs = ('prefill', 'decode', 'logprobs', 'update')
-  # A name of models.config.PRESETS that has the shape of run.policy.init, which
-  # then need not be there; '' reads init.
+  # A name of models.config.PRESETS with the shape of run.policy.init, whose files then need not be
+  # here; '' reads init.
   presets = {init: name for name, init in target.POLICIES.items()}
   c.policy = presets.get(c.run.policy.init, '')
   c.reward_model = arg.reward_model
   if arg.reward_model:
     c.programs += ('score',)
-  c.prompt_length = 256  # tokens of the longest prompt of a batch
-  c.score_length = 1024  # tokens of the reward model's: rules and conversation
+  c.prompt_length = 256  # tokens in the longest prompt of a batch
+  c.score_length = 1024  # tokens in a prompt of the reward model: rules and conversation
   return c

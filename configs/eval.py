@@ -32,58 +32,57 @@ def get_config(arg=None):
   c = ml_collections.ConfigDict()
   if arg.compare:
     c.runner = 'compare'
-    c.title = ''  # of the report
-    # Work directories of configs/eval.py:benchmarks, or of configs/rl.py; '*'
-    # stands for anything.
+    c.title = ''  # the report's title
+    # Work directories of configs/eval.py:benchmarks, or of configs/rl.py; '*' matches any text.
     c.compare = ()
-    # What the others are compared with: a folder's name; of policies, what
-    # the report calls it, as 'reinforce_pp, full'. '' for the first.
+    # What the others are compared with: a folder's name; for policies the name that the report
+    # gives them, such as 'reinforce_pp, full'. '' takes the first.
     c.reference = ''
-    c.num_samples = 1000  # of the paired bootstrap of reward models
+    c.num_samples = 1000  # draws of the paired bootstrap, which reward models are compared by
     return c
   if arg.refusals:
     c.runner = 'refusals'
-    c.data_dir = ''  # of XSTest, with its *completions*.csv
-    # A reward model, or a public model, to be measured beside the patterns, under rules that
-    # forbid to refuse, such as configs/safety/refusal.yaml; '' for neither.
+    c.data_dir = ''  # the folder of XSTest, with its *completions*.csv
+    # A reward model or a public model that is measured beside the patterns; '' for none.
     c.checkpoint = ''
+    # The rules it judges under, which must forbid to refuse: configs/safety/refusal.yaml.
     c.safety = ''
-    c.words = ('safe', 'unsafe')  # of a public model
+    c.words = ('safe', 'unsafe')  # what a public model says for "safe" and "unsafe"
     return c
   c.runner = 'benchmark' if arg.benchmarks else 'evaluate'
-  # Work directory of a training run; or a Hugging Face folder, a hub id
+  # The work directory of a training run; or a public model: a Hugging Face folder, a hub id
   # (org/name) or a .gguf file.
   c.checkpoint = ''
-  # What follows is for such a public model; a trained one knows it.
-  # Of prompts: csrm, llama_guard_3, llama_guard_3_user (judges the last user
+  # The next three are for public models only: a trained one has them with its weights.
+  # How prompts are written: csrm, llama_guard_3, llama_guard_3_user (judges the last user
   # message), shield_gemma, shield_gemma_user.
   c.format = 'csrm'
-  # For "safe" and "unsafe" in the format csrm; ('Yes', 'No') where a tokenizer
-  # splits these.
+  # The words for "safe" and "unsafe" with format='csrm'; use ('Yes', 'No') where the tokenizer
+  # splits these: a verdict is read off one token.
   c.words = ('safe', 'unsafe')
   c.numerics = ml_collections.ConfigDict(
     {
-      'dtype': '',  # of activations: float32 or bfloat16; '' for float32
-      'param_dtype': '',  # of parameters; '' for that of the file
+      'dtype': '',  # the dtype of activations: float32 or bfloat16; '' for float32
+      'param_dtype': '',  # the dtype of parameters; '' keeps the file's
     }
   )
-  # Tokens a prompt may have before its history and response are shortened; more
-  # than in training is possible, and needed for long rules.
+  # The most tokens of a prompt; longer ones lose history and response, never rules. More than in
+  # training is possible, and long rules need it.
   c.max_length = 2048
   if arg.benchmarks:
-    c.title = ''  # of the report; '' names the model
+    c.title = ''  # the report's title; '' names the model
     c.benchmarks = ml_collections.ConfigDict(
       {
-        'ruleworld_examples': 1000,  # of the two largest sets; 0 for none
-        'ruleworld_seed': 2000,  # the same for all that is compared
-        'data_dir': '',  # a folder for each public set; '' for none
-        'names': (),  # of public sets; () for all
-        'max_items': 0,  # of each benchmark, evenly spread; 0 for all
+        'ruleworld_examples': 1000,  # how many the two largest sets have; 0 for no RuleWorld
+        'ruleworld_seed': 2000,  # must be the same for all reports that are compared
+        'data_dir': '',  # has a folder for each public set; '' for no public sets
+        'names': (),  # which public sets; () for all
+        'max_items': 0,  # how many items of each benchmark, evenly spread; 0 for all
       }
     )
     return c
-  # Rules for all rows (YAML or JSON); empty: each row brings its own `safety`.
+  # The rules for all rows (YAML or JSON); '' where each row brings its own `safety`.
   c.safety = ''
-  # JSONL: {"id", "conversation": [{"role", "content"}, …], "label" or not}.
+  # JSONL: {"id", "conversation": [{"role", "content"}, …]}, and "label" where it is known.
   c.conversations = ''
   return c

@@ -12,18 +12,18 @@ from csrm_jax import config as config_lib
 
 
 def get_config(arg=None):
-  """Returns the config. arg: checkpoint, form; see below."""
+  """Returns the config; arg: checkpoint, form."""
   arg = config_lib.parse_arg(
     arg, checkpoint='', form=('causal_lm', 'sequence_classification', 'peft')
   )
   c = ml_collections.ConfigDict()
   c.runner = 'export'
-  c.checkpoint = arg.checkpoint  # work directory of a training run
-  # causal_lm: the whole model, adapters merged; the verdict is its next token.
-  # sequence_classification: one logit, the score, at the last token of the
-  # prompt; needs one verdict token for each label.
-  # peft: the adapters alone, for the weights that they were trained on.
+  c.checkpoint = arg.checkpoint  # the work directory of a training run
+  # causal_lm writes the whole model, adapters merged; the verdict is its next token.
+  # sequence_classification has one logit, the score, at the last token of the prompt; it needs one
+  # verdict token for each label.
+  # peft writes the adapters alone, for the weights that they were trained on.
   c.form = arg.form
-  c.max_shard_bytes = 5_000_000_000  # of one file; a larger model has several
-  c.seed = 0  # of the tokens on which the written model is checked
+  c.max_shard_bytes = 5_000_000_000  # the largest file; a larger model is written as several
+  c.seed = 0  # draws the tokens on which the written model is checked
   return c

@@ -1,13 +1,12 @@
-"""Makes the weights that the package ships: base, policy_base and
-policy_structured of ruleworld/.
+"""Makes the weights that the package ships: base, policy_base, policy_structured in ruleworld/.
 
 python -m csrm_jax.main --config=configs/pretrain.py --workdir=/tmp/pretrain
 python -m csrm_jax.main --config=configs/pretrain.py:task=policy --workdir=...
 (or task=structured)
 
-base: a language model of RuleWorld text and of questions about it; no verdicts.
-policy: that model, taught to answer requests; it knows no rules.
-structured: that policy, taught to reason first, for AlphaAlign.
+base: a language model that has read RuleWorld text and questions about it, but no verdicts.
+policy: the base, taught to answer requests; it knows no rules.
+structured: the policy, taught to reason first, for AlphaAlign.
 """
 
 import pathlib
@@ -29,37 +28,39 @@ def get_config(arg=None):
 
 BASE = {
   'runner': 'pretrain',
-  'seed': 0,  # of the weights and of the corpus
-  'task': 'base',  # the weights are written to a folder of this name
+  'seed': 0,  # decides the first weights and the corpus
+  'task': 'base',  # also the name of the folder that the weights are written to
   'num_steps': 6000,  # updates
-  'log_every': 100,  # steps a line of metrics.jsonl sums up
+  'log_every': 100,  # steps that one line of metrics.jsonl sums up
   'checkpoint_every': 500,  # steps; a multiple of log_every
-  # Steps of a profiler trace in workdir/profile, as in '10:13'; '' for none.
+  # The steps of a profiler trace in workdir/profile, such as '10:13'; '' for no trace.
   'profile_steps': '',
-  # SentencePiece model (.model) or Hugging Face tokenizer.json.
+  # A SentencePiece model (.model) or a Hugging Face tokenizer.json.
   'tokenizer': common.TOKENIZER,
   'model': {
-    'preset': 'tiny',  # a name of models.config.PRESETS; '' takes that of weights
-    'weights': '',  # to start from; '' for random
+    'preset': 'tiny',  # a name of models.config.PRESETS; '' takes the shape of `weights`
+    'weights': '',  # the weights to start from; '' for random ones
     'overrides': {'unroll': 4},  # fields of the model
-    'saved_dtype': 'float32',  # of the weights that are written
+    'saved_dtype': 'float32',  # the dtype of the weights that are written
   },
   'data': {
     'num_documents': 2_000_000,  # the corpus repeats after these
-    'curriculum_length': 90_000,  # documents until lists are longest; of base
-    'batch_size': 12,  # rows a step
-    'row_length': 256,  # tokens a row
-    'max_segments': 8,  # documents a row at most
+    # With task=base: documents until lists of rules have their full length; they start with one.
+    'curriculum_length': 90_000,
+    'batch_size': 12,  # packed rows in a step
+    'row_length': 256,  # tokens in a row
+    'max_segments': 8,  # the most documents in a row
   },
   'optim': common.OPTIM
   | {
-    'lr': 2e-3,  # peak; warm-up, then cosine
-    'warmup_steps': 200,
-    'weight_decay': 0.05,
+    'lr': 2e-3,  # the peak, which a warm-up reaches and a cosine leaves
+    'warmup_steps': 200,  # updates
+    'weight_decay': 0.05,  # decoupled
   },
 }
 
-# A policy starts from weights, and is saved small: it is loaded as float32.
+# A policy starts from weights. It is saved as float16, because the package ships it, and is
+# loaded as float32.
 _POLICY = {
   'model.preset': '',
   'model.saved_dtype': 'float16',

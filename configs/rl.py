@@ -12,9 +12,9 @@ policy=mistral_7b,mesh=h100-8,data=jsonl,path=PROMPTS,rules=rules.yaml \
   --workdir=...
 python launch/sweep.py --config=configs/rl.py:checkpoint=/tmp/rm --workdir=...
 
-A run is `base`, changed by the parts that `get_config` names, in their order,
-and last by --config.KEY=VALUE. Every run has all keys; those that do nothing
-with its algorithm or reward are empty (csrm_jax.rl.algorithms says which).
+A run is `base`, which the parts that `get_config` names change in their order; --config.KEY=VALUE
+comes last. Every run has all keys; those that do nothing with its algorithm or reward are empty
+(csrm_jax.rl.algorithms says which).
 """
 
 import pathlib
@@ -32,24 +32,21 @@ REWARDS = ('csrm', 'oracle', 'http', 'python', 'alphaalign')
 POLICIES = {
   name: common.BACKBONES[name] for name in ('smollm2_135m', 'llama3_8b', 'mistral_7b', 'qwen3_1b7')
 }
-# AlphaAlign and its ablations -> what becomes of the helpfulness.
+# AlphaAlign and its ablations -> what they do with the helpfulness.
 VARIANTS = {'full': 'standardised', 'zero': 'none', 'raw': 'raw'}
 
 
 def get_config(arg=None):
   """Returns the config.
 
-  arg: algorithm (a name of csrm_jax.rl.algorithms; auto is grpo with
-  alphaalign, else reinforce_pp), reward (see REWARDS); checkpoint (work
-  directory of the reward model: reward=csrm), url (of the scorer: reward=http),
-  function (module:name: reward=python), variant (full|zero|raw:
-  reward=alphaalign); policy (ruleworld or a name of POLICIES) and policy_init
-  (its weights: a folder, a hub id, or the policy/ that an earlier run has
-  written), lora (rank of adapters; 0 trains all weights);
-  data=ruleworld|xstest|jsonl with data_dir or path, rules (a RuleWorld rule
-  set, or a YAML or JSON file); mesh (TPUs or GPUs as they are rented: v5e-64,
-  v5p-16, h100-8), num_steps, smoke (a run of a minute that exercises
-  everything).
+  arg: algorithm (a name of csrm_jax.rl.algorithms; auto is grpo with alphaalign, else
+  reinforce_pp), reward (see REWARDS); with reward=csrm checkpoint (the reward model's work
+  directory), with http url (the scorer's), with python function (module:name), with alphaalign
+  variant (full|zero|raw); policy (ruleworld or a name of POLICIES) and policy_init (its weights: a
+  folder, a hub id, or the policy/ that an earlier run has written), lora (the rank of adapters; 0
+  trains all weights); data=ruleworld|xstest|jsonl with data_dir or path, rules (a RuleWorld rule
+  set, or a YAML or JSON file); mesh (TPUs or GPUs as they are rented: v5e-64, v5p-16, h100-8),
+  num_steps, smoke (a run of a minute that exercises everything).
   """
   arg = config_lib.parse_arg(
     arg,
@@ -79,7 +76,7 @@ def get_config(arg=None):
     {} if is_online else offline_part(arg),
     ALPHAALIGN if arg.reward == 'alphaalign' else {},
     public_part(arg) if is_public else {},
-    # A slice has the paper's recipe instead of a laptop's.
+    # A slice runs the paper's recipe instead of a laptop's.
     (LAPTOP if is_online else LAPTOP_OFFLINE) if is_public and (not arg.mesh or arg.smoke) else {},
   )
   config = common.merge(
@@ -88,6 +85,7 @@ def get_config(arg=None):
     SMOKE if arg.smoke else {},
     {'num_steps': arg.num_steps} if arg.num_steps else {},
   )
+  # An empty key keeps its type, so that a flag that sets it parses and check_idle can refuse it.
   for key in algorithms.idle_keys(config):
     *sections, last = key.split('.')
     section = config
@@ -100,174 +98,175 @@ def get_config(arg=None):
 
 
 def base(arg):
-  """Returns all keys there are: of an online run on a laptop, in RuleWorld."""
+  """Returns all keys, set for an online run in RuleWorld on a laptop."""
   in_world, alphaalign = arg.data == 'ruleworld', arg.reward == 'alphaalign'
   start = common.RULEWORLD / ('policy_structured' if alphaalign else 'policy_base')
   return {
     'runner': 'align',
-    'title': 'Aligned policy',  # of the report
-    'seed': 0,  # of prompts, draws, mini batches and adapters
+    'title': 'Aligned policy',  # the report's title
+    'seed': 0,  # decides prompts, draws, mini batches and adapters
     'algorithm': arg.algorithm,
-    'num_steps': 60,  # rollouts; offline: updates
-    'log_every': 1,  # steps a line of metrics.jsonl sums up
-    'checkpoint_every': 10,  # a multiple of log_every
-    # Steps of a profiler trace in workdir/profile, as in '10:13'; '' for none.
+    'num_steps': 60,  # rollouts; with an offline algorithm updates
+    'log_every': 1,  # steps that one line of metrics.jsonl sums up
+    'checkpoint_every': 10,  # steps; a multiple of log_every
+    # The steps of a profiler trace in workdir/profile, such as '10:13'; '' for no trace.
     'profile_steps': '',
     'policy': {
-      # Weights: a folder with safetensors and config.json, a hub id or .gguf
-      # file.
+      # The weights: a folder with safetensors and config.json, a hub id or a .gguf file.
       'init': arg.policy_init or str(start),
-      # SentencePiece model (.model) or tokenizer.json; '' takes that of init.
+      # A SentencePiece model (.model) or a tokenizer.json; '' takes the tokenizer of `init`.
       'tokenizer': common.TOKENIZER,
-      # What stands around a user's turn: 'plain' and 'structured' are those of
-      # RuleWorld's policy, 'chat' is init's chat template.
+      # The text around a user's turn: RuleWorld's policy knows 'plain' and 'structured'; 'chat'
+      # takes the chat template of `init`.
       'marks': 'structured' if alphaalign else 'plain',
-      # Template text in front of the first turn, such as how to answer.
+      # Template text that opens a user's turn, in front of the prompt; it may say how to answer.
       'instruction': '',
       'overrides': common.OVERRIDES | {'lora_rank': arg.lora, 'lora_alpha': 2.0 * arg.lora or 16.0},
     },
     'data': {
-      # Prompts: ruleworld; xstest (its CSV file); jsonl (lines of id, prompt
-      # and, where known, label 'harmful' or 'benign').
+      # Where prompts come from: ruleworld; xstest (its CSV file); jsonl (lines of id, prompt and,
+      # where it is known, label 'harmful' or 'benign').
       'source': arg.data,
-      'path': arg.path or arg.data_dir,  # of a file or its folder
-      # In force for all prompts: the name of a RuleWorld rule set, or a file.
+      'path': arg.path or arg.data_dir,  # the prompts' file, or its folder
+      # The rules for all prompts: the name of a RuleWorld rule set, or a file.
       'rules': arg.rules or ('film club' if in_world else ''),
-      'num_prompts': 1024,  # to train on; of files, those not held out
-      # As many harmful prompts to train on as benign ones: of labels alone it
-      # pays to treat all like the more frequent kind.
+      'num_prompts': 1024,  # how many to train on; from files at most those not held out
+      # Trains on as many harmful prompts as benign ones. Where labels alone decide the reward, it
+      # pays to treat all prompts like the more frequent kind.
       'balance': alphaalign,
-      'eval_seed': 1,  # of RuleWorld's held-out prompts
-      'eval_fraction': 0.2,  # of files, held out by a hash of the prompt
+      'eval_seed': 1,  # decides RuleWorld's held-out prompts
+      'eval_fraction': 0.2,  # the share of a file that a hash of the prompt holds out
     },
     'reward': {
       'name': arg.reward,
       # reward=csrm: R = sigmoid(a * score + b).
-      'checkpoint': arg.checkpoint,  # work directory of configs/rm.py
-      'a': 1.0,
-      'b': 0.0,
-      'max_length': 2048,  # tokens a prompt of the reward model may have
+      'checkpoint': arg.checkpoint,  # the work directory of a run of configs/rm.py
+      'a': 1.0,  # the slope; above 0
+      'b': 0.0,  # the offset, in nats
+      'max_length': 2048,  # the most tokens in a prompt of the reward model
       # reward=http
-      'url': arg.url,  # is sent samples, answers {"rewards": [...]}
-      'timeout_s': 60.0,  # of a request
-      'num_tries': 3,  # of a request
-      'backoff_s': 1.0,  # before the second try; doubles
-      'batch_size': 64,  # samples a request
+      'url': arg.url,  # the scorer, which is sent samples and answers {"rewards": [...]}
+      'timeout_s': 60.0,  # how long the scorer may stay silent
+      'num_tries': 3,  # how often a request is sent that fails on the way
+      'backoff_s': 1.0,  # the wait before the second try; it doubles with each further one
+      'batch_size': 64,  # samples in a request
       # reward=python
-      'function': arg.function,  # module:name of samples -> numbers
+      'function': arg.function,  # module:name of a function: samples -> numbers
       # reward=alphaalign
-      'variant': VARIANTS[arg.variant],  # helpfulness: standardised, raw, none
+      'variant': VARIANTS[arg.variant],  # how helpfulness counts: standardised, raw, none
       'format_weight': 1.0,  # r_f
       'answer_weight': 2.0,  # r_a
-      # V_r: oracle (RuleWorld's), patterns, boxed (patterns in \boxed{} only),
-      # or the work directory of a reward model, asked whether the answer
-      # refuses.
+      # Who decides whether an answer refuses (V_r): oracle (RuleWorld's), patterns, boxed (patterns
+      # within \boxed{} only), or a reward model, given as its work directory.
       'refusal': arg.checkpoint or ('oracle' if in_world else 'patterns'),
-      # Which such a model is asked by: rules that forbid to refuse.
+      # The rules that such a reward model judges by: they forbid to refuse.
       'refusal_rules': str(pathlib.Path(__file__).parent / 'safety' / 'refusal.yaml'),
-      # Of the answer, 1 to 5: oracle (RuleWorld's), none, or the work directory
-      # of a reward model that was trained on preference pairs without rules.
+      # Who rates how helpful an answer is, from 1 to 5: oracle (RuleWorld's), none, or a reward
+      # model that was trained on preference pairs without rules, given as its work directory.
       'helpfulness': 'oracle' if in_world else 'none',
-      'helpfulness_a': 1.0,  # 1 + 4 sigmoid(a * score + b)
-      'helpfulness_b': 0.0,
-      # All but alphaalign
-      'mode': 'product',  # of safety and helpfulness; or sum
-      'safety_weight': 1.0,  # exponent in a product, factor in a sum
+      'helpfulness_a': 1.0,  # such a model's rating is 1 + 4 sigmoid(a * score + b)
+      'helpfulness_b': 0.0,  # in nats
+      # All rewards but alphaalign
+      'mode': 'product',  # how safety and helpfulness are combined; or sum
+      'safety_weight': 1.0,  # the exponent in a product, the factor in a sum
       'helpfulness_weight': 1.0,  # likewise
-      'overlong_buffer': 0,  # tokens before the limit that are punished; 0: none
-      'overlong_penalty': 1.0,  # at the limit
-      'clip': (),  # (low, high) of the total
+      'overlong_buffer': 0,  # how many tokens before the limit are punished; 0 for none
+      'overlong_penalty': 1.0,  # the penalty at the limit; in the buffer it grows linearly
+      'clip': (),  # (low, high) bounds of the total; () for none
     },
     'sampling': {
       'max_completion_length': 36,  # tokens, the stop token included
-      'temperature': 1.0,  # also of all log-probabilities
-      'top_p': 1.0,  # 1 for all tokens
-      'top_k': 0,  # 0 for all tokens
-      # Devices that a copy of the weights to sample from is cut over, by heads;
-      # each such group draws completions of its own.
+      'temperature': 1.0,  # it also scales all log-probabilities of the losses
+      'top_p': 1.0,  # draws from the likeliest tokens that together have this; 1 for all
+      'top_k': 0,  # draws from so many of the likeliest tokens; 0 for all
+      # How many devices share one copy of the weights to sample from, which is cut by heads; each
+      # such group draws completions of its own.
       'tensor': 1,
     },
     # Online algorithms.
     'rollout': {
-      'num_prompts': 64,  # a step
-      'num_generations': 8,  # completions of each
-      # Of a copy of the weights that is sampled from, as bfloat16; '' for none.
+      'num_prompts': 64,  # prompts in a step
+      'num_generations': 8,  # completions of each prompt
+      # Completions are drawn from a copy of the weights in this dtype, such as bfloat16; '' draws
+      # from the weights as they are.
       'dtype': '',
-      'samples_every': 10,  # steps between tables in samples.jsonl; 0: none
-      'num_samples': 16,  # of each table
+      'samples_every': 10,  # steps between tables in samples.jsonl; 0 for none
+      'num_samples': 16,  # rows of each table
     },
     'loss': {
       'epsilon': 0.2,  # ratios below 1 - epsilon are clipped
-      'epsilon_high': 0.2,  # ratios above 1 + epsilon_high are
-      'dual_clip': placeholder(float),  # largest ratio where A < 0; above 1
-      'ratio': 'token',  # or sequence (GSPO)
-      # token-mean, seq-mean-token-mean, seq-mean-token-sum-norm; None: as the
-      # algorithm has it. The same for kl_place and kl_estimator.
+      'epsilon_high': 0.2,  # ratios above 1 + epsilon_high are clipped
+      'dual_clip': placeholder(float),  # the largest ratio where A < 0; above 1; None for no limit
+      'ratio': 'token',  # the ratio of each token, or of the whole 'sequence' (GSPO)
+      # token-mean, seq-mean-token-mean or seq-mean-token-sum-norm. This, kl_place and kl_estimator
+      # are as the algorithm has them where they are None.
       'loss_aggregation': placeholder(str),
-      'kl_place': placeholder(str),  # reward, loss or none
-      'kl_estimator': placeholder(str),  # k1 in the reward; k2, k3 in the loss
-      'kl_coef': 0.02,  # 0 without a KL
-      'kl_target': placeholder(float),  # kl/ref that adapts kl_coef
-      'kl_horizon': 10_000,  # samples within which it adapts
-      'num_iterations': 1,  # times that a step's samples are used
-      'num_mini_batches': 2,  # updates of each time
-      'mask_truncated': False,  # cut-off completions have no part in the loss
-      'normalise_rewards': False,  # by mean and spread of all so far
-      'gamma': 1.0,  # discount a token; of reinforce_pp..., ppo
-      'lam': 0.95,  # of GAE; this and what follows: ppo
-      'value_clip': 0.2,  # of a value's change, in units of the reward
-      'vf_coef': 0.1,  # weight of the critic's loss
+      'kl_place': placeholder(str),  # where the KL is penalised: reward, loss or none
+      'kl_estimator': placeholder(str),  # k1 in the reward; k2 or k3 in the loss
+      'kl_coef': 0.02,  # the weight of the KL penalty; 0 for none
+      'kl_target': placeholder(float),  # kl_coef adapts so that kl/ref comes near this
+      'kl_horizon': 10_000,  # about how many samples that takes
+      'num_iterations': 1,  # how often a step's samples are used
+      'num_mini_batches': 2,  # updates each time
+      'mask_truncated': False,  # leaves completions that were cut off out of the loss
+      'normalise_rewards': False,  # by the mean and spread of all rewards so far
+      'gamma': 1.0,  # the discount per token, of reinforce_pp, reinforce_pp_baseline and ppo
+      # Only for ppo:
+      'lam': 0.95,  # the λ of GAE
+      'value_clip': 0.2,  # the largest change of a value, in units of the reward
+      'vf_coef': 0.1,  # the weight of the critic's loss
     },
     'stop': {
-      'kl': placeholder(float),  # kl/ref of a log line that ends the run
+      'kl': placeholder(float),  # the run ends where kl/ref of a log line is above this
       # How far reward/mean may fall below its best log line before the run ends.
       'reward_drop': placeholder(float),
     },
-    # Offline algorithms. The paper pairs the 5 best of 100 with the 5 worst.
-    # The policy of RuleWorld learns more from all of 24, from more prompts.
+    # Offline algorithms. The paper pairs the 5 best of 100 with the 5 worst. RuleWorld's policy
+    # learns more from more prompts, when all of 24 completions are paired.
     'pairs': {
       'num_prompts': 512,  # the first of data.num_prompts
-      'num_samples': 24,  # completions of each
-      'num_best': 12,  # of them, paired at random with as many of the worst
+      'num_samples': 24,  # completions of each prompt
+      'num_best': 12,  # how many of them are paired, at random, with as many of the worst
       'num_parallel': 16,  # prompts whose completions are drawn at once
-      'batch_size': 48,  # pairs an update
-      'beta': 0.3,  # of the loss
-      # Of -log p of the better completion, a token, which is added. Without it
-      # both sides of a pair lose probability to text that was never drawn.
+      'batch_size': 48,  # pairs in an update
+      'beta': 0.3,  # the β of the pair loss
+      # The weight of -log p per token of the better completion, which is added to the loss.
+      # Without it both sides of a pair lose probability to text that was never drawn.
       'nll_coef': 2.0,
     },
     'optim': common.OPTIM | {'lr': 1e-3, 'warmup_steps': 5},
     'mesh': common.MESH,
     'eval': {
-      'num_prompts': 128,  # held out; also answered by the unaligned policy
-      'best_of': 8,  # of so many samples of the unaligned policy; 0 for none
-      # Steps between looks at reward and, in RuleWorld, truth of held-out
-      # prompts; 0 for none.
+      'num_prompts': 128,  # held-out prompts, which the unaligned policy answers too
+      'best_of': 8,  # also reports the best of so many unaligned samples; 0 does not
+      # Steps between looks at held-out prompts, which measure the reward and, in RuleWorld, the
+      # truth; 0 for none.
       'every': 10,
     },
   }
 
 
 def offline_part(arg):
-  """Returns what an algorithm changes that learns from pairs."""
+  """Returns the part for an algorithm that learns from pairs."""
   highest = 5.0 if arg.data == 'ruleworld' else 1.0  # with helpfulness, or without
   return {
     'num_steps': 200,
     'log_every': 10,
     'checkpoint_every': 50,
     'optim.warmup_steps': 20,
-    # Nothing is worse: log R of two bad completions differs by chance.
+    # All rewards below the lower bound count the same: how much the log R of two bad completions
+    # differ is chance.
     'reward.clip': (0.05 * highest, highest),
   }
 
 
-# What suits AlphaAlign's longer completions and its labels.
+# The part for AlphaAlign, whose completions are longer.
 ALPHAALIGN = {
   'sampling.max_completion_length': 96,
-  'eval.num_prompts': 256,  # for rates of a few percent
-  'optim.lr': 5e-4,  # at 1e-3 the format is lost
-  # Refusing is unlearnt before it is learnt where it belongs, unless many
-  # completions of a prompt, and the KL, keep it in sight.
+  'eval.num_prompts': 256,  # enough to measure rates of a few percent
+  'optim.lr': 5e-4,  # at 1e-3 the policy loses the format
+  # The policy forgets how to refuse before it learns where to, unless many completions of a prompt,
+  # and the KL, keep refusals among its samples.
   'rollout.num_prompts': 32,
   'rollout.num_generations': 16,
   'loss.num_mini_batches': 8,
@@ -276,7 +275,7 @@ ALPHAALIGN = {
 
 
 def public_part(arg):
-  """Returns what a public model changes, wherever it runs."""
+  """Returns the part for a public model, on a laptop and on a slice."""
   return {
     'policy.init': arg.policy_init or POLICIES[arg.policy],
     'policy.tokenizer': '',
@@ -288,7 +287,7 @@ def public_part(arg):
   }
 
 
-# A few steps of a public model, for a CPU.
+# A few steps of a public model on a CPU.
 LAPTOP = {
   'num_steps': 4,
   'optim.warmup_steps': 1,
@@ -309,7 +308,7 @@ LAPTOP_OFFLINE = {
 
 
 def slice_part(arg, config):
-  """Returns what suits a slice of TPUs, or nodes of GPUs."""
+  """Returns the part for a slice of TPUs, or nodes of GPUs."""
   num, is_online = topology.num_devices(arg.mesh), algorithms.get(arg.algorithm).online
   part = common.on_slice('policy', arg.mesh) | {
     'sampling.max_completion_length': 512,
@@ -317,14 +316,14 @@ def slice_part(arg, config):
     'rollout.dtype': 'bfloat16',
   }
   if arg.policy not in ('ruleworld', 'smollm2_135m'):
-    # Their 8 heads of keys; a node's devices are the nearest to each other.
+    # The others have 8 heads of keys to cut by. A group stays within a slice, where devices are
+    # near to each other.
     part['sampling.tensor'] = min(8, num // part['mesh.num_slices'])
   samples = 64 * config.rollout.num_generations
-  rows = samples // config.loss.num_mini_batches if is_online else 0  # of an update
+  rows = samples // config.loss.num_mini_batches if is_online else 0  # rows of an update
   if arg.policy != 'ruleworld' and not arg.smoke:
-    # The paper's recipe: five passes over 1,024 prompts, or over the pairs of
-    # the 5 best and 5 worst of 100 completions; updates of 128 samples or
-    # pairs, but one a device at least.
+    # The paper's recipe: five passes over 1,024 prompts, or over the pairs of the 5 best and 5
+    # worst of 100 completions; an update has 128 samples or pairs, but at least one per device.
     batch_size = max(128, num)
     part |= {
       'num_steps': 5 * 1024 // 64 if is_online else 5 * (5 * 1024) // batch_size,
@@ -335,7 +334,7 @@ def slice_part(arg, config):
       'pairs.batch_size': batch_size,
     }
     rows = batch_size if is_online else 2 * batch_size
-  part['optim.num_microbatches'] = max(1, rows // (4 * num))  # 4 rows a device
+  part['optim.num_microbatches'] = max(1, rows // (4 * num))  # 4 rows per device at a time
   return part
 
 

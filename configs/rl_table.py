@@ -25,8 +25,8 @@ NUM_SEEDS = 3
 def get_config(arg=None):
   """Returns the config of one run.
 
-  arg: rewards (work directory of the sweep of configs/rm.py), run (a folder of
-  it), rules, and what else configs/rl.py takes.
+  arg: rewards (the work directory of a sweep of configs/rm.py), run (one of its folders), rules,
+  and the other arguments of configs/rl.py.
   """
   text, rest = config_lib.split_arg(arg, ('rewards', 'run'))
   own = config_lib.parse_arg(text, rewards='', run='full-seed0')
@@ -37,7 +37,7 @@ def get_config(arg=None):
   )
   c.seed = int(own.run.rpartition('seed')[2])
   if algorithms.get(c.algorithm).online:
-    # A third of the samples, and more updates of each, tell rewards apart.
+    # A third of the samples, each used for more updates, is enough to tell rewards apart.
     c.num_steps, c.rollout.num_prompts, c.loss.num_mini_batches = 40, 32, 4
     c.eval.every = 0
   return c

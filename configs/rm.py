@@ -12,8 +12,8 @@ python -m csrm_jax.main --config=configs/rm.py:model=llama3_8b,mesh=v5e-64,\
 path=AUG --workdir=gs://...
 python launch/sweep.py --config=configs/rm.py --seeds=0,1,2 --workdir=...
 
-A run is BASE, changed by the parts that `get_config` names, in their order, and
-last by --config.KEY=VALUE.
+A run is BASE, which the parts that `get_config` names change in their order; --config.KEY=VALUE
+comes last.
 """
 
 import pathlib
@@ -27,15 +27,13 @@ BACKBONES = common.BACKBONES
 def get_config(arg=None):
   """Returns the config.
 
-  arg: ablation=full|no_cca|no_sa|no_aug|rules_blind; data=ruleworld, public (a
-  mixture of three sets in data_dir), paper (the paper's mixture, of the hub;
-  what a backbone on a slice has by default), or a source of
-  csrm_jax.data.catalogue with its path: jsonl, parquet, augmented (what
-  configs/augment.py wrote), array_record, beavertails, wildguardmix, ...; model
-  (tiny or a name of BACKBONES), init (its weights: a folder, a hub id or a
-  .gguf file; by default the hub's), lora (rank of adapters; 0 trains all
-  weights), mesh (a slice of TPUs: v5e-64, v5p-16, 2xv5e-256; or GPUs: h100-16),
-  num_steps, smoke (a run of a minute that exercises everything).
+  arg: ablation=full|no_cca|no_sa|no_aug|rules_blind; data=ruleworld, public (a mixture of three
+  sets in data_dir), paper (the paper's mixture, from the hub; the default of a backbone on a
+  slice), or a source of csrm_jax.data.catalogue with its path: jsonl, parquet, augmented (what
+  configs/augment.py wrote), array_record, beavertails, wildguardmix, ...; model (tiny or a name of
+  BACKBONES), init (its weights: a folder, a hub id or a .gguf file; by default the hub's), lora
+  (the rank of adapters; 0 trains all weights), mesh (a slice of TPUs: v5e-64, v5p-16, 2xv5e-256; or
+  GPUs: h100-16), num_steps, smoke (a run of a minute that exercises everything).
   """
   arg = config_lib.parse_arg(
     arg,
@@ -60,7 +58,7 @@ def get_config(arg=None):
     backbone_part(arg) if is_public else {},
     SLICE | common.on_slice('model', arg.mesh) if arg.mesh else {},
     PAPER if source == 'paper' else {},
-    # Data without strictness pairs have none to leave out.
+    # Only RuleWorld has a part `strictness` whose weight an ablation could set.
     {
       key: value
       for key, value in ABLATIONS[arg.ablation].items()
@@ -77,44 +75,44 @@ def _part(source, weight, path=''):
 
 BASE = {
   'runner': 'train_rm',
-  'title': 'Configurable safety reward model',  # of the report
-  'seed': 0,  # of the data and, without model.init, of the weights
+  'title': 'Configurable safety reward model',  # the report's title
+  'seed': 0,  # decides the data and, without model.init, the weights
   'num_steps': 500,  # updates
-  'log_every': 20,  # steps a line of metrics.jsonl sums up
+  'log_every': 20,  # steps that one line of metrics.jsonl sums up
   'checkpoint_every': 100,  # steps; a multiple of log_every
-  # Steps of a profiler trace in workdir/profile, as in '10:13'; '' for none.
+  # The steps of a profiler trace in workdir/profile, such as '10:13'; '' for no trace.
   'profile_steps': '',
-  # SentencePiece model (.model) or Hugging Face tokenizer.json; '' takes the
-  # tokenizer, the chat template and the shape of model.init.
+  # A SentencePiece model (.model) or a Hugging Face tokenizer.json; '' takes the tokenizer, the
+  # chat template and the shape of model.init.
   'tokenizer': common.TOKENIZER,
   'model': {
     'preset': 'tiny',  # a name of models.config.PRESETS
     'overrides': common.OVERRIDES,
-    # Weights to start from: a folder with safetensors and config.json, a hub id
-    # or a .gguf file; '' for random.
+    # The weights to start from: a folder with safetensors and config.json, a hub id or a .gguf
+    # file; '' for random ones.
     'init': str(common.RULEWORLD / 'base'),
   },
   'template': {
-    'order': 'rules_first',  # or 'conversation_first'
-    'words': ('safe', 'unsafe'),  # that the question names
-    # Verdict words; those of one token count.
+    'order': 'rules_first',  # what a prompt begins with; or 'conversation_first'
+    'words': ('safe', 'unsafe'),  # the words that the question names as answers
+    # The words that count as a verdict; only those that are one token do.
     'safe_words': ('safe', ' safe', 'Safe', ' Safe'),
     'unsafe_words': ('unsafe', ' unsafe', 'Unsafe', ' Unsafe'),
   },
   'data': {
-    'batch_size': 16,  # packed rows a step
-    'row_length': 384,  # tokens a row; the two sides of a pair share one
-    'max_segments': 12,  # prompts a row at most
-    'max_length': 256,  # tokens a prompt may have before it is shortened
-    # Configurable category augmentation (CCA) of examples.
-    'drop_prob': 0.5,  # each category of the rules is dropped
-    'plus_prob': 0.5,  # the proposed p+ (it fires) is added
-    'minus_prob': 0.5,  # the proposed p- (it does not) is added
-    # The two prompts of a pair count as examples too where their labels are
-    # known. The paper does not say so; then SA alone teaches to read rules.
+    'batch_size': 16,  # packed rows in a step
+    'row_length': 384,  # tokens in a row; the two sides of a pair share one
+    'max_segments': 12,  # the most prompts in a row
+    'max_length': 256,  # the most tokens in a prompt; longer ones are shortened
+    # Configurable category augmentation (CCA), drawn anew for each example.
+    'drop_prob': 0.5,  # the probability that a category of the rules is dropped
+    'plus_prob': 0.5,  # that the proposed p+, which the response violates, is added
+    'minus_prob': 0.5,  # that the proposed p-, which it does not violate, is added
+    # Whether the two prompts of a pair count as examples too where their labels are known. The
+    # paper does not say so; with this, SA alone teaches the model to read rules.
     'label_pairs': False,
-    'rules_blind': False,  # hide the rules: what can be known without them
-    # Named parts: source, path (for files), weight in the mixture of atoms.
+    'rules_blind': False,  # hides the rules, to show what can be known without them
+    # Named parts, each with a source, a path (for files), and a weight in the mixture of atoms.
     'parts': {
       # Examples of four data sets with fixed taxonomies (CCA applies to them).
       'taxonomies': _part('ruleworld/taxonomies', 0.6),
@@ -125,25 +123,27 @@ BASE = {
     },
   },
   'loss': {
-    # Weight of the pair loss. The paper has 0.1; a model this small and a run
-    # this short do not learn the order of guidelines with that.
+    # The weight of the pair loss. The paper has 0.1; a model this small and a run this short do
+    # not learn the order of guidelines with that.
     'gamma': 0.3,
-    'margin': 0.0,  # m, nats
+    'margin': 0.0,  # m, in nats
   },
   'optim': common.OPTIM | {'lr': 1e-3, 'warmup_steps': 20, 'weight_decay': 0.01},
   'mesh': common.MESH,
   'eval': {
-    'fraction': 0.2,  # of each file part, held out by a hash of its text
-    'max_examples': 0,  # of each of them, a fixed sample; 0 for all
-    'zero_shot': False,  # also before training
-    'ruleworld_examples': 2000,  # a test set; 0 for none
-    'ruleworld_seed': 2000,  # of the test sets
+    'fraction': 0.2,  # the share of each file part that a hash of the text holds out
+    'max_examples': 0,  # how many of each held-out part, a fixed sample; 0 for all
+    'zero_shot': False,  # also evaluates before training
+    'ruleworld_examples': 2000,  # the size of RuleWorld's test sets; 0 for none
+    # Decides the test sets. It is not the run's seed, so that runs with other seeds are tested on
+    # the same sets.
+    'ruleworld_seed': 2000,
   },
 }
 
 
 def data_part(source, path, folder):
-  """Returns what the data changes; RuleWorld's are those of BASE."""
+  """Returns the part for a source of data; BASE already has RuleWorld's."""
   if source == 'ruleworld':
     return {}
   moderation = folder / 'moderation' / 'moderation-dev.jsonl.gz'
@@ -155,7 +155,7 @@ def data_part(source, path, folder):
       'moderation_pairs': _part('moderation_pairs', 0.1, moderation),
       'hh': _part('hh_rlhf', 0.25, harmless),
     },
-    # Weights are the paper's thousands of examples and pairs.
+    # The weights are the paper's numbers of examples and pairs, in thousands.
     'paper': {
       'beavertails': _part('beavertails', 330.0),
       'wildguardmix': _part('wildguardmix', 38.0),
@@ -165,8 +165,8 @@ def data_part(source, path, folder):
   }
   parts = mixtures.get(source, {'file': _part(source, 1.0, path)})
   if source == 'paper' and path:
-    # Creative Safety Categories (260), and the strictness pairs of BeaverTails
-    # (185) and WildGuardMix (13): what configs/augment.py makes of those sets.
+    # Creative Safety Categories (260), and the strictness pairs of BeaverTails (185) and
+    # WildGuardMix (13): configs/augment.py makes them from those sets.
     parts['augmented'] = _part('augmented', 458.0, path)
   titles = {'public': 'of public data', 'paper': "of the paper's mixture"}
   return {
@@ -181,20 +181,17 @@ def data_part(source, path, folder):
 
 
 def backbone_part(arg):
-  """Returns what a public model changes.
-
-  Within its chat template it answers Yes or No: each is one token of every
-  tokenizer, and so is a sequence classifier's one logit.
-  """
+  """Returns the part for a public model, which answers Yes or No within its chat template."""
   return {
     'tokenizer': '',
     'model.init': arg.init or BACKBONES[arg.model],
+    # Each is one token of every tokenizer, which export as a sequence classifier needs too.
     'template.words': ('Yes', 'No'),
     'template.safe_words': ('Yes',),
     'template.unsafe_words': ('No',),
     'model.overrides.unroll': 1,
     'model.overrides.remat': 'dots',
-    # A slice has the paper's rate; a laptop's few steps need more.
+    # A slice runs the paper's rate; a laptop's few steps need a higher one.
     'optim.lr': 5e-4 if arg.lora else 5e-7 if arg.mesh else 1e-5,
     'loss.gamma': 0.1,  # the paper's
     'data.batch_size': 8,
@@ -216,7 +213,7 @@ PAPER = {
   'eval.max_examples': 2000,
 }
 
-# The paper's ablations; 'no_aug' is its row -SA (neither SA nor CCA).
+# The paper's ablations; 'no_aug' is its row "-SA", which has neither SA nor CCA.
 _NO_CCA = {'data.drop_prob': 0.0, 'data.plus_prob': 0.0, 'data.minus_prob': 0.0}
 _NO_SA = {'data.parts.strictness.weight': 0.0}
 ABLATIONS = {
