@@ -1,9 +1,8 @@
 """Checkpoints of a train state together with the data iterator's state.
 
-A thin layer over Orbax, which writes atomically, asynchronously and from many
-hosts. Added here: every leaf's shape and a checksum of its bits are stored, so
-that a damaged checkpoint is noticed (a chunk that went missing would otherwise
-read as zeros) and a checkpoint of another model is told apart from that.
+Orbax writes them: atomically, asynchronously, and from many hosts. This module also stores the
+shape and a checksum of every leaf. So it can notice a damaged checkpoint (Orbax reads a missing
+chunk as zeros) and tell it apart from a checkpoint of another model.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from csrm_jax.core import remote, tree
 
 
 class Restored(NamedTuple):
-  """What restore_latest returns."""
+  """A restored checkpoint."""
 
   step: int
   state: Any
@@ -33,13 +32,13 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of one directory, the newest `keep` of them."""
+  """The newest `keep` checkpoints of one directory."""
 
   def __init__(self, directory: str | os.PathLike, keep: int = 2):
-    """Opens the directory, which is made with the first save.
+    """Opens the directory; the first save creates it.
 
-    In a copy of a bucket it is that in the bucket; see remote. What an interrupted
-    save left behind is removed with the next save, not on reading.
+    For a local copy of a bucket, checkpoints go to the bucket itself (see core/remote). The
+    remains of an interrupted save are removed by the next save, not by reading.
     """
     self.directory = remote.home(directory)
     self._keep = keep
@@ -53,13 +52,13 @@ class Checkpoints:
     data_state: Mapping[str, Any],
     meta: Mapping[str, Any] | None = None,
   ) -> None:
-    """Starts to write a checkpoint; returns when `state` may be donated.
+    """Starts to write a checkpoint and returns when `state` may be donated.
 
-    `data_state` and `meta`, which describes the model for `read_meta`, are JSON values.
+    `data_state` and `meta` hold JSON values; `read_meta` returns `meta`, which describes the
+    model.
 
     Raises:
-      ValueError: a checkpoint of this or a later step is here already, or
-        a value is not JSON.
+      ValueError: The directory has a checkpoint of this or a later step, or a value is not JSON.
     """
     if self._manager is None:
       self._manager = ocp.CheckpointManager(
@@ -91,12 +90,12 @@ class Checkpoints:
   def restore_latest(self, abstract_state: Any, partial: bool = False) -> Restored | None:
     """Returns the newest intact checkpoint, or None where there is none.
 
-    The shardings of `abstract_state` (ShapeDtypeStructs or arrays) decide where the
-    leaves go, whatever mesh wrote them. If `partial`, the checkpoint may hold leaves
-    that are not asked for, as when parameters are read without the optimizer's state.
+    The leaves are laid out as in `abstract_state` (ShapeDtypeStructs or arrays), on whatever
+    mesh they were written. With `partial` the checkpoint may hold more leaves than are asked
+    for: this reads parameters without the optimizer's state.
 
     Raises:
-      ValueError: the checkpoint is of another model.
+      ValueError: The checkpoint belongs to another model.
     """
     wanted = tree.named_leaves(abstract_state)
     for step in reversed(self.steps()):
@@ -105,6 +104,8 @@ class Checkpoints:
       except (ValueError, KeyError, TypeError, OSError) as error:
         self._warn(step, error)
         continue
+      # Another model is a mistake of the user, not damage: it must stop the run, so it is
+      # checked outside the `try` blocks.
       self._check_same_model(step, wanted, content['leaves'], partial)
       try:
         named = self._read_state(step, wanted)
@@ -123,7 +124,7 @@ class Checkpoints:
     return _steps(self.directory)
 
   def wait(self) -> None:
-    """Returns when the last save is on disk. Raises what stopped it."""
+    """Waits until the last save is on disk; raises the error that stopped it."""
     if self._manager is not None:
       self._manager.wait_until_finished()
 
@@ -155,6 +156,7 @@ class Checkpoints:
           target = self.directory / f'damaged-{old}-{number}'
         (self.directory / str(old)).rename(target)
       self._damaged.discard(old)
+    # No process may list the steps again before the first one has renamed them.
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils
 
@@ -164,6 +166,8 @@ class Checkpoints:
   def _read_state(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
     abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
     stored = _storage_names(abstract)
+    # A reader of its own: reading must not create the directory or clean up in it, as the
+    # manager does.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
       values = reader.restore(
         self.directory / str(step) / 'state',
@@ -200,7 +204,7 @@ class Checkpoints:
 def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
   """Returns the `meta` of the newest checkpoint whose description is intact.
 
-  Without one it is a FileNotFoundError.
+  It raises a FileNotFoundError if there is none.
   """
   directory = remote.home(directory)
   for step in reversed(_steps(directory)):
@@ -265,16 +269,14 @@ def _checksums(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-  """Returns a uint32 of an array's bits, the same on every mesh.
-
-  Each word is hashed with its place and the hashes are added modulo 2^32: a
-  sum of integers does not depend on how the array is cut over devices.
-  """
+  """Returns a uint32 checksum of an array's bits, the same on every mesh."""
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.uint8)
   word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
   bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
   place = jnp.zeros(bits.shape, jnp.uint32)
+  # Each word is hashed together with its place, so that swapped words are noticed. Sums of
+  # integers modulo 2^32 do not depend on how the array is cut over devices.
   for axis in range(bits.ndim):
     stride = math.prod(bits.shape[axis + 1 :]) % 2**32
     iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)

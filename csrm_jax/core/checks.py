@@ -1,7 +1,4 @@
-"""Checks of values, with errors of one line.
-
-Each error names the place, the value, the constraint and the fix.
-"""
+"""Checks of values. Each raises a one-line error that names the place, the value and the fix."""
 
 from __future__ import annotations
 
@@ -29,14 +26,14 @@ def hint(word: Any, known: Sequence[str], cutoff: float = 0.75) -> str:
 def check_text(value: Any, what: str, *, empty_ok: bool = False) -> str:
   """Returns `value` if it is text that can be written as UTF-8.
 
-  Raises:
-    ValueError: it is not a string, it is blank, or it holds half of a
-      surrogate pair (as the JSON escape "\\ud800" gives).
+  It refuses blank text (unless `empty_ok`) and half of a surrogate pair, which the JSON escape
+  "\\ud800" gives.
   """
   if not isinstance(value, str):
     raise ValueError(f'{what} is {show(value)}, not text; put it in quotes')
   if not empty_ok and not value.strip():
     raise ValueError(f'{what} is empty; write it or remove the entry')
+  # Most text is ASCII, and then needs no second copy to be checked.
   if not value.isascii():
     try:
       value.encode()
@@ -49,11 +46,9 @@ def check_text(value: Any, what: str, *, empty_ok: bool = False) -> str:
 
 
 def check_columns(obj: Any, where: str, known: Sequence[str], required: Sequence[str]) -> None:
-  """Checks the columns of one row.
+  """Checks that a row has the required columns and no misspelled ones.
 
-  Raises:
-    ValueError: the row is no object, a required column is missing, or a
-      column looks like a misspelling of a known one that is not there.
+  Other unknown columns are fine.
   """
   if not isinstance(obj, Mapping):
     raise ValueError(
@@ -82,7 +77,8 @@ def at_least(
   least: float = 1,
   say: str = '{name}={value} must be at least {least}.',
 ) -> None:
-  """Checks that each of the named attributes is `least` or more; NaN is not."""
+  """Checks that each of the named attributes is `least` or more."""
   for name in names:
+    # Not `value < least`: NaN must fail, too.
     if not (value := getattr(settings, name)) >= least:
       raise ValueError(say.format(name=name, value=value, least=least))

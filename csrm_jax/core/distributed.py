@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-# A process that is not heard of for so long is taken for dead, and all end.
+# A process that is silent for so long is taken for dead, and all processes end.
 HEARTBEAT_S = 30
-# What collectives say when the other side is not there any more.
+# Collectives fail with one of these words when the other side is gone.
 _GONE = r'[Gg]loo|UNAVAILABLE|heartbeat|[Cc]onnection (reset|closed|refused)'
 
 
@@ -26,14 +26,12 @@ def start(
 ) -> None:
   """Joins the other processes of this run; call it before any JAX computation.
 
-  Without a coordinator (host:port of process 0) the cluster is asked: a TPU slice,
-  Slurm, Open MPI or Kubernetes tells each process who it is.
-
-  Where the others are not there in time it prints one line and ends the process
-  with exit code 2: the runtime would abort it.
+  Without a coordinator (host:port of process 0), JAX asks the cluster: a TPU slice, Slurm, Open
+  MPI or Kubernetes tells each process its place. If the others do not come in time, this prints
+  one line and ends the process with exit code 2.
 
   Raises:
-    ValueError: an argument is missing, or the cluster is not known.
+    ValueError: An argument is missing, or the cluster is unknown.
   """
   given = {
     '--coordinator': coordinator or None,
@@ -45,7 +43,7 @@ def start(
     raise ValueError(f'{missing[0]} is missing: --coordinator needs it')
   if len(missing) < len(given) and not coordinator:
     raise ValueError('--num_processes and --process_id need --coordinator')
-  # What CPUs speak with one another; accelerators have their own.
+  # CPUs need a library for collectives between processes; accelerators have their own.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   advice = (
     'all processes must run, with the same --coordinator and --num_processes '
@@ -53,6 +51,8 @@ def start(
   )
   where = coordinator or 'the cluster'
   late = f'no start with {where} in {timeout_s} s: {advice}'
+  # A timer of our own: when the runtime's timeout passes, it aborts the process instead of
+  # raising.
   watch = threading.Timer(timeout_s, _give_up, [late])
   watch.daemon = True
   watch.start()
@@ -73,14 +73,15 @@ def start(
 
 def _give_up(message: str) -> None:
   print(f'error: {message}', file=sys.stderr, flush=True)
+  # Not sys.exit: the usual way out waits for all processes, and one of them is gone.
   os._exit(2)
 
 
 def leave_if_alone(error: BaseException) -> None:
-  """Ends this process with one line if the error is that another one is gone.
+  """Ends this process with one line if the error means that another one is gone.
 
-  At once and with exit code 2: the usual way out waits for all of them. Where
-  the runtime notices first, by a missing heartbeat, it aborts in its own words.
+  It ends at once, with exit code 2. If the runtime notices first, by a missing heartbeat, it
+  aborts the process with its own message.
   """
   text = ' '.join(str(error).split())
   # A collective may fail with a ValueError as well; other words of _GONE are
@@ -96,13 +97,15 @@ def leave_if_alone(error: BaseException) -> None:
 def check_same(values: Mapping[str, str]) -> None:
   """Checks that all processes hold the same values.
 
-  If not, a ValueError on all of them names the value and who differs from process 0.
+  If not, all of them raise a ValueError that names the value and the processes that differ from
+  process 0.
   """
   if jax.process_count() == 1:
     return
   from jax.experimental import multihost_utils
 
   for name, value in values.items():
+    # Digests have one length on all processes, as process_allgather needs; the texts do not.
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
     every = multihost_utils.process_allgather(digest)
     others = np.flatnonzero((every != every[0]).any(axis=1))

@@ -1,7 +1,7 @@
-"""Whole files, written and read: the one place for both.
+"""Reading and writing of whole files.
 
-What is written appears as a whole; what cannot be read is an error of one line
-that names the file, the line where known, and the fix.
+A written file appears as a whole. A file that cannot be read raises a one-line error with the
+file, the line where it is known, and the fix.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from csrm_jax.core.checks import show
 
 @contextlib.contextmanager
 def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Yields a temporary file beside `path` that takes its place at the end.
+  """Yields a temporary file beside `path` that replaces `path` at the end.
 
-  A reader finds the old file or the new one, never a part. After an error the
-  old one stays. Missing folders are made.
+  A reader finds the old file or the new one, never a part; after an error the old one stays.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
+  # In the same folder, so that os.replace never crosses a file system.
   partial = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
   try:
     partial.touch()
-    mode = partial.stat().st_mode  # The usual one; libraries give narrower ones.
+    mode = partial.stat().st_mode  # of new files here; some libraries write with a narrower one
     yield partial
     partial.chmod(mode)
     with partial.open('rb') as file:
+      # Else a crash of the machine could leave the new name on an empty file.
       os.fsync(file.fileno())
     os.replace(partial, path)
   finally:
@@ -52,8 +53,8 @@ def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def whole_folder(path: str | os.PathLike, last: str) -> Iterator[pathlib.Path]:
   """Yields a temporary folder whose files are moved into `path` at the end.
 
-  Each file is moved in one step, the one named `last` after all others. After an
-  error nothing is moved. Other files in `path` are left alone.
+  Each file is moved in one step, and `last` after all others: where it exists, all exist. After
+  an error nothing is moved. Other files in `path` stay.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,13 +69,13 @@ def whole_folder(path: str | os.PathLike, last: str) -> Iterator[pathlib.Path]:
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
-  """Writes a file as a whole; text as UTF-8."""
+  """Writes a file as a whole; text is encoded as UTF-8."""
   with whole(path) as partial:
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2, **options: Any) -> None:
-  """Writes a JSON file as a whole; `options` are those of json.dumps."""
+  """Writes a JSON file as a whole, with json.dumps's `options`."""
   write(path, json.dumps(value, indent=indent, **options) + '\n')
 
 
@@ -85,7 +86,7 @@ def read_text(path: str | os.PathLike) -> str:
   """Returns the text of a UTF-8 file (plain, .gz or .xz), without a byte order mark.
 
   Raises:
-    ValueError: the file cannot be read, is cut short, or is not UTF-8.
+    ValueError: The file cannot be read, is cut short, or is not UTF-8.
   """
   try:
     data = pathlib.Path(path).read_bytes()
@@ -111,12 +112,12 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-  """Returns the value in a JSON file; errors as of `read_text` and `load_json`."""
+  """Returns the value in a JSON file; it fails as `read_text` and `load_json` do."""
   return load_json(read_text(path), os.fspath(path))
 
 
 def load_json(text: str, where: str) -> Any:
-  """Returns the JSON value; a repeated key is an error, not an override."""
+  """Returns the JSON value; a repeated key is an error."""
   try:
     return json.loads(text, object_pairs_hook=unique_keys(where))
   except json.JSONDecodeError as error:
@@ -132,10 +133,10 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
   """Yields ('file:line', value) for every line that is not blank.
 
   Raises:
-    ValueError: a line is not JSON, an object in it gives a key twice, the
-      last line is cut short, or there is none.
+    ValueError: A line is not JSON or is cut short, an object repeats a key, or there are no
+      rows.
   """
-  # Not splitlines(): JSON text may hold other line breaks than \n.
+  # Not splitlines(): it also splits at line breaks such as U+2028, which JSON strings may hold.
   lines = read_text(path).split('\n')
   is_empty = True
   for number, line in enumerate(lines, start=1):
@@ -164,15 +165,12 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
 
 
 def unique_keys(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-  """Returns an object_pairs_hook of json.loads that refuses repeated keys.
-
-  json keeps the last of two equal keys: a rule or a label would vanish in
-  silence.
-  """
+  """Returns an object_pairs_hook for json.loads that refuses repeated keys."""
 
   def make(items: list[tuple[str, Any]]) -> dict[str, Any]:
     obj = dict(items)
     if len(obj) < len(items):
+      # json keeps the last of two equal keys: a rule or a label would vanish silently.
       keys = [key for key, _ in items]
       repeated = next(k for i, k in enumerate(keys) if k in keys[:i])
       raise ValueError(
@@ -184,11 +182,7 @@ def unique_keys(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]
 
 
 def load_yaml(text: str, where: str, items: str) -> tuple[Any, list[int]]:
-  """Returns the YAML value, and the line of each entry of its list `items`.
-
-  Raises:
-    ValueError: not YAML, or one mapping gives a key twice.
-  """
+  """Returns the YAML value, and the line of each entry of its list `items`."""
   try:
     loader = yaml.SafeLoader(text)
     node = loader.get_single_node()
@@ -213,14 +207,16 @@ def load_yaml(text: str, where: str, items: str) -> tuple[Any, list[int]]:
 def _construct(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
   try:
     return loader.construct_document(node)
-  except ValueError as error:  # a date that is none, for example
+  except ValueError as error:  # for example 2024-13-45, which YAML takes for a date
     raise ValueError(
       f'{where}: not valid YAML ({error}); quote text that looks like a date or a number'
     ) from None
 
 
 def _check_unique_keys(node: yaml.Node, where: str) -> None:
-  # PyYAML keeps the last of two equal keys: a rule would vanish in silence.
+  # PyYAML keeps the last of two equal keys: a rule would vanish silently.
+  # An alias makes one node appear in several places, so visited nodes are remembered. A stack
+  # rather than recursion: nesting may be deep.
   todo, done = [node], set()
   while todo:
     node = todo.pop()
@@ -254,14 +250,14 @@ def _item_lines(node: yaml.Node, items: str) -> list[int]:
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Returns the objects in a log, [] without one; skips what is no whole object."""
+  """Returns the objects in a log; [] if there is no file."""
   return [row for _, row in _log_lines(path)]
 
 
 def cut_log(path: str | os.PathLike, step: int) -> None:
-  """Drops the lines of steps after `step`, which a resumed run writes again.
+  """Drops the lines of steps after `step`, and a last line that was cut short.
 
-  So goes a last line without its end. The others stay, byte for byte.
+  A resumed run writes those steps again. The other lines stay, byte for byte.
   """
   if pathlib.Path(path).exists():
     found = _log_lines(path)
@@ -276,6 +272,7 @@ def cut_log(path: str | os.PathLike, step: int) -> None:
 def _log_lines(path: str | os.PathLike) -> Iterator[tuple[bytes, dict[str, Any]]]:
   path = pathlib.Path(path)
   for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    # A kill may have cut a line short anywhere; such a line is skipped.
     with contextlib.suppress(ValueError):
       row = json.loads(line)
       if isinstance(row, dict):

@@ -1,7 +1,7 @@
-"""What is done, on disk: a journal of one run, and a cache of replies.
+"""A journal of finished work, and a cache of replies; both are files.
 
-Both survive a process that is killed anywhere: the journal loses at most the
-line that was being written, the cache no finished entry.
+Both survive a process that is killed anywhere: the journal loses at most the line that was being
+written, and the cache loses no finished entry.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ _RESUME = 'free some space and run the same command again; nothing is lost'
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-  """Says which file could not be written, and what to do, where one fails.
-
-  Raises:
-    OSError: as inside, in one clear line.
-  """
+  """Turns an OSError within into one that names the file and says what to do."""
   try:
     yield
   except OSError as error:
@@ -36,7 +32,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def key(content: Any) -> str:
-  """Returns the sha256 (hex) of JSON values and dataclasses of them."""
+  """Returns the sha256 (hex) of JSON values, or of dataclasses of them."""
   text = json.dumps(content, default=dataclasses.asdict, separators=(',', ':'))
   return hashlib.sha256(text.encode()).hexdigest()
 
@@ -44,19 +40,19 @@ def key(content: Any) -> str:
 class Journal:
   """A file of {"key", "value"} lines that only grows.
 
-  One process at a time has it open. Threads may share it.
+  Only one process at a time can open it. Threads may share it.
   """
 
   def __init__(self, path: str | os.PathLike):
-    """Opens the file and reads what is there; a cut-short last line goes.
+    """Opens the file, reads its lines, and drops a last line that was cut short.
 
     Raises:
-      ValueError: another process has it open, or a line is damaged.
+      ValueError: Another process has it open, or a line is damaged.
     """
     self._path = pathlib.Path(path)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._lock = threading.Lock()
-    # Unbuffered: what a full disk refused must not come again later.
+    # Unbuffered: a buffer would try again later to write what a full disk has refused.
     self._file = open(self._path, 'ab+', buffering=0)  # noqa: SIM115
     try:
       self._values = self._read()
@@ -66,6 +62,7 @@ class Journal:
 
   def _read(self) -> dict[str, Any]:
     try:
+      # A lock and not a lock file: the system frees it when the process dies.
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
       raise ValueError(
@@ -99,17 +96,15 @@ class Journal:
     return len(self._values)
 
   def put(self, key: str, value: Any) -> None:
-    """Adds a JSON value; it is with the operating system when this returns.
-
-    Raises:
-      OSError: it could not be written; the file is as it was.
-    """
+    """Adds a JSON value. If this fails, with an OSError, the file is as before."""
+    # The operating system has the line when this returns: a killed process does not lose it.
     line = json.dumps({'key': key, 'value': value}, ensure_ascii=False)
     data = (line + '\n').encode()
     with self._lock, writing(self._path):
       try:
         self._write(data)
       except OSError:
+        # A part of the line may be in the file; the next line must not follow it.
         self._file.truncate(self._end)
         raise
       self._end += len(data)
@@ -117,10 +112,11 @@ class Journal:
 
   def _write(self, data: bytes) -> None:
     while data:
+      # An unbuffered write may take only a part.
       data = data[self._file.write(data) :]
 
   def close(self) -> None:
-    """Closes the file and lets other processes have it; an empty one goes."""
+    """Closes and unlocks the file; removes it if it is empty."""
     if not self._end:
       self._path.unlink(missing_ok=True)
     self._file.close()
@@ -133,7 +129,7 @@ class Journal:
 
 
 class Cache:
-  """Texts by content hash, one file each, checked when they are read."""
+  """Texts by content hash, one file each, checked on reading."""
 
   def __init__(self, folder: str | os.PathLike):
     self._folder = pathlib.Path(folder)
@@ -142,7 +138,7 @@ class Cache:
   def get(self, key: str) -> str | None:
     """Returns the text stored under the key (a file name), or None.
 
-    An entry that is damaged is counted in `num_corrupt` and is none.
+    A damaged entry counts as missing, and is counted in `num_corrupt`.
     """
     try:
       data = self._path(key).read_bytes()
@@ -159,20 +155,17 @@ class Cache:
     return None
 
   def put(self, key: str, text: str) -> None:
-    """Stores the text, whole or not at all.
-
-    Raises:
-      OSError: it could not be written.
-    """
+    """Stores the text, whole or not at all."""
     entry = {'key': key, 'sha256': _sha256(text), 'text': text}
     path = self._path(key)
     with writing(path):
       files.write(path, json.dumps(entry))
 
   def _path(self, key: str) -> pathlib.Path:
+    # Two letters of the hash: no folder has to hold all entries.
     return self._folder / key[:2] / f'{key}.json'
 
 
 def _sha256(text: str) -> str:
-  # A model may write half of a character.
+  # A model may write half of a surrogate pair.
   return hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()

@@ -1,7 +1,7 @@
 """Parts of a report in Markdown.
 
-Everything that comes from data, configs or users is escaped: it can neither
-make markup nor break a table.
+Text from data, configs or users is escaped, so that it can neither make markup nor break a
+table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NONE = '–'  # not known, or not defined
 
 
 def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-  """Returns a Markdown table; cells are Markdown already, or numbers."""
+  """Returns a Markdown table; the cells must be escaped already, or numbers."""
   lines = [header, ['---'] * len(header), *rows]
   return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
@@ -26,12 +26,14 @@ def escape(text: Any) -> str:
 
 
 def code(text: Any) -> str:
-  """Returns the text on one line as code, to be copied as it is."""
+  """Returns the text on one line, as code."""
+  # Within code a backslash escapes nothing, so back-ticks become quotes; tables still need it
+  # before '|'.
   return '`' + ' '.join(str(text).split()).replace('`', "'").replace('|', '\\|') + '`'
 
 
 def number(value: Any) -> str:
-  """Returns three decimals, or a dash for what is missing or not finite."""
+  """Returns the value with three decimals, or a dash if it is missing or not finite."""
   return f'{value:.3f}' if is_number(value) else NONE
 
 

@@ -14,25 +14,25 @@ Axis = int | tuple[int, ...] | None
 def masked_sum(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
   """Returns the float32 sum of x * mask; mask is bool or a weight.
 
-  What the mask excludes has no influence at all: a NaN there gives neither a
-  NaN sum nor a NaN gradient, which a plain product would.
-
-  x and mask have shapes that broadcast to each other.
+  x and mask are broadcast together. Where the mask is 0, x has no influence: a NaN there gives
+  neither a NaN sum nor a NaN gradient.
   """
   x, mask = jnp.broadcast_arrays(x.astype(_dtype(x)), mask)
+  # Not x * mask alone: NaN * 0 is NaN, in the sum and in the gradient.
   kept = jnp.where(mask != 0, x, 0.0)
   return jnp.sum(kept * mask.astype(x.dtype), axis=axis)
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
-  """Returns the float32 mean of x weighted by mask, 0 where mask is all 0.
+  """Returns the float32 mean of x weighted by mask, and 0 where mask is all 0.
 
-  The empty mean is 0, not NaN, so that a row without tokens adds nothing to a
-  loss. Do not use it where "nothing selected" must be seen as an error.
+  So a row without tokens adds nothing to a loss. Do not use it where an empty selection is an
+  error.
   """
   x, mask = jnp.broadcast_arrays(x.astype(_dtype(x)), mask)
   weight = jnp.sum(mask.astype(x.dtype), axis=axis)
   total = masked_sum(x, mask, axis)
+  # The inner where keeps 0 / 0 out of the gradient as well.
   return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
 
 

@@ -1,8 +1,8 @@
-"""The device mesh and the one table that says how parameters lie on it.
+"""The device mesh, and the one table that says how parameters lie on it.
 
-Three mesh axes: `data` (batch only), `fsdp` (batch, and parameters cut along
-one axis), `tensor` (heads, mlp width and vocabulary). One device is a 1x1x1
-mesh, so every program is written for a mesh from the start.
+The mesh has three axes: `data` (batch only), `fsdp` (batch, and parameters cut along one axis)
+and `tensor` (heads, mlp width and vocabulary). One device is a 1x1x1 mesh, so every program is
+written for a mesh.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from csrm_jax.core import tree
 
 AXES = ('data', 'fsdp', 'tensor')
-# The axes that rows of a batch are cut over.
+# Rows of a batch are cut over these axes.
 ROWS = ('data', 'fsdp')
-# The axes that the vocabulary is cut over.
+# The vocabulary is cut over these.
 VOCAB = ('fsdp', 'tensor')
-# Keys [L,B,K,H,S] and values [L,B,K,S,H] of a cache.
+# The layout of a cache: keys [L,B,K,H,S] and values [L,B,K,S,H].
 CACHE = (None, ROWS, 'tensor')
 
-# First match wins; a pattern is matched at the end of the leaf's name, so that
-# 'params/...' and the optimizer's 'opt_state/0/mu/...' fall under one rule.
-# Every leaf must match: a silently replicated matrix is how memory runs out.
+# The first match wins. A pattern is matched at the end of the leaf's name, so that 'params/...' and
+# the optimizer's 'opt_state/0/mu/...' fall under one rule. Every leaf must match a rule: a silently
+# replicated matrix is how memory runs out.
 PARAM_RULES: tuple[tuple[str, P], ...] = (
   # [V, D]
   (r'embed/embedding', P('tensor', 'fsdp')),
@@ -51,7 +51,7 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   # [L, r, N, H], [L, r, K, H], [L, r, F], [L, r, D]
   (r'(query|key|value|gate|up)/lora_b', P(None, None, 'tensor')),
   (r'(out|down)/lora_b', P(None, None, 'fsdp')),
-  # The critic of PPO, read off the final hidden state: [D]
+  # PPO's critic, a product with the final hidden state: [D]
   (r'value_head/kernel', P()),
   # Norms: [D], [L, D], [L, H]
   (r'scale', P()),
@@ -69,13 +69,9 @@ def make_mesh(
 ) -> Mesh:
   """Returns a mesh with axes (data, fsdp, tensor) over all devices.
 
-  At most one size may be -1: it takes the devices the others leave. `num_slices` of
-  TPUs, or nodes of GPUs, are connected by a slow network. Only `data` goes across it:
-  each has a whole copy of fsdp x tensor.
-
-  Raises:
-    ValueError: the sizes do not multiply to the number of devices, or the
-      devices do not divide into slices.
+  One size may be -1: it takes the devices that the others leave. `num_slices` is the number of
+  TPU slices, or of GPU nodes, that a slow network connects. Only `data` crosses that network:
+  each slice holds whole copies of fsdp x tensor.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -91,6 +87,7 @@ def make_mesh(
       f'mesh {sizes} does not fit {len(devices)} devices: the sizes must '
       'multiply to that number (set one of them to -1)'
     )
+  # The compiler lays arrays out; `constrain` says where it must not guess.
   types = (AxisType.Auto,) * len(AXES)
   shape = tuple(sizes.values())
   if num_slices == 1 and _num_slices(devices) == 1:
@@ -99,14 +96,14 @@ def make_mesh(
 
 
 def _num_slices(devices: Sequence[jax.Device]) -> int:
-  """Returns how many slices of TPUs there are; 1 for other devices."""
+  """Returns the number of TPU slices; 1 for other devices."""
   return len({getattr(device, 'slice_index', 0) for device in devices})
 
 
 def _across_slices(
   shape: tuple[int, ...], devices: Sequence[jax.Device], num_slices: int
 ) -> np.ndarray:
-  """Returns the devices of a mesh whose first axis begins with the slices."""
+  """Returns the devices of a mesh whose first axis goes over the slices first."""
   found = _num_slices(devices)
   if num_slices < 1 or found not in (1, num_slices):
     raise ValueError(
@@ -122,7 +119,8 @@ def _across_slices(
     return mesh_utils.create_hybrid_device_mesh(
       within, (num_slices, 1, 1), devices, allow_split_physical_axes=True
     )
-  # Other devices come in the order of their processes, so of their nodes.
+  # Other devices come in the order of their processes, and so of their nodes: equal blocks of them
+  # are nodes, and each block becomes a part of the data axis.
   blocks = np.array(devices).reshape(num_slices, -1)
   return np.concatenate([mesh_utils.create_device_mesh(within, list(block)) for block in blocks])
 
@@ -130,11 +128,8 @@ def _across_slices(
 def param_spec(name: str, shape: Sequence[int], mesh: Mesh, rules=PARAM_RULES) -> P:
   """Returns the PartitionSpec of the leaf `name`.
 
-  A scalar (a step, an optimizer's count) is replicated. A mesh axis that does
-  not divide the array's axis is left out there: tiny models run on any mesh.
-
-  Raises:
-    ValueError: no rule matches, or the rule names more axes than there are.
+  Scalars (a step, the count of an optimizer) are replicated. A mesh axis that does not divide
+  the array axis is left out, so tiny models run on any mesh.
   """
   if not shape:
     return P()
@@ -156,7 +151,7 @@ def param_spec(name: str, shape: Sequence[int], mesh: Mesh, rules=PARAM_RULES) -
 def fit(spec: P, shape: Sequence[int], mesh: Any) -> P:
   """Returns the spec without mesh axes that do not divide their array axis.
 
-  Of several mesh axes on one array axis, the first ones that do are kept.
+  If several mesh axes lie on one array axis, the first ones that divide it stay.
   """
   axes = []
   for axis, size in zip(spec, shape, strict=False):
@@ -168,18 +163,16 @@ def fit(spec: P, shape: Sequence[int], mesh: Any) -> P:
 
 
 def platform() -> str:
-  """Returns what programs are traced for: 'cpu', 'gpu' or 'tpu'.
-
-  It is that of the mesh that jax.set_mesh has set, else of this machine.
-  """
+  """Returns the platform that programs are traced for: 'cpu', 'gpu' or 'tpu'."""
+  # The mesh may be of TPUs that are not there: programs are compiled for them on any machine.
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device is not None else jax.default_backend()
 
 
 def current() -> Any:
-  """Returns the mesh that jax.set_mesh has set, None without several devices.
+  """Returns the mesh that jax.set_mesh has set, or None on a single device.
 
-  Within shard_map, where each device is on its own, there is none either.
+  It is None within shard_map too, where each device computes alone.
   """
   mesh = jax.sharding.get_abstract_mesh()
   alone = mesh.empty or mesh.size == 1 or mesh.manual_axes
@@ -187,9 +180,9 @@ def current() -> Any:
 
 
 def of(params: Any) -> contextlib.AbstractContextManager:
-  """Sets the mesh that a tree of arrays lies on, while it is entered.
+  """Returns a context in which the mesh of a tree of arrays is set.
 
-  It is none for arrays that lie on none, whatever was set outside.
+  If the arrays lie on no mesh, no mesh is set within, whatever is set outside.
   """
   for leaf in jax.tree.leaves(params):
     mesh = getattr(getattr(leaf, 'sharding', None), 'mesh', None)
@@ -198,29 +191,23 @@ def of(params: Any) -> contextlib.AbstractContextManager:
 
 
 def num_row_parts(params: Any) -> int:
-  """Returns how many parts rows are cut into on the mesh of `of`."""
+  """Returns how many parts rows are cut into on the mesh of `params`."""
   with of(params):
     mesh = current()
     return math.prod(mesh.shape[name] for name in ROWS) if mesh else 1
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-  """Returns x, laid out by the spec on the mesh that jax.set_mesh has set.
-
-  Without a mesh, or on one device, x itself. Where the compiler is left to
-  guess it may cut activations as it cuts parameters, and move far more.
-  """
+  """Returns x, laid out by the spec; x itself on one device or without a mesh."""
   mesh = current()
   if mesh is None:
     return x
+  # Left to guess, the compiler may cut activations as it cuts parameters, and move far more.
   return jax.lax.with_sharding_constraint(x, fit(P(*spec), x.shape, mesh))
 
 
 def shardings(shapes: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
-  """Returns the tree of NamedShardings for parameters or a whole train state.
-
-  A leaf without a rule is a ValueError that names it.
-  """
+  """Returns the tree of NamedShardings for parameters or a whole train state."""
   named = tree.named_leaves(shapes)
   found = {
     name: NamedSharding(mesh, param_spec(name, x.shape, mesh, rules)) for name, x in named.items()
@@ -229,7 +216,7 @@ def shardings(shapes: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
 
 
 def abstract(shapes: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
-  """Returns the ShapeDtypeStructs of a tree with their shardings, to restore onto."""
+  """Returns the ShapeDtypeStructs of a tree, with shardings, to restore onto."""
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
@@ -243,7 +230,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def abstract_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of to_global's arrays, with their shardings."""
+  """Returns the shapes of `to_global`'s arrays, with their shardings."""
   sharding = _rows_sharding(batch, mesh)
   return {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in batch.items()
@@ -251,7 +238,7 @@ def abstract_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax
 
 
 def _rows_sharding(batch: Mapping[str, np.ndarray], mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of batch arrays: axis 0 over data and fsdp."""
+  """Returns the sharding of batch arrays, whose rows are cut over data and fsdp."""
   parts = mesh.shape['data'] * mesh.shape['fsdp']
   for name, x in batch.items():
     if x.shape[0] % parts:
@@ -265,12 +252,11 @@ def _rows_sharding(batch: Mapping[str, np.ndarray], mesh: Mesh) -> NamedSharding
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Returns the global arrays of a batch that every process holds whole.
 
-  Each puts its own rows on its own devices. That all make the same batch costs
-  little beside the step, and keeps packing, the curve and the position in the
-  data the same on any number of hosts. Rows that do not divide over the mesh are a
-  ValueError.
+  Each process puts its own rows on its own devices.
   """
   sharding = _rows_sharding(batch, mesh)
+  # All processes make the same batch. This costs little compared with the step, and keeps
+  # packing, the curve and the position in the data the same on any number of hosts.
   if jax.process_count() == 1:
     return {name: jax.device_put(x, sharding) for name, x in batch.items()}
   return {

@@ -15,7 +15,7 @@ EXIT_CODE = 75
 
 
 class Stopped(Exception):
-  """A run was asked to end, and has saved what it had."""
+  """A run was asked to end, and has saved its state."""
 
   def __init__(self, step: int):
     super().__init__(f'stopped by SIGTERM after step {step}; the same command goes on')
@@ -25,24 +25,25 @@ class Stopped(Exception):
 def watch() -> Iterator[Callable[[int], bool]]:
   """Yields asked: step -> whether to save and stop after that step.
 
-  Ask once after every step. Of several processes any may be told; all are
-  asked to stop after the same step. One process listens while this context
-  lasts, to the first SIGTERM only: a second one ends it at once.
+  Call it once after every step. If any of several processes gets SIGTERM, all of them stop after
+  the same step.
   """
   if jax.distributed.is_initialized():
+    # JAX listens to SIGTERM in this case, and agrees on a step among the processes.
     yield multihost_utils.reached_preemption_sync_point
     return
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # Python tells the main thread only.
+    yield lambda step: False  # Python delivers signals to the main thread only.
     return
   told = threading.Event()
 
   def listen(number, frame) -> None:
+    # Only the first one asks: a second SIGTERM ends the process at once.
     signal.signal(signal.SIGTERM, before)
     told.set()
 
   before = signal.signal(signal.SIGTERM, listen)
-  if before is None:  # Not set from Python.
+  if before is None:  # It was not set from Python.
     before = signal.SIG_DFL
   try:
     yield lambda step: told.is_set()

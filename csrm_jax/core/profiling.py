@@ -1,4 +1,4 @@
-"""A profiler trace of some steps, and what a full device says."""
+"""A profiler trace of some steps, and reports on a device whose memory is full."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
-  """Returns (first, last) of 'FIRST:LAST', None for ''; ValueError: it is neither."""
+  """Returns (first, last) of 'FIRST:LAST', or None for ''."""
   if not text:
     return None
   match = re.fullmatch(r'(\d+):(\d+)', text)
@@ -29,8 +29,8 @@ def trace(
 ) -> Iterator[Callable[[int, Any], None]]:
   """Yields done(step, state), to call before the first step and after each.
 
-  It traces the steps from the first to the last into the folder, for xprof or
-  TensorBoard's profile plugin, and waits for the state before and after them.
+  It traces the steps from the first to the last into the folder, for xprof or TensorBoard's
+  profile plugin.
   """
   tracing = False
 
@@ -39,6 +39,8 @@ def trace(
     wanted = steps is not None and steps[0] <= step + 1 <= steps[1]
     if wanted == tracing:
       return
+    # Steps run asynchronously: the trace must not hold a part of the step before, or lack a part
+    # of the last one.
     jax.block_until_ready(state)
     if wanted:
       jax.profiler.start_trace(str(folder))
@@ -54,12 +56,12 @@ def trace(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-  """Returns whether a device, or a program for it, had too little memory."""
+  """Returns whether a device had too little memory."""
   return isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def save_memory_profile(folder: pathlib.Path) -> pathlib.Path:
-  """Returns the file in which it is written what fills this host's devices."""
+  """Writes a profile of what fills this host's devices; returns its file."""
   path = folder / f'memory_{jax.process_index()}.prof'
   jax.profiler.save_device_memory_profile(str(path))
   return path

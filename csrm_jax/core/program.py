@@ -1,8 +1,7 @@
-"""What a compiled program costs, and how long it takes at least on a slice of TPUs.
+"""The costs of a compiled program, and the least time it takes on a slice of TPUs.
 
-The compiler's own count of FLOPs takes the body of a loop once, so products are
-counted in the traced program and collectives in the compiled one, each times the
-turns of the loops around it.
+Products are counted in the traced program, and collectives in the compiled one. Each counts as
+often as the loops around it run.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ COLLECTIVES = (
   'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all',
   'collective-permute',
 )  # fmt: skip
-# Beside these kinds, what crosses from slice to slice.
+# The name, beside these kinds, of what crosses from slice to slice.
 BETWEEN_SLICES = 'between slices'
 ITEM_BYTES = {
   'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2,
@@ -38,10 +37,11 @@ ITEM_BYTES = {
 def count_flops(fn: Any, *args: Any, turns: int = 0) -> float:
   """Returns the FLOPs of the products in fn(*args), over all devices.
 
-  A multiplication and an addition count as two; what is recomputed counts again;
-  everything but products is left out. Of a branch the dearest counts. `turns` is how
-  often loops with products run that are no scans; 0 says that there are none.
+  A multiplication and an addition count as two. Recomputed products count again; other
+  operations do not count. Of the branches of a `cond` the most expensive one counts. `turns` is
+  how often a while loop with products runs; 0 means that there is none.
   """
+  # The compiler's own count takes the body of a loop once, so the traced program is counted.
   return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr, turns)
 
 
@@ -87,15 +87,14 @@ class Collective:
   """One collective of a program.
 
   Attributes:
-    kind: one of COLLECTIVES.
-    num_bytes: size of the whole array that a group gathers, reduces or exchanges,
-      as one of its devices sees it.
-    group: the devices of the first group, by their place in the mesh.
-    turns: how often it runs in a step.
-    source: the operation of the program that it belongs to.
+    num_bytes: The size of the whole array that a group gathers, reduces or exchanges, as one of
+      its devices sees it.
+    group: The devices of the first group, by their place in the mesh.
+    turns: How often it runs in a step.
+    source: The operation of the program that it belongs to.
   """
 
-  kind: str
+  kind: str  # one of COLLECTIVES
   num_bytes: int
   group: tuple[int, ...]
   turns: int
@@ -112,8 +111,7 @@ _CALLED = re.compile(
 def collectives(text: str, turns: int = 1) -> list[Collective]:
   """Returns the collectives of a compiled program's text (HLO), scans included.
 
-  One that the compiler has spread over several fusions counts once. `turns` is how
-  often loops run whose end is not in the text.
+  `turns` is how often those loops run whose end is not in the text.
   """
   bodies, lines = {}, []
   for line in text.splitlines():
@@ -125,19 +123,18 @@ def collectives(text: str, turns: int = 1) -> list[Collective]:
   for name, times in _turns(bodies, turns).items():
     for line in bodies.get(name, ()):
       if match := _COLLECTIVE.search(line):
+        # The compiler may spread one collective over several fusions; they share its channel.
         number = re.search(r'channel_id=(\d+)', line)
         found[number[1] if number else line] = _describe(match, line, times)
   return list(found.values())
 
 
 def _turns(bodies: dict[str, list[str]], unknown: int) -> dict[str, int]:
-  """Returns how often each computation runs, from the call that is in most.
-
-  Calls are not added up: a collective that was cut into several fusions is in
-  each of them.
-  """
+  """Returns how often each computation runs: the largest count of its calls."""
   turns: dict[str, int] = {}
   pending = [('ENTRY', 1)]
+  # Counts of calls are not added up: a collective that was cut into several fusions is in each
+  # of them.
   while pending:
     name, times = pending.pop()
     if turns.get(name, 0) >= times:
@@ -169,21 +166,21 @@ def _describe(match: re.Match, line: str, turns: int) -> Collective:
     for item, shape in re.findall(r'\b([a-z]+\d*)\[([\d,]*)\]', match['out'])
     if item in ITEM_BYTES
   ] or [0]
-  # What starts a collective returns operands and results together.
+  # The start of an asynchronous collective returns operands and results together.
   num_bytes = max(sizes) if match['start'] else sum(sizes)
   if kind == 'reduce-scatter' and not match['start']:
-    num_bytes *= len(group)  # The operand's.
+    num_bytes *= len(group)  # the size of the operand
   source = re.search(r'op_name="([^"]*)"', line)
   return Collective(kind, num_bytes, group, turns, source[1] if source else '')
 
 
 def _group(line: str) -> tuple[int, ...]:
-  """Returns the devices of the first group, in each way that HLO writes it."""
+  """Returns the devices of the first group, in any of the notations of HLO."""
   if mesh := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
     places = np.arange(math.prod(sizes.values())).reshape([*sizes.values()])
     names = re.findall(r"'(\w+)'", mesh[2])
-    # The first of all axes that take no part.
+    # The first group: place 0 on the axes that take no part.
     return tuple(
       places[tuple(slice(None) if name in names else 0 for name in sizes)].flatten().tolist()
     )
@@ -218,13 +215,15 @@ def replicated_fraction(shapes: Any) -> float:
 
 
 # --- Time: the roofline ----------------------------------------------------------------
-# Assumptions, which the compile report repeats: products reach a given share of the
-# chip's peak; what is read of memory is at its full rate; a collective over a whole
-# slice uses the rings along all its sides at once, a smaller group those along one
-# side; what goes between slices is shared by the chips of a slice, each at its share
-# of the data-centre network, after and before the rings; latency is not counted.
-# Links, memory and products may work at the same time: the step lies between the
-# longest of them and their sum.
+# Assumptions, which the compile report repeats:
+# - Products reach a given share of the chip's peak; memory is read at its full rate.
+# - A collective over a whole slice uses the rings along all its sides at once; a smaller group uses
+#   those along one side.
+# - The chips of a slice share what goes between slices, each at its share of the data-centre
+#   network, before and after the rings.
+# - Latency is not counted.
+# Links, memory and products may work at the same time: the step lies between the longest of them
+# and their sum.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,12 +231,11 @@ class Roofline:
   """The times of a step, in seconds.
 
   Attributes:
-    compute_s: the products.
-    memory_s: reading what the products need again and again.
-    collectives_s: each kind of collective, and the network between slices.
-    overlapped_s: where links, memory and products work at the same time.
-    serial_s: where links wait for the others.
-    limit: what takes longest: 'products', 'memory' or a kind of collective.
+    memory_s: The time to read what the products need.
+    collectives_s: The time of each kind of collective, and of the network between slices.
+    overlapped_s: The step, if links, memory and products work at the same time.
+    serial_s: The step, if links wait for memory and products.
+    limit: What takes longest: 'products', 'memory' or a kind of collective.
   """
 
   compute_s: float
@@ -253,15 +251,11 @@ def estimate(
 ) -> Roofline:
   """Returns the times of one step.
 
-  Args:
-    flops: of all devices together.
-    read_bytes: what each device reads of its memory.
-    found: the collectives of the program.
-    target: what it runs on.
-    efficiency: share of the peak that products reach, in (0, 1].
+  `flops` counts all devices together, `read_bytes` what each device reads from its memory.
+  `efficiency` is the share of the peak that products reach, in (0, 1].
 
-  Source: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 3, the
-    time of collectives.
+  Source: "How to Scale Your Model" (jax-ml.github.io/scaling-book), part 3, the time of
+    collectives.
   """
   compute_s = flops / (target.num_chips * target.chip.flops * efficiency)
   memory_s = read_bytes / target.chip.hbm_bytes_per_s
@@ -284,7 +278,7 @@ def estimate(
 
 
 def _spread(item: Collective, target: Slice) -> tuple[int, int]:
-  """Returns (slices, members within each of them) of a collective's group."""
+  """Returns (slices, members in each of them) of a collective's group."""
   in_slice = target.num_chips // target.num_slices
   slices = len({place // in_slice for place in item.group})
   return slices, len(item.group) // slices
@@ -294,6 +288,7 @@ def network_s(item: Collective, target: Slice) -> float:
   """Returns the seconds of one turn on the network between slices."""
   slices, members = _spread(item, target)
   num_bytes = (slices - 1) / slices * item.num_bytes / members
+  # An all-reduce is a reduce-scatter and an all-gather.
   times = 2 if item.kind == 'all-reduce' else 1
   return times * num_bytes / target.chip.dcn_bytes_per_s
 
@@ -305,6 +300,8 @@ def collective_s(item: Collective, target: Slice) -> float:
   if in_slice == 1 or members == 1:
     return 0.0
   share = (members - 1) / members
+  # A group that is the whole slice uses the rings along all sides; a smaller one is taken to use
+  # the slowest ring.
   if members >= in_slice:
     rate, longest = sum(target.ring_bytes_per_s), max(target.shape)
   else:
@@ -313,7 +310,7 @@ def collective_s(item: Collective, target: Slice) -> float:
     case 'all-reduce':
       return 2 * share * item.num_bytes / rate
     case 'all-to-all':
-      # Half of a ring's data crosses its middle, over two places, both ways.
+      # Half of a ring's data crosses its middle, at two places, in both directions.
       return share * item.num_bytes * longest / 4 / min(target.ring_bytes_per_s)
     case 'collective-permute':
       return item.num_bytes / max(target.ring_bytes_per_s)

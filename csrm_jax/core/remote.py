@@ -1,9 +1,9 @@
 """Work directories in a bucket (gs://…), through copies on this machine.
 
-Weights, journals and event files are written by libraries that need real files,
-and a bucket cannot append. So a run works in a folder of its host; what changed
-in it is copied to the bucket before each checkpoint, once a minute and at the
-end. Checkpoints themselves are written and read in the bucket, by Orbax.
+Libraries write weights, journals and event files, and need real files for it; a bucket cannot
+append. So a run works in a folder of its host. Changes are copied to the bucket before each
+checkpoint, once a minute, and at the end. Only checkpoints are written and read in the bucket
+itself, by Orbax.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from etils import epath
 
 _PREFIX = 'gs://'
 _EVERY_S = 60.0
-# Read and written in the bucket itself.
+# These are read and written in the bucket itself.
 _IN_BUCKET = ('checkpoints',)
-# Large, and never read again.
+# A trace is large, and never read again.
 _NOT_FETCHED = (*_IN_BUCKET, 'profile')
 
 
 @dataclasses.dataclass
 class _Mirror:
-  """A bucket's folder, and what of the copy it is known to hold."""
+  """A folder of a bucket, and which versions of local files it holds."""
 
   home: epath.Path
   # Relative name -> (modified, bytes) of the local file.
@@ -41,25 +41,22 @@ class _Mirror:
   lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
-# The copies of this process; a folder of the host -> what it is a copy of.
+# The copies of this process: folder of the host -> what it is a copy of.
 _MIRRORS: dict[pathlib.Path, _Mirror] = {}
-# Where copies were, for messages that outlive them.
+# The places of all copies so far: an error message may outlive its copy.
 _NAMES: dict[str, str] = {}
 
 
 @contextlib.contextmanager
 def local(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Yields the folder to work in: workdir, or a copy of it if it is gs://….
-
-  A bucket that cannot be written, or an address of another kind, is a ValueError.
-  """
+  """Yields the folder to work in: `workdir`, or a copy of it if it is gs://…."""
   if '://' not in str(workdir):
     yield pathlib.Path(workdir)
     return
   if not str(workdir).startswith(_PREFIX):
     raise ValueError(f'--workdir={workdir}: give a path of this machine or gs://BUCKET/FOLDER')
   home = epath.Path(workdir)
-  try:  # Say at once, and not after hours, that nothing can be kept.
+  try:  # If nothing can be kept, the user should know now and not after hours.
     probe = home / f'.writable-{jax.process_index()}'
     home.mkdir(parents=True, exist_ok=True)
     probe.write_text('')
@@ -73,14 +70,15 @@ def local(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def mirror(home: epath.Path) -> Iterator[pathlib.Path]:
-  """Yields a local copy of a folder; brings back what changes in it."""
+  """Yields a local copy of a folder, and copies changes in it back."""
   with tempfile.TemporaryDirectory(prefix='csrm_jax-') as folder:
     path = _copy(home, pathlib.Path(folder))
-    if jax.process_count() > 1:  # All read before the first one writes.
+    if jax.process_count() > 1:  # All must have read before the first one writes.
       from jax.experimental import multihost_utils
 
       multihost_utils.sync_global_devices(f'copied {home}')
     done = threading.Event()
+    # A machine may vanish between checkpoints; its logs should not be lost with it.
     thread = threading.Thread(target=_keep_pushing, args=(path, done), name='push')
     thread.start()
     try:
@@ -95,9 +93,9 @@ def mirror(home: epath.Path) -> Iterator[pathlib.Path]:
 
 
 def push(path: pathlib.Path) -> None:
-  """Copies what changed in `path` to the bucket; without one does nothing.
+  """Copies the changes in `path` to its bucket, if it is the copy of one.
 
-  The first process does it, for all. A bucket that cannot be written is an OSError.
+  The first process does it for all. If the bucket cannot be written, it raises an OSError.
   """
   found = _MIRRORS.get(path)
   if found is None or jax.process_index() != 0:
@@ -118,7 +116,7 @@ def push(path: pathlib.Path) -> None:
       for name in set(found.held) - set(names):
         (found.home / name).unlink(missing_ok=True)
         del found.held[name]
-    except Exception as error:  # Each library of buckets has its own.
+    except Exception as error:  # Each bucket library has its own errors.
       raise OSError(
         f'cannot write to {found.home} ({_reason(error)}); the same command '
         'goes on from its last checkpoint'
@@ -126,7 +124,7 @@ def push(path: pathlib.Path) -> None:
 
 
 def home(path: str | os.PathLike) -> epath.Path:
-  """Returns where a path really is: in the bucket, if it is of a copy."""
+  """Returns the real place of a path: in the bucket, if the path is in a copy."""
   path = pathlib.Path(path).expanduser().absolute()
   for folder, found in _MIRRORS.items():
     if path.is_relative_to(folder):
@@ -142,7 +140,7 @@ def readable(path: str | os.PathLike) -> str | os.PathLike:
 
 
 def named(message: str) -> str:
-  """Returns the message with the bucket's names for those of copies."""
+  """Returns the message with the addresses of buckets in place of their copies."""
   for folder, name in _NAMES.items():
     message = message.replace(folder, name)
   return message
@@ -170,7 +168,7 @@ def _reason(error: Exception) -> str:
 
 
 def _copy(home: epath.Path, folder: pathlib.Path) -> pathlib.Path:
-  """Returns folder/NAME with the files of `home`."""
+  """Returns folder/NAME, filled with the files of `home`."""
   path = folder / home.name
   path.mkdir()
   found = _Mirror(home)
@@ -185,7 +183,7 @@ def _copy(home: epath.Path, folder: pathlib.Path) -> pathlib.Path:
 def _files(
   folder: epath.Path | pathlib.Path, without: tuple[str, ...], prefix: str = ''
 ) -> list[str]:
-  """Returns the relative names of the files, but those of some folders."""
+  """Returns the relative names of all files outside some top-level folders."""
   names = []
   if not folder.is_dir():
     return names
@@ -194,7 +192,7 @@ def _files(
       continue
     if item.is_dir():
       names += _files(item, (), f'{prefix}{item.name}/')
-    elif item.name:  # A folder's own marker has none.
+    elif item.name:  # A bucket's marker of a folder has no name.
       names.append(prefix + item.name)
   return names
 
@@ -209,4 +207,4 @@ def _keep_pushing(path: pathlib.Path, done: threading.Event) -> None:
     try:
       push(path)
     except OSError as error:
-      logging.warning('%s', error)  # The next checkpoint stops the run.
+      logging.warning('%s', error)  # If it stays so, the next checkpoint stops the run.

@@ -1,4 +1,4 @@
-"""Calls of services that may fail on the way: tried again, ever later."""
+"""Calls of services that may fail, tried again after growing waits."""
 
 from __future__ import annotations
 
@@ -25,18 +25,13 @@ def call(
 ) -> T:
   """Returns what `send` returns, called again while it fails for a passing reason.
 
-  Waits grow from about `backoff_s`, and are as long as the service asks for in
-  Retry-After; none is above a minute.
+  Waits grow from about `backoff_s`, and obey a longer Retry-After of the reply, up to a minute.
+  After the last try it raises GaveUpError.
 
   Args:
-    send: gets the number of the try, from 0.
-    num_tries: calls of `send`, at most.
-    backoff_s: before the second try.
-    errors: those that `reason_of` is asked about; others pass.
-    reason_of: says why to try again; raises what another try would not change.
-
-  Raises:
-    GaveUpError: no try worked.
+    send: Gets the number of the try, from 0.
+    errors: Only these are tried again; others pass through.
+    reason_of: Returns why to try again, or raises where another try would not help.
   """
   for number in range(num_tries):
     try:
@@ -45,15 +40,15 @@ def call(
       reason = reason_of(error)
       if number + 1 == num_tries:
         raise GaveUpError(reason) from None
-      # Clients that failed together should not come back together.
+      # Random, because clients that failed together should not come back together.
       wait_s = max(backoff_s * 2**number * random.uniform(0.5, 1.5), _asked_s(error))
     time.sleep(min(wait_s, _MAX_WAIT_S))
   raise AssertionError('num_tries is below 1')
 
 
 def _asked_s(error: Exception) -> float:
-  """Returns the seconds in the Retry-After header of the reply, 0 without."""
+  """Returns the seconds in the reply's Retry-After header, or 0."""
   headers = getattr(getattr(error, 'response', error), 'headers', None) or {}
-  with contextlib.suppress(ValueError):  # A date: the back-off will do.
+  with contextlib.suppress(ValueError):  # It may be a date; then the back-off will do.
     return float(headers.get('retry-after') or 0)
   return 0.0

@@ -1,8 +1,8 @@
-"""Slices of TPUs by the names they are rented under, and what a chip can do.
+"""TPU slices by the names they are rented under, and the rates of a chip.
 
-A slice is described without one being there: `devices` gives what programs are
-compiled for on any machine that has the package libtpu. Nodes of GPUs have
-names too, h100-16, and a layout.
+No slice has to be there: `devices` describes its devices, and programs are compiled for them on
+any machine with the package libtpu. Nodes of GPUs have names (h100-16) and a layout too, but
+nothing is compiled for them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one chip has.
+  """The memory and the rates of one chip.
 
-  Source: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e: peak compute, HBM, DCN;
-    slice names; wrap-around links); links: "How to Scale Your Model"
-    (jax-ml.github.io/scaling-book), TPU networking, one-way bandwidth.
+  Source: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e: peak compute, HBM, DCN; slice names;
+    wrap-around links); links: "How to Scale Your Model" (jax-ml.github.io/scaling-book), TPU
+    networking, one-way bandwidth.
   """
 
-  hbm_bytes: float  # what the compiler holds back is left out
-  flops: float  # bfloat16 products, FLOP/s at most
+  hbm_bytes: float  # without what the compiler reserves
+  flops: float  # peak FLOP/s of bfloat16 products
   hbm_bytes_per_s: float
   link_bytes_per_s: float  # one link to a neighbour, in each of its directions
   dcn_bytes_per_s: float  # between slices, over the data-centre network
-  cores_named: int  # that the name of a slice counts per chip: v5p-16 is 8 chips
+  cores_named: int  # the name of a slice counts so many per chip: v5p-16 is 8 chips
   torus: int  # a side of the slice is a ring where it is a multiple of this
 
 
@@ -43,7 +43,7 @@ CHIPS = {
   'v6e': Chip(31.25 * GIB, 918e12, 1.64e12, 90e9, 12.5e9, 1, 16),
 }
 
-# Chips -> sides of the slice.
+# Number of chips -> sides of the slice.
 SHAPES_2D = {
   1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8),
   128: (8, 16), 256: (16, 16),
@@ -54,13 +54,13 @@ SHAPES_3D = {
 }  # fmt: skip
 SHAPES = {'v4': SHAPES_3D, 'v5e': SHAPES_2D, 'v5p': SHAPES_3D, 'v6e': SHAPES_2D}
 
-# GPUs of a node, which NVLink connects.
+# GPUs per node; NVLink connects them.
 NODES = {'a100': 8, 'h100': 8, 'h200': 8, 'b200': 8}
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """One or several slices of TPUs, which the data-centre network connects."""
+  """One or several TPU slices, which the data-centre network connects."""
 
   name: str  # as rented, 'v5p-16'; with '2x' before it two of them
   kind: str  # a name of CHIPS
@@ -73,15 +73,13 @@ class Slice:
 
   @property
   def num_chips(self) -> int:
-    """How many all slices have together."""
+    """The number of chips in all slices together."""
     return math.prod(self.shape) * self.num_slices
 
   @property
   def ring_bytes_per_s(self) -> tuple[float, ...]:
-    """What a ring along each side longer than 1 carries, both ways together.
-
-    A side that is not closed to a ring carries half.
-    """
+    """The rate of the ring along each side longer than 1, both directions together."""
+    # A side that is not closed to a ring carries half.
     link = self.chip.link_bytes_per_s
     return tuple(
       link * (2 if side % self.chip.torus == 0 else 1) for side in self.shape if side > 1
@@ -96,11 +94,7 @@ def names() -> list[str]:
 
 
 def parse(name: str) -> Slice:
-  """Returns the slice of a name: 'v5e-64', 'v5p-16', '2xv5e-256'.
-
-  Raises:
-    ValueError: there is no such slice.
-  """
+  """Returns the slice of a name: 'v5e-64', 'v5p-16', '2xv5e-256'."""
   if _num_gpus(name):
     raise ValueError(
       f'topology {name!r} is one of GPUs: what is compiled without devices is for TPUs (v5e-64)'
@@ -121,7 +115,7 @@ def parse(name: str) -> Slice:
 
 
 def _num_gpus(name: str) -> int:
-  """Returns the GPUs of a name such as 'h100-16', whole nodes or a part of one; else 0."""
+  """Returns the GPUs of a name such as 'h100-16' (whole nodes or a part of one), else 0."""
   match = re.fullmatch(r'(\w+)-([1-9]\d*)', name)
   if not match or match[1] not in NODES:
     return 0
@@ -130,35 +124,31 @@ def _num_gpus(name: str) -> int:
 
 
 def num_devices(name: str) -> int:
-  """Returns how many TPUs or GPUs have this name. ValueError: there are none such."""
+  """Returns how many TPUs or GPUs a slice or nodes of this name have."""
   return _num_gpus(name) or parse(name).num_chips
 
 
 def layout(name: str) -> dict[str, int]:
-  """Returns config.mesh for a slice or nodes: a copy of the model in each.
+  """Returns config.mesh for a slice or for GPU nodes, with a copy of the model in each.
 
-  Parameters are gathered over the fast links of a slice or node; between them only
-  gradients travel. Give `tensor` a part of fsdp where a row does not fit into a
-  device. ValueError: there is no such slice or node.
+  Set `tensor` to a part of fsdp where one row does not fit into a device.
   """
   if num := _num_gpus(name):
     slices = max(num // NODES[name.partition('-')[0]], 1)
   else:
     slices = parse(name).num_slices
+  # Parameters are gathered over the fast links of a slice or node; only gradients travel
+  # between.
   return {'data': slices, 'fsdp': -1, 'tensor': 1, 'num_slices': slices}
 
 
 def devices(target: Slice) -> list[Any]:
-  """Returns descriptions of the slice's devices, to compile for.
-
-  Raises:
-    ImportError: the package libtpu is not installed.
-  """
+  """Returns descriptions of the slice's devices, to compile for; needs the package libtpu."""
   if importlib.util.find_spec('libtpu') is None:
     raise ImportError(
       'compiling for TPUs needs the package libtpu (no TPU): pip install "csrm_jax[tpu]"'
     )
-  # Else it asks the cloud's metadata server what machine this is.
+  # Else libtpu asks the cloud's metadata server what machine this is, and there may be none.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   from jax.experimental import topologies
 

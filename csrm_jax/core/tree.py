@@ -12,12 +12,8 @@ import numpy as np
 def named_leaves(tree: Any) -> dict[str, Any]:
   """Returns {'a/b/c': leaf} in the tree's own order.
 
-  Dict keys, dataclass and named-tuple fields and sequence indices all become
-  one path part: a train state gives 'params/embed/embedding',
-  'opt_state/0/mu/embed/embedding', 'step'.
-
-  Raises:
-    ValueError: two leaves share a name (a dict key that holds a slash).
+  Dict keys, fields and indices each become one part of the name: a train state gives
+  'params/embed/embedding', 'opt_state/0/mu/embed/embedding', 'step'.
   """
   named = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -29,9 +25,9 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def from_named(tree: Any, named: Mapping[str, Any]) -> Any:
-  """Returns a tree of the structure of `tree` with the leaves of `named`.
+  """Returns a tree with the structure of `tree` and the leaves of `named`.
 
-  If the names differ, a ValueError holds the first that does.
+  The names must be the same; the order may differ.
   """
   names = dict.fromkeys(named_leaves(tree))
   for name in names:
@@ -44,7 +40,7 @@ def from_named(tree: Any, named: Mapping[str, Any]) -> Any:
 
 
 def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns one nested dict with the leaves of both, which none has in common."""
+  """Returns one nested dict with the leaves of both, which must not overlap."""
   merged = dict(tree)
   for key, value in other.items():
     if key not in merged:

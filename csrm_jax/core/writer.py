@@ -33,7 +33,7 @@ PACKAGES = (
 
 
 def make_manifest() -> dict[str, Any]:
-  """Returns what a run must record to be repeated: versions and devices."""
+  """Returns what must be known to repeat a run: versions and devices."""
   packages = {}
   for name in PACKAGES:
     try:
@@ -65,9 +65,8 @@ def update_manifest(workdir: str | os.PathLike, extra: Mapping[str, Any]) -> Non
 class MetricsWriter:
   """Appends {'step': ..., 'area/name': ...} lines to workdir/metrics.jsonl.
 
-  Every line reaches the operating system when it is written, so a killed
-  process loses none. Write a step's metrics before its checkpoint is saved.
-  Only the first process of a multi-host run writes.
+  Every line reaches the operating system at once, so a killed process loses none. Write the
+  metrics of a step before its checkpoint. Only the first process of several writes.
   """
 
   def __init__(
@@ -75,9 +74,8 @@ class MetricsWriter:
   ):
     """Opens the files, and TensorBoard's event files beside them.
 
-    Lines after the restored `resume_step` are dropped (they will be written again),
-    and so is a last line cut short. -1: a fresh run, all lines are dropped. None:
-    nothing is dropped.
+    Lines after the restored `resume_step` are dropped, because they will be written again: with
+    -1 (a fresh run) all lines, with None no line.
     """
     self._file = self._board = None
     if jax.process_index() != 0:
@@ -86,6 +84,7 @@ class MetricsWriter:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / 'metrics.jsonl'
     if resume_step is not None:
+      # Else a resumed run would have two lines for one step.
       files.cut_log(path, resume_step)
     self._file = open(path, 'a', encoding='utf-8', buffering=1)  # noqa: SIM115
     if tensorboard:
@@ -97,14 +96,12 @@ class MetricsWriter:
       )
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Writes scalars (Python, NumPy or JAX) of one step.
-
-    A value that is not finite becomes null: JSON has no word for it.
-    """
+    """Writes scalars (Python, NumPy or JAX) of one step; NaN and infinity become null."""
     if self._file is None:
       return
     values = {name: float(value) for name, value in metrics.items()}
     line = {'step': int(step)}
+    # JSON has no word for NaN and infinity.
     line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
     self._file.write(json.dumps(line) + '\n')
     if self._board is not None:
@@ -120,7 +117,7 @@ class MetricsWriter:
       self._board.flush()
 
   def close(self) -> None:
-    """Flushes and closes; the writer cannot be used afterwards."""
+    """Flushes and closes the files."""
     self.flush()
     if self._file is not None:
       self._file.close()
