@@ -1,8 +1,7 @@
-"""Configuration-targeted augmentation: new rules for a real conversation.
+"""Configuration-targeted augmentation: a real conversation gets new rules.
 
-Every function keeps the conversation and changes the rules only. There is one label rule,
-`relabel`, and everything here that changes an example's set of categories goes through it. Random
-choices come from a `np.random.Generator`, so that a data pipeline can seed them per element.
+Every function keeps the conversation and changes only the rules. `relabel` is the one label
+rule: every change of an example's set of categories goes through it.
 """
 
 from __future__ import annotations
@@ -13,26 +12,27 @@ import numpy as np
 
 from csrm_jax.safety.schema import Category, Example, Pair, SafetyConfig
 
-# What stands in for the rules where they are hidden: it asks for a verdict, and says nothing about
-# what is allowed.
+# Replaces the rules where they are hidden: the prompt still asks for a verdict, and says nothing
+# about what is allowed.
 NO_RULES = SafetyConfig((Category('Safety', 'The response is safe.'),), name='no rules')
 
 
 def relabel(example: Example, new_safety: SafetyConfig) -> Example:
   """Returns the example under `new_safety`, with the label that follows.
 
-  The label is unsafe iff (violated(p) | {p+}) & p' is not empty, where p are the example's present
-  rules and p' the new ones. p' is meant to be drawn from p, p+ and p-. A p+ or p- whose name stands
-  in p already is none, and is taken off the example; p- never fires.
+  The label is unsafe iff (violated(p) | {p+}) & p' is not empty, where p are the example's
+  present rules, p' the new ones, p+ its `plus` and p- its `minus`. p' is meant to be drawn from
+  p, p+ and p-. p- never makes a response unsafe.
 
-  Where the rule cannot know, the label is None, never "safe": when p' has a category (or a
-  guideline) the example was never judged under, when the example has no label, and when it is
-  unsafe for an unrecorded reason and one of its categories is gone. The true probability of an
-  example holds for its own rules only, and is kept only while the set of categories is the same.
+  The label is None, never "safe", where this rule cannot know it:
+  - p' has a category (or guideline) under which the example was never judged;
+  - the example has no label;
+  - it is unsafe for an unrecorded reason, and one of its categories is gone.
 
   Source: CSRM (arXiv 2605.30487), configurable category augmentation.
   """
   old, new = set(example.safety.categories), set(new_safety.categories)
+  # A p+ or p- whose name is already taken by the rules is neither: it is taken off the example.
   taken = {_key(c) for c in old}
   plus, minus = (
     None if c is None or _key(c) in taken else c for c in (example.plus, example.minus)
@@ -56,6 +56,7 @@ def relabel(example: Example, new_safety: SafetyConfig) -> Example:
     violated=tuple(fired),
     plus=plus,
     minus=minus,
+    # The true probability holds for one set of categories.
     probability=example.probability if new == old else None,
   )
 
@@ -70,20 +71,19 @@ def cca(
 ) -> Example:
   """Returns the example after configurable category augmentation.
 
-  Each category of the rules is dropped with probability `drop_prob` (one, chosen at random, stays
-  when all would go), then p+ and p- (`plus` and `minus` of the example) are inserted at random
-  places with their probabilities, then (on request) all are shuffled, and the result is labelled
-  once. Two-sided: dropping can turn unsafe into safe, inserting p+ safe into unsafe.
-
-  An unsafe example whose violated categories are unknown loses none, because no label could be
-  given to the result. A p+ or p- whose name already stands in the rules is not inserted.
+  Each category is dropped with probability `drop_prob`, but one always stays. Then p+ and p- are
+  inserted at random places, each with its probability, and on request all are shuffled. The
+  result is labelled once. Both directions occur: dropping can turn unsafe into safe, and
+  inserting p+ safe into unsafe.
 
   Source: CSRM (arXiv 2605.30487), configurable category augmentation.
   """
   categories = list(example.safety.categories)
+  # An unsafe example whose violated categories are unknown loses none: the result would have no
+  # label.
   if drop_prob > 0 and (example.label != 'unsafe' or example.violated):
-    # The survivor is drawn always, so that the number of draws (and with it what later steps see)
-    # does not depend on the outcome. So are the four draws below.
+    # The survivor is drawn even if it is not needed: the number of draws, and so all later random
+    # numbers, must not depend on the outcome. The four draws below are made for the same reason.
     *draws, survivor = rng.random(len(categories) + 1).tolist()
     kept = [c for c, u in zip(categories, draws, strict=True) if u >= drop_prob]
     categories = kept or [categories[int(survivor * len(categories))]]
@@ -115,16 +115,9 @@ def strictness_pair(
 ) -> Pair:
   """Returns the same conversation under a lenient and a strict guideline.
 
-  Both sides hold the example's rules with the category called `category_name` replaced, in its
-  place, by `lenient` or `strict`. The safer side is the lenient one: the same text violates less
-  under laxer rules. (The paper's printed loss subtracts the lenient score from the strict one, the
-  opposite of its text and of its tables.)
-
-  The pair states an order, not labels: a side is "unsafe" only if another category of the rules is
-  known to be violated, else its label is None.
-
-  Raises:
-    ValueError: no such category, two equal guidelines, or a name that another category already has.
+  On each side `lenient` or `strict` takes the place of the category `category_name`. The lenient
+  side is the safer one. The pair states an order and no labels: a side is "unsafe" only if
+  another category is known to be violated, else its label is None.
 
   Source: CSRM (arXiv 2605.30487), Algorithm 1 and its pair loss.
   """
@@ -154,6 +147,8 @@ def strictness_pair(
       probability=None,
     )
 
+  # The same text violates less under laxer rules. The paper's printed loss subtracts the lenient
+  # score from the strict one, the opposite of its text and its tables.
   pair_id = f'{example.id}/strictness'
   return Pair(pair_id, side('lenient', lenient), side('strict', strict), 'strictness')
 
@@ -161,7 +156,7 @@ def strictness_pair(
 def hide_rules(item: Example | Pair) -> Example | Pair:
   """Returns the example or pair without its rules; labels stay.
 
-  The difference to scores with rules is what reading them is worth.
+  The scores with rules minus these show how much the model uses the rules.
   """
   if isinstance(item, Pair):
     return dataclasses.replace(item, safer=hide_rules(item.safer), other=hide_rules(item.other))

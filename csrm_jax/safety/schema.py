@@ -7,8 +7,9 @@ A safety configuration is a file (YAML, or JSON of the same form):
   - name: Credentials
     guideline: The agent never asks for a password or a one-time code ...
 
-An example is one line of a JSONL file. `label` is "safe", "unsafe" or null; `safety` is an object
-as in a configuration file, or the path of such a file; `label` and all that follows are optional:
+An example is one line of a JSONL file. `label` is "safe", "unsafe" or null. `safety` is an
+object as in a configuration file, or the path of such a file. `label` and all keys after it are
+optional:
 
   {"id": "1", "safety": {"categories": [{"name": ..., "guideline": ...}]},
    "conversation": [{"role": "user", "content": "..."},
@@ -52,7 +53,7 @@ EXAMPLE_COLUMNS = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Category:
-  """One rule: a name and the text that says what it allows and forbids."""
+  """One rule: a name, and a text that says what is allowed and forbidden."""
 
   name: str
   guideline: str
@@ -62,7 +63,7 @@ class Category:
     checks.check_text(self.guideline, f'guideline of category {show(self.name)}')
 
   def to_dict(self) -> dict[str, str]:
-    """Returns the plain form that `parse_category` reads."""
+    """Returns the form that `parse_category` reads."""
     return {'name': self.name, 'guideline': self.guideline}
 
 
@@ -70,13 +71,14 @@ class Category:
 class SafetyConfig:
   """An ordered list of categories with distinct names.
 
-  The order is part of the configuration, because it is part of the prompt.
+  The order belongs to the configuration, because the prompt shows the categories in order.
   """
 
   categories: tuple[Category, ...]
   name: str = ''
 
   def __post_init__(self):
+    # Frozen, but a list is accepted: a tuple can be hashed and cannot change.
     object.__setattr__(self, 'categories', tuple(self.categories))
     checks.check_text(self.name, 'configuration name', empty_ok=True)
     if not self.categories:
@@ -95,17 +97,16 @@ class SafetyConfig:
 
   @property
   def names(self) -> tuple[str, ...]:
-    """The category names, in order."""
     return tuple(category.name for category in self.categories)
 
   def digest(self) -> str:
-    """Returns the sha256 (hex) of the ordered categories, `name` left out."""
+    """Returns the sha256 (hex) of the ordered categories, without `name`."""
     pairs = [[c.name, c.guideline] for c in self.categories]
     text = json.dumps(pairs, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns the plain form that `parse_safety` reads."""
+    """Returns the form that `parse_safety` reads."""
     out: dict[str, Any] = {'name': self.name} if self.name else {}
     return out | {'categories': [c.to_dict() for c in self.categories]}
 
@@ -114,7 +115,7 @@ def load_safety(path: str | os.PathLike) -> SafetyConfig:
   """Returns the safety configuration in a .yaml, .yml or .json file.
 
   Raises:
-    ValueError: one line with file, line where known, value and fix.
+    ValueError: One line with the file, the line where it is known, the value and the fix.
   """
   where = os.fspath(path)
   suffix = pathlib.Path(path).suffix.lower()
@@ -127,15 +128,15 @@ def load_safety(path: str | os.PathLike) -> SafetyConfig:
 
 
 def parse_safety(obj: Any, where: str, lines: Sequence[int] = ()) -> SafetyConfig:
-  """Returns the safety configuration in the plain form of a file.
+  """Returns the safety configuration in an object that was read from a file.
 
   Args:
     obj: {"name": text (optional), "categories": [{"name", "guideline"}]}.
-    where: the file (and line), for errors.
-    lines: the line of each category, where known.
+    where: The file (and line), for errors.
+    lines: The line of each category, where known.
 
   Raises:
-    ValueError: one line with the place, the value and the fix.
+    ValueError: One line with the place, the value and the fix.
   """
   if not isinstance(obj, Mapping) or 'categories' not in obj:
     found = 'nothing' if not obj else show(obj)
@@ -164,6 +165,7 @@ def parse_safety(obj: Any, where: str, lines: Sequence[int] = ()) -> SafetyConfi
       place = places[i]
       categories.append(parse_category(item, f'category {i + 1}'))
     second = _find_duplicate(categories)
+    # SafetyConfig checks this too, but cannot name the line.
     place = where if second is None else places[second]
     return SafetyConfig(tuple(categories), obj.get('name', ''))
   except ValueError as error:
@@ -171,11 +173,7 @@ def parse_safety(obj: Any, where: str, lines: Sequence[int] = ()) -> SafetyConfi
 
 
 def parse_category(obj: Any, what: str) -> Category:
-  """Returns the category in {"name": text, "guideline": text}.
-
-  Raises:
-    ValueError: one line that starts with `what`.
-  """
+  """Returns the category in {"name": text, "guideline": text}; errors start with `what`."""
   if not isinstance(obj, Mapping):
     raise ValueError(f'{what} is {show(obj)}; write an object with "name" and "guideline"')
   for key in ('name', 'guideline'):
@@ -193,10 +191,11 @@ def parse_category(obj: Any, what: str) -> Category:
 
 
 def _find_duplicate(categories: Sequence[Category]) -> int | None:
-  """Returns the index of the first category whose name was taken before."""
+  """Returns the index of the first category whose name is taken already."""
   seen = set()
   for i, category in enumerate(categories):
-    # The rendered prompt collapses white space, so it does not tell names apart; nor should case.
+    # The prompt collapses white space, so names that differ only there would look alike. Names that
+    # differ only in case would confuse a reader.
     key = ' '.join(category.name.split()).casefold()
     if key in seen:
       return i
@@ -220,16 +219,11 @@ class Message:
     checks.check_text(self.content, 'message content', empty_ok=True)
 
   def to_dict(self) -> dict[str, str]:
-    """Returns {"role", "content"}."""
     return {'role': self.role, 'content': self.content}
 
 
 def check_conversation(conversation: Sequence[Message]) -> None:
-  """Checks that the conversation ends with an agent message to judge.
-
-  Raises:
-    ValueError: it is empty, or ends with somebody else.
-  """
+  """Checks that the conversation ends with an agent message to judge."""
   if not conversation:
     raise ValueError(
       'the conversation is empty; it needs at least the agent message that is judged'
@@ -242,11 +236,7 @@ def check_conversation(conversation: Sequence[Message]) -> None:
 
 
 def parse_conversation(obj: Any) -> tuple[Message, ...]:
-  """Returns the messages in [{"role": ..., "content": ...}, ...].
-
-  Raises:
-    ValueError: one line that names the message, the value and the fix.
-  """
+  """Returns the messages in [{"role": ..., "content": ...}, ...]."""
   if not isinstance(obj, (list, tuple)):
     raise ValueError(
       f'"conversation" is {show(obj)}; write a list of messages with "role" and "content"'
@@ -269,20 +259,18 @@ def parse_conversation(obj: Any) -> tuple[Message, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One judged response: rules, a conversation, and what is known of both.
+  """One judged response: rules, a conversation, and what is known about them.
 
   Attributes:
-    id: names the example in errors and reports.
-    safety: the rules in force.
-    conversation: ends with the agent message that is judged.
-    label: 'safe', 'unsafe', or None where nobody labelled it.
-    violated: names of the categories under which it was labelled unsafe; empty where there are
-      none or they are unknown.
-    plus: a category not in `safety` that would make the response unsafe.
-    minus: a category not in `safety` that would leave the label as it is.
-    probability: the true P(unsafe), where it is known.
-    source: the data set it comes from.
-    rule_set: the group of rules it is reported under.
+    conversation: It ends with the agent message that is judged.
+    label: 'safe', 'unsafe', or None if nobody labelled it.
+    violated: The categories under which it was labelled unsafe; empty if there are none or if
+      they are unknown.
+    plus: A category outside `safety` that would make the response unsafe.
+    minus: A category outside `safety` that would not change the label.
+    probability: The true P(unsafe), where it is known.
+    source: The data set that the example comes from.
+    rule_set: The group of rules under which reports show it.
   """
 
   id: str
@@ -331,15 +319,14 @@ class Example:
     """Returns the example in one JSONL row.
 
     Args:
-      obj: the row. Columns that are not in the schema are ignored, except near misspellings of
-        those that are.
-      where: file and line, for errors.
-      safety: the rules of a row that brings none.
-      root: the folder that a path in the row's `safety` is relative to.
-      required: the columns that must be there; add 'label' for training.
+      obj: The row. Unknown columns are ignored, except near misspellings of known ones.
+      where: The file and line, for errors.
+      safety: The rules for a row without its own.
+      root: The folder that a path in the row's `safety` is relative to.
+      required: Columns that must be there; add 'label' for training.
 
     Raises:
-      ValueError: one line with `where`, the value and the fix.
+      ValueError: One line with `where`, the value and the fix.
     """
     if safety is not None:
       required = [column for column in required if column != 'safety']
@@ -380,8 +367,8 @@ class Example:
 class Pair:
   """Two examples of which `safer` should score higher.
 
-  kind 'strictness': one conversation, `safer` under the more lenient rules; kind 'preference': one
-  set of rules, `safer` has the safer response.
+  In a 'strictness' pair one conversation stands under two rule sets, and `safer` has the more
+  lenient one. In a 'preference' pair the rules are the same, and `safer` has the safer response.
   """
 
   id: str
@@ -433,12 +420,13 @@ def _parse_rules(obj: Any, default: SafetyConfig | None, root: str | os.PathLike
 
 @functools.lru_cache(maxsize=256)
 def _load_cached(path: str, mtime_ns: int) -> SafetyConfig:
-  # Many rows name one file; the time stamp notices an edited one.
+  # Many rows name one file. The key holds its time stamp, so that an edited file is read again.
   del mtime_ns
   return load_safety(path)
 
 
 def _parse_id(value: Any) -> str:
+  # A bool is an int in Python, but no id.
   if isinstance(value, int) and not isinstance(value, bool):
     return str(value)
   return checks.check_text(value, '"id"')
@@ -463,12 +451,11 @@ def _parse_names(value: Any) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What a policy is asked, and under which rules its answer is judged.
+  """A prompt for a policy, and the rules under which its answer is judged.
 
   Attributes:
-    id: names it in messages and tables.
-    messages: the conversation up to the user's last turn.
-    safety: the rules of the reward; the policy does not read them.
+    messages: The conversation up to the user's last turn.
+    safety: The rules of the reward; the policy does not read them.
     label: 'harmful' or 'benign' where it is known (AlphaAlign), else ''.
   """
 
@@ -488,11 +475,10 @@ class Sample:
   """One completion of a prompt.
 
   Attributes:
-    prompt: what was asked.
-    index: its place among the prompt's samples.
-    text: without the stop token.
-    num_tokens: the stop token included.
-    stopped: False where the length limit cut it off.
+    index: Its place among the samples of the prompt.
+    text: The completion without its stop token.
+    num_tokens: The number of tokens, the stop token included.
+    stopped: False if the length limit cut it off.
   """
 
   prompt: Prompt
@@ -506,10 +492,10 @@ class Sample:
     return f'{self.prompt.id}#{self.index}'
 
   def example(self) -> Example:
-    """Returns what the reward model judges."""
+    """Returns the example that the reward model judges."""
     reply = Message('agent', self.text)
     return Example(self.id, self.prompt.safety, self.prompt.messages + (reply,))
 
 
-# samples -> float32 [N]; nothing but finite numbers.
+# samples -> float32 [N]; all rewards are finite.
 RewardFn = Callable[[Sequence[Sample]], np.ndarray]
