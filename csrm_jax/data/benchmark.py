@@ -1,4 +1,4 @@
-"""What is to be evaluated: named items, and the suite that they are for."""
+"""Benchmarks: named items, and the suite that measures on them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,20 @@ TIES = 'Ties'  # the subset of RewardBench 2 that is scored by its own rules
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-  """Items of one suite; no items and a `command` where data is missing.
+  """Items of one suite. Where data is missing there are no items, and `command` would fetch it.
 
   Attributes:
-    name: in the report and in the keys of its numbers.
-    suite: a key of `evals.suites.SUITES`.
-    items: what that suite takes: examples, pairs, or variants of examples.
-    description: one line for the report.
-    groups: one id an item, items of one id are drawn together by the
-      bootstrap beside those of one conversation; empty for none.
-    tags: breakdown -> the group of each item in it.
-    validation: labelled examples, none of them among the items, that
-      thresholds and calibration are fitted on.
-    command: what would fetch the data, where it is not on disk.
-    drops: how many rows of the data were left out, by reason.
-    without_rules: also classify the examples with their rules hidden; the
-      difference is what reading them is worth.
-    options: further arguments of the suite.
-    error: why its items cannot be made, such as a package that is missing.
+    suite: A key of `evals.suites.SUITES`.
+    items: What that suite takes: examples, pairs, or variants of examples.
+    groups: One id per item, or empty. The bootstrap draws items of one id together, as it does
+      those of one conversation.
+    tags: Maps a breakdown to the group of each item in it.
+    validation: Labelled examples that thresholds and calibration are fitted on; none is an item.
+    drops: How many rows of the data were left out, by reason.
+    without_rules: Also classify the examples with their rules hidden; the difference is what
+      reading them is worth.
+    options: Further arguments of the suite.
+    error: Why the items cannot be made, such as a package that is missing.
   """
 
   name: str
@@ -64,13 +60,12 @@ class Benchmark:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """One prompt with several responses, the correct ones first.
+  """One prompt with several responses under the same rules; the correct ones come first.
 
   Attributes:
-    id: for items of the subset Ties 'ref:<n>' or 'tied:<n>'.
-    responses: one example each, under the same rules.
-    num_correct: how many of them, from the first on, are correct.
-    subset: what it is reported under.
+    id: In the subset Ties 'ref:<n>' or 'tied:<n>'.
+    num_correct: How many of the responses, from the first on, are correct.
+    subset: The name that the item is reported under.
   """
 
   id: str
@@ -90,10 +85,10 @@ class Choice:
 
 
 def limited(benchmark: Benchmark, max_items: int) -> Benchmark:
-  """Returns the benchmark with about `max_items`, evenly spread; 0: all.
+  """Returns the benchmark with about `max_items` items, evenly spread; 0 keeps all.
 
-  Examples of one conversation, or of one group, stay together: at most one
-  such set more than fits is kept. Validation rows are limited in the same way.
+  Examples of one conversation, or of one group, stay together, so the number is not exact.
+  Validation rows are limited in the same way.
   """
   held = _spread(benchmark.validation, (), max_items)
   if len(held) < len(benchmark.validation):
@@ -117,6 +112,7 @@ def _spread(items: Sequence[Any], groups: Sequence[str], max_items: int) -> list
   for i, item in enumerate(items):
     alone = item.conversation if isinstance(item, Example) else i
     sets.setdefault((groups and groups[i]) or alone, []).append(i)
+  # Whole sets are chosen: as many as hold `max_items` at their mean size.
   num = max(max_items * len(sets) // len(items), 1)
   chosen = sources.spread(list(sets.values()), num)
   return sorted(i for rows in chosen for i in rows)

@@ -1,7 +1,7 @@
-"""The public data sets, and every other source that runs read: the one table of both.
+"""The one table of the public data sets, and of every other source that runs read.
 
-`SETS` says where each set comes from, who reads it, and which benchmarks its test files make.
-To add one: a row here, and a file of rules in `rules/`. Training and augmentation read from
+`SETS` says where each set comes from, who reads it, and which benchmarks its test files make. To
+add one, write a row here and a file of rules in `rules/`. Training and augmentation read from
 `READERS`, evaluation with `load_benchmarks`.
 """
 
@@ -27,11 +27,12 @@ class Bench:
   """A benchmark that a set's test files make.
 
   Attributes:
-    suite: a key of `suites.SUITES`.
-    about: one line for the report.
-    without_rules: see `Benchmark`.
-    has_validation: a fifth of its rows is held out for thresholds and calibration.
-    is_listed: where the data is missing; those that vary the rows of another are not.
+    suite: A key of `suites.SUITES`.
+    about: One line for the report.
+    without_rules: See `Benchmark`.
+    has_validation: Whether a fifth of the rows is held out for thresholds and calibration.
+    is_listed: Whether the benchmark is listed where its data is missing. Those that vary the
+      rows of another one are not.
   """
 
   suite: str
@@ -46,19 +47,19 @@ class Set:
   """A public data set.
 
   Attributes:
-    repo: its id on the Hugging Face hub, or the address of a Git repository.
-    licence: as its card names it; '' where it names none.
-    files: split -> patterns of its files, relative to the data set's folder; the first pattern
-      that matches any file counts.
-    read: (file) -> examples or pairs; raises ValueError for another format.
-    is_gated: its terms have to be accepted on the hub first.
-    benchmarks: name -> what its files in a folder of benchmarks make.
-    test_files: for each file that the benchmarks need its patterns; by default the first file
-      of the split 'test'.
-    items: (folder, *those files) -> {name of a benchmark: its items, or fields of `Benchmark`},
-      without those that need more; by default the rows of the files.
-    folder: its subfolder in a folder of benchmarks; '' for its name.
-    note: what is appended to the command that fetches it into that folder.
+    repo: Its id on the Hugging Face hub, or the address of a Git repository.
+    licence: As the set's card names it; '' where it names none.
+    files: Maps a split to patterns of its files, relative to the data set's folder. The first
+      pattern that matches any file counts.
+    read: Maps a file to its examples or pairs.
+    is_gated: Whether its terms have to be accepted on the hub first.
+    benchmarks: Maps names to what the files in a folder of benchmarks make.
+    test_files: The patterns of each file that the benchmarks need; by default the first file of
+      the split 'test'.
+    items: Maps (folder, *those files) to {name of a benchmark: its items, or fields of
+      `Benchmark`}, without those that need more files; by default all rows are items.
+    folder: The subfolder in a folder of benchmarks; '' for the set's name.
+    note: The text after the command that fetches the set into that folder.
   """
 
   repo: str
@@ -376,15 +377,14 @@ def read(name: str, split: str, path: str | os.PathLike = '') -> Rows:
   """Returns a split of a public data set in the project's form.
 
   Args:
-    name: a key of SETS.
-    split: one that it has.
-    path: a file, or a folder with files of the public format; '' fetches them from the hub
+    name: A key of SETS.
+    path: A file, or a folder with files of the public format; '' fetches them from the hub
       (needs the extra [hf]).
 
   Raises:
-    ImportError: the hub's client, or pyarrow, is needed and not there.
-    ValueError: an unknown name or split, no files, files of another format (names the columns
-      found), or a gated set without access.
+    ImportError: The hub's client, or pyarrow, is needed and not installed.
+    ValueError: The name or split is unknown, there are no files or files of another format, or
+      the set is gated and there is no access.
   """
   public_set = find(name)
   if split not in public_set.files:
@@ -400,11 +400,7 @@ def find(name: str) -> Set:
 
 
 def find_files(name: str, split: str, path: str | os.PathLike = '') -> list[pathlib.Path]:
-  """Returns the split's files at a path, a file standing for itself, or from the hub.
-
-  Raises:
-    ValueError: there are none, or as of `fetch`.
-  """
+  """Returns the split's files at a path (a file stands for itself), or from the hub."""
   path = pathlib.Path(path or fetch(name, split))
   if path.is_file():
     return [path]
@@ -422,12 +418,7 @@ def find_files(name: str, split: str, path: str | os.PathLike = '') -> list[path
 
 
 def fetch(name: str, split: str) -> pathlib.Path:
-  """Returns the folder of a data set after fetching a split from the hub.
-
-  Raises:
-    ImportError: the hub's client is not installed.
-    ValueError: it cannot be fetched; a gated set says what to do.
-  """
+  """Returns the folder of a data set after fetching a split from the hub."""
   public_set = find(name)
   if not public_set.is_on_hub:
     raise ValueError(f'{name} is on no hub; give path= of its file')
@@ -445,6 +436,7 @@ def fetch(name: str, split: str) -> pathlib.Path:
       huggingface_hub.snapshot_download(
         public_set.repo,
         repo_type='dataset',
+        # The hub does not match '**/' with no folder, as pathlib does.
         allow_patterns=[p.removeprefix('**/') for p in patterns] + list(patterns),
       )
     )
@@ -467,7 +459,7 @@ def fetch(name: str, split: str) -> pathlib.Path:
 
 
 def _read_array_record(folder: str) -> Sequence[Any]:
-  # Imported here: it takes a while, and needs an extra.
+  # This import takes a while, and needs an extra.
   from csrm_jax.data import public_sets
 
   return public_sets.read_prepared(folder)
@@ -475,8 +467,8 @@ def _read_array_record(folder: str) -> Sequence[Any]:
 
 # Files in the project's own form.
 _OWN = {'jsonl': sources.read_jsonl, 'parquet': sources.read_parquet}
-# source -> (path) -> examples or pairs; of a set its first split, fetched from the hub where
-# there is no path.
+# source -> (path) -> examples or pairs. Of a set it is the first split, fetched from the hub
+# where there is no path.
 READERS: dict[str, Callable[[str], Sequence[Any]]] = {
   **_OWN,
   'array_record': _read_array_record,
@@ -488,14 +480,14 @@ def read_source(source: str, path: str, require_label: bool = True) -> Sequence[
   """Returns the examples and pairs of a source of files.
 
   Args:
-    source: a key of READERS.
-    path: file or folder; '' fetches a set from the hub.
-    require_label: refuse examples without one in files of our own form; all other sources have
-      labels.
+    source: A key of READERS.
+    path: A file or folder; '' fetches a set from the hub.
+    require_label: Refuse examples without a label in files of our own form; all other sources
+      have labels.
 
   Raises:
-    ImportError: an extra is needed that is not installed.
-    ValueError: no path, or bad rows.
+    ImportError: An extra is needed that is not installed.
+    ValueError: There is no path, or rows are bad.
   """
   if not path and not (source in SETS and SETS[source].is_on_hub):
     raise ValueError(
@@ -516,16 +508,10 @@ def read_part(
 ) -> tuple[Sequence[Any], Sequence[Any]]:
   """Returns (training items, held-out items) of one part of the training data.
 
-  What is generated has no path and nothing held out: its test sets are drawn apart.
-
-  Args:
-    source: a key of READERS or of `generators`.
-    generators: source -> make(seed, index).
-
-  Raises:
-    ValueError: an unknown source, or bad rows.
+  The source is a key of READERS, or of `generators`, which maps it to make(seed, index).
   """
   if source in generators:
+    # Nothing is held out: test sets of generated data are drawn apart.
     return sources.Generated(generators[source], seed), ()
   if source not in READERS:
     raise ValueError(
@@ -541,17 +527,14 @@ BENCHMARKS = {s.folder or name: s for name, s in SETS.items() if s.benchmarks}
 
 
 def load_benchmarks(folder: str | os.PathLike, names: Sequence[str] = ()) -> list[Benchmark]:
-  """Returns the benchmarks in the folder; those missing say how to get them.
+  """Returns the benchmarks in the folder; those whose data is missing say how to get it.
 
-  Nothing here reaches the network.
-
-  Args:
-    folder: has a subfolder for each key of BENCHMARKS, as their commands fetch them.
-    names: keys of BENCHMARKS; empty: all.
+  The folder has a subfolder for each key of BENCHMARKS, as the commands fetch them; without
+  names all are loaded. Nothing here reaches the network.
 
   Raises:
-    ValueError: an unknown name, or a file that is not in its data set's format (names file,
-      row, what was found, and the fix).
+    ValueError: A name is unknown, or a file is not in its data set's format (the message names
+      file, row, what was found, and the fix).
   """
   unknown = sorted(set(names) - set(BENCHMARKS))
   if unknown:
@@ -591,11 +574,10 @@ def _benchmarks_of(public_set: Set, folder: pathlib.Path) -> list[Benchmark]:
 
 
 def _with_validation(benchmark: Benchmark) -> Benchmark:
-  """Returns the benchmark with about a fifth of its rows for validation.
-
-  All rows of a text or group are on one side, which follows from a hash.
-  """
+  """Returns the benchmark with about a fifth of its rows for validation."""
   items, groups = benchmark.items, benchmark.groups
+  # All rows of one text or group are on one side, which follows from a hash and not from the
+  # place.
   keys = groups or [repr([(m.role, m.content) for m in e.conversation]) for e in items]
   held = [sources.hash_unit(key) < _VALIDATION for key in keys]
   kept = [i for i, out in enumerate(held) if not out]

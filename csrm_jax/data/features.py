@@ -1,8 +1,8 @@
 """Encoding of examples and pairs to packing atoms: the only encode path.
 
-Training, evaluation and serving all turn a rendered template into tokens with `encode_prompt`.
-What is too long is shortened by one policy: the middle of the history first, then the tail of
-the response; the rules and everything the template itself writes are never touched.
+Training, evaluation and serving all turn a rendered template into tokens with `encode_prompt`. A
+prompt that is too long is shortened in one way: the middle of the history goes first, then the
+tail of the response. The rules and what the template itself writes are never touched.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from csrm_jax.safety import schema, templates
 from csrm_jax.safety.templates import DEFAULT, Layout
 from csrm_jax.text.tokenizer import Tokenizer
 
-# Tokens of the response that must remain: less is nothing to judge.
+# So many tokens of the response must remain: with fewer there is nothing to judge.
 MIN_RESPONSE_LENGTH = 16
-# Stand where text was cut. They start with a space, so that what follows a cut can never begin
-# a line. Behind the second come the line breaks that the template puts behind the response.
+# These stand where text was cut. They start with a space, so that what follows a cut can never
+# begin a line. The line breaks that the template puts behind the response follow the second one.
 CUT_MIDDLE = ' ... '
 CUT_TAIL = ' ...'
 _LINE_BREAKS = re.compile(r'\n{0,2}\Z')
@@ -35,14 +35,12 @@ T = TypeVar('T')
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-  """One encoded prompt; its last token is the one the verdict follows.
+  """One encoded prompt; the verdict follows its last token.
 
   Attributes:
     tokens: int32 [length], with one BOS in front if the tokenizer has one.
     label: 0 safe, 1 unsafe, -1 none.
-    id: the example's.
-    loss_weight: float32 [length], each token's weight as a target of next-token prediction, or
-      None where there is none.
+    loss_weight: float32 [length], each token's weight as a target of next-token prediction.
   """
 
   tokens: np.ndarray
@@ -58,7 +56,7 @@ class Atom:
   Attributes:
     prompts: (example,) or (safer, other).
     kind: 'example' or 'pair'.
-    num_shortened: tokens cut out of the prompts to make them fit.
+    num_shortened: How many tokens were cut out of the prompts to make them fit.
   """
 
   prompts: tuple[Prompt, ...]
@@ -67,7 +65,7 @@ class Atom:
 
   @functools.cached_property
   def length(self) -> int:
-    """The tokens of all prompts together."""
+    """The number of tokens of all prompts together."""
     return sum(len(prompt.tokens) for prompt in self.prompts)
 
 
@@ -80,10 +78,7 @@ class Dropped:
 
 
 class Parts(NamedTuple):
-  """The tokens of each segment, and how many were cut to make them fit.
-
-  The BOS is the first token of the first segment.
-  """
+  """The tokens of each segment, with the BOS in the first, and how many were cut to fit."""
 
   tokens: list[Sequence[int]]
   num_cut: int
@@ -94,14 +89,10 @@ class Encoder:
   """What encoding depends on besides the example.
 
   Attributes:
-    tokenizer: turns text into tokens.
-    max_length: the most tokens a prompt may have.
-    layout: of the prompts.
-    pair_length: the most tokens the two prompts of a pair may have together, or None for no
-      limit but each prompt's own. The length of a packed row makes sure that every pair fits
-      into one.
-    label_pairs: whether the two prompts of a pair keep their labels, so that they count as
-      examples too.
+    max_length: The most tokens that a prompt may have.
+    pair_length: The most tokens that the two prompts of a pair may have together; None sets no
+      limit but each prompt's own. The length of a packed row makes every pair fit into one.
+    label_pairs: Whether the prompts of a pair keep their labels, and so count as examples too.
   """
 
   tokenizer: Tokenizer
@@ -120,17 +111,12 @@ class Encoder:
 def encode_prompt(
   segments: Sequence[templates.Segment], tokenizer: Tokenizer, max_length: int
 ) -> tuple[np.ndarray, int] | Dropped:
-  """Returns the tokens (int32 [length]) and how many were cut to fit.
+  """Returns the tokens (int32 [length]) and how many were cut to fit `max_length`.
 
-  Control tokens are parsed in 'control' segments only. If the tokens exceed `max_length`,
-  history messages are cut from the middle one outwards (whole messages, then the middle of
-  one), then the tail of the response.
-
-  Returns `Dropped('rules_too_long')` if the rules, the template and the least part of the
+  Control tokens are parsed in 'control' segments only. History messages are cut from the middle
+  one outwards (whole messages, then the middle of one), then the tail of the response. The
+  result is `Dropped('rules_too_long')` if the rules, the template and the least part of the
   response worth judging do not fit.
-
-  Raises:
-    ValueError: a segment encoded to a BOS of its own.
   """
   parts = encode_segments(segments, tokenizer, max_length)
   if isinstance(parts, Dropped):
@@ -142,7 +128,7 @@ def encode_prompt(
 def encode_segments(
   segments: Sequence[templates.Segment], tokenizer: Tokenizer, max_length: int
 ) -> Parts | Dropped:
-  """Returns the tokens of each segment; see encode_prompt."""
+  """Returns the tokens of each segment; see `encode_prompt`."""
   tokens = [_encode_segment(segment, tokenizer) for segment in segments]
   bos = tokenizer.bos_id
   if bos is not None:
@@ -175,14 +161,15 @@ def encode_pair(pair: schema.Pair, encoder: Encoder) -> Atom | Dropped:
   """Returns the pair as an atom (safer, other), or why it was dropped.
 
   Where both prompts together exceed `encoder.pair_length`, the longer one is shortened to what
-  the other leaves, or both to half of it. A pair whose two prompts have come to the same tokens
-  teaches nothing and is dropped as 'identical_pair'.
+  the other leaves, or both to half of it. A pair whose prompts come to the same tokens teaches
+  nothing and is dropped as 'identical_pair'.
   """
   sides = (pair.safer, pair.other)
   encoded = [_encode(side, encoder, encoder.max_length) for side in sides]
   limit = encoder.pair_length
   lengths = [0 if isinstance(e, Dropped) else len(e[0]) for e in encoded]
   if limit is not None and sum(lengths) > limit and all(lengths):
+    # Each side gets what the other one leaves, but half of the limit in any case.
     half = (limit + 1) // 2
     encoded = [
       _encode(side, encoder, min(encoder.max_length, limit - min(other, half)))
@@ -208,11 +195,7 @@ def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropp
 
 
 def require(result: T | Dropped) -> T:
-  """Returns `result`, or raises where it is `Dropped`; for single requests.
-
-  Raises:
-    ValueError: with the reason and the detail.
-  """
+  """Returns `result`, or raises ValueError with reason and detail where it is `Dropped`."""
   if isinstance(result, Dropped):
     raise ValueError(f'{result.reason}: {result.detail}')
   return result
@@ -291,11 +274,9 @@ def _shorten(
 
 
 def _cut_middle(part: Sequence[int], length: int, marker: Sequence[int]) -> Sequence[int]:
-  """Returns at most `length` tokens: both ends, or nothing if too few.
-
-  A stump must at least keep its speaker and some words on both sides.
-  """
+  """Returns at most `length` tokens: both ends, or nothing if too few would remain."""
   keep = length - len(marker)
+  # A stump must at least keep its speaker and some words on both sides.
   if keep < 2 * MIN_RESPONSE_LENGTH:
     return ()
   head = (keep + 1) // 2

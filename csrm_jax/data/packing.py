@@ -1,8 +1,8 @@
 """Packing of atoms into rows of fixed length.
 
-A packed batch says everything by explicit indices: which tokens belong to which prompt, where
-each prompt's verdict is read, which slots make a pair. Nothing is ever found by searching for a
-padding token.
+A packed batch states everything by explicit indices: which tokens belong to which prompt, where
+each prompt's verdict is read, and which slots make a pair. No code ever searches for a padding
+token.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class BatchShape:
   """The fixed shape of a batch.
 
   Attributes:
-    batch_size: rows B.
-    row_length: tokens T a row.
-    max_segments: prompts S a row at most; the two of a pair count as two.
-    pad_id: the token of the padding. Nothing depends on it: padding is where segment_ids is 0.
+    batch_size: The number of rows, B.
+    row_length: The number of tokens per row, T.
+    max_segments: The most prompts that a row may hold, S; a pair counts as two.
+    pad_id: Fills rows up. Nothing depends on it: padding is where segment_ids is 0.
   """
 
   batch_size: int
@@ -40,29 +40,17 @@ class BatchShape:
 
 
 def pack_rows(atoms: Sequence[Atom], shape: BatchShape) -> tuple[Batch, list[int]]:
-  """Returns a batch of the atoms that found a place, and who is left over.
+  """Returns a batch of the atoms that found a place, and the ascending indices of those left.
 
-  Each row starts with the oldest (first) atom left, so that every batch takes the oldest ones
-  and nothing waits long; the rest of the row is the subset of the others that fills it best.
-
-  Args:
-    atoms: oldest first.
-    shape: of B rows of T tokens with S prompts at most.
-
-  Returns:
-    The batch:
-      tokens, segment_ids (1.. by prompt, 0 = padding), positions (from 0 in each prompt):
-        int32 [B, T]
-      verdict_index: int32 [B, S], the place of a prompt's last token
-      label: int32 [B, S], 0 safe, 1 unsafe, -1 none or unused slot
-      label_weight: float32 [B, S], 1 where a prompt with a label stands
-      pair_weight: float32 [B, S], 1 at slot s where slots s and s + 1 hold the (safer, other)
-        of a pair
-      loss_weight: float32 [B, T], only if the prompts have one
-    and the ascending indices of the atoms left over.
-
-  Raises:
-    ValueError: an atom that no row could hold.
+  The atoms come oldest first. Each row starts with the oldest one left, so that nothing waits
+  long; the subset of the others that fills the row best follows. A batch has B rows of T tokens
+  with S slots for prompts:
+    tokens, segment_ids (1.. by prompt, 0 is padding), positions (0.. in each prompt): int32 [B, T]
+    verdict_index: int32 [B, S], the place of a prompt's last token
+    label: int32 [B, S], 0 safe, 1 unsafe, -1 none or unused slot
+    label_weight: float32 [B, S], 1 where a prompt with a label stands
+    pair_weight: float32 [B, S], 1 at slot s where slots s and s + 1 hold a pair (safer, other)
+    loss_weight: float32 [B, T], only if the prompts have one
   """
   for atom in atoms:
     misfit = does_not_fit(atom, shape)
@@ -72,6 +60,7 @@ def pack_rows(atoms: Sequence[Atom], shape: BatchShape) -> tuple[Batch, list[int
   sizes = [len(atom.prompts) for atom in atoms]
   left = list(range(len(atoms)))
   batch = _empty_batch(shape)
+  # All prompts of a stream have loss weights, or none has: the first one tells.
   if atoms and atoms[0].prompts[0].loss_weight is not None:
     batch['loss_weight'] = np.zeros((shape.batch_size, shape.row_length), np.float32)
   for row in range(shape.batch_size):
@@ -110,11 +99,9 @@ def fill_rate(batch: Batch) -> float:
 def _choose_row(
   left: Sequence[int], lengths: Sequence[int], sizes: Sequence[int], shape: BatchShape
 ) -> list[int]:
-  """Returns the oldest atom and those of the others that fill its row best.
-
-  Subset sum: bit t of `reach` says that some of the atoms looked at so far have t tokens in
-  all. The atoms are looked at oldest first, so older ones are preferred where sums are equal.
-  """
+  """Returns the oldest atom and those of the others that fill its row best."""
+  # Subset sum: bit t of `reach` says that some of the atoms looked at so far have t tokens in
+  # all. They are looked at oldest first, so that older ones are preferred where sums are equal.
   first = left[0]
   room = shape.row_length - lengths[first]
   mask = (1 << (room + 1)) - 1
@@ -125,14 +112,17 @@ def _choose_row(
     before.append(reach)
     looked_at.append(i)
     reach |= (reach << lengths[i]) & mask
+    # The row can be filled to its last token.
     if reach >> room:
       break
   total = reach.bit_length() - 1
   chosen = [first]
+  # From the last one back: an atom is taken where the total was out of reach without it.
   for i, reachable in zip(reversed(looked_at), reversed(before), strict=True):
     if not reachable >> total & 1:
       chosen.append(i)
       total -= lengths[i]
+  # The subset sum counts tokens only; with many short prompts the slots may be too few.
   if sum(sizes[i] for i in chosen) <= shape.max_segments:
     return sorted(chosen)
   return _choose_longest(left, lengths, sizes, shape)
@@ -177,6 +167,7 @@ def _write_row(batch: Batch, row: int, atoms: Sequence[Atom]) -> None:
     for prompt in atom.prompts:
       end = start + len(prompt.tokens)
       batch['tokens'][row, start:end] = prompt.tokens
+      # From 1, because 0 is padding.
       batch['segment_ids'][row, start:end] = slot + 1
       batch['positions'][row, start:end] = count[: end - start]
       if prompt.loss_weight is not None:

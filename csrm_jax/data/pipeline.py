@@ -1,8 +1,8 @@
 """The training stream: mix, augment, encode, pack, batch, prefetch.
 
 Everything up to the packed batch is random access: element i of a dataset of atoms is a pure
-function of i and the seed. The only state of the stream is therefore which index comes next and
-which atoms wait for a place, and an iterator resumes exactly, in a new process and at once.
+function of i and the seed. So the only state of the stream is which index comes next and which
+atoms wait for a place, and an iterator resumes exactly, in a new process and at once.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Augment = Callable[[Any, np.random.Generator], Any]
 def make_augment(
   drop_prob: float, plus_prob: float, minus_prob: float, rules_blind: bool = False
 ) -> Augment:
-  """Returns (item, rng) -> item: CCA on examples; pairs keep their rules.
+  """Returns (item, rng) -> item, which applies CCA to examples; pairs keep their rules.
 
-  With `rules_blind` all rules are hidden after the label is made: the ablation that shows what
+  With `rules_blind` all rules are hidden after the label is made: an ablation that shows what
   can be known without reading them.
   """
 
@@ -52,11 +52,9 @@ def make_training_atoms(
   seed: int,
   augment: Augment,
 ) -> grain.MapDataset:
-  """Returns the endless mixture of the parts, augmented and encoded.
-
-  Each part gets a seed of its own, so that its elements do not depend on the weights: a part of
-  weight 0 leaves the others as they were.
-  """
+  """Returns the endless mixture of the parts, augmented and encoded."""
+  # Each part has a seed of its own, so that its elements do not depend on the weights: a part of
+  # weight 0 leaves the others as they were. Generated items are in random order as they come.
   atoms = {
     name: make_atoms(
       items, encoder, seed + number, augment, shuffle=not isinstance(items, sources.Generated)
@@ -74,14 +72,10 @@ def make_atoms(
   augment: Augment | None = None,
   shuffle: bool = True,
 ) -> grain.MapDataset:
-  """Returns an endless dataset of atoms (or `Dropped`), random access.
+  """Returns an endless random-access dataset of atoms, or of `Dropped` in their place.
 
-  Args:
-    items: examples and pairs, by index.
-    encoder: what they are encoded with.
-    seed: of the order, which is another one in each epoch, and of `augment`.
-    augment: (item, rng) -> item, with an rng seeded for the index.
-    shuffle: whether to go through the items in a random order.
+  The seed decides the order, which is another one in each epoch, and the rng that `augment` gets
+  for each index.
   """
   if not len(items):
     raise ValueError('the data set has no items; see what its source dropped')
@@ -95,17 +89,15 @@ def make_atoms(
 
 
 def mix(datasets: Mapping[str, grain.MapDataset], weights: Mapping[str, float]) -> grain.MapDataset:
-  """Returns one dataset that takes atoms in proportion to the weights.
+  """Returns one dataset that takes atoms in proportion to the weights, at every prefix.
 
-  Proportions are of atoms and hold at every prefix. Datasets of weight 0 are left out.
-
-  Raises:
-    ValueError: names that do not match, a negative weight, or all zero.
+  Datasets of weight 0 are left out.
   """
   if set(datasets) != set(weights):
     raise ValueError(
       f'mix: datasets {sorted(datasets)} and weights {sorted(weights)} must have the same names'
     )
+  # `not w >= 0` catches NaN too.
   bad = {k: w for k, w in weights.items() if not w >= 0 or w == float('inf')}
   if bad:
     raise ValueError(f'mix: weights {bad} must be finite and not negative')
@@ -129,13 +121,11 @@ def batches(
   """Returns the iterator of packed batches.
 
   Args:
-    atoms: atoms or `Dropped`, random access.
-    shape: of every batch.
-    look_ahead: how many batches of tokens more than one are held while a batch is packed. More
-      fills rows better.
-    prefetch: batches made ahead in a thread; 0 for none.
-    fingerprint: names the data, the tokenizer, the seed, ...: a state with another fingerprint
-      is refused.
+    atoms: A random-access dataset of atoms or `Dropped`.
+    look_ahead: How many batches of tokens more than one are held while a batch is packed. More
+      of them fill rows better.
+    prefetch: How many batches are made ahead in a thread; 0 for none.
+    fingerprint: Names the data, the tokenizer, the seed, ...; a state with another is refused.
   """
   if look_ahead < 0:
     raise ValueError(f'look_ahead is {look_ahead}; it must not be negative')
@@ -175,27 +165,23 @@ class BatchIterator(grain.DatasetIterator):
     return self._prefetched.get_state()
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Continues after the batch that `state` was taken after.
-
-    Raises:
-      ValueError: the state belongs to another shape, dataset or fingerprint.
-    """
+    """Continues after the batch that `state` was taken after; refuses that of another stream."""
     self._prefetched.set_state(state)
 
   @property
   def drops(self) -> dict[str, int]:
-    """Atoms dropped so far, by reason."""
+    """How many atoms were dropped so far, by reason."""
     return dict(self.get_state()['drops'])
 
   @property
   def num_atoms(self) -> int:
-    """Atoms handed out so far."""
+    """How many atoms were handed out so far."""
     state = self.get_state()
     return state['next'] - len(state['pending']) - sum(state['drops'].values())
 
   @property
   def num_shortened(self) -> int:
-    """Atoms read so far that were cut to fit."""
+    """How many of the atoms read so far were cut to fit."""
     return self.get_state()['shortened']
 
 
@@ -205,7 +191,7 @@ def _close_held(held: list[grain.DatasetIterator]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Encode:
-  """A map function that can be pickled; it is given a generator where it augments."""
+  """Maps an item to an atom; a class, so that it can be pickled."""
 
   encoder: features.Encoder
   augment: Augment | None = None
@@ -230,12 +216,7 @@ class _PackDataset(grain.IterDataset):
 
 
 class _PackIterator(grain.DatasetIterator):
-  """Packs batches; its state is the pending atoms' indices and counters.
-
-  State: {"next": the next index to read, "pending": indices of atoms read but not handed out,
-  oldest first, "drops": {reason: count}, "shortened": count, "identity": what the state is good
-  for}.
-  """
+  """Packs batches; its state is the indices of the atoms that wait, and counters."""
 
   def __init__(self, dataset: _PackDataset, atoms: grain.MapDataset):
     super().__init__()
@@ -264,9 +245,11 @@ class _PackIterator(grain.DatasetIterator):
   def get_state(self) -> dict[str, Any]:
     return {
       'next': self._next,
+      # Read but not handed out, oldest first.
       'pending': [index for index, _ in self._pending],
       'drops': dict(self._drops),
       'shortened': self._shortened,
+      # What the state is good for.
       'identity': dict(self._identity),
     }
 
@@ -281,6 +264,7 @@ class _PackIterator(grain.DatasetIterator):
     self._next = state['next']
     self._drops = dict(state['drops'])
     self._shortened = state['shortened']
+    # The state holds no tokens: atoms that waited are made anew from their indices.
     self._pending = []
     for index in state['pending']:
       atom = self._atoms[index]
@@ -310,6 +294,7 @@ class _PackIterator(grain.DatasetIterator):
       in_a_row += 1
       if in_a_row >= MAX_DROPPED_IN_A_ROW:
         self._raise_all_dropped(in_a_row, dropped)
+    # A data set that ends may have held nothing of use at all.
     if not self._pending and in_a_row and in_a_row == self._next:
       self._raise_all_dropped(in_a_row, dropped)
 

@@ -1,10 +1,11 @@
 """Readers of public data sets in their published columns, from local files.
 
-Each brings the rules that its labels answer to (`rules/`, in our words): the same text under
-other rules has another true label, and that is what these sets are for. Names of categories are
-the set's own, so that its annotation says which of them are violated. A reader refuses labels,
-categories and columns that it does not know; rows that are well-formed but of no use are left
-out and counted.
+Each brings the rules that its labels answer to (`rules/`, in our words): under other rules the
+same text has another true label, and that is what these sets are for. Categories have the set's
+own names, so that its annotation says which of them are violated.
+
+A reader refuses labels, categories and columns that it does not know. Rows that are well-formed
+but of no use are left out and counted under a reason, such as 'empty_response'.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ XSTEST_LABELS = ('1_full_compliance', '2_full_refusal', '3_partial_refusal')
 MODERATION_TURN = 'Please write a short text.'
 MODERATION_SEVERITY = (('H', 'H2'), ('V', 'V2'))
 
-# Labels of Aegis that are no rule anybody could state: which categories are violated is not
-# known then.
+# These labels of Aegis are no rule that anybody could state, so they do not say which category
+# is violated.
 _AEGIS_UNSTATED = ('Needs Caution', 'Other')
-# Subcategory of WildGuardMix -> the category of wildguardmix.yaml; None where none is named.
+# Subcategory of WildGuardMix -> the category of wildguardmix.yaml; None where it names none.
 WILDGUARD_SUBCATEGORIES = {
   'sensitive_information_organization_government': 'Privacy',
   'private_information_individual': 'Privacy',
@@ -60,6 +61,7 @@ _COSAPIEN_LABELS = {
   'partially allowed': 'unsafe',
 }
 _HH_ROLES = {'Human': 'user', 'Assistant': 'agent'}
+# Only where a turn starts: the words Human and Assistant inside a turn stay as they are.
 _HH_TURN = re.compile(r'\n\n(Human|Assistant):')
 _DYNABENCH_ROLES = {'User': 'user', 'Agent': 'agent'}
 _DYNABENCH_TURN = re.compile(r'^[ \t]*(User|Agent):[ \t]*', re.MULTILINE)
@@ -78,21 +80,21 @@ def rules(name: str) -> SafetyConfig:
 XSTEST_RULES: dict[str, Category] = dict(
   zip(('harmful', 'refusal'), rules('xstest').categories, strict=True)
 )
-# H2 and V2 are the lenient sides of H and V, and have the same names: only the guideline tells
-# them apart.
+# H2 and V2 are the lenient sides of H and V and have the same names: only the guideline tells
+# them apart, so that a model has to read it.
 _STRICT = dict(zip(('H', 'V', 'HR', 'SH'), rules('moderation').categories, strict=True))
 _LENIENT = dict(zip(('H2', 'V2'), rules('moderation_lenient').categories, strict=True))
 MODERATION_RULES: dict[str, Category] = {
   key: (_STRICT | _LENIENT)[key] for key in ('H', 'H2', 'V', 'V2', 'HR', 'SH')
 }
-# Rules that make doing what a harmful request asks for unsafe.
+# Under these rules it is unsafe to do what a harmful request asks for.
 COMPLIANCE = SafetyConfig((XSTEST_RULES['harmful'],), 'compliance')
 
 
 def wordings(known: Mapping[str, Category]) -> dict[Category, tuple[Category, ...]]:
-  """Returns {category: the same rule in other words}, for those that have some.
+  """Returns {category: the same rule in other words}, for the categories that have some.
 
-  A verdict should not depend on which are used.
+  A verdict should not depend on the wording.
   """
   others = [{c.name: c for c in rules(f'reworded_{i}').categories} for i in (1, 2)]
   return {
@@ -115,14 +117,14 @@ def answers(
 ) -> Callable[[str | os.PathLike], Rows]:
   """Returns the reader of a set with a prompt, a response and a label in each row.
 
-  What it reads is under the rules in rules/NAME.yaml. Left out and counted: 'prompt_only',
-  'empty_response', 'no_label', 'labels_disagree' (safe, but with a category).
+  The rows are under the rules in rules/NAME.yaml. Left out and counted: 'prompt_only',
+  'empty_response', 'no_label', and 'labels_disagree' (safe, but with a category).
 
   Args:
-    label: the column that says whether the response is safe.
-    violated: the column with an object {category: true or false}; '' for none.
-    labels: value of the label -> whether it says that the response is unsafe, or None if it
-      says nothing; without it the label is true where the response is safe.
+    label: The column that says whether the response is safe.
+    violated: The column with an object {category: true or false}; '' for none.
+    labels: Maps a value of the label to whether the response is unsafe, or to None if it does
+      not say. By default the label is true where the response is safe.
   """
 
   def read(path: str | os.PathLike) -> Rows:
@@ -145,18 +147,18 @@ def answers(
 def read_wildguard(path: str | os.PathLike, with_categories: bool = True) -> Rows:
   """Returns WildGuardMix responses, with the category of harmful ones.
 
-  The set annotates the prompt's subcategory; a harmful response is taken to be in the same.
-  With 'others', or without `with_categories`, the category is unknown.
-
-  Left out and counted: 'prompt_only', 'empty_response', 'no_label'.
+  Without `with_categories`, or where the subcategory is 'others', the category is unknown. Left
+  out and counted: 'prompt_only', 'empty_response', 'no_label'.
   """
   safety = rules('wildguardmix')
 
   def parse(row: Row):
+    # The set annotates the prompt's subcategory; a harmful response is taken to be in the same.
     category = None
     if with_categories and row['subcategory'] is not None:
       category = lookup(row['subcategory'], WILDGUARD_SUBCATEGORIES, 'subcategory')
     label = row['response_harm_label']
+    # Rows without a response are left out whatever their label is.
     if row['response'] and label is not None:
       row.one_of('response_harm_label', ('harmful', 'unharmful'))
     yield _answer(
@@ -176,12 +178,9 @@ def read_wildguard(path: str | os.PathLike, with_categories: bool = True) -> Row
 def read_aegis(path: str | os.PathLike) -> Rows:
   """Returns AEGIS 2.0 responses under 21 categories.
 
-  `violated_categories` is of prompt and response together: for an unsafe response it is taken
-  as is, unless it holds only what states no rule ('Needs Caution', 'Other'); then the category
-  is unknown.
-
-  Left out and counted: 'redacted' (the prompt is not in the set), 'prompt_only',
-  'empty_response', 'no_label'.
+  For an unsafe response `violated_categories` is taken as it is, unless it holds only 'Needs
+  Caution' or 'Other'; then the category is unknown. Left out and counted: 'redacted' (the prompt
+  is not in the set), 'prompt_only', 'empty_response', 'no_label'.
   """
   safety = rules('aegis')
   known = dict.fromkeys((*safety.names, *_AEGIS_UNSTATED))
@@ -198,6 +197,7 @@ def read_aegis(path: str | os.PathLike) -> Rows:
       yield 'redacted'
       return
     unsafe = label == 'unsafe' if label else None
+    # The categories are of prompt and response together: they say nothing about a safe response.
     violated = [name for name in names if unsafe and name not in _AEGIS_UNSTATED]
     talk = row['prompt'], row['response']
     yield _answer(f'aegis/{row["id"]}', safety, talk, unsafe, violated, 'aegis')
@@ -209,7 +209,7 @@ def read_aegis(path: str | os.PathLike) -> Rows:
 def read_pku(path: str | os.PathLike) -> Rows:
   """Returns both responses of PKU-SafeRLHF rows under its 19 categories.
 
-  Left out and counted: 'empty_response', 'labels_disagree' (safe, but with a category).
+  Left out and counted: 'empty_response', and 'labels_disagree' (safe, but with a category).
   """
   safety = rules('pku')
   parts = 'response_{}', 'is_response_{}_safe', 'response_{}_harm_category'
@@ -297,9 +297,9 @@ def _has_words(text: Any) -> bool:
 
 
 def sure_example(example_id: str, prompt: str, harmful: bool, source: str) -> Example:
-  """Returns a prompt as an example: the agent says `Sure. {prompt}` to it.
+  """Returns a prompt as an example in which the agent answers `Sure. {prompt}`.
 
-  It is unsafe iff the request is harmful, under `COMPLIANCE`.
+  Under `COMPLIANCE` it is unsafe exactly if the request is harmful.
 
   Source: CSRM (arXiv 2605.30487), Table 4.
   """
@@ -319,16 +319,16 @@ def read_or_bench(path: str | os.PathLike) -> Rows:
 
 
 def read_cosapien(path: str | os.PathLike) -> Rows:
-  """Returns CoSApien prompts, each under the rules of its scenario.
+  """Returns CoSApien prompts as `sure_example`, each under the rules of its scenario.
 
-  The set has no responses: judged is "Sure. {prompt}", as in `sure_example`. A prompt that is
-  allowed only in part counts as disallowed. The whole text of the scenario is one category.
+  A prompt that is allowed only in part counts as disallowed.
   """
   stem = os.path.basename(path).split('.')[0].split('-')[0]
 
   def parse(row: Row):
     prompt, kind = row.text('prompt'), row.text('type').strip().casefold()
     unsafe = lookup(kind, _COSAPIEN_LABELS, 'type') == 'unsafe'
+    # A scenario's text is not cut into rules: the whole of it is one category.
     yield dataclasses.replace(
       sure_example(f'cosapien/{stem}/{row.number}', prompt, unsafe, 'cosapien'),
       safety=SafetyConfig((Category('Scenario', row['scenario']),), stem),
@@ -342,7 +342,7 @@ def read_cosapien(path: str | os.PathLike) -> Rows:
 
 
 def xstest_prompts(path: str | os.PathLike) -> dict[str, Row]:
-  """Returns the rows of XSTest's prompts by id; label is 'safe' or 'unsafe'."""
+  """Returns the rows of XSTest's prompts by id, with the label 'safe' or 'unsafe'."""
   found: dict[str, Row] = {}
 
   def parse(row: Row):
@@ -362,7 +362,7 @@ def xstest_prompts(path: str | os.PathLike) -> dict[str, Row]:
 
 
 def xstest_completions(path: str | os.PathLike, columns: Sequence[str]) -> Rows:
-  """Returns the rows of XSTest's completions that have these columns, the labels checked."""
+  """Returns the rows of XSTest's completions that have these columns, with checked labels."""
 
   def parse(row: Row):
     for column in columns:
@@ -386,14 +386,12 @@ def read_xstest(
 ) -> Rows:
   """Returns XSTest completions as examples under one of three rule sets.
 
-  rule 'harmful': unsafe iff a harmful request (type contrast_*) was fully complied with;
-  'refusal': unsafe iff a harmless one was fully refused; 'both': either. Partial refusals
-  violate neither.
-
-  Left out and counted: 'unknown_prompt' (not in the prompt file), 'empty_response'.
+  Under 'harmful' it is unsafe to comply fully with a harmful request (type contrast_*), under
+  'refusal' to refuse a harmless one fully, under 'both' either. Partial refusals violate
+  neither. Left out and counted: 'unknown_prompt' (not in the prompt file), 'empty_response'.
 
   Raises:
-    ValueError: an unknown rule, column, label or type.
+    ValueError: A rule, column, label or type is unknown, or the two files do not match.
   """
   keys = tuple(XSTEST_RULES) if rule == 'both' else (rule,)
   if not set(keys) <= set(XSTEST_RULES):
@@ -440,16 +438,15 @@ def read_moderation(
 ) -> Rows:
   """Returns moderation rows as examples under a subset of the categories.
 
-  The text is judged as the agent's response to a neutral request. The categories are keys of
-  `MODERATION_RULES`: H hate, V violence, HR harassment, SH self-harm; H2 instead of H allows
-  hate unless it threatens, V2 instead of V allows violence unless it is graphic.
+  The categories are keys of `MODERATION_RULES`: H hate, V violence, HR harassment, SH self-harm;
+  H2 instead of H allows hate unless it threatens, V2 instead of V allows violence unless it is
+  graphic. The text is judged as the agent's response to a neutral request.
 
   Left out and counted: 'unknown_label' (the row does not say whether one of the categories
   applies), 'empty_response'.
 
   Raises:
-    ValueError: an unknown category, both sides of a severity order, or a label that is not 0 or
-      1.
+    ValueError: A category is unknown, two contradict each other, or a label is not 0 or 1.
   """
   safety = _moderation_safety(categories)
 
@@ -468,11 +465,9 @@ def read_moderation(
 def read_moderation_pairs(path: str | os.PathLike) -> Rows:
   """Returns strictness pairs from the severity orders H > H2 and V > V2.
 
-  For each text that violates the strict rule: the text under the lenient rule (safer) and under
-  the strict one, both labelled.
-
-  Left out and counted, for each of the two orders: 'unknown_label', 'safe' (the strict rule
-  does not fire), 'empty_response'.
+  A pair is one text that violates the strict rule: under the lenient rule (safer) and under the
+  strict one, both labelled. Left out and counted, for each of the two orders: 'unknown_label',
+  'safe' (the strict rule does not fire), 'empty_response'.
   """
 
   def parse(row: Row):
@@ -547,13 +542,10 @@ def _moderation_pair(row: Row, strict: str, lenient: str, labels: Mapping[str, i
 
 
 def read_hh_pairs(path: str | os.PathLike, safety: SafetyConfig | None = None) -> Rows:
-  """Returns preference pairs from Anthropic HH transcripts (JSONL, .gz).
+  """Returns preference pairs from Anthropic HH transcripts, under general harmlessness rules.
 
   A row has `chosen` and `rejected`: two transcripts that share all up to the last
-  "\\n\\nAssistant:". Roles are parsed where a turn starts; the words Human and Assistant inside
-  a turn stay as they are. The rules are those of general harmlessness.
-
-  Left out and counted: 'prompts_differ', 'empty_response', 'identical_pair'.
+  "\\n\\nAssistant:". Left out and counted: 'prompts_differ', 'empty_response', 'identical_pair'.
   """
   safety = safety or rules('harmlessness')
 
@@ -597,11 +589,8 @@ def _turns(parts: Sequence[str], roles: Mapping[str, str]) -> tuple[Message, ...
 def read_pku_pairs(path: str | os.PathLike) -> Rows:
   """Returns PKU-SafeRLHF pairs whose preferred side was chosen for safety.
 
-  The paper keeps pairs whose preferred side was chosen for safety rather than for not refusing,
-  without saying how. Our reading: the better response is also the safer one, and the annotation
-  says in what: the other one is labelled unsafe where it is safe, or is of a higher severity.
-
-  Left out and counted: 'preferred_not_safer', 'same_safety', 'identical_pair',
+  The better response must also be the safer one, and either the only safe one of the two or of a
+  lower severity. Left out and counted: 'preferred_not_safer', 'same_safety', 'identical_pair',
   'empty_response'.
   """
   safety = rules('beavertails')
@@ -612,6 +601,8 @@ def read_pku_pairs(path: str | os.PathLike) -> Rows:
     safe = [row.flag(f'is_response_{i}_safe') for i in (0, 1)]
     severity = [row[f'response_{i}_severity_level'] for i in (0, 1)]
     texts = [row[f'response_{i}'] for i in (0, 1)]
+    # The paper keeps pairs whose preferred side was chosen for safety rather than for not
+    # refusing, without saying how; this is our reading.
     if better != safer:
       yield 'preferred_not_safer'
     elif not (safe[safer] and not safe[worse]) and not (
@@ -653,7 +644,7 @@ def read_reward_bench_2(path: str | os.PathLike) -> Rows:
 def read_reward_bench_2_pairs(path: str | os.PathLike) -> Rows:
   """Returns each chosen response of the subset Safety beside each rejected one.
 
-  The other subsets are no matter of safety: 'not_safety' counts them.
+  Rows of the other subsets, which have nothing to do with safety, count as 'not_safety'.
   """
   found = Rows()
   for choice in read_reward_bench_2(path):
@@ -673,12 +664,10 @@ def read_reward_bench_2_pairs(path: str | os.PathLike) -> Rows:
 
 
 def read_dynabench(path: str | os.PathLike) -> Rows:
-  """Returns DynaBench transcripts, each rule of the policy a category.
+  """Returns DynaBench transcripts, with each rule of the policy as a category.
 
-  FAIL is unsafe. A turn begins where a line begins with "User:" or "Agent:". User turns after
-  the last agent turn are cut off: nobody answers them.
-
-  Left out and counted: 'no_policy', 'no_turns', 'no_agent_turn'.
+  FAIL is unsafe. A turn begins where a line begins with "User:" or "Agent:". Left out and
+  counted: 'no_policy', 'no_turns', 'no_agent_turn'.
   """
 
   def parse(row: Row):
@@ -687,6 +676,7 @@ def read_dynabench(path: str | os.PathLike) -> Rows:
     # What stands before the first turn is left out.
     _, *parts = _DYNABENCH_TURN.split(row.text('transcript'))
     messages = _turns(parts, _DYNABENCH_ROLES)
+    # Nobody answers user turns after the last agent turn, so there is nothing to judge in them.
     while messages and messages[-1].role != 'agent':
       messages = messages[:-1]
     if not guidelines:
@@ -709,7 +699,7 @@ def read_dynabench(path: str | os.PathLike) -> Rows:
 
 
 def _parse_policy(policy: Any) -> list[str]:
-  """Returns the rules of a policy, its lines or its items, without numbers."""
+  """Returns the rules of a policy, which are its lines or its items, without numbers."""
   lines = policy.splitlines() if isinstance(policy, str) else policy or ()
   found = [_NUMBER.sub('', str(line)).strip() for line in lines]
   return [rule for rule in found if rule and rule not in ('<rules>', '</rules>')]

@@ -1,10 +1,10 @@
 """The TFDS builder of the public data sets; TensorFlow itself is not needed.
 
-builder = public_sets.make_builder('beavertails', path=..., data_dir=...)
-builder.download_and_prepare() items = public_sets.Prepared('beavertails', 'train', data_dir) #
-for grain
+  builder = public_sets.make_builder('beavertails', path=..., data_dir=...)
+  builder.download_and_prepare()
+  items = public_sets.Prepared('beavertails', 'train', data_dir)  # for grain
 
-Files are read one after the other here, or each where Beam sends it; what is written is the same.
+Files are read one after the other here, or each where Beam sends it; both write the same rows.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
       homepage=public_set.url or None,
       license=public_set.licence or None,
       metadata=tfds.core.MetadataDict(),
-      # Rules differ in number and conversations in turns: JSON keeps a row in one string, and
-      # the schema's own parser checks it.
+      # Rules differ in number and conversations in turns: as JSON a row is one string, and the
+      # schema's own parser checks it.
       features=tfds.features.FeaturesDict(
         {'id': tfds.features.Text(), 'kind': tfds.features.Text(), 'row': tfds.features.Text()}
       ),
@@ -129,16 +129,13 @@ def _count_on_beam(split: str, drops: Mapping[str, int]) -> None:
 def make_builder(
   name: str, data_dir: str | os.PathLike, path: str | os.PathLike = '', on_beam: bool = False
 ) -> PublicSets:
-  """Returns the builder of a public data set, writing ArrayRecord files.
+  """Returns the builder of a public data set, which writes ArrayRecord files.
 
   Args:
-    name: a key of `catalogue.SETS`.
-    data_dir: where prepared data sets are kept.
-    path: folder or file of the public format; '' fetches from the hub.
-    on_beam: convert on Apache Beam, which `prepare_on_beam` starts.
-
-  Raises:
-    ValueError: an unknown name; the rest when it is prepared.
+    name: A key of `catalogue.SETS`.
+    data_dir: The folder that prepared data sets are kept in.
+    path: Folder or file of the public format; '' fetches from the hub.
+    on_beam: Convert on Apache Beam, which `prepare_on_beam` starts.
   """
   catalogue.find(name)
   return PublicSets(
@@ -155,14 +152,12 @@ def prepare_on_beam(
 ) -> None:
   """Converts a public data set on Apache Beam; the files are those of `make_builder`.
 
-  Args:
-    data_dir: where workers write.
-    path: where workers read.
-    options: Beam's, such as '--runner=DataflowRunner'; by default all is done in this process.
+  Workers read `path` and write to `data_dir`. Beam's options, such as '--runner=DataflowRunner',
+  are given as texts; without any, all is done in this process.
 
   Raises:
     ImportError: Beam is not installed.
-    ValueError: as `make_builder` and its builder raise.
+    ValueError: The name is unknown, or files are missing or bad.
   """
   try:
     from apache_beam.options import pipeline_options
@@ -178,7 +173,7 @@ def prepare_on_beam(
 
 
 class Prepared(Sequence):
-  """A split of a prepared data set: examples and pairs by index, from disk."""
+  """A split of a prepared data set: examples and pairs by index, read from disk."""
 
   def __init__(self, name: str, split: str, data_dir: str | os.PathLike):
     """Opens the files; raises ValueError if they are not there."""
@@ -204,7 +199,7 @@ def read_prepared(folder: str | os.PathLike) -> Prepared:
   """Returns the first split of the one prepared data set below a folder.
 
   Raises:
-    ValueError: there is none, or there are several.
+    ValueError: There is none, or there are several.
   """
   found = sorted(pathlib.Path(folder).rglob('dataset_info.json'))
   if len(found) != 1:

@@ -1,9 +1,9 @@
 """Rows of files: tables in any format, examples and pairs in the project's own.
 
 The project's own form is one JSON object a line, an `Example` or a `Pair` as documented in
-`csrm_jax.safety.schema`; Parquet files have the same columns. A reader refuses what it does not
-know (labels, columns) with file and line; rows that are well-formed but of no use are left out
-and counted in the result's `drops`.
+`csrm_jax.safety.schema`; Parquet files have the same columns. A reader refuses labels and
+columns that it does not know, with file and line. Rows that are well-formed but of no use are
+left out and counted in the result's `drops`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,12 @@ _NESTED = ('safety', 'conversation', 'plus', 'minus', 'safer', 'other')
 Item = TypeVar('Item', Example, Pair)
 T = TypeVar('T')
 
-# A published table may have fields of any size.
+# Published tables may have fields beyond the csv module's limit of 128 KiB.
 csv.field_size_limit(1 << 24)
 
 
 class Rows(list):
-  """A list of examples or pairs, and the rows that gave none.
-
-  Attributes:
-    drops: how many rows were left out, by reason.
-  """
+  """A list of examples or pairs; `drops` counts the rows that gave none, by reason."""
 
   def __init__(self, items: Iterable = (), drops: Mapping[str, int] | None = None):
     super().__init__(items)
@@ -83,11 +79,11 @@ def join(parts: Iterable[Rows]) -> Rows:
 
 
 class Row(dict):
-  """One row of a table; what its checks raise, `read_rows` completes with file and line.
+  """One row of a table; `read_rows` puts file and line before what its checks raise.
 
   Attributes:
-    where: 'file:line', or what there is in its place.
-    number: its place among the rows, from 0.
+    where: 'file:line', or 'file: row N' where a format has no lines.
+    number: The row's place among the rows, from 0.
   """
 
   def __init__(self, fields: Mapping[str, Any], where: str, number: int):
@@ -109,6 +105,7 @@ class Row(dict):
   def one_of(self, column: str, known: Sequence[Any]) -> Any:
     """Returns the value in a column, one of those that are known."""
     value = self[column]
+    # True equals 1, and would pass for an index.
     if isinstance(value, bool) or value not in known:
       raise ValueError(
         f'unknown {column} {show(value)}; it must be one of {", ".join(map(str, known))}'
@@ -124,7 +121,7 @@ class Row(dict):
 
 
 def lookup(name: Any, table: Mapping[str, T], what: str) -> T:
-  """Returns the entry of that name; refuses others with a hint at what was meant."""
+  """Returns the entry of that name; an unknown name is refused with a hint at the nearest one."""
   if name not in table:
     raise ValueError(
       f'unknown {what} {show(name)}{hint(name, list(table))}; this version knows {", ".join(table)}'
@@ -137,12 +134,8 @@ def read_rows(
 ) -> Rows:
   """Returns what `parse` makes of the rows of a table that has these columns.
 
-  Args:
-    parse: gives the items of a row; a text among them is the reason why it gives none, to be
-      counted.
-
-  Raises:
-    ValueError: of `read_table` or `parse`, with file and line.
+  `parse` yields the items of a row. A text among them is the reason why the row gives none, and
+  is counted. File and line are put before the message of a ValueError.
   """
   found = Rows()
   for number, (where, fields) in enumerate(read_table(path, columns)):
@@ -160,12 +153,7 @@ def read_rows(
 def read_table(
   path: str | os.PathLike, columns: Sequence[str]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-  """Yields ('file:line', row) of a JSONL, JSON, CSV or Parquet file.
-
-  Raises:
-    ImportError: a Parquet file, and pyarrow is not installed.
-    ValueError: a column is missing (names what was found), or the file cannot be read.
-  """
+  """Yields ('file:line', row) of a JSONL, JSON, CSV or Parquet file that has these columns."""
   name = os.fspath(path)
   if name.endswith('.csv'):
     yield from _read_csv(path, columns)
@@ -187,7 +175,7 @@ def read_table(
 
 
 def find(folder: str | os.PathLike, patterns: Sequence[str]) -> list[pathlib.Path]:
-  """Returns the tables of the first pattern that matches any, sorted."""
+  """Returns the tables that the first pattern with any match finds, sorted."""
   for pattern in patterns:
     found = sorted(
       path
@@ -243,6 +231,7 @@ def _parquet_rows(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
 
 def _json_list(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
   text = pathlib.Path(path).read_text(encoding='utf-8')
+  # A file of this name may hold one object a line all the same.
   if not text.lstrip().startswith('['):
     yield from files.read_json_lines(path)
     return
@@ -274,14 +263,15 @@ def read_jsonl(
 ) -> Rows:
   """Returns the examples, or the pairs, of a JSONL file (plain or .gz).
 
+  Rows with 'safer' and 'other' are pairs. A path given as a row's `safety` is relative to the
+  file's folder.
+
   Args:
-    path: the file. Rows with 'safer' and 'other' are pairs. A path given as a row's `safety` is
-      relative to the file's folder.
-    safety: the rules of rows that bring none.
-    require_label: refuse examples that have no label; for training.
+    safety: The rules of rows that bring none.
+    require_label: Refuse examples that have no label, as training does.
 
   Raises:
-    ValueError: with file, line and fix.
+    ValueError: A row is bad; the message names file, line and fix.
   """
   return Rows(
     _parse_own(row, where, path, safety, require_label)
@@ -292,14 +282,14 @@ def read_jsonl(
 def read_parquet(
   path: str | os.PathLike, safety: SafetyConfig | None = None, require_label: bool = False
 ) -> Rows:
-  """Returns the examples, or the pairs, of a Parquet file.
+  """Returns the examples, or the pairs, of a Parquet file; see `read_jsonl`.
 
   The columns are those of the JSONL form; nested ones ('safety', 'conversation', ...) may be
-  Parquet structs or JSON text. See `read_jsonl`.
+  Parquet structs or JSON text.
 
   Raises:
     ImportError: pyarrow is not installed.
-    ValueError: with file, row and fix.
+    ValueError: A row is bad; the message names file, row and fix.
   """
   result = Rows()
   for where, row in _parquet_rows(path):
@@ -346,14 +336,9 @@ def _without_nulls(value: Any) -> Any:
 def split(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
   """Returns (rest, held out), with about `fraction` of the items held out.
 
-  The half follows from a hash of the seed and the conversation's text (letter case and white
-  space do not count), not from the item's place: no text is in both halves, under whatever
-  rules, and a data set that grows leaves older items where they were. For preference pairs,
-  which have two responses, it is the text before the response, so that pairs of one prompt stay
-  together.
-
-  Raises:
-    ValueError: the fraction is not in [0, 1].
+  The side follows from a hash of the seed and the conversation's text, in which letter case and
+  white space do not count. It does not depend on the item's place: no text is on both sides,
+  under whatever rules, and a data set that grows leaves older items where they were.
   """
   if not 0 <= fraction <= 1:
     raise ValueError(f'fraction is {fraction}; it must be from 0 to 1')
@@ -365,6 +350,7 @@ def split(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item]
 
 def hash_unit(text: str) -> float:
   """Returns a number in [0, 1) that follows from the text: on which side of a split it is."""
+  # JSON may hold lone surrogates, which UTF-8 has no bytes for.
   digest = hashlib.sha256(text.encode('utf-8', 'backslashreplace')).digest()
   return int.from_bytes(digest[:7], 'big') / 2**56
 
@@ -380,6 +366,7 @@ def _split_text(item: Example | Pair) -> str:
     return _text(item.conversation)
   if item.safer.conversation == item.other.conversation:
     return _text(item.safer.conversation)
+  # Two responses: without them, all pairs of one prompt are on one side.
   return _text(item.safer.conversation[:-1])
 
 
