@@ -1,7 +1,7 @@
-"""Chat templates: what a backbone wants around the text of a user.
+"""Chat templates: the text that a backbone expects around a user's message.
 
-A model's own jinja template is rendered once, with one user message that only holds a marker, and
-cut at the marker. What was in front and behind is text of the template; conversations never go
+A model's own jinja template is rendered once, with one user message that is only a marker, and
+the result is cut at the marker. The parts are text of the template; conversations never go
 through jinja.
 """
 
@@ -14,28 +14,27 @@ from collections.abc import Mapping
 
 from csrm_jax.text import tokenizer
 
-# Survives whatever a template does to a message: strip, split, escape.
+# It survives whatever a template does to a message: strip, split, escape.
 _MARKER = 'csrm0content0goes0here'
 _TEMPLATE_FILE = 'chat_template.jinja'
 _SPECIAL = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 
 
 def wrap(template: str, special_tokens: Mapping[str, str], bos: str | None) -> tuple[str, str]:
-  """Returns the text before a user's message, and from there to the answer.
+  """Returns (prefix, suffix): the template's text around a user's message.
 
-  The next token behind the suffix is the first of the assistant's turn. Templates that can are told
-  not to think, and those that know the date say the one that is written in them, whatever the day.
+  The next token after the suffix is the first of the assistant's turn. Templates are told not to
+  think, if they can. The result does not depend on the current date.
 
   Args:
-    template: jinja, as in a tokenizer_config.json.
-    special_tokens: texts of 'bos_token', 'eos_token', ... for the template.
-    bos: the token that the encoder puts in front of every prompt, or None. A template that writes
-      it too has it removed, so that there is one.
+    special_tokens: Texts of 'bos_token', 'eos_token', ... for the template.
+    bos: The token that the encoder puts before every prompt, or None. It is removed if the
+      template writes it too.
 
   Raises:
-    ImportError: no package jinja2.
-    ValueError: the template cannot be rendered, drops, repeats or changes the message, has nothing
-      behind it, or writes the begin of text elsewhere.
+    ImportError: The package jinja2 is missing.
+    ValueError: The template cannot be rendered or drops, repeats or changes the message, or its
+      suffix is empty, or it writes `bos` elsewhere.
   """
   text = _render(template, special_tokens)
   if text.count(_MARKER) != 1:
@@ -44,12 +43,14 @@ def wrap(template: str, special_tokens: Mapping[str, str], bos: str | None) -> t
       ' so once; use the template of an instruction-tuned model, or none'
     )
   prefix, suffix = text.split(_MARKER)
+  # Without this text the model would go on with the user's turn.
   if not suffix.strip():
     raise ValueError(
       "the chat template has nothing behind the user message that opens the assistant's turn"
       ' (add_generation_prompt); use the template of an instruction-tuned model, or none'
     )
   if bos:
+    # The encoder adds it, and a prompt must hold it once.
     prefix = prefix.removeprefix(bos)
     if bos in prefix or bos in suffix:
       raise ValueError(
@@ -62,11 +63,11 @@ def wrap(template: str, special_tokens: Mapping[str, str], bos: str | None) -> t
 def read(folder: str | os.PathLike) -> tuple[str | None, dict[str, str]]:
   """Returns (template or None, special tokens) of a Hugging Face folder.
 
-  The template is that of chat_template.jinja, else of tokenizer_config.json; of several, the one
-  that is named 'default'.
+  chat_template.jinja comes before tokenizer_config.json; of several templates there, the one
+  named 'default' counts.
 
   Raises:
-    ValueError: a file that cannot be read, or several without a default.
+    ValueError: A file cannot be read, or none of several templates is the default.
   """
   folder = pathlib.Path(folder)
   settings = tokenizer.read_settings(folder / 'tokenizer.json')
@@ -103,8 +104,9 @@ def _render(template: str, special_tokens: Mapping[str, str]) -> str:
   def raise_exception(message: str) -> None:
     raise ValueError(message)
 
-  # The settings that templates are written for; strftime_now is left out, so that a prompt does
-  # not depend on the day.
+  # These are the settings that templates are written for. strftime_now is left out: templates then
+  # write a fixed date, and a prompt does not depend on the day. The sandbox is needed because a
+  # template is somebody else's program.
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
@@ -121,7 +123,7 @@ def _render(template: str, special_tokens: Mapping[str, str]) -> str:
       documents=None,
       **special_tokens,
     )
-  except Exception as error:  # A template is a program of somebody else's.
+  except Exception as error:  # A template may raise anything.
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
     raise ValueError(
       f'the chat template cannot be rendered ({reason}); use the template of an instruction-tuned'

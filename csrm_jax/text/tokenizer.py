@@ -1,9 +1,9 @@
 """SentencePiece and Hugging Face tokenizers behind one protocol.
 
-Text of users, agents and rules goes through `encode`, which never returns a control id, whatever
-the text holds. Only text that the template wrote goes through `encode_control`. Neither adds a
-begin- or end-of-text token, and both encode their text as the continuation of another text, so that
-the tokens of a prompt are those of its segments in a row.
+`encode` takes the text of users, agents and rules, and never returns a control id, whatever the
+text holds. `encode_control` takes only text that the template wrote. Neither adds a begin- or
+end-of-text token. Both encode their text as the continuation of another text, so the tokens of a
+prompt are the tokens of its segments in a row.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import sentencepiece
 if TYPE_CHECKING:
   import tokenizers
 
-_WORD_MARK = '\u2581'  # SentencePiece writes a space so, inside a piece
-# What looks like a control token, even where a vocabulary lists it as text.
+_WORD_MARK = '\u2581'  # SentencePiece writes a space like this inside a piece
+# A text that looks like a control token, even where a vocabulary lists it as plain text.
 _TAG = re.compile(r'<[^\s<>]+>|\[[A-Z_]+\]')
-# Looked for where neither the caller nor tokenizer_config.json names them.
+# Usual names, for when neither the caller nor tokenizer_config.json gives one.
 _EOS = (
   *('<|eot_id|>', '<|im_end|>', '<end_of_turn>', '<|end_of_text|>'),
   *('<eos>', '</s>', '<|endoftext|>'),
@@ -36,16 +36,14 @@ _PAD = ('<pad>', '[PAD]', '<|pad|>', '<|finetune_right_pad_id|>', '<|endoftext|>
 
 @runtime_checkable
 class Tokenizer(Protocol):
-  """What the package needs of a tokenizer; instances can be pickled.
+  """The interface of a tokenizer; instances can be pickled.
 
   Attributes:
-    vocab_size: one more than the largest id.
-    bos_id: the id that opens a text, None for models that have none.
-    eos_id: the id that closes a text or turn.
-    pad_id: fills what nobody reads; may equal eos_id.
-    digest: sha256 (hex) of the model file.
-    opens_with_space: whether the model was trained on prompts whose first plain text has a space in
-      front that nobody wrote. `encode` never adds it; who writes the beginning of a prompt does.
+    vocab_size: One more than the largest id.
+    pad_id: Fills places that nobody reads; it may equal eos_id.
+    digest: The sha256 (hex) of the model file.
+    opens_with_space: Whether the model was trained on prompts whose first plain text has an
+      extra space in front. `encode` never adds it; the writer of the beginning of a prompt does.
   """
 
   vocab_size: int
@@ -59,21 +57,21 @@ class Tokenizer(Protocol):
     """Returns the ids of plain text, never a control id."""
 
   def encode_control(self, text: str) -> list[int]:
-    """Returns the ids of template text, the longest control tokens first."""
+    """Returns the ids of template text; the longest control tokens match first."""
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of the ids; control ids count as no text."""
+    """Returns the text of the ids; control ids give no text."""
 
   def piece(self, token: int) -> str:
-    """Returns what the vocabulary calls an id, for people to read."""
+    """Returns the vocabulary's own name of an id, for people to read."""
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   """Returns the tokenizer in a .model (SentencePiece) or tokenizer.json file.
 
   Raises:
-    ImportError: a tokenizer.json, and no package `tokenizers`.
-    ValueError: another suffix, or the file is not what its suffix says.
+    ImportError: A tokenizer.json needs the package `tokenizers`, and it is missing.
+    ValueError: The suffix is another one, or the content does not fit it.
   """
   suffix = pathlib.Path(path).suffix
   if suffix == '.model':
@@ -87,13 +85,13 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 class _WithControl:
-  """What both kinds share: the control tokens, which only the template may write."""
+  """The handling of control tokens, which both kinds of tokenizers share."""
 
   def _set_control(self, control: Mapping[str, int], where: str) -> None:
     self._control = control
     self._pattern = _alternatives(control)
     self._memo: dict[str, list[int]] = {}
-    # The template keeps its blocks apart by line breaks.
+    # The template separates its blocks by line breaks.
     if self.encode('a\nb') == self.encode('a b'):
       raise ValueError(
         f'{where}: encodes a line break as a space, so that text could forge the lines of the'
@@ -101,7 +99,7 @@ class _WithControl:
       )
 
   def encode_control(self, text: str) -> list[int]:
-    # The template has a handful of control texts: remember them.
+    # The template has only a few control texts, and writes them in every prompt.
     ids = self._memo.get(text)
     if ids is None:
       ids, end = [], 0
@@ -118,8 +116,8 @@ class _WithControl:
 class SentencePieceTokenizer(_WithControl):
   """A tokenizer from a SentencePiece .model file (its path or its bytes).
 
-  A model that was trained with a dummy prefix puts a space before each segment; its tokenizer.json
-  does not (HFTokenizer).
+  A model that was trained with a dummy prefix puts a space before each segment. Its
+  tokenizer.json (HFTokenizer) does not.
   """
 
   opens_with_space = False
@@ -143,8 +141,8 @@ class SentencePieceTokenizer(_WithControl):
     self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
     pieces = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
     control = {piece: i for piece, i in pieces.items() if sp.is_control(i)}
-    # Some models list chat markers as user-defined pieces: plain text that spells one would turn
-    # into it.
+    # Some models list chat markers as user-defined pieces: plain text that spells a marker would
+    # become the marker.
     tags = {
       piece: i
       for piece, i in pieces.items()
@@ -160,7 +158,7 @@ class SentencePieceTokenizer(_WithControl):
 
   def encode(self, text: str) -> list[int]:
     if _WORD_MARK in text and self._has_bytes:
-      # As bytes it stays what it is; as a piece it would become a space.
+      # As bytes the character stays; as a piece it would become a space.
       first, *rest = text.split(_WORD_MARK)
       return self.encode(first) + [i for part in rest for i in self._mark_ids + self.encode(part)]
     if self._tags and self._tags.search(text):
@@ -178,9 +176,10 @@ class SentencePieceTokenizer(_WithControl):
 class HFTokenizer(_WithControl):
   """A tokenizer from a Hugging Face tokenizer.json (its path or its bytes).
 
-  Special tokens and added tokens that look like tags are control tokens. The begin of text is what
-  the file's post-processor puts in front. End and padding are the arguments, else what
-  tokenizer_config.json beside the file names, else the first of a list of usual names.
+  Control tokens are the special tokens, and added tokens that look like tags. The begin of text
+  is the token that the file's post-processor puts in front. End and padding are the arguments,
+  or else the tokens that tokenizer_config.json names, or else the first of a list of usual
+  names.
   """
 
   def __init__(
@@ -193,7 +192,7 @@ class HFTokenizer(_WithControl):
   ):
     data, where = _read(model)
     try:
-      import tokenizers  # Only these files need the package, so it is an extra.
+      import tokenizers  # Only these files need the package, so it is an optional extra.
     except ImportError:
       raise ImportError(
         f'{where}: a Hugging Face tokenizer.json needs the package tokenizers; run "pip install'
@@ -204,7 +203,7 @@ class HFTokenizer(_WithControl):
       control = _mark_control(spec)
       self.opens_with_space = _encode_as_continuation(spec)
       tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # The Rust side raises plain Exception.
+    except Exception as error:  # The Rust library raises plain Exception.
       reason = str(error).splitlines()[0][:120] if str(error) else 'empty'
       raise ValueError(
         f'{where}: not a Hugging Face tokenizer.json ({reason}); give the file that save_pretrained'
@@ -212,6 +211,7 @@ class HFTokenizer(_WithControl):
       ) from None
     tok.no_truncation()
     tok.no_padding()
+    # Special tokens in plain text are then encoded as the characters that they are written with.
     tok.encode_special_tokens = True
     settings = {} if isinstance(model, bytes) else read_settings(model)
     eos = eos or named(settings, 'eos_token') or _first(_EOS, control)
@@ -235,6 +235,7 @@ class HFTokenizer(_WithControl):
     self._set_control(control, where)
 
   def __reduce__(self):
+    # A tokenizer from bytes has no tokenizer_config.json beside it, so the names travel too.
     return functools.partial(type(self), self._data, **self._names), ()
 
   def encode(self, text: str) -> list[int]:
@@ -242,8 +243,8 @@ class HFTokenizer(_WithControl):
     ids = encoding.ids
     if self._control_ids.isdisjoint(ids):
       return ids
-    # A model can spell a control token out of plain text where its own vocabulary lists it. Cut
-    # behind its first character.
+    # Plain text can give a control token if the model's own vocabulary lists it. The text is then
+    # cut behind the first character of the token, and its parts are encoded alone.
     offsets = zip(ids, encoding.offsets, strict=True)
     parts = _split_at(text, [start + 1 for i, (start, _) in offsets if i in self._control_ids])
     if len(parts) < 2:
@@ -261,7 +262,7 @@ class HFTokenizer(_WithControl):
 
 
 def _read(model: str | os.PathLike | bytes) -> tuple[bytes, str]:
-  """Returns (content, what errors call it) of a file or of its bytes."""
+  """Returns the content of a file or of its bytes, and its name for errors."""
   if isinstance(model, bytes):
     return model, 'the model'
   where = os.fspath(model)
@@ -272,6 +273,8 @@ def _read(model: str | os.PathLike | bytes) -> tuple[bytes, str]:
 
 
 def _alternatives(words: Mapping[str, int]) -> re.Pattern[str] | None:
+  # An alternation takes the first word that matches, so a prefix of another word must come after
+  # it.
   longest_first = sorted(words, key=len, reverse=True)
   return re.compile('|'.join(map(re.escape, longest_first))) if words else None
 
@@ -285,7 +288,7 @@ def _split_at(text: str, cuts: Sequence[int]) -> list[str]:
 
 
 def read_settings(path: str | os.PathLike) -> Mapping[str, Any]:
-  """Returns the tokenizer_config.json beside `path`, {} if there is none."""
+  """Returns the tokenizer_config.json beside `path`, or {} if there is none."""
   settings = pathlib.Path(path).with_name('tokenizer_config.json')
   if not settings.is_file():
     return {}
@@ -317,17 +320,15 @@ def _opening_token(tok: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> st
 
 
 def _mark_control(spec: dict[str, Any]) -> dict[str, int]:
-  """Marks the control tokens of a tokenizer.json as special; returns text -> id.
-
-  Chat markers such as <think> are often listed as no special token, which makes the library parse
-  them from any text. The unknown token is none of them: it is what plain text gives.
-  """
+  """Marks the control tokens of a tokenizer.json as special; returns text -> id."""
   model = spec['model']
   unknown = model.get('unk_token')
   if unknown is None and model.get('unk_id') is not None:
     unknown = model['vocab'][model['unk_id']][0]
   control = {}
   for token in spec.get('added_tokens') or ():
+    # Chat markers such as <think> are often not listed as special, and then the library parses
+    # them from any text. The unknown token is no control token: plain text gives it.
     content = token['content']
     if token['special'] or _TAG.fullmatch(content.strip()):
       token['special'] = True
@@ -337,10 +338,7 @@ def _mark_control(spec: dict[str, Any]) -> dict[str, int]:
 
 
 def _encode_as_continuation(spec: dict[str, Any]) -> bool:
-  """Turns off what a tokenizer.json does to the beginning of a text alone.
-
-  Returns whether it puts a space in front of plain text that begins a prompt.
-  """
+  """Turns off the extra prefix at the beginning of a text; returns whether there was one."""
   stages = ('normalizer', 'pre_tokenizer')
   opens_with_space = any(_has_prefix(spec.get(stage)) for stage in stages)
   for stage in (*stages, 'decoder'):

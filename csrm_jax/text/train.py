@@ -21,22 +21,20 @@ def train_sentencepiece(
 ) -> tokenizer.SentencePieceTokenizer:
   """Returns a BPE tokenizer trained on `sentences`, written to `path`.
 
-  Any Unicode text can be encoded (bytes as the last resort) and comes back unchanged. Digits stand
-  alone. The same input gives the same bytes. Ids: 0 padding, 1 begin, 2 end, 3 unknown (never
-  used), 4... `control_symbols`.
+  Any Unicode text can be encoded (bytes as the last resort) and comes back unchanged. The same
+  input gives the same bytes. The ids are: 0 padding, 1 begin, 2 end, 3 unknown (never used), and
+  from 4 on the `control_symbols`.
 
   Args:
-    sentences: texts; line breaks in them are fine.
-    path: the .model file to write.
-    vocab_size: number of ids, control and 256 byte pieces included.
-    control_symbols: one id each, never the result of plain text.
-    user_symbols: pieces that plain text always gives: the line break, and the verdict words with
-      their space, whatever the corpus.
+    vocab_size: The number of ids, control and 256 byte pieces included.
+    control_symbols: One id each; plain text never gives them.
+    user_symbols: Plain text always gives these pieces, whatever the corpus: the line break, and
+      the verdict words with their space.
 
   Raises:
-    ValueError: the corpus does not have that many pieces, or the vocabulary is too small for what
-      it must hold.
+    ValueError: The corpus has too few pieces, or the vocabulary is too small.
   """
+  # SentencePiece takes one line at a time; the line break is a piece of its own.
   lines = (line for text in sentences for line in text.split('\n') if line)
   model = io.BytesIO()
   try:
@@ -54,10 +52,13 @@ def train_sentencepiece(
       byte_fallback=True,
       character_coverage=1.0,
       split_digits=True,
+      # The next three keep a text as it is, so that segments can be encoded alone.
       add_dummy_prefix=False,
       remove_extra_whitespaces=False,
       normalization_rule_name='identity',
+      # Longer sentences would be left out, silently.
       max_sentence_length=1 << 24,
+      # No shuffling and one thread, for the same bytes each time.
       shuffle_input_sentence=False,
       num_threads=1,
       minloglevel=2,
