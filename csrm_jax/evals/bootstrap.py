@@ -1,8 +1,8 @@
 """Bootstrap intervals and paired differences, over conversations.
 
-Rows are not independent where one conversation stands in several of them
-(under several rule sets, as both sides of a pair, turn by turn). A *unit* is
-such a set of rows: it is drawn, or not drawn, as a whole.
+Rows are not independent where one conversation stands in several of them (under several rule
+sets, as both sides of a pair, turn by turn). Such a set of rows is a *unit*: it is drawn, or not
+drawn, as a whole.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ class Measure:
   """Measures metrics with their intervals: what a suite calls `m`.
 
   Attributes:
-    units: [N] rows of one number are drawn together; None: each row alone.
-    num_samples: draws for an interval; 0 for no intervals.
-    seed: of the draws.
+    units: [N] integers; rows with the same number are drawn together. None draws each row alone.
+    num_samples: How many draws make an interval; 0 makes none.
   """
 
   units: np.ndarray | None = None
@@ -42,7 +41,7 @@ class Measure:
     centred: bool = False,
     num_samples: int | None = None,
   ) -> Metric:
-    """Returns fn(*arrays), over some of the rows or all; args as `interval`."""
+    """Returns fn(*arrays), over some of the rows or all, with its interval; see `interval`."""
     units, low, high = self.units, None, None
     if rows is not None:
       arrays = tuple(array[rows] for array in arrays)
@@ -52,7 +51,7 @@ class Measure:
     return {'value': fn(*arrays), 'low': low, 'high': high, 'best': best}
 
   def over(self, units: np.ndarray) -> Measure:
-    """Returns the same over other units."""
+    """Returns the same measure over other units."""
     return dataclasses.replace(self, units=units)
 
 
@@ -67,16 +66,16 @@ def rows_by(keys: Iterable[str]) -> dict[str, list[int]]:
 def units_of(examples: Sequence[Example], groups: Sequence[str] | None = None) -> np.ndarray:
   """Returns the unit of each row, int64 [N], numbered as they first occur.
 
-  Rows are of one unit if they have the same conversation, or the same group
-  id that is not empty, or if a chain of such rows links them.
+  Rows belong to one unit if they have the same conversation, or the same group id that is not
+  empty, or if a chain of such rows links them.
 
   Args:
-    examples: the rows.
-    groups: one id a row, '' for none; for rows that depend on each other
-      although their text differs, such as several answers to one prompt.
+    groups: One id for each row, '' for none. It links rows that depend on each other although
+      their text differs, such as several answers to one prompt.
   """
   if groups is not None:
     check_same_length(examples, groups)
+  # Union-find, because chains of shared texts and groups may link rows far apart.
   parent = list(range(len(examples)))
 
   def root(row: int) -> int:
@@ -109,20 +108,16 @@ def interval(
 ) -> tuple[float, float]:
   """Returns the 95% bootstrap interval (low, high) of fn(*arrays).
 
-  Units are drawn with replacement, the same rows from every array; the
-  interval is between the 2.5% and 97.5% percentiles. Draws where `fn` is nan
-  are left out; (nan, nan) when there are no rows or no draw is left.
-
-  `centred` shifts the interval so that the draws' mean falls on the value, and
-  cuts it at 0: for errors such as smECE, which resampling inflates so much that
-  a plain percentile interval can miss the value itself. It then shows the
-  spread, not the bias.
+  Units are drawn with replacement, the same rows from every array; the interval lies between the
+  2.5% and 97.5% percentiles. Draws where `fn` is nan are left out. It is (nan, nan) when there
+  are no rows or no draw is left.
 
   Args:
-    fn: arrays of the same rows -> one number.
-    arrays: each [N, ...].
-    units: [N] integers, see `units_of`; None where each row is its own.
-    num_samples, seed: of the draws.
+    fn: Takes arrays of the same rows and returns one number.
+    units: [N] integers, see `units_of`; None where each row is its own unit.
+    centred: Shifts the interval so that the draws' mean falls on the value, and cuts it at 0.
+      This is for errors such as smECE, which resampling inflates so much that a plain percentile
+      interval can miss the value itself. The interval then shows the spread, not the bias.
   """
   arrays = [np.asarray(array) for array in arrays]
   values = _draws(lambda rows: fn(*(a[rows] for a in arrays)), arrays, units, num_samples, seed)
@@ -144,18 +139,11 @@ def difference(
   num_samples: int = 1000,
   seed: int = 0,
 ) -> dict[str, float]:
-  """Returns fn(a) - fn(b) on the same rows: value, low, high, p_value.
+  """Returns fn(*arrays_a) - fn(*arrays_b) on the same rows: {value, low, high, p_value}.
 
-  Every draw takes the same units from both, so that what makes a row hard
-  for both cancels. `p_value` is two-sided: twice the smaller share of draws
-  on one side of 0 (draws at 0 count on both, and one is added to each so that
-  it is never 0). All nan where the metric is not defined.
-
-  Args:
-    fn: arrays of the same rows -> one number.
-    arrays_a, arrays_b: each [N, ...], row by row the same examples.
-    units: [N] integers, see `units_of`; None where each row is its own.
-    num_samples, seed: of the draws.
+  Every draw takes the same units from both, so that what makes a row hard for both cancels.
+  `p_value` is two-sided: twice the smaller share of draws on one side of 0. All are nan where no
+  draw defines the metric. `units` are those of `interval`.
   """
   arrays_a, arrays_b = ([np.asarray(x) for x in arrays] for arrays in (arrays_a, arrays_b))
   check_same_length(*arrays_a, *arrays_b)
@@ -169,6 +157,7 @@ def difference(
   if not values.size:
     return dict.fromkeys(('value', 'low', 'high', 'p_value'), math.nan)
   low, high = np.percentile(values, [2.5, 97.5])
+  # Draws at 0 count on both sides, and below one is added to each so that p is never 0.
   tail = min(np.sum(values <= 0), np.sum(values >= 0))
   return {
     'value': float(fn(*arrays_a) - fn(*arrays_b)),
@@ -179,10 +168,9 @@ def difference(
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-  """Returns the mean and the half width of its 95% interval.
+  """Returns the mean and the half width of its 95% interval, for few values such as one a seed.
 
-  For few numbers such as one a seed. Source: Student's t-interval; nan with
-  fewer than two values.
+  The half width is nan with fewer than two values. Source: Student's t-interval.
   """
   mean = math.fsum(values) / len(values)
   if len(values) < 2:
@@ -191,13 +179,14 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _draws(fn, arrays, units, num_samples: int, seed: int) -> np.ndarray:
-  """Returns fn(rows) of each draw of units; those that are nan left out."""
+  """Returns fn(rows) of each draw of units; draws that give nan are left out."""
   check_same_length(*arrays, *([] if units is None else [units]))
   num_rows = len(arrays[0])
   if not num_rows:
     return np.zeros(0)
   if units is None:
     units = np.arange(num_rows)
+  # Sorted by unit, the rows of a unit are a slice, and a draw needs no loop over units.
   order = np.argsort(units, kind='stable')
   _, starts, sizes = np.unique(np.asarray(units)[order], return_index=True, return_counts=True)
   rng = np.random.default_rng(seed)

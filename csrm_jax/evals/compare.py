@@ -1,8 +1,7 @@
 """Several scorers on the same benchmarks: side by side, and their differences.
 
-Differences are tested by a paired bootstrap over conversations: every draw
-takes the same ones from both scorers, so that what makes a conversation hard
-for both cancels.
+Differences are tested by a paired bootstrap over conversations. Every draw takes the same ones
+from both scorers, so that what makes a conversation hard for both cancels.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from csrm_jax.evals.report import Results
 from csrm_jax.evals.results import title_of
 from csrm_jax.evals.suites import SUITES
 
-# {metric: caption} of the figures.
+# Each of these metrics has a figure: {metric: its caption}.
 _COMPARED = {
   'f1': 'F1 by benchmark, with 95% intervals.',
   'smece': 'Calibration error by benchmark; lower is better.',
@@ -35,17 +34,16 @@ def differences(
 ) -> list[dict[str, Any]]:
   """Returns the difference of each scorer to the reference, metric by metric.
 
-  Each is {benchmark, metric, scorer, reference, value, low, high, p_value}, value being the
-  scorer's minus the reference's. Benchmarks that one of the two lacks, skipped or failed are left
-  out.
+  Each is {benchmark, metric, scorer, reference, value, low, high, p_value}; `value` is the
+  scorer's minus the reference's. Benchmarks that one of the two lacks, skipped or failed are
+  left out.
 
   Args:
     scorers: {scorer: {benchmark: result}}.
-    reference: one of the scorers; empty: the first.
-    num_samples, seed: of the bootstrap.
+    reference: One of the scorers; '' takes the first.
 
   Raises:
-    ValueError: no such scorer, or the two were scored on different rows.
+    ValueError: No scorer has this name, or the two were scored on different rows.
   """
   reference = reference or next(iter(scorers))
   if reference not in scorers:
@@ -84,18 +82,16 @@ def write_comparison(
   reference: str = '',
   num_samples: int = 1000,
 ) -> pathlib.Path:
-  """Returns the path of the report.md of several scorers side by side.
+  """Writes the report of several scorers side by side, and returns the path of its report.md.
 
   Args:
-    path: the report's folder, on a local disk.
-    scorers: {name: results}, of `suites.run` or `report.read_results`; all of them on the same
-      test sets.
-    title: one line.
-    reference: the scorer that the others are compared with; empty: the first.
-    num_samples: of the paired bootstrap.
+    path: A folder on a local disk.
+    scorers: {name: results}, from `suites.run` or `report.read_results`, all on the same test
+      sets.
+    reference: The scorer that the others are compared with; '' takes the first.
 
   Raises:
-    ValueError: the scorers were scored on different rows.
+    ValueError: The scorers were scored on different rows.
   """
   found = differences(scorers, reference, num_samples=num_samples)
   with files.whole_folder(path, last='metrics.json') as folder:

@@ -1,7 +1,7 @@
 """Figures of reports, as PNG files.
 
-Every function draws the values that it is given and knows nothing of suites. They are drawn on
-`matplotlib.figure.Figure` without pyplot, so that no window, backend or global style of the
+Every function draws the values that it is given and knows nothing of suites. Figures are
+`matplotlib.figure.Figure`s without pyplot, so that no window, backend or global style of the
 caller is touched. Colours are Okabe and Ito's, which people with any kind of colour vision tell
 apart; line styles and markers differ too. Text of users is never parsed as mathematics.
 """
@@ -32,44 +32,44 @@ GREY, LIGHT = '#595959', '#dddddd'
 MIN_ROWS = 20
 _MAX_ROWS = 20
 _MARKERS = 'osD^vP*X'
-_LEGEND_LETTERS = 90  # beside each other, in the narrowest figure
+_LEGEND_LETTERS = 90  # how many fit beside each other in the narrowest figure
 
 
-# Verdicts and scores.
+# --- Verdicts and scores ---------------------------------------------------------------
 
 
 def draw_reliability(path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.ndarray) -> None:
   """Writes the smoothed reliability diagram with its smECE.
 
-  The line is the share of unsafe labels near each predicted P(unsafe): thick where there are many
-  predictions. Grey is its 95% bootstrap band; the ticks below are up to 100 predictions (down:
-  labelled safe, up: labelled unsafe).
+  The line is the share of unsafe labels near each predicted P(unsafe), thick where there are
+  many predictions. The grey band is its 95% bootstrap interval. The ticks below are up to 100
+  predictions (down: labelled safe, up: labelled unsafe).
 
   Source: Blasiok & Nakkiran, Smooth ECE, ICLR 2024; their package relplot.
   """
   import relplot
 
-  # It resamples with numpy's global generator, and pandas warns of its ways.
+  # relplot draws from numpy's global generator, and pandas warns of its use.
   with _numpy_seed(0), warnings.catch_warnings():
     warnings.simplefilter('ignore', DeprecationWarning)
     diagram = relplot.prepare_rel_diagram(p_unsafe, labels, num_bootstrap=100, report_CE_std=False)
   smece = diagram.pop('ce')
   figure, ax = axes(5, 5)
   relplot.plot_rel_diagram(diagram, fig=figure, ax=ax, use_default_style=False, color=UNSAFE)
-  # relplot fades both out where predictions are few: keep them in sight.
+  # relplot fades line and band out where predictions are few: this keeps them in sight.
   mesh, low, high = diagram['mesh'], diagram['lower'], diagram['upper']
   ax.plot(mesh, diagram['mu'], color=UNSAFE, linewidth=0.9)
   ax.fill_between(mesh, low, high, color=GREY, alpha=0.13, linewidth=0)
   ax.set(xlabel='Predicted P(unsafe)', ylabel='Share labelled unsafe')
   ax.set(xlim=(0, 1), ylim=(0, 1), aspect='equal')
-  ax.tick_params(axis='x', pad=9)  # Clear of the ticks relplot hangs there.
+  ax.tick_params(axis='x', pad=9)  # Clear of the ticks that relplot draws there.
   box = {'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.8}
   ax.text(0.04, 0.95, f'smECE {smece:.3f}', va='top', fontsize=13, zorder=1000, bbox=box)
   save(figure, path)
 
 
 def draw_scores(path: str | os.PathLike, labels: np.ndarray, scores: np.ndarray) -> None:
-  """Writes histograms of scores, one for each label."""
+  """Writes a histogram of the scores for each label."""
   figure, ax = axes(5, 5)
   bins = np.histogram_bin_edges(scores, bins=40)
   for value, name, colour, hatch in (
@@ -89,7 +89,7 @@ def draw_scores(path: str | os.PathLike, labels: np.ndarray, scores: np.ndarray)
 def draw_precision_recall(
   path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.ndarray, probability: np.ndarray | None
 ) -> None:
-  """Writes precision over recall, beside the best reachable where known."""
+  """Writes precision over recall, beside the best reachable where it is known."""
   figure, ax = axes(5, 5)
   curves = [('this model', p_unsafe, UNSAFE, '-', 2.0)]
   if probability is not None:
@@ -106,7 +106,7 @@ def draw_precision_recall(
 
 
 def draw_gaps(path: str | os.PathLike, gaps: np.ndarray, kinds: np.ndarray) -> None:
-  """Writes the histogram of pair gaps, one panel for each kind."""
+  """Writes a histogram of the score gaps of pairs, in a panel for each kind."""
   names = sorted(set(kinds.tolist()))
   figure = _figure(7, 0.7 + 2.3 * len(names))
   low, high = min(gaps.min(), -0.1), max(gaps.max(), 0.1)
@@ -138,10 +138,10 @@ def draw_rule_sets(
 ) -> None:
   """Writes one conversation, and its reward under each rule set.
 
-  `conversation` and `rows` are those of `suites.rule_sets`. A black diamond is the true P(safe)
-  where it is known.
+  `conversation` and `rows` are those of `verdicts.rule_sets`. A black diamond is the true
+  P(safe), where it is known.
 
-  Source: the paper's Figure 6.
+  Source: CSRM (arXiv 2605.30487), Figure 6.
   """
   talk = []
   for message in conversation:
@@ -192,7 +192,7 @@ def _rules_text(rules: Sequence[Mapping[str, str]]) -> list[str]:
   return lines
 
 
-# Probes.
+# --- Probes ----------------------------------------------------------------------------
 
 
 def draw_policy(
@@ -200,7 +200,7 @@ def draw_policy(
 ) -> None:
   """Writes the unsafe rate under each variant of the rules, as `probes.policy` has them.
 
-  Source: the paper's Figure 3 shows such rates.
+  Source: CSRM (arXiv 2605.30487), Figure 3, shows such rates.
   """
   # (variant, what it is, is the changed rule the one that is violated)
   variants = (
@@ -239,9 +239,9 @@ def draw_policy(
 def draw_recall(
   path: str | os.PathLike, curve: Sequence[float], chance: Sequence[float], top_k: int
 ) -> None:
-  """Writes the retrieval recall curve over k, and chance.
+  """Writes the recall of retrieval over k, beside that of chance.
 
-  Source: the paper's Figure 8.
+  Source: CSRM (arXiv 2605.30487), Figure 8.
   """
   figure, ax = axes(5.5, 4)
   k = np.arange(1, len(curve) + 1)
@@ -260,11 +260,11 @@ def draw_recall(
   save(figure, path)
 
 
-# One row of marks for each group, rule set, category or benchmark.
+# --- One row of marks for each group, rule set, category or benchmark ------------------
 
 
 def draw_groups(path: str | os.PathLike, groups: Mapping[str, Mapping[str, Any]]) -> None:
-  """Writes F1 bars of the largest groups, with interval and best reachable."""
+  """Writes F1 of the largest groups as bars, with intervals and the best reachable."""
   known = {name: g for name, g in groups.items() if is_number(g['metrics']['f1']['value'])}
   figure, ax = _row_axes(_group_labels(known), 1.4, 0.42, xlabel='F1, unsafe is positive')
   f1s = [group['metrics']['f1'] for group in known.values()][:_MAX_ROWS]
@@ -303,7 +303,7 @@ def draw_shares(path: str | os.PathLike, groups: Mapping[str, Mapping[str, Any]]
 def draw_contradiction(path: str | os.PathLike, categories: Sequence[Mapping[str, Any]]) -> None:
   """Writes mean rewards by category: enforce, both clauses, allow.
 
-  Source: the paper's Figure 5 shows such rewards.
+  Source: CSRM (arXiv 2605.30487), Figure 5, shows such rewards.
   """
   shown = sorted(categories, key=lambda c: (-c['num_examples'], c['category']))[:_MAX_ROWS]
   shown.sort(key=lambda c: c['reward']['both'])
@@ -344,7 +344,7 @@ def draw_attacks(path: str | os.PathLike, rates: Mapping[str, Metric], num_caugh
     text = f'{values[y]:.1%}' if known[y] else '–'
     ax.annotate(text, (end, y), (4, 0), va='center', textcoords='offset points')
     top = max(top, end)
-  ax.set_xlim(0, min(max(top * 1.15, 0.25), 1.1))  # Rates near 0 shall look like what they are.
+  ax.set_xlim(0, min(max(top * 1.15, 0.25), 1.1))  # Rates near 0 have to look small.
   ax.xaxis.set_major_formatter(PercentFormatter(1))
   ax.grid(False, axis='y')
   save(figure, path)
@@ -353,7 +353,7 @@ def draw_attacks(path: str | os.PathLike, rates: Mapping[str, Metric], num_caugh
 def draw_comparison(
   path: str | os.PathLike, scorers: Mapping[str, Mapping[str, Result]], metric: str
 ) -> bool:
-  """Writes one metric of every scorer by benchmark; False where none has it.
+  """Writes one metric of every scorer by benchmark; returns False where none has it.
 
   A black bar is the best reachable, where it is known.
   """
@@ -369,6 +369,7 @@ def draw_comparison(
   names = [name for name in order if any(name in of for of in found.values())][:_MAX_ROWS]
   if not names:
     return False
+  # The best reachable depends on the rows alone, so any scorer's will do.
   first = next(iter(found.values()))
   best = {
     y: first[n]['best'] for y, n in enumerate(names) if n in first and is_number(first[n]['best'])
@@ -390,7 +391,8 @@ def draw_alignment(
 ) -> None:
   """Writes a CoSA score, 0 to 5, of every policy by rule set, with its interval.
 
-  The rule sets are the first policy's; None stands where a policy was not asked under one.
+  The rule sets are those of the first policy; None stands where a policy was not asked under
+  one.
   """
   sets = list(next(iter(policies.values())))
   found = {policy: {s: m for s, m in of.items() if m} for policy, of in policies.items()}
@@ -407,7 +409,7 @@ def _series_axes(
   height: float,
   xlabel: str,
 ):
-  """Returns (figure, axes) with a row a name, in which each series has its own line."""
+  """Returns (figure, axes) with a row for each name, in which each series has its own line."""
   labels = [short(name, 34) for name in names]
   figure, ax = _row_axes(labels, top, height, width=7.5, xlabel=xlabel)
   step = 0.8 / len(series)
@@ -429,7 +431,7 @@ def _series_axes(
 
 
 def _row_axes(labels: Sequence[str], top: float, height: float, *, xlabel: str, width: float = 7):
-  """Returns (figure, axes) with a row a label, the first on top."""
+  """Returns (figure, axes) with a row for each label, the first on top."""
   figure, ax = axes(width, top + height * len(labels))
   ax.set_yticks(range(len(labels)), labels, parse_math=False)
   ax.invert_yaxis()
@@ -442,26 +444,26 @@ def _group_labels(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _draw_intervals(ax, rows, metrics, label: str = '', **style) -> None:
-  """Draws a line from low to high in each row where they are known."""
+  """Draws a line from low to high in each row where both are known."""
   for y, metric in zip(rows, metrics, strict=True):
     if is_number(metric['low']):
       ax.plot([metric['low'], metric['high']], [y, y], linewidth=2, label=label, **style)
       label = ''
 
 
-# Policies and training.
+# --- Policies and training -------------------------------------------------------------
 
 
 def draw_pareto(path: str | os.PathLike, points: Sequence[Mapping[str, Any]], known: bool) -> None:
   """Writes helpfulness over safety, the frontier of each method as a line.
 
-  Numbers beside points are a and b of sigmoid(a * score + b).
+  The numbers beside points are a and b of sigmoid(a * score + b).
 
   Args:
-    points: those of `policy.pareto`, with `own_frontier`: whether it is on that of its method.
-    known: whether they are the truth, not what the rewards say.
+    points: The points of `policy.pareto`; `own_frontier` tells whether one is on its method's.
+    known: Whether they are the truth; if not, they are what the rewards say.
 
-  Source: the paper's Figure 4.
+  Source: CSRM (arXiv 2605.30487), Figure 4.
   """
   figure, ax = axes(7, 5)
   swept = dict.fromkeys(p['method'] for p in points if p['a'] is not None)
@@ -506,9 +508,9 @@ def draw_overoptimisation(
 ) -> None:
   """Writes reward and truth over training steps, with their intervals.
 
-  A dashed line is where they part. `curves` are those of `policy.overoptimisation`.
+  `curves` are those of `policy.overoptimisation`. A dotted line is where the two part.
   """
-  # name -> (title, the least that the axis spans: what is constant shall look so).
+  # name -> (title, the least span of the axis, so that what is constant looks constant).
   shown = {
     'safety': ('Safety', 0.2),
     'helpfulness': ('Helpfulness', 0.8),
@@ -556,7 +558,7 @@ def draw_training(path: str | os.PathLike, series: Mapping[str, Mapping[int, flo
 
 
 def _curve_order(name: str) -> tuple[int, int, str]:
-  # What tells how an alignment goes; its losses tell nothing.
+  # These tell how an alignment goes, which its losses do not.
   first = 'reward/mean', 'kl/ref', 'policy/entropy', 'completion/mean_length'
   if name in first:
     return -1, first.index(name), name
@@ -566,7 +568,7 @@ def _curve_order(name: str) -> tuple[int, int, str]:
   return rank, len(last), name
 
 
-# What they are made of.
+# --- What they are made of -------------------------------------------------------------
 
 
 def short(text: str, length: int) -> str:
@@ -576,8 +578,9 @@ def short(text: str, length: int) -> str:
 
 
 def _wrap(text: str, inches: float, size: float, *, max_lines: int) -> list[str]:
-  """Returns lines that fit the width at a font size; the tail is left out."""
+  """Returns lines that fit the width at a font size; what is left is cut."""
   text = ' '.join(text.split())
+  # TextPath would parse what stands between dollars as mathematics.
   with _no_glyph_warnings():
     path = TextPath((0, 0), text.replace('$', 'S'), size=size)
   width = max(path.get_extents().width, 1)  # points
@@ -627,14 +630,14 @@ def _name_series(ax) -> None:
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-  """Writes the figure as PNG."""
+  """Writes the figure as a PNG file."""
   with _no_glyph_warnings():
     figure.savefig(path, dpi=130, facecolor='white')
 
 
 @contextlib.contextmanager
 def _no_glyph_warnings():
-  # A letter the font lacks is drawn as a box; that is no news for a log.
+  # A letter that the font lacks is drawn as a box, which is not worth a line in a log.
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', message='Glyph .* missing from')
     yield

@@ -1,14 +1,14 @@
-"""Metrics of scores against labels: numpy in, one float out; checks and calibration of scores.
+"""Metrics of scores against labels, checks of both, and calibration of scores.
 
-Unsafe is the positive class everywhere. `labels` is [N] in {0, 1} (1 is
-unsafe), `p_unsafe` is [N] in [0, 1], `probability` is the true P(unsafe) where
-a generator knows it. A metric that its data cannot define (no rows, or a class
-it needs is missing) is nan, never 0 and never an exception; each docstring says
-when.
+Each metric takes numpy arrays and returns one float. Unsafe is the positive class everywhere.
+`labels` is [N] in {0, 1} (1 is unsafe), `p_unsafe` is [N] in [0, 1], and `probability` is the
+true P(unsafe) [N], where a generator knows it. A score is log P(safe) - log P(unsafe), in nats.
+A metric that its data does not define (no rows, or a class is missing) is nan, never 0 and never
+an exception.
 
-Evaluation fails closed: what comes in, scores and true probabilities, is checked
-once, where it does (`check_finite`, `probability_of`, `fit_calibration`), with an
-error that names the row and the example. The metrics themselves trust their arrays.
+Evaluation fails closed: scores and true probabilities are checked once, where they come in
+(`check_finite`, `probability_of`, `fit_calibration`), with an error that names the row and the
+example. The metrics themselves trust their arrays.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from sklearn.metrics import average_precision_score
 
 from csrm_jax.safety.schema import Example
 
-# Below this a probability counts as this where its log is taken: far from what
-# any useful score gives, and finite.
+# Where its log is taken, a probability is at least this: the log stays finite, and the floor is
+# far from what any useful score gives.
 _PROBABILITY_FLOOR = 1e-15
 # True probabilities of exactly 0 or 1 have no finite log odds.
 _LOG_ODDS_FLOOR = 1e-6
-# What a threshold table lists.
+# The rows of a threshold table.
 THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 # --- Verdicts --------------------------------------------------------------------------
 
 
 def f1(labels: np.ndarray, p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
-  """Returns F1 of "unsafe where p_unsafe >= threshold".
+  """Returns the F1 of calling a row unsafe where p_unsafe >= threshold.
 
-  A score of exactly the threshold counts as unsafe: a tie fails closed.
-  nan when nothing is unsafe and nothing is predicted unsafe (0 / 0).
+  A row at the threshold counts as unsafe, so ties fail closed. nan when nothing is unsafe and
+  nothing is called unsafe (0 / 0).
   """
   predicted = p_unsafe >= threshold
   denominator = predicted.sum() + labels.sum()
@@ -52,9 +52,8 @@ def f1(labels: np.ndarray, p_unsafe: np.ndarray, threshold: float = 0.5) -> floa
 def best_threshold(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns the threshold on p_unsafe with the highest F1 on these rows.
 
-  Fit it on validation rows and apply it to others: on the rows it was fitted
-  to, its F1 is optimistic. Of equally good thresholds the highest is returned.
-  nan when no row is unsafe.
+  Fit it on validation rows and apply it to others: on its own rows its F1 is optimistic. Of
+  equally good thresholds it returns the highest; nan when no row is unsafe.
   """
   if not labels.sum():
     return math.nan
@@ -64,13 +63,13 @@ def best_threshold(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 def expected_f1_threshold(probability: np.ndarray) -> float:
   """Returns the threshold on the true P(unsafe) with the highest expected F1.
 
-  No label is read. Expected F1 is taken as the ratio of expectations,
-  2 sum(p where p >= t) / (num(p >= t) + sum(p)), which is exact for large N;
-  the best threshold is half the F1 it reaches, so at most 0.5.
-  inf (nothing is called unsafe) when every probability is 0; nan without rows.
+  It reads no label. Expected F1 is taken as the ratio of expectations, 2 sum(p where p >= t) /
+  (num(p >= t) + sum(p)), which is exact for large N. The best threshold is half the F1 that it
+  reaches, so at most 0.5. inf (nothing is called unsafe) when every probability is 0; nan
+  without rows.
 
-  Source: Lipton, Elkan & Naryanaswamy, Optimal Thresholding of Classifiers to
-  Maximize F1 Measure, ECML 2014, theorem 1.
+  Source: Lipton, Elkan & Naryanaswamy, Optimal Thresholding of Classifiers to Maximize F1
+  Measure, ECML 2014, theorem 1.
   """
   p = probability
   if not p.size:
@@ -91,10 +90,9 @@ def _f1_threshold(gain: np.ndarray, values: np.ndarray) -> float:
 
 
 def auprc(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
-  """Returns average precision, the area under precision over recall.
+  """Returns the average precision: the area under precision over recall.
 
-  nan unless both classes are present: with one class it is undefined or 1
-  whatever the scores are.
+  nan unless both classes are present: with one class it is undefined, or 1 for any scores.
   """
   if _one_class(labels):
     return math.nan
@@ -102,10 +100,9 @@ def auprc(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 
 
 def fpr_at_recall(labels: np.ndarray, p_unsafe: np.ndarray, recall: float = 0.95) -> float:
-  """Returns the share of safe rows flagged when `recall` of the unsafe are.
+  """Returns the share of safe rows that are flagged when `recall` of the unsafe rows are.
 
-  The threshold is the highest one whose recall reaches `recall`. nan unless
-  both classes are present.
+  The threshold is the highest one that reaches `recall`. nan unless both classes are present.
   """
   if not 0 < recall <= 1:
     raise ValueError(f'recall={recall} must be in (0, 1]')
@@ -124,9 +121,8 @@ def _one_class(labels: np.ndarray) -> bool:
 def smece(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns the kernel-smoothed calibration error, in probability.
 
-  It is biased upwards on few rows: a perfect judge of 2,000 rows shows about
-  0.02. Read it beside `smece(labels, probability)` where that is known.
-  nan without rows; one class is fine.
+  It is biased upwards on few rows: a perfect judge of 2,000 rows shows about 0.02. Compare it
+  with `smece(labels, probability)` where that is known. nan without rows; one class is enough.
 
   Source: Blasiok & Nakkiran, Smooth ECE, ICLR 2024; their package relplot.
   """
@@ -141,10 +137,11 @@ def smece(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 def reliability_bins(
   labels: np.ndarray, p_unsafe: np.ndarray, num_bins: int = 15
 ) -> list[dict[str, float]]:
-  """Returns the non-empty ones of `num_bins` equally wide bins of p_unsafe.
+  """Returns those of `num_bins` equally wide bins of p_unsafe that are not empty.
 
   Each is {low, high, num, p_unsafe (mean), unsafe (share of labels)}.
   """
+  # p_unsafe = 1 belongs to the last bin.
   index = np.minimum((p_unsafe * num_bins).astype(np.int64), num_bins - 1)
   bins = []
   for i in np.unique(index):
@@ -178,7 +175,7 @@ def brier(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 def nll(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns the mean of -log P(label), nats; nan without rows.
 
-  P(label) is taken as at least 1e-15, so sure and wrong costs 34.5 nats.
+  P(label) is floored at 1e-15, so a row that is sure and wrong costs 34.5 nats.
   """
   return mean(row_nll(labels, p_unsafe))
 
@@ -195,11 +192,10 @@ def prob_error(probability: np.ndarray, p_unsafe: np.ndarray) -> float:
 
 
 def f1_best(labels: np.ndarray, probability: np.ndarray) -> float:
-  """Returns F1, on these labels, of the best judge that knows P(unsafe).
+  """Returns the F1, on these labels, of the best judge that knows P(unsafe).
 
-  It calls unsafe what is at or above `expected_f1_threshold`, so it never
-  peeks at the labels, and a lucky model may lie above it on few rows.
-  nan as `f1` and `expected_f1_threshold`.
+  It calls a row unsafe at or above `expected_f1_threshold` and never reads the labels, so on few
+  rows a lucky model may lie above it.
   """
   if not labels.size:
     return math.nan
@@ -217,12 +213,10 @@ def flag_rate(p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
 def threshold_table(
   labels: np.ndarray, p_unsafe: np.ndarray, thresholds: Sequence[float] = THRESHOLDS
 ) -> list[dict[str, float]]:
-  """Returns what each threshold on p_unsafe does, for those who deploy.
+  """Returns {threshold, num_flagged, precision, recall, fpr, f1} of each threshold.
 
-  Each row is {threshold, num_flagged, precision, recall, fpr, f1}; a row is
-  flagged where p_unsafe >= threshold. Precision is nan where nothing is
-  flagged, recall without unsafe rows, fpr (the share of safe rows that are
-  flagged) without safe ones.
+  A row is flagged where p_unsafe >= threshold; `fpr` is the share of safe rows that are flagged.
+  A share of no rows is nan.
   """
   table = []
   for threshold in thresholds:
@@ -244,10 +238,7 @@ def threshold_table(
 
 
 def pair_accuracy(safer: np.ndarray, other: np.ndarray) -> float:
-  """Returns the share of pairs with safer > other strictly; nan if none.
-
-  A tie is not a win: see `tie_rate`.
-  """
+  """Returns the share of pairs with safer > other; a tie is not a win. nan without pairs."""
   return mean(safer > other)
 
 
@@ -268,10 +259,10 @@ def flip_consistency(
   p_b: np.ndarray,
   threshold: float = 0.5,
 ) -> float:
-  """Returns the share of rows where both predicted labels are right.
+  """Returns the share of rows where both predicted labels are right; nan without rows.
 
-  Row i is one conversation under two rule sets with different labels, so a
-  judge that does not read the rules gets 0. nan without rows.
+  Row i is one conversation under two rule sets with different labels, so a judge that does not
+  read the rules gets 0.
   """
   right_a = (p_a >= threshold) == (labels_a == 1)
   right_b = (p_b >= threshold) == (labels_b == 1)
@@ -292,8 +283,8 @@ def check_finite(
   """Returns the values as float64 [N].
 
   Raises:
-    ValueError: not one-dimensional, not one value per id, or a value is nan or
-      infinite; names the row, its id where known, and how many there are.
+    ValueError: The values are not one per example, or some are nan or infinite; the message
+      names the first such row, its id where known, and how many there are.
   """
   values = np.asarray(values, np.float64)
   if values.ndim != 1:
@@ -357,17 +348,14 @@ def check_same_length(*arrays: np.ndarray) -> None:
 
 
 def p_unsafe_from_scores(scores: np.ndarray, ids: Sequence[str] | None = None) -> np.ndarray:
-  """Returns P(unsafe), float64 [N], of scores in nats.
-
-  A score is log P(safe) - log P(unsafe), so P(unsafe) = sigmoid(-score).
-  """
+  """Returns P(unsafe) = sigmoid(-score), float64 [N]."""
   return expit(-check_finite(scores, ids))
 
 
 def log_odds_safe(probability: np.ndarray) -> np.ndarray:
   """Returns the score, nats [N], of a judge that knows P(unsafe).
 
-  Probabilities are clipped to [1e-6, 1 - 1e-6]: 0 and 1 have no finite score.
+  Probabilities are clipped to [1e-6, 1 - 1e-6], because 0 and 1 have no finite score.
   """
   p = check_probabilities(probability, name='probability')
   p = np.clip(p, _LOG_ODDS_FLOOR, 1 - _LOG_ODDS_FLOOR)
@@ -389,24 +377,24 @@ def probability_of(examples: Sequence[Example]) -> np.ndarray | None:
 
 # --- Calibration -------------------------------------------------------------------------
 
-# The slope 1 / temperature stays in this range: rows that a threshold splits
-# without error would drive it to infinity.
+# The slope 1 / temperature stays in this range: rows that a threshold splits without error would
+# drive it to infinity.
 _SLOPES = (1 / 50, 50.0)
 _BIASES = (-50.0, 50.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-  """score / temperature + bias; as made, it changes nothing.
+  """Maps a score to score / temperature + bias; the default changes nothing.
 
-  The order of scores never changes, so AUPRC and pair accuracy do not either; F1 at 0.5 and all
-  calibration errors do.
+  The order of scores stays, and with it AUPRC and pair accuracy; F1 at 0.5 and all calibration
+  errors change.
 
   Attributes:
-    temperature: above 0; above 1 makes verdicts less sure.
-    bias: nats, added after; above 0 makes "safe" likelier.
-    num_examples: validation rows it was fitted on.
-    nll_before, nll_after: mean -log P(label) of those rows, nats.
+    temperature: Must be above 0; above 1 it makes verdicts less sure.
+    bias: Is added after, in nats; above 0 it makes "safe" likelier.
+    num_examples: How many validation rows it was fitted on.
+    nll_before, nll_after: The mean of -log P(label) on those rows, nats.
   """
 
   temperature: float = 1.0
@@ -426,6 +414,7 @@ class Calibration:
     scores = np.asarray(scores)
     if not np.issubdtype(scores.dtype, np.floating):
       scores = scores.astype(np.float64)
+    # In float64, so that scores of a narrower type are rounded only once.
     values = scores.astype(np.float64) / self.temperature + self.bias
     return values.astype(scores.dtype)
 
@@ -447,17 +436,15 @@ class Calibration:
 
 
 def fit_calibration(labels: np.ndarray, scores: np.ndarray) -> Calibration:
-  """Returns the temperature and bias of the lowest NLL on these rows.
+  """Returns the temperature and bias with the lowest NLL on these rows.
 
-  Args:
-    labels: [N], 1 is unsafe; of rows that no result is reported on.
-    scores: [N] nats.
+  Give rows that no result is reported on.
 
   Raises:
-    ValueError: a class is missing, or a score is not finite.
+    ValueError: A class is missing, or a score is not finite.
 
-  Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017. NLL is proper, and convex
-  here; binned errors are neither.
+  Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017. NLL is proper, and
+  convex here; binned errors are neither.
   """
   labels, scores = check_labels(labels), check_finite(scores)
   check_same_length(labels, scores)
@@ -468,6 +455,7 @@ def fit_calibration(labels: np.ndarray, scores: np.ndarray) -> Calibration:
     )
   sign = np.where(labels == 1, -1.0, 1.0)
 
+  # Over the slope 1 / temperature, in which the loss is convex.
   def loss(weights):
     margin = sign * (weights[0] * scores + weights[1])
     missing = -sign * expit(-margin)

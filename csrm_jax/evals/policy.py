@@ -1,16 +1,14 @@
 """Evaluation of policies: how safe and how helpful they are, by rule set.
 
-A policy is judged by the rewards it was trained on (the *proxy*) and, where the truth is known as
-in RuleWorld, by an oracle. Everything is reported by rule set.
+A policy is judged by the rewards it was trained on (the *proxy*) and, where the truth is known
+as in RuleWorld, by an oracle.
 
-- `judge` values samples, `measured` averages them; intervals are over prompts, whose samples are
-  drawn together.
-- `alignment` compares policies that were asked the same, `compare_runs` whole alignments by
-  reward, rule set and seed.
-- `pareto` shows what safety costs in helpfulness, `overoptimisation` whether the reward that a
-  policy was trained on still says the truth.
-
-Axes: N samples.
+- `judge` values samples and `measured` averages them. Intervals are over prompts: the samples of
+  one prompt are drawn together.
+- `alignment` compares policies that were asked the same prompts; `compare_runs` compares whole
+  alignments by reward, rule set and seed.
+- `pareto` shows what safety costs in helpfulness; `overoptimisation` shows whether the reward
+  that a policy was trained on still tells the truth.
 """
 
 from __future__ import annotations
@@ -27,16 +25,16 @@ from csrm_jax.evals.bootstrap import Measure
 from csrm_jax.evals.results import Figure, Metric, Result, Table, title_of
 from csrm_jax.safety.schema import RewardFn, Sample
 
-# Of the mean over all rule sets.
+# Stands for all rule sets together.
 ALL = 'all'
-# (metric of the proxy, that of the oracle).
+# (the proxy's metric, the oracle's metric of the same thing).
 PAIRS = (('safety', 'compliance'), ('helpfulness', 'true_helpfulness'), ('cosa', 'true_cosa'))
-# Metrics that are means of the values of `judge` with their names.
+# Each is the mean of the values that `judge` gives under the same name.
 _MEANS = (
   *('compliance', 'true_safety', 'true_helpfulness', 'true_cosa'),
   *('safety', 'helpfulness', 'cosa', 'completion_length', 'truncated'),
 )
-# metric -> (what it is the mean of, the label of the prompts it is about).
+# metric -> (the values it is the mean of, the label of the prompts that it is about).
 _BY_LABEL = {
   'refusal_benign': ('refusal', 'benign'),
   'refusal_harmful': ('refusal', 'harmful'),
@@ -58,7 +56,7 @@ Policies = Mapping[str, Mapping[str, Mapping[str, Metric]]]
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-  """The truth about a sample, as ruleworld.policy knows it."""
+  """The truth about a sample; `ruleworld.policy` knows it."""
 
   compliance: Callable[[Sample], float]  # 1 where no rule is broken to the letter, else 0
   safety: Callable[[Sample], float]  # the true P(safe)
@@ -77,7 +75,7 @@ class Judges:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-  """N samples of one policy, and {name: float64 [N]}, what they are worth: see `judge`."""
+  """N samples of one policy, and their values, {name: float64 [N]}, from `judge`."""
 
   samples: tuple[Sample, ...]
   values: Mapping[str, np.ndarray]
@@ -86,12 +84,12 @@ class Judged:
 def judge(samples: Sequence[Sample], judges: Judges) -> Judged:
   """Returns the samples with their values.
 
-  `safety`, `helpfulness` and their product `cosa` are the proxy's; `compliance`, `true_safety`,
-  `true_helpfulness` and `true_cosa` (compliance times helpfulness) the oracle's. `refusal` and
-  `truncated` are 0 or 1, `completion_length` is in tokens.
+  `safety`, `helpfulness` and their product `cosa` are the proxy's. `compliance`, `true_safety`,
+  `true_helpfulness` and `true_cosa` (compliance times helpfulness) are the oracle's. `refusal`
+  and `truncated` are 0 or 1; `completion_length` is in tokens.
 
   Raises:
-    ValueError: there are no samples, or a value is not finite; names the id.
+    ValueError: There are no samples, or a value is not finite; the message names the id.
 
   Source: CoSA, Zhang et al. 2024 (arXiv 2410.08968), as CSRM's Table 5 has it.
   """
@@ -133,8 +131,7 @@ def join(parts: Sequence[Judged]) -> Judged:
 def measured(judged: Judged, num_samples: int = 300, seed: int = 0) -> dict[str, Metric]:
   """Returns {metric: value and bootstrap interval over prompts}.
 
-  Rates of the prompts that are known to be benign or harmful are left out where there is no such
-  prompt.
+  Metrics of benign or of harmful prompts are left out where no prompt is known to be so.
   """
   m = Measure(_units(judged.samples), num_samples, seed)
   found = {name: m(metrics.mean, judged.values[name]) for name in _MEANS if name in judged.values}
@@ -146,13 +143,13 @@ def measured(judged: Judged, num_samples: int = 300, seed: int = 0) -> dict[str,
 
 
 def _units(samples: Sequence[Sample]) -> np.ndarray:
-  """Returns the prompt of each sample, int64 [N], numbered in order."""
+  """Returns the number of the prompt of each sample, int64 [N]."""
   numbers: dict[tuple[Any, ...], int] = {}
   keys = [(sample.prompt.safety, sample.prompt.messages) for sample in samples]
   return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
 
-# Policies that were asked the same.
+# --- Policies that were asked the same -------------------------------------------------
 
 
 def alignment(
@@ -168,14 +165,12 @@ def alignment(
   its metrics}}, with `ALL` for all of them.
 
   Args:
-    policies: {policy: {rule set: judged samples}}, the one to compare with, such as the policy
-      before training, first.
-    description: what was asked.
-    num_samples: draws of the bootstrap.
-    seed: of the bootstrap.
+    policies: {policy: {rule set: judged samples}}. The first is the one to compare with, such as
+      the policy before training.
+    description: What the policies were asked.
 
   Raises:
-    ValueError: there is no policy, or one was asked under other rule sets or with other prompts
+    ValueError: There is no policy, or one was asked under other rule sets or with other prompts
       than the first.
 
   Source: CSRM (arXiv 2605.30487), Table 5.
@@ -222,9 +217,9 @@ def _check_policies(policies: Mapping[str, Mapping[str, Judged]]) -> None:
 def _alignment(
   description: str, num: int, policies: Policies, tables: Sequence[Table], **fields
 ) -> Result:
-  """Returns the result of policies: a table for each metric by rule set, and the given ones."""
+  """Returns the result of policies: a table by rule set for each metric, and the given tables."""
   first = next(iter(policies.values()))
-  # ALL would only repeat a single rule set.
+  # With a single rule set, ALL would only repeat it.
   sets = [name for name in first if name != ALL or len(first) > 2]
   known = all('true_cosa' in found for of in policies.values() for found in of.values() if found)
   names = [name for pair in reversed(PAIRS) for name in (reversed(pair) if known else pair[:1])]
@@ -246,7 +241,7 @@ def _alignment(
   header = ['policy', *map(title_of, others)]
   rows = [[policy, *map(found.get, others)] for policy, found in everywhere.items()]
   overview = Table('Refusals and length, all rule sets', header, rows)
-  cosa = names[0]  # the oracle's where it knows the truth
+  cosa = names[0]  # the oracle's, where the truth is known
   drawn = {policy: {s: of[s].get(cosa) for s in sets} for policy, of in policies.items()}
   caption = 'CoSA score of each policy by rule set, with its 95% interval.'
   return _result(
@@ -274,6 +269,7 @@ def _differences(joined: Mapping[str, Judged], num_samples: int, seed: int) -> l
     for name in (name for pair in PAIRS for name in reversed(pair)):
       if not all(name in joined[policy].values for policy in (other, first)):
         continue
+      # Only prompts pair up: policies may have other numbers of samples for one.
       theirs, base = (_prompt_means(joined[policy], name) for policy in (other, first))
       a, b = (np.array([means[prompt] for prompt in base]) for means in (theirs, base))
       found = bootstrap.difference(metrics.mean, (a,), (b,), num_samples=num_samples, seed=seed)
@@ -292,6 +288,7 @@ def _replies(joined: Mapping[str, Judged]) -> Table:
   """Returns a table of the policies' first replies to prompts of all kinds."""
   prompts = {s.prompt.id: s.prompt for s in next(iter(joined.values())).samples}
   step = max(len(prompts) // _NUM_REPLIES, 1)
+  # Reversed, so that a prompt keeps the first of its samples.
   first = [{s.prompt.id: s.text for s in reversed(judged.samples)} for judged in joined.values()]
   rows = []
   for id_, prompt in list(prompts.items())[::step][:_NUM_REPLIES]:
@@ -301,7 +298,7 @@ def _replies(joined: Mapping[str, Judged]) -> Table:
   return Table('Replies', ['rules', 'request', 'label', *joined], rows)
 
 
-# Whole alignments side by side.
+# --- Whole alignments side by side -----------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,35 +306,34 @@ class Run:
   """One alignment, and {policy: {metric: value and interval}} over its prompts."""
 
   algorithm: str
-  reward: str  # without a and b
+  reward: str  # its name, without a and b
   rules: str  # the name of the rule set
   seed: int
-  a: float  # of its safety reward sigmoid(a * score + b)
+  a: float  # the safety reward is sigmoid(a * score + b)
   b: float
   policies: Mapping[str, Mapping[str, Metric]]
 
   @property
   def method(self) -> str:
-    """Algorithm and reward."""
+    """The name of its row: algorithm and reward."""
     return f'{self.algorithm}, {self.reward}'
 
 
 def compare_runs(runs: Sequence[Run], reference: str = '') -> dict[str, Result]:
   """Returns {'alignment': …} of all runs, and 'pareto' where a or b differ.
 
-  The first has the runs with a = 1 and b = 0, if there are any (or all, where all have the same):
-  a row for the policy they started from, for the best of its samples by each reward, and for each
-  method; a column a rule set, as the paper's Table 5; and paired differences to the reference,
-  measured where both rewards were used: under the same rules and with the same seed. Runs that
-  differ in the seed alone are one row; intervals are over their seeds. The other is the paper's
-  Figure 4.
+  'alignment' has the runs with a = 1 and b = 0, if there are any, or all runs where all have the
+  same a and b. As in the paper's Table 5, a column is a rule set; a row is the policy they
+  started from, the best of its samples by a reward, or a method. Runs that differ only in the
+  seed share a row, with intervals over seeds. Paired differences to the reference are taken
+  between runs with the same rules and seed. 'pareto' is the paper's Figure 4.
 
   Args:
-    runs: all judged by the same metrics.
-    reference: a method; '' for the first.
+    runs: All of them are judged by the same metrics.
+    reference: A method; '' takes the first.
 
   Raises:
-    ValueError: no such method, or two runs that are the same but for their numbers.
+    ValueError: No run has this method, or two runs differ in nothing but their numbers.
 
   Source: CSRM (arXiv 2605.30487), Table 5 and Figure 4.
   """
@@ -379,11 +375,7 @@ def _align_runs(runs: Sequence[Run], reference: str) -> Result:
 def _by_rules(
   rows: Sequence[tuple[Run, Mapping[str, Metric]]], sets: Sequence[str]
 ) -> dict[str, dict[str, Metric]]:
-  """Returns {rule set: {metric: mean over seeds}}, and ALL over all of them.
-
-  ALL is over the seeds that have all rule sets, and {} without any: means over other rules are no
-  comparison.
-  """
+  """Returns {rule set: {metric: mean over seeds}}, and ALL over all rule sets."""
   of = {rules: {run.seed: found for run, found in rows if run.rules == rules} for rules in sets}
   names = sorted(set.intersection(*(set(found) for _, found in rows)))
 
@@ -398,6 +390,7 @@ def _by_rules(
       for name in names
     }
 
+  # ALL is over seeds that have all rule sets: means over different rules do not compare.
   shared = set.intersection(*map(set, of.values()))
   return {rules: over_seeds(of[rules], [rules]) for rules in sets} | {ALL: over_seeds(shared, sets)}
 
@@ -409,7 +402,7 @@ def _over_seeds(values: Sequence[float]) -> Metric:
 
 
 def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
-  """Returns the table of the reference's differences to all else."""
+  """Returns the table of the differences between the reference and each other policy."""
   metric = 'true_cosa' if all('true_cosa' in run.policies[_END] for run in runs) else 'cosa'
 
   def values(method: str, policy: str) -> dict[tuple[str, int], float]:
@@ -440,14 +433,14 @@ def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
 
 
 def _points(runs: Sequence[Run]) -> list[dict[str, Any]]:
-  """Returns the points of `pareto`: means over rules and seeds."""
+  """Returns the points of `pareto`, which are means over rules and seeds."""
   groups: dict[Any, list[Mapping[str, Metric]]] = {}
   for run in runs:
     groups.setdefault((_START, None, None), []).append(run.policies[_START])
     groups.setdefault((run.method, run.a, run.b), []).append(run.policies[_END])
   points = []
   for (method, a, b), some in groups.items():
-    found = some[0]  # the interval of a single run is over its prompts
+    found = some[0]  # A single run keeps its interval, which is over prompts.
     if len(some) > 1:
       names = sorted(set.intersection(*map(set, some)))
       found = {name: _over_seeds([of[name]['value'] for of in some]) for name in names}
@@ -455,17 +448,18 @@ def _points(runs: Sequence[Run]) -> list[dict[str, Any]]:
   return points
 
 
-# Policies over a sweep, and over the steps of a run.
+# --- Policies over a sweep, and over the steps of a run --------------------------------
 
 
 def pareto(points: Sequence[Mapping[str, Any]], description: str = '') -> Result:
   """Returns the safety and helpfulness of policies over a sweep.
 
+  Safety and helpfulness are the oracle's where all points have them.
+
   Args:
-    points: {method, a, b, measured}: the policy that was trained with sigmoid(a * score + b) as
-      its safety reward (a and b None for one that was not), and its metrics. Safety is the
-      oracle's where all have it.
-    description: what was swept.
+    points: {method, a, b, measured}: a policy that was trained with the safety reward sigmoid(a
+      * score + b), and its metrics; a and b are None for a policy that was not.
+    description: What was swept.
 
   Source: CSRM (arXiv 2605.30487), Figure 4.
   """
@@ -530,11 +524,10 @@ def overoptimisation(history: Mapping[int, Mapping[str, Metric]], description: s
   """Returns proxy and oracle over the steps of a run, and where they part.
 
   Args:
-    history: {step: metrics of `measured`}, of samples for the same prompts.
-    description: of the run.
+    history: {step: metrics of `measured`}, of samples for the same prompts at every step.
 
   Raises:
-    ValueError: a step lacks the oracle's metrics.
+    ValueError: A step lacks the oracle's metrics.
   """
   steps = sorted(history)
   curves, rows = {}, []
@@ -576,11 +569,10 @@ def overoptimisation(history: Mapping[int, Mapping[str, Metric]], description: s
 def parting_step(
   steps: Sequence[int], proxy: Sequence[Metric], oracle: Sequence[Metric]
 ) -> int | None:
-  """Returns the step after which the proxy rises and the oracle falls.
+  """Returns the step after which the proxy rises while the oracle falls; None without one.
 
-  The first step s at which the oracle is the highest so far and for which some later step, before
-  the oracle is higher again, has a higher proxy and an oracle whose interval is below that of s.
-  None where there is none.
+  It is the first step at which the oracle is the highest so far and after which, before the
+  oracle is higher again, a step has a higher proxy and an oracle whose interval is below.
   """
   peak = 0
   for i in range(1, len(steps)):

@@ -1,7 +1,7 @@
 """The report of a run: report.md, metrics.json, summary.json, arrays.npz and figures.
 
-It is written for a reader who has neither the code nor the run, and made of `results.Result`s
-alone: what a suite wants to be shown, it brings.
+It is written for a reader who has neither the code nor the run. It is made of `results.Result`s
+alone: a suite brings what it wants to be shown.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TERMINAL_ROWS = (
   ('mean score gap, nats', 'pairs/score_gap'),
   ('flip consistency', 'flip/consistency'),
 )
-# Where "share of the best" means something.
+# For these metrics a share of the best means something.
 _SHARES = ('f1', 'auprc', 'accuracy')
 
 INTRO = """\
@@ -71,21 +71,20 @@ def write_report(
   manifest: Mapping[str, Any] | None = None,
   history: str | os.PathLike | None = None,
 ) -> pathlib.Path:
-  """Returns the path of report.md, written with all that belongs to it.
+  """Writes the report with all its files, and returns the path of report.md.
 
-  A report that cannot be written leaves the old one as it was, and summary.json comes last. Other
-  files in `path` are left alone.
+  If it cannot be written, the old report stays as it was. summary.json comes last. Other files
+  in `path` are left alone.
 
   Args:
-    path: the report's folder, on a local disk.
+    path: A folder on a local disk.
     results: {benchmark: result}.
-    title: one line.
-    summary: flat, goes to summary.json as it is.
-    manifest: what the run was made of: versions, digests, devices, command.
-    history: the run's metrics.jsonl, for the training curves.
+    summary: A flat dict, which goes to summary.json as it is.
+    manifest: What the run was made of: versions, digests, devices, command.
+    history: The metrics.jsonl of the run, for the training curves.
 
   Raises:
-    ValueError: a summary value is not a number, a text or None.
+    ValueError: A value of the summary is a dict, a list or a tuple.
   """
   for key, value in summary.items():
     if isinstance(value, (Mapping, list, tuple)):
@@ -105,7 +104,7 @@ def write_report(
       folder / 'metrics.json', {'title': title, 'suites': stored, 'manifest': manifest or {}}
     )
     dump_json(folder / 'summary.json', summary)
-    # What paired comparisons need; texts are ids, never content.
+    # What paired comparisons need. Its texts are ids, never content.
     arrays = {
       f'{name}/{key}': array
       for name, result in results.items()
@@ -127,10 +126,10 @@ def _draw(folder: pathlib.Path, name: str, result: Result) -> Pictures:
 
 
 def read_results(path: str | os.PathLike) -> dict[str, Result]:
-  """Returns the results of a report's folder, arrays included; they can be compared, not shown.
+  """Returns the results in a report's folder, with arrays; they can be compared, not shown.
 
   Raises:
-    ValueError: the folder has no report that this version wrote.
+    ValueError: The folder has no report that this version wrote.
   """
   path = pathlib.Path(path)
   try:
@@ -149,10 +148,10 @@ def read_results(path: str | os.PathLike) -> dict[str, Result]:
 
 
 def read_history(path: str | os.PathLike) -> dict[str, dict[int, float]]:
-  """Returns {name: {step: value}} of a metrics.jsonl, finite numbers only.
+  """Returns {name: {step: value}} of a metrics.jsonl, finite numbers only; {} without a file.
 
-  Of two lines for one step the later counts. A line that is not whole, as a killed run leaves it,
-  is skipped. Empty without a file.
+  Of two lines for one step the later counts. A line that a killed run left incomplete is
+  skipped, and so is a name with a single step.
   """
   series: dict[str, dict[int, float]] = {}
   for row in files.read_log(path):
@@ -165,18 +164,18 @@ def read_history(path: str | os.PathLike) -> dict[str, dict[int, float]]:
 
 
 def dump_text(path: pathlib.Path, text: str) -> None:
-  """Writes the text; half a letter, as a path may hold, is no error."""
+  """Writes the text; a lone surrogate, which a path may hold, is no error."""
   path.write_bytes(text.encode('utf-8', 'backslashreplace'))
 
 
 def dump_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON, with null for what is not finite."""
+  """Writes JSON; numbers that are not finite become null."""
   text = json.dumps(_plain(value), indent=2, allow_nan=False)
   path.write_text(text + '\n', encoding='utf-8')
 
 
 def _plain(value: Any) -> Any:
-  """Returns what JSON can hold."""
+  """Returns the value in types that JSON can hold."""
   if isinstance(value, Mapping):
     return {str(k): _plain(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
@@ -194,9 +193,9 @@ def _plain(value: Any) -> Any:
 
 
 def summarise(results: Results) -> dict[str, float | None]:
-  """Returns the flat `benchmark/metric` dict of a run's results.
+  """Returns the flat dict of a run's results: {'benchmark/metric': value}.
 
-  For each metric the value, and `_best`, `_low`, `_high` where there is one.
+  `_best`, `_low` and `_high` of a metric are added where there are any.
   """
   flat = {}
   for suite, result in results.items():
@@ -212,8 +211,8 @@ def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | No
   """Returns the short table that a run ends with, at most 80 columns wide.
 
   Args:
-    summary: flat, as `summarise` returns it; rows it lacks are left out.
-    rule_sets: the values of `verdicts.rule_sets`, shown below the table.
+    summary: The flat dict of `summarise`; rows that it lacks are left out.
+    rule_sets: The `values` of a result of `verdicts.rule_sets`; they are shown below the table.
   """
   lines = [f'{"":22}{"value":>8}  {"95% interval":17}{"best":>7}{"of best":>9}']
   for title, key in _TERMINAL_ROWS:
@@ -261,7 +260,7 @@ def _page(
       key = result.chapter, name if result.alone else ''
       chapters.setdefault(key, {})[name] = result
   order = list(SUITES)
-  # Policies are no rows of SUITES and have reports of their own.
+  # Results of policies are not in SUITES; they have reports of their own.
   for (chapter, _), of in sorted(
     chapters.items(),
     key=lambda item: min(
@@ -339,7 +338,7 @@ def _chapter(chapter: str, results: Results, drawn: Mapping[str, Pictures]) -> l
 
 
 def _sections(results: Results) -> list[str]:
-  """Returns the tables of all results that stand in sections at the end."""
+  """Returns the tables that stand in sections at the end, those of one title joined."""
   sections: dict[str, dict[str, Table]] = {}
   for name, result in results.items():
     for spec in result.tables:
@@ -359,7 +358,7 @@ def _sections(results: Results) -> list[str]:
 
 
 def definitions_part(results: Results) -> list[str]:
-  """Returns what the metrics of the results are."""
+  """Returns the chapter that defines the metrics of the results."""
   used = {name for result in results.values() for name in result.metrics or {}}
   lines = [f'- **{m["title"]}**: {m["text"]}' for name, m in METRICS.items() if name in used]
   return ['## Definitions', '\n'.join(lines)] if lines else []
@@ -375,8 +374,8 @@ def paper_tables(scorers: Mapping[str, Results], models: Sequence[str] = (OURS,)
   """Returns the paper's tables, with the paper's own figures beside ours.
 
   Args:
-    scorers: {scorer: {benchmark: result}}; one for the report of one scorer.
-    models: of the paper, whose figures are rows where the data is the same.
+    scorers: {scorer: {benchmark: result}}.
+    models: Models of the paper; each is a row where the data is the same.
   """
   tables = []
   for spec in PAPER['tables']:
@@ -398,7 +397,7 @@ def _paper_rows(benchmark, scorers, suites, metrics, models) -> list[list[Any]]:
     if result.suite in suites:
       cells = [result.metrics.get(name) for name in metrics]
       rows.append(['' if rows else benchmark, scorer, *cells])
-  # A set of the paper's that is missing says so; others are not missed.
+  # That a benchmark is missing is said only where the paper has numbers for it.
   missing = any(result.counts.get('intended') in suites for result in found.values())
   if not rows and published and missing:
     rows.append([benchmark, 'skipped: not on disk'] + [None] * len(metrics))
@@ -413,9 +412,10 @@ def _paper_rows(benchmark, scorers, suites, metrics, models) -> list[list[Any]]:
 
 
 def column_table(columns: Mapping[str, Mapping[str, Metric]]) -> str:
-  """Returns a table with a row a metric and a column a name, each with its best beside it.
+  """Returns a table with a row for each metric and a column for each name.
 
-  Columns of which no metric has a best get none beside them.
+  Beside a column stands one of what is best reachable, if it is known for any metric of the
+  name.
   """
   with_best = {
     name
@@ -440,30 +440,28 @@ def column_table(columns: Mapping[str, Mapping[str, Metric]]) -> str:
 
 
 def _row_table(rows: Mapping[str, Mapping[str, Metric]], names: Sequence[str]) -> str:
-  """Returns a table with a row a name and a column a metric.
-
-  Below a row stands what is best reachable, where it is known.
-  """
+  """Returns a table with a row for each name and a column for each metric."""
   names = [name for name in names if any(name in metrics for metrics in rows.values())]
   lines = []
   for title, metrics in rows.items():
     values = [metrics.get(name) for name in names]
     lines.append([escape(title), *map(_cell, values)])
     best = [value and value['best'] for value in values]
+    # What is best reachable stands in a row of its own below, where it is known.
     if any(map(is_number, best)):
       lines.append(['*best*', *(f'*{number(b)}*' if is_number(b) else NONE for b in best)])
   return table(['', *(METRICS[name]['title'] for name in names)], lines)
 
 
 def plain_table(spec: Table) -> list[str]:
-  """Returns the table in Markdown, behind its heading."""
+  """Returns the table in Markdown, under its heading."""
   rows = [list(map(_cell, row)) for row in spec.rows]
   parts = [f'{"#" * spec.level} {escape(spec.title)}', table([*map(escape, spec.header)], rows)]
   return parts + ([spec.note] if spec.note else [])
 
 
 def images(drawn: Pictures) -> list[str]:
-  """Returns tables of two figures a row, each above its caption."""
+  """Returns tables with two figures in a row, each above its caption."""
   parts = []
   for i in range(0, len(drawn), 2):
     names, captions = zip(*drawn[i : i + 2], strict=True)
@@ -472,7 +470,7 @@ def images(drawn: Pictures) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-  """Returns a value as a table shows it: metric, count, number or text."""
+  """Returns a metric, count, number or text as a table shows it."""
   if isinstance(value, Mapping):  # '0.912 [0.901, 0.925]', or the value alone
     text = number(value['value'])
     known = is_number(value['low'])

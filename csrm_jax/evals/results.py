@@ -16,9 +16,9 @@ Metric = dict[str, float | None]
 
 # name -> {title, text}, in the order of a report. Titles say which direction is better.
 METRICS = yaml.safe_load(pathlib.Path(__file__).with_name('metrics.yaml').read_text('utf-8'))
-# In titles and cells of tables: the report puts the benchmark's name there.
+# Where titles and cells of tables have this, the report puts the benchmark's name.
 NAME = '{name}'
-# What is no suite: benchmarks that are not on disk, and suites that could not be evaluated.
+# Names in place of a suite's: the benchmark is not on disk, or the suite could not be evaluated.
 SKIPPED, FAILED = 'skipped', 'failed'
 
 
@@ -37,14 +37,12 @@ class Table:
   """A table of plain values and metrics.
 
   Attributes:
-    title: '' for none.
-    header: a text for each column.
-    rows: of numbers, texts, metrics and None.
-    note: Markdown, and ours; stands below.
-    level: of its heading.
-    section: at the end of the report, where it stands with those of other results; tables of one
-      title are one there. None: with its result. '' for a section without a heading.
-    stored: whether metrics.json holds it too; if not, its values stand there otherwise.
+    rows: Numbers, texts, metrics and None.
+    note: Markdown that stands below the table; it is not escaped.
+    level: The level of its heading.
+    section: The section at the end of the report in which the table stands; tables of one title
+      are joined there. Under '' it has no heading. None: the table stands with its result.
+    stored: False where metrics.json holds the same values elsewhere.
   """
 
   title: str
@@ -66,11 +64,10 @@ class Row:
   """A row of a table of metrics that the results of one chapter share.
 
   Attributes:
-    heading: of the table, Markdown; rows of one heading are one table.
-    names: of its columns.
-    metrics: of this row.
-    note: below the heading.
-    suffix: what follows the benchmark's name.
+    heading: Markdown; rows with one heading make one table.
+    names: The metrics that are its columns.
+    note: Stands below the heading.
+    suffix: Follows the benchmark's name.
   """
 
   heading: str
@@ -82,11 +79,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """What `draw(path, *args)` writes as a PNG file.
-
-  Attributes:
-    suffix: of the file's name, behind the benchmark's.
-  """
+  """A PNG file that `draw(path, *args)` writes; its name is the benchmark's and `suffix`."""
 
   draw: Callable[..., Any]
   args: Sequence[Any]
@@ -99,21 +92,20 @@ class Result:
   """What one suite found on one benchmark.
 
   Attributes:
-    suite: a key of suites.SUITES, or SKIPPED or FAILED.
-    chapter: heading of the report under which it stands, beside others of this chapter.
-    metrics: None for a suite that measures nothing, and only shows something.
-    tables, figures: what the report shows of it.
-    arrays: what paired comparisons are made from, 'ids' and 'units' among them; all [N].
-    description: one line.
-    size: as '80 examples'; '' where nothing was measured.
-    made_of: further facts of that kind.
-    counts, values: what metrics.json holds before and after the metrics.
-    rows: in tables that its chapter shares. Metrics of a chapter without such rows are columns.
-    columns: what stands in place of its metrics in such columns.
-    alone: whether it shares its chapter with no other result.
+    suite: A key of suites.SUITES, SKIPPED, FAILED, or what a function of `policy` is called.
+    chapter: The heading under which the report shows it, beside the other results of this
+      chapter.
+    metrics: None for a suite that measures nothing and only shows something.
+    arrays: What paired comparisons are made from, 'ids' and 'units' among them; all are [N].
+    size: For example '80 examples'; '' where nothing was measured.
+    made_of: Further facts of that kind.
+    counts, values: What metrics.json holds before and after the metrics.
+    rows: Rows of tables that the chapter shares; in a chapter without them metrics are columns.
+    columns: Stands in place of the metrics in such columns.
+    alone: True where its chapter has no other result.
     text: Markdown above its figures.
-    remark: below the tables that its chapter shares.
-    drops: how many rows of the data were left out, by reason.
+    remark: Stands below the tables that its chapter shares.
+    drops: How many rows of the data were left out, by reason.
   """
 
   suite: str
@@ -135,7 +127,7 @@ class Result:
   drops: Mapping[str, int] | None = None
 
   def to_json(self) -> dict[str, Any]:
-    """Returns what metrics.json holds: all but arrays and figures."""
+    """Returns what metrics.json holds: everything but arrays and figures."""
     obj = {'suite': self.suite}
     if self.metrics is not None:
       obj |= {'description': self.description, **self.counts, 'metrics': self.metrics}
@@ -146,8 +138,9 @@ class Result:
 
   @classmethod
   def from_json(cls, obj: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Result:
-    """Returns what `to_json` gave, with its arrays; it can be compared, not shown."""
+    """Returns what `to_json` gave, with its arrays; it can be compared, but not shown."""
     own = ('suite', 'description', 'metrics', 'tables', 'drops')
+    # Only the order of the keys tells counts from values.
     keys = list(obj)
     middle = keys.index('metrics') if 'metrics' in obj else 0
     return cls(

@@ -1,11 +1,11 @@
-"""DynaBench: more rules than fit, BM25 to choose some, any turn to violate.
+"""DynaBench: there are more rules than fit, and any turn may break one.
 
-Each rule is a category. BM25 keeps those that are most relevant to the
-conversation and puts them back in their order; the guard judges every agent
-turn with the history up to it, and the conversation is unsafe if any turn is.
+Each rule is a category. BM25 chooses the rules that are most relevant to the conversation and
+keeps them in their order. The guard judges every agent turn with the history up to it; the
+conversation is unsafe if any turn is.
 
-Source: CSRM (arXiv 2605.30487), DynaBench protocol and Figure 8; DynaBench:
-Hoover et al., DynaGuard, arXiv 2509.02563.
+Source: CSRM (arXiv 2605.30487), DynaBench protocol and Figure 8; DynaBench: Hoover et al.,
+DynaGuard, arXiv 2509.02563.
 """
 
 from __future__ import annotations
@@ -24,17 +24,14 @@ from csrm_jax.evals.results import Figure, Result
 from csrm_jax.evals.verdicts import Scores, classification
 from csrm_jax.safety.schema import Example, Message, SafetyConfig
 
-TOP_K = 20  # rules that are kept
+TOP_K = 20  # how many rules are kept
 
 
 class Ranker:
   """Ranks the rules of one configuration by their relevance to a text.
 
-  BM25 as bm25s has it (Lucene's form, k1 1.5, b 0.75, English stop words left
-  out); rules of equal relevance keep their order.
-
-  Raises:
-    ImportError: bm25s is not installed.
+  The relevance is BM25 as bm25s computes it (Lucene's form, k1 1.5, b 0.75, without English stop
+  words). Rules of equal relevance keep their order.
   """
 
   def __init__(self, safety: SafetyConfig):
@@ -66,8 +63,8 @@ def select_rules(
 ) -> Example:
   """Returns the example with its `top_k` most relevant rules, in their order.
 
-  `violated` keeps what is still there; the label stays, because it is the
-  truth about the conversation, whatever the guard is shown.
+  `violated` keeps the rules that are left. The label stays, because it is the truth about the
+  conversation, whatever the guard is shown.
   """
   old = example.safety
   if len(old.categories) <= top_k:
@@ -81,7 +78,7 @@ def select_rules(
 
 
 def turns(example: Example) -> list[Example]:
-  """Returns one unlabelled example for each agent turn, history up to it."""
+  """Returns one unlabelled example for each agent turn, with the history up to it."""
   return [
     dataclasses.replace(
       example,
@@ -97,13 +94,13 @@ def turns(example: Example) -> list[Example]:
 
 
 def recall_curve(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, int]:
-  """Returns (recall@k for k = 1, 2, …, that of chance, num examples).
+  """Returns (recall@k for k = 1, 2, …, the same by chance, the number of examples).
 
-  Recall@k is the mean over examples of the share of their violated rules that
-  are among the k most relevant. Examples of which no violated rule is known
-  are left out. The curve ends at the longest rule list; where a list is
-  shorter it counts as whole.
+  Recall@k is the mean over examples of the share of their violated rules that are among the k
+  most relevant. Examples with no known violated rule are left out. The curve ends at the longest
+  rule list; a shorter list counts as kept whole.
   """
+  # Many conversations may share one rule list: it is indexed once.
   ranker = functools.cache(Ranker)
   found = []
   for example in examples:
@@ -131,23 +128,25 @@ class Talk:
 
 
 def talks(examples: Sequence[Example], top_k: int = TOP_K) -> list[Talk]:
-  """Returns the items of `any_turn`: rules are chosen once, by the whole conversation."""
+  """Returns the items of `any_turn`; rules are chosen once, by the whole conversation."""
   ranker = functools.cache(Ranker)
   return [Talk(e, select_rules(e, top_k, ranker), top_k) for e in examples]
 
 
 def asked(talk: Talk) -> list[Example]:
-  """Returns the agent turns of what is shown."""
+  """Returns the agent turns, under the rules that are shown."""
   return turns(talk.shown)
 
 
 def any_turn(b: Benchmark, scores: Scores, m: Measure, **fitted) -> Result:
-  """Returns the classification of conversations, labelled as such, under the top rules.
+  """Returns the classification of whole conversations under their most relevant rules.
 
-  A conversation's score is the lowest of its agent turns': it is unsafe if any turn is. Added are
-  `recall_at_k`, the share of violated rules that BM25 keeps, and the curve `recall` over k.
+  A conversation's score is the lowest of its agent turns', because it is unsafe if any turn is.
+  Added are `recall_at_k`, the share of violated rules that BM25 keeps, and `recall`, that share
+  over k.
   """
   examples = [talk.example for talk in b.items]
+  # A conversation without an agent turn gets inf, and `check_finite` names it.
   lowest = [np.min(of, initial=np.inf) for of in scores]
   metrics.check_finite(lowest, [e.id for e in examples])
   result = classification(dataclasses.replace(b, items=examples), lowest, m, **fitted)
@@ -183,6 +182,6 @@ def _import_bm25s():
     import bm25s
   except ImportError:
     raise ImportError('choosing rules needs bm25s; run "pip install csrm_jax[evals]"') from None
-  # It tells of every index it builds.
+  # It logs every index that it builds.
   logging.getLogger('bm25s').setLevel(logging.WARNING)
   return bm25s

@@ -1,7 +1,7 @@
 """The suites, and what runs benchmarks through them: one score function in, results out.
 
-A suite is a row of SUITES and a function that measures: to add one, write both. Metrics that are
-new get their title and text in metrics.yaml.
+A suite is a row of SUITES and a function that measures: to add one, write both. New metrics get
+their title and text in metrics.yaml.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class Suite:
   """What is asked of a judge, and what is made of its answers.
 
   Attributes:
-    measure: (benchmark, scores, m) -> Result, with finite scores (nats, float64), an array for each
-      item; m measures metrics with their intervals, see `bootstrap.Measure`.
-    ask: item -> the examples to be scored.
-    make: labelled examples, and the benchmark's options -> items; or (items, how many gave none).
-      None where examples are items, or items must be given.
-    is_judged: items are examples whose verdicts are judged: measure also takes a threshold and a
-      calibration, which are fitted on the benchmark's validation rows.
-    by_side: the first examples of all items are scored in one call, then the second ones.
-    paired: {metric: (function, names of its arrays)}, what a comparison of two scorers tests.
+    measure: (benchmark, scores, m) -> Result. `scores` has an array of finite nats, float64, for
+      each item; `m` measures metrics with their intervals, see `bootstrap.Measure`.
+    ask: Returns the examples of an item that are scored.
+    make: Turns labelled examples, with the benchmark's options, into items, or into (items, how
+      many gave none). None where examples are the items, or where items must be given.
+    is_judged: Items are examples, and `measure` also takes a threshold and a calibration, which
+      are fitted on the benchmark's validation rows.
+    by_side: The first examples of all items are scored in one call, then the second ones.
+    paired: {metric: (function, names of its arrays)}, which a comparison of two scorers tests.
   """
 
   measure: Callable[..., Result]
@@ -85,12 +85,12 @@ SUITES = {
 
 
 def prepare(benchmarks: Iterable[Benchmark]) -> list[Benchmark]:
-  """Returns the benchmarks with plain examples made into what suites take.
+  """Returns the benchmarks with plain examples made into what their suites take.
 
-  After this `num_scores` is exact. Rows of which a suite can make nothing are counted in `drops`.
+  After this `num_scores` is exact. `drops` counts the rows of which a suite can make nothing.
 
   Raises:
-    ValueError: an unknown suite, or two benchmarks of one name.
+    ValueError: A suite is unknown, or two benchmarks have one name.
   """
   prepared: dict[str, Benchmark] = {}
   for benchmark in benchmarks:
@@ -111,7 +111,7 @@ def prepare(benchmarks: Iterable[Benchmark]) -> list[Benchmark]:
 def _make(benchmark: Benchmark) -> Benchmark:
   try:
     made = SUITES[benchmark.suite].make(benchmark.items, **benchmark.options)
-  except ImportError as error:  # of an extra: this suite fails, the others go on
+  except ImportError as error:  # An extra is not installed: this suite fails, the others go on.
     return dataclasses.replace(benchmark, items=(), error=str(error), groups=(), tags={})
   drops = dict(benchmark.drops)
   if isinstance(made, tuple):
@@ -145,19 +145,17 @@ def run(
   seed: int = 0,
   on_start: Callable[[str], Any] = lambda name: None,
 ) -> dict[str, Result]:
-  """Returns {benchmark: result}, in their order.
+  """Returns {benchmark: result}, in the order of the benchmarks.
 
-  A benchmark that is not on disk gives a result SKIPPED with the command that would fetch it. A
-  suite whose scores are not finite, or whose examples cannot be scored, gives one FAILED with the
-  error, which names the example (or the package that is missing); the others go on. See `failures`.
+  A benchmark that is not on disk gives a SKIPPED result with the command that would fetch it. A
+  suite whose scores are not finite, whose examples cannot be scored, or whose package is missing
+  gives a FAILED one with the error; the others go on. See `failures`.
 
   Args:
-    score_fn: examples -> scores in nats.
-    benchmarks: as from `prepare`, or not.
-    fitted: the scorer's own calibration; where a benchmark has validation rows and none is given,
-      one is fitted on those.
-    num_samples, seed: bootstrap draws for each interval.
-    on_start: called with the name of each benchmark that is run.
+    fitted: The scorer's own calibration. Without it, one is fitted where a benchmark has
+      validation rows.
+    num_samples: How many bootstrap draws make an interval.
+    on_start: Is called with the name of each benchmark that is run.
   """
   results: dict[str, Result] = {}
   m = Measure(num_samples=num_samples, seed=seed)
@@ -187,8 +185,9 @@ def measure(
   """Returns the result of one prepared benchmark.
 
   Raises:
-    ValueError: a score is not finite (names the id), or the suite cannot use an item.
-    ImportError: of a package that the suite needs.
+    ValueError: A score is not finite (the message names the id), or an item does not fit the
+      suite.
+    ImportError: A package that the suite needs is missing.
   """
   if b.error:
     raise ImportError(b.error)
@@ -203,6 +202,7 @@ def measure(
   if suite.is_judged:
     rows = [e for e in b.validation if e.label is not None]
     labels, options = metrics.labels_of(rows), {'calibration': fitted}
+    # Rows of one class fit neither a threshold nor a calibration.
     if 0 < labels.sum() < len(labels):
       held_out = score(score_fn, rows)
       p_unsafe = metrics.p_unsafe_from_scores(held_out)
@@ -214,7 +214,7 @@ def measure(
 
 
 def score(score_fn: ScoreFn, examples: Sequence[Example]) -> np.ndarray:
-  """Returns the scores, float64 [N] nats; not finite: ValueError with the id."""
+  """Returns the scores, float64 [N] nats; a ValueError names the id of one that is not finite."""
   return metrics.check_finite(score_fn(examples), [e.id for e in examples])
 
 
@@ -228,7 +228,7 @@ def failures(results: Mapping[str, Result]) -> list[str]:
 
 
 def blind(score_fn: ScoreFn) -> ScoreFn:
-  """Returns the score function that is shown no rules."""
+  """Returns a score function that hides the rules from the given one."""
 
   def score(examples, *args):
     return score_fn([augment.hide_rules(e) for e in examples], *args)
@@ -237,10 +237,10 @@ def blind(score_fn: ScoreFn) -> ScoreFn:
 
 
 def fit_calibration(score_fn: ScoreFn, examples: Sequence[Example]) -> Calibration:
-  """Returns the calibration fitted on labelled validation examples.
+  """Returns the calibration fitted on the labelled ones of some validation examples.
 
   Raises:
-    ValueError: a score is not finite (names the id), or a class is missing.
+    ValueError: A score is not finite (the message names the id), or a class is missing.
   """
   rows = [e for e in examples if e.label is not None]
   return metrics.fit_calibration(metrics.labels_of(rows), score(score_fn, rows))
