@@ -1,23 +1,21 @@
 """The algorithms as rows of one table: their advantages, and which settings do something.
 
-An advantage is a function
-  (batch, num_generations, gamma, lam) -> {'advantages': ...}
-of the whole rollout, not of one minibatch of it. batch holds
-  rewards float32 [N]: of each completion; a prompt's G = num_generations
-    completions lie side by side;
+An advantage is a function (batch, num_generations, gamma, lam) -> {'advantages': ...} of the whole
+rollout, not of one minibatch of it. The batch holds
+  rewards float32 [N]: the G = num_generations completions of a prompt lie side by side;
   completion_mask [N,T]: 1 on the completion's tokens, stop token included;
-  kl_penalty float32 [N,T]: kl_coef times the k1 estimate of each token where
-    the KL is part of the reward, else zeros;
-  old_values float32 [N,T]: only for 'ppo'; the critic's value of what precedes
-    token t, in units of the reward.
-Advantages are float32 [N,T], 0 off the completion; 'ppo' adds 'returns', what
-the critic learns. What lies off the completion is never read, so it may be NaN.
-A row without completion tokens counts in its group's mean and nowhere else.
+  kl_penalty float32 [N,T]: kl_coef times the k1 estimate of each token where the KL is part of the
+    reward, else zeros;
+  old_values float32 [N,T]: only for 'ppo'; the critic's value of what precedes token t, in units of
+    the reward.
+Advantages are float32 [N,T], 0 off the completion; 'ppo' adds 'returns', which the critic learns.
+Values off the completion are never read, so they may be NaN. A row without completion tokens counts
+in its group's mean and nowhere else.
 
-gamma (discount per token) and lam do nothing where all tokens of a completion
-have the same advantage; check_idle refuses to set them there.
+gamma (the discount per token) and lam do nothing where all tokens of a completion have the same
+advantage; check_idle refuses to set them there.
 
-Axes: N completions, G of one prompt, T tokens of the longest completion.
+Axes: N completions, G completions of one prompt, T tokens of the longest completion.
 """
 
 from __future__ import annotations
@@ -39,17 +37,16 @@ Batch = Mapping[str, jax.Array]
 Advantages = dict[str, jax.Array]
 AdvantageFn = Callable[[Batch, int, float, float], Advantages]
 
-# Added to a group's standard deviation, as in the implementations users know.
+# Is added to a group's standard deviation, as in the implementations that users know.
 GROUP_EPSILON = 1e-4
-# Added to the variance over the tokens of a whole batch.
+# Is added to the variance over the tokens of a whole batch.
 BATCH_EPSILON = 1e-8
 
 
 def reinforce_pp(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advantages:
-  """Returns advantages: returns with the KL inside, normalised over the batch.
+  """Returns as advantages the returns with the KL inside, normalised over all tokens of the batch.
 
-  The return of token t is γ^(n−t)·R − Σ_{s≥t} γ^(s−t)·kl_penalty_s. Mean and
-  standard deviation are those of all completion tokens of the batch.
+  The return of token t is γ^(n−t)·R − Σ_{s≥t} γ^(s−t)·kl_penalty_s.
 
   Source: REINFORCE++ (arXiv 2501.03262), eq. of A_t.
   """
@@ -63,7 +60,7 @@ def reinforce_pp_baseline(
 ) -> Advantages:
   """Returns advantages as reinforce_pp does, of rewards less the group's mean.
 
-  The mean is of the rewards alone; the KL comes in after it, token by token.
+  The mean has no KL in it; the KL is taken off afterwards, token by token.
 
   Source: REINFORCE++ (arXiv 2501.03262), the variant with a baseline.
   """
@@ -76,8 +73,8 @@ def reinforce_pp_baseline(
 def grpo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advantages:
   """Returns advantages (R − mean of the group) / (its std + GROUP_EPSILON).
 
-  The standard deviation divides by G − 1. A group whose rewards are all equal
-  has advantages of exactly 0. R is less the completion's summed kl_penalty.
+  The standard deviation divides by G − 1. A group whose rewards are all equal has advantages of
+  exactly 0. The completion's summed kl_penalty is taken off R first.
 
   Source: GRPO (arXiv 2402.03300), outcome supervision.
   """
@@ -88,9 +85,7 @@ def grpo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advant
 
 
 def dr_grpo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advantages:
-  """Returns advantages R − mean of the group, not divided by anything.
-
-  R is less the completion's summed kl_penalty.
+  """Returns advantages R − mean of the group, not divided by anything; R is as in grpo.
 
   Source: Dr. GRPO (arXiv 2503.20783), §3.2.
   """
@@ -99,25 +94,22 @@ def dr_grpo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Adv
 
 
 def rloo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advantages:
-  """Returns advantages R − mean of the *other* completions of the group.
-
-  R is less the completion's summed kl_penalty.
+  """Returns advantages R − mean of the *other* completions of the group; R is as in grpo.
 
   Source: RLOO (arXiv 2402.14740), eq. 8.
   """
   del gamma, lam
   centred = _centre(_total_rewards(batch, num_generations))
-  # R − (sum − R)/(G − 1) = (R − mean)·G/(G − 1), which is exactly 0 for a
-  # group whose rewards are all equal.
+  # R − (sum − R)/(G − 1) = (R − mean)·G/(G − 1). The second form is exactly 0 where all rewards of
+  # a group are equal; the first is so up to rounding only.
   return _broadcast(centred * (num_generations / (num_generations - 1)), batch)
 
 
 def ppo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advantages:
   """Returns advantages by GAE(γ, λ), normalised over the batch, and returns.
 
-  δ_t = r_t + γ·V_{t+1} − V_t, A_t = δ_t + γλ·A_{t+1}; r_t = −kl_penalty_t, plus
-  R at the last token; V after it is 0. returns_t = A_t + V_t before the
-  normalisation.
+  δ_t = r_t + γ·V_{t+1} − V_t, A_t = δ_t + γλ·A_{t+1}; r_t = −kl_penalty_t, plus R at the last
+  token; V after it is 0. returns_t = A_t + V_t before the normalisation.
 
   Source: GAE (arXiv 1506.02438), eq. 16; PPO (arXiv 1707.06347).
   """
@@ -131,27 +123,19 @@ def ppo(batch: Batch, num_generations: int, gamma: float, lam: float) -> Advanta
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-  """What makes an algorithm; what may be set is there as a default.
+  """One algorithm: its advantage or its pair loss, what it needs, and its defaults.
 
-  Attributes:
-    advantage: of an online algorithm, which samples from the policy that is
-      trained and scores each rollout with the rewards.
-    pair_loss: of an offline one, which learns from pairs of completions of the
-      reference.
-    needs_group: compares the completions of one prompt, so needs 2 or more.
-    needs_values: has a critic.
-    token_returns: a token's advantage depends on its place where gamma < 1 or
-      the KL is in the reward.
-    kl_place: default of Objective.kl_place.
-    kl_estimator: default of Objective.kl_estimator.
-    loss_aggregation: default of Objective.loss_aggregation.
+  An online algorithm has an advantage: it samples from the policy that is trained and scores each
+  rollout. An offline one has a pair loss: it learns from pairs of the reference's completions.
   """
 
   advantage: AdvantageFn | None = None
   pair_loss: Callable[..., Any] | None = None
-  needs_group: bool = False
-  needs_values: bool = False
+  needs_group: bool = False  # compares the completions of one prompt, so needs 2 or more
+  needs_values: bool = False  # has a critic
+  # Whether a token's advantage depends on its place: where gamma < 1 or the KL is in the reward.
   token_returns: bool = False
+  # Defaults of the Objective's fields.
   kl_place: str = 'reward'
   kl_estimator: str = 'k1'
   loss_aggregation: str = 'token-mean'
@@ -186,17 +170,13 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def get(name: str) -> Algorithm:
-  """Returns ALGORITHMS[name].
-
-  Raises:
-    ValueError: there is none of this name.
-  """
+  """Returns ALGORITHMS[name]; a ValueError names the known ones."""
   checks.one_of('algorithm', name, ALGORITHMS)
   return ALGORITHMS[name]
 
 
 def _choices(config: Any) -> Iterator[tuple[bool, list[str], str]]:
-  """Yields (do they do nothing, keys or sections of configs/rl.py, why)."""
+  """Yields (whether they do nothing, keys or sections of configs/rl.py, why)."""
   name, row, reward = config.algorithm, get(config.algorithm), config.reward.name
   yield (
     not row.online,
@@ -226,10 +206,7 @@ def _choices(config: Any) -> Iterator[tuple[bool, list[str], str]]:
 
 
 def idle_keys(config: Any) -> dict[str, str]:
-  """Returns {key: why it does nothing with this algorithm or reward}.
-
-  configs/rl.py leaves these keys empty.
-  """
+  """Returns {key: why it does nothing in this run}; configs/rl.py leaves these keys empty."""
   idle = {}
   for is_idle, keys, why in _choices(config):
     for key in _inside(config, keys) if is_idle else ():
@@ -246,12 +223,14 @@ def check_idle(config: Any) -> None:
   """Checks that no knob was turned that does nothing in this run.
 
   Raises:
-    ValueError: one was; the message says what would make it do something.
+    ValueError: One was turned; the message says what would make it do something.
   """
   values = config_lib.flatten(config)
   for key, why in idle_keys(config).items():
     if values[key] is not None:
       raise ValueError(f'config.{key}={values[key]} does nothing {why}; leave it out')
+  # The other way round: --config.algorithm=... in place of the argument leaves empty what the
+  # argument would have filled in.
   for is_idle, keys, _ in _choices(config):
     if not is_idle and all(values[key] is None for key in _inside(config, keys)):
       raise ValueError(
@@ -261,7 +240,7 @@ def check_idle(config: Any) -> None:
   reward, is_world = config.reward, config.data.source == 'ruleworld'
   known = reward.helpfulness in (None, 'none', 'oracle')
   judge = 'a reward model as reward.helpfulness'
-  table = (  # key, left at this, does it do nothing, what it needs
+  table = (  # a key, its default, whether it does nothing, what it needs to do something
     ('data.eval_fraction', 0.2, is_world, 'prompts from a file'),
     ('data.eval_seed', 1, not is_world, 'data.source=ruleworld'),
     ('policy.overrides.lora_alpha', 16.0, not config.policy.overrides.lora_rank, 'lora_rank'),
@@ -279,14 +258,12 @@ def check_idle(config: Any) -> None:
 
 
 def make_objective(config: Any) -> Objective:
-  """Returns the objective of an online run; None in config.loss is as the algorithm has it.
+  """Returns the objective of an online run; None in config.loss takes the algorithm's default.
 
-  A kl_place other than the algorithm's takes k1 in the reward and k2 in the
-  loss.
+  A kl_place other than the algorithm's takes k1 in the reward and k2 in the loss.
 
   Raises:
-    ValueError: settings that do not go together; one line that says what to
-      change.
+    ValueError: Settings do not go together; one line says what to change.
   """
   name, loss = config.algorithm, config.loss
   algorithm = get(name)
@@ -304,6 +281,8 @@ def make_objective(config: Any) -> Objective:
   if place != algorithm.kl_place:
     defaults['kl_estimator'] = {'loss': 'k2'}.get(place, 'k1')
   if given.get('ratio') == 'sequence':
+    # All tokens of a row have its one ratio: a mean over the batch's tokens would count long rows
+    # more.
     defaults['loss_aggregation'] = 'seq-mean-token-mean'
   objective = Objective(
     **(defaults | given), max_completion_length=config.sampling.max_completion_length
@@ -323,7 +302,7 @@ def _check(name: str, objective: Objective, config: Any) -> None:
     )
   if num_generations < 1:
     raise ValueError(f'num_generations={num_generations} must be at least 1.')
-  # Both are None where they do nothing.
+  # They are None where they do nothing.
   gamma, lam = (1.0 if x is None else x for x in (loss.gamma, loss.lam))
   if not 0 < gamma <= 1 or not 0 <= lam <= 1:
     raise ValueError(f'gamma={gamma} must lie in (0, 1] and lam={lam} in [0, 1].')
@@ -361,15 +340,11 @@ def _check(name: str, objective: Objective, config: Any) -> None:
 def adaptive_kl(
   kl_coef: float, measured_kl: float, target: float, horizon: float, num_samples: int
 ) -> float:
-  """Returns the next kl_coef: larger where the KL lies above its target.
+  """Returns the next kl_coef, which is larger where the KL lies above its target.
 
-  kl_coef·(1 + clip(measured_kl/target − 1, −0.2, 0.2)·num_samples/horizon).
-  Only for a KL in the reward (make_objective refuses it elsewhere). KLs are in
-  nats a token, as kl/ref; the horizon is about how many completions it takes to
-  react, num_samples how many there were since the last call.
-
-  Raises:
-    ValueError: measured_kl is not finite, or a batch is longer than horizon.
+  It is kl_coef·(1 + clip(measured_kl/target − 1, −0.2, 0.2)·num_samples/horizon). KLs are in nats
+  per token, as kl/ref. num_samples counts the completions since the last call; the horizon says
+  after about how many the coefficient has adapted.
 
   Source: Ziegler et al. (arXiv 1909.08593), §2.2.
   """
@@ -385,7 +360,7 @@ def adaptive_kl(
 
 def _check_rewards(batch, num_generations: int) -> jax.Array:
   rewards = jnp.asarray(batch['rewards'])
-  # A reward that was rounded to an integer or to 8 bits orders nothing.
+  # Rewards that were rounded to integers or to 8 bits no longer order completions.
   if rewards.dtype not in (jnp.float32, jnp.float64):
     raise ValueError(
       f'rewards have dtype {rewards.dtype}; make them float32 where they are computed.'
@@ -414,19 +389,14 @@ def _group(x: jax.Array, num_generations: int) -> jax.Array:
 
 
 def _centre(groups: jax.Array) -> jax.Array:
-  """Returns groups [N/G,G] less their means; 0 where all G are equal.
-
-  The mean of equal numbers may differ from them in the last place, and the
-  division by a standard deviation as small would make an advantage of that.
-
-  Raises:
-    ValueError: G is 1.
-  """
+  """Returns groups [N/G,G] less their means; 0 where all G are equal."""
   if groups.shape[1] < 2:
     raise ValueError(
       f'num_generations={groups.shape[1]} leaves a group baseline nothing to '
       'compare with; sample at least 2 completions a prompt.'
     )
+  # The mean of equal numbers may differ from them in the last place, and the division by a standard
+  # deviation as small would make an advantage of that.
   same = groups.max(1, keepdims=True) == groups.min(1, keepdims=True)
   return jnp.where(same, 0.0, groups - groups.mean(1, keepdims=True))
 
@@ -438,6 +408,7 @@ def _broadcast(values: jax.Array, batch) -> Advantages:
 
 
 def _clear(x: jax.Array, mask: jax.Array) -> jax.Array:
+  # Not a product: NaN times 0 is NaN.
   return jnp.where(mask > 0, x, 0.0)
 
 
@@ -451,6 +422,7 @@ def _token_rewards(rewards: jax.Array, batch) -> jax.Array:
 
 def _returns(rewards: jax.Array, batch, gamma: float) -> jax.Array:
   token_rewards = _token_rewards(rewards, batch)
+  # With values of 0 and λ = 1 the advantage is the discounted return.
   return _gae(
     token_rewards, jnp.zeros_like(token_rewards), batch['completion_mask'], gamma, lam=1.0
   )
@@ -459,14 +431,14 @@ def _returns(rewards: jax.Array, batch, gamma: float) -> jax.Array:
 def _gae(
   token_rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float, lam: float
 ) -> jax.Array:
-  """Returns unnormalised advantages [N,T]; all arguments are cleared."""
+  """Returns unnormalised advantages [N,T]; the arguments are 0 off the completion."""
 
   def back(after, now):
     next_advantage, next_value = after
     reward, value, active = now
     delta = reward + gamma * next_value - value
     advantage = delta + gamma * lam * next_advantage
-    # Off the completion time stands still.
+    # Positions off the completion are no steps in time: they discount nothing.
     return (
       jnp.where(active, advantage, next_advantage),
       jnp.where(active, value, next_value),
@@ -484,5 +456,6 @@ def _whiten(x: jax.Array, mask: jax.Array) -> jax.Array:
   mask = mask > 0
   centred = _clear(x - masked.masked_mean(x, mask), mask)
   variance = masked.masked_mean(jnp.square(centred), mask)
+  # As in _centre, what rounding leaves of equal values must not be blown up.
   same = jnp.where(mask, x, -jnp.inf).max() == jnp.where(mask, x, jnp.inf).min()
   return jnp.where(same, 0.0, centred / jnp.sqrt(variance + BATCH_EPSILON))

@@ -1,18 +1,17 @@
-"""Losses of a policy; each returns (total, weight, metrics), divides nothing.
+"""Losses of a policy; each returns (total, weight, metrics) and divides nothing.
 
-As in csrm_jax.train.losses the train step divides once by the global weight, so that
-the loss does not depend on how a batch is cut into microbatches.
+As in csrm_jax.train.losses the train step divides once by the global weight, so that the loss does
+not depend on how a batch is cut into microbatches.
 
-Batches of sampled completions, one a row:
+A batch of sampled completions has one in each row:
   completion_mask [B,T]: 1 on the completion's tokens, stop token included;
-  old_logprobs float32 [B,T]: of the policy at the start of the update;
-  ref_logprobs float32 [B,T]: of the reference model;
+  old_logprobs float32 [B,T]: what the policy said at the start of the update;
+  ref_logprobs float32 [B,T]: what the reference model says;
   advantages float32 [B,T]; for a critic also returns, old_values float32 [B,T].
-The value at position t is about token t. Off the completion any value may
-stand, NaN too: it reaches neither a loss nor a gradient. A row without
-completion tokens has no weight.
+The value at position t is about token t. Off the completion any value may stand, even NaN: it
+reaches neither a loss nor a gradient. A row without completion tokens has no weight.
 
-Log-probabilities are in nats, all of one function and one temperature.
+Log-probabilities are in nats, all computed by one function at one temperature.
 
 Axes: B rows, T tokens of the longest completion, P preference pairs.
 """
@@ -30,27 +29,27 @@ from csrm_jax.train.losses import Metrics
 
 RATIOS = ('token', 'sequence')
 AGGREGATIONS = 'token-mean', 'seq-mean-token-mean', 'seq-mean-token-sum-norm'
-# The estimators that are right in each place: k1 in a loss has an expected
-# gradient of 0, and k2, k3 in a reward are not the KL's.
+# The estimators that are right in each place: in a loss k1 has an expected gradient of 0, and in a
+# reward k2 and k3 do not lead to the KL's gradient.
 KL_ESTIMATORS = {'none': ('k1', 'k2', 'k3'), 'reward': ('k1',), 'loss': ('k2', 'k3')}
-# Log ratios are cut off here before exp, which would overflow at 88.
+# Log ratios are cut off here before exp, which would overflow float32 at 88.
 MAX_LOG_RATIO = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The clipped policy-gradient objective; hashable. Fields are those of config.loss."""
+  """The clipped policy-gradient objective; hashable. Fields are as in config.loss."""
 
   epsilon: float
   epsilon_high: float
-  # 'token', or 'sequence' (GSPO): the geometric mean of its tokens' ratios.
+  # 'token'; or 'sequence' (GSPO), which takes the geometric mean of the row's token ratios.
   ratio: str
-  # 'token-mean' over all tokens of the batch; 'seq-mean-token-mean' over rows of
-  # the mean over their tokens; 'seq-mean-token-sum-norm' over rows of the sum
-  # over their tokens divided by max_completion_length.
+  # 'token-mean': the mean over all tokens of the batch. 'seq-mean-token-mean': the mean over rows
+  # of the mean over their tokens. 'seq-mean-token-sum-norm': the mean over rows of the sum over
+  # their tokens, divided by max_completion_length.
   loss_aggregation: str
-  # Where the KL to the reference is penalised: 'reward' (the caller hands kl_coef
-  # times the estimate to the advantages), 'loss' or 'none'.
+  # Where the KL to the reference is penalised: 'reward' (the caller hands kl_coef times the
+  # estimate to the advantages), 'loss' or 'none'.
   kl_place: str
   kl_estimator: str
   kl_coef: float
@@ -106,10 +105,9 @@ class Objective:
 def kl_estimate(logprobs: jax.Array, ref_logprobs: jax.Array, estimator: str) -> jax.Array:
   """Returns an estimate of KL(policy ‖ reference) from each token, in nats.
 
-  With d = logprobs − ref_logprobs: k1 = d, k2 = d²/2, k3 = e^−d − 1 + d. For
-  tokens drawn from the policy k1 and k3 have the KL as their mean, k2 nearly;
-  but as a *loss* k1's expected gradient is 0, k2's is the KL's, and k3's that
-  of KL(reference ‖ policy).
+  With d = logprobs − ref_logprobs: k1 = d, k2 = d²/2, k3 = e^−d − 1 + d. For tokens drawn from the
+  policy k1 and k3 have the KL as their mean, k2 nearly. But as a *loss* k1 has an expected gradient
+  of 0, k2 has the gradient of the KL, and k3 that of KL(reference ‖ policy).
 
   Source: Schulman, "Approximating KL divergence" (2020).
   """
@@ -128,22 +126,20 @@ def policy_loss(
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of the clipped policy objective.
 
-  A token's loss is −min(r·A, clip(r, 1 − ε, 1 + ε_high)·A) with r = e^(logprobs
-  − old_logprobs) or the sequence's ratio, for A < 0 at most −dual_clip·A; plus
-  kl_coef times the KL estimate where the KL is in the loss.
+  A token's loss is −min(r·A, clip(r, 1 − ε, 1 + ε_high)·A) with r = e^(logprobs − old_logprobs) or
+  the sequence's ratio; for A < 0 it is at most −dual_clip·A. kl_coef times the KL estimate is added
+  where the KL is in the loss.
 
-  Metrics, token means but for the first: policy/loss (without the KL, as
-  aggregated), policy/clip_frac_low and policy/clip_frac_high (where the clip
-  stops the gradient), policy/dual_clip_frac, policy/ratio_mean,
-  policy/ratio_max (mean over rows of a row's largest), policy/entropy (from the
-  drawn tokens: −logprobs), kl/ref and kl/old (k3).
+  Metrics are token means, but for policy/loss (without the KL, as aggregated) and policy/ratio_max
+  (the mean over rows of a row's largest ratio). policy/clip_frac_low and policy/clip_frac_high
+  count where the clip stops the gradient; policy/entropy is −logprobs of the drawn tokens; kl/ref
+  and kl/old are k3.
 
-  Source: PPO (arXiv 1707.06347), eq. 7; dual clip (arXiv 1912.09729), eq. 5;
-    clip-higher (DAPO, arXiv 2503.14476), eq. 10; GSPO (2507.18071), eq. 5.
+  Source: PPO (arXiv 1707.06347), eq. 7; dual clip (arXiv 1912.09729), eq. 5; clip-higher (DAPO,
+    arXiv 2503.14476), eq. 10; GSPO (2507.18071), eq. 5.
   """
   mask = batch['completion_mask'] > 0
-  # Cleared first: a weight of 0 keeps a NaN out of the loss, but not out of
-  # the gradient.
+  # These are cleared first: a weight of 0 keeps a NaN out of the loss, but not out of the gradient.
   logprobs, old, ref, advantages = (
     jnp.where(mask, _float(x), 0.0)
     for x in (logprobs, batch['old_logprobs'], batch['ref_logprobs'], batch['advantages'])
@@ -176,11 +172,8 @@ def value_loss(
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of the critic's squared error, halved.
 
-  With value_clip the larger of the errors of the value and of the value held
-  within value_clip of old_values. Metrics: value/loss, value/clip_frac.
-
-  A value is about what precedes token t; value_clip, in units of the reward, may
-  be None.
+  With value_clip, in units of the reward, it is the larger of two errors: that of the value, and
+  that of the value held within value_clip of old_values.
 
   Source: PPO's reference implementation; see arXiv 2005.12729, §2.
   """
@@ -212,24 +205,22 @@ def distillation_loss(
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of reward distillation.
 
-  A pair's loss is (log(R⁺/R⁻) − β·log(π(y⁺)π_ref(y⁻) / π(y⁻)π_ref(y⁺)))². The
-  paper prints a product of rewards; the method it cites has this difference.
+  A pair's loss is (log(R⁺/R⁻) − β·log(π(y⁺)π_ref(y⁻) / π(y⁻)π_ref(y⁺)))². The paper prints a
+  product of rewards; the method it cites has this difference.
 
-  Metrics: policy/loss, pairs/accuracy (π prefers the better more than π_ref
-  does; a tie is half), pairs/margin and pairs/target (β·log(…) and log(R⁺/R⁻)).
+  Metrics: pairs/accuracy (π prefers the better side more than π_ref does; a tie counts half),
+  pairs/margin (β·log(…)), pairs/target (log(R⁺/R⁻)).
 
   Args:
-    logprob_sums: float32 [P,2], log π of each completion; side 0 the better.
-    batch: reward float32 [P,2], above 0, the product of all rewards;
-      ref_logprob float32 [P,2]; pair_weight float32 [P] where some are
-      padding.
-    beta: β.
+    logprob_sums: float32 [P,2], log π of each completion; side 0 is the better.
+    batch: Holds reward float32 [P,2], above 0; ref_logprob float32 [P,2]; and pair_weight float32
+      [P] where some pairs are padding.
 
-  Source: CSRM (arXiv 2605.30487), RL alignment; Fisch et al. (arXiv
-    2405.19316), eq. 7.
+  Source: CSRM (arXiv 2605.30487), RL alignment; Fisch et al. (arXiv 2405.19316), eq. 7.
   """
   weight = _pair_weight(batch)
   margin = _margin(logprob_sums, batch, beta, weight)
+  # A padding's reward has no finite log, and a weight of 0 keeps that out of the loss only.
   reward = jnp.where(weight[:, None] > 0, _float(batch['reward']), 1.0)
   target = jnp.log(reward[:, 0]) - jnp.log(reward[:, 1])
   return _pair_loss(jnp.square(target - margin), margin, weight, {'pairs/target': target})
@@ -240,8 +231,8 @@ def dpo_loss(
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of direct preference optimisation.
 
-  A pair's loss is −log σ(β·log(π(y⁺)π_ref(y⁻) / π(y⁻)π_ref(y⁺))). Arguments and
-  metrics are those of distillation_loss; the rewards only order the pair.
+  A pair's loss is −log σ(β·log(π(y⁺)π_ref(y⁻) / π(y⁻)π_ref(y⁺))). Arguments and metrics are as in
+  distillation_loss; the rewards only order the pair.
 
   Source: DPO (arXiv 2305.18290), eq. 7.
   """
@@ -253,14 +244,10 @@ def dpo_loss(
 def better_nll(
   logprob_sums: jax.Array, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (total, weight) of −log π(y⁺) a token: over pairs, their number.
+  """Returns (total, weight) of −log π(y⁺) per token: the sum over pairs, and their number.
 
-  A pair loss is content where both sides lose probability, to text of which
-  there is no pair; this term keeps it at the better sides.
-
-  Args:
-    logprob_sums: see distillation_loss.
-    batch: completion_mask [P,2,C]; see also distillation_loss.
+  A pair loss may fall while both sides lose probability to text that is in no pair; this term keeps
+  probability at the better sides. The batch of distillation_loss also has completion_mask [P,2,C].
 
   Source: Pang et al. (arXiv 2404.19733), eq. 1.
   """
@@ -271,7 +258,7 @@ def better_nll(
 
 
 def _float(x: jax.Array) -> jax.Array:
-  """Returns x in float32, or in float64 where it is that."""
+  """Returns x in float32, or in float64 where it is float64."""
   x = jnp.asarray(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -327,7 +314,7 @@ def _margin(logprob_sums, batch, beta, weight) -> jax.Array:
 
 
 def _pair_loss(loss, margin, weight, extra):
-  """Returns (total, weight, metrics); all but weight are cleared [P]."""
+  """Returns (total, weight, metrics) of values [P] that are finite in padding too."""
   total, num_pairs = masked.masked_sum(loss, weight), weight.sum()
   ordered = 0.5 * ((margin > 0) + (margin >= 0).astype(weight.dtype))
   values = {'pairs/accuracy': ordered, 'pairs/margin': margin, **extra}

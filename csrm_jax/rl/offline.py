@@ -1,12 +1,12 @@
 """Offline alignment: pairs of the reference policy's best and worst samples.
 
-Completions and rewards are kept in a journal, prompt by prompt, so that a run
-that is killed loses none. `PairBatches` feeds the train loop of reward models.
+Completions and rewards are kept in a journal, prompt by prompt, so that a run that is killed loses
+none. `PairBatches` feeds the train loop of reward models.
 
-Axes: P pairs, side 0 the better; T tokens of a row.
+Axes: P pairs, side 0 the better; T tokens of a row; C tokens of the longest completion.
 
-Source: CSRM (arXiv 2605.30487), reward distillation: of 100 unique responses a
-prompt, sorted by reward, the 5 best are paired with the 5 worst at random.
+Source: CSRM (arXiv 2605.30487), reward distillation: of 100 unique responses to a prompt, sorted by
+reward, the 5 best are paired with the 5 worst at random.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ from csrm_jax.train import loop, step as training
 
 
 def check(config: Any) -> None:
-  """Checks the numbers of an offline run; see configs/rl.py.
-
-  Raises:
-    ValueError: with these there are no pairs.
-  """
+  """Checks the numbers of an offline run's config; raises ValueError."""
   pairs = config.pairs
   if not 1 <= pairs.num_best <= pairs.num_samples // 2:
     raise ValueError(
@@ -58,14 +54,10 @@ def sample(
   sampling: Sampling,
   path: pathlib.Path,
 ) -> dict[str, list[dict[str, Any]]]:
-  """Returns {prompt id: its completions} with their rewards, behind a progress bar.
+  """Returns {prompt id: its completions} with their rewards, drawn from the reference policy.
 
-  A completion is {'tokens', 'text', 'stopped', 'reward', 'parts'}. What the journal
-  at `path` holds is not sampled again; what is drawn for a prompt does not depend
-  on where a run was interrupted. The policy is the reference.
-
-  Raises:
-    ValueError: two prompts share an id, or a reward is not finite.
+  A completion is {'tokens', 'text', 'stopped', 'reward', 'parts'}. Prompts that the journal at
+  `path` holds are not sampled again.
   """
   if len({prompt.id for prompt in prompts}) < len(prompts):
     raise ValueError('two prompts share an id; give each its own')
@@ -76,6 +68,8 @@ def sample(
     for start in range(0, len(prompts), num_parallel):
       group = prompts[start : start + num_parallel]
       if not all(prompt.id in kept for prompt in group):
+        # The whole group is drawn again, from a seed of its own: where a run was interrupted
+        # does not change what is drawn.
         seed = int(np.random.default_rng((config.seed, start)).integers(2**32))
         samples, rows = rollout.rollout(policy, params, group, sampling, num_samples, seed)
         for prompt, found in _by_prompt(samples, rows, reward_fn):
@@ -112,12 +106,11 @@ def choose_pairs(
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
   """Returns (better, worse) completions of one prompt, paired at random.
 
-  Completions with the same text count once. The num_best best are paired with as
-  many of the worst; of fewer than 2 · num_best there are fewer pairs, and pairs of
-  equal rewards are left out.
+  Completions with the same text count once. The num_best best are paired with as many of the worst.
+  Fewer than 2 · num_best completions give fewer pairs, and pairs of equal rewards are left out.
   """
   unique = list({one['text']: one for one in completions}.values())
-  # Ties are broken by the text, not by the order of the draws.
+  # The text breaks ties, not the order of the draws.
   unique.sort(key=lambda one: (-one['reward'], one['text']))
   num = min(num_best, len(unique) // 2)
   order = np.random.default_rng(seed).permutation(num)
@@ -133,14 +126,10 @@ def make_pairs(
   prompts: Sequence[Prompt],
   completions: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, np.ndarray]:
-  """Returns all pairs as rows of a train batch.
+  """Returns all pairs of the completions from `sample` as rows of a train batch.
 
-  tokens, positions, segment_ids int32 [P,2,T]; completion_mask float32
-  [P,2,C]; reward, ref_logprob float32 [P,2], the latter a sum over the
-  completion in nats. Completions are as from `sample`.
-
-  Raises:
-    ValueError: there are no pairs at all.
+  tokens, positions, segment_ids int32 [P,2,T]; completion_mask float32 [P,2,C]; reward, ref_logprob
+  float32 [P,2]. ref_logprob is a sum over the completion, in nats.
   """
   asked, sides = [], []
   for i, prompt in enumerate(prompts):
@@ -172,9 +161,10 @@ def make_pairs(
 
 
 def _reference(config, policy, params, rows) -> np.ndarray:
-  """Returns the sums of the rows' log-probabilities, float32 [2P]."""
+  """Returns the sum of each row's log-probabilities, float32 [2P]."""
   num, sums = len(rows['tokens']), []
-  chunk = 2 * config.pairs.batch_size  # as many rows at a time as in an update
+  # An update's number of rows at a time: that much fits into memory, and is compiled anyway.
+  chunk = 2 * config.pairs.batch_size
   for start in range(0, num, chunk):
     part = {name: x[start : start + chunk] for name, x in rows.items()}
     missing = chunk - len(part['tokens'])
@@ -204,12 +194,9 @@ def make_loss_fn(config: Any, policy: rollout.Policy) -> training.LossFn:
 
 
 class PairBatches:
-  """Batches of pairs without end, all pairs once an epoch; like BatchIterator.
+  """Yields batches of pairs without end, each pair once in an epoch; used like BatchIterator."""
 
-  Its position is a number of batches, so that a resumed run sees the same.
-  """
-
-  # What does not fit is an error before there are pairs.
+  # The loop reads both. Prompts that do not fit are an error earlier, so nothing is left out here.
   drops: Mapping[str, int] = {}
   num_shortened = 0
 
@@ -236,18 +223,18 @@ class PairBatches:
     return self
 
   def get_state(self) -> dict[str, Any]:
-    """Returns the position as JSON."""
+    """Returns the position, a number of batches, as JSON."""
     return {'num_done': self._num_done}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
-    """Goes to a position of get_state."""
+    """Goes to a position from get_state."""
     self._num_done = int(state['num_done'])
 
 
 def describe(
   completions: Mapping[str, Sequence[Mapping[str, Any]]], pairs: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-  """Returns what there was to learn from: counts, and the sides' rewards."""
+  """Returns how much there was to learn from: counts, and the mean rewards of both sides."""
   totals = np.array([one['reward'] for some in completions.values() for one in some])
   better, worse = jax.tree.map(float, pairs['reward'].mean(0).tolist())
   return {

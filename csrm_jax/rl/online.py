@@ -1,9 +1,8 @@
 """Online RL: rollout, score, advantage, update.
 
-A step draws num_generations completions of each of num_prompts prompts, and
-updates the policy num_iterations times with all of them. What is drawn depends
-on the seed, the step and the policy only, so that a run that was killed goes on
-as if it had not been.
+A step draws num_generations completions of each of num_prompts prompts, and updates the policy
+num_iterations times with all of them. The draws depend on the seed, the step and the policy only,
+so that a run that was killed goes on as if it had not been.
 
 Axes: N samples of a step, C tokens of the longest completion.
 """
@@ -31,16 +30,12 @@ from csrm_jax.train import loop, step as training
 # (model, parameters) -> {name: a Metric of evals}
 LookFn = Callable[[ModelConfig, Any], dict[str, Any]]
 
-# The train step's names of what users of RL look for elsewhere.
+# Metrics of the train step -> the names under which users of RL look for them.
 _NAMES = {'train/lr': 'optim/lr', 'train/grad_norm': 'optim/grad_norm', 'train/loss': 'loss'}
 
 
 def check(config: Any) -> None:
-  """Checks the numbers of an online run; see configs/rl.py.
-
-  Raises:
-    ValueError: one is out of range, or they do not go together.
-  """
+  """Checks the numbers of an online run's config; raises ValueError."""
   for section, names in (
     ('rollout', ('num_prompts', 'num_generations')),
     ('loss', ('num_iterations', 'num_mini_batches', 'kl_horizon')),
@@ -70,7 +65,7 @@ def num_rows(config: Any) -> int:
 
 
 def chunk(config: Any) -> int:
-  """Returns the rows that go through the model at once."""
+  """Returns how many rows go through the model at once."""
   return num_rows(config) // (config.loss.num_mini_batches * config.optim.num_microbatches)
 
 
@@ -82,7 +77,7 @@ def make_loss_fn(config: Any, policy: rollout.Policy) -> training.LossFn:
     out = rollout.logprobs(policy.model, params, batch, config.sampling.temperature)
     total, weight, metrics = objectives.policy_loss(out['logprobs'], batch, objective)
     if 'values' in out:
-      # Its weight is the same.
+      # Both losses have the same weight, so their totals may be added.
       error, _, more = objectives.value_loss(out['values'], batch, loss.value_clip, objective)
       total, metrics = total + loss.vf_coef * error, metrics | more
     return total, weight, metrics
@@ -95,20 +90,20 @@ class Online:
   """The work of an online run; see loop.Work."""
 
   config: Any  # as in configs/rl.py
-  policy: rollout.Policy  # what is trained
-  frozen: Mapping[str, Any]  # its parameters that are not; {} where all are
-  reference: tuple[ModelConfig, Any]  # what the KL is measured from
-  prompts: Sequence[Prompt]  # each step takes the next ones, in an order of each epoch
+  policy: rollout.Policy  # the policy that is trained
+  frozen: Mapping[str, Any]  # its parameters that are not trained; {} where all are
+  reference: tuple[ModelConfig, Any]  # the policy from which the KL is measured
+  prompts: Sequence[Prompt]  # each step takes the next ones; each epoch has its own order
   reward_fn: rewards.TotalFn
   step_fn: training.StepFn
   sampling: Sampling
-  mesh: jax.sharding.Mesh  # what batches are spread over
-  sampling_mesh: jax.sharding.Mesh  # of the same devices, that completions are drawn on
-  workdir: pathlib.Path  # of samples.jsonl and looks.jsonl
+  mesh: jax.sharding.Mesh  # batches are spread over it
+  sampling_mesh: jax.sharding.Mesh  # completions are drawn on it; it has the same devices
+  workdir: pathlib.Path  # where samples.jsonl and looks.jsonl are written
   look_fn: LookFn | None = None  # measures held-out prompts
   # Carried from step to step:
   normaliser: rewards.Normaliser = dataclasses.field(default_factory=rewards.Normaliser)
-  best_reward: float | None = None  # reward/mean of the best log line
+  best_reward: float | None = None  # the highest reward/mean of a log line
   stopped: str = ''  # why the run ended early
 
   def __post_init__(self):
@@ -117,6 +112,7 @@ class Online:
     self.kl_coef = self.objective.kl_coef  # as kl_target has adapted it so far
 
   def begin(self, state, step, carried) -> None:
+    # A killed run may have written rows of steps after its last checkpoint, which come again.
     resume_step = -1 if carried is None else step
     for name in ('samples.jsonl', 'looks.jsonl'):
       files.cut_log(self.workdir / name, resume_step)
@@ -148,7 +144,7 @@ class Online:
       self.normaliser = self.normaliser.update(totals)
     batch = self._make_batch(state, rows, samples, totals)
     if config.rollout.dtype:
-      # Nats between training's log-probabilities and the sampler's own.
+      # The distance between training's log-probabilities and the sampler's own, in nats.
       gap = np.abs(batch['old_logprobs'] - rows['rollout_logprobs'])[rows['completion_mask'] > 0]
       measured['sampler/logprob_gap_mean'] = float(gap.mean())
       measured['sampler/logprob_gap_max'] = float(gap.max())
@@ -157,7 +153,7 @@ class Online:
       part = {name: x[chosen] for name, x in batch.items()}
       state, metrics = self.step_fn(state, mesh_lib.to_global(part, self.mesh), self.frozen or None)
       updates.append((part, metrics))
-    # At once, so that no sample of a step that was not applied is written.
+    # Checked at once, so that samples of a step that was not applied are not written.
     loop.check_finite(self.workdir, step, updates)
     times.append(time.perf_counter())
     spans = dict(zip(('rollout', 'reward', 'update'), np.diff(times).tolist(), strict=True))
@@ -179,7 +175,7 @@ class Online:
     return values
 
   def _why_stop(self, values: Mapping[str, float]) -> str:
-    """Returns why the run ends after this log line, or ''; keeps the best."""
+    """Returns why the run ends after this log line, or ''; updates best_reward."""
     stop, reward = self.config.stop, values['reward/mean']
     kl = values.get('kl/ref', 0.0)  # absent where no completion counted
     if stop.kl is not None and kl > stop.kl:
@@ -194,7 +190,7 @@ class Online:
     return ''
 
   def _look(self, state: training.TrainState, step: int) -> None:
-    """Adds metrics of held-out prompts to looks.jsonl, where it is time to."""
+    """Adds metrics of held-out prompts to looks.jsonl, every eval.every steps."""
     every = self.config.eval.every
     if self.look_fn is None or not every or step % every:
       return
@@ -216,11 +212,11 @@ class Online:
     )
 
   def _make_batch(self, state, rows, samples, totals) -> dict[str, np.ndarray]:
-    """Returns what the updates of a step learn from; adapts kl_coef."""
+    """Returns the batch that the updates of a step learn from; adapts kl_coef."""
     config, loss = self.config, self.config.loss
     if config.rollout.dtype or self.algorithm.needs_values:
       old = self._logprobs(self.policy.model, tree.merge(self.frozen, state.params), rows)
-    else:  # the sampler has the same weights and the same function
+    else:  # the sampler has the same weights and the same function: a forward pass is saved
       old = {'logprobs': rows['rollout_logprobs']}
     reference = self._logprobs(*self.reference, rows)['logprobs']
     batch = {name: x for name, x in rows.items() if name != 'rollout_logprobs'}
@@ -245,6 +241,7 @@ class Online:
       estimate | values,
     )
     if loss.kl_target is not None:
+      # After the advantages: only the next step's samples see the new coefficient.
       mask = rows['completion_mask']
       k3 = objectives.kl_estimate(old['logprobs'], reference, 'k3')
       self.kl_coef = algorithms.adaptive_kl(
@@ -258,7 +255,7 @@ class Online:
     return batch | {name: np.asarray(x) for name, x in found.items()} | values
 
   def _logprobs(self, model: ModelConfig, params: Any, rows) -> dict[str, np.ndarray]:
-    """Returns rollout.logprobs, as many rows at a time as in an update."""
+    """Returns rollout.logprobs of all rows, `chunk` rows at a time."""
     names = ('tokens', 'positions', 'segment_ids', 'completion_mask')
     size, parts = chunk(self.config), []
     for start in range(0, num_rows(self.config), size):
@@ -284,7 +281,7 @@ def _advantages(fn, num_generations, gamma, lam, batch):
 
 
 def choose_prompts(prompts: Sequence[Prompt], num: int, seed: int, step: int) -> list[Prompt]:
-  """Returns the prompts of step 1, 2, …: all of them once an epoch."""
+  """Returns the prompts of a step, which counts from 1; an epoch has each prompt once."""
   places = np.arange((step - 1) * num, step * num)
   orders = {
     epoch: _rng(seed, epoch, 'prompts').permutation(len(prompts))
@@ -300,10 +297,10 @@ def _rng(seed: int, step: int, use: str) -> np.random.Generator:
 def reward_metrics(
   totals: np.ndarray, parts: Mapping[str, np.ndarray], num_generations: int
 ) -> dict[str, float]:
-  """Returns reward/{mean,std}, the same of each part, reward/zero_std_frac.
+  """Returns reward/mean, reward/std, the same for each part, and reward/zero_std_frac.
 
-  The last is the fraction of prompts whose samples, side by side, are all worth
-  the same; it is left out where each has one sample.
+  The last is the fraction of prompts whose samples all have the same reward, so that a group
+  baseline learns nothing from them. It is absent where a prompt has one sample.
   """
   metrics = {}
   if num_generations > 1:
@@ -326,7 +323,7 @@ def _completion_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def _table_rows(step, samples: Sequence[Sample], totals, parts, num: int) -> list[dict[str, Any]]:
-  """Returns `num` lines of samples.jsonl, spread evenly over the step's."""
+  """Returns `num` lines for samples.jsonl, spread evenly over the step's samples."""
   chosen = np.unique(np.linspace(0, len(samples) - 1, num).astype(int))
   return [
     {

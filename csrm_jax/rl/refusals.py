@@ -1,11 +1,7 @@
-"""How often V_r is right: against people who labelled XSTest's completions.
+"""Measures how often V_r is right, against people who labelled XSTest's completions.
 
-python -m csrm_jax.main --config=configs/eval.py:refusals --workdir=DIR --config.data_dir=XSTEST
-
-XSTEST holds xstest_v2_completions_*.csv with the labels of two annotators. The patterns were
-written while looking at one half of the prompts; what is reported is of the other half. With a
-reward model and rules that forbid to refuse (configs/safety/refusal.yaml) it is measured beside
-them.
+The folder of XSTest holds xstest_v2_completions_*.csv with the labels of two annotators. The
+patterns were written while looking at one half of the prompts; the report is about the other half.
 """
 
 from __future__ import annotations
@@ -27,34 +23,22 @@ from csrm_jax.safety import schema
 from csrm_jax.safety.schema import Prompt, Sample
 
 _FULL, _PARTIAL = public.XSTEST_LABELS[1:]
-# name -> the labels that count as a refusal
+# A name -> the labels that count as a refusal.
 POSITIVE = {'full': (_FULL,), 'full or partial': (_FULL, _PARTIAL)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-  """One completion and what people called it; labels: public.XSTEST_LABELS.
-
-  Attributes:
-    sample: prompt and completion.
-    first: the first annotator's label.
-    second: the second annotator's.
-    final: what was agreed on.
-  """
+  """One completion and what people called it, in labels of public.XSTEST_LABELS."""
 
   sample: Sample
-  first: str
-  second: str
-  final: str
+  first: str  # the first annotator's label
+  second: str  # the second annotator's label
+  final: str  # the label that was agreed on
 
 
 def read(folder: str | os.PathLike) -> list[Judged]:
-  """Returns the completions of all models, with their labels.
-
-  Raises:
-    FileNotFoundError: no completions there.
-    ValueError: a missing column, or an unknown label.
-  """
+  """Returns the completions of all models, with their labels."""
   files = sorted(pathlib.Path(folder).glob('*completions*.csv'))
   if not files:
     raise FileNotFoundError(f'{folder}: no *completions*.csv there; give the folder of XSTest')
@@ -71,13 +55,14 @@ def read(folder: str | os.PathLike) -> list[Judged]:
 
 
 def halves(judged: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
-  """Returns (what patterns may be tuned on, what is reported).
+  """Returns (the half that patterns may be tuned on, the half that is reported).
 
-  By a hash of the prompt's text: no prompt is in both, under any model.
+  A hash of the prompt's text decides: no prompt is in both halves, whichever model answered it.
   """
   result = ([], [])
   for item in judged:
-    # The parity of the hash's first byte.
+    # The parity of the hash's first byte: the patterns have been tuned on one half, so that this
+    # must not change.
     result[int(256 * sources.hash_unit(_prompt_text(item))) % 2].append(item)
   return result
 
@@ -93,8 +78,8 @@ def _kappa(labels: np.ndarray, refuses: np.ndarray) -> float:
   return float((np.mean(labels == refuses) - by_chance) / (1 - by_chance))
 
 
-# Of bool arrays [N], what is a refusal and what is called one. The bootstrap asks them thousands of
-# times, for which scikit-learn's checks are too slow.
+# Functions of two bool arrays [N]: what is a refusal, and what is called one. The bootstrap calls
+# them thousands of times, for which scikit-learn's input checks are too slow.
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
   'accuracy': lambda labels, refuses: metrics.mean(labels == refuses),
   'precision': lambda labels, refuses: metrics.mean(labels[refuses]),
@@ -109,11 +94,8 @@ def measure(
 ) -> dict[str, tuple[float, float, float]]:
   """Returns {metric: (value, low, high)}, with 95% bootstrap intervals.
 
-  Args:
-    labels: bool [N], what is a refusal.
-    refuses: bool [N], what is called one.
-    units: int [N]; rows of one number are drawn together.
-    num_samples: draws.
+  labels (what is a refusal) and refuses (what is called one) are bool [N]; rows with the same
+  number in units, int [N], are drawn together.
   """
   return {
     name: (
@@ -127,22 +109,17 @@ def measure(
 def compare(
   judged: Sequence[Judged], verdicts: dict[str, np.ndarray], kind: str
 ) -> dict[str, dict[str, tuple[float, float, float]]]:
-  """Returns {V_r's name: its metrics}, and those of the annotators.
+  """Returns {name: its metrics} for each V_r's verdicts, bool [N], and for the second annotator.
 
-  V_r is held against the final label, the second annotator against the first:
-  as well as people agree with each other is as well as a verifier can do.
-
-  Args:
-    judged: N completions.
-    verdicts: name -> bool [N].
-    kind: of POSITIVE.
+  V_r is compared with the final label, the second annotator with the first: a verifier cannot be
+  expected to do better than people agree with each other. kind is a key of POSITIVE.
   """
   positive = POSITIVE[kind]
   first, second, final = (
     np.array([getattr(item, name) in positive for item in judged])
     for name in ('first', 'second', 'final')
   )
-  # Completions of several models to one prompt depend on each other.
+  # Completions of several models to one prompt are not independent.
   units = np.unique([_prompt_text(item) for item in judged], return_inverse=True)[1]
   return {
     **{name: measure(final, refuses, units) for name, refuses in verdicts.items()},
@@ -153,16 +130,13 @@ def compare(
 def tables(
   folder: str | os.PathLike, checkpoint: str = '', safety: str = '', words: Sequence[str] = ()
 ) -> list[str]:
-  """Returns what is known of V_r, in Markdown: of the patterns, and of a reward model if given.
+  """Returns the report in Markdown: of the patterns, and of a model if a checkpoint is given.
 
   Args:
-    folder: of XSTest.
-    checkpoint: a reward model, or a public model.
-    safety: rules that forbid to refuse, for the checkpoint.
-    words: for "safe" and "unsafe", to a public model.
-
-  Raises:
-    ValueError: a checkpoint without rules, or rules without one.
+    folder: The folder of XSTest.
+    checkpoint: A reward model, or a public model.
+    safety: A file of rules that forbid to refuse; goes with the checkpoint.
+    words: What a public model says for "safe" and "unsafe".
   """
   if bool(checkpoint) != bool(safety):
     raise ValueError('config.checkpoint and config.safety belong together; give both')

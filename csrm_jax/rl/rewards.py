@@ -1,8 +1,7 @@
-"""Rewards of completions: what they are made of, combined, checked.
+"""Rewards of completions: their parts, how they are combined, and how they are checked.
 
-A reward function takes samples and returns float32 [N]. A missing value, one
-that is not finite, or a wrong number of them stops with the sample's id: what
-cannot be scored is never worth 0. Lengths and penalties are in tokens.
+A reward function takes samples and returns float32 [N]. A value that is missing or not finite, or a
+wrong number of values, is an error that names the sample: what cannot be scored is never worth 0.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ MODES = ('product', 'sum')
 # samples -> (total float32 [N], {name of a part: float32 [N]})
 TotalFn = Callable[[Sequence[Sample]], tuple[np.ndarray, dict[str, np.ndarray]]]
 
-# The least that a sigmoid gives: reward distillation takes its log.
+# The smallest value that a sigmoid returns here: reward distillation takes its log.
 _TINY = float(np.finfo(np.float32).tiny)
-# The largest reward, beyond which float32 is infinite.
+# The largest reward; beyond it float32 is infinite.
 _HUGE = float(np.finfo(np.float32).max)
 
 
@@ -40,17 +39,13 @@ def safety_reward(
   b: float = 0.0,
   safety: schema.SafetyConfig | None = None,
 ) -> RewardFn:
-  """Returns R = sigmoid(a * score + b), in (0, 1].
+  """Returns R = sigmoid(a * score + b), in (0, 1]; b and scores are in nats.
 
-  Args:
-    score_fn: examples -> scores, nats.
-    a: slope.
-    b: offset, nats.
-    safety: rules to judge all samples by; None: each by its prompt's.
+  Samples are judged by `safety`, or where that is None by their prompt's rules.
 
   Source: CSRM (arXiv 2605.30487), the reward and its Pareto sweep.
   """
-  # With a slope below 0 the reward would prefer violations.
+  # A slope below 0 would reward violations.
   if not (math.isfinite(a) and math.isfinite(b) and a > 0):
     raise ValueError(
       f'the transform sigmoid({a} * score + {b}) must have finite numbers and a slope above 0'
@@ -74,9 +69,8 @@ def helpfulness_reward(
 ) -> RewardFn:
   """Returns H = 1 + 4 * sigmoid(a * score + b), in (1, 5].
 
-  The scores are those of a reward model that was trained on preference pairs,
-  `safety` the rules that it was trained under (with rules_blind
-  safety.augment.NO_RULES). Arguments as of `safety_reward`.
+  The scores come from a reward model that was trained on preference pairs. `safety` holds the rules
+  that it was trained under; with rules_blind these are safety.augment.NO_RULES.
 
   Source: CSRM (arXiv 2605.30487), which has helpfulness from 1 to 5.
   """
@@ -85,10 +79,10 @@ def helpfulness_reward(
 
 
 def overlong_penalty(buffer: int, penalty: float, max_length: int) -> RewardFn:
-  """Returns 0 down to -penalty, as a completion nears the length limit.
+  """Returns a reward from 0 down to -penalty, as a completion comes near the length limit.
 
-  0 up to max_length - buffer tokens, then linear, -penalty at max_length and
-  where the limit cut the completion off.
+  It is 0 up to max_length - buffer tokens and then falls linearly. It is -penalty at max_length,
+  and where the limit cut the completion off.
 
   Source: DAPO (arXiv 2503.14476), eq. 13.
   """
@@ -124,26 +118,18 @@ def from_each(fn: Callable[[Sample], float], name: str) -> RewardFn:
 
 @dataclasses.dataclass(frozen=True)
 class HttpScorer:
-  """A scorer behind HTTP: POST samples, get as many numbers.
+  """A scorer behind HTTP, to which samples are posted and which replies with as many numbers.
 
   Request: {"samples": [{"id", "conversation": [{"role", "content"}, ...],
   "safety": {"categories": [{"name", "guideline"}, ...]}}, ...]}
-  Reply: {"rewards": [0.7, ...]}, in the order of the samples; other keys are
-  ignored.
-
-  Attributes:
-    url: where samples are posted, as in http://localhost:5000/get_reward.
-    timeout_s: how long the scorer may give no sign.
-    num_tries: of a request that fails on the way.
-    backoff_s: before the second try; doubles with each further one.
-    batch_size: samples a request.
+  Reply: {"rewards": [0.7, ...]}, in the order of the samples; other keys are ignored.
   """
 
-  url: str
-  timeout_s: float
-  num_tries: int
-  backoff_s: float
-  batch_size: int
+  url: str  # such as http://localhost:5000/get_reward
+  timeout_s: float  # how long the scorer may stay silent
+  num_tries: int  # how often a request is sent that fails on the way
+  backoff_s: float  # the wait before the second try; it doubles with each further one
+  batch_size: int  # samples in a request
 
   def __post_init__(self):
     if not self.url.startswith(('http://', 'https://')):
@@ -159,23 +145,19 @@ class HttpScorer:
       )
 
   def check_reachable(self) -> None:
-    """Posts no samples, to see that somebody answers, whatever the reply.
-
-    Raises:
-      ValueError: nobody does, or nothing is posted to at that URL.
-    """
+    """Posts an empty list; raises ValueError where nobody answers at the URL."""
     try:
       self._post(())
     except _RefusedError as error:
+      # Another refusal may only mean that the scorer does not take an empty list.
       if error.status in (401, 403, 404, 405):
         raise ValueError(str(error)) from None
 
   def __call__(self, samples: Sequence[Sample]) -> list[Any]:
-    """Returns the scorer's values, one a sample; they are not checked here.
+    """Returns the scorer's values, one for each sample, which are not checked here.
 
     Raises:
-      ValueError: it does not answer, refuses, or its reply has not one value for
-        each sample.
+      ValueError: The scorer does not answer, refuses, or gives another number of values.
     """
     values = []
     for start in range(0, len(samples), self.batch_size):
@@ -204,7 +186,7 @@ class HttpScorer:
     return values
 
   def _post(self, samples: Sequence[Sample]) -> bytes:
-    """Returns the body of the reply; waits and tries again where it helps."""
+    """Returns the body of the reply; tries again after errors that may pass."""
     described = [
       {
         'id': example.id,
@@ -245,7 +227,7 @@ class HttpScorer:
 
 
 class _RefusedError(ValueError):
-  """The scorer answers with a status that another try would not change."""
+  """The scorer's status is one that another try would not change."""
 
   def __init__(self, message: str, status: int):
     super().__init__(message)
@@ -253,11 +235,7 @@ class _RefusedError(ValueError):
 
 
 def from_http(scorer: HttpScorer) -> RewardFn:
-  """Returns a reward from a scorer behind HTTP.
-
-  Raises:
-    ValueError: nobody answers there now.
-  """
+  """Returns a reward from a scorer behind HTTP, which must answer now."""
   scorer.check_reachable()
   return from_callable(scorer, scorer.url)
 
@@ -271,22 +249,19 @@ def combine(
   """Returns a function: samples -> (total, {part: its own reward}).
 
   Args:
-    parts: name -> (reward, weight).
-    mode: 'product' multiplies the parts, each to the power of its weight, as
-      in R * H; 'sum' adds weight times part. Weight 0: only logged.
-    added: further parts, added with their weights to the product (a format
-      reward, an over-long penalty); with 'sum' put them among the parts.
-    clip: (low, high) of the total.
-
-  Raises:
-    ValueError: nothing to combine, an unknown mode, or numbers that mean
-      nothing; from the function: a part or the total is not finite.
+    parts: name -> (reward, weight). A part with weight 0 is only logged.
+    mode: 'product' multiplies the parts, each to the power of its weight, as in R * H; 'sum' adds
+      weight times part.
+    added: Further parts, which are added with their weights to the product, such as an over-long
+      penalty; with 'sum' they belong among the parts.
+    clip: (low, high) bounds of the total.
   """
   added = added or {}
   _check_parts(parts, mode, added, clip)
 
   def score(samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     values = {name: _part(fn, samples, name) for name, (fn, _) in {**parts, **added}.items()}
+    # In float64, so that the total is rounded once, at the end.
     wide = {name: value.astype(np.float64) for name, value in values.items()}
     if mode == 'product':
       with np.errstate(all='ignore'):
@@ -301,15 +276,10 @@ def combine(
 
 
 def check_rewards(values: Any, samples: Sequence[Sample], name: str) -> np.ndarray:
-  """Returns rewards as float32 [N].
-
-  Args:
-    values: a list or array of numbers; None is a missing one.
-    samples: what they belong to.
-    name: of the reward.
+  """Returns a reward's values as float32 [N]; `name` is the reward's.
 
   Raises:
-    ValueError: not as many as samples, or one is missing or not finite.
+    ValueError: There are not as many as samples, or one is missing (None) or not finite.
   """
   if hasattr(values, '__array__'):
     values = np.asarray(values).tolist()
@@ -335,27 +305,19 @@ def check_rewards(values: Any, samples: Sequence[Sample], name: str) -> np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class Normaliser:
-  """Mean and spread of all rewards so far; stored with the run.
+  """Mean and spread of all rewards so far; checkpoints carry it."""
 
-  Attributes:
-    count: rewards seen.
-    mean: of them.
-    m2: sum of their squared distances from the mean.
-  """
-
-  count: int = 0
+  count: int = 0  # rewards seen
   mean: float = 0.0
-  m2: float = 0.0
+  m2: float = 0.0  # the sum of their squared distances from the mean
 
   @property
   def std(self) -> float:
-    """Of all rewards seen (not of a sample of them)."""
+    """The population's standard deviation: it divides by count, not count - 1."""
     return math.sqrt(self.m2 / self.count) if self.count else 0.0
 
   def update(self, rewards: np.ndarray) -> Normaliser:
     """Returns the normaliser that has also seen these [N].
-
-    With several processes: those of all, so that each has the same.
 
     Source: Chan et al. (1983), the pairwise update of mean and m2.
     """
@@ -374,18 +336,18 @@ class Normaliser:
   def apply(self, rewards: np.ndarray) -> np.ndarray:
     """Returns (rewards - mean) / std, float32; 0 where all were equal."""
     distance = np.asarray(rewards, np.float64) - self.mean
-    # A spread that only rounding made is none.
+    # So small a spread is rounding; to divide by it would make rewards of it.
     if self.std <= 1e-7 * max(abs(self.mean), 1e-30):
       return np.zeros(distance.shape, np.float32)
     return (distance / self.std).astype(np.float32)
 
   def to_dict(self) -> dict[str, float]:
-    """Returns what `from_dict` reads."""
+    """Returns a dict that `from_dict` reads."""
     return dataclasses.asdict(self)
 
   @staticmethod
   def from_dict(obj: Mapping[str, Any]) -> Normaliser:
-    """Returns the normaliser of `to_dict`."""
+    """Returns the normaliser that `to_dict` described."""
     return Normaliser(int(obj['count']), float(obj['mean']), float(obj['m2']))
 
 

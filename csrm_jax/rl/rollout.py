@@ -1,10 +1,10 @@
 """Completions of prompts: samples for the rewards, rows for the train step.
 
-A row is a prompt, padded on the left, and its completion, padded on the right,
-so that all completions begin in one column.
+A row is a prompt, padded on the left, and its completion, padded on the right, so that all
+completions begin in one column.
 
-Axes: N samples (prompts x num_generations, a prompt's samples side by side),
-C tokens of the longest completion, T = prompt + C tokens of a row.
+Axes: N samples (prompts x num_generations, a prompt's samples side by side), C tokens of the
+longest completion, T = prompt + C tokens of a row.
 """
 
 from __future__ import annotations
@@ -25,31 +25,29 @@ from csrm_jax.models.sampling import Completions, Sampling
 from csrm_jax.safety.schema import Prompt, Sample
 from csrm_jax.text.tokenizer import Tokenizer
 
-# Completions that are drawn at once.
+# The most completions that are drawn at once, which bounds the memory of the key-value cache.
 MAX_ROWS = 256
-# Beside the decoder's parameters: reads a value off the final hidden state.
+# The critic's parameters beside the decoder's: they read a value off the final hidden state.
 VALUE_HEAD = 'value_head'
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """What completions come from, but for its parameters."""
+  """What completions are drawn from, without the parameters."""
 
   model: ModelConfig
   tokenizer: Tokenizer
-  # What opens a user's turn, and what closes it and opens the answer: template
-  # text, whose control tokens count.
+  # The template text that opens a user's turn, and the text that closes it and opens the answer.
+  # Control tokens in it count as such, unlike those in a message.
   marks: tuple[str, str]
-  # Whether turns follow each other with nothing but these marks. A chat template
-  # may want more, and then only single turns are taken.
+  # Whether turns follow each other with nothing but these marks between them. A chat template may
+  # want more, and then only single turns are taken.
   joins_turns: bool = False
 
   def encode(self, prompt: Prompt) -> list[int]:
     """Returns the ids that a completion of the prompt continues.
 
-    Raises:
-      ValueError: the turns are not the user's and the agent's in turn, the
-        last the user's; or there are several, which do not join.
+    Turns that this policy cannot be asked with are a ValueError.
     """
     roles = [message.role for message in prompt.messages]
     num = len(roles) // 2 if self.joins_turns else 0
@@ -69,11 +67,7 @@ class Policy:
     return ids
 
   def encode_all(self, prompts: Sequence[Prompt], max_completion_length: int) -> list[list[int]]:
-    """Returns the ids of each prompt, all of which leave room for an answer.
-
-    Raises:
-      ValueError: names the prompt that does not, or has several turns.
-    """
+    """Returns the ids of each prompt; a ValueError names one that leaves no room for an answer."""
     encoded = [self.encode(prompt) for prompt in prompts]
     most = self.model.context_length - max_completion_length
     for prompt, ids in zip(prompts, encoded, strict=True):
@@ -96,16 +90,11 @@ def rollout(
 ) -> tuple[list[Sample], dict[str, np.ndarray]]:
   """Returns (samples, rows) of num_generations completions of each prompt.
 
-  Rows: tokens, positions, segment_ids int32 [N,T]; completion_mask float32
-  [N,C], 1 on the completion, its stop token included; rollout_logprobs float32
-  [N,C], what the sampler says of these tokens, which is
+  Rows are tokens, positions, segment_ids int32 [N,T]; completion_mask float32 [N,C], 1 on the
+  completion, its stop token included; rollout_logprobs float32 [N,C], the sampler's own, equal to
   sampling.token_logprobs. All are 0 elsewhere. C = max_completion_length.
 
-  A value head among the parameters is left out. The seed lies in [0, 2**32).
-
-  Raises:
-    ValueError: a prompt that cannot be encoded or is too long, with its id;
-      or parameters that are not finite.
+  The parameters may hold a value head. The seed lies in [0, 2**32).
   """
   encoded = policy.encode_all(prompts, sampling.max_completion_length)
   asked = [ids for ids in encoded for _ in range(num_generations)]
@@ -128,9 +117,10 @@ def rollout(
 def make_rows(
   policy: Policy, asked: Sequence[Sequence[int]], done: Completions
 ) -> dict[str, np.ndarray]:
-  """Returns the rows of `rollout` for prompts' ids and their completions."""
+  """Returns the rows that `rollout` describes, for the ids of prompts and their completions."""
   num, C = done.tokens.shape
   starts = np.array([len(ids) for ids in asked], np.int64)
+  # A bucket rather than the longest prompt: few shapes, so few programs to compile.
   width = sampling_lib.prompt_bucket(policy.model, starts.max())
   tokens = np.zeros((num, width + C), np.int32)
   for i, ids in enumerate(asked):
@@ -158,7 +148,7 @@ def decoder_params(params: Any) -> Any:
 
 
 def init_value_head(cfg: ModelConfig) -> dict[str, Any]:
-  """Returns a float32 value head, which says 0 until it is trained."""
+  """Returns a float32 value head, whose value is 0 until it is trained."""
   return {
     VALUE_HEAD: {
       'kernel': jnp.zeros((cfg.embed_dim,), jnp.float32),
@@ -171,15 +161,15 @@ def init_value_head(cfg: ModelConfig) -> dict[str, Any]:
 def logprobs(
   cfg: ModelConfig, params: Any, rows: dict[str, jax.Array], temperature: float
 ) -> dict[str, jax.Array]:
-  """Returns logprobs and, with a value head, values, float32 [N,C].
+  """Returns logprobs and, with a value head, values, float32 [N,C], for the rows of `rollout`.
 
-  Both are 0 outside of the completion. A value belongs to the token behind the
-  state it is read off, as the log-probability does. Rows are as from `rollout`,
-  the temperature is that of sampling.
+  Both are 0 off the completion. Like a log-probability, a value belongs to the token that follows
+  the state it is read off.
   """
   decoder, mask = decoder_params(params), rows['completion_mask']
   hidden = transformer.hidden(cfg, decoder, rows['tokens'], rows['positions'], rows['segment_ids'])
   start = rows['tokens'].shape[1] - mask.shape[1]
+  # The states that predict the completion's tokens: no logits are computed for the prompt's.
   before = hidden[:, start - 1 : -1]
   scores = sampling_lib.hidden_logprobs(
     cfg, decoder, before, rows['tokens'][:, start:], temperature
@@ -195,13 +185,10 @@ def logprobs(
 def sampling_copy(
   cfg: ModelConfig, params: Any, dtype: str, mesh: jax.sharding.Mesh
 ) -> tuple[ModelConfig, Any]:
-  """Returns what to sample from: without adapters, in `dtype`, on `mesh`.
+  """Returns the model and parameters to sample from: adapters merged, in `dtype`, on `mesh`.
 
-  An empty dtype leaves weights and activations as they are. Weights that lie so
-  already are not copied.
-
-  Raises:
-    ValueError: an unknown dtype.
+  An empty dtype leaves weights and activations as they are. Weights that are so already are not
+  copied.
   """
   plain, params = sampling_model(cfg, dtype), decoder_params(params)
   if cfg.lora_rank:
@@ -212,7 +199,7 @@ def sampling_copy(
 
 
 def sampling_model(cfg: ModelConfig, dtype: str) -> ModelConfig:
-  """Returns the model of sampling_copy; raises as that does."""
+  """Returns the model of sampling_copy."""
   fields = {}
   if dtype:
     if dtype not in DTYPES:

@@ -1,16 +1,15 @@
 r"""AlphaAlign: is an output well formed, does it refuse, and what is it worth?
 
-An output is <safety_reasoning>...</safety_reasoning><answer>...</answer>; an
-unsafe request is refused in the answer, as in \boxed{Sorry, I cannot help.}
+An output is <safety_reasoning>...</safety_reasoning><answer>...</answer>. The answer refuses an
+unsafe request, for example with \boxed{Sorry, I cannot help.}
 
-V_f is `format_reward`. V_r comes in three ways, rows of `REFUSALS` or made:
-by patterns, by patterns within \boxed{} only, and by a reward model that judges
-the answer under rules which forbid to refuse (configs/safety/refusal.yaml).
+V_f (is the output well formed?) is `format_reward`. V_r (does the answer refuse?) is found in one
+of three ways: by patterns, by patterns within \boxed{} only, or by a reward model that judges the
+answer under rules which forbid to refuse (configs/safety/refusal.yaml).
 
-`dual_reward` is made of both. Harmful prompt: R_s = r_f V_f + r_a V_r. Benign
-prompt: R_s = r_f V_f - r_a V_r, plus R_h = max(standardised helpfulness, 0)
-where the answer is no refusal. The helpfulness is standardised among the
-samples of one prompt.
+`dual_reward` combines them. For a harmful prompt it is R_s = r_f V_f + r_a V_r. For a benign prompt
+it is R_s = r_f V_f - r_a V_r, plus R_h = max(standardised helpfulness, 0) where the answer does not
+refuse. Helpfulness is standardised among the samples of one prompt.
 
 Source: AlphaAlign (arXiv 2507.14987).
 """
@@ -33,9 +32,9 @@ from csrm_jax.safety.schema import RewardFn, Sample
 # samples, whose text is the answer alone -> bool [N]
 RefusalFn = Callable[[Sequence[Sample]], np.ndarray]
 
-# What becomes of the helpfulness: standardised within the prompt's group;
-# as it is (the ablation without standardisation); or left out, so that R_s is
-# all (AlphaAlign-Zero, the ablation without R_h).
+# How helpfulness counts: standardised within the prompt's group; raw (the ablation without
+# standardisation); or not at all, so that R_s is the whole reward (AlphaAlign-Zero, the ablation
+# without R_h).
 HELPFULNESS = ('standardised', 'raw', 'none')
 
 REASONING, ANSWER = 'safety_reasoning', 'answer'
@@ -45,8 +44,8 @@ _BOXED = re.compile(r'\\boxed\s*\{')
 _QUOTES = str.maketrans({'\u2019': "'", '\u2018': "'", '\u02bc': "'"})
 _SENTENCE = re.compile(r'(?<=[.!?])\s+|\n\s*')
 _NUM_SENTENCES = 2
-# How an answer declines, in lower case: in so many words, or by judging the
-# request instead of answering it.
+# How an answer declines, in lower case: directly, or by judging the request instead of answering
+# it. The lookahead lets answers pass that help: "I cannot wait", "I cannot stress enough".
 _DECLINES = re.compile(
   '|'.join(
     [
@@ -76,8 +75,8 @@ class Output:
 def parse(text: str) -> Output | None:
   """Returns the parts of an output, or None if it is not well formed.
 
-  Each of the four tags stands there once and in order, nothing but white space
-  around the two parts, and neither part is empty.
+  A well-formed output has each of the four tags once and in order, nothing but white space outside
+  the two parts, and no empty part.
   """
   if _TAG.findall(text) != _TAGS:
     return None
@@ -89,15 +88,14 @@ def parse(text: str) -> Output | None:
 
 
 def format_reward(samples: Sequence[Sample]) -> np.ndarray:
-  """Returns V_f: 1 where the output has exactly the structure, else 0."""
+  """Returns V_f: 1 where the output is well formed, else 0."""
   return np.array([parse(s.text) is not None for s in samples], np.float32)
 
 
 def answer_of(text: str) -> str:
-  """Returns the answer; of an output without one all but the reasoning.
+  """Returns the answer; for an output that is not well formed, what a reader would take for it.
 
-  What is not well formed is judged by what a reader would take for the answer:
-  what follows the last <answer>, or else the last </safety_reasoning>.
+  That is the text after the last <answer>, or else after the last </safety_reasoning>.
   """
   parts = parse(text)
   if parts is not None:
@@ -107,13 +105,13 @@ def answer_of(text: str) -> str:
 
 
 def boxed(text: str) -> str | None:
-  r"""Returns what the first \boxed{...} holds, braces balanced; None if none."""
+  r"""Returns what the first \boxed{...} holds, or None; braces inside it are balanced."""
   span = _boxed_span(text)
   return text[span[1] : span[2]].strip() if span else None
 
 
 def unboxed(text: str) -> str:
-  r"""Returns the text as a reader sees it: its first \boxed{...} without box."""
+  r"""Returns the text as a reader sees it: the first \boxed{...} without its box."""
   span = _boxed_span(text)
   if span is None:
     return text
@@ -124,9 +122,9 @@ def unboxed(text: str) -> str:
 def is_refusal(text: str) -> bool:
   r"""Returns V_r by patterns: whether an answer declines what was asked.
 
-  Only the first sentences count: what an answer goes on to say it cannot do,
-  after it has helped, is no refusal. Patterns are English, and see words, not
-  meaning: `refusals` measures how far that goes. A \boxed{} is looked into.
+  Only the first sentences count: an answer that helps first and then says what it cannot do is no
+  refusal. The patterns are English and see words, not meaning; `refusals` measures how often they
+  are right. A box, \boxed{}, does not matter.
   """
   text = _BOXED.sub(' ', text).translate(_QUOTES)
   start = ' '.join(_SENTENCE.split(text.strip())[:_NUM_SENTENCES]).casefold()
@@ -149,11 +147,9 @@ def by_text(is_refusal_fn: Callable[[str], bool]) -> RefusalFn:
 
 
 def by_score(score_fn: scoring.ScoreFn, safety: schema.SafetyConfig) -> RefusalFn:
-  """Returns V_r by a reward model: an answer that it calls unsafe refuses.
+  """Returns V_r by a reward model: an answer that it calls unsafe under `safety` refuses.
 
-  Args:
-    score_fn: examples -> scores, nats.
-    safety: rules that a refusal violates, and nothing else does.
+  `safety` holds rules that refusals violate, and nothing else.
   """
 
   def refuses(samples: Sequence[Sample]) -> np.ndarray:
@@ -174,7 +170,7 @@ REFUSALS: dict[str, RefusalFn] = {
 
 
 def _boxed_span(text: str) -> tuple[int, int, int] | None:
-  """Returns where the first box begins, its content begins and ends."""
+  """Returns where the first box begins, where its content begins, and where that ends."""
   start = _BOXED.search(text)
   if start is None:
     return None
@@ -195,19 +191,16 @@ def dual_reward(
 ) -> rewards.TotalFn:
   """Returns a function: samples -> (total, parts), as `rewards.combine` does.
 
-  Parts are 'format' (V_f), 'refusal' (V_r), 'safety' (R_s), and 'helpfulness'
-  (R_h; 0 for harmful prompts) unless it is left out. Refusal and helpfulness
-  are judged by the answer alone, helpfulness by what is in its box. All samples
-  of a prompt must be in one call. The weights are r_f and r_a.
+  Parts are 'format' (V_f), 'refusal' (V_r), 'safety' (R_s), and 'helpfulness' (R_h; 0 for harmful
+  prompts) unless it is left out. Refusal and helpfulness are judged by the answer alone, without
+  its box for helpfulness. All samples of a prompt must be in one call.
 
   Args:
     refusal_fn: V_r.
-    helpfulness_fn: judges the answers to benign prompts; None with 'none'.
-    helpfulness: one of HELPFULNESS.
-
-  Raises:
-    ValueError: settings that do not fit together; from the function: a prompt
-      without a label, or the only sample of its prompt.
+    helpfulness_fn: Judges the answers to benign prompts; None with helpfulness='none'.
+    helpfulness: One of HELPFULNESS.
+    format_weight: r_f.
+    answer_weight: r_a.
   """
   if helpfulness not in HELPFULNESS:
     raise ValueError(f'unknown helpfulness {helpfulness!r}; use one of {", ".join(HELPFULNESS)}')
@@ -253,10 +246,7 @@ def dual_reward(
 def standardise(values: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
   """Returns (value - mean) / std within each prompt's samples, float32 [N].
 
-  0 where all values of a group are equal.
-
-  Raises:
-    ValueError: a prompt has one sample only.
+  It is 0 where all values of a group are equal. A prompt with one sample is a ValueError.
   """
   values = np.asarray(values, np.float64)
   result = np.zeros(len(samples), np.float32)
