@@ -1,7 +1,7 @@
 """Rotary positions, and attention: causal, within segments, on any device.
 
-Axes as in transformer.py: B rows, T query length, S key length, N query heads,
-K kv heads, G = N/K, H head dim.
+Axes are those of transformer.py: B rows, T query length, S key length, N query heads, K kv heads,
+G = N/K, H head dim.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from jax.sharding import PartitionSpec as P
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models.config import ModelConfig, RopeScaling
 
-# Below every real score, yet finite.
+# Below every real score, yet finite: for a row whose scores are all -inf, -inf - -inf is NaN.
 MASKED = -1e30
-# Tuned on CPU: shorter chunks skip more, but make products too small.
+# Rows of queries in a chunk, and chunks of a row, tuned on CPU: shorter chunks skip more of what is
+# masked, but their products are too small to be fast.
 MIN_CHUNK = 128
 MAX_CHUNKS = 8
-# Rows of queries and keys that a TPU core holds at once, best first; wider
-# heads leave room for fewer.
+# Rows of queries and keys that a TPU core holds at once, best first; wider heads leave room for
+# fewer.
 SPLASH_BLOCKS = (1024, 512, 256, 128)
 SPLASH_BLOCK_SIZE = 1024 * 128
-# The TPU's vector unit has so many lanes: rows and heads are padded to them.
+# A TPU's vector unit has so many lanes: rows and heads are padded to a multiple of them.
 LANES = 128
-# cuDNN's largest head.
+# The widest head that cuDNN's kernel takes.
 CUDNN_HEAD_DIM = 128
 
-# An accelerator's kernel computes what attend does, of query [B,T,N,H] (scaled),
-# key and value [B,T,K,H] and segment_ids [B,T], without [T,S] scores in memory.
+# An accelerator's kernel computes what attend does from a scaled query [B,T,N,H], key and value
+# [B,T,K,H] and segment_ids [B,T], without [T,S] scores in memory.
 Kernel = Callable[..., jax.Array]
 
 
@@ -40,8 +41,8 @@ def rope_angles(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (sin, cos), float32 [B,T,H/2], of the rotation at each position.
 
-  The angle of pair i is position * theta^(-2i/H); positions int32 [B,T] count
-  from 0 within each segment. Scaling stretches the long wavelengths.
+  The angle of pair i is position * theta^(-2i/H). The positions, int32 [B,T], count from 0 within
+  each segment. Scaling stretches the long wavelengths.
 
   Source: Su et al. 2021, RoFormer, eq. 34.
   """
@@ -56,12 +57,10 @@ def rope_angles(
 def _scale_frequency(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
   """Returns the frequencies [H/2] after Llama 3's scaling.
 
-  A frequency that turns less than low_freq_factor times within the original
-  context is divided by factor, one that turns more than high_freq_factor times
-  is kept, and between the two the share that is kept grows linearly.
-
   Source: Llama 3.1's reference code, apply_scaling.
   """
+  # What turns less than low_freq_factor times within the original context is divided by factor,
+  # what turns more than high_freq_factor times is kept; between them the kept share grows linearly.
   turns = scaling.original_length * frequency / (2 * math.pi)
   kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
   kept = jnp.clip(kept, 0.0, 1.0)
@@ -69,7 +68,7 @@ def _scale_frequency(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-  """Returns x [B,T,N,H] rotated; pairs are (i, i + H/2), as in HF Llama."""
+  """Returns x [B,T,N,H] rotated; pairs are (i, i + H/2), as in Hugging Face's Llama."""
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   sin, cos = sin[:, :, None, :], cos[:, :, None, :]
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -82,17 +81,13 @@ def make_mask(
   key_segment_ids: jax.Array | None = None,
   start: jax.Array | int = 0,
 ) -> jax.Array:
-  """Returns bool [B,T,S]: may query t attend to key s.
+  """Returns bool [B,T,S]: whether query t may attend to key s.
 
-  True where both lie in the same segment and s is not after t, nor, given a
-  window, `window` or more before t. Segment 0 is padding: it attends to nothing
-  and nothing attends to it.
+  It may where both lie in the same segment and s is not after t and, given a window, less than
+  `window` before t. Segment 0 is padding: it attends to nothing and nothing attends to it.
 
-  Args:
-    segment_ids: int32 [B,T], of the queries.
-    window: 0 for none.
-    key_segment_ids: int32 [B,S]; by default the queries' own.
-    start: place of the first query among the keys.
+  The queries are segment_ids, int32 [B,T]. Without key_segment_ids, int32 [B,S], they are the keys
+  too; with them, the first query has the place `start` among the keys.
   """
   if key_segment_ids is None:
     key_segment_ids = segment_ids
@@ -122,20 +117,18 @@ def attend(
   cap: float = 0.0,
   window: int = 0,
 ) -> jax.Array:
-  """Returns softmax(query·key)·value, [B,T,N,H], zero where mask is empty.
-
-  Queries go in chunks, each against the keys up to its own end: the products
-  above the diagonal are never computed, nor are [T,S] scores held at once.
+  """Returns softmax(query·key)·value, [B,T,N,H]; zero where a query may attend to nothing.
 
   Args:
-    query: [B,T,N,H], scaled already; the last T of the S places.
-    key: [B,S,K,H]; query head n reads kv head n // G.
-    value: [B,S,K,H].
-    mask: bool [B,T,S], causal.
-    cap: limits the scores as softcap does.
-    window: promises that mask hides keys `window` or more before their query;
-      products that lie wholly outside are left out. 0 promises nothing.
+    query: [B,T,N,H], already scaled; the queries are the last T of the S places.
+    key: [B,S,K,H], as is the value; query head n reads kv head n // G.
+    mask: bool [B,T,S]; it must be causal.
+    cap: Limits the scores as softcap does.
+    window: Promises that the mask hides keys `window` or more before their query. 0 promises
+      nothing.
   """
+  # Queries go in chunks, each against the keys from its window to its own end: most of the products
+  # that the mask hides are never computed, nor are [T,S] scores held at once.
   B, T, N, H = query.shape
   K = key.shape[2]
   G = N // K
@@ -161,10 +154,8 @@ def attend(
 def attend_cached(
   query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, cap: float = 0.0
 ) -> jax.Array:
-  """Returns what attend does, of a few queries and a cache.
-
-  key [B,K,H,S] and value [B,K,S,H] lie as their products with a query want them.
-  """
+  """Returns what attend does, for a few queries and a cache's key [B,K,H,S] and value [B,K,S,H]."""
+  # These lie as the products want them: no token has to transpose the cache.
   B, T, N, H = query.shape
   K = key.shape[1]
   query = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
@@ -174,7 +165,7 @@ def attend_cached(
 
 
 def _attend_chunk(query, key, value, bias, cap):
-  """Returns [B,K,G,T,H] for query [B,K,G,T,H], key [B,K,H,S], bias float32."""
+  """Returns [B,K,G,T,H], given query [B,K,G,T,H], key [B,K,H,S], value [B,K,S,H], bias float32."""
   B, K, G, T, H = query.shape
   # The queries of a group share their keys: one product [G·T,H]·[H,S].
   scores = jnp.einsum(
@@ -183,7 +174,9 @@ def _attend_chunk(query, key, value, bias, cap):
   scores = softcap(scores.reshape(B, K, G, T, -1), cap) + bias
   # A query that may attend to nothing has a maximum of -inf.
   highest = jnp.maximum(scores.max(-1, keepdims=True), MASKED)
-  probs = jnp.exp(scores - jax.lax.stop_gradient(highest))  # not normalised
+  # The shift cancels below, and needs no gradient. The output [T,H] is normalised in place of the
+  # probabilities [T,S], which are more.
+  probs = jnp.exp(scores - jax.lax.stop_gradient(highest))
   norm = probs.sum(-1, keepdims=True)
   out = jnp.einsum(
     'BKQS,BKSH->BKQH',
@@ -195,10 +188,7 @@ def _attend_chunk(query, key, value, bias, cap):
 
 
 def make_splash(window: int = 0, cap: float = 0.0, interpret: bool = False) -> Kernel:
-  """Returns splash attention, a Pallas kernel for TPUs.
-
-  To interpret it runs its program anywhere, slowly: for tests.
-  """
+  """Returns splash attention, a Pallas kernel for TPUs; `interpret` runs it anywhere, for tests."""
 
   def attend(query, key, value, segment_ids):
     T, H = query.shape[1], query.shape[3]
@@ -213,8 +203,8 @@ def make_splash(window: int = 0, cap: float = 0.0, interpret: bool = False) -> K
 
 
 def _splash_padded(query, key, value, segment_ids, window, cap, interpret):
-  """Returns [B,T,N,H]; on several devices each its own rows and heads."""
-  # Pallas for TPUs takes a second to import: only those who need it wait.
+  """Returns [B,T,N,H]; of several devices, each computes its own rows and heads."""
+  # Pallas for TPUs takes a second to import: only runs that need it wait.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   def local(query, key, value, segment_ids):
@@ -239,8 +229,8 @@ def _splash_padded(query, key, value, segment_ids, window, cap, interpret):
   mesh = mesh_lib.current()
   if mesh is None:
     return local(query, key, value, segment_ids)
-  # The compiler cannot cut a kernel. Heads are cut only where those of keys
-  # can be: a query head has to find its own.
+  # The compiler cannot cut a kernel, so it is cut by hand. Heads are cut only where those of keys
+  # can be: a query head must find its kv head on the same device.
   heads = mesh_lib.fit(P(mesh_lib.ROWS, None, 'tensor'), key.shape, mesh)
   rows = P(heads[0])
   return jax.shard_map(
@@ -249,13 +239,11 @@ def _splash_padded(query, key, value, segment_ids, window, cap, interpret):
 
 
 def make_cudnn(window: int = 0, cap: float = 0.0, implementation: str = 'cudnn') -> Kernel:
-  """Returns cuDNN's flash attention for GPUs; its mask [B,T,S] is in memory.
-
-  The implementation 'xla' computes the same anywhere: for tests.
-  """
+  """Returns cuDNN's flash attention for GPUs; 'xla' computes the same anywhere, for tests."""
   assert not cap  # cuDNN has no soft cap.
 
   def attend(query, key, value, segment_ids):
+    # The scores are never in memory, but the mask [B,T,S] is.
     out = jax.nn.dot_product_attention(
       query,
       key,
@@ -264,20 +252,20 @@ def make_cudnn(window: int = 0, cap: float = 0.0, implementation: str = 'cudnn')
       implementation=implementation,
       mask=make_mask(segment_ids, window)[:, None],
     )
-    # Where a query may attend to nothing, cuDNN gives an average.
+    # Where a query may attend to nothing, cuDNN returns an average.
     return jnp.where((segment_ids > 0)[..., None, None], out, 0)
 
   return attend
 
 
 def make_kernel(cfg: ModelConfig) -> Kernel | None:
-  """Returns the platform's kernel for the layers of a model; None: use attend.
+  """Returns the platform's kernel for the layers of a model, or None where attend is to be used.
 
-  It takes (query, key, value, segment_ids, has_window); has_window is a
-  traced bool where layers differ, else None. The platform is that of the mesh
-  that jax.set_mesh has set, which need not be there: the programs of a pod are
-  compiled without one.
+  It takes (query, key, value, segment_ids, has_window); has_window is a traced bool where layers
+  differ, else None.
   """
+  # The platform of the mesh that is set, not of this machine: the programs of a pod are compiled
+  # without the pod.
   platform = mesh_lib.platform()
   if platform == 'tpu':
     make = make_splash
@@ -293,5 +281,6 @@ def make_kernel(cfg: ModelConfig) -> Kernel | None:
   local = make(cfg.sliding_window, cap=cfg.attention_softcap)
   if not cfg.sliding_window or cfg.window_period == 1:
     return lambda *args: local(*args[:-1])
+  # The scan over layers runs one program for all of them, so it holds both kernels.
   whole = make(0, cap=cfg.attention_softcap)
   return lambda *args: jax.lax.cond(args[-1], local, whole, *args[:-1])

@@ -12,7 +12,7 @@ DTYPES = ('float32', 'bfloat16')
 REMAT = ('none', 'full', 'dots')
 FAMILIES = ('llama', 'mistral', 'qwen3', 'gemma2')
 ACTIVATIONS = ('silu', 'gelu_tanh')
-# The products of a block that may carry a LoRA adapter.
+# The dense products of a block, each of which may have a LoRA adapter.
 LORA_TARGETS = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
 _CHOICES = {
   'family': FAMILIES,
@@ -60,8 +60,8 @@ class ModelConfig:
   num_kv_heads: int  # K, key and value heads; divides num_heads
   head_dim: int  # H, width of a head; even, because RoPE rotates halves
   mlp_dim: int  # F, inner width of the gated MLP
-  # The Hugging Face architecture that the weights are read and written as. It
-  # decides nothing that is computed.
+  # The Hugging Face architecture that the weights are read and written as. Nothing that is
+  # computed depends on it.
   family: str = 'llama'
   context_length: int = 2048  # tokens the model was made for
   rope_theta: float = 10_000.0  # base of the RoPE wavelengths
@@ -86,13 +86,11 @@ class ModelConfig:
   # What the backward pass recomputes in each block: 'none' keeps all activations,
   # 'dots' the results of the dense products only, 'full' the block's input only.
   remat: str = 'none'
-  # The first query head of each kv head starts equal to the key head, so that a
-  # token attends to its like from the start. A small model learns to look things
-  # up in a list much sooner so (after the mimetic initialisation of Trockman &
-  # Kolter 2023).
+  # The first query head of each kv head starts equal to the key head, so that a token attends to
+  # its like from the start: a small model then learns much sooner to look things up in a list
+  # (after the mimetic initialisation of Trockman & Kolter 2023).
   match_init: bool = False
-  # Layers per step of the scan over depth. More is faster to run on CPU, slower
-  # to compile.
+  # Layers per step of the scan over depth. More are faster to run on CPU and slower to compile.
   unroll: int = 1
   lora_rank: int = 0  # r of the adapters; 0 means none
   lora_alpha: float = 16.0  # the adapters' product is scaled by lora_alpha / lora_rank
@@ -103,6 +101,7 @@ class ModelConfig:
       name, value = field.name, getattr(self, field.name)
       if name in _MAY_BE_ZERO and not value >= 0:
         raise ValueError(f'{name}={value!r} must not be negative.')
+      # field.type is a string, because annotations are not evaluated in this file.
       is_number = field.type in ('int', 'float') and name != 'norm_offset'
       if is_number and name not in _MAY_BE_ZERO and not value > 0:
         raise ValueError(f'{name}={value!r} must be positive.')
@@ -128,8 +127,7 @@ class ModelConfig:
   def from_dict(cls, obj: Mapping[str, Any]) -> ModelConfig:
     """Returns the config that to_dict wrote, also after a trip through JSON.
 
-    Raises:
-      ValueError: an unknown field, or one that is missing.
+    Fields that are missing or unknown raise ValueError.
     """
     known = {field.name for field in dataclasses.fields(cls)}
     for name in sorted(known ^ set(obj)):
@@ -142,11 +140,11 @@ class ModelConfig:
     return cls(**fields)
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns the fields as a JSON-able dict."""
+    """Returns the fields as JSON values."""
     return dataclasses.asdict(self)
 
 
-# Shapes: vocab_size, num_layers, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim.
+# *(...) gives vocab_size, num_layers, embed_dim, num_heads, num_kv_heads, head_dim and mlp_dim.
 _LLAMA3_8B = ModelConfig(
   *(128_256, 32, 4096, 32, 8, 128, 14_336),
   context_length=131_072,
@@ -155,7 +153,7 @@ _LLAMA3_8B = ModelConfig(
   rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
 )
 PRESETS = {
-  # The CPU default: 0.8M parameters beside the embedding.
+  # The default on CPU: 0.8M parameters besides the embedding.
   'tiny': ModelConfig(*(0, 4, 128, 4, 2, 32, 384), match_init=True, unroll=4),
   # Shapes of public models; their weights come from model.init.
   'smollm2_135m': ModelConfig(
@@ -199,10 +197,10 @@ PRESETS = {
 
 
 def preset(name: str, vocab_size: int, **overrides) -> ModelConfig:
-  """Returns PRESETS[name] with overrides, and vocab_size where it has none.
+  """Returns PRESETS[name] with overrides; vocab_size is for presets that have none.
 
   Raises:
-    ValueError: for an unknown preset or an unknown field.
+    ValueError: The preset or a field is unknown.
   """
   if name not in PRESETS:
     raise ValueError(f'unknown model preset {name!r}; choose from {", ".join(PRESETS)}.')

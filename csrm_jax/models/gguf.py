@@ -1,11 +1,10 @@
 """GGUF files, read as what they were made from: a Hugging Face folder.
 
-A .gguf file holds config, weights and tokenizer. Here each becomes what the
-folder has: the content of config.json, tensors under Hugging Face names
-(quantised ones as float32, and the rows of query and key in the order that
-llama.cpp changed them from), and the tokenizer's files.
+A .gguf file holds config, weights and tokenizer. Here each becomes what the folder has: the
+content of config.json, the tokenizer's files, and tensors under Hugging Face names. Quantised
+tensors become float32; the rows of query and key return to the order that llama.cpp changed.
 
-Source: the format is github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+Source: github.com/ggml-org/ggml/blob/master/docs/gguf.md describes the format.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ import numpy as np
 
 from csrm_jax.models import shards
 
-# What the quantised types are read from; their values become float32.
+# The types of tensors that are read; the values of all become float32.
 TYPES = ('F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K')
 
-# general.architecture -> the architecture in config.json, and whether the
-# rows of query and key were permuted.
+# general.architecture -> the architecture in config.json, and whether llama.cpp permuted the rows
+# of query and key.
 _ARCHITECTURES = {'llama': ('LlamaForCausalLM', True), 'qwen3': ('Qwen3ForCausalLM', False)}
-# Keys of the metadata, below the architecture's name.
+# Keys of the metadata, behind "<architecture>." -> fields of config.json.
 _FIELDS = {
   'block_count': 'num_hidden_layers',
   'context_length': 'max_position_embeddings',
@@ -37,7 +36,7 @@ _FIELDS = {
   'attention.head_count': 'num_attention_heads',
   'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
 }
-# What a model may have and this decoder has not.
+# What a file may ask for that is not supported; absent and zero are fine.
 _UNSUPPORTED = (
   'expert_count',
   'attention.sliding_window',
@@ -60,7 +59,7 @@ _LAYER_TENSORS = {
   'ffn_down': 'mlp.down_proj',
 }
 
-# tokenizer.ggml.pre -> how text is cut before merging; each piece is bytes.
+# How text is cut into pieces before a byte-level BPE merges within each.
 _GPT2 = (
   r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
   r'|\s+(?!\S)|\s+'
@@ -72,21 +71,23 @@ _LLAMA3 = (
 
 
 class _Pre(NamedTuple):
-  """How a byte-level BPE cuts text."""
+  """How a byte-level BPE prepares text."""
 
-  pattern: str  # what is one piece
-  single_digits: bool = False  # digits are cut off one by one first
-  normalizer: str | None = None  # Unicode text is normalised so
+  pattern: str  # matches one piece
+  single_digits: bool = False  # each digit is first made a piece of its own
+  normalizer: str | None = None  # the Unicode normal form that text is brought into first
   whole_words: bool = False  # a piece that is a token is never merged from parts
 
 
+# By the names that tokenizer.ggml.pre has for them.
 _PRE = {
   'gpt-2': _Pre(_GPT2),
   'smollm': _Pre(_GPT2, single_digits=True),
   'llama-bpe': _Pre(_LLAMA3, whole_words=True),
+  # Like Llama 3, but digits stand alone.
   'qwen2': _Pre(_LLAMA3.replace('{1,3}', ''), normalizer='NFC'),
 }
-# tokenizer.ggml.token_type
+# Values of tokenizer.ggml.token_type.
 _CONTROL, _USER_DEFINED = 3, 4
 
 
@@ -99,8 +100,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   """Returns the content of config.json for the model in a .gguf file.
 
   Raises:
-    ImportError: no package gguf.
-    ValueError: not a GGUF file, or a model that this decoder has not.
+    ImportError: The package gguf is missing.
+    ValueError: The file is not a GGUF file, or its model is not supported.
   """
   file = _read(path)
   arch = file.metadata.get('general.architecture')
@@ -114,6 +115,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   own = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
   names = {tensor.name: tensor for tensor in file.tensors}
   bad = [f'{arch}.{key}' for key in _UNSUPPORTED if own.get(key)]
+  # Llama 3.1's rope scaling comes as a tensor of factors, from which its settings are not read.
   bad += ['rope_freqs.weight'] if 'rope_freqs.weight' in names else []
   if bad:
     raise ValueError(
@@ -140,7 +142,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     'num_key_value_heads': own.get('attention.head_count_kv', heads),
     'rope_theta': _decimal(own.get('rope.freq_base', 10_000.0)),
     'tie_word_embeddings': 'output.weight' not in names,
-    'torch_dtype': 'float32',
+    'torch_dtype': 'float32',  # what open_tensors returns
     'vocab_size': int(names['token_embd.weight'].shape[-1]),
     **{f'{name}_token_id': i for name, i in token_ids(path).items()},
   }
@@ -161,6 +163,7 @@ def open_tensors(path: pathlib.Path) -> dict[str, shards.Tensor]:
         'quantisation.'
       )
     name = _their_name(tensor.name, path)
+    # GGUF lists the axis that varies fastest first.
     tensors[name] = shards.Tensor(
       tuple(int(size) for size in reversed(tensor.shape)),
       np.dtype(np.float32),
@@ -171,7 +174,7 @@ def open_tensors(path: pathlib.Path) -> dict[str, shards.Tensor]:
 
 
 def token_ids(path: pathlib.Path) -> dict[str, int]:
-  """Returns the ids of 'bos', 'eos' and 'pad', those that the file names."""
+  """Returns the ids of those of 'bos', 'eos' and 'pad' that the file names."""
   metadata = _read(path).metadata
   keys = {'bos': 'bos', 'eos': 'eos', 'pad': 'padding'}
   ids = {name: metadata.get(f'tokenizer.ggml.{key}_token_id') for name, key in keys.items()}
@@ -179,7 +182,7 @@ def token_ids(path: pathlib.Path) -> dict[str, int]:
 
 
 def tokenizer_files(path: pathlib.Path) -> dict[str, bytes]:
-  """Returns tokenizer.json and tokenizer_config.json, with the chat template."""
+  """Returns the content of tokenizer.json and of tokenizer_config.json with the chat template."""
   metadata = _read(path).metadata
   kind = metadata.get('tokenizer.ggml.model')
   pre = metadata.get('tokenizer.ggml.pre', 'gpt-2')
@@ -253,7 +256,7 @@ def _tokenizer_json(
 
 
 def _prepend(token: str, i: int) -> dict[str, Any]:
-  """Returns the post-processor that puts a token before each text."""
+  """Returns the post-processor of tokenizer.json that puts a token before each text."""
   first = {'SpecialToken': {'id': token, 'type_id': 0}}
   text, other = ({'Sequence': {'id': name, 'type_id': n}} for n, name in enumerate('AB'))
   return {
@@ -276,18 +279,18 @@ def _their_name(name: str, path: pathlib.Path) -> str:
 
 
 def _dequantize(tensor: Any, num_heads: int | None) -> np.ndarray:
-  """Returns float32 values; with num_heads, rows in Hugging Face's order."""
+  """Returns float32 values; given num_heads, the rows are put in Hugging Face's order."""
   values = _package('').quants.dequantize(tensor.data, tensor.tensor_type)
   values = np.asarray(values, np.float32)
   if num_heads:
-    # Interleaved halves (2i, 2i + 1) back to (i, i + H/2).
+    # llama.cpp rotates the pairs (2i, 2i + 1) of a head, this decoder (i, i + H/2).
     pairs = values.reshape(num_heads, -1, 2, values.shape[-1])
     values = pairs.swapaxes(1, 2).reshape(values.shape)
   return values
 
 
 def _decimal(value: float) -> float:
-  """Returns the number that was meant: the file holds float32."""
+  """Returns the decimal number that was meant: float32 holds 1e-5 as 9.9999997e-06."""
   return float(str(np.float32(value)))
 
 
@@ -301,13 +304,13 @@ def _read(path: pathlib.Path) -> _File:
 
 @functools.lru_cache(maxsize=4)
 def _parse(path: pathlib.Path, size: int, mtime_ns: int) -> _File:
-  """Returns the parsed file; size and time tell a changed file apart."""
+  """Returns the parsed file, parsed once; size and time tell when it has changed."""
   del size, mtime_ns
   package = _package(str(path))
   try:
     reader = package.GGUFReader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
-  except Exception as error:  # The parser runs into whatever a file holds.
+  except Exception as error:  # The parser trips over a damaged file in any way.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(f'{path}: cannot be read as GGUF ({reason}); copy the file again.') from None
   return _File(metadata, tuple(reader.tensors))

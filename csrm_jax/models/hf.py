@@ -1,12 +1,11 @@
 """Weights in Hugging Face form, in and out.
 
-A source is a folder as save_pretrained writes it (config.json, safetensors in
-one file or in shards), the id of such a folder on the Hugging Face hub
-("org/name"), or a .gguf file. Weights go straight to where they are computed
-with, tensor by tensor: the host holds one tensor at a time, never a model.
+A source is a folder as save_pretrained writes it (config.json, and safetensors in one file or in
+shards), the id of such a folder on the Hugging Face hub ("org/name"), or a .gguf file. Weights go
+tensor by tensor straight to the devices that compute with them: the host never holds a model.
 
-Whatever reads or writes weights goes through slots, models and LoRA adapters
-alike: a slot says which part of which parameter of ours a tensor of theirs is.
+Models and LoRA adapters are read and written through slots: a slot says which part of which
+parameter of ours a tensor of theirs is. "Theirs" is Hugging Face's form throughout.
 """
 
 from __future__ import annotations
@@ -31,29 +30,23 @@ from csrm_jax.models.config import ModelConfig
 
 _HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?')
 _HUB_FILES = ('*.safetensors', '*.json', '*.jinja', 'tokenizer.model')
-# Old files list these constants among the weights.
+# Old files have these constants among the weights.
 _CONSTANTS = re.compile(r'.*\.rotary_emb\.inv_freq')
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Weights in Hugging Face form: looked for once, and read no more than once.
+  """Weights in Hugging Face form; each part is looked for when first needed, and only once.
 
-  Attributes:
-    name: a folder, a .gguf file, or "org/name" or "org/name@revision" on the
-      hub. What exists here is never looked for there.
+  The name is a folder, a .gguf file, or "org/name" or "org/name@revision" on the hub. What exists
+  here is never looked for there.
   """
 
   name: str | os.PathLike
 
   @functools.cached_property
   def path(self) -> pathlib.Path:
-    """The local path; a hub id is downloaded if needed.
-
-    Raises:
-      ImportError: a hub id, and no package huggingface_hub.
-      ValueError: no such folder, or it cannot be downloaded.
-    """
+    """The local path; a hub id is downloaded if needed, with the package huggingface_hub."""
     text = os.fspath(self.name)
     path = pathlib.Path(text).expanduser()
     if path.exists():
@@ -77,6 +70,7 @@ class Source:
         name,
         revision=revision or None,
         allow_patterns=list(_HUB_FILES),
+        # Subfolders and "consolidated" files repeat the weights in other forms.
         ignore_patterns=['*/*', 'consolidated*'],
       )
     except Exception as error:  # Whatever the network or the hub says.
@@ -98,33 +92,29 @@ class Source:
 
   @property
   def where(self) -> str:
-    """Where the spec stands, for errors."""
+    """The file that the spec stands in, for errors."""
     return str(self.path if self.is_gguf else self.path / hf_config.CONFIG_FILE)
 
   @functools.cached_property
   def tensors(self) -> dict[str, shards.Tensor]:
-    """The tensors under their Hugging Face names, unread."""
+    """The tensors under their Hugging Face names; none is read yet."""
     return (gguf.open_tensors if self.is_gguf else shards.open_folder)(self.path)
 
 
 def open_source(source: str | os.PathLike | Source) -> Source:
-  """Returns the source of a name; one that is open already, as it is."""
+  """Returns the source of that name; a source itself is returned as it is."""
   return source if isinstance(source, Source) else Source(source)
 
 
 def load(source: str | os.PathLike | Source, **overrides) -> tuple[ModelConfig, dict[str, Any]]:
-  """Returns (cfg, params) of a source; overrides as in load_config."""
+  """Returns (cfg, params) of a source; the overrides are those of load_config."""
   source = open_source(source)
   cfg = load_config(source, **overrides)
   return cfg, load_params(source, cfg)
 
 
 def load_config(source: str | os.PathLike | Source, **overrides) -> ModelConfig:
-  """Returns the ModelConfig of a source, with other RUN_TIME_FIELDS if given.
-
-  Raises:
-    ValueError: not a model that this decoder computes; names the field.
-  """
+  """Returns the ModelConfig of a source; overrides are fields out of RUN_TIME_FIELDS."""
   source = open_source(source)
   return hf_config.from_hf(source.spec, source.where, **overrides)
 
@@ -134,18 +124,17 @@ def load_params(
 ) -> dict[str, Any]:
   """Returns the weights of a source as a nested dict, in cfg.param_dtype.
 
-  The tree is that of transformer.init_params without adapters. A sequence
-  classifier has score/kernel [D, 1] and no lm_head.
+  The tree is that of transformer.init_params without adapters. A sequence classifier has
+  score/kernel [D,1] and no lm_head.
 
   Args:
-    source: a name or an open source.
-    cfg: the model; run-time fields may differ from the stored ones.
-    shardings: a nested dict of Shardings with at least the leaves of the
-      result; None: the default device.
+    cfg: The model; its run-time fields may differ from those of the source.
+    shardings: A nested dict of Shardings that has at least the leaves of the result. By default
+      all goes to the default device.
 
   Raises:
-    ValueError: the source holds another backbone than cfg, or a tensor is
-      missing, unused or of another shape; names file and tensor.
+    ValueError: The source holds another backbone than cfg, or a tensor is missing, unused or of
+      another shape.
   """
   source = open_source(source)
   stored = hf_config.canonical(load_config(source))
@@ -158,7 +147,7 @@ def load_params(
   places = slots(cfg, hf_config.form(source.spec, source.where))
   tensors = {n: tensor for n, tensor in source.tensors.items() if not _CONSTANTS.fullmatch(n)}
   head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
-  # Some write the output layer although it is tied; then it must be.
+  # Some files hold the output layer although it is tied; then it must equal the embedding.
   if (
     head not in places
     and {head, embedding} <= set(tensors)
@@ -178,13 +167,7 @@ def fill(
   dtype: jnp.dtype,
   shardings: Any = None,
 ) -> dict[str, Any]:
-  """Returns the nested dict that the tensors make, read one by one.
-
-  Each goes to its devices at once; stacks of layers are filled in place there.
-
-  Raises:
-    ValueError: the tensors do not fill the slots, all and exactly.
-  """
+  """Returns the nested dict that the tensors make; they must fill the slots, all and exactly."""
   check_names(set(tensors), set(slots), where)
   for name, tensor in tensors.items():
     if tensor.shape != slots[name].shape:
@@ -193,6 +176,8 @@ def fill(
         f'it {slots[name].shape}; take weights and config.json from the same '
         'model.'
       )
+  # Names and shapes are checked before anything is read. Then each tensor goes to its devices at
+  # once, and a layer is written into its stack there: the host never holds a stack.
   places = {} if shardings is None else flatten_dict(shardings, sep='/')
   flat = {}
   for name, tensor in tensors.items():
@@ -211,12 +196,12 @@ def fill(
 def _put(array: np.ndarray, place: Sharding | None) -> jax.Array:
   if place is None:
     return jnp.asarray(array)
-  # Every process reads the file; each device takes its own part of it.
+  # Every process reads the file, and each device takes its own part.
   return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
 
 def _within_layer(place: Sharding | None) -> Sharding | None:
-  """Returns where a layer goes whose stack lies at `place`."""
+  """Returns where one layer goes if the stack of all lies at `place`."""
   if not isinstance(place, NamedSharding):
     return place
   return NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
@@ -224,7 +209,7 @@ def _within_layer(place: Sharding | None) -> Sharding | None:
 
 @functools.lru_cache(maxsize=64)
 def _fill(place: Sharding | None) -> Callable[..., jax.Array]:
-  """Returns a jitted (stack, x, layer) -> stack; the stack is written into."""
+  """Returns a jitted (stack, x, layer) -> stack, which writes x into the same memory."""
 
   def fill(stack, x, layer):
     return jax.lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), layer, 0)
@@ -233,10 +218,9 @@ def _fill(place: Sharding | None) -> Callable[..., jax.Array]:
 
 
 def digest(source: str | os.PathLike | Source) -> str:
-  """Returns a sha256 (hex) over the weights of a source: it reads them all.
+  """Returns the sha256 (hex) of the weights of a source, see shards.digest; it reads them all.
 
-  It covers names, shapes and values, however they are spread over files: a
-  .gguf file has the digest of the folder that it was converted to.
+  A .gguf file has the digest of the folder that it is converted to.
   """
   return shards.digest(open_source(source).tensors)
 
@@ -253,20 +237,16 @@ def save(
   """Writes config.json and the weights; every file appears whole.
 
   Args:
-    folder: made if absent; must not hold other weights.
-    cfg: the model's shape.
-    params: as from init_params, in any dtype, without adapters. With
-      score/kernel [D, 1] in place of lm_head they are written as a sequence
-      classifier.
-    metadata: strings for the header of the weights, such as how they were
-      made.
-    extra: more fields of config.json, such as pad_token_id.
-    max_shard_bytes: the most that one file may hold; more is written as shards
-      with an index.
+    folder: It is made if absent, and must not hold other weights.
+    params: Parameters as from init_params, in any dtype, without adapters. With score/kernel [D,1]
+      in place of lm_head they are written as a sequence classifier.
+    metadata: Strings for the header of the weights, such as how they were made.
+    extra: Further fields of config.json, such as pad_token_id.
+    max_shard_bytes: What one file may hold; larger weights become shards with an index.
 
   Raises:
-    ValueError: params are not those of cfg, cfg is no model of its family, or
-      the folder holds other weights.
+    ValueError: params are not those of cfg, cfg is no model of its family, or the folder holds
+      other weights.
   """
   folder = pathlib.Path(folder)
   flat = flatten_dict(params, sep='/')
@@ -279,6 +259,7 @@ def save(
   spec = hf_config.to_hf(cfg, str(flat['embed/embedding'].dtype), form)
   tensors = to_theirs(flat, slots(cfg, form), 'params')
   shards.write(folder, tensors, metadata or {}, max_shard_bytes)
+  # Last, because a folder with a config.json is taken for a model.
   shards.write_json(folder / hf_config.CONFIG_FILE, spec | dict(extra or {}))
 
 
@@ -288,12 +269,12 @@ def save(
 class Entry(NamedTuple):
   """A parameter's two names."""
 
-  ours: str  # path in the nested dict; under layers/ it has a leading axis L
-  theirs: str  # tensor name, with the number of the layer as {}
-  # Leading axes of our kernel that are inputs. Theirs is [out, in], each
-  # flattened. 0: stored as it is.
+  ours: str  # the path in the nested dict; under layers/ there is a leading axis L
+  theirs: str  # the tensor's name, with {} for the number of the layer
+  # How many leading axes of our kernel are inputs; theirs is [out, in], each flattened. 0 means
+  # that the tensor is stored as it is.
   num_in: int
-  post_norms: bool | None = None  # only models whose config says so have it; None: all
+  post_norms: bool | None = None  # the entry is for models with or without them; None: for all
 
 
 _LAYER = 'model.layers.{}.'
@@ -316,28 +297,25 @@ TABLE = (
   Entry('layers/mlp/down/kernel', _LAYER + 'mlp.down_proj.weight', 1),
   Entry('final_norm/scale', 'model.norm.weight', 0),
   Entry('lm_head/kernel', 'lm_head.weight', 1),
-  # [D, 1]; in place of the output layer in a sequence classifier.
+  # A sequence classifier has this [D,1] in place of the output layer.
   Entry('score/kernel', 'score.weight', 1),
 )
-# What PEFT puts around the name of a kernel.
+# PEFT puts the first in front of a kernel's name and keeps the second at its end.
 _PEFT = ('base_model.model.', '.weight')
 _UNUSED = {'causal_lm': 'score/kernel', 'sequence_classification': 'lm_head/kernel'}
 
 
 class Slot(NamedTuple):
-  """Where a tensor of theirs goes."""
+  """The place of a tensor of theirs among our parameters."""
 
   entry: Entry
-  layer: int | None  # its place on the axis L of our parameter, None without that axis
-  shape: tuple[int, ...]  # the shape of theirs
-  whole: tuple[int, ...]  # the shape of our parameter, all layers
+  layer: int | None  # the index on the axis L of our parameter; None without that axis
+  shape: tuple[int, ...]  # the shape of their tensor
+  whole: tuple[int, ...]  # the shape of our parameter, with the axis L
 
 
 def slots(cfg: ModelConfig, form: str = 'causal_lm') -> dict[str, Slot]:
-  """Returns {their name: slot} of a model without adapters, layer by layer.
-
-  The form is one of hf_config.FORMS.
-  """
+  """Returns {their name: slot} for a model's weights; the form is one of hf_config.FORMS."""
   shapes = {**_shapes(dataclasses.replace(cfg, lora_rank=0)), 'score/kernel': (cfg.embed_dim, 1)}
   return _make_slots(
     cfg,
@@ -352,15 +330,13 @@ def slots(cfg: ModelConfig, form: str = 'causal_lm') -> dict[str, Slot]:
 
 
 def lora_slots(cfg: ModelConfig) -> dict[str, Slot]:
-  """Returns {name in a PEFT file: slot} of the adapters of a model.
-
-  PEFT keeps an adapter as two products: lora_A [r, in] and lora_B [out, r].
-  """
+  """Returns {name in a PEFT file: slot} for a model's adapters."""
   shapes, entries = _shapes(cfg), {}
   before, after = _PEFT
   for entry in TABLE:
     path = entry.ours.removesuffix('/kernel')
     stem = before + entry.theirs.removesuffix(after)
+    # PEFT stores lora_A [r, in] and lora_B [out, r].
     for name, num_in in (('a', entry.num_in), ('b', 1)):
       ours = f'{path}/lora_{name}'
       if ours in shapes:
@@ -370,7 +346,7 @@ def lora_slots(cfg: ModelConfig) -> dict[str, Slot]:
 
 
 def to_ours(array: np.ndarray, slot: Slot) -> np.ndarray:
-  """Returns a tensor of theirs in our axes, without the axis L: a view."""
+  """Returns a view of their tensor in our axes, without the axis L."""
   if not slot.entry.num_in:
     return array
   return array.T.reshape(slot.whole if slot.layer is None else slot.whole[1:])
@@ -379,15 +355,10 @@ def to_ours(array: np.ndarray, slot: Slot) -> np.ndarray:
 def to_theirs(
   flat: Mapping[str, Any], slots: Mapping[str, Slot], where: str
 ) -> dict[str, shards.Tensor]:
-  """Returns the tensors of theirs that parameters {'a/b': array} of ours fill.
-
-  A parameter, on any device, is read when the tensor is.
-
-  Raises:
-    ValueError: the parameters are not those of the slots.
-  """
+  """Returns their tensors of our parameters {'a/b': array}, which must be those of the slots."""
   check_names(set(flat), {slot.entry.ours for slot in slots.values()}, where)
 
+  # A parameter is fetched from its devices only when the tensor is read.
   def read(param, slot):
     part = np.asarray(param if slot.layer is None else param[slot.layer])
     if not slot.entry.num_in:
@@ -403,7 +374,7 @@ def to_theirs(
 
 
 def check_names(have: set[str], want: set[str], where: str) -> None:
-  """Raises ValueError, with a name, unless both hold the same names."""
+  """Raises ValueError, naming one that is missing or too many, unless both are equal."""
   if want - have:
     raise ValueError(
       f'{where}: {min(want - have)} is missing ({len(want - have)} of '
@@ -425,6 +396,7 @@ def _shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 def _make_slots(cfg: ModelConfig, entries: Mapping[Entry, tuple[int, ...]]) -> dict[str, Slot]:
   """Returns the slots of the entries, given the shapes of our parameters."""
+  # Layer by layer, so that a shard on disk holds neighbouring layers.
   whole, layers = {}, [{} for _ in range(cfg.num_layers)]
   for entry, shape in entries.items():
     if not entry.ours.startswith('layers/'):

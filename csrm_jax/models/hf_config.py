@@ -1,7 +1,7 @@
-"""config.json of Hugging Face models, to ModelConfig and back.
+"""The config.json of Hugging Face models, read as a ModelConfig and written from one.
 
-What an architecture fixes stands in one table and serves both directions: read,
-it fills fields of ModelConfig; written, it says which models have that form.
+What an architecture fixes stands in one table. When a config is read, the table fills fields of
+ModelConfig; when one is written, it says which models the architecture can express.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from csrm_jax.models.config import RUN_TIME_FIELDS, ModelConfig, RopeScaling
 
 CONFIG_FILE = 'config.json'
-# What a folder's weights end in -> the suffix of the architecture's name.
+# What the decoder ends in -> the suffix of the architecture's name.
 FORMS = {'causal_lm': 'ForCausalLM', 'sequence_classification': 'ForSequenceClassification'}
 
 
@@ -23,11 +23,11 @@ class Family(NamedTuple):
 
   name: str  # its classes begin with it; a suffix in FORMS follows
   fixed: Mapping[str, Any]  # fields of ModelConfig that config.json cannot change
-  silent: Mapping[str, Any] = {}  # what fields of config.json are where it is silent
+  silent: Mapping[str, Any] = {}  # the values of fields that a config.json leaves out
   activation: str = 'hidden_act'  # the field of config.json that names the activation
-  # ModelConfig's, where there is a window and no layer_types; 0: never a window.
+  # ModelConfig.window_period where config.json does not tell it; 0: there is never a window.
   window_period: int = 1
-  layer_types: bool = False  # config.json says which layers have the window
+  layer_types: bool = False  # whether config.json may say which layers have the window
 
 
 _PLAIN = {
@@ -79,14 +79,14 @@ _FIELDS = {
   'rms_norm_eps': 'norm_eps',
   'tie_word_embeddings': 'tie_embeddings',
 }
-# Those that only some families have; null is 0.
+# Fields that only some families have; null means 0.
 _OPTIONAL = {
   'query_pre_attn_scalar': 'query_scale',
   'attn_logit_softcapping': 'attention_softcap',
   'final_logit_softcapping': 'final_softcap',
 }
 _ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh'}
-# What a model may have and this decoder has not; absent and null are fine.
+# The values that this decoder needs where a model has such a field; absent and null are fine.
 _REQUIRED = {
   'attention_bias': False,
   'mlp_bias': False,
@@ -100,7 +100,7 @@ _ROPE_SCALING = {
   'high_freq_factor': 'high_freq_factor',
   'original_max_position_embeddings': 'original_length',
 }
-# The numbers that Hugging Face stores the weights of.
+# Stored dtype -> param_dtype. float32 holds every float16; bfloat16 would lose digits of it.
 _DTYPES = {'float32': 'float32', 'bfloat16': 'bfloat16', 'float16': 'float32'}
 
 
@@ -134,13 +134,12 @@ def form(spec: Mapping[str, Any], where: str) -> str:
 def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfig:
   """Returns the ModelConfig that the content of a config.json describes.
 
-  Files of transformers before and since version 5 are read: rope_theta and
-  rope_scaling, or rope_parameters; layer_types are optional. The overrides are
-  fields out of RUN_TIME_FIELDS.
+  Files of transformers before and since version 5 are read: rope_theta and rope_scaling, or
+  rope_parameters; layer_types are optional. The overrides are fields out of RUN_TIME_FIELDS.
 
   Raises:
-    ValueError: not a config of a model that this decoder computes; names the
-      file (where), the field, its value and what is supported.
+    ValueError: This decoder cannot compute the model. The error names the file (`where`), the
+      field, its value and what is supported.
   """
   for name in overrides:
     if name not in RUN_TIME_FIELDS:
@@ -153,6 +152,7 @@ def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfi
     raise _unsupported(where, 'model_type', family_name, FAMILIES)
   family = FAMILIES[family_name]
   form(spec, where)  # validates
+  # Mostly null means that the family's default holds; in these fields it means none.
   may_be_null = ('sliding_window', *_OPTIONAL)
   said = {name: v for name, v in spec.items() if v is not None or name in may_be_null}
   spec = {**family.silent, **said}
@@ -176,13 +176,10 @@ def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfi
 
 
 def to_hf(cfg: ModelConfig, dtype: str, form: str = 'causal_lm') -> dict[str, Any]:
-  """Returns the content of config.json, for weights stored in a dtype.
+  """Returns the content of config.json for weights stored in that dtype.
 
-  It is in the older of the two styles, which every version of transformers
-  and the servers built on it read.
-
-  Raises:
-    ValueError: cfg.family has no such model.
+  It has the older of the two styles, which every version of transformers reads, as do the servers
+  built on it. A model that cfg.family cannot express raises ValueError.
   """
   family = FAMILIES[cfg.family]
   for name, value in family.fixed.items():
@@ -211,19 +208,21 @@ def to_hf(cfg: ModelConfig, dtype: str, form: str = 'causal_lm') -> dict[str, An
   for theirs, ours in _OPTIONAL.items():
     if ours not in family.fixed:
       spec[theirs] = getattr(cfg, ours) or None
+  # Published configs have an int here.
   if 'query_pre_attn_scalar' in spec:
     scale = cfg.query_scale or cfg.head_dim
     spec['query_pre_attn_scalar'] = int(scale) if scale == int(scale) else scale
   if form == 'sequence_classification':
-    # One score, which transformers takes for a regression.
+    # A single label is one score, which transformers takes for a regression.
     spec['id2label'], spec['label2id'] = {'0': 'score'}, {'score': 0}
   return spec | _write_window(cfg, family)
 
 
 def canonical(cfg: ModelConfig) -> dict[str, Any]:
-  """Returns the fields that describe weights, alike for equal models."""
+  """Returns the fields that describe weights; they are equal for models that compute the same."""
   fields = {name: value for name, value in cfg.to_dict().items() if name not in RUN_TIME_FIELDS}
   fields['query_scale'] = fields['query_scale'] or float(cfg.head_dim)
+  # Longer periods than the depth all put the window on the first layer only.
   period = min(cfg.window_period, cfg.num_layers)
   fields['window_period'] = period if cfg.sliding_window else 1
   return fields
@@ -293,6 +292,7 @@ def _read_window(spec: Mapping[str, Any], family: Family, where: str) -> dict[st
     flags = _every(family.window_period or 1, num_layers)
   if not window or not any(flags):
     return {'sliding_window': 0, 'window_period': 1}
+  # In a shallow model several periods fit: the family's own comes first.
   for period in (family.window_period, *range(1, num_layers + 1)):
     if flags == _every(period, num_layers):
       return {'sliding_window': int(window), 'window_period': period}

@@ -1,4 +1,4 @@
-"""LoRA adapters apart from the weights they adapt, and in PEFT's form.
+"""LoRA adapters: split from the weights that they adapt, merged into them, and in PEFT's form.
 
 Source: Hu et al. 2021, LoRA (arXiv 2106.09685).
 """
@@ -21,7 +21,7 @@ from csrm_jax.models.config import LORA_TARGETS, ModelConfig
 NAMES = ('lora_a', 'lora_b')
 CONFIG_FILE = 'adapter_config.json'
 WEIGHTS_FILE = 'adapter_model.safetensors'
-# Hugging Face's names of the layers in LORA_TARGETS.
+# Hugging Face's names of the products in LORA_TARGETS.
 _MODULES = {
   'q_proj': 'query',
   'k_proj': 'key',
@@ -31,7 +31,7 @@ _MODULES = {
   'up_proj': 'up',
   'down_proj': 'down',
 }
-# What an adapter of PEFT may have and ours has not; empty is fine.
+# What an adapter of PEFT may have and ours may not; absent and empty are fine.
 _UNSUPPORTED = (
   'use_rslora',
   'use_dora',
@@ -49,7 +49,7 @@ _UNSUPPORTED = (
 
 
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns (adapters, base): two nested dicts whose merge is `params`."""
+  """Returns (adapters, base): two nested dicts that together are `params`."""
   parts = ({}, {})
   for path, leaf in flatten_dict(params).items():
     parts[path[-1] not in NAMES][path] = leaf
@@ -57,24 +57,17 @@ def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def init(cfg: ModelConfig, seed: int) -> dict[str, Any]:
-  """Returns new float32 adapters, whose product is 0; no other weight is made.
-
-  Raises:
-    ValueError: cfg has no adapters.
-  """
+  """Returns new float32 adapters, whose product is 0, without making any other weight."""
   _check_has_adapters(cfg)
-  # What is not returned is never computed.
+  # Under jit what is not returned is never computed: the base takes no memory here.
   return jax.jit(lambda: split(transformer.init_params(cfg, seed))[0])()
 
 
 def merge(cfg: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the params of the same model without adapters.
+  """Returns the params of the same model without adapters, given cfg with them.
 
-  Kernels become kernel + alpha / rank · a·b, summed in float32 and rounded to
-  the kernel's dtype: in bfloat16, small adapters lose digits here.
-
-  Raises:
-    ValueError: the adapters are not those of cfg, the model with adapters.
+  Kernels become kernel + alpha / rank · a·b, summed in float32 and rounded to the kernel's dtype:
+  in bfloat16, small adapters lose digits here.
   """
   _check_has_adapters(cfg)
   adapters, base = (flatten_dict(part, sep='/') for part in split(params))
@@ -96,11 +89,9 @@ def save_peft(
 ) -> None:
   """Writes the adapters of a model as PEFT reads them.
 
-  The base_name is the folder or hub id of the weights that they belong to;
-  metadata are strings for the header of theirs.
-
-  Raises:
-    ValueError: the adapters are not those of cfg.
+  Args:
+    base_name: The folder or hub id of the weights that the adapters belong to.
+    metadata: Strings for the header of the adapters' file.
   """
   _check_has_adapters(cfg)
   folder = pathlib.Path(folder)
@@ -126,8 +117,8 @@ def read_peft(folder: str | os.PathLike) -> dict[str, Any]:
   """Returns the fields lora_rank, lora_alpha and lora_targets of ModelConfig.
 
   Raises:
-    ValueError: not a LoRA adapter, one of a kind that is not supported, or a
-      target that matches no layer.
+    ValueError: The folder holds no LoRA adapter, one of a kind that is not supported, or a target
+      that matches no layer.
   """
   path = pathlib.Path(folder) / CONFIG_FILE
   try:
@@ -168,14 +159,12 @@ def read_peft(folder: str | os.PathLike) -> dict[str, Any]:
 def load_peft(folder: str | os.PathLike, cfg: ModelConfig, shardings: Any = None) -> dict[str, Any]:
   """Returns the float32 adapters that PEFT or save_peft wrote.
 
-  cfg has the fields that read_peft returns; shardings are as in hf.load_params.
-
-  Raises:
-    ValueError: the adapters are not those of cfg; names what differs.
+  cfg must have the fields that read_peft returns; shardings are those of hf.load_params.
   """
   folder = pathlib.Path(folder)
   for name, value in read_peft(folder).items():
     ours = getattr(cfg, name)
+    # Targets are a set, which a config may list in any order.
     if name == 'lora_targets':
       ours = tuple(target for target in LORA_TARGETS if target in ours)
     if ours != value:
@@ -196,6 +185,7 @@ def _check_has_adapters(cfg: ModelConfig) -> None:
 def _merge_kernel(kernel, a, b, scale):
   """Returns kernel [L,*in,*out] plus scale · a·b."""
   L, r = a.shape[0], a.shape[-1]
+  # By default accelerators multiply float32 with fewer digits.
   product = jnp.einsum(
     'LIR,LRO->LIO', a.reshape(L, -1, r), b.reshape(L, r, -1), precision=jax.lax.Precision.HIGHEST
   )

@@ -1,14 +1,12 @@
 """Completions from a decoder, and the log-probabilities of tokens.
 
-`generate` fills a key-value cache with the prompts of a batch at once, padded
-on the left, and then adds one token a row and step. What prompts share is
-computed once: a prompt that is given several times, and tokens that all begin
-with. Shapes come from a few buckets, so that nothing is compiled after the
-first calls.
+`generate` fills a key-value cache with the prompts of a batch at once, padded on the left, and then
+adds one token to each row in a step. What prompts share is computed once: a prompt that is given
+several times, and the tokens that all prompts begin with. Shapes come from a few buckets, so that
+nothing is compiled after the first calls.
 
-Axes: B rows, U distinct prompts of a batch, P tokens that all prompts begin
-with, T tokens of the longest prompt, C tokens of a completion, D embed,
-V vocab.
+Axes: B rows, U distinct prompts of a batch, P tokens that all prompts begin with, T tokens of the
+longest prompt, C tokens of a completion, D embed, V vocab.
 """
 
 from __future__ import annotations
@@ -26,27 +24,26 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
 
-# Prompts are padded to these lengths; each is compiled once.
+# Prompts are padded to one of these lengths; each is compiled once.
 PROMPT_BUCKETS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 PROMPT_BUCKETS += (1024, 1536, 2048, 3072, 4096, 6144, 8192)
-# A prefix that prompts share counts in whole steps of this many tokens.
+# A shared prefix is cut to a multiple of this many tokens, so that few lengths are compiled.
 PREFIX_STEP = 32
-# Tokens whose logits hidden_logprobs holds at once.
+# How many tokens' logits hidden_logprobs holds at once.
 LOGPROB_CHUNK = 2048
-# A row's probabilities are added up in blocks of this many.
+# A row's probabilities are summed in blocks of this many, see _invert.
 _BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are chosen; hashable, compiled once for each value."""
+  """How tokens are chosen; hashable, because each value is compiled once."""
 
   max_completion_length: int = 512  # tokens at most
   temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token
-  # Only the k likeliest tokens are drawn, and ties with the last of them; 0 for all.
+  # Only the k likeliest tokens can be drawn, and ties with the last of them; 0 means all.
   top_k: int = 0
-  # Of these, only the likeliest tokens that together reach this probability, and
-  # ties with the last of them.
+  # Of these, only the likeliest that together reach this probability, and ties with the last.
   top_p: float = 1.0
   stop_ids: tuple[int, ...] = ()  # the first of these ends a completion, and belongs to it
 
@@ -68,11 +65,11 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-  """What generate returns for N prompts; C = max_completion_length."""
+  """The completions of N prompts; C = max_completion_length."""
 
-  tokens: np.ndarray  # int32 [N,C]; 0 from a completion's length on
+  tokens: np.ndarray  # int32 [N,C]; 0 past a completion's length
   lengths: np.ndarray  # int32 [N], in tokens, the stop token included
-  logprobs: np.ndarray  # float32 [N,C], token_logprobs of each token; 0 past the length
+  logprobs: np.ndarray  # float32 [N,C], see token_logprobs; 0 past a completion's length
   stopped: np.ndarray  # bool [N]; False where max_completion_length cut it off
 
 
@@ -87,32 +84,24 @@ def generate(
   batch_size: int = 64,
   progress: Callable[[int], Any] = lambda num: None,
 ) -> Completions:
-  """Returns a completion of each prompt, in their order.
+  """Returns a completion of each prompt (token ids), in their order.
 
-  Prompts of similar length go together, batch_size at a time. What is drawn
-  for prompt i depends on the prompt, seed and i only, not on its batch (up to
-  rounding). To get several completions, give a prompt several times: it is
-  read once in each batch.
+  What is drawn for prompt i depends only on the prompt, the seed and i, not on its batch (up to
+  rounding). To get several completions, give a prompt several times: each batch reads it once.
 
-  On the mesh that params lie on: rows over data and fsdp, heads over tensor.
-  Weights that are cut over fsdp come together for each token; a copy that is
-  cut over tensor only is faster to sample from.
+  It runs on the mesh that params lie on, with rows cut over data and fsdp and heads over tensor.
+  Weights that are cut over fsdp are gathered for each token; a copy that is cut over tensor only
+  is faster to sample from.
 
   Args:
-    cfg: the model.
-    params: its parameters.
-    prompts: token ids; at least one each.
-    sampling: how tokens are chosen.
-    seed: what all draws depend on.
-    draws: numbers in [0, 2**32) that take the place of i, for what must not
-      depend on a prompt's place in the list.
-    batch_size: rows of a batch; fewer prompts make a power of two of rows.
-    progress: called with the number of prompts in each batch that is done.
+    draws: Numbers in [0, 2**32), one a prompt, that take the place of i where a draw must not
+      depend on the prompt's place in the list.
+    batch_size: The rows of a batch; fewer prompts take the next power of two of rows.
+    progress: It is called with the number of prompts in each batch that is done.
 
   Raises:
-    ValueError: a prompt is empty, does not leave room for the completion
-      within the model's context, or has an id outside the vocabulary; or a
-      log-probability is not finite.
+    ValueError: A prompt is empty, leaves no room for the completion within the model's context, or
+      has an id outside the vocabulary; or a log-probability is not finite.
   """
   lengths = np.array([len(prompt) for prompt in prompts], np.int64)
   _check_prompts(cfg, prompts, lengths, sampling)
@@ -125,6 +114,7 @@ def generate(
   )
   rows = num_rows(len(prompts), batch_size)
   prompts = [tuple(prompt) for prompt in prompts]
+  # By length, for little padding; equal prompts side by side, so that a batch reads them once.
   number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
   order = np.lexsort(([number[prompt] for prompt in prompts], lengths))
   num_shared = _num_shared(cfg, list(number), sampling)
@@ -140,7 +130,7 @@ def generate(
       index = np.zeros(rows, np.uint32)
       index[: len(chosen)] = chosen if draws is None else [draws[i] for i in chosen]
       cache, state = start(params, batch, prefix)
-      # The cache that comes back is let go at once: the next batch needs the room.
+      # The cache that comes back is dropped at once: the next batch needs the memory.
       drawn = go_on(params, cache, state, index, jnp.uint32(seed))[0]
       for name, values in jax.device_get(drawn).items():
         getattr(result, name)[chosen] = values[: len(chosen)]
@@ -154,7 +144,7 @@ def generate(
 
 
 def num_rows(num_prompts: int, batch_size: int) -> int:
-  """Returns how many rows are drawn at once: few prompts, the next power of 2."""
+  """Returns the rows of a batch: batch_size, or for fewer prompts the next power of two."""
   return min(batch_size, 1 << max(num_prompts - 1, 0).bit_length())
 
 
@@ -177,34 +167,32 @@ def _check_prompts(cfg, prompts, lengths, sampling) -> None:
 
 
 def prompt_bucket(cfg: ModelConfig, longest: int) -> int:
-  """Returns the length that prompts are padded to, given the longest one's."""
+  """Returns the length that prompts are padded to, given that of the longest one."""
   return min(b for b in (*PROMPT_BUCKETS, cfg.context_length) if b >= longest)
 
 
 def _num_shared(cfg: ModelConfig, distinct: Sequence[tuple[int, ...]], sampling: Sampling) -> int:
-  """Returns how many first tokens of all prompts are to be read once, or 0.
-
-  They pay when they are a quarter of the longest row or more.
-  """
+  """Returns how many first tokens are to be read once for all prompts, or 0."""
   if len(distinct) < 2:
     return 0
   num = transformer.num_common(distinct) // PREFIX_STEP * PREFIX_STEP
   length = prompt_bucket(cfg, max(map(len, distinct)))
-  # Padding comes between the prefix and the rest, and a window counts it.
+  # Padding comes between the prefix and the rest, and a window would count it as tokens.
   fits = length + sampling.max_completion_length <= cfg.sliding_window
   if cfg.sliding_window and not fits:
     return 0
+  # It pays from a quarter of the longest row on.
   return num if 4 * num >= length else 0
 
 
 def pad_prompts(
   prompts: Sequence[tuple[int, ...]], rows: int, num_shared: int, cfg: ModelConfig
 ) -> dict[str, np.ndarray]:
-  """Returns tokens, segment_ids int32 [U,T-P], source [rows], active [rows].
+  """Returns tokens, segment_ids int32 [U,T-P], source int32 [rows], active bool [rows].
 
-  Row b goes on from the prompt source[b], if it is active. Prompts end where
-  the row ends, so that all go on in the same slot of the cache. U is a power of
-  two; without equal prompts it is rows, and there is no source.
+  Row b continues the prompt source[b], if the row is active. Prompts end where the row ends, so
+  that all continue in the same slot of the cache. U is a power of two. Where that would save
+  nothing U is rows, and there is no source.
   """
   distinct = list(dict.fromkeys(prompts))
   num = 1 << (len(distinct) - 1).bit_length()
@@ -227,10 +215,9 @@ def pad_prompts(
 
 @functools.lru_cache(maxsize=32)
 def compiled(cfg: ModelConfig, sampling: Sampling):
-  """Returns _start and _go_on, jitted; the second reuses the cache's memory.
-
-  There are two, so that few prompts and many share the longer one.
-  """
+  """Returns _start and _go_on, jitted; the second reuses the cache's memory."""
+  # They are apart so that batches of few and of many distinct prompts share the second, which takes
+  # longer to compile.
 
   def start(*args):
     return _start(cfg, sampling, *args)
@@ -242,12 +229,12 @@ def compiled(cfg: ModelConfig, sampling: Sampling):
 
 
 def _start(cfg, sampling, params, batch, prefix):
-  """Reads the prompts. Returns (cache, state) of the completions' rows."""
+  """Reads the prompts and returns (cache, state) of the completions' rows."""
   num_shared = 0 if prefix is None else prefix['segment_ids'].shape[1]
   segment_ids = batch['segment_ids']
   positions = num_shared + jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
   length = num_shared + segment_ids.shape[1] + sampling.max_completion_length
-  # The last token's keys are never needed: a slot less.
+  # One slot less: nothing ever attends to the last token.
   hidden, cache = transformer.prefill(
     cfg, params, batch['tokens'], positions, segment_ids, length - 1, prefix
   )
@@ -259,13 +246,14 @@ def _start(cfg, sampling, params, batch, prefix):
 
 
 def _go_on(cfg, sampling, params, cache, start, index, seed):
-  """Runs the loop over tokens. Returns (the fields of Completions, cache)."""
+  """Runs the loop over tokens and returns (the fields of Completions, cache)."""
   B, C = index.shape[0], sampling.max_completion_length
+  # A key for each row, from its index alone: batches and their order change no draw.
   keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
   stop_ids = jnp.asarray(sampling.stop_ids, jnp.int32)
 
   def choose(state, last):
-    """Adds a token a row, given the hidden state [B,D] of the one before."""
+    """Adds a token to each row, given the hidden state [B,D] of the last one."""
     step, active = state['step'], state['active']
     logits = mesh_lib.constrain(transformer.logits(cfg, params, last), mesh_lib.ROWS)
     uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
@@ -302,7 +290,7 @@ def _go_on(cfg, sampling, params, cache, start, index, seed):
     body,
     choose(state, start['hidden']),
   )
-  # Every device, and so every host, gets all of them.
+  # Every device gets all of them, so that every process can read them.
   return {
     field.name: mesh_lib.constrain(state[field.name]) for field in dataclasses.fields(Completions)
   }, state['cache']
@@ -311,10 +299,10 @@ def _go_on(cfg, sampling, params, cache, start, index, seed):
 def choose_tokens(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> jax.Array:
   """Returns a token id for each row, int32 [B].
 
-  Inverts the cumulative distribution of the logits, float32 [B,V], at uniform,
-  float32 [B] in [0, 1): one random number a row instead of one a logit, and no
-  sorting.
+  logits are float32 [B,V]; uniform has one random number in [0, 1) for each row, float32 [B].
   """
+  # The cumulative distribution is inverted: this takes one random number for a row instead of one
+  # for each logit, and no sorting.
   highest = logits.max(-1, keepdims=True)
   if not sampling.temperature:
     return _first(logits == highest)
@@ -329,19 +317,18 @@ def choose_tokens(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> 
 
 
 def _first(hits: jax.Array) -> jax.Array:
-  """Returns the first True of each row of [B,V]; argmax is slow on CPU."""
+  """Returns the place of the first True of each row of [B,V]."""
+  # Not argmax, which is slow on CPU.
   ids = jnp.arange(hits.shape[-1], dtype=jnp.int32)
-  # A row without any has a NaN; its last id keeps the log-prob NaN as well.
+  # A row without True has a NaN among its logits. Any id will do: its log-probability is NaN, too.
   return jnp.where(hits, ids, hits.shape[-1] - 1).min(-1)
 
 
 def _keep_highest(probs: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
-  """Returns probs, 0 but for the highest whose weights reach the target.
-
-  Finds the largest threshold for which Σ weights[probs >= threshold] is at
-  least the target, by bisection over the bits of a float, which are ordered as
-  the numbers are. 31 passes over [B,V] instead of a sort.
-  """
+  """Returns probs, set to 0 except for the highest whose weights reach the target."""
+  # Bisection for the largest threshold for which Σ weights[probs >= threshold] is at least the
+  # target. It runs over the bits of a float, which are ordered as positive numbers are: 31 passes
+  # over [B,V] in place of a sort.
 
   def as_float(bits):
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -354,24 +341,23 @@ def _keep_highest(probs: jax.Array, weights: jax.Array, target: jax.Array) -> ja
     return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
   low = jnp.zeros((probs.shape[0], 1), jnp.int32)
+  # The highest of probs is exp(0) = 1.
   one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
   low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, one + 1)))
   return jnp.where(probs >= as_float(low), probs, 0.0)
 
 
 def _invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
-  """Returns ids drawn with probabilities proportional to probs [B,V].
-
-  Two levels, blocks and within the block, because a cumulative sum over a
-  whole vocabulary is slow and less exact.
-  """
+  """Returns ids drawn with probabilities proportional to probs [B,V]."""
+  # First a block is found and then a place in it, because a cumulative sum over a whole vocabulary
+  # is slow and less exact.
   B, V = probs.shape
   blocks = jnp.pad(probs, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
 
   def find(weights, goal):
-    """Returns (place where the sum of weights [B,n] exceeds goal, rest)."""
+    """Returns (where the cumulative weights [B,n] exceed goal, goal less the weights before)."""
     ends = jnp.cumsum(weights, axis=-1)
-    # Rounding may put the goal at the very end, where no weight is left.
+    # Rounding may put the goal at the very end, which no cumulative weight exceeds.
     goal = jnp.minimum(goal, ends[:, -1] * (1 - 2.0**-23))
     place = _first(ends > goal[:, None])
     start = jnp.take_along_axis(jnp.pad(ends, ((0, 0), (1, 0))), place[:, None], axis=1)[:, 0]
@@ -384,11 +370,10 @@ def _invert(probs: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, temperature: float) -> jax.Array:
-  """Returns log softmax(logits / temperature) at tokens, float32 [...], nats.
+  """Returns log softmax(logits / temperature) at tokens, float32 [...] in nats.
 
-  It is over the whole vocabulary of logits [...,V], whatever top-k and top-p left
-  out when the token was drawn. Temperature 0, which has no distribution, counts
-  as 1.
+  The softmax is over the whole vocabulary of logits [...,V], whatever top_k and top_p left out
+  when the token was drawn. Temperature 0, which has no distribution, counts as 1.
   """
   logits = logits.astype(jnp.float32) / (temperature or 1.0)
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
@@ -398,11 +383,12 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, temperature: float) -> 
 def hidden_logprobs(
   cfg: ModelConfig, params: Any, hidden: jax.Array, tokens: jax.Array, temperature: float
 ) -> jax.Array:
-  """Returns token_logprobs of tokens [B,C], given hidden [B,C,D] before each.
+  """Returns token_logprobs of tokens [B,C], given the hidden state [B,C,D] before each.
 
-  Logits exist for LOGPROB_CHUNK tokens or one column at a time, in the backward
-  pass too, never for [B,C,V]. cfg and temperature are static.
+  cfg and temperature are static.
   """
+  # Logits exist for LOGPROB_CHUNK tokens (or one column) at a time, in the backward pass too, never
+  # for all, [B,C,V].
   B, C = tokens.shape
   width = max(1, min(C, LOGPROB_CHUNK // B))
   num = -(-C // width)

@@ -1,8 +1,8 @@
 """Named tensors on disk, read one at a time: safetensors, whole or sharded.
 
-A tensor is opened for its shape and dtype, and read when it is asked for: to
-look at a model costs no memory, to load it the memory of one tensor. Only
-safetensors are read, never pickles.
+A tensor that is opened has a shape and a dtype; its values are read when they are asked for. So
+looking at a model takes no memory, and loading it the memory of one tensor. Only safetensors are
+read, never pickles.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.
 
 
 class Tensor(NamedTuple):
-  """A tensor that is not in memory yet: read returns its values, and keeps none."""
+  """A tensor that is not in memory: read returns its values and keeps none of them."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -43,11 +43,11 @@ class Tensor(NamedTuple):
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-  """Returns the tensors of model.safetensors or of the shards of its index.
+  """Returns the tensors of model.safetensors, or of the shards that its index names.
 
   Raises:
-    ValueError: no weights there, a damaged file, shards that are not those of
-      the index, or a tensor of numbers that are not supported.
+    ValueError: There are no weights, a file is damaged, the shards are not those of the index, or
+      a tensor's dtype is not supported.
   """
   if (folder / WEIGHTS_FILE).is_file():
     return open_file(folder / WEIGHTS_FILE)
@@ -65,6 +65,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     raise _unreadable(index, error) from None
   tensors = {}
   for file in sorted(set(named.values())):
+    # An index must not lead a reader out of its folder.
     if pathlib.PurePath(file).name != file:
       raise ValueError(f'{index}: names the file {file!r} in another folder; copy the file again.')
     shard = open_file(folder / file)
@@ -77,11 +78,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def open_file(path: pathlib.Path) -> dict[str, Tensor]:
-  """Returns the tensors of one safetensors file.
-
-  Raises:
-    ValueError: as open_folder.
-  """
+  """Returns the tensors of one safetensors file; errors are those of open_folder."""
   tensors = {}
   with _opened(path) as file:
     for name in file.keys():  # noqa: SIM118  not a dict
@@ -102,14 +99,14 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _read(path: pathlib.Path, name: str) -> np.ndarray:
-  # Opened for each tensor: the pages of the last one go with the mapping.
+  # Opened for each tensor, because the pages of those before stay as long as the file is mapped.
   with _opened(path) as file:
     return file.get_tensor(name)
 
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[Any]:
-  """Yields the open file; what goes wrong with it is one clear line."""
+  """Yields the open file; whatever goes wrong with it becomes a ValueError of one line."""
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
       yield file
@@ -130,12 +127,9 @@ def write(
 ) -> None:
   """Writes the tensors as one file, or as shards and their index.
 
-  Every file appears whole, the index last. One shard is in memory at a time; it
-  is as large as max_shard_bytes allows, unless one tensor is larger. Metadata
-  stand in the header of each file. The folder may hold the same files already.
-
-  Raises:
-    ValueError: it holds others: a reader would not know which to take.
+  Every file appears whole, the index last, and has the metadata in its header. One shard is in
+  memory at a time; only a single larger tensor may exceed max_shard_bytes. The folder may already
+  hold files of the same names; other weights raise ValueError.
   """
   shards, size = [[]], 0  # the names in each file
   for name, tensor in tensors.items():
@@ -150,6 +144,7 @@ def write(
   else:
     names_of = {f'model-{i:05}-of-{count:05}.safetensors': s for i, s in enumerate(shards, 1)}
   known = {*names_of} | ({INDEX_FILE} if count > 1 else set())
+  # With other weights beside these, a reader would not know which to take.
   for path in sorted(folder.glob('model*.safetensors*')):
     if path.name not in known and path.suffix != '.tmp':
       raise ValueError(f'{path}: other weights are there already; give an empty folder.')
@@ -173,15 +168,13 @@ def write_file(
 ) -> None:
   """Writes the tensors as one safetensors file, which appears whole."""
   arrays = {name: np.ascontiguousarray(tensor.read()) for name, tensor in tensors.items()}
+  # transformers refuses a file whose header names no format.
   with files.whole(path) as partial:
     safetensors.numpy.save_file(arrays, partial, metadata={'format': 'pt', **metadata})
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-  """Returns a sha256 (hex) over names, dtypes, shapes and values.
-
-  It does not depend on how the tensors are spread over files.
-  """
+  """Returns a sha256 (hex) over names, dtypes, shapes and values, however spread over files."""
   content = hashlib.sha256()
   for name in sorted(tensors):
     tensor = tensors[name]
@@ -191,7 +184,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def equal(first: Tensor, second: Tensor) -> bool:
-  """Returns whether two tensors hold the same bits; one in memory at a time."""
+  """Returns whether two tensors hold the same bits, with one in memory at a time."""
   if (first.shape, first.dtype) != (second.shape, second.dtype):
     return False
   return digest({'': first}) == digest({'': second})

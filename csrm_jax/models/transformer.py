@@ -2,17 +2,13 @@
 
 Llama, Mistral, Qwen3 and Gemma 2 differ in fields of ModelConfig only.
 
-Axes: B rows, T query length, S key length, D embed, F mlp, N query heads,
-K kv heads, G = N/K, H head dim, V vocab, L layers; R = B·T.
+Axes: B rows, T query length, S key length, D embed, F mlp, N query heads, K kv heads, G = N/K,
+H head dim, V vocab, L layers. The residual stream is x [R,D] with R = B·T.
 
-Flax stays inside this module: callers hold a ModelConfig and a nested dict of
-arrays, so that sharding rules, masks, checkpoints and LoRA see plain names
-such as 'layers/attention/query/kernel'. The layers are stacked along a leading
-axis L and run by one lax.scan.
-
-Everything but attention sees the residual stream as x [R,D], one token a row: on
-CPU the gradient of a kernel is twice as fast when it contracts one axis instead
-of two.
+Flax stays inside this module: callers hold a ModelConfig and a nested dict of arrays, so that
+sharding rules, masks, checkpoints and LoRA see plain names such as
+'layers/attention/query/kernel'. The layers are stacked along a leading axis L and run by one
+lax.scan.
 """
 
 from __future__ import annotations
@@ -36,17 +32,13 @@ ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, 
 class Dense(nnx.Module):
   """A product with one kernel, without bias, and perhaps a LoRA adapter.
 
-  y = x·kernel + (alpha / rank)·(x·a)·b, with b = 0 at first. The adapter is
-  float32 whatever the kernel is: its updates are too small for bfloat16.
+  y = x·kernel + (alpha / rank)·(x·a)·b, where b starts at 0.
 
   Source: Hu et al. 2021, LoRA, eq. 3.
   """
 
   def __init__(self, cfg: ModelConfig, name, inputs, outputs, *, std, rngs):
-    """Makes a kernel with the axes inputs and outputs, (D,) and (N, H), say.
-
-    It gets an adapter if cfg.lora_targets has its name.
-    """
+    """Makes a kernel [*inputs, *outputs], and an adapter if cfg.lora_targets has its name."""
     self.num_inputs = len(inputs)
     self.dtype = cfg.dtype
     self.kernel = nnx.Param(
@@ -55,7 +47,8 @@ class Dense(nnx.Module):
     self.lora_scale = 0.0
     if cfg.lora_rank and name in cfg.lora_targets:
       self.lora_scale = cfg.lora_alpha / cfg.lora_rank
-      # A stream of its own: the kernels do not depend on there being adapters.
+      # A random stream of its own: the kernels do not depend on whether there are adapters. They
+      # are float32 whatever the kernel is: their updates are too small for bfloat16.
       self.lora_a = nnx.Param(
         math.prod(inputs) ** -0.5 * jax.random.normal(rngs.lora(), (*inputs, cfg.lora_rank))
       )
@@ -73,13 +66,14 @@ class Dense(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """x over its root mean square, times a learned scale; float32 statistics.
+  """Divides x by its root mean square and multiplies it by a learned scale, all in float32.
 
   Source: Zhang & Sennrich 2019, eq. 4.
   """
 
   def __init__(self, cfg: ModelConfig, size: int):
     self.eps, self.offset = cfg.norm_eps, cfg.norm_offset
+    # With the offset the norm multiplies by 1 at first.
     self.scale = nnx.Param(jnp.full(size, 1 - self.offset, cfg.param_dtype))
 
   def __call__(self, x):
@@ -91,7 +85,10 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-  """SwiGLU, or GeGLU. Source: Shazeer 2020, eq. 6."""
+  """A gated MLP: SwiGLU or GeGLU.
+
+  Source: Shazeer 2020, eq. 6.
+  """
 
   def __init__(self, cfg: ModelConfig, rngs):
     D, F = cfg.embed_dim, cfg.mlp_dim
@@ -118,12 +115,14 @@ class Embed(nnx.Module):
     )
 
   def __call__(self, tokens):
-    # Each device looks up its columns for the tokens of all, then rows and
-    # columns change places: the table is never gathered.
+    # One token a row from here on, outside attention: on CPU the gradient of a kernel is twice as
+    # fast when it contracts one axis instead of two. Each device looks up its columns for the
+    # tokens of all, then rows and columns change places: the table is never gathered.
     tokens = mesh_lib.constrain(tokens.reshape(-1), 'data')
     x = self.embedding[...][tokens].astype(self.cfg.dtype)  # [R,D]
     x = mesh_lib.constrain(x, 'data', 'fsdp')
     x = mesh_lib.constrain(x, mesh_lib.ROWS)
+    # The factor is rounded to x's dtype, as in Gemma's own code.
     if self.cfg.scale_embeddings:
       x *= jnp.asarray(self.cfg.embed_dim**0.5, x.dtype)
     return x
@@ -147,10 +146,10 @@ class Attention(nnx.Module):
       self.query_norm, self.key_norm = RMSNorm(cfg, H), RMSNorm(cfg, H)
 
   def __call__(self, x, sin, cos, attend):
-    """Returns (what is added to x [R,D], what attend keeps).
+    """Returns (what the layer adds to x [R,D], what attend keeps).
 
-    attend takes a scaled query [B,T,N,H], key and value [B,T,K,H] and returns
-    the heads' output [B,T,N,H] and anything else.
+    attend takes a scaled query [B,T,N,H], key and value [B,T,K,H]. It returns the heads' output
+    [B,T,N,H] and whatever is to be kept.
     """
     query, key, value = (
       mesh_lib.constrain(
@@ -160,7 +159,7 @@ class Attention(nnx.Module):
     )
     if self.cfg.qk_norm:
       query, key = self.query_norm(query), self.key_norm(key)
-    # The scale rides on the angles: in float32, and at no cost.
+    # The query's scale is put into the angles: there it is float32 and costs nothing.
     scale = (self.cfg.query_scale or self.cfg.head_dim) ** -0.5
     query = attention_lib.apply_rope(query, scale * sin, scale * cos)
     out, kept = attend(query, attention_lib.apply_rope(key, sin, cos), value)
@@ -168,7 +167,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One pre-norm decoder layer; Gemma 2 also norms what it adds."""
+  """One pre-norm decoder layer; with post_norms, what it adds is normed too (Gemma 2)."""
 
   def __init__(self, cfg: ModelConfig, rngs):
     D = cfg.embed_dim
@@ -190,7 +189,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """Embedding, L stacked blocks, final norm and output layer."""
+  """The embedding, L stacked blocks, the final norm and the output layer."""
 
   def __init__(self, cfg: ModelConfig, rngs):
     self.cfg = cfg
@@ -204,10 +203,11 @@ class Transformer(nnx.Module):
       )
 
   def hidden(self, tokens, positions, segment_ids, prefix=None, keep=False):
-    """Returns hidden [B,T,D] and, to keep, keys and values as in a cache."""
+    """Returns hidden [B,T,D] and, if `keep`, all layers' keys and values as a cache holds them."""
     cfg = self.cfg
     mask_of = _make_mask_of(cfg, _after(segment_ids, prefix))
     uniform = cfg.sliding_window if cfg.window_period == 1 else 0
+    # Kernels take the same segment_ids for queries and keys; a prefix has keys and no queries.
     kernel = None if prefix else attention_lib.make_kernel(cfg)
 
     def attend(query, key, value, has_window, before):
@@ -231,14 +231,15 @@ class Transformer(nnx.Module):
     return self.final_norm(x).reshape(*tokens.shape, cfg.embed_dim), kept
 
   def make_block(self, positions):
-    """Returns (x, layer's parameters, attend) -> (x, what attend keeps)."""
+    """Returns a function: (x, layer's parameters, attend) -> (x, what attend keeps)."""
     cfg = self.cfg
     graphdef, _ = nnx.split(self.layers)
+    # Computed here, outside the scan: all layers share them.
     sin, cos = attention_lib.rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     return lambda x, layer, attend: nnx.merge(graphdef, layer)(x, sin, cos, attend)
 
   def scan(self, body, carry, *more):
-    """Runs body over each layer's (parameters, entry of _has_window, *more)."""
+    """Returns lax.scan's result for body over each layer's (parameters, has_window, *more)."""
     _, stacked = nnx.split(self.layers)
     return jax.lax.scan(
       body, carry, (stacked, _has_window(self.cfg), *more), unroll=self.cfg.unroll
@@ -246,7 +247,7 @@ class Transformer(nnx.Module):
 
 
 def _to_cache(key, value):
-  """Returns key [B,K,H,T] and value [B,K,T,H], from [B,T,K,H] each."""
+  """Returns key [B,K,H,T] and value [B,K,T,H], given [B,T,K,H] each."""
   return key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
 
 
@@ -260,7 +261,7 @@ def _put_before(key, value, old_key, old_value):
 
 
 def _after(segment_ids, prefix):
-  """Returns window (0 for none) -> mask, for what follows the prefix, if any."""
+  """Returns a function: window -> mask of the tokens, which follow the prefix if there is one."""
   if prefix is None:
     return functools.partial(attention_lib.make_mask, segment_ids)
   before = prefix['segment_ids']  # [1,P]
@@ -278,36 +279,38 @@ def _make_rngs(key) -> nnx.Rngs:
 
 
 def _has_window(cfg: ModelConfig) -> jax.Array | None:
-  """Returns bool [L], or None where all layers are alike."""
+  """Returns which layers have the window, bool [L], or None where all are alike."""
   if not cfg.sliding_window or cfg.window_period == 1:
     return None
   return jnp.arange(cfg.num_layers) % cfg.window_period == 0
 
 
 def _make_mask_of(cfg: ModelConfig, make_mask):
-  """Returns a layer's entry of _has_window -> its mask, given window -> mask."""
+  """Returns a function: a layer's entry of _has_window -> its mask, given window -> mask."""
   if _has_window(cfg) is None:
     mask = make_mask(cfg.sliding_window)
     return lambda has_window: mask
+  # Both are made once, outside the scan; a layer only selects.
   masks = make_mask(cfg.sliding_window), make_mask(0)
   return lambda has_window: jnp.where(has_window, *masks)
 
 
 def with_remat(body, remat: str):
-  """Returns the scan body with the rematerialisation of ModelConfig.remat."""
+  """Returns the scan's body, rematerialised as ModelConfig.remat says."""
   if remat == 'none':
     return body
   policies = {
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   }
-  # Inside a scan nothing can be merged across iterations anyway.
+  # prevent_cse keeps the compiler from merging the recomputation with the forward pass, which the
+  # scan does already.
   return jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
 
 
 @functools.lru_cache(maxsize=64)
 def make_model(cfg: ModelConfig) -> nnx.GraphDef:
-  """Returns the graph definition, made once for each config."""
+  """Returns the graph definition; each config's is traced only once."""
   if cfg.vocab_size < 1:
     raise ValueError(
       'vocab_size=0 in the model config; set it to the size of the '
@@ -319,15 +322,12 @@ def make_model(cfg: ModelConfig) -> nnx.GraphDef:
 def init_params(cfg: ModelConfig, seed: int) -> dict:
   """Returns new parameters: a nested dict of cfg.param_dtype arrays.
 
-  Names: embed/embedding [V,D]; layers/attention/{query [L,D,N,H], key and
-  value [L,D,K,H], out [L,N,H,D]}/kernel; layers/mlp/{gate, up [L,D,F],
-  down [L,F,D]}/kernel; layers/{attention_norm, mlp_norm}/scale [L,D];
-  final_norm/scale [D]; lm_head/kernel [D,V] unless tied.
-
-  With post_norms also layers/{attention_post_norm, mlp_post_norm}/scale [L,D],
-  with qk_norm layers/attention/{query_norm, key_norm}/scale [L,H]. Beside the
-  kernel [L, inputs, outputs] of a LoRA target lie lora_a [L, inputs, r] and
-  lora_b [L, r, outputs], float32.
+  The names are embed/embedding [V,D]; layers/attention/{query [L,D,N,H], key and value [L,D,K,H],
+  out [L,N,H,D]}/kernel; layers/mlp/{gate, up [L,D,F], down [L,F,D]}/kernel;
+  layers/{attention_norm, mlp_norm}/scale [L,D]; final_norm/scale [D]; lm_head/kernel [D,V] unless
+  tied. With post_norms there are layers/{attention_post_norm, mlp_post_norm}/scale [L,D], with
+  qk_norm layers/attention/{query_norm, key_norm}/scale [L,H]. Beside the kernel [L, inputs,
+  outputs] of a LoRA target lie lora_a [L, inputs, r] and lora_b [L, r, outputs], both float32.
   """
   make_model(cfg)  # validates
   return _init(cfg, jax.random.key(seed))
@@ -346,23 +346,21 @@ def hidden(
   segment_ids: jax.Array,
   prefix: dict | None = None,
 ) -> jax.Array:
-  """Returns the residual stream after the final norm, cfg.dtype [B,T,D].
+  """Returns the residual stream after the final norm, cfg.dtype [B,T,D]. cfg is static.
 
   Args:
-    cfg: static.
-    params: as from init_params.
     tokens: int32 [B,T].
-    positions: int32 [B,T], restarting at 0 in every segment.
-    segment_ids: int32 [B,T], 1.. for each prompt of a packed row, 0 = padding.
-    prefix: the cache that make_prefix_reader's function returns: P tokens that
-      come before segment 1 of every row, whose positions then begin at P.
+    positions: int32 [B,T]; they restart at 0 in every segment.
+    segment_ids: int32 [B,T]; the prompts of a packed row are 1, 2, …, padding is 0.
+    prefix: The cache that make_prefix_reader's function returns: P tokens that come before segment
+      1 of every row, whose positions then begin at P.
   """
   return _merge(cfg, params).hidden(tokens, positions, segment_ids, prefix)[0]
 
 
 def logits(cfg: ModelConfig, params: dict, hidden: jax.Array) -> jax.Array:
-  """Returns float32 [...,V] for hidden [...,D], any leading shape."""
-  # The rows come to the vocabulary's parts, not these to every device.
+  """Returns float32 logits [...,V] of hidden [...,D], whatever the leading shape."""
+  # The rows go to the devices that hold the parts of the vocabulary, not these parts to all.
   hidden, model = mesh_lib.constrain(hidden, 'data'), _merge(cfg, params)
   kernel = model.embed.embedding[...].T if cfg.tie_embeddings else model.lm_head.kernel[...]
   logits = jnp.einsum(
@@ -379,9 +377,9 @@ def logits(cfg: ModelConfig, params: dict, hidden: jax.Array) -> jax.Array:
 def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> dict:
   """Returns an empty cache of keys and values for `length` tokens a row.
 
-  It holds key [L,B,K,H,S] and value [L,B,K,S,H] in cfg.dtype, segment_ids int32
-  [B,S] (0 where nothing is to be attended to) and length int32 [], the number
-  of slots in use, which is the same in all rows: pad on the left.
+  It holds key [L,B,K,H,S] and value [L,B,K,S,H] in cfg.dtype, segment_ids int32 [B,S] (0 where
+  nothing is to be attended to) and length int32 [], the number of slots in use. That number is
+  the same in all rows, so prompts are padded on the left.
   """
   L, K, H = cfg.num_layers, cfg.num_kv_heads, cfg.head_dim
   return {
@@ -403,9 +401,9 @@ def prefill(
 ) -> tuple[jax.Array, dict]:
   """Returns what hidden does, and a cache of `length` slots.
 
-  It begins with the P slots of the prefix, if there is one, and then has T of
-  its own. Args as for hidden; a row's one prompt is segment 1, padded on the
-  left. A window counts padding between the prefix and the rest as tokens.
+  The cache begins with the P slots of the prefix, if there is one; T more are in use. The arguments
+  are those of hidden, with one prompt a row: segment 1, padded on the left. A window counts the
+  padding between the prefix and the rest as tokens.
   """
   out, (key, value) = _merge(cfg, params).hidden(tokens, positions, segment_ids, prefix, keep=True)
   cache = init_cache(cfg, tokens.shape[0], length)
@@ -417,7 +415,7 @@ def prefill(
 
 
 def _write(cache: dict, part: dict, start: int) -> dict:
-  """Returns the cache, with the slots of another from start on."""
+  """Returns the cache with the slots of another written from `start` on."""
   stop = start + part['segment_ids'].shape[1]
   here = slice(start, stop)
   return {
@@ -429,7 +427,7 @@ def _write(cache: dict, part: dict, start: int) -> dict:
 
 
 def take_rows(cache: dict, rows: jax.Array) -> dict:
-  """Returns a cache whose row b is the row rows[b] of another."""
+  """Returns a cache whose row b is the given cache's row rows[b]."""
   return _lay_out(
     {
       'key': cache['key'][:, rows],
@@ -457,9 +455,8 @@ def extend(
 ) -> tuple[jax.Array, dict]:
   """Returns (hidden [B,T,D], cache) of T tokens after those in the cache.
 
-  Args as for hidden: one token for each row is the usual, and segment 0 is for
-  a row that is done. The caller sees to it that T slots are free: beyond the end
-  the last ones would be overwritten.
+  The arguments are those of hidden. Mostly T is 1; segment 0 marks a row that is done. The caller
+  must see to it that T slots are free: past the end, the last ones would be overwritten.
   """
   model, start = _merge(cfg, params), cache['length']
   used = jax.lax.dynamic_update_slice(cache['segment_ids'], segment_ids, (0, start))
@@ -469,7 +466,7 @@ def extend(
 
   def attend(query, key, value, has_window, layer, keys, values):
     key, value = _to_cache(key, value)
-    # Written in place: the whole cache is carried through all the layers.
+    # The whole cache is carried through the layers, so that it is written in place.
     keys = jax.lax.dynamic_update_slice(keys, key[None], (layer, 0, 0, 0, start))
     values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, 0, start, 0))
     out = attention_lib.attend_cached(
@@ -496,11 +493,8 @@ def _merge(cfg: ModelConfig, params: dict) -> Transformer:
 
 
 def num_common(prompts: Sequence[Sequence[int]]) -> int:
-  """Returns how many first tokens all prompts share.
-
-  The last token of each stays out of it, whatever it is: what is asked of a
-  model is read off there.
-  """
+  """Returns how many first tokens all prompts share, the last of each never counted."""
+  # What a model is asked for is read at the last token, which must not lie in a shared prefix.
   size = min(map(len, prompts)) - 1
   heads = np.array([prompt[:size] for prompt in prompts])
   same = (heads == heads[0]).all(axis=0)
@@ -511,7 +505,7 @@ def num_common(prompts: Sequence[Sequence[int]]) -> int:
 def make_prefix_reader(cfg: ModelConfig) -> Callable[..., dict]:
   """Returns a jitted (params, tokens, segment_ids) -> prefix, as hidden takes it.
 
-  tokens and segment_ids are int32 [1,P]; segment 0 is padding on the right.
+  tokens and segment_ids are int32 [1,P]; padding, segment 0, is on the right.
   """
 
   def read(params, tokens, segment_ids):
