@@ -26,9 +26,9 @@ class Work:
   """`categories.propose_some` on rows, for processes that have nothing yet.
 
   Attributes:
-    key: of the run; in a process, equal keys share a proposer and a judge.
-    make_proposer: called once a process, and picklable.
-    make_judge: likewise.
+    key: Names the run; within a process, equal keys share a proposer and a judge.
+    make_proposer: Called once a process, and picklable.
+    make_judge: Called once a process, and picklable.
   """
 
   key: str
@@ -48,6 +48,7 @@ class Work:
     return {'checked': [item.to_dict() for item in checked], 'usage': used}
 
 
+# A model takes long to load: a process does so once, for the only run that it works for.
 @functools.lru_cache(maxsize=1)
 def _make(work: Work) -> tuple[Proposer, Judge | None]:
   return work.make_proposer(), work.make_judge()
@@ -61,15 +62,14 @@ def make_map(
 ) -> Callable[..., Iterator[list[categories.Checked]]]:
   """Returns what takes the place of `map` in `categories.propose_all`.
 
-  Results come when all work is done. A run that was killed finds the replies
-  of a language model in its cache, which the workers have to share.
+  Results come when all work is done. A run that was killed finds the replies of a language model
+  in its cache, which the workers have to share.
 
   Args:
-    work: done in the place of the function that is mapped.
-    options: Beam's, such as '--runner=DataflowRunner'; by default all is done
-      in this process.
-    folder: where the workers write their results.
-    count: called with what each piece of work took.
+    work: Done in the place of the function that is mapped.
+    options: Beam's, such as '--runner=DataflowRunner'; by default all is done in this process.
+    folder: The workers write their results there.
+    count: Called with what each piece of work took.
 
   Raises:
     ImportError: Beam is not installed.
@@ -90,8 +90,8 @@ def run(
 ) -> list[Any]:
   """Returns [fn(item) for item in items], made by a Beam pipeline.
 
-  `fn` is picklable and maps JSON values; the folder is local or on any file
-  system that Beam knows.
+  `fn` is picklable and maps JSON values. The folder is local or on any file system that Beam
+  knows.
   """
   beam, filesystems, pipeline_options = _import_beam()
   prefix = f'{os.fspath(folder)}/part'
@@ -108,6 +108,7 @@ def run(
     for file in match.metadata_list:
       with filesystems.FileSystems.open(file.path) as lines:
         found |= dict(json.loads(line) for line in lines)
+  # Beam keeps no order: each result came with its number.
   return [found[number] for number in range(len(items))]
 
 

@@ -1,8 +1,7 @@
 """Configurable category augmentation (CCA): proposals of p+ and p-, checked.
 
-A proposal is made once for a conversation and stored with the example
-(`plus`, `minus`); what is dropped, inserted and relabelled is drawn anew each
-epoch, by `safety.augment.cca`.
+A proposal is made once for a conversation and stored with the example (`plus`, `minus`). What is
+dropped, inserted and relabelled is drawn anew each epoch by `safety.augment.cca`.
 
 Source: CSRM (arXiv 2605.30487), configurable category augmentation.
 """
@@ -21,23 +20,21 @@ from csrm_jax.augmentation.proposers import Judge, NoReplyError, Proposer
 from csrm_jax.core import journal as journal_lib
 from csrm_jax.safety.schema import Category, Example
 
-# Words that a verdict is given in: a rule that holds one may give it away.
+# Verdicts are given in these words: a rule that holds one may give its verdict away.
 VERDICT_WORDS = ('safe', 'unsafe')
-# Two guidelines with more of their words in common, in order, say the same.
-# The order matters: "cats, not dogs" and "dogs, not cats" have the same words.
+# Two guidelines that have more of their words in common, in order, say the same. The order
+# matters: "cats, not dogs" and "dogs, not cats" have the same words.
 _SAME_TEXT = 0.85
-# As many words in a row, taken from the response, are a quotation.
+# So many words in a row, taken from the response, are a quotation.
 _QUOTED_WORDS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-  """A proposal after its checks.
+  """A proposal after its checks: p+ and p-, each None where none passed.
 
   Attributes:
-    plus: p+, or None if there is none, or none that passed.
-    minus: p-, likewise.
-    drops: why something is missing, one word each.
+    drops: Why something is missing, one word each.
   """
 
   plus: Category | None
@@ -70,16 +67,11 @@ def propose_all(
 ) -> list[Checked]:
   """Returns the checked proposal for each example, resumable at any point.
 
-  What is done is in the journal under a hash of the example. A proposal that
-  failed for a passing reason is not: the next run tries it again.
-
   Args:
-    examples: what to propose for.
-    work: `propose_some`, for those that the journal does not have.
-    size: of a piece of work, after which the journal is written.
-    journal: of what is done.
-    progress: called as work is finished.
-    map_fn: (work, pieces) -> the result of each, in order.
+    work: Makes the proposals that the journal does not have, as `propose_some` does.
+    size: How many examples are a piece of work, after which the journal is written.
+    progress: Called as pieces of work are finished.
+    map_fn: Maps (work, pieces) to the result of each, in order, as `map` does.
   """
   keys = _keys(examples)
   done = {key: Checked.from_dict(journal[key]) for key in keys if key in journal}
@@ -91,6 +83,7 @@ def propose_all(
     events = []
     for (key, example), item in zip(piece, checked, strict=True):
       done[key] = item
+      # What failed for a passing reason is not written down: the next run tries it again.
       if not item.is_transient:
         journal.put(key, item.to_dict())
       events += [{'event': 'dropped', 'id': example.id, 'reason': reason} for reason in item.drops]
@@ -99,7 +92,7 @@ def propose_all(
 
 
 def _keys(examples: Sequence[Example]) -> list[str]:
-  """Returns a hash of each example; equal ones are told apart by number."""
+  """Returns a hash of each example; equal examples are told apart by number."""
   seen, keys = collections.Counter(), []
   for e in examples:
     key = journal_lib.key([e.safety.digest(), e.conversation, e.label, e.violated])
@@ -129,16 +122,11 @@ def check_all(
   proposed: Sequence[requests.Categories | NoReplyError],
   judge: Judge | None = None,
 ) -> list[Checked]:
-  """Returns each proposal with what fails a check taken out, and why.
+  """Returns each proposal without what fails a check, and why that failed.
 
-  Of the text: lengths, no verdict words, no quotation of the response, nothing
-  that stands in the rules already, and p- unlike p+. With a judge: p+ fires on
-  the response, and p- does not.
-
-  Args:
-    examples: what was proposed for.
-    proposed: one reply for each.
-    judge: the classifier; without one, what fires is taken on trust.
+  The checks of the text are of lengths, verdict words, quotations of the response, and whether
+  the rules have it already or p- is like p+. With a judge, p+ must fire on the response and p-
+  must not; without one that is taken on trust.
   """
   checked = [check_text(example, reply) for example, reply in zip(examples, proposed, strict=True)]
   if judge is None:
@@ -161,7 +149,7 @@ def check_all(
 
 
 def check_text(example: Example, reply: requests.Categories | NoReplyError) -> Checked:
-  """Returns the proposal with what its own words rule out taken out."""
+  """Returns the proposal without what its own words rule out."""
   if isinstance(reply, NoReplyError):
     return Checked(None, None, (f'no_reply: {reply.reason}',))
   drops, kept = [], []
@@ -201,7 +189,7 @@ def _problem(category: Category, example: Example, others: Iterable[Category]) -
 
 
 def _words(text: str) -> list[str]:
-  # Any letters count as words; \w alone would join 'un_safe'.
+  # Letters of any script make words; \w alone would join 'un_safe'.
   return re.findall(r'[^\W_]+', text.casefold())
 
 

@@ -1,8 +1,8 @@
 """Who answers requests: RuleWorld's oracle, or a language model.
 
-`Oracle` answers for RuleWorld exactly, `Endpoint` asks a model behind an
-OpenAI-compatible HTTP endpoint, `LocalModel` one in this process. All are made
-as configs/augment.py has it: `Endpoint(cache, **config.endpoint)`.
+`Oracle` answers exactly for RuleWorld, `Endpoint` asks a model behind an OpenAI-compatible HTTP
+endpoint, `LocalModel` one in this process. All are made from the fields of configs/augment.py,
+as in `Endpoint(cache, **config.endpoint)`.
 """
 
 from __future__ import annotations
@@ -26,25 +26,24 @@ from csrm_jax.reward import backbone
 from csrm_jax.ruleworld import proposer as world
 from csrm_jax.safety.schema import Category, Message
 
-# (conversations, a category for each) -> whether each last response violates
-# its category.
+# (conversations, a category for each) -> whether each last response violates its category.
 Judge = Callable[[Sequence[tuple[Message, ...]], Sequence[Category]], list[bool]]
 
 # Called with (number finished, log lines) after each piece of work.
 Progress = Callable[[int, Sequence[Mapping[str, Any]]], None]
 
 JSON_MODES = ('json_schema', 'bounded_json_schema', 'json_object', 'text')
-# Reasons that a rerun may get past; whatever else failed would fail again.
+# A rerun may get past these reasons; whatever else failed would fail again.
 TRANSIENT = ('timeout', 'rate_limited', 'server_error', 'connection')
-# As many requests in a row that failed for such a reason stop the run.
+# After so many requests in a row that failed for such a reason the run stops.
 _MAX_FAILED = 10
-# Requests to a model in this process that come within this time share a batch.
+# Requests to a model in this process share a batch if they come within this time.
 _GATHER_S = 0.02
 _LEAST = '{name} is {value}; it must be >= {least}'
 
 
 class NoReplyError(Exception):
-  """No usable reply came, for a reason that is one word, to be counted."""
+  """No usable reply came; `reason` is one word, to be counted."""
 
   def __init__(self, reason: str, detail: str = ''):
     super().__init__(detail or reason)
@@ -55,8 +54,8 @@ class Proposer(Protocol):
   """Answers requests.
 
   Attributes:
-    name: the model's; it stands in the data card.
-    concurrency: how many requests it takes at once.
+    name: The model's name in the data card.
+    concurrency: How many requests it takes at once.
   """
 
   name: str
@@ -66,8 +65,8 @@ class Proposer(Protocol):
     """Returns the typed reply.
 
     Raises:
-      NoReplyError: none that can be used; the item is dropped and counted.
-      ValueError: it cannot work at all (a wrong key, a server that is down).
+      NoReplyError: There is no usable reply; the item is dropped and counted.
+      ValueError: The proposer cannot work at all (a wrong key, a server that is down).
     """
 
   def usage(self) -> dict[str, Any]:
@@ -75,7 +74,7 @@ class Proposer(Protocol):
 
 
 def map_at_once(num: int, fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-  """Yields fn(item) for each item, in order, `num` at once."""
+  """Yields fn(item) for each item, in order; `num` of them are at work at once."""
   if num == 1:  # Without threads an error shows where it arose, and work stops at once.
     yield from map(fn, items)
     return
@@ -90,10 +89,9 @@ class Oracle:
   Replies follow from the request and the seed alone.
 
   Attributes:
-    seed: of all choices.
-    disobey: the share of rewrites that do not heed their lists, as those of
-      language models often do not.
-    slip: how they do not; see `ruleworld.proposer.write_guideline`.
+    disobey: The share of rewrites that do not heed their lists, as those of language models
+      often do not.
+    slip: How they differ from their lists; see `ruleworld.proposer.write_guideline`.
   """
 
   seed: int
@@ -157,19 +155,12 @@ def _ask_model(
   num_tries: int,
   counts: _Counts,
 ) -> Any:
-  """Returns the typed reply of a language model, from the cache where it is there.
-
-  A text that does not parse is never repaired: another one is asked for. It is
-  cached all the same, so that a rerun costs nothing; an empty one, which may
-  be a slip of the service, is not.
-
-  Args:
-    sampled: the model, and all that says how its replies are drawn.
-    write: (request, number of the try) -> a text of the model.
-  """
+  """Returns the typed reply of a language model, from the cache where it is there."""
+  # `sampled` holds all that a reply depends on besides the request.
   asked = json.dumps([*sampled, requests.make_messages(request)])
   key = hashlib.sha256(asked.encode()).hexdigest()
   problem = None
+  # A text that does not parse is never repaired: another one is asked for.
   for number in range(num_tries):
     entry = f'{key}-{number}' if number else key
     text = cache.get(entry)
@@ -177,6 +168,8 @@ def _ask_model(
       counts.add(cache_hits=1)
     else:
       text = write(request, number)
+      # What does not parse is cached too, so that a rerun costs nothing. An empty text is not:
+      # it may be a slip of the service.
       if text.strip():
         cache.put(entry, text)
     try:
@@ -191,7 +184,7 @@ def _ask_model(
 class Endpoint:
   """Asks a language model behind an endpoint; threads may share it.
 
-  What follows the cache is config.endpoint. Nothing is asked until `ask`.
+  The fields after the cache are those of config.endpoint. Nothing is asked until `ask`.
   """
 
   cache: journal.Cache
@@ -227,8 +220,8 @@ class Endpoint:
       ) from None
     self.name = self.model
     self._openai = openai
-    # Its own retries are off: they have no `backoff_s`, and pass over a body
-    # that is no JSON.
+    # The client's own retries are off: they know no `backoff_s`, and do not try again after a
+    # body that is no JSON.
     self._client = openai.OpenAI(
       base_url=self.base_url,
       api_key=os.environ.get(self.key_variable) or 'none',  # It is never stored.
@@ -243,19 +236,17 @@ class Endpoint:
     self._stopped = ''
 
   def usage(self) -> dict[str, Any]:
-    """Returns counts of requests, tokens, retries and cache hits; the cost."""
+    """Returns counts of requests, tokens, retries and cache hits, and the cost."""
     counts = self._counts.to_dict()
     price = counts.get('prompt_tokens', 0) * self.price_in
     price += counts.get('reply_tokens', 0) * self.price_out
+    # Prices are per million tokens.
     return counts | {'corrupt_cache': self.cache.num_corrupt, 'cost': price / 1e6}
 
   def ask(self, request: requests.Request) -> Any:
-    """Returns the typed reply, from the cache where it is there.
+    """Returns the typed reply, from the cache where it is there; see `Proposer.ask`.
 
-    Raises:
-      NoReplyError: 'unparsable', 'refused_request' or one of `TRANSIENT`.
-      ValueError: the endpoint cannot be used (down, wrong key, no such
-        model).
+    NoReplyError has the reason 'unparsable', 'refused_request' or one of `TRANSIENT`.
     """
     sampled = (self.model, self.temperature, self.max_tokens, self.json_mode)
     return _ask_model(request, sampled, self.cache, self._write, self.num_unparsable, self._counts)
@@ -293,8 +284,7 @@ class Endpoint:
         seed=seed,
         **self._format(request),
       )
-    # What has no choices or no text, or is no reply of the protocol at all, is
-    # as unusable as prose.
+    # A reply without choices or text, or one that breaks the protocol, is as unusable as prose.
     usage = getattr(reply, 'usage', None)
     if usage is not None:
       self._counts.add(
@@ -320,7 +310,7 @@ class Endpoint:
     return {'response_format': {'type': 'json_schema', 'json_schema': named}}
 
   def _reason(self, error: Exception) -> str:
-    """Returns why to try again; raises where the request, or all, are refused."""
+    """Returns why to try again; raises where this request, or every one, is refused."""
     status = getattr(error, 'status_code', None)
     if isinstance(error, self._openai.APITimeoutError):
       return 'timeout'
@@ -337,6 +327,8 @@ class Endpoint:
         f'{place} refuses the key in ${self.key_variable} (status'
         f' {status}: {said}); set that variable to a valid key'
       )
+    # Before the first answer a refusal is taken to be of every request: the address, the model
+    # or the form of the reply is wrong. Later it is of this request only.
     if status == 404 or not self._has_answered:
       simpler = 'json_schema' if self.json_mode == 'bounded_json_schema' else 'text'
       self._stop(
@@ -349,7 +341,7 @@ class Endpoint:
     with self._lock:
       self._failed_in_a_row += 1
       failed = self._failed_in_a_row
-    # Nobody there from the start: no use in trying all.
+    # Nobody was there from the start: it is of no use to try all requests.
     is_absent = not self._has_answered and reason in ('timeout', 'connection')
     if is_absent or failed >= _MAX_FAILED:
       self._stop(
@@ -380,9 +372,9 @@ class _Asked:
 class LocalModel:
   """Asks a chat model of ours, in this process; threads may share it.
 
-  Requests that wait at the same time are answered in one batch. What a request
-  is answered follows from the request and the seed, not from what it shares a
-  batch with (up to rounding). What follows the seed is config.model.
+  Requests that wait at the same time are answered in one batch. The reply follows from the
+  request and the seed, not from what shares the batch (up to rounding). The fields after the
+  seed are those of config.model.
   """
 
   cache: journal.Cache
@@ -423,11 +415,9 @@ class LocalModel:
     return self._counts.to_dict() | {'corrupt_cache': self.cache.num_corrupt}
 
   def ask(self, request: requests.Request) -> Any:
-    """Returns the typed reply, from the cache where it is there.
+    """Returns the typed reply, from the cache where it is there; see `Proposer.ask`.
 
-    Raises:
-      NoReplyError: 'unparsable', or 'too_long' for the model's context.
-      ValueError: the model's weights are not finite.
+    NoReplyError has the reason 'unparsable', or 'too_long' for the model's context.
     """
     sampled = (self._digest, self.dtype, self.seed, self.temperature, self.top_p, self.max_tokens)
     return _ask_model(request, sampled, self.cache, self._write, self.num_unparsable, self._counts)
@@ -440,6 +430,8 @@ class LocalModel:
     asked = _Asked(ids, (int(requests.digest(request)[:8], 16) + number) % 2**32)
     with self._lock:
       self._waiting.append(asked)
+    # One of the threads that wait takes its turn and answers for all, so no thread of its own is
+    # needed, and none idles.
     while asked.text is None and asked.error is None:
       with self._turn:  # Others gather while a batch is at work.
         if asked.text is None and asked.error is None:
@@ -475,6 +467,7 @@ class LocalModel:
       reply_tokens=int(done.lengths.sum()),
     )
     for i, asked in enumerate(batch):
+      # The token that stopped a reply is no part of it.
       num = done.lengths[i] - done.stopped[i]
       asked.text = self._tokenizer.decode(done.tokens[i, :num].tolist())
 
@@ -488,11 +481,9 @@ class LocalModel:
 
 
 def _stop_ids(tokenizer: Any, suffix: str) -> tuple[int, ...]:
-  """Returns the ids that end an answer.
-
-  Beside the end of the text, a control token that closes the user's turn:
-  chat models close their own with the same one.
-  """
+  """Returns the ids that end an answer."""
+  # Chat models close their own turn with the control token that closes the user's, if there is
+  # one; a token that decodes to text is none.
   first = tokenizer.encode_control(suffix.strip())[:1]
   is_control = bool(first) and not tokenizer.decode(first)
   return tuple({tokenizer.eos_id, *(first if is_control else ())})

@@ -36,7 +36,7 @@ Recall of unsafe conversations over the number of subcategories that a guideline
 meant to forbid: a line that falls is a rewrite that did not obey."""
 
 _NUM_EXAMPLES = 5
-# What a reason to drop something means; others are a proposer's own.
+# What the reasons to drop something mean; other reasons are a proposer's own.
 _REASONS = {
   'candidate: too_few_unsafe': 'pairs whose lenient guideline catches too few'
   ' conversations for the test to pass at all',
@@ -64,15 +64,13 @@ def write_report(
   is_ordered: Callable[[Category, Category], bool] | None = None,
   made_by: str = '',
 ) -> pathlib.Path:
-  """Writes strictness.md, .json and .png; returns the first.
+  """Writes strictness.md, .json and .png into a folder, made if need be; returns the first.
 
   Args:
-    folder: made if it is not there.
-    outcomes: one for each category.
-    settings: those of the test.
-    is_ordered: the true order of two guidelines, where it is known: the
-      report then says how many candidates are truly ordered.
-    made_by: who wrote and who judged, a sentence for the reader.
+    settings: The numbers that the test was made with.
+    is_ordered: Says whether two guidelines (strict, lenient) are truly in order, where that is
+      known. The report then says how many candidates are.
+    made_by: A sentence for the reader: who wrote and who judged.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +96,7 @@ def write_report(
 def total_drops(
   outcomes: Sequence[strictness.Outcome], settings: strictness.Settings
 ) -> dict[str, int]:
-  """Returns all drops by reason, failed tests included."""
+  """Returns how much was dropped for each reason, failed tests included."""
   total = collections.Counter()
   for outcome in outcomes:
     total.update(outcome.drops)
@@ -109,12 +107,11 @@ def total_drops(
 
 
 def recalls(outcome: strictness.Outcome, *, kept: bool) -> dict[int, float]:
-  """Returns {number of subcategories forbidden: mean recall of unsafe cases}.
+  """Returns {number of subcategories forbidden: mean recall of unsafe conversations}.
 
-  With `kept`, of the guidelines of kept candidates only; else of all that were
-  written. The pool is unsafe under the standard guideline, so the share called
-  unsafe is the recall.
+  It is of the guidelines of kept candidates, or without `kept` of all that were written.
   """
+  # The whole pool is unsafe under the standard guideline: the share called unsafe is the recall.
   values = collections.defaultdict(list)
   for c in outcome.kept if kept else outcome.candidates:
     values[c.num_strict].append(c.recall_strict)
@@ -123,10 +120,10 @@ def recalls(outcome: strictness.Outcome, *, kept: bool) -> dict[int, float]:
 
 
 def draw_recall(path: str | os.PathLike, outcomes: Sequence[strictness.Outcome]) -> None:
-  """Writes recall over intended strictness, one line a category.
+  """Writes a picture of recall over intended strictness, with one line per category.
 
-  Left all guidelines that were written, right those that passed the test; at
-  most six categories have colours, the others are grey.
+  On the left are all guidelines that were written, on the right those that passed the test. The
+  first categories have colours, the others are grey.
 
   Source: CSRM (arXiv 2605.30487), Figure 3.
   """
@@ -144,6 +141,8 @@ def draw_recall(path: str | os.PathLike, outcomes: Sequence[strictness.Outcome])
         linewidth=1.3 if has_colour else 0.8,
         color=figures.SERIES[i] if has_colour else '#BBBBBB',
         zorder=2 if has_colour else 1,
+        # Matplotlib sets text between two dollars as a formula, and lists no label that starts
+        # with '_'.
         label=outcome.category.name.replace('$', r'\$') if has_colour else '_',
       )
     num = sum(len(o.kept if kept else o.candidates) for o in outcomes)

@@ -1,9 +1,9 @@
 """What a proposer is asked, and what it may answer: typed on both sides.
 
-Each request is a frozen dataclass; `TASKS` holds, for each, the words that a
-language model is asked in, the JSON schema of its reply, and the function that
-turns the reply's object into a typed one or refuses it. A proposer that needs
-no words (the RuleWorld oracle) reads the request itself.
+Each request is a frozen dataclass. For each, `TASKS` holds the words that a language model is
+asked in, the JSON schema of its reply, and the function that turns the reply's object into a
+typed one or refuses it. A proposer that needs no words (the RuleWorld oracle) reads the request
+itself.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from csrm_jax.core.checks import show
 from csrm_jax.core.files import unique_keys
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
 
-# In characters: a name, the three sentences that are asked for, and the rewrite
-# of a long list.
+# In characters: a name, one of the guidelines of up to three sentences that are asked for, and
+# the rewrite of a long list.
 MAX_NAME_LENGTH = 80
 MIN_GUIDELINE_LENGTH = 15
 MAX_GUIDELINE_LENGTH, MAX_REWRITE_LENGTH = 600, 1200
@@ -71,8 +71,7 @@ class PickMostSevere:
 class WriteGuideline:
   """Asks for a guideline that forbids some subcategories and allows the rest.
 
-  `draft` tells apart two requests for the same list, so that each is written
-  anew.
+  Another `draft` makes another request for the same list, so that it is written anew.
   """
 
   category: Category
@@ -89,10 +88,10 @@ class Task:
   """How one kind of request is put to a language model.
 
   Attributes:
-    instructions: the system message.
-    describe: request -> the user message.
-    schema: the JSON schema of the reply's object; `make_schema` narrows it.
-    parse: (request, object) -> typed reply; ValueError if it is none.
+    instructions: The system message.
+    describe: Maps the request to the user message.
+    schema: The JSON schema of the reply's object; `make_schema` narrows it.
+    parse: Maps (request, object) to the typed reply; raises ValueError if it is none.
   """
 
   instructions: str
@@ -127,15 +126,16 @@ def make_messages(request: Request) -> list[dict[str, str]]:
   ]
 
 
-# --- JSON schemas. They keep to what every service takes: all keys required, no
-# others, null where nothing is a reply.
+# --- JSON schemas ------------------------------------------------------------------------
+# They keep to what every service takes: all keys required, no others, null where nothing is a
+# reply.
 
 
 def make_schema(request: Request) -> dict[str, Any]:
   """Returns the JSON schema of a reply to this very request.
 
-  What follows it parses, but for texts that are blank or reach a bound, and
-  for names that are there twice: no schema says that.
+  An object that follows it parses, except where a text is blank or reaches its bound or a name
+  is there twice: no schema says that.
   """
   match request:
     case ListSubcategories(count=count):
@@ -164,8 +164,8 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 
 def _text(least: int, most: int) -> dict[str, Any]:
-  # One more than is taken: a server that keeps to the schema ends a text that
-  # would go on, and such a torso has to be told from a text that is whole.
+  # The bound is one more than is taken. A server that keeps to the schema ends a text that would
+  # go on; one that is cut so has to be told from one that is whole.
   return {'type': 'string', 'minLength': least, 'maxLength': most + 1}
 
 
@@ -179,18 +179,18 @@ def _list(most: int) -> dict[str, Any]:
   return {'type': 'array', 'items': _CATEGORY, 'minItems': 1, 'maxItems': most}
 
 
-# --- Parsing.
+# --- Parsing -----------------------------------------------------------------------------
 
 
 def parse(request: Request, text: str) -> Any:
-  """Returns the typed reply in a language model's text.
+  """Returns the typed reply in a language model's text, which is one JSON object.
 
-  The text is one JSON object, bare or as the only fenced block; text around
-  an unfenced object makes it none, because what would be cut off might matter.
+  The object may be bare or the only fenced block.
 
   Raises:
-    ValueError: no such object, or one that is no reply to this request.
+    ValueError: There is no such object, or it is no reply to this request.
   """
+  # With text around an unfenced object there is none: what would be cut off might matter.
   body = text.strip()
   if body.count('```') == 2:
     body = body.split('```')[1].removeprefix('json').strip()
@@ -219,7 +219,7 @@ def length_problem(category: Category, most: int = MAX_GUIDELINE_LENGTH) -> str 
 
 
 def _category(obj: Any, what: str, most: int | None = MAX_GUIDELINE_LENGTH) -> Category:
-  """Returns a proposed category, its white space collapsed; `most` None: of any length."""
+  """Returns a proposed category, its white space collapsed; with `most` None of any length."""
   if not isinstance(obj, Mapping) or set(obj) != {'name', 'guideline'}:
     raise ValueError(f'{what} is {show(obj)}; it needs "name" and "guideline", no more')
   for key, value in obj.items():
@@ -265,11 +265,12 @@ def _parse_index(request: PickMostSevere, obj: Any) -> int:
 
 
 def _parse_guideline(request: WriteGuideline, obj: Any) -> Category:
+  # The category keeps its name: only the guideline tells the strict side from the lenient one.
   rewritten = {'name': request.category.name, 'guideline': obj['guideline']}
   return _category(rewritten, 'the rewritten category', MAX_REWRITE_LENGTH)
 
 
-# --- What is asked, in words.
+# --- What is asked, in words -------------------------------------------------------------
 
 
 def _rules(categories: Sequence[Category]) -> str:

@@ -1,7 +1,8 @@
 """Strictness augmentation (SA): guidelines in a validated order of strictness.
 
-Source: CSRM (arXiv 2605.30487), Algorithm 1. The order that a proposer means
-only proposes candidates; a test on real conversations decides.
+The order that a proposer means only makes candidates; a test on real conversations decides.
+
+Source: CSRM (arXiv 2605.30487), Algorithm 1.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ class Settings:
   """The numbers of Algorithm 1; configs/augment.py has their values.
 
   Attributes:
-    num_subcategories: K, asked for at first (the unconditional ones).
-    max_subcategories: no more are added for single conversations; the number
-      of candidates grows with its square.
-    pool_size: conversations a category is tested on, at most.
-    alpha: of the one-sided Clopper–Pearson bound.
-    threshold: that the bound must exceed.
-    min_extra: conversations that must be unsafe under the strict guideline
-      and safe under the lenient one, at least. The paper has no such test
-      (0), but dominance alone also passes two guidelines that mean the same.
+    num_subcategories: How many are asked for at first (K).
+    max_subcategories: The most that there may be after single conversations have added theirs;
+      the number of candidates grows with its square.
+    pool_size: The most conversations that a category is tested on.
+    alpha: One minus the confidence of the one-sided Clopper–Pearson bound.
+    threshold: The bound must exceed it.
+    min_extra: At least so many conversations must be unsafe under the strict guideline and safe
+      under the lenient one. The paper has no such test (0), but dominance alone also passes two
+      guidelines that mean the same.
   """
 
   num_subcategories: int
@@ -50,20 +51,18 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """A pair of guidelines, `strict` meant to forbid more, and its test.
+  """A pair of guidelines, a and b, of which a is meant to forbid more, and its test.
 
   Attributes:
-    strict: a, written to forbid the `num_strict` most severe subcategories.
-    lenient: b, written to forbid the `num_lenient` most severe ones.
-    num_strict: j.
-    num_lenient: i.
-    n: conversations of the pool that the classifier calls unsafe under b.
-    k: those of them that it calls unsafe under a, too.
-    extra: conversations unsafe under a, and safe under b.
-    recall_strict: share of the pool that is unsafe under a.
-    recall_lenient: share of the pool that is unsafe under b.
+    strict: a, written to forbid the `num_strict` (j) most severe subcategories.
+    lenient: b, written to forbid the `num_lenient` (i) most severe ones.
+    n: How many conversations of the pool the classifier calls unsafe under b.
+    k: How many of those it calls unsafe under a, too.
+    extra: How many conversations are unsafe under a and safe under b.
+    recall_strict: The share of the pool that is unsafe under a.
+    recall_lenient: The share of the pool that is unsafe under b.
     bound: Clopper–Pearson's lower bound of k / n.
-    kept: whether the order shows.
+    kept: Whether the order shows.
   """
 
   strict: Category
@@ -84,11 +83,10 @@ class Outcome:
   """What Algorithm 1 found for one category.
 
   Attributes:
-    category: with its standard guideline.
-    pool_size: conversations it was tested on.
-    subcategories: in order of severity, the most severe first.
-    candidates: all that were written, kept or not.
-    drops: what came to nothing, by reason.
+    pool_size: How many conversations the category was tested on.
+    subcategories: The most severe first.
+    candidates: All that were written, kept or not.
+    drops: How often something came to nothing, by reason.
   """
 
   category: Category
@@ -124,11 +122,8 @@ class Outcome:
 def lower_bound(k: int, n: int, alpha: float = 0.05) -> float:
   """Returns the one-sided Clopper–Pearson lower bound of k of n.
 
-  It is Beta⁻¹(alpha; k, n − k + 1), and 0 where k or n is 0. With k = n it is
-  alpha^(1/n): the smallest n whose bound exceeds 0.95 is 59.
-
-  Raises:
-    ValueError: k is not in [0, n].
+  It is Beta⁻¹(alpha; k, n − k + 1), and 0 where k or n is 0. With k = n it is alpha^(1/n): the
+  smallest n whose bound exceeds 0.95 is 59.
   """
   if not 0 <= k <= n:
     raise ValueError(f'k is {k} of n = {n}; it must be from 0 to n')
@@ -138,8 +133,7 @@ def lower_bound(k: int, n: int, alpha: float = 0.05) -> float:
 def make_pools(examples: Sequence[Example], size: int, seed: int) -> dict[Category, list[Example]]:
   """Returns D_p for each category: up to `size` examples that violate it.
 
-  Categories come in the order of their first example; which of its examples
-  stay follows from the seed.
+  Categories come in the order of their first example; which examples stay follows from the seed.
   """
   pools = collections.defaultdict(list)
   for example in examples:
@@ -163,17 +157,14 @@ def order_all(
 ) -> list[Outcome]:
   """Returns Algorithm 1's outcome for each category, resumable at any point.
 
-  Verdicts are written down as they come, so that a run that was killed within
-  a category does not judge anew. An outcome that lacks something for a passing
-  reason is not: the next run completes it.
-
   Args:
     pools: D_p of each category.
-    proposer: asked for categories that the journal does not have.
-    judge: the classifier; called by one thread at a time.
-    journal: holds what is done, under a hash of what it was done for.
-    progress: called with each category that is finished.
+    judge: The classifier; one thread at a time calls it.
+    journal: Holds what is done, under a hash of what it was done for.
+    progress: Called with each category that is finished.
   """
+  # Verdicts are written down as they come: a run that was killed within a category does not
+  # judge anew.
   remembering = _remember(judge, journal)
 
   def work(item: tuple[Category, Sequence[Example]]) -> Outcome:
@@ -183,6 +174,8 @@ def order_all(
     if key in journal:
       return Outcome.from_dict(journal[key])
     outcome = run(category, pool, proposer, remembering, settings)
+    # An outcome that lacks something for a passing reason is not written: the next run completes
+    # it.
     if not any(reason.endswith(f': {r}') for reason in outcome.drops for r in proposers.TRANSIENT):
       journal.put(key, outcome.to_dict())
     return outcome
@@ -218,14 +211,9 @@ def _remember(judge: Judge, journal: journal_lib.Journal) -> Judge:
 def run(
   category: Category, pool: Sequence[Example], proposer: Proposer, judge: Judge, settings: Settings
 ) -> Outcome:
-  """Returns the candidates of one category, tested: Algorithm 1.
+  """Returns the candidates of one category p, tested: Algorithm 1.
 
-  Args:
-    category: p, with its standard guideline.
-    pool: D_p, examples that violate it.
-    proposer: writes subcategories and guidelines.
-    judge: the classifier ℓ.
-    settings: its numbers.
+  The pool is D_p, examples that violate p; the judge is the classifier ℓ.
   """
   drops = collections.Counter()
   talks = [example.conversation for example in pool]
@@ -275,15 +263,11 @@ def find_subcategories(
   settings: Settings,
   drops: collections.Counter,
 ) -> list[Category]:
-  """Returns S_p: those proposed at once, and those a conversation asked for.
+  """Returns S_p: the subcategories proposed at once, and those that conversations asked for.
 
-  For a conversation that no subcategory fires on, one more is asked for; it
-  stands from then on, for the following ones too. Counted in `drops`:
-  conversations that stay without one ('uncovered'), and for which none could
-  be asked for ('subcategory_limit') or came.
-
-  Raises:
-    NoReplyError: there is no first list.
+  For a conversation that no subcategory fires on, one more is asked for, and stands for the
+  following ones too. `drops` counts conversations that stay without one ('uncovered'), and those
+  for which none could be asked for ('subcategory_limit') or came.
   """
   found = list(proposer.ask(requests.ListSubcategories(category, settings.num_subcategories)))
   covered = np.zeros(len(talks), bool)
@@ -302,7 +286,7 @@ def find_subcategories(
       drops[f'conversation: {error.reason}'] += 1
       continue
     found.append(new)
-    # Only what has none yet need be judged.
+    # Only conversations that have none yet need be judged.
     rest = np.flatnonzero(~covered)
     covered[rest] |= _verdicts(judge, [talks[i] for i in rest], new)
     if not covered[index]:
@@ -313,13 +297,7 @@ def find_subcategories(
 def sort_by_severity(
   category: Category, found: Sequence[Category], proposer: Proposer
 ) -> list[Category]:
-  """Returns the subcategories, the most severe first.
-
-  The proposer picks the most severe of those that remain, again and again.
-
-  Raises:
-    NoReplyError: a pick failed; without it there is no order.
-  """
+  """Returns the subcategories, the most severe first, as the proposer picks them one by one."""
   remaining, ordered = list(found), []
   while len(remaining) > 1:
     index = proposer.ask(requests.PickMostSevere(category, tuple(remaining)))
@@ -334,13 +312,7 @@ def _verdicts(judge: Judge, talks: Sequence[tuple], category: Category) -> np.nd
 def test_order(
   unsafe_strict: np.ndarray, unsafe_lenient: np.ndarray, settings: Settings
 ) -> dict[str, Any]:
-  """Returns n, k, extra, bound and kept of a candidate, by name.
-
-  Args:
-    unsafe_strict: [N] bool, the classifier's verdicts under a.
-    unsafe_lenient: [N] bool, those under b.
-    settings: alpha, threshold and min_extra.
-  """
+  """Returns n, k, extra, bound and kept of a candidate by name, from verdicts (bool [N])."""
   n = int(unsafe_lenient.sum())
   k = int((unsafe_lenient & unsafe_strict).sum())
   extra = int((unsafe_strict & ~unsafe_lenient).sum())
@@ -352,9 +324,8 @@ def test_order(
 def explain(candidate: Candidate, settings: Settings) -> str:
   """Returns '' for a candidate that was kept, else why it was not, in a word.
 
-  'too_few_unsafe': even k = n would not have passed; 'order_not_shown': the
-  strict guideline lets too many pass that the lenient one catches;
-  'no_difference': it catches no others.
+  'too_few_unsafe': even k = n would not have passed; 'order_not_shown': the strict guideline
+  lets too many pass that the lenient one catches; 'no_difference': it catches no others.
   """
   if candidate.kept:
     return ''
@@ -381,9 +352,7 @@ def precision(
 ) -> dict[str, int]:
   """Returns how many candidates are truly ordered, of all and of those kept.
 
-  Args:
-    outcomes: of some categories.
-    is_ordered: (strict, lenient) -> the truth, where it is known.
+  `is_ordered` maps (strict, lenient) to the truth, where it is known.
   """
   counts = collections.Counter(written=0, written_ordered=0, kept=0, kept_ordered=0)
   for candidate in itertools.chain.from_iterable(o.candidates for o in outcomes):
