@@ -1,7 +1,7 @@
 """The one training loop: step, log, checkpoint, stop, resume.
 
-Reward models, pretraining, offline and online RL are `Work` of it. A run that is
-killed and started again gives what an uninterrupted one would, bit for bit.
+Reward models, pretraining, offline and online RL each give it a `Work`. A run that is killed and
+started again gives the same result as an uninterrupted one, bit for bit.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from csrm_jax.core import (
 )
 from csrm_jax.train import step as training
 
-# Between updates of a progress bar; a log file needs few of its lines.
+# The seconds between updates of a progress bar; a log file needs few of its lines.
 BAR_INTERVAL_S = 1.0 if sys.stderr.isatty() else 10.0
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'
-# What is measured apart; the rest of a step is its computation.
+# These parts of a step are measured; the rest is its computation.
 _SPANS = ('data_wait', 'checkpoint', 'compile')
 
-# An update that was begun: its batch, and what the train step says of it.
+# An update that may still run on the device: its batch, and the metrics of its train step.
 Update = tuple[Mapping[str, np.ndarray], dict[str, Any]]
 
 
 class Work(Protocol):
-  """What a run does in each step, and what it carries beside the train state."""
+  """What a run does in each step, and its state beside the train state."""
 
-  stopped: str  # why the run ends before its last step; '' where it does not
+  stopped: str  # why the run ends before its last step, or ''
 
   def begin(self, state: training.TrainState, step: int, carried: Any) -> None:
-    """Takes up what get_state returned at that step; None begins afresh."""
+    """Takes up the state that get_state returned at that step; None begins afresh."""
 
   def step(
     self, state: training.TrainState, step: int, log: Window
@@ -57,18 +57,18 @@ class Work(Protocol):
     """Returns the next state, and the updates that nobody has checked yet."""
 
   def line(self, log: Window) -> dict[str, float]:
-    """Returns a line of metrics.jsonl; closes the window."""
+    """Returns the values of a line of metrics.jsonl, and closes the window."""
 
   def get_state(self) -> dict[str, Any]:
-    """Returns JSON values, which a checkpoint holds beside the train state."""
+    """Returns JSON values for the checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-  """The work of learning from batches, one update each."""
+  """The work of learning from batches: one update for each batch."""
 
   step_fn: training.StepFn
-  batches: Any  # packed rows or pairs without end; count what they drop and shorten
+  batches: Any  # endless packed rows or pairs, with counts of what is dropped and shortened
   mesh: jax.sharding.Mesh
   frozen: Any = None  # parameters that are neither trained nor saved, on the mesh
   stopped = ''
@@ -94,7 +94,7 @@ class Supervised:
     }
     values |= {f'data/dropped_{reason}': num for reason, num in self.batches.drops.items()}
     values |= log.close()
-    # Of the step alone: how often its shapes have changed.
+    # The window counts all compilations; here only those of the train step, when its shapes change.
     return values | {'time/num_compilations': self.step_fn._cache_size()}
 
   def get_state(self) -> dict[str, Any]:
@@ -102,12 +102,7 @@ class Supervised:
 
 
 def check_lengths(config: Any) -> None:
-  """Checks num_steps, log_every, checkpoint_every and profile_steps of a config.
-
-  Raises:
-    ValueError: one is out of range, or a resumed run would not log what an
-      uninterrupted one does.
-  """
+  """Checks num_steps, log_every, checkpoint_every and profile_steps of a config."""
   for name in ('num_steps', 'log_every', 'checkpoint_every'):
     if config[name] < 1:
       raise ValueError(f'{name}={config[name]} must be at least 1.')
@@ -132,24 +127,21 @@ def train(
 ) -> training.TrainState:
   """Returns the state after config.num_steps steps, resuming if it can.
 
-  The newest intact checkpoint in workdir/checkpoints is restored together with
-  what the work carries. The last step is always saved, and on SIGTERM the one
-  that is being done.
+  It restores the newest intact checkpoint in workdir/checkpoints, together with the state of the
+  work. It saves the last step, and after SIGTERM the step that is being done.
 
   Args:
-    work: what to do.
-    state: that of a fresh run, laid out on the mesh.
-    config: see check_lengths.
-    mesh: what the state lies on.
-    workdir: where checkpoints/, profile/ and metrics.jsonl go.
+    state: The state of a fresh run, laid out on the mesh.
+    config: See check_lengths.
+    workdir: The folder for checkpoints/, profile/ and metrics.jsonl.
     meta: JSON that describes the model, stored with each checkpoint.
-    setup_s: what reading data and weights has taken.
-    name: what stands before the progress bar.
+    setup_s: The seconds that reading data and weights has taken.
+    name: The label of the progress bar.
 
   Raises:
-    ValueError: a loss or gradient is not finite; the message names the step
-      and the file that holds its batch. Nothing of that step is applied.
-    preemption.Stopped: by SIGTERM, after a save.
+    ValueError: A loss or gradient is not finite; the message names the step and the file with
+      its batch. That step is not applied.
+    preemption.Stopped: SIGTERM came, and the state is saved.
   """
   check_lengths(config)
   began, earlier_s, start = time.perf_counter(), elapsed_s(workdir), 0
@@ -158,8 +150,10 @@ def train(
     restored = saved.restore_latest(mesh_lib.abstract(state, mesh))
     if restored is not None:
       start, state, carried = restored
+      # The loop's own entry: the work gets back only what it gave.
       window = carried.pop('window', None)
     work.begin(state, start, carried)
+    # A run that stopped early has nothing left to do when it is started again.
     num_steps = start if work.stopped else config.num_steps
     log = Window(earlier_s, setup_s + time.perf_counter() - began, window)
     with (
@@ -179,12 +173,12 @@ def train(
       unchecked = ()
       for step in range(start + 1, num_steps + 1):
         state, updates = work.step(state, step, log)
-        # Those of the step before: the device is never waited for.
+        # Step - 1, not this one: waiting for this one would let the device run dry.
         check_finite(workdir, step - 1, unchecked)
         unchecked = updates
         stop, last = asked(step), step == num_steps
         is_logged = step % config.log_every == 0 or last
-        if is_logged or stop:  # nothing is logged or saved unchecked
+        if is_logged or stop:  # Nothing is logged or saved unchecked.
           check_finite(workdir, step, unchecked)
           unchecked = ()
           if updates:
@@ -194,9 +188,11 @@ def train(
         done(step, state)
         if is_logged:
           writer.write(step, work.line(log))
+        # Only now: closing a line may tell the work to stop.
         last = last or bool(work.stopped)
         if step % config.checkpoint_every == 0 or last or stop:
           with log.span('checkpoint'):
+            # Metrics first: after a kill, metrics.jsonl must reach at least to the checkpoint.
             writer.flush()
             remote.push(workdir)
             saved.save(step, state, work.get_state() | {'window': log.get_state()}, meta)
@@ -210,16 +206,15 @@ def train(
 
 
 def check_finite(workdir: pathlib.Path, step: int, updates: Sequence[Update]) -> None:
-  """Waits for the updates of a step.
+  """Waits for the updates of a step; raises a ValueError if one was not finite.
 
-  Raises:
-    ValueError: one was not applied, because it was not finite; its batch is
-      kept in the work directory.
+  The batch of that update is kept in the work directory.
   """
   for batch, metrics in updates:
     if float(metrics['train/finite']) > 0:
       continue
     path = workdir / f'nonfinite_step_{step}.npz'
+    # A batch that broke a run is the first thing to look at.
     np.savez(path, **batch)
     raise ValueError(
       f'step {step}: the loss or a gradient is not finite; its batch is in '
@@ -229,7 +224,7 @@ def check_finite(workdir: pathlib.Path, step: int, updates: Sequence[Update]) ->
 
 
 def elapsed_s(workdir: pathlib.Path) -> float:
-  """Returns the seconds that training has taken so far, in all its starts."""
+  """Returns the seconds of training so far, over all starts of the run."""
   rows = files.read_log(workdir / 'metrics.jsonl')
   return next((row[key] for row in reversed(rows) if (key := 'time/elapsed_s') in row), 0.0)
 
@@ -237,14 +232,14 @@ def elapsed_s(workdir: pathlib.Path) -> float:
 class Window:
   """The metrics of the steps since the last line.
 
-  Its state is saved with the model, so that a line whose steps were cut in two
-  by a stop is that of a run without one, and so that no second is forgotten.
+  Its state is saved in checkpoints: a line is the same if a stop cut its steps in two, and no
+  second is lost.
   """
 
   def __init__(
     self, earlier_s: float = 0.0, setup_s: float = 0.0, state: Mapping[str, Any] | None = None
   ):
-    """Starts the clock; a state of get_state may know of more earlier_s."""
+    """Starts the clock. The larger of `earlier_s` and the time in `state` counts."""
     now = time.perf_counter()
     earlier_s = max(earlier_s, state['elapsed_s'] if state else 0.0)
     self._began = now - earlier_s - setup_s
@@ -266,7 +261,7 @@ class Window:
 
   @contextlib.contextmanager
   def span(self, name: str) -> Iterator[None]:
-    """Counts the seconds within as those of 'data_wait' or 'checkpoint'."""
+    """Counts the seconds within as 'data_wait' or 'checkpoint'."""
     start = time.perf_counter()
     try:
       yield
@@ -274,29 +269,28 @@ class Window:
       self._spans[name] += time.perf_counter() - start
 
   def add(self, metrics: Sequence[Mapping[str, Any]], **counts: float) -> None:
-    """Adds what one step measured, and counted."""
+    """Adds the metrics and the counts of one step."""
     self._metrics += metrics
     self._counts.update(counts)
     self._num_steps += 1
 
   @property
   def counts(self) -> Mapping[str, float]:
-    """Sums of what the steps counted."""
+    """The sums of the counts."""
     return self._counts
 
   @property
   def seconds(self) -> float:
-    """Since the last line, or the start."""
+    """The seconds since the last line, or since the start."""
     return time.perf_counter() - self._start
 
   def close(self) -> dict[str, float]:
     """Returns the means of the metrics, and times; begins the next window.
 
-    time/step_s is the sum of its parts, each in seconds a step: data_wait_s,
-    checkpoint_s, compile_s and compute_s, which is the rest. time/goodput is
-    the share of elapsed_s that was compute_s of a step that has not been done
-    again. elapsed_s is that of all starts of the run. num_compilations counts
-    since this start; after the first steps it should stay where it is.
+    time/step_s is the sum of its parts, in seconds per step: data_wait_s, checkpoint_s,
+    compile_s and compute_s, which is the rest. time/goodput is the share of elapsed_s that was
+    compute_s of steps that were not done again. elapsed_s covers all starts of the run.
+    num_compilations counts from this start, and should not grow after the first steps.
     """
     values = training.mean_metrics(self._metrics)
     spans, seconds = self._measured(), self.seconds
@@ -314,7 +308,7 @@ class Window:
     return values
 
   def get_state(self) -> dict[str, Any]:
-    """Returns JSON, with null for what is not finite; waits for the device."""
+    """Returns JSON, with null for NaN and infinity; waits for the device."""
     steps = [
       {name: np.asarray(x, np.float64).tolist() for name, x in step.items()}
       for step in jax.device_get(self._metrics)
@@ -330,14 +324,14 @@ class Window:
     }
 
   def _measured(self) -> dict[str, float]:
-    """Returns the spans, with what was compiled meanwhile."""
+    """Returns the spans; the seconds of compilation are brought up to date."""
     compiled_s = _compilations()[1] - self._compiled_s
     return self._spans | {'compile': self._spans['compile'] + compiled_s}
 
 
 @functools.cache
 def _compilations() -> list[float]:
-  """Returns [their number, their seconds] from the first call on."""
+  """Returns [number, seconds] of compilations, counted from the first call on."""
   found = [0, 0.0]
 
   def listen(event: str, duration: float, **unused) -> None:
@@ -345,5 +339,6 @@ def _compilations() -> list[float]:
       found[0] += 1
       found[1] += duration
 
+  # One listener for the whole process; each window takes differences of its counts.
   jax.monitoring.register_event_duration_secs_listener(listen)
   return found

@@ -1,8 +1,8 @@
-"""Losses; each returns (total, weight, metrics) and divides nothing.
+"""Losses; each returns (total, weight, metrics), and none of them divides.
 
-`total` is a weighted sum, `weight` the sum of its weights, and metrics are
-{name: (sum, weight)}. The train step adds them over microbatches and devices
-and divides once, so packing, accumulation and sharding stay exact.
+`total` is a weighted sum, `weight` the sum of its weights, and metrics are {name: (sum,
+weight)}. The train step adds them over microbatches and devices and divides once, so packing,
+accumulation and sharding are exact.
 
 Axes: B rows, S verdict slots of a row, T tokens, V vocab.
 """
@@ -21,9 +21,8 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 def verdict_logprobs(logits: jax.Array, verbalizers: Any) -> tuple[jax.Array, jax.Array]:
   """Returns (log P(safe), log P(unsafe)) of logits [...,V], in nats, float32 [...].
 
-  Each is the sum over the label's verbalizer tokens (`.safe`, `.unsafe`) of the
-  probability over the full vocabulary, so the two do not add up to one; the
-  score is their difference.
+  Each probability is the sum over the label's verbalizer tokens, out of the full vocabulary. So
+  the two do not add up to one; the score is the difference of the logs.
 
   Source: CSRM (arXiv 2605.30487), the verdict probability π.
   """
@@ -45,19 +44,18 @@ def reward_model_loss(
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of the joint objective L_cls + γ·L_rm.
 
-  L_cls = −log P(label) for a slot with a label. L_rm = −log σ(s_safer − s_other
-  − m) for a pair, where s is log P(safe) − log P(unsafe) in nats. The safer
-  side of a strictness pair is the one under the *lenient* rules: the paper's
-  printed formula has the opposite sign from its text and figures.
+  L_cls = −log P(label) for a slot with a label. L_rm = −log σ(s_safer − s_other − m) for a pair,
+  where s is log P(safe) − log P(unsafe) and m the margin, both in nats. The safer side of a
+  strictness pair is the one under the *lenient* rules: the paper's printed formula has the
+  opposite sign from its text and figures.
 
-  total = Σ label_weight·L_cls + γ Σ pair_weight·L_rm. weight counts atoms: a
-  labelled slot outside a pair counts label_weight, a pair counts pair_weight
-  once, whether or not its slots carry labels too. total / weight is therefore
-  a mean over atoms.
+  total = Σ label_weight·L_cls + γ Σ pair_weight·L_rm. weight counts atoms: a labelled slot
+  outside a pair counts label_weight, and a pair counts pair_weight once, even if its slots have
+  labels. So total / weight is a mean over atoms.
 
-  The batch has label int32 [B,S] (0 safe, 1 unsafe, -1 none), label_weight
-  float32 [B,S], and pair_weight float32 [B,S] (on slot s when s is the safer and
-  s + 1 the other side of a pair). The margin m is in nats.
+  The batch has label int32 [B,S] (0 safe, 1 unsafe, -1 none), label_weight float32 [B,S], and
+  pair_weight float32 [B,S], which stands on slot s if s and s + 1 are the safer and the other
+  side of a pair.
 
   Source: CSRM (arXiv 2605.30487), §3 (L_cls, L_rm), with the sign corrected.
   """
@@ -65,8 +63,8 @@ def reward_model_loss(
   pair_weight = jnp.asarray(batch['pair_weight'])
   # Pairs never wrap around the row: the last slot has no right neighbour.
   in_pair = pair_weight.at[:, 1:].add(pair_weight[:, :-1]) > 0
-  # An unused slot may hold anything. It is cleared first: a weight of 0 keeps
-  # a NaN out of the loss, but not out of the gradient.
+  # An unused slot may hold anything. It is cleared first: a weight of 0 keeps a NaN out of the
+  # loss, but not out of the gradient.
   used = in_pair | (label_weight > 0)
   log_p_safe = jnp.where(used, log_p_safe, 0.0)
   log_p_unsafe = jnp.where(used, log_p_unsafe, 0.0)
@@ -96,11 +94,11 @@ def lm_loss(
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of next-token prediction, in nats.
 
-  A token is predicted from the one before it in the same segment; a segment's
-  first token and padding (segment 0) are never targets. loss_weight float32 [B,T]
-  is the weight of each token as a *target*; all 1 by default.
+  Each token is predicted from the ones before it in its segment. The first token of a segment
+  and padding (segment 0) are never targets. loss_weight float32 [B,T] is the weight of each
+  token as a *target*; all 1 by default.
   """
-  # Targets are shifted rather than logits cut, which would copy [B,T,V].
+  # Targets are shifted; cutting the logits instead would copy [B,T,V].
   target = jnp.roll(tokens, -1, axis=1)
   follows = jnp.roll(segment_ids, -1, axis=1) == segment_ids
   weight = (follows & (segment_ids > 0)).astype(jnp.float32)
@@ -111,7 +109,7 @@ def lm_loss(
   norm = jax.nn.logsumexp(logits, axis=-1)
   target_logit = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
   total = _weighted(norm - target_logit, weight).sum()
-  # Compared with the maximum, because argmax is slow on CPU.
+  # Compared with the maximum, because argmax is slow on CPU. A tie counts as correct.
   correct = target_logit >= jax.lax.stop_gradient(logits).max(-1)
   num_tokens = weight.sum()
   return (
@@ -122,4 +120,5 @@ def lm_loss(
 
 
 def _weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
+  # Not x * weight: where the weight is 0, x may be NaN or infinite.
   return jnp.where(weight > 0, x, 0.0) * weight

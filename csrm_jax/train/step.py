@@ -23,7 +23,7 @@ StepFn = Callable[..., tuple['TrainState', dict[str, Any]]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """What a step reads and writes: a pytree, checkpointed as it is."""
+  """The state that a step reads and writes; checkpoints hold exactly this pytree."""
 
   step: jax.Array  # int32 [], number of updates applied
   params: Any  # nested dict of arrays
@@ -35,11 +35,7 @@ def make_schedule(
 ) -> optax.Schedule:
   """Returns step -> learning rate: linear warm-up, then cosine decay.
 
-  Starts above 0 (the first update counts), reaches learning_rate after
-  warmup_steps updates and end_lr_fraction of it after num_steps.
-
-  Raises:
-    ValueError: if the warm-up is as long as the run.
+  It reaches learning_rate after warmup_steps updates, and end_lr_fraction of it after num_steps.
   """
   if not 0 <= warmup_steps < num_steps:
     raise ValueError(
@@ -49,6 +45,7 @@ def make_schedule(
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)
+    # From 1, not 0: the first update must count.
     warmup = (step + 1) / max(warmup_steps, 1)
     progress = (step - warmup_steps) / (num_steps - warmup_steps)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
@@ -71,9 +68,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Returns AdamW with clipping by global norm and a warm-up-cosine schedule.
 
-  Weight decay is decoupled, and leaves norm scales alone. clip_norm=None does
-  not clip. The current learning rate is kept in the optimizer state under
-  'learning_rate', where the train step reads it.
+  Weight decay is decoupled, and leaves norm scales alone. clip_norm=None switches clipping off.
   """
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f'clip_norm={clip_norm} must be positive; None switches clipping off.')
@@ -83,6 +78,8 @@ def make_optimizer(
     clip,
     optax.scale_by_adam(b1=b1, b2=b2),
     optax.add_decayed_weights(weight_decay, mask=decay_mask),
+    # This keeps the current learning rate in the optimizer's state, where the train step reads
+    # it.
     optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule),
   )
 
@@ -108,8 +105,8 @@ def make_step(
 ) -> tuple[StepFn, TrainState]:
   """Returns the train step of a run of num_steps updates, and its first state.
 
-  The keyword arguments are the section config.optim. Of the shapes of parameters
-  the state is one of shapes, too: nothing is computed.
+  `optim` and num_microbatches are the section config.optim. If params are shapes, the state is
+  made of shapes too, and nothing is computed.
   """
   optimizer = make_optimizer(num_steps, **optim)
   init = functools.partial(init_state, optimizer=optimizer)
@@ -129,21 +126,19 @@ def make_train_step(
 ) -> StepFn:
   """Returns step(state, batch, frozen=None) -> (state, metrics), jitted.
 
-  The state is donated. `frozen` are parameters that are not trained, such as
-  the base of LoRA adapters: loss_fn gets them and state.params as one tree,
-  there are gradients and optimizer state for the latter only.
+  The state is donated. `frozen` are parameters that are not trained, such as the base of LoRA
+  adapters: loss_fn gets them merged with state.params, but they have no gradients and no
+  optimizer state.
 
-  Totals, weights, gradients and metrics are summed over microbatches and
-  divided once, so that the result does not depend on their number. If the loss
-  or a gradient is not finite nothing is updated, the step counter included,
-  and metrics['train/finite'] is 0: the caller has to stop.
+  The result does not depend on the number of microbatches: sums over all of them are divided
+  once. If the loss or a gradient is not finite, nothing is updated, not even the step counter,
+  and metrics['train/finite'] is 0. The caller has to stop then.
 
-  All metrics stay on the device. Scalars: train/grad_norm (before clipping),
-  train/lr, train/finite. (sum, weight) pairs: train/loss and whatever loss_fn
-  reports. mean_metrics turns them into floats.
+  All metrics stay on the device. Scalars are train/grad_norm (before clipping), train/lr and
+  train/finite. train/loss and the metrics of loss_fn are (sum, weight) pairs. mean_metrics turns
+  all of them into floats.
 
-  state_shardings, a tree like the state, fixes where the returned state lies:
-  elsewhere than the first one, it would make the second step compile again.
+  state_shardings is a tree like the state.
   """
 
   def step(state, batch, frozen=None):
@@ -153,7 +148,7 @@ def make_train_step(
     total, weight, metrics, grads = _accumulate(
       whole_loss_fn, state.params, batch, num_microbatches
     )
-    # A batch without any weight has zero gradients; it must not make NaN.
+    # A batch without any weight has zero gradients; 1 / 0 would make them NaN.
     scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     grad_norm = optax.tree.norm(grads)
@@ -162,6 +157,7 @@ def make_train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = TrainState(state.step + 1, params, opt_state)
+    # Chosen on the device: a branch on the host would wait for every step.
     new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
     learning_rate = optax.tree.get(
       opt_state, 'learning_rate', filtering=lambda _, leaf: isinstance(leaf, jax.Array)
@@ -173,6 +169,7 @@ def make_train_step(
       'train/finite': finite.astype(jnp.float32),
     }
 
+  # If the new state lay elsewhere than the first one, the second step would compile again.
   return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
@@ -185,12 +182,14 @@ def _accumulate(loss_fn, params, batch, num_microbatches):
       return total, (weight, metrics)
 
     (total, (weight, metrics)), grads = jax.value_and_grad(scalar_loss, has_aux=True)(params)
+    # Sums of many microbatches in bfloat16 would lose the small ones.
     return _to_float32((total, weight, metrics, grads))
 
   if num_microbatches == 1:
     return compute(batch)
   microbatches = jax.tree.map(lambda x: split_microbatches(x, num_microbatches), batch)
   first = jax.tree.map(lambda x: x[0], microbatches)
+  # A scan needs sums of known shapes; eval_shape computes nothing.
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, first))
 
   def add(carry, microbatch):
@@ -200,15 +199,10 @@ def _accumulate(loss_fn, params, batch, num_microbatches):
 
 
 def split_microbatches(x: jax.Array, num: int) -> jax.Array:
-  """Returns [num, B/num, ...]; microbatch i holds rows i, i + num, …
-
-  Strided, so that with rows sharded over devices each device keeps its own.
-
-  Raises:
-    ValueError: if num does not divide the number of rows.
-  """
+  """Returns [num, B/num, ...]; microbatch i holds rows i, i + num, …"""
   if x.shape[0] % num:
     raise ValueError(f'num_microbatches={num} must divide the batch size {x.shape[0]}.')
+  # Strided: if rows are sharded over devices, each device keeps its own rows.
   return x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
 
 
@@ -219,8 +213,8 @@ def _to_float32(values):
 def mean_metrics(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
   """Returns {name: float} over several steps; waits for the device.
 
-  A (sum, weight) pair becomes Σ sum / Σ weight, and is left out where the
-  weights add up to 0. A scalar becomes its mean, train/finite its minimum.
+  A (sum, weight) pair becomes Σ sum / Σ weight; it is left out if the weights add up to 0. A
+  scalar becomes its mean, and train/finite its minimum.
   """
   steps = jax.device_get(list(steps))
   means = {}
@@ -235,12 +229,13 @@ def mean_metrics(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def keep_freed_memory() -> bool:
-  """Returns whether this process now reuses freed memory; call it once, early.
+  """Makes this process reuse freed memory; returns whether that worked.
 
-  XLA on CPU allocates its work space anew each step. By default glibc returns
-  it to the system and every page is faulted in again, about a third of the
-  time of a small model's step. Does nothing where the allocator is not glibc's.
+  Call it once, early. It does nothing where the allocator is not glibc's.
   """
+  # XLA on CPU allocates its work space anew in each step. By default glibc returns it to the
+  # system, and every page is faulted in again: about a third of the time of a small model's
+  # step.
   trim_threshold, mmap_max, arena_max = -1, -4, -8  # numbers in malloc.h
   try:
     mallopt = ctypes.CDLL(None).mallopt
