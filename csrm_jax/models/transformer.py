@@ -47,8 +47,8 @@ class Dense(nnx.Module):
     self.lora_scale = 0.0
     if cfg.lora_rank and name in cfg.lora_targets:
       self.lora_scale = cfg.lora_alpha / cfg.lora_rank
-      # A random stream of its own: the kernels do not depend on whether there are adapters. They
-      # are float32 whatever the kernel is: their updates are too small for bfloat16.
+      # Adapters have a random stream of their own, so that kernels are the same without them. They
+      # are float32 whatever the kernel is, because their updates are too small for bfloat16.
       self.lora_a = nnx.Param(
         math.prod(inputs) ** -0.5 * jax.random.normal(rngs.lora(), (*inputs, cfg.lora_rank))
       )
@@ -303,8 +303,8 @@ def with_remat(body, remat: str):
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   }
-  # prevent_cse keeps the compiler from merging the recomputation with the forward pass, which the
-  # scan does already.
+  # prevent_cse would keep the compiler from merging the recomputation with the forward pass; a
+  # scan already keeps them apart.
   return jax.checkpoint(body, policy=policies[remat], prevent_cse=False)
 
 

@@ -25,21 +25,13 @@ _SETTINGS = ('tokenizer_config.json', 'chat_template.jinja')
 
 
 def load_tokenizer(source: Name) -> tokenizer_lib.Tokenizer:
-  """Returns the tokenizer of a source, or of a .model or tokenizer.json file.
-
-  Raises:
-    ImportError: A package that the source needs is missing.
-    ValueError: There is no tokenizer, or it cannot be read.
-  """
+  """Returns the tokenizer of a source, or of a .model or tokenizer.json file."""
   with _tokenizer_file(source) as path:
     return tokenizer_lib.load_tokenizer(path)
 
 
 def chat_marks(source: Name, tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, str]:
-  """Returns the text before and after a user's turn; ('', '') where there is no chat template.
-
-  A template that cannot be used raises ValueError, see chat.wrap.
-  """
+  """Returns the text before and after a user's turn; ('', '') where there is no chat template."""
   with _tokenizer_file(source) as path:
     template, special_tokens = chat.read(path.parent)
   if template is None:

@@ -217,11 +217,8 @@ def _describe_run(directory: pathlib.Path) -> tuple[Spec, tokenizer_lib.Tokenize
 def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
   """Returns all parameters of a training run; adapters come together with their base.
 
-  They lie on the mesh that jax.set_mesh has set, if any.
-
-  Raises:
-    FileNotFoundError: There is no intact checkpoint.
-    ValueError: The base of the adapters is missing, or its weights have changed.
+  They lie on the mesh that jax.set_mesh has set, if any. A base whose weights have changed since
+  raises ValueError.
   """
   directory = _directory(source)
   mesh, shapes = jax.sharding.get_mesh(), _shapes(spec.model)

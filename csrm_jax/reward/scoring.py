@@ -53,10 +53,7 @@ class Verdict:
 
 
 def verdicts(scores: np.ndarray) -> list[Verdict]:
-  """Returns the verdict of each score (nats).
-
-  A score that is not finite has no verdict, least of all "safe": it raises ValueError.
-  """
+  """Returns the verdict of each score (nats); raises ValueError unless all are finite."""
   scores = np.asarray(scores, np.float64)
   for i in np.flatnonzero(~np.isfinite(scores))[:1]:
     raise ValueError(
@@ -101,10 +98,7 @@ def verdict_logprobs(
 def make_loss_fn(
   cfg: ModelConfig, verbalizers: Verbalizers, gamma: float, margin: float
 ) -> Callable[..., Any]:
-  """Returns a function: (params, batch) -> (total, weight, metrics), for the train step.
-
-  gamma weighs the pair loss, whose margin is in nats.
-  """
+  """Returns (params, batch) -> (total, weight, metrics); gamma weighs pairs, margin is in nats."""
 
   def loss_fn(params, batch):
     log_p = verdict_logprobs(cfg, params, batch, verbalizers)
@@ -126,18 +120,14 @@ def make_score_fn(
 ) -> ScoreFn:
   """Returns a function: examples -> scores, float32 [N] in nats, in their order.
 
-  Prompts are padded to the smallest bucket that holds them, so that few shapes are ever compiled;
-  rules that many examples share are read once. Neither padding nor neighbours change a score (up
-  to rounding). A prompt of more than max_length tokens is shortened as in training. The function
-  computes on the mesh that params lie on.
-
-  Its second argument, if given, is called with the number of examples in each batch that is done.
-  It raises ValueError, with the example's id, if rules do not fit into max_length or a score is
-  not finite.
+  The function computes on the mesh that params lie on. Its second argument, if given, is called
+  with the number of examples in each batch that is done. It raises ValueError, with the example's
+  id, if rules do not fit into max_length or a score is not finite. Neither padding nor neighbours
+  change a score (up to rounding).
 
   Args:
-    layout: How prompts were laid out in training.
-    buckets: Row lengths; those above max_length are not used.
+    max_length: The tokens a prompt may have; a longer one is shortened as in training.
+    buckets: The row lengths that are compiled; those above max_length are not used.
     batch_tokens: About how many tokens go through the model at once, for each part that the mesh
       cuts rows into.
   """
@@ -194,10 +184,7 @@ def make_score_fn(
 
 
 def per_category(score_fn: ScoreFn) -> ScoreFn:
-  """Returns a score function that asks score_fn about one category at a time.
-
-  An example is as unsafe as its worst category: its score is the lowest of their scores.
-  """
+  """Returns a score function that asks score_fn about one category at a time."""
 
   def score(
     examples: Sequence[schema.Example], progress: Callable[[int], Any] = lambda num: None
@@ -217,6 +204,7 @@ def per_category(score_fn: ScoreFn) -> ScoreFn:
     scores = score_fn(parts, advance)
     sizes = [len(example.safety.categories) for example in examples]
     starts = np.cumsum([0, *sizes[:-1]])
+    # An example is as unsafe as its worst category.
     return np.minimum.reduceat(scores, starts)
 
   return score
@@ -276,8 +264,7 @@ def make_groups(
   """Returns groups that hold each prompt once.
 
   Prompts with the same key stand under the same rules. They form a group of their own, which reads
-  the rules once, if that takes at most three quarters of the tokens and MIN_SAVED fewer, padding
-  included. All other prompts go into one group.
+  what they share once, if that saves enough tokens. All other prompts go into one group.
   """
   by_key = {}
   for i, key in enumerate(keys):
@@ -293,8 +280,8 @@ def make_groups(
     batches = _plan(prompts, indices, lengths, batch_tokens, num_shared)
     group = Group(batches, num_shared, prefix_length)
     length = group.prefix_length + max(length for _, (_, length) in group.batches)
-    # The model's window counts the padding between a prefix and the rest as tokens, so that it
-    # must hold the whole row.
+    # A group must save MIN_SAVED tokens and a quarter of all, padding included. The model's window
+    # counts the padding behind a prefix as tokens, so that it must hold the whole row.
     saved = whole.num_tokens - group.num_tokens
     if saved >= MIN_SAVED and 4 * saved >= whole.num_tokens and (not window or length <= window):
       groups.append(group)
@@ -337,10 +324,7 @@ def most_rows(batch_tokens: int, length: int) -> int:
 def pad(
   prompts: Sequence[np.ndarray], shape: tuple[int, int], num_shared: int = 0
 ) -> dict[str, np.ndarray]:
-  """Returns a batch, as verdict_logprobs takes it, with one prompt a row.
-
-  The first num_shared tokens of each prompt are left out; rows left over are all padding.
-  """
+  """Returns a batch for verdict_logprobs: one prompt a row, without its first num_shared tokens."""
   batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'positions', 'segment_ids')}
   batch['verdict_index'] = np.zeros((shape[0], 1), np.int32)
   for row, tokens in enumerate(prompts):
