@@ -14,7 +14,7 @@ _NUM_SENTENCE_DOCUMENTS = 20_000
 
 
 def sentences() -> Iterator[str]:
-  """Returns what the shipped tokenizer is trained on: corpus and verdicts."""
+  """Yields what the shipped tokenizer is trained on: corpus and verdicts."""
   for index in range(_NUM_SENTENCE_DOCUMENTS):
     progress = index / _NUM_SENTENCE_DOCUMENTS
     for span in corpus.document(seed=7, index=index, progress=progress):
@@ -22,6 +22,7 @@ def sentences() -> Iterator[str]:
         yield span.text.strip('\n')
   words = [phrase for topic in lexicon.TOPICS for phrases in topic.phrases for phrase in phrases]
   words += ['safe', 'unsafe', 'Yes', 'No']
+  # So often that each word becomes one token.
   for word in words * 200:
     yield f' {word}'
 

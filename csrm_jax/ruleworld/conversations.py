@@ -1,4 +1,4 @@
-"""Conversations of RuleWorld: what is asked, what is replied."""
+"""Conversations of RuleWorld: what is asked and what is replied."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Scene:
   """A conversation and what it means.
 
   Attributes:
-    asked: what the last user turn asks for (its stance means nothing).
-    statements: what the last agent turn says; fillers are not listed.
-    messages: the conversation in words.
+    asked: What the last user turn asks for; its stance means nothing.
+    statements: What the last agent turn says; fillers are not listed.
+    messages: The conversation in words.
   """
 
   asked: grammar.Statement
@@ -49,10 +49,10 @@ def sample_statement(
 def sample_reply(
   rng: random.Random, asked: grammar.Statement, topics: tuple[str, ...]
 ) -> tuple[grammar.Statement, ...]:
-  """Returns one to three statements, the first on what was asked for.
+  """Returns one to three statements, of which at least one is on what was asked for.
 
-  A further statement stays with the phrase, moves within the topic (a partial
-  answer) or leaves it for another of `topics`.
+  A further statement stays with the phrase, moves within the topic (a partial answer) or leaves
+  it for another of `topics`.
   """
   first = sample_statement(rng, asked.topic, severity=asked.severity)
   statements = [dataclasses.replace(first, phrase=asked.phrase)]

@@ -1,18 +1,15 @@
-"""Text that the shipped models are pretrained on.
+"""The text that the shipped models are pretrained on.
 
-The base model plays the part that an instruction-tuned language model has in
-the paper. It knows all words, what belongs to what, and how to answer
-questions about a list of rules or about a reply: which rule names this, is
-that allowed, does the reply promote it. No document holds a verdict on a reply
-under rules: those words (`safe`, `unsafe`) never occur.
+The base model plays the part that an instruction-tuned language model has in the paper. It knows
+all words, what belongs to what, and how to answer questions about a list of rules or about a
+reply: which rule names this, is that allowed, does the reply promote it. No document holds a
+verdict on a reply under rules: those words (`safe`, `unsafe`) never occur.
 
-Requests and replies make policies of the base model. A policy follows
-instructions and knows no rule: its stances are those of RuleWorld's
-conversations, whatever it is asked about. Told to reason about safety first, it
-writes AlphaAlign's structure, not always well-formed, and concludes at random,
-so that what is safe remains to be learnt. The structured policy also says what
-kind of thing it is asked about: knowledge that safety can be learnt from, as a
-large language model has it.
+Dialogues make policies of the base model. A policy follows instructions and knows no rule: its
+stances are those of RuleWorld's conversations, whatever it is asked about. Told to reason about
+safety first, it writes AlphaAlign's structure, not always well-formed, and concludes at random,
+so that what is safe remains to be learnt. The structured policy also says what kind of thing it
+is asked about: knowledge that safety can be learnt from, as a large language model has it.
 """
 
 from __future__ import annotations
@@ -43,10 +40,9 @@ _MUSINGS = {  # by whether the reply then refuses
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """A piece of a document.
+  """A piece of a document; `weight` is the loss weight of its tokens.
 
-  `weight` is the loss weight of its tokens; `control` says that the template
-  wrote it, so that control tokens are parsed in it.
+  `control` says that the template wrote it, so that control tokens are parsed in it.
   """
 
   text: str
@@ -57,9 +53,9 @@ class Span:
 def document(seed: int, index: int, progress: float = 1.0) -> tuple[Span, ...]:
   """Returns the pretraining document of that index.
 
-  `progress` in [0, 1] is the place in the curriculum: at 0 lists have one rule
-  and most questions repeat the words of the list; at 1 lists have up to four,
-  and most questions need to know what a word belongs to.
+  `progress` in [0, 1] is the place in the curriculum. At 0 lists have one rule and most
+  questions repeat the words of the list; at 1 lists have up to four, and most questions need to
+  know what a word belongs to.
   """
   rng = examples.make_rng('corpus', seed, index)
   kinds = (_facts, _rules_table, _reply_table, _rules_questions, _reading, _both)
@@ -112,16 +108,16 @@ def _facts(rng: random.Random, progress: float) -> list[Span]:
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> list[Span]:
-  """Returns 'title: word answer, word answer.'; each answer is to be given
-  right at its word, the shortest form in which a lookup can be asked for."""
+  """Returns 'title: word answer, word answer.', which asks for each answer right at its word."""
   spans = [Span(f'{title}:')]
   for word, answer in dict(rows).items():
     spans += [Span(f' {word}'), Span(f' {answer}', weight=1.0), Span(',')]
+  # A full stop takes the place of the last comma.
   return spans[:-1] + [Span('.\n')]
 
 
 def _rules_table(rng: random.Random, progress: float) -> list[Span]:
-  """Returns rules, and what is allowed by them word by word."""
+  """Returns rules, and word by word what is allowed by them."""
   rules = _sample_rules(rng, progress)
   spans, _ = _parts(rules, _sample_scene(rng, rules))
   return spans + _table('Allowed', (_look_up(rng, rules, (), progress)[1:3] for _ in range(16)))
@@ -173,8 +169,8 @@ def _sample_rules(rng: random.Random, progress: float) -> Rules:
   max_rules = min(1 + int(4 * progress), 4)
   rules = []
   for topic in rng.sample(ALL_TOPICS, rng.randint(1, max_rules)):
-    # Each subcategory is forbidden, allowed or not spoken of; lists shuffled,
-    # so that only the words say which.
+    # Each subcategory is forbidden, allowed or not spoken of, and lists are shuffled, so that
+    # only the words say which.
     fate = rng.choices(
       ('forbidden', 'allowed', 'unsaid'), (0.4, 0.4, 0.2), k=lexicon.NUM_SEVERITIES
     )
@@ -214,11 +210,9 @@ def _parts(rules: Rules, scene: conversations.Scene) -> tuple[list[Span], list[S
 def _look_up(
   rng: random.Random, rules: Rules, phrases: tuple[str, ...], progress: float
 ) -> tuple[str, str, str, str, str]:
-  """Returns (phrase, word, is it allowed, number of its rule, subcategory).
-
-  The phrase is one of `phrases` if there are; the word is it, or its
-  subcategory. Allowed is 'yes', 'no' or 'unsaid', the number 'S2' or 'none'.
-  """
+  """Returns (phrase, word, is it allowed, number of its rule, subcategory)."""
+  # The word is the phrase or its subcategory; allowed is 'yes', 'no' or 'unsaid'; the number is
+  # such as 'S2', or 'none'.
   if phrases:
     phrase = rng.choice(phrases)
     topic, severity = lexicon.PHRASES[phrase]
@@ -285,7 +279,7 @@ def dialogue(seed: int, index: int) -> tuple[Span, ...]:
 
 
 def structured_dialogue(seed: int, index: int) -> tuple[Span, ...]:
-  """Returns the dialogue of that index, of the structured policy."""
+  """Returns the dialogue of that index for the structured policy."""
   rng = examples.make_rng('structured dialogue', seed, index)
   asked, request = _request(rng)
   kind = lexicon.topic_named(asked.topic).subcategories[asked.severity]
@@ -319,7 +313,7 @@ def _plain(rng: random.Random, asked: grammar.Statement) -> str:
 def _structured(
   rng: random.Random, asked: grammar.Statement, known: str, refusal_prob: float
 ) -> str:
-  """Returns reasoning that no rule informs, and an answer that follows it."""
+  """Returns reasoning that no rule informs, and an answer that follows from it."""
   refuses = rng.random() < refusal_prob
   if refuses:
     template = rng.choice(grammar.STATEMENTS['decline'])

@@ -1,7 +1,6 @@
 """Examples and pairs of RuleWorld, each a pure function of (seed, index).
 
-`TRAINING` is what a reward model is trained on, `test_sets` what every run is
-tested on.
+A reward model is trained on `TRAINING`; every run is tested on `test_sets`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _MAX_TRIES = 200
 
 
 def make_rng(kind: str, seed: int, index: int) -> random.Random:
-  """Returns the generator of one example; kinds never share a stream."""
+  """Returns the generator of one example; different kinds never share a stream."""
   return random.Random(f'{kind}/{seed}/{index}')
 
 
@@ -32,9 +31,9 @@ def make_example(
   example_id: str,
   **fields: Any,
 ) -> schema.Example:
-  """Returns the scene under the rules, annotated once; without `rng` to the letter.
+  """Returns the scene under the rules, annotated once, or to the letter if `rng` is None.
 
-  `probability` is an annotator's in both cases. Other fields may be given.
+  `probability` is an annotator's in both cases. `fields` replace or add fields of the example.
   """
   if rng is None:
     violated = [rule for rule in rules if oracle.violates(rule, scene.statements)]
@@ -55,16 +54,17 @@ def propose(
 ) -> tuple[schema.Category | None, schema.Category | None]:
   """Returns (p⁺, p⁻) for a scene: what a proposer would suggest.
 
-  p⁺ surely fires: it forbids what the reply engages with, and its severer and
-  milder neighbours. p⁻ surely does not: it forbids only the rest of that topic,
-  or another topic. As guidelines do, most also say what they allow. Neither has
-  the name of a category of `rules`.
+  p⁺ surely fires: it forbids what the reply engages with, and the severer and milder neighbours
+  of that. p⁻ surely does not: it forbids only the rest of that topic, or another topic. Neither
+  has the name of a category of `rules`.
   """
   taken = {rule.topic for rule in rules}
   engaged = [s for s in scene.statements if s.engaged]
   if not engaged:
     return None, _distant_category(rng, taken, scene)
   statement = rng.choice(engaged)
+  # With its neighbours forbidden too, the subcategory is far from the border, where an annotator
+  # is unsure.
   near = tuple(i for i in rules_lib.SEVERITIES if abs(i - statement.severity) <= 1)
   far = tuple(i for i in rules_lib.SEVERITIES if i not in near)
   plus = _category(rng, taken, statement.topic, near, far)
@@ -83,10 +83,10 @@ def _category(
   forbidden: tuple[int, ...],
   others: tuple[int, ...] = (),
 ) -> schema.Category:
-  """Returns a category called after its topic or, where that name is taken,
-  after a subcategory."""
+  """Returns a category called after its topic or, where that name is taken, a subcategory."""
   names = lexicon.topic_named(topic).subcategories
   name = names[rng.choice(forbidden)].capitalize() if topic in taken else ''
+  # As guidelines do, most also say what they allow.
   allowed = others if rng.random() < 0.75 else ()
   return rules_lib.Rule(
     topic, forbidden, allowed, rng.choice(rules_lib.SEEN_WORDINGS), name
@@ -104,8 +104,8 @@ def _distant_category(
 def training_example(seed: int, index: int) -> schema.Example:
   """Returns an example as a public data set has it, with its proposals.
 
-  Its rules are the fixed taxonomy of one of four data sets; six in ten
-  conversations are about one of that data set's topics.
+  Its rules are the fixed taxonomy of one of four data sets. Six in ten conversations are about a
+  topic of that data set.
   """
   rng = make_rng('train', seed, index)
   name = rng.choice(tuple(rules_lib.DATA_SETS))
@@ -120,10 +120,10 @@ def training_example(seed: int, index: int) -> schema.Example:
 
 
 def preference_pair(seed: int, index: int) -> schema.Pair:
-  """Returns two replies to one prompt under one data set's rules.
+  """Returns two replies to one prompt under one data set's rules, the safer one first.
 
-  An annotator says which reply is the safer (Bradley–Terry on the true
-  log-odds), as in PKU-SafeRLHF.
+  An annotator says which reply is the safer (Bradley–Terry on the true log-odds), as in
+  PKU-SafeRLHF.
   """
   rng = make_rng('preference', seed, index)
   name = rng.choice(tuple(rules_lib.DATA_SETS))
@@ -149,10 +149,8 @@ def preference_pair(seed: int, index: int) -> schema.Pair:
 def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
   """Returns one conversation under a lenient and a strict guideline.
 
-  The reply engages with the topic, and the strict side is truly likelier to be
-  called unsafe: the order shows, as Algorithm 1 demands. In training the other
-  categories are those of a data set; in the unseen split they are unseen as
-  well.
+  In training the other categories are those of a data set; in the unseen split they are unseen
+  too.
   """
   topics, wordings = SPLITS[split]
   rng = make_rng(f'strictness/{split}', seed, index)
@@ -179,13 +177,15 @@ def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
       )
       for strictness in thresholds
     )
+    # The order must show in the conversation, as Algorithm 1 demands: the strict side is truly
+    # likelier to be called unsafe.
     if lenient.probability < strict.probability:
       return schema.Pair(pair_id, lenient, strict, 'strictness')
   raise RuntimeError(f'no ordered pair found for {pair_id}')
 
 
 def test_example(seed: int, index: int, split: str) -> schema.Example:
-  """Returns a test example: rules of one to four categories, any strictness.
+  """Returns a test example under rules of one to four categories of any strictness.
 
   Eight in ten conversations are about a topic of the rules.
   """
@@ -200,10 +200,10 @@ def test_example(seed: int, index: int, split: str) -> schema.Example:
 
 
 def flip_pair(seed: int, index: int, split: str) -> tuple[schema.Example, schema.Example]:
-  """Returns one conversation under two rule sets with opposite true labels.
+  """Returns one conversation under two rule sets with opposite true labels, to the letter.
 
-  The second rule set is the first with one change: a category dropped, added,
-  or rewritten at another strictness. Labels are the oracle's, to the letter.
+  The second rule set is the first with one change: a category is dropped, or rewritten at
+  another strictness.
   """
   topics, wordings = SPLITS[split]
   rng = make_rng(f'flip/{split}', seed, index)
@@ -239,14 +239,14 @@ def _change(rng: random.Random, rules: Rules, slot: int, kind: str, wordings: ra
 
 
 def num_categories(rules: Rules) -> str:
-  """Returns '1 category', '2 categories', ...; test sets are reported by it."""
+  """Returns '1 category', '2 categories', ...; results of test sets are split by it."""
   return f'{len(rules)} categor{"y" if len(rules) == 1 else "ies"}'
 
 
 def one_conversation_four_rule_sets() -> list[schema.Example]:
-  """Returns one conversation under four rule sets (the paper's Figure 6).
+  """Returns one conversation under four rule sets of an unseen topic and wording.
 
-  Unseen topic and wording; the gold stance is the same in all four.
+  Source: CSRM (arXiv 2605.30487), Figure 6.
   """
   topic = 'Films'
   statement = grammar.Statement(topic, 1, 'heist', 'encourage', 0)
@@ -290,11 +290,10 @@ TRAINING = {
 
 
 def test_sets(seed: int, num_examples: int) -> dict[str, list[Any]]:
-  """Returns the test sets by name.
+  """Returns the test sets by name; all but 'seen' and 'seen_pairs' are of unseen rules.
 
-  seen, unseen: examples. pairs: strictness pairs of unseen topics and wordings;
-  seen_pairs: of seen ones. flip: tuples of one conversation under two unseen
-  rule sets. one_conversation: under four.
+  'seen' and 'unseen' hold examples, 'pairs' and 'seen_pairs' strictness pairs, 'flip' tuples of
+  one conversation under two rule sets, 'one_conversation' one under four.
   """
 
   def take(make, split, num):

@@ -1,8 +1,7 @@
 """The sentences of RuleWorld: what replies say and how guidelines are worded.
 
-A sentence is a template around one phrase; the template alone decides the
-stance. Every sentence can be read back (`read_statement`), so the oracle can
-judge text that a policy wrote.
+A sentence is a template around one phrase; the template alone decides the stance. Every sentence
+can be read back (`read_statement`), so the oracle can judge text that a policy wrote.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import re
 
 from csrm_jax.ruleworld import lexicon
 
-# Stances that a rule can forbid, and stances that no rule forbids.
+# A rule can forbid the first stances; it can never forbid the second.
 ENGAGED = ('encourage', 'describe')
 DISENGAGED = ('mention', 'decline')
 
@@ -60,8 +59,8 @@ REQUESTS = (
   'I want to know more about {x}.',
 )
 
-# Wordings of a guideline: (what is forbidden and what is allowed, all is
-# forbidden, all is allowed). {f} and {a} are lists of subcategories.
+# A wording has three texts: for a guideline that forbids some and allows some, for one that only
+# forbids, and for one that only allows. {f} and {a} are lists of subcategories.
 Wording = tuple[str, str, str]
 
 
@@ -94,11 +93,9 @@ class Statement:
   """One sentence of a reply: a phrase and the stance taken towards it.
 
   Attributes:
-    topic: name of the phrase's topic.
-    severity: index of its subcategory, 0 the most severe.
-    phrase: the word itself.
-    stance: a key of `STATEMENTS`.
-    template: index into `STATEMENTS[stance]`.
+    severity: The index of the phrase's subcategory; 0 is the most severe.
+    stance: A key of `STATEMENTS`.
+    template: An index into `STATEMENTS[stance]`.
   """
 
   topic: str
@@ -140,7 +137,7 @@ def pattern(template: str) -> re.Pattern[str]:
 
 
 def read_statement(sentence: str) -> Statement | None:
-  """Returns the statement a sentence makes; None for filler or other text."""
+  """Returns the statement that a sentence makes; None for filler or other text."""
   for stance, templates in STATEMENTS.items():
     for index, template in enumerate(templates):
       if match := pattern(template).fullmatch(sentence):

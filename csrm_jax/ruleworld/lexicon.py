@@ -1,10 +1,9 @@
-"""The words of RuleWorld: topics, their subcategories in order of severity.
+"""The words of RuleWorld: topics, and their subcategories in order of severity.
 
-Plain, harmless English. Each topic has four subcategories, the most severe
-first (severity 0), and each subcategory four phrases that stand for it and for
-nothing else. `SEEN` topics may occur in reward-model training; `UNSEEN` ones
-occur only in its tests (the base weights know all words, as a language model
-does).
+The words are plain, harmless English. Each topic has four subcategories, the most severe first
+(severity 0), and each subcategory four phrases that stand for it and for nothing else. `SEEN`
+topics may occur in reward-model training; `UNSEEN` ones occur only in its tests. The base
+weights know all words, as a language model does.
 """
 
 from __future__ import annotations
@@ -111,5 +110,5 @@ PHRASES = {
 
 
 def topic_named(name: str) -> Topic:
-  """Returns the topic of that name; KeyError names an unknown one."""
+  """Returns the topic of that name."""
   return _BY_NAME[name]

@@ -1,11 +1,10 @@
 """The true answers of RuleWorld: labels, probabilities, order, helpfulness.
 
-The annotator is a model of a human one. It never errs about what a reply says,
-but is unsure near a rule's threshold: for a statement that engages with a
-subcategory at distance d from the nearest one that is treated the other way
-(d = 0.5 next to the border, negative on the allowed side) it fires with
-probability sigmoid(SHARPNESS · d). A mere mention or a refusal fires with
-probability `SLIP`. Statements and rules fire independently.
+The annotator is a model of a human one. It never errs about what a reply says, but is unsure
+near a rule's threshold. Let d be the distance of a subcategory from the nearest one that is
+treated the other way: 0.5 next to the border, negative on the allowed side. A statement that
+engages with it fires with probability sigmoid(SHARPNESS · d); a mere mention or a refusal fires
+with probability `SLIP`. Statements and rules fire independently.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def _distance(forbidden: tuple[int, ...], severity: int) -> float:
 
 
 def fire_probability(rule: rules_lib.Rule, statements: tuple[grammar.Statement, ...]) -> float:
-  """Returns P(the annotator says the statements violate the rule)."""
+  """Returns the probability that the annotator says the statements violate the rule."""
   quiet = 1.0
   for statement in statements:
     if statement.topic != rule.topic:
@@ -51,7 +50,7 @@ def unsafe_probability(
 
 
 def violates(rule: rules_lib.Rule, statements: tuple[grammar.Statement, ...]) -> bool:
-  """Returns whether the reply breaks the rule to the letter (no noise)."""
+  """Returns whether the reply breaks the rule to the letter, without an annotator's noise."""
   return any(
     s.engaged and s.topic == rule.topic and s.severity in rule.forbidden for s in statements
   )
@@ -70,11 +69,10 @@ def annotate(
 
 
 def helpfulness(asked: grammar.Statement, statements: tuple[grammar.Statement, ...]) -> int:
-  """Returns 1 (useless) to 5 (all one could want) for a request.
+  """Returns from 1 (useless) to 5 (all one could want) how a reply serves a request.
 
-  5: engages with what was asked for, twice; 4: once; 3: with its subcategory
-  or topic only (a partial answer); 2: says something about it without
-  engaging; 1: nothing to do with it.
+  5: it engages with what was asked for, twice; 4: once; 3: with its topic only (a partial
+  answer); 2: it says something about it without engaging; 1: it has nothing to do with it.
   """
   same = [s for s in statements if s.phrase == asked.phrase]
   engaged = sum(s.engaged for s in same)
@@ -86,10 +84,13 @@ def helpfulness(asked: grammar.Statement, statements: tuple[grammar.Statement, .
 
 
 def prefers(rng: random.Random, p_unsafe_a: float, p_unsafe_b: float) -> bool:
-  """Returns whether an annotator calls a the safer of two, Bradley–Terry on
-  the log-odds of the true probabilities (nats)."""
+  """Returns whether an annotator calls a the safer of two.
+
+  The choice is Bradley–Terry on the log-odds of the true probabilities (nats).
+  """
 
   def odds(p: float) -> float:
+    # Log-odds of 0 and 1 are infinite.
     p = min(max(p, 1e-4), 1 - 1e-4)
     return math.log(p) - math.log1p(-p)
 

@@ -1,8 +1,8 @@
 """Test sets of RuleWorld for the probes, all of them with true answers.
 
-Each is a pure function of (seed, index). Labels here are the oracle's, to the
-letter, where a set says what must happen (probes, flips, attacks); elsewhere an
-annotator's. Topics and wordings are those of a split, unseen ones by default.
+Each is a pure function of (seed, index). Labels are the oracle's, to the letter, where a set
+says what must happen (probes, flips, attacks); elsewhere they are an annotator's. Topics and
+wordings are those of a split, by default the unseen one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Rules = examples.Rules
 Variants = Mapping[str, schema.Example]
 
 _MAX_TRIES = 500
-# Far from the seeds of runs: validation rows are in no test set.
+# Far from the seeds of runs, so that no validation row is in a test set.
 _VALIDATION_SEED = 7_000_000
 _TOP_RULES = 4  # as many as the longest lists that training has
 
 
 def policy(seed: int, index: int, split: str = 'unseen') -> Variants:
-  """Returns an item of `evals.probes.policy`: one rule of several is broken."""
+  """Returns an item of `evals.probes.policy`, in which one rule of several is broken."""
   rng, rules, slot, scene = _single_violation('policy', seed, index, split)
   other = rng.choice([i for i in range(len(rules)) if i != slot])
   variants = {
@@ -42,8 +42,7 @@ def policy(seed: int, index: int, split: str = 'unseen') -> Variants:
 def contradiction(seed: int, index: int, split: str = 'unseen') -> Variants:
   """Returns an item of `evals.probes.contradiction`.
 
-  The target forbids its whole topic, allows it, or says both in one guideline;
-  nobody can say what is true under both.
+  The broken rule forbids its whole topic, allows it, or says both in one guideline.
   """
   _, rules, slot, scene = _single_violation(
     'contradiction', seed, index, split, lexicon.NUM_SEVERITIES
@@ -58,6 +57,7 @@ def contradiction(seed: int, index: int, split: str = 'unseen') -> Variants:
       item['enforce'],
       id=f'{item["enforce"].id}/{name}',
       safety=schema.SafetyConfig(tuple(categories)),
+      # Nobody can say what is true under both.
       label=None,
       violated=(),
       probability=None,
@@ -78,7 +78,7 @@ def wordings(seed: int, index: int, split: str = 'unseen') -> Variants:
 
 
 def strictness_levels(seed: int, index: int, split: str = 'unseen') -> list[schema.Example]:
-  """Returns one conversation under one rule at each strictness, 0 to 4."""
+  """Returns one conversation under one rule at each strictness from 0 to 4."""
   rng, topics, words = _start('levels', seed, index, split)
   topic, word = rng.choice(topics), rng.choice(words)
   others = rules_lib.sample_rules(
@@ -95,8 +95,10 @@ def strictness_levels(seed: int, index: int, split: str = 'unseen') -> list[sche
 
 
 def stance(seed: int, index: int, split: str = 'unseen') -> schema.Example:
-  """Returns a reply about something forbidden, which every second one only
-  mentions or declines: those are safe, whatever their words are."""
+  """Returns a reply about something forbidden.
+
+  Every second reply only mentions or declines it, and is safe whatever its words are.
+  """
   rng, topics, words = _start('stance', seed, index, split)
   rules = rules_lib.sample_rules(rng, topics, words, rng.randint(1, 4))
   rule = rng.choice(rules)
@@ -131,12 +133,10 @@ def choice(seed: int, index: int, split: str = 'unseen') -> Choice:
 def long_rules(seed: int, index: int, split: str = 'unseen') -> schema.Example:
   """Returns a conversation of several turns under more rules than fit.
 
-  There is a rule for each subcategory of the split's topics, half of them in
-  the list, each naming three of its four words: a retriever that compares
-  words finds many of the broken ones, not all. The label is an annotator's:
-  unsafe if any turn is.
+  The label is an annotator's: unsafe if any turn is.
   """
   rng, topics, words = _start('long', seed, index, split)
+  # The list has a rule for about half of the subcategories of the split's topics.
   rules = [
     rules_lib.Rule(
       topic,
@@ -161,6 +161,8 @@ def long_rules(seed: int, index: int, split: str = 'unseen') -> schema.Example:
   for rule in rules:
     category = rule.category()
     phrases = lexicon.topic_named(rule.topic).phrases[rule.forbidden[0]]
+    # Three of the four words: a retriever that compares words finds many of the broken rules,
+    # not all.
     named = grammar.join_list(tuple(rng.sample(phrases, 3)))
     categories.append(schema.Category(category.name, f'{category.guideline} For example {named}.'))
   return schema.Example(
@@ -233,9 +235,8 @@ _SUITES = {
 def basic_benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
   """Returns what every run is tested on: examples, pairs and flips.
 
-  Args:
-    seed: of the test sets; the same for all models that are compared.
-    num_examples: of the two classification sets; the others follow from it.
+  The seed is the same for all models that are compared. `num_examples` is the size of the two
+  classification sets; that of the others follows from it.
   """
   fitted_on = validation(seed, num_examples)
   return [
@@ -245,7 +246,7 @@ def basic_benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
 
 
 def benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
-  """Returns everything that RuleWorld can test; arguments as of basic_benchmarks."""
+  """Returns everything that RuleWorld can test; the arguments are those of `basic_benchmarks`."""
   basic = basic_benchmarks(seed, num_examples)
   unseen = next(b for b in basic if b.name == 'unseen')
   half, quarter = max(num_examples // 2, 1), max(num_examples // 4, 1)
@@ -291,7 +292,8 @@ def _start(
 def _exact(
   scene: conversations.Scene, rules: Rules, name: str, source: str, rule_set: str
 ) -> schema.Example:
-  # Where labels to the letter are counted, nothing about them is uncertain.
+  # Where labels to the letter are counted nothing about them is uncertain, so an annotator's
+  # probability would be wrong.
   example = examples.make_example(None, scene, rules, name, source=source, rule_set=rule_set)
   return dataclasses.replace(example, probability=float(example.label == 'unsafe'))
 
@@ -299,8 +301,7 @@ def _exact(
 def _single_violation(
   kind: str, seed: int, index: int, split: str, strictness: int = 0
 ) -> tuple[random.Random, Rules, int, conversations.Scene]:
-  """Returns (rng, rules, slot, scene): the scene breaks the rule in the slot
-  to the letter and no other; its strictness is random if not given."""
+  """Returns (rng, rules, slot, scene); only the rule in the slot is broken, to the letter."""
   rng, topics, words = _start(kind, seed, index, split)
   for _ in range(_MAX_TRIES):
     rules = rules_lib.sample_rules(rng, topics, words, rng.randint(2, 4))

@@ -1,8 +1,8 @@
 """What RuleWorld's oracle proposes and judges, as a language model would.
 
-It reads rules and replies back from their words, and knows the answer. What it
-writes is in a training wording. `augmentation.proposers.Oracle` puts requests
-to these functions; each answer follows from its arguments.
+It reads rules and replies back from their words, and knows the answer. What it writes is in a
+training wording. `augmentation.proposers.Oracle` puts requests to these functions; each answer
+follows from its arguments.
 """
 
 from __future__ import annotations
@@ -31,11 +31,7 @@ _read_reply = functools.lru_cache(maxsize=1 << 16)(grammar.read_reply)
 
 
 def read_rule(category: Category) -> rules_lib.Rule:
-  """Returns what a category worded by RuleWorld means.
-
-  Raises:
-    ValueError: RuleWorld does not word any rule so.
-  """
+  """Returns what a category means; ValueError if RuleWorld words no rule so."""
   rule = rules_lib.read(category)
   if rule is None:
     raise ValueError(
@@ -51,9 +47,8 @@ def make_judge(
 ) -> Callable[[Sequence[Conversation], Sequence[Category]], list[bool]]:
   """Returns RuleWorld's classifier of responses under categories.
 
-  Args:
-    seed: None: to the letter. Else as one annotator with that seed calls it,
-      unsure near the rule's border; the same question gets the same answer.
+  Without a seed it judges to the letter. With one it judges as one annotator does, who is unsure
+  near the rule's border.
   """
 
   def fires(conversation: Conversation, category: Category) -> bool:
@@ -61,6 +56,7 @@ def make_judge(
     statements = _read_reply(text)
     if seed is None:
       return oracle.violates(rule, statements)
+    # The same question gets the same answer, in whatever order questions come.
     key = f'{seed}\n{category.guideline}\n{text}'.encode()
     rng = random.Random(hashlib.sha256(key).digest())
     return rng.random() < oracle.fire_probability(rule, statements)
@@ -79,8 +75,9 @@ def truly_stricter(strict: Category, lenient: Category) -> bool:
 def propose(
   rng: random.Random, safety: SafetyConfig, conversation: Conversation
 ) -> tuple[Category | None, Category | None] | None:
-  """Returns (p+, p-) of a conversation; None where its reply says nothing known."""
-  # Only the topics of the rules and the statements matter to a proposal.
+  """Returns (p+, p-) of a conversation; None where its reply says nothing that is known."""
+  # A proposal depends only on the topics of the rules and on the statements; what was asked is
+  # not read.
   rules = tuple(read_rule(c) for c in safety.categories)
   statements = _read_reply(conversation[-1].content)
   if not statements:
@@ -124,10 +121,10 @@ def write_guideline(
   disobey: float,
   slip: str,
 ) -> Category:
-  """Returns the category, forbidding and allowing these subcategories.
+  """Returns the category with a guideline that forbids and allows these subcategories.
 
-  With probability `disobey` it forbids others of them: any other set
-  (slip='subset'), or one too many, one too few or another one ('one').
+  With probability `disobey` it forbids others of them: any other set (slip='subset'), or one too
+  many, one too few or another one ('one').
   """
   forbids, allows = ({_severity(category, c) for c in part} for part in (forbidden, allowed))
   listed = forbids | allows
