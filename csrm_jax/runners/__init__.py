@@ -1,1 +1,1 @@
-"""What `config.runner` names: each module has run(config, workdir)."""
+"""The jobs that `config.runner` names; each module has run(config, workdir)."""

@@ -29,36 +29,36 @@ from csrm_jax.safety import augment, schema
 from csrm_jax.safety.schema import Prompt, RewardFn, Sample
 from csrm_jax.train import loop as loop_lib, step as training
 
-# Samples of a look at held-out prompts, at most: enough to see a trend.
+# The most held-out prompts that are answered during training: enough to see a trend.
 _NUM_LOOKED_AT = 64
-# What stands around a user's turn, but for a chat template.
+# config.policy.marks -> the text around a user's turn, where that is no chat template.
 MARKS = {'plain': world.CHAT_MARKS, 'structured': world.STRUCTURED_MARKS}
 _ORACLE = policy_eval.Oracle(world.oracle_compliance, world.oracle_safety, world.oracle_helpfulness)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """What a run has read before it begins."""
+  """Everything that a run reads before it trains."""
 
   config: ml_collections.ConfigDict
-  policy: rollout.Policy  # what is trained
-  reference: tuple[ModelConfig, Any]  # the unaligned policy, its parameters on the mesh
+  policy: rollout.Policy  # the policy that is trained
+  reference: tuple[ModelConfig, Any]  # the unaligned policy; its parameters lie on the mesh
   train: Sequence[Prompt]
   test: Sequence[Prompt]  # held out
   scorers: Scorers
   sampling: Sampling
-  mesh: jax.sharding.Mesh
-  sampling_mesh: jax.sharding.Mesh  # of the same devices, that completions are drawn on
+  mesh: jax.sharding.Mesh  # training and rewards run on it
+  sampling_mesh: jax.sharding.Mesh  # completions are drawn on it; it has the same devices
   began: float  # time.monotonic() before anything was read
 
   @property
   def knows_truth(self) -> bool:
-    """RuleWorld's oracle judges its own prompts."""
+    """Whether RuleWorld's oracle can judge: it knows its own prompts only."""
     return self.config.data.source == 'ruleworld'
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Aligns, compares with the unaligned policy, writes workdir/report."""
+  """Aligns a policy, compares it with the unaligned one, and writes workdir/report."""
   if _show_finished(workdir):
     return
   if jax.process_count() > 1:
@@ -97,7 +97,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
-  """An error here beats one after loading weights."""
+  """Raises ValueError for settings that do not go together, before weights are loaded."""
   algorithms.check_idle(config)
   loop_lib.check_lengths(config)
   if algorithms.get(config.algorithm).online:
@@ -117,6 +117,7 @@ def _set_up(config: ml_collections.ConfigDict) -> Setup:
   mesh, sampling_mesh = make_meshes(config)
   with jax.set_mesh(mesh):
     scorers = make_scorers(config)
+  # The reference has no adapters. Where adapters are trained, its parameters are the frozen base.
   model = dataclasses.replace(policy.model, lora_rank=0)
   shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
   params = hf.load_params(config.policy.init, model, mesh_lib.shardings(shapes, mesh))
@@ -132,13 +133,10 @@ def _set_up(config: ml_collections.ConfigDict) -> Setup:
 def make_meshes(
   config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None
 ) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-  """Returns the meshes of training and of sampling, over the same devices.
-
-  Completions are drawn from copies of the weights that are cut by heads only:
-  what is cut over fsdp would have to come together for every token. The devices,
-  or descriptions of them, are by default all.
-  """
+  """Returns the meshes of training and of sampling, over the same devices; by default over all."""
   tensor, num_slices = config.sampling.tensor, config.mesh.num_slices
+  # Completions are drawn from copies of the weights that are cut by heads only: weights that are
+  # cut over fsdp would have to be gathered for every token.
   return (
     mesh_lib.make_mesh(**config.mesh, devices=devices),
     mesh_lib.make_mesh(tensor=tensor, num_slices=num_slices, devices=devices),
@@ -168,7 +166,7 @@ def _init_params(setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
   if model.lora_rank:
     params, frozen = lora.init(model, setup.config.seed), base
   else:
-    # A copy: the step donates its state, and the reference stays.
+    # A copy, because the train step donates its state and the reference must stay.
     params, frozen = jax.tree.map(lambda x: x.copy(), base), {}
   if algorithms.get(setup.config.algorithm).needs_values:
     params = params | rollout.init_value_head(model)
@@ -176,7 +174,7 @@ def _init_params(setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _train_online(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
-  """Returns (all parameters of the aligned policy, summary)."""
+  """Returns (all parameters of the aligned policy, a part of the summary)."""
   params, frozen = _init_params(setup)
   step_fn, state = make_step(setup.config, setup.policy, params, setup.mesh)
   judges = setup.scorers.judges(setup.knows_truth)
@@ -207,7 +205,7 @@ def _train_online(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, A
 
 
 def _train_offline(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
-  """Returns (all parameters of the aligned policy, summary)."""
+  """Returns (all parameters of the aligned policy, a part of the summary)."""
   config, (model, base) = setup.config, setup.reference
   params, frozen = _init_params(setup)
   model, copy = rollout.sampling_copy(model, base, '', setup.sampling_mesh)
@@ -263,9 +261,10 @@ def _train(
 def _answer(
   setup: Setup, model: ModelConfig, params: Any, prompts: Sequence[Prompt], num: int = 1
 ) -> list[Sample]:
-  """Returns `num` samples of each prompt; the same seed for all policies."""
+  """Returns `num` samples of each prompt, in the precision of training."""
   model, params = rollout.sampling_copy(model, params, '', setup.sampling_mesh)
   policy = dataclasses.replace(setup.policy, model=model)
+  # All policies draw with one seed, so that chance differs less between them.
   samples, _ = rollout.rollout(policy, params, prompts, setup.sampling, num, seed=0)
   return samples
 
@@ -273,7 +272,7 @@ def _answer(
 def _evaluate(
   setup: Setup, params: Any, workdir: pathlib.Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns (results of the report, {policy: its metrics})."""
+  """Returns (the report's results, {policy: its metrics})."""
   print('evaluating', file=sys.stderr)
   config, judges = setup.config, setup.scorers.judges(setup.knows_truth)
   answers = {'unaligned': _answer(setup, *setup.reference, setup.test)}
@@ -310,7 +309,7 @@ def _best(samples: Sequence[Sample], totals: np.ndarray, num: int) -> list[Sampl
 
 
 def _flatten(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
-  """Returns {'aligned/true_cosa': value, …} with intervals."""
+  """Returns {'aligned/true_cosa': value, …}, with the bounds of each interval."""
   flat = {}
   for policy, found in measured.items():
     for name, metric in found.items():
@@ -321,7 +320,7 @@ def _flatten(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _export(setup: Setup, params: Any, workdir: pathlib.Path) -> None:
-  """Writes workdir/policy, in Hugging Face's form, for the next run or user."""
+  """Writes workdir/policy in Hugging Face form; policy_init of a later run reads it."""
   config = setup.config
   model, merged = rollout.sampling_copy(setup.policy.model, params, '', setup.mesh)
   made_by = f'csrm_jax, algorithm {config.algorithm}'
@@ -339,7 +338,7 @@ def _show_finished(workdir: pathlib.Path) -> bool:
 
 
 def _print_table(summary: dict[str, Any]) -> None:
-  """Prints what a run ends with: a row a metric, a column a policy."""
+  """Prints the table that a run ends with: metrics as rows, policies as columns."""
   names = [
     key.removeprefix('aligned/')
     for key in summary
@@ -360,11 +359,7 @@ def _print_table(summary: dict[str, Any]) -> None:
 
 
 def make_policy(config: ml_collections.ConfigDict) -> rollout.Policy:
-  """Returns the policy that config.policy describes, without its parameters.
-
-  Raises:
-    ValueError: marks that there are not, or a tokenizer of another model.
-  """
+  """Returns the policy that config.policy describes, without its parameters."""
   source = config.policy.init
   model = hf.load_config(source, **config.policy.overrides)
   tokenizer = backbone.load_tokenizer(config.policy.tokenizer or source)
@@ -386,18 +381,13 @@ def make_policy(config: ml_collections.ConfigDict) -> rollout.Policy:
 
 
 def make_prompts(config: ml_collections.ConfigDict) -> tuple[list[Prompt], list[Prompt]]:
-  """Returns (prompts to train on, held-out ones).
-
-  Raises:
-    ValueError: an unknown source or rule set, no prompts, or none to balance
-      others with.
-  """
+  """Returns (prompts to train on, held-out prompts)."""
   train, test = _read_prompts(config)
   return (_balance(train) if config.data.balance else train), test
 
 
 def _balance(prompts: Sequence[Prompt]) -> list[Prompt]:
-  """Returns the prompts without the last of the more frequent label."""
+  """Returns as many prompts of either label: the last of the more frequent one are left out."""
   places = {
     label: [i for i, p in enumerate(prompts) if p.label == label] for label in ('harmful', 'benign')
   }
@@ -430,6 +420,8 @@ def _read_prompts(config: ml_collections.ConfigDict) -> tuple[list[Prompt], list
       'as data_dir=FOLDER or path=FILE'
     )
   found = readers[data.source](pathlib.Path(data.path), _load_rules(data))
+  # Prompts are split as the examples of a reward model are, by a hash of the text: the same text is
+  # held out whatever else is in the file.
   examples = {
     schema.Example(p.id, p.safety, (*p.messages, schema.Message('agent', ''))): p for p in found
   }
@@ -480,14 +472,14 @@ def _prompt(name: str, text: str, safety: schema.SafetyConfig, label: str) -> Pr
 
 @dataclasses.dataclass(frozen=True)
 class Scorers:
-  """What a run maximises, and the two parts by which the report judges."""
+  """The reward that a run maximises, and the two parts by which the report judges."""
 
   total: rewards.TotalFn
   safety: RewardFn
   helpfulness: RewardFn
 
   def judges(self, knows_truth: bool) -> policy_eval.Judges:
-    """Returns the judges of the report; with RuleWorld's oracle, or not."""
+    """Returns the report's judges, with RuleWorld's oracle among them where it knows the truth."""
     refuses = (
       world.refuses
       if knows_truth
@@ -499,14 +491,7 @@ class Scorers:
 
 
 def make_scorers(config: ml_collections.ConfigDict) -> Scorers:
-  """Returns the rewards that config.reward describes.
-
-  Reward models lie on the mesh that jax.set_mesh has set.
-
-  Raises:
-    FileNotFoundError: no reward model there.
-    ValueError: it cannot be used, or settings that do not fit.
-  """
+  """Returns the rewards that config.reward describes; reward models lie on the current mesh."""
   reward = config.reward
   knows_truth = config.data.source == 'ruleworld'
   if reward.name == 'alphaalign':
@@ -523,7 +508,7 @@ def make_scorers(config: ml_collections.ConfigDict) -> Scorers:
     )
     added['overlong'] = fn, 1.0
   if knows_truth and reward.name != 'oracle':
-    # Weight 0: only logged, so that over-optimisation shows in each step.
+    # With weight 0 it is only logged, so that over-optimisation shows in each step.
     parts['true_cosa'] = rewards.from_each(world.oracle_cosa, 'true_cosa'), 0.0
   if reward.mode == 'sum':
     parts, added = parts | added, {}
@@ -532,7 +517,7 @@ def make_scorers(config: ml_collections.ConfigDict) -> Scorers:
 
 
 def _judge_safety(reward: Any, safety: RewardFn) -> RewardFn:
-  """Returns P(safe): the reward without the sweep's a and b."""
+  """Returns P(safe): policies of one sweep are compared without their own a and b."""
   if reward.name == 'csrm' and (reward.a, reward.b) != (1.0, 0.0):
     return rewards.safety_reward(_load_score_fn(reward.checkpoint, reward.max_length))
   return safety
@@ -587,7 +572,7 @@ def _make_alphaalign(reward: ml_collections.ConfigDict, knows_truth: bool) -> Sc
   )
 
   def safety(samples: Sequence[Sample]) -> np.ndarray:
-    """1 unless a harmful request is answered: all that the labels say."""
+    """Returns 1 unless a harmful request is answered: the labels say no more."""
     answers = [dataclasses.replace(s, text=verifiers.answer_of(s.text)) for s in samples]
     harmful = np.array([s.prompt.label == 'harmful' for s in samples])
     return (~harmful | refuses(answers)).astype(np.float32)
@@ -614,6 +599,7 @@ def _check_truth(knows_truth: bool, setting: str, instead: str) -> None:
     raise ValueError(f'{setting} knows RuleWorld only; {instead}')
 
 
+# The reward and the report's judge may ask the same reward model, which is then loaded once.
 @functools.lru_cache(maxsize=4)
 def _load_score_fn(source: str, max_length: int = 2048) -> Callable[..., Any]:
   return reward_model.load(source, max_length).score_fn
@@ -634,5 +620,5 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _nothing(samples: Sequence[Sample]) -> np.ndarray:
-  """Helpfulness where nobody judges it."""
+  """Returns 1 for each sample: the helpfulness where nobody judges it."""
   return np.ones(len(samples), np.float32)

@@ -1,8 +1,8 @@
 """Makes training data from conversations by changing their rules.
 
-Writes workdir/data.jsonl, which configs/rm.py:data=jsonl,path=... trains on:
-examples with their p+ and p- (CCA), and strictness pairs (SA); with it a data
-card, and the report of strictness augmentation.
+It writes workdir/data.jsonl, which configs/rm.py:data=jsonl,path=... trains on: examples with their
+p+ and p- (CCA), and strictness pairs (SA). A data card and the report of strictness augmentation
+come with it.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ from csrm_jax.ruleworld import examples as ruleworld_examples, proposer as world
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
 from csrm_jax.train import loop
 
-# Conversations between two entries in the journal, for each request at once.
+# The journal is written after so many conversations for each request that runs at once. A run that
+# is killed loses no more than these.
 _PIECE = 8
 PROPOSERS = ('oracle', 'endpoint', 'model')
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Augments config.source into workdir; see the module."""
+  """Augments config.source and writes the files of the module docstring into workdir."""
   start = time.monotonic()
   _check(config)
   examples, drops = _read(config.source, config.seed)
   proposer = _make_proposer(config, workdir)
   judge = _make_judge(config)
   made, outcomes, pairs, num_pairs = examples, [], (), 0
-  usage = collections.Counter()  # Of Beam's workers.
+  usage = collections.Counter()  # Beam's workers have proposers of their own, which report here.
   log = functools.partial(_log, workdir / 'log.jsonl')
   with (
     journal_lib.Journal(workdir / 'journal_categories.jsonl') as done,
@@ -121,8 +122,9 @@ def _count(
 def _read(
   source: ml_collections.ConfigDict, seed: int
 ) -> tuple[list[Example], collections.Counter]:
-  """Returns the labelled examples of a source, and what was left out."""
+  """Returns a source's labelled examples, and {reason: how many rows were left out}."""
   if source.name == 'ruleworld':
+    # Their own p+ and p- are dropped: to propose these is the task.
     return [
       dataclasses.replace(ruleworld_examples.training_example(seed, i), plus=None, minus=None)
       for i in range(source.num_examples)
@@ -147,7 +149,7 @@ def _read(
       f' {dict(drops)}); give a file that has some'
     )
   if 0 < source.num_examples < len(kept):
-    # Files are in some order: their first rows may all have one label.
+    # Not the first rows: in a sorted file these may all have one label.
     chosen = random.Random(seed).sample(range(len(kept)), source.num_examples)
     kept = [kept[i] for i in sorted(chosen)]
   return kept, drops
@@ -182,7 +184,7 @@ def _make_judge(config: ml_collections.ConfigDict) -> proposers.Judge | None:
 
 
 def _make_map(config, workdir: pathlib.Path, usage: collections.Counter) -> Callable[..., Any]:
-  """Returns what maps work over pieces of the data."""
+  """Returns the function that maps work over pieces of the data: map, or Beam's."""
   if not config.beam.enabled:
     return map
   work = beam.Work(
@@ -194,7 +196,7 @@ def _make_map(config, workdir: pathlib.Path, usage: collections.Counter) -> Call
 
 
 def _report(workdir, config, name, outcomes, settings) -> None:
-  # RuleWorld's oracle words rules that can be read back: the truth is known.
+  # Rules that RuleWorld's oracle has worded can be read back, so that the truth is known.
   is_known = config.proposer == 'oracle'
   slips = config.oracle.disobey if is_known else 0
   with journal_lib.writing(workdir / 'report'):
@@ -226,7 +228,7 @@ def _pairs(
 
 
 def _write_lines(path: pathlib.Path, items: Iterable[Example | Pair]) -> str:
-  """Writes the rows, all or none; returns their sha256."""
+  """Writes all rows or none, and returns their sha256."""
   digest = hashlib.sha256()
   with files.whole(path) as partial, partial.open('wb') as file:
     for item in items:
@@ -239,7 +241,7 @@ def _write_lines(path: pathlib.Path, items: Iterable[Example | Pair]) -> str:
 def _make_card(
   config: ml_collections.ConfigDict, name: str, drops: Mapping[str, int], usage: Mapping[str, float]
 ) -> dict[str, Any]:
-  """Returns what a user of the data must know of it."""
+  """Returns what a user of the data must know about it."""
   source = config.source
   known = catalogue.SETS[source.name].licence if source.name in catalogue.SETS else ''
   is_worded = config.proposer != 'oracle'
@@ -267,7 +269,7 @@ def _render_card(card: Mapping[str, Any]) -> str:
     f'- {key.replace("_", " ")}: {"(not given)" if value == "" else value}'
     for key, value in facts.items()
   ]
-  # The prompts come last: they are long.
+  # The prompts come last, because they are long.
   for key in sorted((k for k in card if k not in facts), key=lambda k: k == 'prompts'):
     title = key.replace('_', ' ')
     lines += ['', f'## {title[0].upper()}{title[1:]}', '']
@@ -286,11 +288,11 @@ def _digest(path: str) -> str:
 
 
 def _prepare(workdir: pathlib.Path, path: pathlib.Path, section: ml_collections.ConfigDict) -> None:
-  # Imported here: it takes a while, and needs an extra.
+  # Imported here, because it takes a while and needs an extra.
   from csrm_jax.data import public_sets
 
   folder = workdir / 'tfds'
-  shutil.rmtree(folder, ignore_errors=True)  # Of an earlier run.
+  shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have left files there
   if section.enabled:
     public_sets.prepare_on_beam('augmented', folder, path, section.options)
   else:
@@ -298,7 +300,7 @@ def _prepare(workdir: pathlib.Path, path: pathlib.Path, section: ml_collections.
 
 
 def _log(path: pathlib.Path, events: Sequence[Mapping[str, Any]]) -> None:
-  """Appends events to a JSONL file, which is there from the first one on."""
+  """Appends events to a JSONL file, which the first event creates."""
   if events:
     now = round(time.time(), 3)
     lines = [json.dumps({'time': now, **event}) for event in events]
@@ -308,7 +310,7 @@ def _log(path: pathlib.Path, events: Sequence[Mapping[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _progress(total: int, name: str, log: Callable[..., None]) -> Iterator[proposers.Progress]:
-  """Shows a progress bar; gives what moves it and passes events to the log."""
+  """Shows a progress bar; yields a function that moves it and passes events to the log."""
   with tqdm.tqdm(
     total=total, desc=name, mininterval=loop.BAR_INTERVAL_S, dynamic_ncols=True
   ) as bar:

@@ -1,6 +1,6 @@
-"""Compiles a run's own programs for TPUs that need not be there, and reports.
+"""Compiles a run's own programs for a slice of TPUs, and reports memory and time.
 
-Shapes are all that is needed: no weights, no data, no TPU.
+It needs shapes only: no weights, no data, no TPU.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from csrm_jax.runners import programs
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What one program costs; bytes and times are of one chip and one call."""
+  """What one program costs; bytes and times are for one chip and one call."""
 
   name: str
-  fits: bool  # peak_bytes and beside_bytes are at most hbm_bytes
-  hbm_bytes: float  # what a chip has
+  fits: bool  # whether peak_bytes and beside_bytes together are at most hbm_bytes
+  hbm_bytes: float  # the memory of a chip
   peak_bytes: float  # arguments, results and work space
   param_bytes: int
   opt_state_bytes: int
   cache_bytes: int  # keys and values
-  # Activations, gradients, gathered parameters: what is reserved beside the arguments.
+  # Activations, gradients and gathered parameters: memory that is reserved beside the arguments.
   work_bytes: float
-  beside_bytes: int  # what the run holds meanwhile for its other programs
-  replicated_fraction: float  # of the parameters' bytes: each chip holds them whole
-  flops: float  # of the products, all chips, with what is recomputed
-  tokens: int  # read or added
-  calls: int  # in a step of the run
-  collective_bytes: dict[str, int]  # by kind, of whole arrays, times their turns
+  beside_bytes: int  # what the run holds for its other programs at the same time
+  replicated_fraction: float  # the share of parameter bytes that each chip holds whole
+  flops: float  # FLOPs of the products on all chips, recomputed ones included
+  tokens: int  # tokens that a call reads or adds
+  calls: int  # calls in a step of the run
+  collective_bytes: dict[str, int]  # for each kind, the bytes of whole arrays times their turns
   roofline: program.Roofline | None  # None where the program does not fit
   compile_s: float
 
   @property
   def held_bytes(self) -> float:
-    """What the run needs of a chip while this program runs."""
+    """The memory that the run needs on a chip while this program runs."""
     return self.peak_bytes + self.beside_bytes
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Compiles config.programs of config.run, writes workdir/report."""
+  """Compiles config.programs of config.run and writes workdir/report."""
   target = topology.parse(config.topology)
   results = []
   for name in config.programs:
@@ -74,12 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 def compile_program(
   name: str, config: ml_collections.ConfigDict, target: topology.Slice
 ) -> Compiled:
-  """Returns what the program `name` of config.run costs on the slice.
-
-  Raises:
-    ImportError: no package libtpu.
-    ValueError: an unknown program, or a mesh or batch that does not divide.
-  """
+  """Returns what the program `name` of config.run costs on the slice."""
   makers = programs.named(config, topology.devices(target))
   if name not in makers:
     raise ValueError(f'config.programs: {name!r} is unknown; there are {", ".join(makers)}')
@@ -89,6 +84,7 @@ def compile_program(
     try:
       compiled = made.fn.lower(*made.args).compile()
     except jax.errors.JaxRuntimeError as error:
+      # The compiler refuses a program that does not fit; its message says what it would need.
       used, compiled = _used_bytes(error), None
   compile_s = time.monotonic() - start
   found = []
@@ -102,7 +98,7 @@ def compile_program(
       + memory.temp_size_in_bytes
       + memory.generated_code_size_in_bytes
     )
-  # Outside of the mesh, where attention is made of plain products.
+  # Traced outside of the mesh, where attention consists of plain products that can be counted.
   flops = program.count_flops(made.fn, *made.args, turns=made.turns)
   sizes = {
     key: program.local_bytes(getattr(made, key))
@@ -136,7 +132,7 @@ def compile_program(
 
 
 def _used_bytes(error: Exception) -> float:
-  """Returns what a program needed that did not fit; raises other errors."""
+  """Returns the bytes that a program needs which does not fit; raises other errors again."""
   match = re.search(r'Used ([\d.]+)([KMG]) of', str(error))
   if not match:
     raise error
@@ -144,7 +140,7 @@ def _used_bytes(error: Exception) -> float:
 
 
 def _changes(run: ml_collections.ConfigDict, target: topology.Slice) -> Iterator[dict[str, Any]]:
-  """Yields changes of a run that need less memory, the cheapest first."""
+  """Yields changes of a run that save memory, the cheapest first."""
   if run.model.overrides.remat != 'full':
     yield {'model.overrides.remat': 'full'}
   rows = run.data.batch_size // target.num_chips
@@ -159,7 +155,7 @@ def _changes(run: ml_collections.ConfigDict, target: topology.Slice) -> Iterator
 
 
 def _advise(config: ml_collections.ConfigDict, target: topology.Slice) -> Iterator[str]:
-  """Yields what each change came to, up to the first with which it fits."""
+  """Yields a line for each change, up to the first with which training fits."""
   for change in _changes(config.run, target) if 'train' in config.programs else ():
     changed = ml_collections.ConfigDict(config.to_dict())
     config_lib.set_overrides(changed.run, change)
@@ -226,7 +222,7 @@ def _step_of(config: ml_collections.ConfigDict) -> str:
 
 
 def _whole_step(results: Sequence[Compiled]) -> Iterator[str]:
-  """Yields what all calls of a step come to, where there are several."""
+  """Yields lines on all calls of a step together, where there are several."""
   if all(r.calls == 1 for r in results):
     return
   most = max(results, key=lambda r: r.held_bytes)

@@ -1,7 +1,7 @@
-"""Evaluates: scores a file, runs benchmarks and writes their report, compares reports.
+"""Evaluates: scores a file, runs benchmarks, compares reports, or measures refusals.
 
-The config says which: config.runner is 'evaluate', 'benchmark', 'compare' or 'refusals'.
-Training runs use the last part, to test what they have made.
+config.runner says which: 'evaluate', 'benchmark', 'compare' or 'refusals'. Training runs use the
+last section of this file to test what they have made.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from csrm_jax.runners import show_tokens as show_tokens_lib
 from csrm_jax.safety import schema, templates
 from csrm_jax.train import loop
 
-# Of held-out rows, the share that thresholds and calibration are fitted on.
+# The share of held-out rows on which thresholds and calibration are fitted.
 _VALIDATION_FRACTION = 0.25
 _HELD_OUT = '{} of the data trained on that training did not see.'
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Does what config.runner says."""
+  """Runs the job that config.runner names."""
   jobs = {
     'evaluate': _score_file,
     'benchmark': _run_benchmarks,
@@ -93,7 +93,7 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
 
 
 def _read_examples(config: ml_collections.ConfigDict) -> Sequence[schema.Example]:
-  """Returns the rows, under the rules that are asked for."""
+  """Returns the rows of config.conversations, under config.safety if that is given."""
   if not config.conversations:
     raise ValueError('config.conversations is empty: give --config.conversations=PATH')
   safety = schema.load_safety(config.safety) if config.safety else None
@@ -104,8 +104,7 @@ def _read_examples(config: ml_collections.ConfigDict) -> Sequence[schema.Example
     raise ValueError(f'{config.conversations} holds pairs; give one conversation a row')
   if safety is None:
     return examples
-  # The rules asked for, also where a row brings its own; the labels of such
-  # a row were given under other rules.
+  # A row that brings other rules loses its label, which was given under those.
   return [
     example
     if example.safety == safety
@@ -118,7 +117,7 @@ def _read_examples(config: ml_collections.ConfigDict) -> Sequence[schema.Example
 
 
 def _run_benchmarks(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes workdir/report: tables, probes and figures of all suites."""
+  """Writes workdir/report, with tables, probes and figures of all suites."""
   if show_finished(workdir):
     return
   start = time.monotonic()
@@ -149,7 +148,7 @@ def _all_benchmarks(config: ml_collections.ConfigDict) -> list[Benchmark]:
 
 
 def _calibration(checkpoint: str) -> Calibration | None:
-  """Returns what training fitted, if it did."""
+  """Returns the calibration that training has fitted, or None."""
   path = pathlib.Path(checkpoint).expanduser() / 'calibration.json'
   if not path.is_file():
     return None
@@ -160,13 +159,9 @@ def _calibration(checkpoint: str) -> Calibration | None:
 
 
 def _compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes workdir/report from the reports of config.compare.
-
-  Nothing is scored again: the models must have been tested on the same rows,
-  the policies asked the same prompts.
-  """
+  """Writes workdir/report from the reports of config.compare; nothing is scored again."""
   found = (_find(pathlib.Path(pattern).expanduser()) for pattern in config.compare)
-  folders = list(dict.fromkeys(itertools.chain.from_iterable(found)))  # Patterns may overlap.
+  folders = list(dict.fromkeys(itertools.chain.from_iterable(found)))  # patterns may overlap
   if len(folders) < 2:
     raise ValueError(
       f'config.compare names {len(folders)} work directories: give two or '
@@ -206,7 +201,7 @@ def _compare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _find(pattern: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the folder; for a pattern, those that match and have a report."""
+  """Returns the folder, or for a pattern all folders that match and have a report."""
   if '*' not in str(pattern):
     return [pattern]
   return sorted(
@@ -220,7 +215,7 @@ def _read_run(folder: pathlib.Path, results: report.Results) -> policy.Run:
   made = config_lib.from_json((folder / 'config.json').read_text('utf-8'))
   reward = made.reward
   name = reward.name
-  if name == 'csrm':  # one a seed is the same reward
+  if name == 'csrm':  # reward models that differ in their seed count as one reward
     name = re.sub(r'-seed\d+$', '', pathlib.Path(reward.checkpoint).name)
   elif name == 'alphaalign':
     name = f'{name}: {reward.variant}, {pathlib.Path(reward.refusal).name}'
@@ -238,7 +233,7 @@ def _read_run(folder: pathlib.Path, results: report.Results) -> policy.Run:
 
 
 def _measure_refusals(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes workdir/report/report.md, and prints it: how often V_r is right."""
+  """Writes workdir/report/report.md, which says how often V_r is right, and prints it."""
   if not config.data_dir:
     raise ValueError('config.data_dir is empty: give --config.data_dir=FOLDER, that of XSTest')
   parts = refusals.tables(config.data_dir, config.checkpoint, config.safety, config.words)
@@ -257,11 +252,7 @@ def load_model(config: ml_collections.ConfigDict) -> reward_model.RewardModel:
 
 
 def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the options of reward_model.load for the model that is named.
-
-  Raises:
-    ValueError: none is.
-  """
+  """Returns the options of reward_model.load for the model that configs/eval.py names."""
   if not config.checkpoint:
     raise ValueError('config.checkpoint is empty: give --config.checkpoint=PATH')
   options = {'format': config.format, 'words': tuple(config.words)}
@@ -272,13 +263,10 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def benchmarks(
   config: ml_collections.ConfigDict, held_out: Mapping[str, Sequence[Any]]
 ) -> list[Benchmark]:
-  """Returns what a run is tested on, of each a sample.
-
-  That is RuleWorld's sets if asked for, and held-out parts of the training data.
-  """
+  """Returns what a run is tested on: RuleWorld's sets, if any, and held-out parts of its data."""
   todo = []
   if config.ruleworld_examples:
-    # A seed of its own: runs with other seeds are tested on the same sets.
+    # The seed is not the run's, so that runs with other seeds are tested on the same sets.
     todo = probes.basic_benchmarks(config.ruleworld_seed, config.ruleworld_examples)
   for name, items in held_out.items():
     pairs = [item for item in items if isinstance(item, schema.Pair)]
@@ -289,7 +277,7 @@ def benchmarks(
       made.append(
         Benchmark(name, 'classification', test, _HELD_OUT.format('Rows'), validation=validation)
       )
-    if pairs:  # A file of both kinds, as augmentation writes, has two sets.
+    if pairs:  # a file with both kinds, as augmentation writes it, makes two sets
       made.append(
         Benchmark(f'{name}_pairs' if examples else name, 'pairs', pairs, _HELD_OUT.format('Pairs'))
       )
@@ -298,9 +286,9 @@ def benchmarks(
 
 
 def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path) -> scoring.ScoreFn:
-  """Returns a score function that keeps its answers in files of `folder`.
+  """Returns a score function that keeps its answers in files of `folder`, and reads them there.
 
-  A resumed run has no untrained model to ask again.
+  A resumed run needs them: it no longer has the untrained model.
   """
 
   def score(examples, progress=lambda num: None):
@@ -319,11 +307,7 @@ def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path) -> scoring.Scor
 
 
 def check_lengths(sets: Mapping[str, Sequence[Any]], encoder: features.Encoder) -> None:
-  """Checks that all rules fit into a prompt: before training, not after it.
-
-  Raises:
-    ValueError: names the example whose rules do not.
-  """
+  """Checks, before training rather than after it, that all rules fit into a prompt."""
   for item in itertools.chain.from_iterable(sets.values()):
     is_pair = isinstance(item, schema.Pair)
     for example in (item.safer, item.other) if is_pair else (item,):
@@ -336,13 +320,12 @@ def test(
   calibration: Calibration | None = None,
   rules_blind: bool = False,
 ) -> dict[str, Result]:
-  """Returns {benchmark: result} of prepared benchmarks, behind a progress bar.
+  """Returns {benchmark: result} for benchmarks from suites.prepare, and shows a progress bar.
 
   Args:
-    score_fn: examples -> scores in nats.
-    todo: as from suites.prepare.
-    calibration: of the scorer; its figures stand apart from the raw ones.
-    rules_blind: the scorer was trained without rules and is given none.
+    score_fn: Returns scores in nats.
+    calibration: The scorer's; calibrated figures are reported beside the raw ones.
+    rules_blind: Whether the scorer was trained without rules, so that it is given none.
   """
   with _progress_bar('evaluate', suites.num_scores(todo)) as bar:
     score = _score_once(score_fn, bar.update, rules_blind)
@@ -354,7 +337,7 @@ def test(
 def _score_once(
   score_fn: scoring.ScoreFn, progress: Callable[[int], Any], rules_blind: bool
 ) -> suites.ScoreFn:
-  """Returns a score function that computes each example once: test sets share validation rows."""
+  """Returns a score function that computes each example once: test sets share rows."""
   known: dict[schema.Example, float] = {}
 
   def score(examples):
@@ -372,9 +355,9 @@ def fit_calibration(
   workdir: pathlib.Path,
   rules_blind: bool = False,
 ) -> Calibration | None:
-  """Returns temperature and bias, fitted on validation rows; None without rows of both labels.
+  """Returns the calibration fitted on validation rows, and writes workdir/calibration.json.
 
-  They are written to workdir/calibration.json.
+  Without rows of both labels it is None.
   """
   rows = dict.fromkeys(row for b in todo for row in b.validation)
   if {row.label for row in rows} < set(schema.LABELS):
@@ -393,7 +376,7 @@ def _progress_bar(name: str, total: int) -> tqdm.tqdm:
 
 
 def show_finished(workdir: pathlib.Path) -> bool:
-  """Returns whether the report is there; if so prints its table."""
+  """Returns whether the run has written its report; if so, prints the report's table."""
   folder = workdir / 'report'
   if not (folder / 'summary.json').is_file():
     return False
@@ -409,10 +392,10 @@ def show_finished(workdir: pathlib.Path) -> bool:
 def write(
   workdir: pathlib.Path, results: report.Results, summary: Mapping[str, Any], title: str
 ) -> None:
-  """Writes workdir/report and prints the table a run ends with.
+  """Writes workdir/report and prints the table that a run ends with.
 
   Raises:
-    ValueError: a suite failed; the report is written all the same.
+    ValueError: A suite failed; the report is written all the same.
   """
   manifest = json.loads((workdir / 'manifest.json').read_text())
   print('writing the report', file=sys.stderr)

@@ -21,14 +21,14 @@ from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
 FORMS = ('causal_lm', 'sequence_classification', 'peft')
-# Largest difference of an output from that of the trained model, over the
-# largest output. Merged adapters are rounded to the dtype of the kernels.
+# The largest difference of an output from the trained model's that is let pass, as a fraction of
+# the largest output. Merged adapters are rounded to the dtype of the kernels.
 _TOLERANCE = {'float32': 1e-4, 'bfloat16': 5e-2}
-_ROWS, _LENGTH = 2, 64  # of the tokens for the check
+_ROWS, _LENGTH = 2, 64  # the shape of the tokens for the check
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes workdir/model or workdir/adapter, reads it back and compares."""
+  """Writes workdir/model or workdir/adapter, reads it back, and compares outputs."""
   if config.form not in FORMS:
     raise ValueError(f'config.form is {config.form!r}: choose one of {", ".join(FORMS)}')
   if not config.checkpoint:
@@ -64,7 +64,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
   outputs = _compute(spec.model, head, params, tokens)
   base = lora.split(params)[1] if config.form == 'peft' else {}
-  del params
+  del params  # so that the model is in memory once while it is read back
   again = _read_back(config.form, spec, folder, base, tokens)
   difference = float(np.abs(outputs - again).max())
   largest = float(np.abs(outputs).max())
@@ -87,7 +87,7 @@ def _write(
   params: Any,
   folder: pathlib.Path,
 ) -> None:
-  # All that prompts must look like goes with the weights.
+  # How prompts must be written goes with the weights.
   metadata = {'csrm_jax': json.dumps(spec.to_dict(), sort_keys=True)}
   if config.form == 'peft':
     if not spec.base:
@@ -120,7 +120,7 @@ def _classifier(
       f'final_softcap={spec.model.final_softcap} is not linear, so that no '
       'one logit is the score; export with form=causal_lm'
     )
-  # Every prompt of the layout ends with the same token.
+  # Every prompt of a layout ends with the same token, so that one example tells it.
   rules = schema.SafetyConfig((schema.Category('A', 'B.'),))
   segments = templates.render(rules, (schema.Message('agent', 'C'),), spec.layout)
   if tokenizer.encode_control(segments[-1].text)[-1] == tokenizer.pad_id:
@@ -132,6 +132,7 @@ def _classifier(
     rows = params['embed']['embedding']  # [V, D]
   else:
     rows = params['lm_head']['kernel'].T
+  # Subtracted in float32, so that the difference of bfloat16 rows is rounded once.
   wide = [rows[i].astype(jnp.float32) for i in (safe, unsafe)]
   kernel = (wide[0] - wide[1])[:, None].astype(rows.dtype)
   body = {name: part for name, part in params.items() if name != 'lm_head'}
@@ -155,7 +156,7 @@ def _verdict_tokens(spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer)
 def _read_back(
   form: str, spec: reward_model.Spec, folder: pathlib.Path, base: Any, tokens: np.ndarray
 ) -> np.ndarray:
-  """Returns the outputs of the model in the folder, read as others would."""
+  """Returns the outputs of the model in the folder, from what was written alone."""
   if form == 'peft':
     cfg = dataclasses.replace(spec.model, **lora.read_peft(folder))
     params = tree.merge(base, lora.load_peft(folder, cfg))
@@ -166,7 +167,7 @@ def _read_back(
   if form == 'causal_lm':
     return _compute(cfg, transformer.logits, params, tokens)
   kernel = params.pop('score')['kernel']
-  # Without an output layer only hidden states are computed.
+  # The folder has no output layer, and a model with tied embeddings needs none.
   cfg = dataclasses.replace(cfg, tie_embeddings=True)
   return _compute(cfg, lambda cfg, params, hidden: (hidden @ kernel)[..., 0], params, tokens)
 
@@ -174,7 +175,7 @@ def _read_back(
 def _compute(
   cfg: ModelConfig, head: Callable[..., jax.Array], params: Any, tokens: np.ndarray
 ) -> np.ndarray:
-  """Returns the head's float32 outputs for tokens [B,T], in float32."""
+  """Returns the head's outputs for tokens [B,T], computed in float32."""
   cfg = dataclasses.replace(cfg, dtype='float32', remat='none')
   positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 

@@ -1,4 +1,4 @@
-"""What a run says when a device is full."""
+"""The message of a run that has filled a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import ml_collections
 from csrm_jax import config as config_lib
 from csrm_jax.core import profiling
 
-# What decides how much memory a run needs, in training and in alignment.
+# The settings that decide how much memory a run needs, in training and in alignment.
 _NUMBERS = (
   'data.batch_size',
   'data.row_length',
@@ -30,11 +30,11 @@ _NUMBERS = (
 
 
 def explain(error: Exception, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
-  """Returns one line: what ran out, with which numbers, and what to change.
+  """Returns one line that says what ran out, with which settings, and what to change.
 
-  Writes workdir/memory_{process}.prof, what the devices held.
+  It also writes workdir/memory_{process}.prof, a profile of what the devices held.
   """
-  # What does nothing in this run is empty.
+  # Settings that do nothing in this run are None.
   flat = {key: value for key, value in config_lib.flatten(config).items() if value is not None}
   numbers = ', '.join(f'{name}={flat[name]}' for name in _NUMBERS if name in flat)
   lines = [f'out of memory ({" ".join(str(error).split())[:160]})']
@@ -48,7 +48,7 @@ def explain(error: Exception, config: ml_collections.ConfigDict, workdir: pathli
 
 
 def _changes(flat: dict[str, Any]) -> Iterator[str]:
-  """Yields flags, in the order of what configs/compile.py tries."""
+  """Yields flags that save memory, in the order in which configs/compile.py tries them."""
   for name in ('model.overrides.remat', 'policy.overrides.remat'):
     if flat.get(name, 'full') != 'full':
       yield f'--config.{name}=full'

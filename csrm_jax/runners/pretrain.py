@@ -1,7 +1,7 @@
-"""Makes the weights that RuleWorld ships: of its base model, and of its policy.
+"""Makes the weights that RuleWorld ships: its base model and its policies.
 
-Reward models start from the base model, which is trained from scratch; policies
-from the policy, which is the base model taught to answer requests.
+Reward models start from the base model, which is trained from scratch. Alignment starts from a
+policy, which is the base model taught to answer requests.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from csrm_jax.ruleworld import corpus
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, losses, step as training
 
-# task -> (seed, index) -> a dialogue to learn from; None: the corpus.
+# task -> a function (seed, index) -> a dialogue to learn from; None learns from the corpus.
 _DIALOGUES = {'base': None, 'policy': corpus.dialogue, 'structured': corpus.structured_dialogue}
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """What a model learns from, as a sequence: the corpus, or dialogues of a kind."""
+  """The documents that a model learns from, as a sequence: the corpus, or dialogues."""
 
   seed: int
   num_documents: int
-  curriculum_length: int  # documents of the corpus until lists are at their longest
-  dialogue: Callable[[int, int], tuple[corpus.Span, ...]] | None = None
+  curriculum_length: int  # documents of the corpus until its lists have their full length
+  dialogue: Callable[[int, int], tuple[corpus.Span, ...]] | None = None  # None: the corpus
 
   def __len__(self) -> int:
     return self.num_documents
@@ -48,7 +48,7 @@ class Documents:
     return corpus.document(self.seed, index, min(index / self.curriculum_length, 1.0))
 
   def digest(self, num_documents: int = 1000) -> str:
-    """Returns a sha256 (hex) over documents spread evenly over them all."""
+    """Returns a sha256 (hex) over num_documents that are spread evenly over all."""
     content = hashlib.sha256()
     for i in range(num_documents):
       document = self[i * len(self) // num_documents]
@@ -85,7 +85,7 @@ def make_loss_fn(cfg: model_config.ModelConfig):
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Trains, and writes weights and their config to the task's folder."""
+  """Trains, and writes weights and config to workdir/{task}."""
   began = time.monotonic()
   tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
   model, data = config.model, config.data
@@ -118,6 +118,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     setup_s=time.monotonic() - began,
   )
   params = jax.tree.map(lambda x: x.astype(model.saved_dtype), state.params)
+  # The metadata has no times or versions: the same run writes the same file, byte for byte.
   task = '' if config.task == 'base' else f':task={config.task}'
   hf.save(
     workdir / config.task,

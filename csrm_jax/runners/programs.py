@@ -1,4 +1,4 @@
-"""The programs of a run, with the shapes they are called with: no arrays."""
+"""The programs that a run calls on its devices, with the shapes of their arguments."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from csrm_jax.runners import align, train_rm
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
-# Any ids do: which tokens they are is no part of a program's shape.
+# Any ids will do: a program's shape does not depend on which tokens they are.
 VERBALIZERS = templates.Verbalizers(safe=(1,), unsafe=(2,))
-# How transformer.prefill lays out its cache; what is left out lies on all.
+# How transformer.prefill shards its cache; entries that are not here lie on all devices.
 _CACHE = {'key': mesh_lib.CACHE, 'value': mesh_lib.CACHE, 'segment_ids': (mesh_lib.ROWS,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A function that a run calls on its devices; of arrays, only the shapes."""
+  """A function that a run calls on its devices; arrays are given as shapes."""
 
   fn: Callable[..., Any]  # jitted
-  args: tuple[Any, ...]  # with their shardings
+  args: tuple[Any, ...]  # shapes with their shardings
   mesh: jax.sharding.Mesh
-  params: Any  # that it computes with
-  tokens: int  # that a call reads or adds
+  params: Any  # the parameters that it computes with
+  tokens: int  # how many tokens a call reads or adds
   opt_state: Any = ()
-  cache: Any = ()  # read again in each turn, beside params
-  beside: Any = ()  # what the run holds meanwhile and the program does not
-  calls: int = 1  # in a step of the run
-  turns: int = 0  # of its loop over tokens; 0: it has none
+  cache: Any = ()  # keys and values, which each turn reads again, beside params
+  beside: Any = ()  # what the run holds in memory for its other programs at the same time
+  calls: int = 1  # how often a step of the run calls it
+  turns: int = 0  # how often its loop over tokens turns; 0 where it has no loop
 
 
 def named(
@@ -49,10 +49,7 @@ def named(
 ) -> dict[str, Callable[[], Program]]:
   """Returns the programs of config.run: name -> a function that makes it.
 
-  `config` is one of configs/compile.py; `devices` may be descriptions of them.
-
-  Raises:
-    ValueError: a run that is not compiled, or a mesh that does not divide.
+  `config` is made by configs/compile.py; `devices` may be descriptions of devices.
   """
   match config.run.runner:
     case 'train_rm':
@@ -65,7 +62,7 @@ def named(
 
 
 def model_of(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
-  """Returns the shape of what config.run trains."""
+  """Returns the shape of the model that config.run trains."""
   run = config.run
   if run.runner == 'train_rm':
     tok = run.tokenizer and tokenizer_lib.load_tokenizer(run.tokenizer)
@@ -79,7 +76,7 @@ def model_of(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
 
 
 def _cut(config, model):
-  """Returns the model with the layers that config.num_layers asks for; 0 is all."""
+  """Returns the model with config.num_layers layers; 0 keeps all."""
   return dataclasses.replace(model, num_layers=config.num_layers or model.num_layers)
 
 
@@ -126,7 +123,7 @@ def _score(model, mesh, rows, length, beside=(), calls=1):
   )
 
 
-# --- Aligning a policy: what a step calls, in this order -------------------------------
+# --- Aligning a policy: a step calls these ---------------------------------------------
 
 
 def _of_alignment(config, devices):
@@ -151,23 +148,23 @@ def _of_alignment(config, devices):
 class _Held:
   """What an alignment run holds from its beginning to its end, as shapes."""
 
-  mesh: jax.sharding.Mesh  # of training
+  mesh: jax.sharding.Mesh  # training and rewards run on it
   sampling_mesh: jax.sharding.Mesh
   policy: rollout.Policy  # with adapters, if any
-  state: Any  # what is trained, and the optimizer
+  state: Any  # the trained parameters and the optimizer's
   step_fn: Callable[..., Any]
-  base: Any  # what the KL is measured from, and what lies under adapters
+  base: Any  # the reference's parameters, which also lie under adapters
   judge: model_config.ModelConfig | None  # the reward model, if the reward is one
   judge_params: Any
 
   @property
   def frozen(self) -> Any:
-    """Parameters under adapters."""
+    """The parameters under adapters; {} without adapters."""
     return self.base if self.policy.model.lora_rank else {}
 
   @property
   def reference(self) -> Any:
-    """The base where it is an array of its own, beside what is trained."""
+    """The base where a train step does not hold it already, as frozen parameters."""
     return () if self.frozen else self.base
 
 
@@ -175,6 +172,7 @@ def _hold(config, devices) -> _Held:
   run, model = config.run, model_of(config)
   online.check(run)
   mesh, sampling_mesh = align.make_meshes(run, devices)
+  # No tokenizer and no marks: programs read ids only.
   policy = rollout.Policy(model, None, ('', ''))
   shapes = _shapes(model)
   trained, base = lora.split(shapes) if model.lora_rank else (shapes, shapes)
@@ -191,11 +189,12 @@ def _hold(config, devices) -> _Held:
 
 
 def _drawing(config, held):
-  """Returns (fn of each program of sampling, args, rows drawn, a Program's fields)."""
+  """Returns (both functions of sampling, their arguments, rows drawn, fields of a Program)."""
   draws, mesh = config.run.rollout, held.sampling_mesh
   model = rollout.sampling_model(held.policy.model, draws.dtype)
   params = mesh_lib.abstract(_shapes(model), mesh)
   rows = sampling_lib.num_rows(online.num_rows(config.run), rollout.MAX_ROWS)
+  # Equal prompts are read once, so the number that differ decides the shapes.
   prompts = [(1 + i // draws.num_generations,) * config.prompt_length for i in range(rows)]
   batch = sampling_lib.pad_prompts(prompts, rows, 0, model)
   whole = mesh_lib.replicated(mesh)
@@ -204,7 +203,7 @@ def _drawing(config, held):
   }
   start, go_on = sampling_lib.compiled(model, align.make_sampling(config.run, (1,)))
   beside = [held.state.opt_state, held.base, held.judge_params]
-  if model != held.policy.model or mesh != held.mesh:  # It draws from a copy.
+  if model != held.policy.model or mesh != held.mesh:  # the draws read a copy of the weights
     beside.append(held.state.params)
   calls = -(-online.num_rows(config.run) // rows)
   fields = {'mesh': mesh, 'params': params, 'beside': beside, 'calls': calls}
@@ -242,7 +241,7 @@ def _decode(config, held):
 
 
 def _rows(config, held, num: int) -> dict[str, np.ndarray]:
-  """Returns rows as rollout.make_rows does, of the longest prompts there are."""
+  """Returns rows of the shapes that rollout.make_rows gives the longest prompts."""
   C = config.run.sampling.max_completion_length
   T = C + sampling_lib.prompt_bucket(held.policy.model, config.prompt_length)
   rows = {name: np.zeros((num, T), np.int32) for name in ('tokens', 'positions', 'segment_ids')}
@@ -250,14 +249,15 @@ def _rows(config, held, num: int) -> dict[str, np.ndarray]:
 
 
 def _logprobs(config, held):
-  """Returns the program of the policy's log-probabilities; that of the reference's
-  is about the same, and the sampler's own are the policy's where weights are."""
+  """Returns the program of the policy's log-probabilities; the reference's is about the same."""
   run, model = config.run, held.policy.model
   rows = _rows(config, held, online.chunk(run))
   batch = mesh_lib.abstract_batch(rows, held.mesh)
   params = mesh_lib.abstract(_shapes(model), held.mesh) if held.frozen else held.state.params
   fn = jax.jit(lambda params, rows: rollout.logprobs(model, params, rows, run.sampling.temperature))
   needs_values = algorithms.get(run.algorithm).needs_values
+  # Always for the reference. For the policy only where the sampler's own will not do: its weights
+  # are rounded, or a critic's values are needed.
   times = 2 if run.rollout.dtype or needs_values else 1
   return Program(
     fn,

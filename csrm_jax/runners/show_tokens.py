@@ -1,4 +1,4 @@
-"""Prints what a model sees of an example, segment by segment."""
+"""Prints an example as the model sees it, segment by segment."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from csrm_jax.safety import schema, templates
 def show(item: schema.Example | schema.Pair, encoder: features.Encoder) -> None:
   """Prints the prompt of an example, or both prompts of a pair.
 
-  For each segment: its kind, its text as a Python string, how many of its
-  tokens were cut, and its tokens as the vocabulary writes them, with ids.
-
-  Raises:
-    ValueError: the item cannot be encoded, with the reason.
+  Each segment shows its kind, its text as a Python string, how many of its tokens were cut, and its
+  tokens as the vocabulary writes them, with ids.
   """
   atom = features.require(features.encode(item, encoder))
   is_pair = isinstance(item, schema.Pair)

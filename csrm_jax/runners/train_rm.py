@@ -1,4 +1,4 @@
-"""Trains a configurable safety reward model, evaluates it and reports."""
+"""Trains a configurable safety reward model, evaluates it, and writes a report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from csrm_jax.train import loop as loop_lib, step as training
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Trains from the base weights, evaluates, writes workdir/report."""
+  """Trains from the base weights, evaluates, and writes workdir/report."""
   if evaluate.show_finished(workdir):
     return
   mesh = mesh_lib.make_mesh(**config.mesh)
@@ -108,7 +108,7 @@ def make_step(
   params: Any,
   mesh: jax.sharding.Mesh,
 ) -> tuple[training.StepFn, training.TrainState]:
-  """Returns the train step of configs/rm.py and the first state; of shapes, shapes."""
+  """Returns the train step of configs/rm.py and its first state; shapes as params give shapes."""
   loss_fn = scoring.make_loss_fn(model, verbalizers, config.loss.gamma, config.loss.margin)
   return training.make_step(loss_fn, params, mesh, config.num_steps, **config.optim)
 
@@ -116,7 +116,7 @@ def make_step(
 def _describe(
   config: ml_collections.ConfigDict,
 ) -> tuple[reward_model.Spec, tokenizer_lib.Tokenizer, hf.Source]:
-  """Returns what is trained, the backbone in our layout; tokenizer and weights of it."""
+  """Returns what is trained, its tokenizer, and the source of its first weights."""
   model, template = config.model, config.template
   if config.tokenizer:
     tokenizer, source = tokenizer_lib.load_tokenizer(config.tokenizer), hf.Source(model.init)
@@ -141,7 +141,7 @@ def _describe(
     template_hash=templates.template_hash(layout),
     tokenizer_digest=tokenizer.digest,
   )
-  spec.verbalizers(tokenizer)  # an error here beats one after an hour
+  spec.verbalizers(tokenizer)  # a word that is not one token is an error now, not after an hour
   if spec.model.lora_rank:
     if not model.init:
       raise ValueError(
@@ -171,7 +171,7 @@ def _make_batches(
   atoms = _make_atoms(config, _make_encoder(data, tokenizer, layout), parts)
   shape = packing.BatchShape(data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id)
   read = {name: [part.source, part.weight, len(parts[name])] for name, part in data.parts.items()}
-  # A resumed run goes on only where it would have gone on.
+  # A resumed run must see the same data: its position means nothing in other data.
   identity = {
     'data': data.to_dict() | {'parts': read},
     'seed': config.seed,
@@ -193,7 +193,7 @@ def _make_atoms(
   parts: dict[str, Any],
   look: Callable[[Any], Any] = lambda item: None,
 ) -> grain.MapDataset:
-  """Returns what training packs; look is called with each item, augmented."""
+  """Returns the atoms that training packs; `look` is called with each augmented item."""
   data = config.data
   apply = pipeline.make_augment(data.drop_prob, data.plus_prob, data.minus_prob, data.rules_blind)
 
@@ -212,13 +212,13 @@ def _init_params(
   source: hf.Source,
   mesh: jax.sharding.Mesh,
 ) -> tuple[Any, Any]:
-  """Returns (trained, frozen) parameters, on the mesh; with adapters the base is frozen."""
+  """Returns (trained, frozen) parameters on the mesh; with adapters the base is frozen."""
   shapes = jax.eval_shape(lambda: transformer.init_params(spec.model, config.seed))
   shardings = mesh_lib.shardings(shapes, mesh)
   if spec.base:
     adapters = lora.init(spec.model, config.seed)
     adapters = jax.device_put(adapters, mesh_lib.shardings(adapters, mesh))
-    # The base was hashed when it was described: that is not done again here.
+    # The base is not hashed again here: _describe has done so.
     return adapters, hf.load_params(source, spec.model, shardings)
   if config.model.init:
     return hf.load_params(source, spec.model, shardings), {}
