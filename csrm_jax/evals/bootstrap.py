@@ -21,15 +21,10 @@ from csrm_jax.safety.schema import Example
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-  """Measures metrics with their intervals: what a suite calls `m`.
+  """Measures metrics with their intervals: what a suite calls `m`."""
 
-  Attributes:
-    units: [N] integers; rows with the same number are drawn together. None draws each row alone.
-    num_samples: How many draws make an interval; 0 makes none.
-  """
-
-  units: np.ndarray | None = None
-  num_samples: int = 300
+  units: np.ndarray | None = None  # [N] rows of one number are drawn together; None: each alone
+  num_samples: int = 300  # draws for an interval; 0 for no intervals
   seed: int = 0
 
   def __call__(
@@ -125,6 +120,7 @@ def interval(
     return math.nan, math.nan
   low, high = np.percentile(values, [2.5, 97.5])
   if centred:
+    # An error cannot be below 0, but a shifted bound can.
     shift = fn(*arrays) - values.mean()
     low, high = max(low + shift, 0.0), max(high + shift, 0.0)
   return float(low), float(high)
@@ -168,9 +164,9 @@ def difference(
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-  """Returns the mean and the half width of its 95% interval, for few values such as one a seed.
+  """Returns the mean and the half width of its 95% t-interval (nan below two values).
 
-  The half width is nan with fewer than two values. Source: Student's t-interval.
+  Source: Student's t-interval, for few numbers such as one a seed.
   """
   mean = math.fsum(values) / len(values)
   if len(values) < 2:
@@ -198,4 +194,5 @@ def _draws(fn, arrays, units, num_samples: int, seed: int) -> np.ndarray:
     begin = np.cumsum(size) - size
     within = np.arange(size.sum()) - np.repeat(begin, size)
     values[i] = fn(order[np.repeat(starts[drawn], size) + within])
+  # A draw may hold one class only, for which some metrics are nan.
   return values[~np.isnan(values)]

@@ -38,10 +38,6 @@ def differences(
   scorer's minus the reference's. Benchmarks that one of the two lacks, skipped or failed are
   left out.
 
-  Args:
-    scorers: {scorer: {benchmark: result}}.
-    reference: One of the scorers; '' takes the first.
-
   Raises:
     ValueError: No scorer has this name, or the two were scored on different rows.
   """
@@ -58,6 +54,7 @@ def differences(
       if not (suite and suite.paired):
         continue
       a, b = result.arrays, base.arrays
+      # Paired draws of different rows would raise no error, and mean nothing.
       if not np.array_equal(a['ids'], b['ids']):
         raise ValueError(
           f'{benchmark}: {scorer!r} and {reference!r} were scored on different '

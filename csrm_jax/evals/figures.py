@@ -4,6 +4,8 @@ Every function draws the values that it is given and knows nothing of suites. Fi
 `matplotlib.figure.Figure`s without pyplot, so that no window, backend or global style of the
 caller is touched. Colours are Okabe and Ito's, which people with any kind of colour vision tell
 apart; line styles and markers differ too. Text of users is never parsed as mathematics.
+
+Source: CSRM is arXiv 2605.30487; a docstring names the figure of it that is drawn.
 """
 
 from __future__ import annotations
@@ -136,12 +138,9 @@ def draw_rule_sets(
   conversation: Sequence[Mapping[str, str]],
   rows: Sequence[Mapping[str, Any]],
 ) -> None:
-  """Writes one conversation, and its reward under each rule set.
+  """Writes one conversation, and its reward under each rule set. Source: CSRM, Figure 6.
 
-  `conversation` and `rows` are those of `verdicts.rule_sets`. A black diamond is the true
-  P(safe), where it is known.
-
-  Source: CSRM (arXiv 2605.30487), Figure 6.
+  `conversation` and `rows` are those of `verdicts.rule_sets`.
   """
   talk = []
   for message in conversation:
@@ -198,10 +197,7 @@ def _rules_text(rules: Sequence[Mapping[str, str]]) -> list[str]:
 def draw_policy(
   path: str | os.PathLike, rates: Mapping[str, float], true_rates: Mapping[str, float] | None = None
 ) -> None:
-  """Writes the unsafe rate under each variant of the rules, as `probes.policy` has them.
-
-  Source: CSRM (arXiv 2605.30487), Figure 3, shows such rates.
-  """
+  """Writes the unsafe rate under each variant of `probes.policy`. Source: CSRM, Figure 3."""
   # (variant, what it is, is the changed rule the one that is violated)
   variants = (
     ('strict', 'rule\nstands', True),
@@ -239,10 +235,7 @@ def draw_policy(
 def draw_recall(
   path: str | os.PathLike, curve: Sequence[float], chance: Sequence[float], top_k: int
 ) -> None:
-  """Writes the recall of retrieval over k, beside that of chance.
-
-  Source: CSRM (arXiv 2605.30487), Figure 8.
-  """
+  """Writes the recall of retrieval over k, beside that of chance. Source: CSRM, Figure 8."""
   figure, ax = axes(5.5, 4)
   k = np.arange(1, len(curve) + 1)
   size = 4 if len(k) <= 40 else 0
@@ -301,10 +294,7 @@ def draw_shares(path: str | os.PathLike, groups: Mapping[str, Mapping[str, Any]]
 
 
 def draw_contradiction(path: str | os.PathLike, categories: Sequence[Mapping[str, Any]]) -> None:
-  """Writes mean rewards by category: enforce, both clauses, allow.
-
-  Source: CSRM (arXiv 2605.30487), Figure 5, shows such rewards.
-  """
+  """Writes mean rewards by category: enforce, both, allow. Source: CSRM, Figure 5."""
   shown = sorted(categories, key=lambda c: (-c['num_examples'], c['category']))[:_MAX_ROWS]
   shown.sort(key=lambda c: c['reward']['both'])
   shown.reverse()
@@ -353,10 +343,7 @@ def draw_attacks(path: str | os.PathLike, rates: Mapping[str, Metric], num_caugh
 def draw_comparison(
   path: str | os.PathLike, scorers: Mapping[str, Mapping[str, Result]], metric: str
 ) -> bool:
-  """Writes one metric of every scorer by benchmark; returns False where none has it.
-
-  A black bar is the best reachable, where it is known.
-  """
+  """Writes one metric of every scorer by benchmark; returns False where none has it."""
   found = {
     scorer: {
       name: value
@@ -389,12 +376,9 @@ def draw_comparison(
 def draw_alignment(
   path: str | os.PathLike, policies: Mapping[str, Mapping[str, Metric | None]], xlabel: str
 ) -> None:
-  """Writes a CoSA score, 0 to 5, of every policy by rule set, with its interval.
-
-  The rule sets are those of the first policy; None stands where a policy was not asked under
-  one.
-  """
+  """Writes a CoSA score, 0 to 5, of every policy by rule set, with its interval."""
   sets = list(next(iter(policies.values())))
+  # A policy that was not asked under a rule set has None there.
   found = {policy: {s: m for s, m in of.items() if m} for policy, of in policies.items()}
   figure, ax = _series_axes(sets, found, 1.3, 0.2 + 0.14 * len(policies), xlabel)
   ax.set_xlim(0, 5)
@@ -455,15 +439,11 @@ def _draw_intervals(ax, rows, metrics, label: str = '', **style) -> None:
 
 
 def draw_pareto(path: str | os.PathLike, points: Sequence[Mapping[str, Any]], known: bool) -> None:
-  """Writes helpfulness over safety, the frontier of each method as a line.
-
-  The numbers beside points are a and b of sigmoid(a * score + b).
+  """Writes helpfulness over safety, with the frontier of each method. Source: CSRM, Figure 4.
 
   Args:
     points: The points of `policy.pareto`; `own_frontier` tells whether one is on its method's.
     known: Whether they are the truth; if not, they are what the rewards say.
-
-  Source: CSRM (arXiv 2605.30487), Figure 4.
   """
   figure, ax = axes(7, 5)
   swept = dict.fromkeys(p['method'] for p in points if p['a'] is not None)
@@ -492,6 +472,7 @@ def _draw_method(ax, name: str, points, colour: str, marker: str) -> None:
     at = x['value'], y['value']
     ax.errorbar(*at, bars[1], bars[0], color=colour, alpha=0.35, linewidth=1.2)
     if point['a'] is not None:
+      # a and b of the safety reward sigmoid(a * score + b).
       text = f'{point["a"]:g}, {point["b"]:+g}'
       ax.annotate(text, at, (6, 5), textcoords='offset points', fontsize=8, color=GREY)
   x, y = (np.array([p[key]['value'] for p in points]) for key in ('safety', 'helpfulness'))
@@ -506,10 +487,7 @@ def _draw_method(ax, name: str, points, colour: str, marker: str) -> None:
 def draw_overoptimisation(
   path: str | os.PathLike, steps: Sequence[int], curves: Mapping[str, Mapping[str, Any]]
 ) -> None:
-  """Writes reward and truth over training steps, with their intervals.
-
-  `curves` are those of `policy.overoptimisation`. A dotted line is where the two part.
-  """
+  """Writes the curves of `policy.overoptimisation` over training steps, with intervals."""
   # name -> (title, the least span of the axis, so that what is constant looks constant).
   shown = {
     'safety': ('Safety', 0.2),
@@ -645,6 +623,7 @@ def _no_glyph_warnings():
 
 @contextlib.contextmanager
 def _numpy_seed(seed: int):
+  # The caller's own random numbers go on as if nothing was drawn.
   state = np.random.get_state()
   np.random.seed(seed)
   try:

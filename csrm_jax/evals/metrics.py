@@ -28,7 +28,7 @@ from csrm_jax.safety.schema import Example
 # Where its log is taken, a probability is at least this: the log stays finite, and the floor is
 # far from what any useful score gives.
 _PROBABILITY_FLOOR = 1e-15
-# True probabilities of exactly 0 or 1 have no finite log odds.
+# True probabilities are clipped this far from 0 and 1, which have no finite log odds.
 _LOG_ODDS_FLOOR = 1e-6
 # The rows of a threshold table.
 THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -90,26 +90,21 @@ def _f1_threshold(gain: np.ndarray, values: np.ndarray) -> float:
 
 
 def auprc(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
-  """Returns the average precision: the area under precision over recall.
-
-  nan unless both classes are present: with one class it is undefined, or 1 for any scores.
-  """
+  """Returns the average precision, the area under precision over recall; nan with one class."""
   if _one_class(labels):
     return math.nan
   return float(average_precision_score(labels, p_unsafe))
 
 
 def fpr_at_recall(labels: np.ndarray, p_unsafe: np.ndarray, recall: float = 0.95) -> float:
-  """Returns the share of safe rows that are flagged when `recall` of the unsafe rows are.
-
-  The threshold is the highest one that reaches `recall`. nan unless both classes are present.
-  """
+  """Returns the share of safe rows flagged where `recall` of the unsafe are; nan with one class."""
   if not 0 < recall <= 1:
     raise ValueError(f'recall={recall} must be in (0, 1]')
   if _one_class(labels):
     return math.nan
   unsafe = np.sort(p_unsafe[labels == 1])[::-1]
-  # The small term keeps 0.95 * 20 = 19.000000000000004 from asking for 20.
+  # The threshold is the highest that reaches the recall. The small term keeps 0.95 * 20 =
+  # 19.000000000000004 from asking for 20 rows.
   needed = max(math.ceil(recall * len(unsafe) - 1e-9), 1)
   return float(np.mean(p_unsafe[labels == 0] >= unsafe[needed - 1]))
 
@@ -137,11 +132,8 @@ def smece(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 def reliability_bins(
   labels: np.ndarray, p_unsafe: np.ndarray, num_bins: int = 15
 ) -> list[dict[str, float]]:
-  """Returns those of `num_bins` equally wide bins of p_unsafe that are not empty.
-
-  Each is {low, high, num, p_unsafe (mean), unsafe (share of labels)}.
-  """
-  # p_unsafe = 1 belongs to the last bin.
+  """Returns {low, high, num, mean p_unsafe, share unsafe} of each bin that is not empty."""
+  # Bins are equally wide; p_unsafe = 1 belongs to the last.
   index = np.minimum((p_unsafe * num_bins).astype(np.int64), num_bins - 1)
   bins = []
   for i in np.unique(index):
@@ -173,10 +165,7 @@ def brier(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 
 
 def nll(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
-  """Returns the mean of -log P(label), nats; nan without rows.
-
-  P(label) is floored at 1e-15, so a row that is sure and wrong costs 34.5 nats.
-  """
+  """Returns the mean of -log P(label), nats, at most 34.5 for a row; nan without rows."""
   return mean(row_nll(labels, p_unsafe))
 
 
@@ -194,8 +183,7 @@ def prob_error(probability: np.ndarray, p_unsafe: np.ndarray) -> float:
 def f1_best(labels: np.ndarray, probability: np.ndarray) -> float:
   """Returns the F1, on these labels, of the best judge that knows P(unsafe).
 
-  It calls a row unsafe at or above `expected_f1_threshold` and never reads the labels, so on few
-  rows a lucky model may lie above it.
+  It never reads the labels, so on few rows a lucky model may lie above it.
   """
   if not labels.size:
     return math.nan
@@ -203,21 +191,14 @@ def f1_best(labels: np.ndarray, probability: np.ndarray) -> float:
 
 
 def flag_rate(p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
-  """Returns the share of rows called unsafe; nan without rows.
-
-  On unsafe rows it is recall, on safe ones the false positive rate.
-  """
+  """Returns the share called unsafe: recall on unsafe rows, false positives on safe ones."""
   return mean(p_unsafe >= threshold)
 
 
 def threshold_table(
   labels: np.ndarray, p_unsafe: np.ndarray, thresholds: Sequence[float] = THRESHOLDS
 ) -> list[dict[str, float]]:
-  """Returns {threshold, num_flagged, precision, recall, fpr, f1} of each threshold.
-
-  A row is flagged where p_unsafe >= threshold; `fpr` is the share of safe rows that are flagged.
-  A share of no rows is nan.
-  """
+  """Returns {threshold, num_flagged, precision, recall, fpr, f1} of each threshold."""
   table = []
   for threshold in thresholds:
     flagged = p_unsafe >= threshold
@@ -259,11 +240,7 @@ def flip_consistency(
   p_b: np.ndarray,
   threshold: float = 0.5,
 ) -> float:
-  """Returns the share of rows where both predicted labels are right; nan without rows.
-
-  Row i is one conversation under two rule sets with different labels, so a judge that does not
-  read the rules gets 0.
-  """
+  """Returns how often both labels are right of one conversation under two rule sets."""
   right_a = (p_a >= threshold) == (labels_a == 1)
   right_b = (p_b >= threshold) == (labels_b == 1)
   return mean(right_a & right_b)
@@ -353,10 +330,7 @@ def p_unsafe_from_scores(scores: np.ndarray, ids: Sequence[str] | None = None) -
 
 
 def log_odds_safe(probability: np.ndarray) -> np.ndarray:
-  """Returns the score, nats [N], of a judge that knows P(unsafe).
-
-  Probabilities are clipped to [1e-6, 1 - 1e-6], because 0 and 1 have no finite score.
-  """
+  """Returns the score, nats [N], of a judge that knows P(unsafe), clipped to stay finite."""
   p = check_probabilities(probability, name='probability')
   p = np.clip(p, _LOG_ODDS_FLOOR, 1 - _LOG_ODDS_FLOOR)
   return np.log1p(-p) - np.log(p)
@@ -369,6 +343,7 @@ def labels_of(examples: Sequence[Example]) -> np.ndarray:
 
 def probability_of(examples: Sequence[Example]) -> np.ndarray | None:
   """Returns the true P(unsafe) [N], or None unless every example has one."""
+  # All or none: the best over some rows would not compare with a value over all of them.
   values = [example.probability for example in examples]
   if not values or any(value is None for value in values):
     return None
@@ -389,17 +364,12 @@ class Calibration:
 
   The order of scores stays, and with it AUPRC and pair accuracy; F1 at 0.5 and all calibration
   errors change.
-
-  Attributes:
-    temperature: Must be above 0; above 1 it makes verdicts less sure.
-    bias: Is added after, in nats; above 0 it makes "safe" likelier.
-    num_examples: How many validation rows it was fitted on.
-    nll_before, nll_after: The mean of -log P(label) on those rows, nats.
   """
 
-  temperature: float = 1.0
-  bias: float = 0.0
-  num_examples: int = 0
+  temperature: float = 1.0  # above 0; above 1 makes verdicts less sure
+  bias: float = 0.0  # nats, added after; above 0 makes "safe" likelier
+  num_examples: int = 0  # validation rows that it was fitted on
+  # Mean of -log P(label) on those rows, nats.
   nll_before: float | None = None
   nll_after: float | None = None
 

@@ -129,14 +129,12 @@ def join(parts: Sequence[Judged]) -> Judged:
 
 
 def measured(judged: Judged, num_samples: int = 300, seed: int = 0) -> dict[str, Metric]:
-  """Returns {metric: value and bootstrap interval over prompts}.
-
-  Metrics of benign or of harmful prompts are left out where no prompt is known to be so.
-  """
+  """Returns {metric: value and bootstrap interval over prompts}."""
   m = Measure(_units(judged.samples), num_samples, seed)
   found = {name: m(metrics.mean, judged.values[name]) for name in _MEANS if name in judged.values}
   for name, (values, label) in _BY_LABEL.items():
     rows = np.flatnonzero([s.prompt.label == label for s in judged.samples])
+    # Left out where no prompt is known to be benign or harmful.
     if rows.size and values in judged.values:
       found[name] = m(metrics.mean, judged.values[values], rows=rows)
   return found
@@ -167,7 +165,6 @@ def alignment(
   Args:
     policies: {policy: {rule set: judged samples}}. The first is the one to compare with, such as
       the policy before training.
-    description: What the policies were asked.
 
   Raises:
     ValueError: There is no policy, or one was asked under other rule sets or with other prompts
@@ -366,6 +363,7 @@ def _align_runs(runs: Sequence[Run], reference: str) -> Result:
     for name, found in run.policies.items():
       name = {_START: name, _END: run.method}.get(name, f'{name}, {run.reward}')
       rows.setdefault(name, []).append((run, found))
+  # What is no method, such as the best of samples, comes first.
   rows = dict(sorted(rows.items(), key=lambda row: row[0] in methods))
   policies = {name: _by_rules(some, sets) for name, some in rows.items()}
   description = f'{len(runs)} runs; intervals are over seeds.'
@@ -421,6 +419,7 @@ def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
       continue
     mean, half = bootstrap.mean_and_interval(gaps)
     difference = {'value': mean, 'low': mean - half, 'high': mean + half}
+    # A t-test, as intervals over few runs are: see `bootstrap.mean_and_interval`.
     p = stats.ttest_1samp(gaps, 0.0).pvalue if len(gaps) > 1 else float('nan')
     rows.append([name, len(gaps), sum(gap > 0 for gap in gaps), difference, float(p)])
   note = (
@@ -435,6 +434,7 @@ def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
 def _points(runs: Sequence[Run]) -> list[dict[str, Any]]:
   """Returns the points of `pareto`, which are means over rules and seeds."""
   groups: dict[Any, list[Mapping[str, Metric]]] = {}
+  # Every run brings the policy that it started from; together they are one point.
   for run in runs:
     groups.setdefault((_START, None, None), []).append(run.policies[_START])
     groups.setdefault((run.method, run.a, run.b), []).append(run.policies[_END])
@@ -452,14 +452,11 @@ def _points(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def pareto(points: Sequence[Mapping[str, Any]], description: str = '') -> Result:
-  """Returns the safety and helpfulness of policies over a sweep.
-
-  Safety and helpfulness are the oracle's where all points have them.
+  """Returns the safety and helpfulness of policies over a sweep, the oracle's where all have them.
 
   Args:
     points: {method, a, b, measured}: a policy that was trained with the safety reward sigmoid(a
       * score + b), and its metrics; a and b are None for a policy that was not.
-    description: What was swept.
 
   Source: CSRM (arXiv 2605.30487), Figure 4.
   """

@@ -73,12 +73,10 @@ def write_report(
 ) -> pathlib.Path:
   """Writes the report with all its files, and returns the path of report.md.
 
-  If it cannot be written, the old report stays as it was. summary.json comes last. Other files
-  in `path` are left alone.
+  If it cannot be written, the old report stays as it was. Other files in `path`, which is a
+  folder on a local disk, are left alone.
 
   Args:
-    path: A folder on a local disk.
-    results: {benchmark: result}.
     summary: A flat dict, which goes to summary.json as it is.
     manifest: What the run was made of: versions, digests, devices, command.
     history: The metrics.jsonl of the run, for the training curves.
@@ -116,6 +114,7 @@ def write_report(
 
 
 def _draw(folder: pathlib.Path, name: str, result: Result) -> Pictures:
+  # Names of benchmarks are free, those of files are not.
   stem = re.sub(r'[^A-Za-z0-9_-]+', '_', name)
   drawn = []
   for figure in result.figures:
@@ -137,6 +136,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Result]:
     arrays: dict[str, dict[str, np.ndarray]] = {name: {} for name in stored}
     with np.load(path / 'arrays.npz') as found:
       for key in found.files:
+        # The name of a benchmark may hold a slash: the array's follows the last one.
         name, _, array = key.rpartition('/')
         arrays[name][array] = found[key]
     return {name: Result.from_json(obj, arrays[name]) for name, obj in stored.items()}
@@ -160,6 +160,7 @@ def read_history(path: str | os.PathLike) -> dict[str, dict[int, float]]:
       for name, value in row.items():
         if is_number(value):
           series.setdefault(name, {})[step] = value
+  # One point makes no curve.
   return {name: points for name, points in series.items() if len(points) > 1}
 
 
@@ -182,6 +183,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value]
   if isinstance(value, np.generic):
     value = value.item()
+  # NaN and infinity are no JSON: strict readers would refuse the whole file.
   if isinstance(value, float) and not math.isfinite(value):
     return None
   if value is None or isinstance(value, (bool, int, float, str)):
@@ -193,10 +195,7 @@ def _plain(value: Any) -> Any:
 
 
 def summarise(results: Results) -> dict[str, float | None]:
-  """Returns the flat dict of a run's results: {'benchmark/metric': value}.
-
-  `_best`, `_low` and `_high` of a metric are added where there are any.
-  """
+  """Returns the flat {'benchmark/metric': value} of a run, with `_best`, `_low` and `_high`."""
   flat = {}
   for suite, result in results.items():
     for name, metric in (result.metrics or {}).items():
@@ -210,9 +209,8 @@ def summarise(results: Results) -> dict[str, float | None]:
 def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | None = None) -> str:
   """Returns the short table that a run ends with, at most 80 columns wide.
 
-  Args:
-    summary: The flat dict of `summarise`; rows that it lacks are left out.
-    rule_sets: The `values` of a result of `verdicts.rule_sets`; they are shown below the table.
+  `summary` is that of `summarise`; `rule_sets`, the `values` of `verdicts.rule_sets`, stand
+  below.
   """
   lines = [f'{"":22}{"value":>8}  {"95% interval":17}{"best":>7}{"of best":>9}']
   for title, key in _TERMINAL_ROWS:
@@ -371,12 +369,7 @@ def paper_part(scorers: Mapping[str, Results], models: Sequence[str]) -> list[st
 
 
 def paper_tables(scorers: Mapping[str, Results], models: Sequence[str] = (OURS,)) -> list[Table]:
-  """Returns the paper's tables, with the paper's own figures beside ours.
-
-  Args:
-    scorers: {scorer: {benchmark: result}}.
-    models: Models of the paper; each is a row where the data is the same.
-  """
+  """Returns the paper's tables, with rows for the paper's `models` where the data is the same."""
   tables = []
   for spec in PAPER['tables']:
     rows = []
@@ -412,11 +405,7 @@ def _paper_rows(benchmark, scorers, suites, metrics, models) -> list[list[Any]]:
 
 
 def column_table(columns: Mapping[str, Mapping[str, Metric]]) -> str:
-  """Returns a table with a row for each metric and a column for each name.
-
-  Beside a column stands one of what is best reachable, if it is known for any metric of the
-  name.
-  """
+  """Returns a table of metrics by name; a name that has any best gets a second column for it."""
   with_best = {
     name
     for name, column in columns.items()

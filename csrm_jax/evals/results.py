@@ -34,24 +34,17 @@ def value(number: float, best: float | None = None) -> Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table of plain values and metrics.
-
-  Attributes:
-    rows: Numbers, texts, metrics and None.
-    note: Markdown that stands below the table; it is not escaped.
-    level: The level of its heading.
-    section: The section at the end of the report in which the table stands; tables of one title
-      are joined there. Under '' it has no heading. None: the table stands with its result.
-    stored: False where metrics.json holds the same values elsewhere.
-  """
+  """A table of plain values and metrics."""
 
   title: str
   header: Sequence[str]
-  rows: Sequence[Sequence[Any]]
-  note: str | None = None
-  level: int = 4
+  rows: Sequence[Sequence[Any]]  # numbers, texts, metrics and None
+  note: str | None = None  # Markdown that stands below; it is not escaped
+  level: int = 4  # of the heading
+  # The section at the end of the report in which the table stands; tables of one title are joined
+  # there. '' is a section without a heading; None keeps the table with its result.
   section: str | None = None
-  stored: bool = True
+  stored: bool = True  # False where metrics.json holds the same values elsewhere
 
   def to_json(self) -> dict[str, Any]:
     """Returns what metrics.json holds."""
@@ -61,20 +54,13 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A row of a table of metrics that the results of one chapter share.
+  """A row of a table of metrics that the results of one chapter share."""
 
-  Attributes:
-    heading: Markdown; rows with one heading make one table.
-    names: The metrics that are its columns.
-    note: Stands below the heading.
-    suffix: Follows the benchmark's name.
-  """
-
-  heading: str
-  names: Sequence[str]
+  heading: str  # Markdown; rows of one heading make one table
+  names: Sequence[str]  # the metrics that are columns
   metrics: Mapping[str, Metric]
-  note: str = ''
-  suffix: str = ''
+  note: str = ''  # stands below the heading
+  suffix: str = ''  # follows the benchmark's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,42 +75,30 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What one suite found on one benchmark.
+  """What one suite found on one benchmark."""
 
-  Attributes:
-    suite: A key of suites.SUITES, SKIPPED, FAILED, or what a function of `policy` is called.
-    chapter: The heading under which the report shows it, beside the other results of this
-      chapter.
-    metrics: None for a suite that measures nothing and only shows something.
-    arrays: What paired comparisons are made from, 'ids' and 'units' among them; all are [N].
-    size: For example '80 examples'; '' where nothing was measured.
-    made_of: Further facts of that kind.
-    counts, values: What metrics.json holds before and after the metrics.
-    rows: Rows of tables that the chapter shares; in a chapter without them metrics are columns.
-    columns: Stands in place of the metrics in such columns.
-    alone: True where its chapter has no other result.
-    text: Markdown above its figures.
-    remark: Stands below the tables that its chapter shares.
-    drops: How many rows of the data were left out, by reason.
-  """
-
-  suite: str
-  chapter: str = ''
+  suite: str  # a key of suites.SUITES, SKIPPED, FAILED, or what a function of `policy` is called
+  chapter: str = ''  # the heading under which it stands, beside other results of this chapter
+  # None for a suite that measures nothing and only shows something.
   metrics: Mapping[str, Metric] | None = dataclasses.field(default_factory=dict)
   tables: Sequence[Table] = ()
   figures: Sequence[Figure] = ()
+  # What paired comparisons are made from, 'ids' and 'units' among them; all are [N].
   arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   description: str = ''
-  size: str = ''
-  made_of: Sequence[str] = ()
+  size: str = ''  # such as '80 examples'; '' where nothing was measured
+  made_of: Sequence[str] = ()  # more facts like the size
+  # metrics.json holds the counts before the metrics, the values after them.
   counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # Rows of tables that the chapter shares. In a chapter without rows metrics are columns, or
+  # `columns` are in their place.
   rows: Sequence[Row] = ()
   columns: Mapping[str, Mapping[str, Metric]] | None = None
-  alone: bool = False
-  text: Sequence[str] = ()
-  remark: str = ''
-  drops: Mapping[str, int] | None = None
+  alone: bool = False  # whether it shares its chapter with no other result
+  text: Sequence[str] = ()  # Markdown above the figures
+  remark: str = ''  # stands below the tables that the chapter shares
+  drops: Mapping[str, int] | None = None  # reason -> how many rows of the data were left out
 
   def to_json(self) -> dict[str, Any]:
     """Returns what metrics.json holds: everything but arrays and figures."""

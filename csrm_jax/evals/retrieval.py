@@ -28,19 +28,16 @@ TOP_K = 20  # how many rules are kept
 
 
 class Ranker:
-  """Ranks the rules of one configuration by their relevance to a text.
-
-  The relevance is BM25 as bm25s computes it (Lucene's form, k1 1.5, b 0.75, without English stop
-  words). Rules of equal relevance keep their order.
-  """
+  """Ranks the rules of one configuration by relevance: BM25, in Lucene's form as bm25s has it."""
 
   def __init__(self, safety: SafetyConfig):
     self._bm25s = _import_bm25s()
     words = self._tokenize([f'{c.name}. {c.guideline}' for c in safety.categories])
     self._num_rules = len(words)
+    # Rules of stop words alone leave nothing to index; then all are equally relevant.
     self._index = None
     if any(words):
-      self._index = self._bm25s.BM25()
+      self._index = self._bm25s.BM25()  # k1 1.5, b 0.75
       self._index.index(words, show_progress=False)
 
   def scores(self, conversation: Sequence[Message]) -> np.ndarray:
@@ -52,6 +49,7 @@ class Ranker:
 
   def rank(self, conversation: Sequence[Message]) -> np.ndarray:
     """Returns the rules' numbers, most relevant first, int64 [rules]."""
+    # Stable, so that rules of equal relevance keep their order.
     return np.argsort(-self.scores(conversation), kind='stable')
 
   def _tokenize(self, texts: list[str]) -> list[list[str]]:
@@ -61,17 +59,14 @@ class Ranker:
 def select_rules(
   example: Example, top_k: int = TOP_K, ranker: Callable[[SafetyConfig], Ranker] = Ranker
 ) -> Example:
-  """Returns the example with its `top_k` most relevant rules, in their order.
-
-  `violated` keeps the rules that are left. The label stays, because it is the truth about the
-  conversation, whatever the guard is shown.
-  """
+  """Returns the example with its `top_k` most relevant rules, in their order."""
   old = example.safety
   if len(old.categories) <= top_k:
     return example
   order = ranker(old).rank(example.conversation)
   kept = sorted(order[:top_k].tolist())
   safety = SafetyConfig(tuple(old.categories[i] for i in kept), old.name)
+  # The label stays: it is the truth about the conversation, whatever the guard is shown.
   return dataclasses.replace(
     example, safety=safety, violated=tuple(v for v in example.violated if v in safety.names)
   )
@@ -106,6 +101,7 @@ def recall_curve(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, i
   for example in examples:
     if not example.violated:
       continue
+    # place[i] is where rule i stands in the ranking, the inverse of `rank`.
     place = np.empty(len(example.safety.categories), np.int64)
     place[ranker(example.safety).rank(example.conversation)] = np.arange(len(place))
     wanted = [place[example.safety.names.index(v)] for v in example.violated]
@@ -141,12 +137,10 @@ def asked(talk: Talk) -> list[Example]:
 def any_turn(b: Benchmark, scores: Scores, m: Measure, **fitted) -> Result:
   """Returns the classification of whole conversations under their most relevant rules.
 
-  A conversation's score is the lowest of its agent turns', because it is unsafe if any turn is.
-  Added are `recall_at_k`, the share of violated rules that BM25 keeps, and `recall`, that share
-  over k.
+  `recall_at_k` and the curve `recall` tell which share of the violated rules BM25 keeps.
   """
   examples = [talk.example for talk in b.items]
-  # A conversation without an agent turn gets inf, and `check_finite` names it.
+  # A conversation is unsafe if any turn is. One without an agent turn is inf: the check names it.
   lowest = [np.min(of, initial=np.inf) for of in scores]
   metrics.check_finite(lowest, [e.id for e in examples])
   result = classification(dataclasses.replace(b, items=examples), lowest, m, **fitted)

@@ -26,25 +26,21 @@ ScoreFn = Callable[[Sequence[Example]], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-  """What is asked of a judge, and what is made of its answers.
+  """What is asked of a judge, and what is made of its answers."""
 
-  Attributes:
-    measure: (benchmark, scores, m) -> Result. `scores` has an array of finite nats, float64, for
-      each item; `m` measures metrics with their intervals, see `bootstrap.Measure`.
-    ask: Returns the examples of an item that are scored.
-    make: Turns labelled examples, with the benchmark's options, into items, or into (items, how
-      many gave none). None where examples are the items, or where items must be given.
-    is_judged: Items are examples, and `measure` also takes a threshold and a calibration, which
-      are fitted on the benchmark's validation rows.
-    by_side: The first examples of all items are scored in one call, then the second ones.
-    paired: {metric: (function, names of its arrays)}, which a comparison of two scorers tests.
-  """
-
+  # (benchmark, scores, m) -> Result. `scores` has an array of finite nats, float64, for each item;
+  # `m` measures metrics with their intervals, see `bootstrap.Measure`.
   measure: Callable[..., Result]
+  # item -> the examples to be scored
   ask: Callable[[Any], Sequence[Example]] = lambda example: (example,)
+  # Makes labelled examples, with the benchmark's options, into items, or into (items, how many gave
+  # none). None where examples are the items, or where items must be given.
   make: Callable[..., Any] | None = None
+  # Items are examples, and `measure` also takes a threshold and a calibration, which are fitted on
+  # the benchmark's validation rows.
   is_judged: bool = False
-  by_side: bool = False
+  by_side: bool = False  # the first examples of all items are scored in one call, then the second
+  # {metric: (function, names of its arrays)}, which a comparison of two scorers tests.
   paired: Mapping[str, tuple[Callable[..., float], Sequence[str]]] = dataclasses.field(
     default_factory=dict
   )
@@ -101,6 +97,7 @@ def prepare(benchmarks: Iterable[Benchmark]) -> list[Benchmark]:
       )
     if benchmark.name in prepared:
       raise ValueError(f'two benchmarks are called {benchmark.name!r}; rename one')
+    # Items that are made already, such as RuleWorld's probes, stay as they are.
     items = benchmark.items
     if SUITES[benchmark.suite].make and len(items) and isinstance(items[0], Example):
       benchmark = _make(benchmark)
@@ -131,6 +128,7 @@ def num_scores(benchmarks: Iterable[Benchmark]) -> int:
   total = 0
   for b in benchmarks:
     suite = SUITES[b.suite]
+    # With hidden rules, every example is scored once more.
     total += sum(len(suite.ask(item)) for item in b.items) * (1 + b.without_rules)
     total += len(b.validation) if suite.is_judged and len(b.items) else 0
   return total
@@ -174,6 +172,7 @@ def run(
         scores = [np.array([s]) for s in score(blind(score_fn), b.items)]
         result = verdicts.classification(dataclasses.replace(b, tags={}), scores, m, blind=True)
         results[f'{b.name}_without_rules'] = dataclasses.replace(result, description=hidden)
+    # One suite that fails must not cost the results of the others.
     except (ValueError, ImportError) as error:
       results[b.name] = Result(FAILED, counts={'error': str(error)}, **about)
   return results
@@ -184,10 +183,8 @@ def measure(
 ) -> Result:
   """Returns the result of one prepared benchmark.
 
-  Raises:
-    ValueError: A score is not finite (the message names the id), or an item does not fit the
-      suite.
-    ImportError: A package that the suite needs is missing.
+  A ValueError names the id of a score that is not finite, or an item that does not fit the
+  suite.
   """
   if b.error:
     raise ImportError(b.error)
@@ -237,10 +234,6 @@ def blind(score_fn: ScoreFn) -> ScoreFn:
 
 
 def fit_calibration(score_fn: ScoreFn, examples: Sequence[Example]) -> Calibration:
-  """Returns the calibration fitted on the labelled ones of some validation examples.
-
-  Raises:
-    ValueError: A score is not finite (the message names the id), or a class is missing.
-  """
+  """Returns the calibration fitted on the labelled ones of some validation examples."""
   rows = [e for e in examples if e.label is not None]
   return metrics.fit_calibration(metrics.labels_of(rows), score(score_fn, rows))
