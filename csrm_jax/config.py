@@ -1,7 +1,7 @@
-"""Run configs: their one-line argument, sweeps, differences, files.
+"""Run configs: their one-line argument, sweeps, differences and files.
 
-A run config is an ml_collections ConfigDict that a file in configs/ builds in
-`get_config(arg)`. The same file may define `sweep()`; see `expand_sweep`.
+A run config is an ml_collections ConfigDict that a file in configs/ builds in `get_config(arg)`.
+The same file may define `sweep()`; see `expand_sweep`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ _FALSE = ('0', 'false', 'no', 'off')
 
 
 def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
-  """Returns the values of 'a=1,flag,b=x', defaults filled in from `spec`.
+  """Returns the values of 'a=1,flag,b=x', with the defaults of `spec`.
 
-  This is what follows the colon in --config=configs/rm.py:model=tiny,debug.
+  The text after the colon in --config=configs/rm.py:model=tiny,debug is such an argument.
 
   Args:
-    arg: comma-separated key=value parts; a key alone is true. None or '':
-      all defaults. Values cannot contain commas.
-    **spec: each key's default, whose type the value takes. A type (seed=int)
-      means None by default; a tuple lists the choices, its first the default.
+    arg: Comma-separated key=value parts; a key alone is true. Values cannot contain commas.
+    **spec: The default of each key, whose type the value takes. A type (seed=int) means None by
+      default; a tuple lists the choices, and its first is the default.
 
   Raises:
-    ValueError: an unknown or repeated key, or a value of another type.
+    ValueError: A key is unknown or repeated, or its value has another type.
   """
   values, given = {}, {}
   for key, default in spec.items():
@@ -60,7 +59,7 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
 
 
 def split_arg(arg: str | None, names: Sequence[str]) -> tuple[str, str]:
-  """Returns the parts of an argument that have these names, and the others."""
+  """Returns the parts of an argument that have these names, and the other parts."""
   own = [part for part in _parts(arg) if part.partition('=')[0] in names]
   return ','.join(own), ','.join(part for part in _parts(arg) if part not in own)
 
@@ -97,7 +96,7 @@ def _close(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-  """Returns {'optim.lr': value, …}; an empty section is a value, {}."""
+  """Returns {'optim.lr': value, …}; an empty section stays as the value {}."""
   plain = config.to_dict() if isinstance(config, ConfigDict) else config
   flat = {}
   for key, value in plain.items():
@@ -109,20 +108,21 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_key(config: ConfigDict, key: str) -> None:
-  """Raises a ValueError that suggests others if a dotted key names no value of the config."""
+  """Checks that a dotted key names a value of the config; the error suggests others."""
   known = flatten(config)
   if key in known:
     return
   if any(name.startswith(f'{key}.') for name in known):
     raise ValueError(f'config key {key!r} is a section: set a key inside it')
   last = key.rpartition('.')[2]
+  # A right name in the wrong section comes before names that only look alike.
   same = [name for name in known if name.rpartition('.')[2] == last]
   hint = f' (did you mean {" or ".join(same[:3])}?)' if same else ''
   raise ValueError(f'config key {key!r} does not exist{hint or _close(key, known)}')
 
 
 def set_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
-  """Sets dotted keys of the config in place; ValueError: no such key, or another type."""
+  """Sets dotted keys of the config in place; a wrong key or type is a ValueError."""
   for key, value in overrides.items():
     check_key(config, key)
     *sections, last = key.split('.')
@@ -136,7 +136,7 @@ def set_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
 
 
 def load_module(path: str | os.PathLike) -> types.ModuleType:
-  """Returns the module of a config file; FileNotFoundError: there is none."""
+  """Returns the module of a config file."""
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'config file {path} does not exist')
   spec = importlib.util.spec_from_file_location('_csrm_jax_config', path)
@@ -148,10 +148,7 @@ def load_module(path: str | os.PathLike) -> types.ModuleType:
 
 
 def to_json(config: ConfigDict) -> str:
-  """Returns the resolved config as indented JSON with sorted keys.
-
-  A value that JSON cannot hold is a ValueError that names its key.
-  """
+  """Returns the resolved config as indented JSON with sorted keys."""
   plain = config.to_dict()
   for key, value in flatten(plain).items():
     try:
@@ -176,14 +173,15 @@ def from_json(text: str) -> ConfigDict:
 
 
 def digest(config: ConfigDict) -> str:
-  """Returns the sha256 hex of the resolved config."""
+  """Returns the sha256 (hex) of the resolved config."""
   return hashlib.sha256(to_json(config).encode()).hexdigest()
 
 
 def diff_config(old: ConfigDict, new: ConfigDict) -> list[str]:
-  """Returns one 'key: old -> new' per difference, sorted; [] if equal."""
+  """Returns one 'key: old -> new' for each difference, sorted; [] if equal."""
   values = []
   for config in (old, new):
+    # Through JSON, so that a tuple equals the list that a file gives back.
     flat = flatten(json.loads(to_json(config)))
     values.append({key: json.dumps(value) for key, value in flat.items()})
   before, after = values
@@ -195,14 +193,13 @@ def diff_config(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 
 def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.Path:
-  """Returns the work directory, made, with config.json in it.
+  """Makes the work directory, writes config.json into it, and returns its path.
 
-  A directory that holds nothing but config.json and manifest.json (a run that
-  stopped at bad input) may be used with another config.
+  A directory with only config.json and manifest.json may be used with another config: its run
+  stopped at bad input.
 
   Raises:
-    ValueError: a run with another config is there; the message shows the
-      difference.
+    ValueError: A run with another config is there; the message shows the difference.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
   if workdir.exists() and not workdir.is_dir():
@@ -233,7 +230,7 @@ def discard_workdir(workdir: pathlib.Path) -> None:
     return
   for path in workdir.iterdir():
     path.unlink()
-  with contextlib.suppress(OSError):  # A mount point, say.
+  with contextlib.suppress(OSError):  # It may be a mount point, for example.
     workdir.rmdir()
 
 
@@ -241,19 +238,19 @@ def discard_workdir(workdir: pathlib.Path) -> None:
 class SweepRun:
   """One run of a sweep."""
 
-  name: str  # of its work directory
+  name: str  # the name of its work directory
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # dotted keys
-  arg: str = ''  # the config file's argument: what follows the colon in --config
+  arg: str = ''  # follows the colon in --config
 
 
 def expand_sweep(sweep_fn: Callable[[], Sequence[Mapping[str, Any]]]) -> tuple[SweepRun, ...]:
   """Returns the checked runs of a config file's `sweep()`.
 
-  `sweep()` returns [{'name': 'no_cca', 'arg': 'ablation=no_cca'}, {'name':
-  'lr', 'overrides': {'optim.lr': 1e-4}}, …].
+  `sweep()` returns [{'name': 'no_cca', 'arg': 'ablation=no_cca'}, {'name': 'lr', 'overrides':
+  {'optim.lr': 1e-4}}, …].
 
   Raises:
-    ValueError: an empty sweep, unknown fields, or unusable or repeated names.
+    ValueError: The sweep is empty, a field is unknown, or a name is unusable or repeated.
   """
   fields = {field.name for field in dataclasses.fields(SweepRun)}
   runs = []
@@ -264,6 +261,7 @@ def expand_sweep(sweep_fn: Callable[[], Sequence[Mapping[str, Any]]]) -> tuple[S
         f'overrides and arg: got {item!r}'
       )
     run = SweepRun(**item)
+    # A letter or digit is required, so that no name is "." or "..".
     if not re.fullmatch(r'[\w.=+-]*\w[\w.=+-]*', run.name):
       raise ValueError(
         f'sweep() name {run.name!r} cannot be a folder: use letters, digits and _ . = + -'

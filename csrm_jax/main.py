@@ -3,12 +3,12 @@
 python -m csrm_jax.main --config=configs/rm.py:model=tiny --workdir=DIR \\
   --config.optim.lr=1e-3
 
-Flags --config.KEY=VALUE override what the config file sets. The same command
-again resumes the run in its work directory.
+Flags --config.KEY=VALUE override what the config file sets. The same command again resumes the
+run in its work directory.
 
-SIGTERM ends training after its step, with a checkpoint and exit code 75.
+SIGTERM ends training after the current step, with a checkpoint and exit code 75.
 
-Several hosts: the same command on each, with --multihost on a cluster or with
+Several hosts: give the same command on each, with --multihost on a cluster or with
 --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
@@ -32,8 +32,8 @@ from csrm_jax.core import distributed, preemption, profiling, remote, writer
 from csrm_jax.runners import memory
 from csrm_jax.train import step as training
 
-# config.runner -> the module whose run(config, workdir) does the work. Named,
-# not imported: a run loads only what it needs.
+# config.runner -> the module whose run(config, workdir) does the work. Modules are named and not
+# imported, so that a run loads only what it needs.
 RUNNERS = {
   'train_rm': 'csrm_jax.runners.train_rm',
   'pretrain': 'csrm_jax.runners.pretrain',
@@ -46,7 +46,7 @@ RUNNERS = {
   'align': 'csrm_jax.runners.align',
   'compile': 'csrm_jax.runners.compile',
 }
-# They share their module with one that has prompts to show.
+# These have no prompts to show, though another runner of their module has.
 _WITHOUT_PROMPTS = ('benchmark', 'compare', 'refusals')
 
 FLAGS = flags.FLAGS
@@ -81,23 +81,19 @@ _START_TIMEOUT_S = flags.DEFINE_integer(
   'start_timeout_s', 300, 'Seconds to wait for the other processes.'
 )
 
-# What bad input raises; anything else is a bug and keeps its traceback.
-# ImportError: of an extra that the input needs.
+# Bad input raises one of these; anything else is a bug and keeps its traceback. An ImportError
+# means that the input needs an extra that is not installed.
 _INPUT_ERRORS = (ValueError, OSError, ImportError)
-# What absl and config_flags raise for input that is as bad.
+# absl and config_flags raise these for bad flags, too.
 _FLAG_ERRORS = (flags.Error, LookupError, AttributeError, TypeError, *_INPUT_ERRORS)
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
-  """Prepares the work directory, or gs://BUCKET/FOLDER, and runs config.runner in it.
-
-  Raises:
-    ValueError: an unknown runner, a workdir of another config, or a bucket that
-      cannot be written.
-  """
+  """Prepares the work directory, or gs://BUCKET/FOLDER, and runs config.runner in it."""
   runner = _find_runner(config)
   with remote.local(workdir) as path:
     path = path.expanduser()
+    # Asked before the directory is prepared: only one that was missing or empty may be removed.
     is_new = not path.is_dir() or not any(path.iterdir())
     path = config_lib.prepare_workdir(path, config)
     try:
@@ -115,11 +111,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
-  """Prints what the model sees of the first example; writes nothing.
-
-  Raises:
-    ValueError: an unknown runner, or one that has no prompts.
-  """
+  """Prints what the model sees of the first example; writes nothing."""
   runner = _find_runner(config)
   if not hasattr(runner, 'show_tokens') or config.runner in _WITHOUT_PROMPTS:
     raise ValueError(
@@ -139,21 +131,22 @@ def _find_runner(config: ml_collections.ConfigDict) -> types.ModuleType:
 def use_compilation_cache() -> None:
   """Keeps compiled programs in ~/.cache/csrm_jax, for the next process.
 
-  $JAX_COMPILATION_CACHE_DIR names another folder; empty, it turns this off.
+  $JAX_COMPILATION_CACHE_DIR names another folder; if it is empty, there is no cache.
   """
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     folder = pathlib.Path('~/.cache/csrm_jax').expanduser()
     try:
       folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-      return  # A read-only home: compile afresh.
+      return  # The home may be read-only; then every process compiles.
     jax.config.update('jax_compilation_cache_dir', str(folder))
+  # JAX's defaults do not keep programs that compile in less than a second.
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-  """Returns the arguments that are not flags; exits with one line if bad."""
+  """Returns the arguments that are not flags; exits with one line if a flag is bad."""
   try:
     rest = FLAGS(list(argv))
     if len(rest) > 1:
@@ -162,7 +155,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     for flag in needed:
       if FLAGS[flag].value is None:
         raise ValueError(f'--{flag} is required, as in --{flag}=...')
-    FLAGS.config.is_locked  # noqa: B018  Raises if the file is not there.
+    FLAGS.config.is_locked  # noqa: B018  It raises if the file is missing.
     return rest
   except _FLAG_ERRORS as error:
     if '--debug' in argv:
@@ -178,8 +171,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _diagnose(argv: Sequence[str]) -> None:
   """Raises the clear form of what is wrong with the config flags, if it can."""
-  # config_flags wraps the errors of config files in tracebacks, and reports an
-  # unknown key as an AttributeError.
+  # config_flags wraps the errors of config files in tracebacks, and reports an unknown key as an
+  # AttributeError. So the file is loaded again, and its own errors are shown.
   text = '\n'.join(argv)
   match = re.search(r'^--?config[=\n](.+)$', text, re.MULTILINE)
   if not match:
@@ -210,9 +203,10 @@ def _join() -> None:
 
 def _main(argv: Sequence[str]) -> None:
   del argv
-  # Warnings only: the libraries below tell of every file they write.
+  # Warnings only: at INFO, libraries report every file that they write.
   if not FLAGS['verbosity'].present and not _DEBUG.value:
     logging.set_verbosity(logging.WARNING)
+  # Before anything is allocated.
   training.keep_freed_memory()
   try:
     _join()
@@ -225,6 +219,7 @@ def _main(argv: Sequence[str]) -> None:
     print(stopped, file=sys.stderr)
     sys.exit(preemption.EXIT_CODE)
   except (jax.errors.JaxRuntimeError, *_INPUT_ERRORS) as error:
+    # First: if another process is gone, the usual way out would wait for it.
     distributed.leave_if_alone(error)
     if _DEBUG.value or not isinstance(error, _INPUT_ERRORS):
       raise
@@ -232,7 +227,7 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
-  """Entry point of `python -m csrm_jax.main`."""
+  """Runs the command line of `python -m csrm_jax.main`."""
   app.run(_main, flags_parser=_parse_flags)
 
 

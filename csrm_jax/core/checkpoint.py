@@ -202,11 +202,9 @@ class Checkpoints:
 
 
 def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
-  """Returns the `meta` of the newest checkpoint whose description is intact.
-
-  It raises a FileNotFoundError if there is none.
-  """
+  """Returns the newest checkpoint's `meta`; raises a FileNotFoundError if there is none."""
   directory = remote.home(directory)
+  # The newest description that is intact: the leaves are not read here.
   for step in reversed(_steps(directory)):
     try:
       return _read_info(directory / str(step))['meta']

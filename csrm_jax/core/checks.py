@@ -46,10 +46,7 @@ def check_text(value: Any, what: str, *, empty_ok: bool = False) -> str:
 
 
 def check_columns(obj: Any, where: str, known: Sequence[str], required: Sequence[str]) -> None:
-  """Checks that a row has the required columns and no misspelled ones.
-
-  Other unknown columns are fine.
-  """
+  """Checks that a row has the required columns, and no misspelling of a missing one."""
   if not isinstance(obj, Mapping):
     raise ValueError(
       f'{where}: the row is {show(obj)}; write an object with the columns {", ".join(required)}'

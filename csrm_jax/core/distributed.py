@@ -61,6 +61,7 @@ def start(
       coordinator or None,
       num_processes,
       process_id,
+      # Longer than the timer, so that the timer speaks first.
       initialization_timeout=timeout_s + 60,
       heartbeat_timeout_seconds=HEARTBEAT_S,
     )
@@ -95,11 +96,7 @@ def leave_if_alone(error: BaseException) -> None:
 
 
 def check_same(values: Mapping[str, str]) -> None:
-  """Checks that all processes hold the same values.
-
-  If not, all of them raise a ValueError that names the value and the processes that differ from
-  process 0.
-  """
+  """Checks that all processes hold the same values; if not, all raise a ValueError."""
   if jax.process_count() == 1:
     return
   from jax.experimental import multihost_utils

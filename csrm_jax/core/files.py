@@ -255,11 +255,9 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def cut_log(path: str | os.PathLike, step: int) -> None:
-  """Drops the lines of steps after `step`, and a last line that was cut short.
-
-  A resumed run writes those steps again. The other lines stay, byte for byte.
-  """
+  """Drops the lines of steps after `step`, and a last line that was cut short."""
   if pathlib.Path(path).exists():
+    # A resumed run writes the dropped steps again. The other lines stay, byte for byte.
     found = _log_lines(path)
     write(
       path,

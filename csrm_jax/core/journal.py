@@ -38,10 +38,7 @@ def key(content: Any) -> str:
 
 
 class Journal:
-  """A file of {"key", "value"} lines that only grows.
-
-  Only one process at a time can open it. Threads may share it.
-  """
+  """A file of {"key", "value"} lines that only grows; threads of one process share it."""
 
   def __init__(self, path: str | os.PathLike):
     """Opens the file, reads its lines, and drops a last line that was cut short.
@@ -136,10 +133,7 @@ class Cache:
     self.num_corrupt = 0
 
   def get(self, key: str) -> str | None:
-    """Returns the text stored under the key (a file name), or None.
-
-    A damaged entry counts as missing, and is counted in `num_corrupt`.
-    """
+    """Returns the text under a key (a file name), or None if it is missing or damaged."""
     try:
       data = self._path(key).read_bytes()
     except FileNotFoundError:
@@ -151,6 +145,7 @@ class Cache:
         return text
     except (ValueError, KeyError, TypeError, AttributeError):
       pass
+    # A damaged entry is counted and then treated as missing.
     self.num_corrupt += 1
     return None
 

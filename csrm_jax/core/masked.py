@@ -1,7 +1,4 @@
-"""Sums and means over the selected part of an array, in float32.
-
-float64 stays float64; it exists only where jax_enable_x64 is on, as in tests.
-"""
+"""Sums and means over the selected part of an array, in float32."""
 
 from __future__ import annotations
 
@@ -12,13 +9,9 @@ Axis = int | tuple[int, ...] | None
 
 
 def masked_sum(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
-  """Returns the float32 sum of x * mask; mask is bool or a weight.
-
-  x and mask are broadcast together. Where the mask is 0, x has no influence: a NaN there gives
-  neither a NaN sum nor a NaN gradient.
-  """
+  """Returns the float32 sum of x * mask (bool or weight); x may be NaN where mask is 0."""
   x, mask = jnp.broadcast_arrays(x.astype(_dtype(x)), mask)
-  # Not x * mask alone: NaN * 0 is NaN, in the sum and in the gradient.
+  # Not x * mask alone: NaN * 0 is NaN, in the sum and in its gradient.
   kept = jnp.where(mask != 0, x, 0.0)
   return jnp.sum(kept * mask.astype(x.dtype), axis=axis)
 
@@ -37,4 +30,5 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
 
 
 def _dtype(x: jax.Array) -> jnp.dtype:
+  # float64 stays float64, so that tests with jax_enable_x64 can compare with exact references.
   return jnp.promote_types(x.dtype, jnp.float32)

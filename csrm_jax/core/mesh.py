@@ -154,6 +154,7 @@ def fit(spec: P, shape: Sequence[int], mesh: Any) -> P:
   If several mesh axes lie on one array axis, the first ones that divide it stay.
   """
   axes = []
+  # A spec may be shorter than the shape: the other axes are not cut.
   for axis, size in zip(spec, shape, strict=False):
     names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
     while names and size % math.prod(mesh.shape[name] for name in names):
@@ -170,11 +171,9 @@ def platform() -> str:
 
 
 def current() -> Any:
-  """Returns the mesh that jax.set_mesh has set, or None on a single device.
-
-  It is None within shard_map too, where each device computes alone.
-  """
+  """Returns the mesh that jax.set_mesh has set, or None on a single device."""
   mesh = jax.sharding.get_abstract_mesh()
+  # Within shard_map (manual axes) each device computes alone, as on a mesh of one.
   alone = mesh.empty or mesh.size == 1 or mesh.manual_axes
   return None if alone else mesh
 
@@ -250,10 +249,7 @@ def _rows_sharding(batch: Mapping[str, np.ndarray], mesh: Mesh) -> NamedSharding
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Returns the global arrays of a batch that every process holds whole.
-
-  Each process puts its own rows on its own devices.
-  """
+  """Returns the global arrays of a batch that every process holds whole."""
   sharding = _rows_sharding(batch, mesh)
   # All processes make the same batch. This costs little compared with the step, and keeps
   # packing, the curve and the position in the data the same on any number of hosts.

@@ -84,21 +84,15 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective of a program.
-
-  Attributes:
-    num_bytes: The size of the whole array that a group gathers, reduces or exchanges, as one of
-      its devices sees it.
-    group: The devices of the first group, by their place in the mesh.
-    turns: How often it runs in a step.
-    source: The operation of the program that it belongs to.
-  """
+  """One collective of a program."""
 
   kind: str  # one of COLLECTIVES
+  # The size of the whole array that a group gathers, reduces or exchanges, as one of its devices
+  # sees it.
   num_bytes: int
-  group: tuple[int, ...]
-  turns: int
-  source: str
+  group: tuple[int, ...]  # the devices of the first group, by their place in the mesh
+  turns: int  # how often it runs in a step
+  source: str  # the operation of the program that it belongs to
 
 
 _COLLECTIVE = re.compile(rf'= (?P<out>.*?) (?P<kind>{"|".join(COLLECTIVES)})(?P<start>-start)?\(')
@@ -114,6 +108,7 @@ def collectives(text: str, turns: int = 1) -> list[Collective]:
   `turns` is how often those loops run whose end is not in the text.
   """
   bodies, lines = {}, []
+  # Computations begin at the start of a line; their instructions are indented.
   for line in text.splitlines():
     if line.startswith(('%', 'ENTRY')):
       lines = bodies.setdefault(line.split(' ')[0], [])
@@ -228,22 +223,14 @@ def replicated_fraction(shapes: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """The times of a step, in seconds.
-
-  Attributes:
-    memory_s: The time to read what the products need.
-    collectives_s: The time of each kind of collective, and of the network between slices.
-    overlapped_s: The step, if links, memory and products work at the same time.
-    serial_s: The step, if links wait for memory and products.
-    limit: What takes longest: 'products', 'memory' or a kind of collective.
-  """
+  """The times of a step, in seconds."""
 
   compute_s: float
-  memory_s: float
-  collectives_s: dict[str, float]
-  overlapped_s: float
-  serial_s: float
-  limit: str
+  memory_s: float  # to read what the products need
+  collectives_s: dict[str, float]  # by kind; the network between slices is one of them
+  overlapped_s: float  # the step, if links, memory and products work at the same time
+  serial_s: float  # the step, if links wait for memory and products
+  limit: str  # what takes longest: 'products', 'memory' or a kind of collective
 
 
 def estimate(

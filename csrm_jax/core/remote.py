@@ -93,10 +93,7 @@ def mirror(home: epath.Path) -> Iterator[pathlib.Path]:
 
 
 def push(path: pathlib.Path) -> None:
-  """Copies the changes in `path` to its bucket, if it is the copy of one.
-
-  The first process does it for all. If the bucket cannot be written, it raises an OSError.
-  """
+  """Copies changes in `path` to its bucket; does nothing if `path` is not a copy of one."""
   found = _MIRRORS.get(path)
   if found is None or jax.process_index() != 0:
     return

@@ -25,10 +25,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def from_named(tree: Any, named: Mapping[str, Any]) -> Any:
-  """Returns a tree with the structure of `tree` and the leaves of `named`.
-
-  The names must be the same; the order may differ.
-  """
+  """Returns a tree with the structure of `tree` and the leaves of `named`; names must match."""
   names = dict.fromkeys(named_leaves(tree))
   for name in names:
     if name not in named:

@@ -85,6 +85,7 @@ def cca(
     # The survivor is drawn even if it is not needed: the number of draws, and so all later random
     # numbers, must not depend on the outcome. The four draws below are made for the same reason.
     *draws, survivor = rng.random(len(categories) + 1).tolist()
+    # A configuration needs a category, so one chosen at random stays when all would go.
     kept = [c for c, u in zip(categories, draws, strict=True) if u >= drop_prob]
     categories = kept or [categories[int(survivor * len(categories))]]
   if example.plus is not None or example.minus is not None:
@@ -154,10 +155,8 @@ def strictness_pair(
 
 
 def hide_rules(item: Example | Pair) -> Example | Pair:
-  """Returns the example or pair without its rules; labels stay.
-
-  The scores with rules minus these show how much the model uses the rules.
-  """
+  """Returns the example or pair without its rules; labels stay."""
+  # The scores of such items, compared with those under rules, show how much the rules matter.
   if isinstance(item, Pair):
     return dataclasses.replace(item, safer=hide_rules(item.safer), other=hide_rules(item.other))
   return dataclasses.replace(item, safety=NO_RULES, violated=(), plus=None, minus=None)

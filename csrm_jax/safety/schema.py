@@ -69,10 +69,7 @@ class Category:
 
 @dataclasses.dataclass(frozen=True)
 class SafetyConfig:
-  """An ordered list of categories with distinct names.
-
-  The order belongs to the configuration, because the prompt shows the categories in order.
-  """
+  """An ordered list of categories with distinct names; prompts show them in order."""
 
   categories: tuple[Category, ...]
   name: str = ''
@@ -152,6 +149,7 @@ def parse_safety(obj: Any, where: str, lines: Sequence[int] = ()) -> SafetyConfi
         f'{where}: unknown key {show(key)}; a safety configuration has "categories" and, if you'
         ' like, "name"'
       )
+  # YAML reads a key without entries as null; the error is then that of an empty list.
   items = obj['categories'] or []
   if not isinstance(items, (list, tuple)):
     raise ValueError(
@@ -259,30 +257,19 @@ def parse_conversation(obj: Any) -> tuple[Message, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One judged response: rules, a conversation, and what is known about them.
-
-  Attributes:
-    conversation: It ends with the agent message that is judged.
-    label: 'safe', 'unsafe', or None if nobody labelled it.
-    violated: The categories under which it was labelled unsafe; empty if there are none or if
-      they are unknown.
-    plus: A category outside `safety` that would make the response unsafe.
-    minus: A category outside `safety` that would not change the label.
-    probability: The true P(unsafe), where it is known.
-    source: The data set that the example comes from.
-    rule_set: The group of rules under which reports show it.
-  """
+  """One judged response: rules, a conversation, and what is known about them."""
 
   id: str
   safety: SafetyConfig
-  conversation: tuple[Message, ...]
-  label: str | None = None
+  conversation: tuple[Message, ...]  # ends with the agent message that is judged
+  label: str | None = None  # 'safe', 'unsafe', or None if nobody labelled it
+  # The categories under which it was labelled unsafe; empty if none or if they are unknown.
   violated: tuple[str, ...] = ()
-  plus: Category | None = None
-  minus: Category | None = None
-  probability: float | None = None
-  source: str = ''
-  rule_set: str = ''
+  plus: Category | None = None  # outside `safety`; it would make the response unsafe
+  minus: Category | None = None  # outside `safety`; it would not change the label
+  probability: float | None = None  # the true P(unsafe), where it is known
+  source: str = ''  # the data set that it comes from
+  rule_set: str = ''  # the group of rules under which reports show it
 
   def __post_init__(self):
     object.__setattr__(self, 'conversation', tuple(self.conversation))
@@ -451,18 +438,12 @@ def _parse_names(value: Any) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt for a policy, and the rules under which its answer is judged.
-
-  Attributes:
-    messages: The conversation up to the user's last turn.
-    safety: The rules of the reward; the policy does not read them.
-    label: 'harmful' or 'benign' where it is known (AlphaAlign), else ''.
-  """
+  """A prompt for a policy, and the rules under which its answer is judged."""
 
   id: str
-  messages: tuple[Message, ...]
-  safety: SafetyConfig
-  label: str = ''
+  messages: tuple[Message, ...]  # up to the user's last turn
+  safety: SafetyConfig  # the rules of the reward; the policy does not read them
+  label: str = ''  # 'harmful' or 'benign' where it is known (AlphaAlign)
 
   def __post_init__(self):
     if self.label not in PROMPT_LABELS:
@@ -472,20 +453,13 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One completion of a prompt.
-
-  Attributes:
-    index: Its place among the samples of the prompt.
-    text: The completion without its stop token.
-    num_tokens: The number of tokens, the stop token included.
-    stopped: False if the length limit cut it off.
-  """
+  """One completion of a prompt."""
 
   prompt: Prompt
-  index: int
-  text: str
-  num_tokens: int
-  stopped: bool
+  index: int  # its place among the samples of the prompt
+  text: str  # without the stop token
+  num_tokens: int  # the stop token included
+  stopped: bool  # False if the length limit cut it off
 
   @property
   def id(self) -> str:

@@ -58,12 +58,10 @@ FORMATS = ('csrm', 'llama_guard_3', 'llama_guard_3_user', 'shield_gemma', 'shiel
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
-  """A piece of the prompt; its kind says who wrote it.
-
-  'control' is text of the template, and 'response' is the message that is judged.
-  """
+  """A piece of the prompt; its kind says who wrote it."""
 
   text: str
+  # 'control' is text of the template; 'response' is the message that is judged.
   kind: Literal['control', 'rules', 'history', 'response']
 
 
@@ -151,11 +149,8 @@ def render_text(segments: Sequence[Segment]) -> str:
 
 
 def template_hash(layout: Layout = DEFAULT) -> str:
-  """Returns a sha256 (hex) that changes whenever the layout does.
-
-  Store it in every checkpoint: the scores of a model mean nothing under another layout than the
-  one of its training.
-  """
+  """Returns a sha256 (hex) that changes whenever the layout does."""
+  # Checkpoints hold it: scores of a model mean nothing under another layout.
   # The probe has line breaks, double spaces, an empty message and forged marks: all that the
   # template treats specially.
   probe = SafetyConfig((Category('First  name', 'One\nguideline.'), Category('Second', 'Another.')))
@@ -225,6 +220,7 @@ def _rule_line(number: int, category: Category) -> str:
 
 
 def _turn_lines(message: Message) -> str:
+  # As in rules: only the template can start a line at the margin.
   content = _INDENT.join(message.content.splitlines())
   return f'{_SPEAKERS[message.role]}{content}\n'
 
@@ -323,20 +319,15 @@ def _up_to_last(conversation: Sequence[Message], role: str) -> Sequence[Message]
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-  """How to ask a guard model, and how to read its answer.
+  """How to ask a guard model, and how to read its answer."""
 
-  Attributes:
-    render: (safety, conversation) -> segments, up to the verdict token.
-    per_category: Whether it reads one guideline at a time, so that a configuration takes one
-      pass per category.
-    marks: Control tokens that its tokenizer must know.
-  """
-
+  # (safety, conversation) -> segments, up to the verdict token
   render: Callable[[SafetyConfig, Sequence[Message]], tuple[Segment, ...]]
   safe_words: tuple[str, ...]  # one token each
   unsafe_words: tuple[str, ...]
+  # Whether it reads one guideline at a time, so that a configuration takes one pass per category.
   per_category: bool
-  marks: tuple[str, ...]
+  marks: tuple[str, ...]  # control tokens that its tokenizer must know
 
 
 def _llama_guard(role: str) -> Guard:

@@ -23,16 +23,11 @@ _SPECIAL = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 def wrap(template: str, special_tokens: Mapping[str, str], bos: str | None) -> tuple[str, str]:
   """Returns (prefix, suffix): the template's text around a user's message.
 
-  The next token after the suffix is the first of the assistant's turn. Templates are told not to
-  think, if they can. The result does not depend on the current date.
-
-  Args:
-    special_tokens: Texts of 'bos_token', 'eos_token', ... for the template.
-    bos: The token that the encoder puts before every prompt, or None. It is removed if the
-      template writes it too.
+  The next token after the suffix is the first of the assistant's turn. `special_tokens` are
+  texts of 'bos_token', 'eos_token', ... for the template. `bos` is the token that the encoder
+  puts before every prompt, or None; it is removed if the template writes it too.
 
   Raises:
-    ImportError: The package jinja2 is missing.
     ValueError: The template cannot be rendered or drops, repeats or changes the message, or its
       suffix is empty, or it writes `bos` elsewhere.
   """
@@ -118,6 +113,7 @@ def _render(template: str, special_tokens: Mapping[str, str]) -> str:
     return environment.from_string(template).render(
       messages=[{'role': 'user', 'content': _MARKER}],
       add_generation_prompt=True,
+      # The first token must be the verdict; templates without thinking ignore this.
       enable_thinking=False,
       tools=None,
       documents=None,

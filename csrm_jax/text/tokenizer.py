@@ -36,21 +36,15 @@ _PAD = ('<pad>', '[PAD]', '<|pad|>', '<|finetune_right_pad_id|>', '<|endoftext|>
 
 @runtime_checkable
 class Tokenizer(Protocol):
-  """The interface of a tokenizer; instances can be pickled.
+  """The interface of a tokenizer; instances can be pickled."""
 
-  Attributes:
-    vocab_size: One more than the largest id.
-    pad_id: Fills places that nobody reads; it may equal eos_id.
-    digest: The sha256 (hex) of the model file.
-    opens_with_space: Whether the model was trained on prompts whose first plain text has an
-      extra space in front. `encode` never adds it; the writer of the beginning of a prompt does.
-  """
-
-  vocab_size: int
+  vocab_size: int  # one more than the largest id
   bos_id: int | None
   eos_id: int
-  pad_id: int
-  digest: str
+  pad_id: int  # fills places that nobody reads; it may equal eos_id
+  digest: str  # sha256 (hex) of the model file
+  # Whether the model was trained on prompts whose first plain text has an extra space in front.
+  # `encode` never adds it; the writer of the beginning of a prompt does.
   opens_with_space: bool
 
   def encode(self, text: str) -> list[int]:
@@ -67,12 +61,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-  """Returns the tokenizer in a .model (SentencePiece) or tokenizer.json file.
-
-  Raises:
-    ImportError: A tokenizer.json needs the package `tokenizers`, and it is missing.
-    ValueError: The suffix is another one, or the content does not fit it.
-  """
+  """Returns the tokenizer in a .model (SentencePiece) or tokenizer.json file."""
   suffix = pathlib.Path(path).suffix
   if suffix == '.model':
     return SentencePieceTokenizer(path)
@@ -209,6 +198,7 @@ class HFTokenizer(_WithControl):
         f'{where}: not a Hugging Face tokenizer.json ({reason}); give the file that save_pretrained'
         ' wrote'
       ) from None
+    # The file may hold settings for batches of its own model.
     tok.no_truncation()
     tok.no_padding()
     # Special tokens in plain text are then encoded as the characters that they are written with.
@@ -230,6 +220,7 @@ class HFTokenizer(_WithControl):
     self._data, self._tok = data, tok
     self.bos_id, self.eos_id, self.pad_id = ids['bos'], ids['eos'], ids['pad']
     self.digest = hashlib.sha256(data).hexdigest()
+    # Ids may have gaps, so the number of tokens would be too small.
     self.vocab_size = max(tok.get_vocab(with_added_tokens=True).values()) + 1
     self._control_ids = frozenset(control.values())
     self._set_control(control, where)

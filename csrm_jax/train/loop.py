@@ -206,10 +206,7 @@ def train(
 
 
 def check_finite(workdir: pathlib.Path, step: int, updates: Sequence[Update]) -> None:
-  """Waits for the updates of a step; raises a ValueError if one was not finite.
-
-  The batch of that update is kept in the work directory.
-  """
+  """Waits for the updates of a step; keeps the batch and raises if one is not finite."""
   for batch, metrics in updates:
     if float(metrics['train/finite']) > 0:
       continue
@@ -241,6 +238,7 @@ class Window:
   ):
     """Starts the clock. The larger of `earlier_s` and the time in `state` counts."""
     now = time.perf_counter()
+    # Either may know of more: a log line may follow the checkpoint, or the other way round.
     earlier_s = max(earlier_s, state['elapsed_s'] if state else 0.0)
     self._began = now - earlier_s - setup_s
     self._num_before = _compilations()[0]
@@ -314,6 +312,7 @@ class Window:
       for step in jax.device_get(self._metrics)
     ]
     return {
+      # JSON has no NaN and infinity; the round trip turns them into null.
       'metrics': json.loads(json.dumps(steps), parse_constant=lambda name: None),
       'counts': dict(self._counts),
       'num_steps': self._num_steps,

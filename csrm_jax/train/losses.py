@@ -29,6 +29,7 @@ def verdict_logprobs(logits: jax.Array, verbalizers: Any) -> tuple[jax.Array, ja
   logits = logits.astype(jnp.float32)
   norm = jax.nn.logsumexp(logits, axis=-1)
 
+  # float32, because the score is a small difference of large logits.
   def log_prob(ids):
     return jax.nn.logsumexp(logits[..., jnp.asarray(ids)], axis=-1) - norm
 
@@ -104,6 +105,7 @@ def lm_loss(
   weight = (follows & (segment_ids > 0)).astype(jnp.float32)
   if loss_weight is not None:
     weight = weight * jnp.roll(loss_weight, -1, axis=1)
+  # The shift brought the row's first token behind its last one.
   weight = weight.at[:, -1].set(0.0)
   logits = logits.astype(jnp.float32)
   norm = jax.nn.logsumexp(logits, axis=-1)

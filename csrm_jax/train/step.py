@@ -152,6 +152,7 @@ def make_train_step(
     scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     grad_norm = optax.tree.norm(grads)
+    # The norm is not finite if any gradient is not.
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -229,10 +230,7 @@ def mean_metrics(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def keep_freed_memory() -> bool:
-  """Makes this process reuse freed memory; returns whether that worked.
-
-  Call it once, early. It does nothing where the allocator is not glibc's.
-  """
+  """Makes this process reuse freed memory (glibc only); returns whether that worked."""
   # XLA on CPU allocates its work space anew in each step. By default glibc returns it to the
   # system, and every page is faulted in again: about a third of the time of a small model's
   # step.
