@@ -68,7 +68,7 @@ def get_config(arg=None):
   # The form that replies must have: json_schema; bounded_json_schema, which also limits lengths
   # (for small models, on servers that enforce it); json_object; or text, which asks for no form.
   c.endpoint.json_mode = 'json_schema'
-  c.endpoint.temperature = 0.7  # of sampling
+  c.endpoint.temperature = 0.7  # the sampling temperature
   c.endpoint.max_tokens = 800  # the most tokens a reply may have
   c.endpoint.timeout_s = 60.0  # how long the endpoint may stay silent
   c.endpoint.num_tries = 5  # how often a request is sent that fails on the way
@@ -80,7 +80,7 @@ def get_config(arg=None):
   c.model = ml_collections.ConfigDict()
   c.model.init = arg.init  # a Hugging Face folder, a hub id or a .gguf file
   c.model.dtype = 'float32'  # the dtype of weights and activations; or bfloat16
-  c.model.temperature = 0.7  # of sampling
+  c.model.temperature = 0.7  # the sampling temperature
   c.model.top_p = 1.0  # draws from the likeliest tokens that together have this probability
   c.model.max_tokens = 800  # the most tokens a reply may have
   c.model.num_unparsable = 3  # unreadable replies after which a request is dropped
@@ -101,7 +101,7 @@ def get_config(arg=None):
   c.strictness.max_subcategories = 15  # the most, with those added for conversations
   c.strictness.pool_size = 200  # violating conversations for each category
   c.strictness.alpha = 0.05  # the error of the one-sided Clopper–Pearson bound
-  c.strictness.threshold = 0.95  # what the bound must exceed
+  c.strictness.threshold = 0.95  # the bound must exceed this
   # The least number of conversations that only the strict side catches. The paper asks for none
   # (0), but then two guidelines that mean the same pass.
   c.strictness.min_extra = 1

@@ -76,7 +76,7 @@ def get_config(arg=None):
         'ruleworld_examples': 1000,  # how many the two largest sets have; 0 for no RuleWorld
         'ruleworld_seed': 2000,  # must be the same for all reports that are compared
         'data_dir': '',  # has a folder for each public set; '' for no public sets
-        'names': (),  # which public sets; () for all
+        'names': (),  # the names of the public sets to use; () for all
         'max_items': 0,  # how many items of each benchmark, evenly spread; 0 for all
       }
     )

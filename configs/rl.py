@@ -165,7 +165,7 @@ def base(arg):
       # model that was trained on preference pairs without rules, given as its work directory.
       'helpfulness': 'oracle' if in_world else 'none',
       'helpfulness_a': 1.0,  # such a model's rating is 1 + 4 sigmoid(a * score + b)
-      'helpfulness_b': 0.0,  # in nats
+      'helpfulness_b': 0.0,  # the b of that, in nats
       # All rewards but alphaalign
       'mode': 'product',  # how safety and helpfulness are combined; or sum
       'safety_weight': 1.0,  # the exponent in a product, the factor in a sum
@@ -248,7 +248,7 @@ def base(arg):
 
 def offline_part(arg):
   """Returns the part for an algorithm that learns from pairs."""
-  highest = 5.0 if arg.data == 'ruleworld' else 1.0  # with helpfulness, or without
+  highest = 5.0 if arg.data == 'ruleworld' else 1.0  # R * H with helpfulness, else R alone
   return {
     'num_steps': 200,
     'log_every': 10,

@@ -106,8 +106,8 @@ BASE = {
     'max_length': 256,  # the most tokens in a prompt; longer ones are shortened
     # Configurable category augmentation (CCA), drawn anew for each example.
     'drop_prob': 0.5,  # the probability that a category of the rules is dropped
-    'plus_prob': 0.5,  # that the proposed p+, which the response violates, is added
-    'minus_prob': 0.5,  # that the proposed p-, which it does not violate, is added
+    'plus_prob': 0.5,  # the probability that p+, a category the response violates, is added
+    'minus_prob': 0.5,  # the probability that p-, a category it does not violate, is added
     # Whether the two prompts of a pair count as examples too where their labels are known. The
     # paper does not say so; with this, SA alone teaches the model to read rules.
     'label_pairs': False,

@@ -145,6 +145,8 @@ class Algorithm:
     return self.advantage is not None
 
 
+# GRPO's paper has the KL in the loss, as k3, and gives each completion the same weight. Dr. GRPO
+# divides by a constant instead: a mean over a completion's own tokens has a length bias.
 ALGORITHMS: dict[str, Algorithm] = {
   'reinforce_pp': Algorithm(reinforce_pp, token_returns=True),
   'reinforce_pp_baseline': Algorithm(reinforce_pp_baseline, needs_group=True, token_returns=True),

@@ -109,7 +109,7 @@ class Online:
   def __post_init__(self):
     self.algorithm = algorithms.get(self.config.algorithm)
     self.objective = algorithms.make_objective(self.config)
-    self.kl_coef = self.objective.kl_coef  # as kl_target has adapted it so far
+    self.kl_coef = self.objective.kl_coef  # kl_target adapts it during the run
 
   def begin(self, state, step, carried) -> None:
     # A killed run may have written rows of steps after its last checkpoint, which come again.
@@ -241,7 +241,8 @@ class Online:
       estimate | values,
     )
     if loss.kl_target is not None:
-      # After the advantages: only the next step's samples see the new coefficient.
+      # After the advantages: only the next step's samples see the new coefficient. It is measured
+      # on all tokens, even where mask_truncated leaves some out of the loss.
       mask = rows['completion_mask']
       k3 = objectives.kl_estimate(old['logprobs'], reference, 'k3')
       self.kl_coef = algorithms.adaptive_kl(

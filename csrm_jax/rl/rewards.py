@@ -154,11 +154,7 @@ class HttpScorer:
         raise ValueError(str(error)) from None
 
   def __call__(self, samples: Sequence[Sample]) -> list[Any]:
-    """Returns the scorer's values, one for each sample, which are not checked here.
-
-    Raises:
-      ValueError: The scorer does not answer, refuses, or gives another number of values.
-    """
+    """Returns the scorer's values, one for each sample; whether they are finite is not checked."""
     values = []
     for start in range(0, len(samples), self.batch_size):
       chunk = samples[start : start + self.batch_size]
@@ -217,6 +213,7 @@ class HttpScorer:
       return str(getattr(error, 'reason', error)) or type(error).__name__
     with error:
       said = ' '.join(error.read(500).decode(errors='replace').split())
+    # Time-outs, conflicts, "too early" and "too many requests" may pass, as a server's faults may.
     if error.code < 500 and error.code not in (408, 409, 425, 429):
       raise _RefusedError(
         f'the scorer at {self.url} refuses the request (status {error.code}: '
@@ -264,6 +261,7 @@ def combine(
     # In float64, so that the total is rounded once, at the end.
     wide = {name: value.astype(np.float64) for name, value in values.items()}
     if mode == 'product':
+      # An overflow, or 0 to a negative power, is an error that names the sample, not a warning.
       with np.errstate(all='ignore'):
         total = math.prod(wide[name] ** weight for name, (_, weight) in parts.items())
       total = total + sum(weight * wide[name] for name, (_, weight) in added.items())
@@ -295,6 +293,7 @@ def check_rewards(values: Any, samples: Sequence[Sample], name: str) -> np.ndarr
     )
   for value, sample in zip(values, samples, strict=True):
     is_number = isinstance(value, (int, float, np.number))
+    # The comparison is false for NaN too.
     if not (is_number and abs(value) <= _HUGE):
       raise ValueError(
         f'{sample.id}: reward {name} is {checks.show(value)}, not a finite '

@@ -61,6 +61,7 @@ class Policy:
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for message in prompt.messages:
       is_user = message.role == 'user'
+      # What a user writes never becomes a control token; the marks around it may.
       ids += tokenizer.encode_control(prefix) if is_user else []
       ids += tokenizer.encode(message.content)
       ids += tokenizer.encode_control(suffix) if is_user else []
@@ -126,6 +127,7 @@ def make_rows(
   for i, ids in enumerate(asked):
     tokens[i, width - starts[i] : width] = ids
   tokens[:, width:] = done.tokens
+  # The mask comes from lengths, not from ids: a completion may hold the padding or stop id.
   place = np.arange(width + C) - (width - starts)[:, None]
   inside = (place >= 0) & (place < (starts + done.lengths)[:, None])
   return {

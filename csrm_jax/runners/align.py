@@ -112,7 +112,7 @@ def _set_up(config: ml_collections.ConfigDict) -> Setup:
   policy = make_policy(config)
   sampling = make_sampling(config, (policy.tokenizer.eos_id,))
   train, test = make_prompts(config)
-  # What does not fit ends here, before anything is written.
+  # Prompts that do not fit are an error here, before anything is written.
   policy.encode_all([*train, *test], sampling.max_completion_length)
   mesh, sampling_mesh = make_meshes(config)
   with jax.set_mesh(mesh):
@@ -398,6 +398,7 @@ def _balance(prompts: Sequence[Prompt]) -> list[Prompt]:
       f'and {len(places["benign"])} benign; label some as each, or set '
       'config.data.balance=False'
     )
+  # Prompts without a label stay: AlphaAlign refuses them by name.
   surplus = {i for some in places.values() for i in some[num:]}
   return [p for i, p in enumerate(prompts) if i not in surplus]
 

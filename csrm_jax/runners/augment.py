@@ -219,6 +219,7 @@ def _pairs(
   seed: int,
 ) -> tuple[Iterable[Pair], int]:
   """Returns at most `max_pairs` pairs, drawn at random, and their number."""
+  # Pairs are made one by one as they are written: each kept candidate meets a whole pool.
   total = sum(len(o.kept) * len(pools[o.category]) for o in outcomes)
   every = (pair for o in outcomes for pair in strictness.make_pairs(o, pools[o.category]))
   if not max_pairs or total <= max_pairs:

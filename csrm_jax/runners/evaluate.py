@@ -292,6 +292,7 @@ def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path) -> scoring.Scor
   """
 
   def score(examples, progress=lambda num: None):
+    # The file's name depends on the examples alone, so a folder belongs to one model.
     content = json.dumps([example.to_dict() for example in examples])
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = folder / f'{digest}.json'

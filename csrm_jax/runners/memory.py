@@ -57,11 +57,13 @@ def _changes(flat: dict[str, Any]) -> Iterator[str]:
     yield f'--config.optim.num_microbatches={num}'
   sizes = [flat.get(f'mesh.{name}') for name in ('data', 'fsdp', 'tensor')]
   slices = flat.get('mesh.num_slices', 1)
+  # Only data goes across slices: fsdp and tensor share the devices of one.
   devices = jax.device_count() // slices
   if None not in sizes and devices > 1:
     if sizes[1] != -1 and sizes[1] * sizes[2] < devices:
       yield f'--config.mesh.data={slices} --config.mesh.fsdp=-1'
     else:
       yield f'--config.mesh.tensor={2 * sizes[2]}'
+  # A smaller batch comes last, because it changes what is learnt.
   if 'data.batch_size' in flat:
     yield f'--config.data.batch_size={max(1, flat["data.batch_size"] // 2)}'
