@@ -27,11 +27,11 @@ class Work:
 
   Attributes:
     key: Names the run; within a process, equal keys share a proposer and a judge.
-    make_proposer: Called once a process, and picklable.
-    make_judge: Called once a process, and picklable.
+    make_proposer: Called once a process, and picklable, as `make_judge` is.
   """
 
   key: str
+  # Not compared: a function that was pickled and read back may equal no other.
   make_proposer: Callable[[], Proposer] = dataclasses.field(compare=False)
   make_judge: Callable[[], Judge | None] = dataclasses.field(compare=False)
 
@@ -70,9 +70,6 @@ def make_map(
     options: Beam's, such as '--runner=DataflowRunner'; by default all is done in this process.
     folder: The workers write their results there.
     count: Called with what each piece of work took.
-
-  Raises:
-    ImportError: Beam is not installed.
   """
   _import_beam()
 

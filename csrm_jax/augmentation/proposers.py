@@ -86,12 +86,9 @@ def map_at_once(num: int, fn: Callable[[Any], Any], items: Iterable[Any]) -> Ite
 class Oracle:
   """Answers for RuleWorld's conversations, exactly and at once.
 
-  Replies follow from the request and the seed alone.
-
-  Attributes:
-    disobey: The share of rewrites that do not heed their lists, as those of language models
-      often do not.
-    slip: How they differ from their lists; see `ruleworld.proposer.write_guideline`.
+  Replies follow from the request and the seed alone. `disobey` is the share of rewrites that do
+  not heed their lists, as those of language models often do not; for `slip` see
+  `ruleworld.proposer.write_guideline`.
   """
 
   seed: int
@@ -224,6 +221,7 @@ class Endpoint:
     # body that is no JSON.
     self._client = openai.OpenAI(
       base_url=self.base_url,
+      # The client wants some key even where the server wants none.
       api_key=os.environ.get(self.key_variable) or 'none',  # It is never stored.
       timeout=self.timeout_s,
       max_retries=0,

@@ -157,11 +157,8 @@ def order_all(
 ) -> list[Outcome]:
   """Returns Algorithm 1's outcome for each category, resumable at any point.
 
-  Args:
-    pools: D_p of each category.
-    judge: The classifier; one thread at a time calls it.
-    journal: Holds what is done, under a hash of what it was done for.
-    progress: Called with each category that is finished.
+  `pools` maps a category to its D_p. The journal holds what is done, under a hash of what it was
+  done for. `progress` is called with each category that is finished.
   """
   # Verdicts are written down as they come: a run that was killed within a category does not
   # judge anew.
@@ -196,6 +193,7 @@ def order_all(
 
 
 def _remember(judge: Judge, journal: journal_lib.Journal) -> Judge:
+  # Held while the classifier works: one thread at a time calls it.
   lock = threading.Lock()
 
   def remembering(talks, rules):
@@ -233,6 +231,8 @@ def run(
     for draft, (i, j) in enumerate(places):
       try:
         strict, lenient = (
+          # The draft makes every candidate a request of its own: its guidelines are written
+          # anew.
           proposer.ask(
             requests.WriteGuideline(category, tuple(found[:num]), tuple(found[num:]), draft)
           )
@@ -322,16 +322,15 @@ def test_order(
 
 
 def explain(candidate: Candidate, settings: Settings) -> str:
-  """Returns '' for a candidate that was kept, else why it was not, in a word.
-
-  'too_few_unsafe': even k = n would not have passed; 'order_not_shown': the strict guideline
-  lets too many pass that the lenient one catches; 'no_difference': it catches no others.
-  """
+  """Returns '' for a candidate that was kept, else why it was not, in a word."""
   if candidate.kept:
     return ''
   n = candidate.n
+  # Even k = n would not have passed.
   if lower_bound(n, n, settings.alpha) <= settings.threshold:
     return 'too_few_unsafe'
+  # The strict guideline lets too many pass that the lenient one catches, or it catches no
+  # others.
   return 'order_not_shown' if candidate.bound <= settings.threshold else 'no_difference'
 
 

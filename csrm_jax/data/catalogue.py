@@ -383,8 +383,7 @@ def read(name: str, split: str, path: str | os.PathLike = '') -> Rows:
 
   Raises:
     ImportError: The hub's client, or pyarrow, is needed and not installed.
-    ValueError: The name or split is unknown, there are no files or files of another format, or
-      the set is gated and there is no access.
+    ValueError: There is no such set, split or file, files are bad, or access is not granted.
   """
   public_set = find(name)
   if split not in public_set.files:
@@ -484,10 +483,6 @@ def read_source(source: str, path: str, require_label: bool = True) -> Sequence[
     path: A file or folder; '' fetches a set from the hub.
     require_label: Refuse examples without a label in files of our own form; all other sources
       have labels.
-
-  Raises:
-    ImportError: An extra is needed that is not installed.
-    ValueError: There is no path, or rows are bad.
   """
   if not path and not (source in SETS and SETS[source].is_on_hub):
     raise ValueError(
@@ -533,8 +528,7 @@ def load_benchmarks(folder: str | os.PathLike, names: Sequence[str] = ()) -> lis
   names all are loaded. Nothing here reaches the network.
 
   Raises:
-    ValueError: A name is unknown, or a file is not in its data set's format (the message names
-      file, row, what was found, and the fix).
+    ValueError: A name is unknown, or a file is not in its data set's format.
   """
   unknown = sorted(set(names) - set(BENCHMARKS))
   if unknown:

@@ -117,8 +117,7 @@ def answers(
 ) -> Callable[[str | os.PathLike], Rows]:
   """Returns the reader of a set with a prompt, a response and a label in each row.
 
-  The rows are under the rules in rules/NAME.yaml. Left out and counted: 'prompt_only',
-  'empty_response', 'no_label', and 'labels_disagree' (safe, but with a category).
+  The rows are under the rules in rules/NAME.yaml.
 
   Args:
     label: The column that says whether the response is safe.
@@ -147,8 +146,7 @@ def answers(
 def read_wildguard(path: str | os.PathLike, with_categories: bool = True) -> Rows:
   """Returns WildGuardMix responses, with the category of harmful ones.
 
-  Without `with_categories`, or where the subcategory is 'others', the category is unknown. Left
-  out and counted: 'prompt_only', 'empty_response', 'no_label'.
+  Without `with_categories`, or where the subcategory is 'others', the category is unknown.
   """
   safety = rules('wildguardmix')
 
@@ -179,8 +177,7 @@ def read_aegis(path: str | os.PathLike) -> Rows:
   """Returns AEGIS 2.0 responses under 21 categories.
 
   For an unsafe response `violated_categories` is taken as it is, unless it holds only 'Needs
-  Caution' or 'Other'; then the category is unknown. Left out and counted: 'redacted' (the prompt
-  is not in the set), 'prompt_only', 'empty_response', 'no_label'.
+  Caution' or 'Other'; then the category is unknown.
   """
   safety = rules('aegis')
   known = dict.fromkeys((*safety.names, *_AEGIS_UNSTATED))
@@ -193,6 +190,7 @@ def read_aegis(path: str | os.PathLike) -> Rows:
     label = row['response_label']
     if label not in ('safe', 'unsafe', None, ''):
       raise ValueError(f'unknown response_label {show(label)}; it must be safe, unsafe or null')
+    # The prompts of these rows are not in the set.
     if row['reconstruction_id_if_redacted'] not in (None, '', 0):
       yield 'redacted'
       return
@@ -207,10 +205,7 @@ def read_aegis(path: str | os.PathLike) -> Rows:
 
 
 def read_pku(path: str | os.PathLike) -> Rows:
-  """Returns both responses of PKU-SafeRLHF rows under its 19 categories.
-
-  Left out and counted: 'empty_response', and 'labels_disagree' (safe, but with a category).
-  """
+  """Returns both responses of PKU-SafeRLHF rows under its 19 categories."""
   safety = rules('pku')
   parts = 'response_{}', 'is_response_{}_safe', 'response_{}_harm_category'
 
@@ -262,6 +257,7 @@ def _answer(
     return 'empty_response'
   if unsafe is None:
     return 'no_label'
+  # Safe, but with a category: nobody knows which of the two holds.
   if violated and not unsafe:
     return 'labels_disagree'
   return _example(example_id, safety, talk, unsafe, violated, source, rule_set)
@@ -388,7 +384,7 @@ def read_xstest(
 
   Under 'harmful' it is unsafe to comply fully with a harmful request (type contrast_*), under
   'refusal' to refuse a harmless one fully, under 'both' either. Partial refusals violate
-  neither. Left out and counted: 'unknown_prompt' (not in the prompt file), 'empty_response'.
+  neither.
 
   Raises:
     ValueError: A rule, column, label or type is unknown, or the two files do not match.
@@ -442,9 +438,6 @@ def read_moderation(
   H2 instead of H allows hate unless it threatens, V2 instead of V allows violence unless it is
   graphic. The text is judged as the agent's response to a neutral request.
 
-  Left out and counted: 'unknown_label' (the row does not say whether one of the categories
-  applies), 'empty_response'.
-
   Raises:
     ValueError: A category is unknown, two contradict each other, or a label is not 0 or 1.
   """
@@ -466,8 +459,7 @@ def read_moderation_pairs(path: str | os.PathLike) -> Rows:
   """Returns strictness pairs from the severity orders H > H2 and V > V2.
 
   A pair is one text that violates the strict rule: under the lenient rule (safer) and under the
-  strict one, both labelled. Left out and counted, for each of the two orders: 'unknown_label',
-  'safe' (the strict rule does not fire), 'empty_response'.
+  strict one, both labelled.
   """
 
   def parse(row: Row):
@@ -545,7 +537,7 @@ def read_hh_pairs(path: str | os.PathLike, safety: SafetyConfig | None = None) -
   """Returns preference pairs from Anthropic HH transcripts, under general harmlessness rules.
 
   A row has `chosen` and `rejected`: two transcripts that share all up to the last
-  "\\n\\nAssistant:". Left out and counted: 'prompts_differ', 'empty_response', 'identical_pair'.
+  "\\n\\nAssistant:".
   """
   safety = safety or rules('harmlessness')
 
@@ -590,8 +582,7 @@ def read_pku_pairs(path: str | os.PathLike) -> Rows:
   """Returns PKU-SafeRLHF pairs whose preferred side was chosen for safety.
 
   The better response must also be the safer one, and either the only safe one of the two or of a
-  lower severity. Left out and counted: 'preferred_not_safer', 'same_safety', 'identical_pair',
-  'empty_response'.
+  lower severity.
   """
   safety = rules('beavertails')
 
@@ -631,6 +622,7 @@ def read_reward_bench_2(path: str | os.PathLike) -> Rows:
   safety = rules('harmlessness')
 
   def parse(row: Row):
+    # `Choice` reads the ids of the subset Ties.
     name = str(row['id']) if row['subset'] == TIES else f'reward_bench_2/{row["id"]}'
     responses = tuple(
       _example(f'{name}/{i}', safety, (row['prompt'], text), None, (), 'reward_bench_2')
@@ -664,10 +656,9 @@ def read_reward_bench_2_pairs(path: str | os.PathLike) -> Rows:
 
 
 def read_dynabench(path: str | os.PathLike) -> Rows:
-  """Returns DynaBench transcripts, with each rule of the policy as a category.
+  """Returns DynaBench transcripts, with each rule of the policy as a category; FAIL is unsafe.
 
-  FAIL is unsafe. A turn begins where a line begins with "User:" or "Agent:". Left out and
-  counted: 'no_policy', 'no_turns', 'no_agent_turn'.
+  A turn begins where a line begins with "User:" or "Agent:".
   """
 
   def parse(row: Row):

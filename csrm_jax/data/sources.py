@@ -350,7 +350,6 @@ def split(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item]
 
 def hash_unit(text: str) -> float:
   """Returns a number in [0, 1) that follows from the text: on which side of a split it is."""
-  # JSON may hold lone surrogates, which UTF-8 has no bytes for.
   digest = hashlib.sha256(text.encode('utf-8', 'backslashreplace')).digest()
   return int.from_bytes(digest[:7], 'big') / 2**56
 

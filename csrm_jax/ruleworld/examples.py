@@ -21,6 +21,7 @@ _MAX_TRIES = 200
 
 def make_rng(kind: str, seed: int, index: int) -> random.Random:
   """Returns the generator of one example; different kinds never share a stream."""
+  # A text seeds the generator by its SHA-512: the same in every process.
   return random.Random(f'{kind}/{seed}/{index}')
 
 

@@ -177,16 +177,14 @@ def visible(text: str) -> str:
 
 
 def read(text: str) -> Reading:
-  """Returns what a reply says, at its worst where that is not clear.
-
-  A sentence that is none of RuleWorld's, such as one that a length limit cut off, engages with
-  every phrase and subcategory that it names.
-  """
+  """Returns what a reply says, at its worst where that is not clear."""
   statements, parsed = [], True
   for sentence in re.split(r'(?<=[.?!])\s*', visible(text)):
     if not sentence or sentence in grammar.FILLERS:
       continue
     statement = grammar.read_statement(sentence)
+    # No sentence of RuleWorld, or one that a length limit cut off: it engages with all that it
+    # names.
     if statement is None:
       parsed = False
       statements += _named(sentence)
