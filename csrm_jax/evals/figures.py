@@ -5,7 +5,7 @@ Every function draws the values that it is given and knows nothing of suites. Fi
 caller is touched. Colours are Okabe and Ito's, which people with any kind of colour vision tell
 apart; line styles and markers differ too. Text of users is never parsed as mathematics.
 
-Source: CSRM is arXiv 2605.30487; a docstring names the figure of it that is drawn.
+Source: CSRM is arXiv 2605.30487; docstrings name the figure of it that is drawn.
 """
 
 from __future__ import annotations
@@ -367,6 +367,7 @@ def draw_comparison(
   for y, value in best.items():
     ax.plot([value] * 2, [y - 0.4, y + 0.4], color=BEST, linewidth=1.5)
   low, high = ax.get_xlim()
+  # The axis starts at 0 unless all values are far from it.
   ax.set_xlim(0 if low < 0.3 else low, min(high, 1.02))
   legend_above(ax, min(len(scorers), 2))
   save(figure, path)
@@ -447,6 +448,7 @@ def draw_pareto(path: str | os.PathLike, points: Sequence[Mapping[str, Any]], kn
   """
   figure, ax = axes(7, 5)
   swept = dict.fromkeys(p['method'] for p in points if p['a'] is not None)
+  # Policies without a and b come last, in black.
   methods = swept | dict.fromkeys(p['method'] for p in points)
   for i, name in enumerate(methods):
     colour = SERIES[i % len(SERIES)] if name in swept else BEST

@@ -132,7 +132,7 @@ def smece(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 def reliability_bins(
   labels: np.ndarray, p_unsafe: np.ndarray, num_bins: int = 15
 ) -> list[dict[str, float]]:
-  """Returns {low, high, num, mean p_unsafe, share unsafe} of each bin that is not empty."""
+  """Returns {low, high, num, p_unsafe (mean), unsafe (share)} of each bin that is not empty."""
   # Bins are equally wide; p_unsafe = 1 belongs to the last.
   index = np.minimum((p_unsafe * num_bins).astype(np.int64), num_bins - 1)
   bins = []
@@ -183,7 +183,7 @@ def prob_error(probability: np.ndarray, p_unsafe: np.ndarray) -> float:
 def f1_best(labels: np.ndarray, probability: np.ndarray) -> float:
   """Returns the F1, on these labels, of the best judge that knows P(unsafe).
 
-  It never reads the labels, so on few rows a lucky model may lie above it.
+  Its threshold is not fitted to the labels, so on few rows a lucky model may lie above it.
   """
   if not labels.size:
     return math.nan

@@ -203,6 +203,7 @@ def _check_policies(policies: Mapping[str, Mapping[str, Judged]]) -> None:
         f'{", ".join(policies[first])}; ask both under the same'
       )
     for name, judged in policies[other].items():
+      # Differences to the first policy are paired by prompt.
       ids = [{s.prompt.id for s in j.samples} for j in (judged, policies[first][name])]
       if ids[0] != ids[1]:
         raise ValueError(
@@ -312,7 +313,7 @@ class Run:
 
   @property
   def method(self) -> str:
-    """The name of its row: algorithm and reward."""
+    """Returns the name of its row: algorithm and reward."""
     return f'{self.algorithm}, {self.reward}'
 
 
@@ -455,8 +456,8 @@ def pareto(points: Sequence[Mapping[str, Any]], description: str = '') -> Result
   """Returns the safety and helpfulness of policies over a sweep, the oracle's where all have them.
 
   Args:
-    points: {method, a, b, measured}: a policy that was trained with the safety reward sigmoid(a
-      * score + b), and its metrics; a and b are None for a policy that was not.
+    points: {method, a, b, measured}: a policy and its metrics. Its safety reward in training was
+      sigmoid(a * score + b); a and b are None for a policy without such training.
 
   Source: CSRM (arXiv 2605.30487), Figure 4.
   """

@@ -317,7 +317,9 @@ def _chapter(chapter: str, results: Results, drawn: Mapping[str, Pictures]) -> l
   for heading, of in shared.items():
     parts += [heading, *([of['note']] if of['note'] else [])]
     parts.append(_row_table(of['rows'], of['names']))
+  # A remark that several results bring stands once.
   parts += dict.fromkeys(result.remark for result in results.values() if result.remark)
+  # Without shared rows the results are the columns of one table.
   if not shared:
     parts.append(f'## {chapter.replace(NAME, escape(next(iter(results))))}')
     columns: dict[str, Any] = {}
@@ -326,6 +328,7 @@ def _chapter(chapter: str, results: Results, drawn: Mapping[str, Pictures]) -> l
     parts += [column_table(columns)] if any(columns.values()) else []
   for name, result in results.items():
     in_rows = {metric for row in result.rows for metric in row.names}
+    # Metrics that no shared row shows stand in a table of the result's own.
     more = [metric for metric in result.metrics or {} if result.rows and metric not in in_rows]
     own = [_row_table({name: result.metrics}, more)] if more else []
     own += [*result.text, *images(drawn[name])]
@@ -350,6 +353,7 @@ def _sections(results: Results) -> list[str]:
   parts = []
   for heading, tables in sections.items():
     shown = [part for spec in tables.values() if spec.rows for part in plain_table(spec)]
+    # Tables of level 2 are headings themselves.
     has_heading = shown and next(iter(tables.values())).level > 2
     parts += ([f'## {heading}'] if has_heading else []) + shown
   return parts

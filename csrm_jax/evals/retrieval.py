@@ -79,6 +79,7 @@ def turns(example: Example) -> list[Example]:
       example,
       id=f'{example.id}/turn {i + 1}',
       conversation=example.conversation[: i + 1],
+      # What is known is about the whole conversation, not about one turn.
       label=None,
       violated=(),
       probability=None,
@@ -145,6 +146,7 @@ def any_turn(b: Benchmark, scores: Scores, m: Measure, **fitted) -> Result:
   metrics.check_finite(lowest, [e.id for e in examples])
   result = classification(dataclasses.replace(b, items=examples), lowest, m, **fitted)
   curve, chance, num_known = recall_curve(examples)
+  # Recall is over conversations of which a violated rule is known.
   judged = [talk for talk in b.items if talk.example.violated]
   kept = [len(talk.shown.violated) / len(talk.example.violated) for talk in judged]
   m = m.over(bootstrap.units_of([talk.example for talk in judged]))
