@@ -1,4 +1,4 @@
-"""Aligns a policy to rules by reinforcement learning, and reports."""
+"""Aligns a policy to rules, by reinforcement learning or from pairs, and writes a report."""
 
 from __future__ import annotations
 
