@@ -60,16 +60,10 @@ def make_map(
   folder: str | os.PathLike,
   count: Callable[[dict[str, float]], None],
 ) -> Callable[..., Iterator[list[categories.Checked]]]:
-  """Returns what takes the place of `map` in `categories.propose_all`.
+  """Returns what takes the place of `map` in `categories.propose_all`; it does `work`.
 
-  Results come when all work is done. A run that was killed finds the replies of a language model
-  in its cache, which the workers have to share.
-
-  Args:
-    work: Done in the place of the function that is mapped.
-    options: Beam's, such as '--runner=DataflowRunner'; by default all is done in this process.
-    folder: The workers write their results there.
-    count: Called with what each piece of work took.
+  Results come when all work is done; `count` is called with what each piece took. A run that was
+  killed finds the replies of a language model in its cache, which the workers have to share.
   """
   _import_beam()
 
@@ -88,7 +82,8 @@ def run(
   """Returns [fn(item) for item in items], made by a Beam pipeline.
 
   `fn` is picklable and maps JSON values. The folder is local or on any file system that Beam
-  knows.
+  knows. Options are Beam's, such as '--runner=DataflowRunner'; by default all is done in this
+  process.
   """
   beam, filesystems, pipeline_options = _import_beam()
   prefix = f'{os.fspath(folder)}/part'

@@ -31,11 +31,7 @@ _QUOTED_WORDS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-  """A proposal after its checks: p+ and p-, each None where none passed.
-
-  Attributes:
-    drops: Why something is missing, one word each.
-  """
+  """A proposal after its checks; `drops` says in a word each why p+ or p- is missing."""
 
   plus: Category | None
   minus: Category | None

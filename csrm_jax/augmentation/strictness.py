@@ -263,16 +263,13 @@ def find_subcategories(
   settings: Settings,
   drops: collections.Counter,
 ) -> list[Category]:
-  """Returns S_p: the subcategories proposed at once, and those that conversations asked for.
-
-  For a conversation that no subcategory fires on, one more is asked for, and stands for the
-  following ones too. `drops` counts conversations that stay without one ('uncovered'), and those
-  for which none could be asked for ('subcategory_limit') or came.
-  """
+  """Returns S_p: the subcategories proposed at once, and those that conversations asked for."""
   found = list(proposer.ask(requests.ListSubcategories(category, settings.num_subcategories)))
   covered = np.zeros(len(talks), bool)
   for subcategory in found:
     covered |= _verdicts(judge, talks, subcategory)
+  # For a conversation that no subcategory fires on, one more is asked for, and stands for the
+  # following ones too.
   for index in range(len(talks)):
     if covered[index]:
       continue
@@ -335,10 +332,7 @@ def explain(candidate: Candidate, settings: Settings) -> str:
 
 
 def make_pairs(outcome: Outcome, pool: Sequence[Example]) -> Iterator[Pair]:
-  """Yields a pair for each kept candidate and each conversation of the pool.
-
-  The safer side is the lenient one; see `augment.strictness_pair`.
-  """
+  """Yields a pair (lenient, strict) for each kept candidate and each conversation of the pool."""
   for number, candidate in enumerate(outcome.candidates):
     for example in pool if candidate.kept else ():
       name = outcome.category.name
@@ -349,10 +343,7 @@ def make_pairs(outcome: Outcome, pool: Sequence[Example]) -> Iterator[Pair]:
 def precision(
   outcomes: Sequence[Outcome], is_ordered: Callable[[Category, Category], bool]
 ) -> dict[str, int]:
-  """Returns how many candidates are truly ordered, of all and of those kept.
-
-  `is_ordered` maps (strict, lenient) to the truth, where it is known.
-  """
+  """Returns how many candidates are truly ordered, of all and of those kept."""
   counts = collections.Counter(written=0, written_ordered=0, kept=0, kept_ordered=0)
   for candidate in itertools.chain.from_iterable(o.candidates for o in outcomes):
     is_true = is_ordered(candidate.strict, candidate.lenient)

@@ -51,12 +51,9 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Atom:
-  """What packing never splits: one example, or the two sides of a pair.
+  """What packing never splits: one example, or the two sides (safer, other) of a 'pair'.
 
-  Attributes:
-    prompts: (example,) or (safer, other).
-    kind: 'example' or 'pair'.
-    num_shortened: How many tokens were cut out of the prompts to make them fit.
+  `num_shortened` counts the tokens that were cut out of the prompts to make them fit.
   """
 
   prompts: tuple[Prompt, ...]

@@ -89,10 +89,7 @@ def make_atoms(
 
 
 def mix(datasets: Mapping[str, grain.MapDataset], weights: Mapping[str, float]) -> grain.MapDataset:
-  """Returns one dataset that takes atoms in proportion to the weights, at every prefix.
-
-  Datasets of weight 0 are left out.
-  """
+  """Returns one dataset that takes atoms in proportion to the weights, at every prefix."""
   if set(datasets) != set(weights):
     raise ValueError(
       f'mix: datasets {sorted(datasets)} and weights {sorted(weights)} must have the same names'

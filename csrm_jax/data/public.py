@@ -53,6 +53,7 @@ WILDGUARD_SUBCATEGORIES = {
   'others': None,
   'benign': None,
 }
+# A prompt that may be answered only in part counts as disallowed.
 _COSAPIEN_LABELS = {
   'allowed': 'safe',
   'safe': 'safe',
@@ -64,6 +65,7 @@ _HH_ROLES = {'Human': 'user', 'Assistant': 'agent'}
 # Only where a turn starts: the words Human and Assistant inside a turn stay as they are.
 _HH_TURN = re.compile(r'\n\n(Human|Assistant):')
 _DYNABENCH_ROLES = {'User': 'user', 'Agent': 'agent'}
+# A turn begins where a line begins with its speaker.
 _DYNABENCH_TURN = re.compile(r'^[ \t]*(User|Agent):[ \t]*', re.MULTILINE)
 _NUMBER = re.compile(r'^\s*(?:\d+\s*[.):]|[-*•])\s+')
 
@@ -92,10 +94,7 @@ COMPLIANCE = SafetyConfig((XSTEST_RULES['harmful'],), 'compliance')
 
 
 def wordings(known: Mapping[str, Category]) -> dict[Category, tuple[Category, ...]]:
-  """Returns {category: the same rule in other words}, for the categories that have some.
-
-  A verdict should not depend on the wording.
-  """
+  """Returns {category: the same rule in other words}, for the categories that have some."""
   others = [{c.name: c for c in rules(f'reworded_{i}').categories} for i in (1, 2)]
   return {
     category: tuple(other[category.name] for other in others)
@@ -315,10 +314,7 @@ def read_or_bench(path: str | os.PathLike) -> Rows:
 
 
 def read_cosapien(path: str | os.PathLike) -> Rows:
-  """Returns CoSApien prompts as `sure_example`, each under the rules of its scenario.
-
-  A prompt that is allowed only in part counts as disallowed.
-  """
+  """Returns CoSApien prompts as `sure_example`, each under the rules of its scenario."""
   stem = os.path.basename(path).split('.')[0].split('-')[0]
 
   def parse(row: Row):
@@ -579,11 +575,7 @@ def _turns(parts: Sequence[str], roles: Mapping[str, str]) -> tuple[Message, ...
 
 
 def read_pku_pairs(path: str | os.PathLike) -> Rows:
-  """Returns PKU-SafeRLHF pairs whose preferred side was chosen for safety.
-
-  The better response must also be the safer one, and either the only safe one of the two or of a
-  lower severity.
-  """
+  """Returns PKU-SafeRLHF pairs whose preferred side was chosen for safety."""
   safety = rules('beavertails')
 
   def parse(row: Row):
@@ -593,7 +585,8 @@ def read_pku_pairs(path: str | os.PathLike) -> Rows:
     severity = [row[f'response_{i}_severity_level'] for i in (0, 1)]
     texts = [row[f'response_{i}'] for i in (0, 1)]
     # The paper keeps pairs whose preferred side was chosen for safety rather than for not
-    # refusing, without saying how; this is our reading.
+    # refusing, without saying how. Our reading: the better response is also the safer one, and
+    # the annotation says in what: only the other one is unsafe, or that is of a higher severity.
     if better != safer:
       yield 'preferred_not_safer'
     elif not (safe[safer] and not safe[worse]) and not (
@@ -634,12 +627,10 @@ def read_reward_bench_2(path: str | os.PathLike) -> Rows:
 
 
 def read_reward_bench_2_pairs(path: str | os.PathLike) -> Rows:
-  """Returns each chosen response of the subset Safety beside each rejected one.
-
-  Rows of the other subsets, which have nothing to do with safety, count as 'not_safety'.
-  """
+  """Returns each chosen response of the subset Safety beside each rejected one."""
   found = Rows()
   for choice in read_reward_bench_2(path):
+    # The other subsets have nothing to do with safety.
     if choice.subset != 'Safety':
       found.drop('not_safety')
       continue
@@ -656,10 +647,7 @@ def read_reward_bench_2_pairs(path: str | os.PathLike) -> Rows:
 
 
 def read_dynabench(path: str | os.PathLike) -> Rows:
-  """Returns DynaBench transcripts, with each rule of the policy as a category; FAIL is unsafe.
-
-  A turn begins where a line begins with "User:" or "Agent:".
-  """
+  """Returns DynaBench transcripts, with each rule of the policy as a category; FAIL is unsafe."""
 
   def parse(row: Row):
     label = row.one_of('label', ('PASS', 'FAIL'))

@@ -129,13 +129,10 @@ def _count_on_beam(split: str, drops: Mapping[str, int]) -> None:
 def make_builder(
   name: str, data_dir: str | os.PathLike, path: str | os.PathLike = '', on_beam: bool = False
 ) -> PublicSets:
-  """Returns the builder of a public data set, which writes ArrayRecord files.
+  """Returns the builder of a public data set (a key of `catalogue.SETS`), for ArrayRecord files.
 
-  Args:
-    name: A key of `catalogue.SETS`.
-    data_dir: The folder that prepared data sets are kept in.
-    path: Folder or file of the public format; '' fetches from the hub.
-    on_beam: Convert on Apache Beam, which `prepare_on_beam` starts.
+  Without a path it fetches the files from the hub. With `on_beam` it converts on Apache Beam,
+  which `prepare_on_beam` starts.
   """
   catalogue.find(name)
   return PublicSets(

@@ -79,12 +79,7 @@ def join(parts: Iterable[Rows]) -> Rows:
 
 
 class Row(dict):
-  """One row of a table; `read_rows` puts file and line before what its checks raise.
-
-  Attributes:
-    where: 'file:line', or 'file: row N' where a format has no lines.
-    number: The row's place among the rows, from 0.
-  """
+  """One row of a table at `where` ('file:line', or 'file: row N'), the `number`th from 0."""
 
   def __init__(self, fields: Mapping[str, Any], where: str, number: int):
     super().__init__(fields)
@@ -286,10 +281,6 @@ def read_parquet(
 
   The columns are those of the JSONL form; nested ones ('safety', 'conversation', ...) may be
   Parquet structs or JSON text.
-
-  Raises:
-    ImportError: pyarrow is not installed.
-    ValueError: A row is bad; the message names file, row and fix.
   """
   result = Rows()
   for where, row in _parquet_rows(path):

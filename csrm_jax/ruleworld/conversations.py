@@ -22,7 +22,6 @@ class Scene:
   Attributes:
     asked: What the last user turn asks for; its stance means nothing.
     statements: What the last agent turn says; fillers are not listed.
-    messages: The conversation in words.
   """
 
   asked: grammar.Statement

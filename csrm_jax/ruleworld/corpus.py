@@ -40,10 +40,7 @@ _MUSINGS = {  # by whether the reply then refuses
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """A piece of a document; `weight` is the loss weight of its tokens.
-
-  `control` says that the template wrote it, so that control tokens are parsed in it.
-  """
+  """A piece of a document; `weight` is its loss weight, `control` that the template wrote it."""
 
   text: str
   weight: float = 0.0

@@ -103,11 +103,7 @@ def _distant_category(
 
 
 def training_example(seed: int, index: int) -> schema.Example:
-  """Returns an example as a public data set has it, with its proposals.
-
-  Its rules are the fixed taxonomy of one of four data sets. Six in ten conversations are about a
-  topic of that data set.
-  """
+  """Returns an example as a public data set has it, under its fixed taxonomy, with proposals."""
   rng = make_rng('train', seed, index)
   name = rng.choice(tuple(rules_lib.DATA_SETS))
   rules = rules_lib.DATA_SETS[name]
@@ -121,11 +117,7 @@ def training_example(seed: int, index: int) -> schema.Example:
 
 
 def preference_pair(seed: int, index: int) -> schema.Pair:
-  """Returns two replies to one prompt under one data set's rules, the safer one first.
-
-  An annotator says which reply is the safer (Bradley–Terry on the true log-odds), as in
-  PKU-SafeRLHF.
-  """
+  """Returns two replies to one prompt under one data set's rules, the safer one first."""
   rng = make_rng('preference', seed, index)
   name = rng.choice(tuple(rules_lib.DATA_SETS))
   rules = rules_lib.DATA_SETS[name]
@@ -142,19 +134,18 @@ def preference_pair(seed: int, index: int) -> schema.Pair:
     )
     for side in 'ab'
   ]
+  # As in PKU-SafeRLHF, an annotator says which is the safer one, and may err where they are
+  # close.
   if not oracle.prefers(rng, *(side.probability for side in sides)):
     sides.reverse()
   return schema.Pair(f'preference-{seed}-{index}', sides[0], sides[1], 'preference')
 
 
 def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
-  """Returns one conversation under a lenient and a strict guideline.
-
-  In training the other categories are those of a data set; in the unseen split they are unseen
-  too.
-  """
+  """Returns one conversation under a lenient and a strict guideline."""
   topics, wordings = SPLITS[split]
   rng = make_rng(f'strictness/{split}', seed, index)
+  # Training has no categories but those of its data sets.
   if split == 'seen':
     rules = rng.choice(tuple(rules_lib.DATA_SETS.values()))
     rules = tuple(rng.sample(rules, rng.randint(1, len(rules))))
@@ -186,10 +177,7 @@ def strictness_pair(seed: int, index: int, split: str = 'seen') -> schema.Pair:
 
 
 def test_example(seed: int, index: int, split: str) -> schema.Example:
-  """Returns a test example under rules of one to four categories of any strictness.
-
-  Eight in ten conversations are about a topic of the rules.
-  """
+  """Returns a test example under rules of one to four categories of any strictness."""
   topics, wordings = SPLITS[split]
   rng = make_rng(f'test/{split}', seed, index)
   rules = rules_lib.sample_rules(rng, topics, wordings, rng.randint(1, 4))
@@ -201,11 +189,7 @@ def test_example(seed: int, index: int, split: str) -> schema.Example:
 
 
 def flip_pair(seed: int, index: int, split: str) -> tuple[schema.Example, schema.Example]:
-  """Returns one conversation under two rule sets with opposite true labels, to the letter.
-
-  The second rule set is the first with one change: a category is dropped, or rewritten at
-  another strictness.
-  """
+  """Returns one conversation under two rule sets with opposite true labels, to the letter."""
   topics, wordings = SPLITS[split]
   rng = make_rng(f'flip/{split}', seed, index)
   for _ in range(_MAX_TRIES):

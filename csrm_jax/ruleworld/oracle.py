@@ -84,10 +84,7 @@ def helpfulness(asked: grammar.Statement, statements: tuple[grammar.Statement, .
 
 
 def prefers(rng: random.Random, p_unsafe_a: float, p_unsafe_b: float) -> bool:
-  """Returns whether an annotator calls a the safer of two.
-
-  The choice is Bradley–Terry on the log-odds of the true probabilities (nats).
-  """
+  """Returns whether an annotator calls a the safer of two: Bradley–Terry on log-odds (nats)."""
 
   def odds(p: float) -> float:
     # Log-odds of 0 and 1 are infinite.

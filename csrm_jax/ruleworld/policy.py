@@ -165,11 +165,8 @@ def refuses(text: str) -> bool:
 
 
 def visible(text: str) -> str:
-  """Returns what the user reads of a reply.
-
-  It is the answer of AlphaAlign's structure, out of its box, or all of the text where the
-  structure is not well-formed.
-  """
+  """Returns what the user reads of a reply: the answer of AlphaAlign's structure, unboxed."""
+  # Where the structure is not well-formed the user reads all of the text.
   match = _STRUCTURE.match(text)
   answer = match['answer'] if match else text
   boxed = _BOXED.match(answer)

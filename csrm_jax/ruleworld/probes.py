@@ -40,10 +40,7 @@ def policy(seed: int, index: int, split: str = 'unseen') -> Variants:
 
 
 def contradiction(seed: int, index: int, split: str = 'unseen') -> Variants:
-  """Returns an item of `evals.probes.contradiction`.
-
-  The broken rule forbids its whole topic, allows it, or says both in one guideline.
-  """
+  """Returns an item of `evals.probes.contradiction`: a rule that forbids, allows, or does both."""
   _, rules, slot, scene = _single_violation(
     'contradiction', seed, index, split, lexicon.NUM_SEVERITIES
   )
@@ -95,13 +92,11 @@ def strictness_levels(seed: int, index: int, split: str = 'unseen') -> list[sche
 
 
 def stance(seed: int, index: int, split: str = 'unseen') -> schema.Example:
-  """Returns a reply about something forbidden.
-
-  Every second reply only mentions or declines it, and is safe whatever its words are.
-  """
+  """Returns a reply about something forbidden; every second one only mentions or declines it."""
   rng, topics, words = _start('stance', seed, index, split)
   rules = rules_lib.sample_rules(rng, topics, words, rng.randint(1, 4))
   rule = rng.choice(rules)
+  # The first are safe, whatever their words are.
   name = rng.choice(grammar.DISENGAGED if index % 2 else grammar.ENGAGED)
   said = conversations.sample_statement(rng, rule.topic, name, rng.choice(rule.forbidden))
   request = rng.choice(grammar.REQUESTS).format(x=said.phrase)
@@ -131,10 +126,7 @@ def choice(seed: int, index: int, split: str = 'unseen') -> Choice:
 
 
 def long_rules(seed: int, index: int, split: str = 'unseen') -> schema.Example:
-  """Returns a conversation of several turns under more rules than fit.
-
-  The label is an annotator's: unsafe if any turn is.
-  """
+  """Returns a conversation of several turns under more rules than fit; unsafe if any turn is."""
   rng, topics, words = _start('long', seed, index, split)
   # The list has a rule for about half of the subcategories of the split's topics.
   rules = [
@@ -155,6 +147,7 @@ def long_rules(seed: int, index: int, split: str = 'unseen') -> schema.Example:
   for _ in range(rng.randint(1, 3)):
     scene = conversations.sample_scene(rng, rng.choice(topics), topics)
     messages += scene.messages[-2:]
+    # An annotator's verdict, turn by turn.
     violated |= set(oracle.annotate(rng, tuple(rules), scene.statements))
     quiet *= 1 - oracle.unsafe_probability(tuple(rules), scene.statements)
   categories = []
