@@ -7,7 +7,7 @@ import pytest
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import topology
-from csrm_jax.data import catalogue
+from csrm_jax.data import pipeline
 from csrm_jax.rl import algorithms
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def test_a_public_model_on_a_slice_has_the_recipe_of_the_paper(model, mesh):
   assert c.checkpoint_every < c.num_steps and c.eval.max_examples > 0
   sources = {part.source for part in c.data.parts.values()}
   assert sources == {'beavertails', 'wildguardmix', 'aegis', 'pku_safe_rlhf_pairs'}
-  assert sources <= set(catalogue.READERS)
+  assert sources <= set(pipeline.READERS)
   assert c.mesh.fsdp == -1 or c.mesh.fsdp > 1 or c.mesh.data == -1
 
 

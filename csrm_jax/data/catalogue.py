@@ -454,67 +454,6 @@ def fetch(name: str, split: str) -> pathlib.Path:
     ) from None
 
 
-# --- Reading a source of training or augmentation ----------------------------------------
-
-
-def _read_array_record(folder: str) -> Sequence[Any]:
-  # This import takes a while, and needs an extra.
-  from csrm_jax.data import public_sets
-
-  return public_sets.read_prepared(folder)
-
-
-# Files in the project's own form.
-_OWN = {'jsonl': sources.read_jsonl, 'parquet': sources.read_parquet}
-# source -> (path) -> examples or pairs. Of a set it is the first split, fetched from the hub
-# where there is no path.
-READERS: dict[str, Callable[[str], Sequence[Any]]] = {
-  **_OWN,
-  'array_record': _read_array_record,
-  **{name: functools.partial(read, name, next(iter(s.files))) for name, s in SETS.items()},
-}
-
-
-def read_source(source: str, path: str, require_label: bool = True) -> Sequence[Any]:
-  """Returns the examples and pairs of a source of files.
-
-  Args:
-    source: A key of READERS.
-    path: A file or folder; '' fetches a set from the hub.
-    require_label: Refuse examples without a label in files of our own form; all other sources
-      have labels.
-  """
-  if not path and not (source in SETS and SETS[source].is_on_hub):
-    raise ValueError(
-      f'data source {source!r} has no path; give path=FILE after the colon '
-      'of --config, or data_dir=FOLDER for the public sets'
-    )
-  if source in _OWN:
-    return _OWN[source](path, require_label=require_label)
-  return READERS[source](path)
-
-
-def read_part(
-  source: str,
-  path: str,
-  seed: int,
-  eval_fraction: float,
-  generators: Mapping[str, Callable[[int, int], Any]],
-) -> tuple[Sequence[Any], Sequence[Any]]:
-  """Returns (training items, held-out items) of one part of the training data.
-
-  The source is a key of READERS, or of `generators`, which maps it to make(seed, index).
-  """
-  if source in generators:
-    # Nothing is held out: test sets of generated data are drawn apart.
-    return sources.Generated(generators[source], seed), ()
-  if source not in READERS:
-    raise ValueError(
-      f'unknown data source {source!r}; use one of {", ".join([*generators, *READERS])}'
-    )
-  return sources.split(read_source(source, path), eval_fraction, seed)
-
-
 # --- Benchmarks --------------------------------------------------------------------------
 
 # Subfolder -> the set whose benchmarks its files make.

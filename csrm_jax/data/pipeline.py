@@ -1,4 +1,4 @@
-"""The training stream: mix, augment, encode, pack, batch, prefetch.
+"""The training stream: read, mix, augment, encode, pack, batch, prefetch.
 
 Everything up to the packed batch is random access: element i of a dataset of atoms is a pure
 function of i and the seed. So the only state of the stream is which index comes next and which
@@ -8,6 +8,7 @@ atoms wait for a place, and an iterator resumes exactly, in a new process and at
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from csrm_jax.data import features, sources
+from csrm_jax.data import catalogue, features, sources
 from csrm_jax.data.features import Atom, Dropped
 from csrm_jax.data.packing import Batch, BatchShape, does_not_fit, pack_rows
 from csrm_jax.safety import augment as augment_lib, schema
@@ -23,6 +24,72 @@ from csrm_jax.safety import augment as augment_lib, schema
 # Atoms dropped in a row, with none kept, before the stream is given up.
 MAX_DROPPED_IN_A_ROW = 10_000
 
+
+# --- Sources -----------------------------------------------------------------------------
+
+
+def _read_array_record(folder: str) -> Sequence[Any]:
+  # This import takes a while, and needs an extra.
+  from csrm_jax.data import public_sets
+
+  return public_sets.read_prepared(folder)
+
+
+# Files in the project's own form.
+_OWN = {'jsonl': sources.read_jsonl, 'parquet': sources.read_parquet}
+# source -> (path) -> examples or pairs. Of a set it is the first split, fetched from the hub
+# where there is no path.
+READERS: dict[str, Callable[[str], Sequence[Any]]] = {
+  **_OWN,
+  'array_record': _read_array_record,
+  **{
+    name: functools.partial(catalogue.read, name, next(iter(s.files)))
+    for name, s in catalogue.SETS.items()
+  },
+}
+
+
+def read_source(source: str, path: str, require_label: bool = True) -> Sequence[Any]:
+  """Returns the examples and pairs of a source of files.
+
+  Args:
+    source: A key of READERS.
+    path: A file or folder; '' fetches a set from the hub.
+    require_label: Refuse examples without a label in files of our own form; all other sources
+      have labels.
+  """
+  if not path and not (source in catalogue.SETS and catalogue.SETS[source].is_on_hub):
+    raise ValueError(
+      f'data source {source!r} has no path; give path=FILE after the colon '
+      'of --config, or data_dir=FOLDER for the public sets'
+    )
+  if source in _OWN:
+    return _OWN[source](path, require_label=require_label)
+  return READERS[source](path)
+
+
+def read_part(
+  source: str,
+  path: str,
+  seed: int,
+  eval_fraction: float,
+  generators: Mapping[str, Callable[[int, int], Any]],
+) -> tuple[Sequence[Any], Sequence[Any]]:
+  """Returns (training items, held-out items) of one part of the training data.
+
+  The source is a key of READERS, or of `generators`, which maps it to make(seed, index).
+  """
+  if source in generators:
+    # Nothing is held out: test sets of generated data are drawn apart.
+    return sources.Generated(generators[source], seed), ()
+  if source not in READERS:
+    raise ValueError(
+      f'unknown data source {source!r}; use one of {", ".join([*generators, *READERS])}'
+    )
+  return sources.split(read_source(source, path), eval_fraction, seed)
+
+
+# --- Examples to atoms -------------------------------------------------------------------
 
 # (item, rng) -> item
 Augment = Callable[[Any, np.random.Generator], Any]

@@ -27,7 +27,7 @@ import tqdm
 from csrm_jax import config as config_lib
 from csrm_jax.augmentation import beam, categories, proposers, report, requests, strictness
 from csrm_jax.core import files, journal as journal_lib
-from csrm_jax.data import catalogue
+from csrm_jax.data import catalogue, pipeline
 from csrm_jax.reward import model as reward_model
 from csrm_jax.ruleworld import examples as ruleworld_examples, proposer as world
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
@@ -129,11 +129,11 @@ def _read(
       dataclasses.replace(ruleworld_examples.training_example(seed, i), plus=None, minus=None)
       for i in range(source.num_examples)
     ], collections.Counter()
-  if source.name not in catalogue.READERS:
+  if source.name not in pipeline.READERS:
     raise ValueError(
-      f'config.source.name is {source.name!r}; use one of ruleworld, {", ".join(catalogue.READERS)}'
+      f'config.source.name is {source.name!r}; use one of ruleworld, {", ".join(pipeline.READERS)}'
     )
-  rows = catalogue.read_source(source.name, source.path, require_label=False)
+  rows = pipeline.read_source(source.name, source.path, require_label=False)
   drops = collections.Counter(getattr(rows, 'drops', {}))
   kept = []
   for item in rows:

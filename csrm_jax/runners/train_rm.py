@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from csrm_jax.core import mesh as mesh_lib, tree
-from csrm_jax.data import catalogue, features, packing, pipeline
+from csrm_jax.data import features, packing, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
@@ -155,7 +155,7 @@ def _describe(
 def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
   parts, held_out = {}, {}
   for name, part in config.data.parts.items():
-    parts[name], held_out[name] = catalogue.read_part(
+    parts[name], held_out[name] = pipeline.read_part(
       part.source, part.path, config.seed, config.eval.fraction, examples.TRAINING
     )
   return parts, {name: items for name, items in held_out.items() if items}

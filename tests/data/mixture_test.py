@@ -19,7 +19,7 @@ NAMES = ('taxonomies', 'strictness', 'preference')
 
 def _parts(seed=0, names=NAMES):
   return {
-    name: catalogue.read_part(f'ruleworld/{name}', '', seed, 0.2, examples.TRAINING)[0]
+    name: pipeline.read_part(f'ruleworld/{name}', '', seed, 0.2, examples.TRAINING)[0]
     for name in names
   }
 
@@ -50,16 +50,16 @@ def _same(a, b):
 @pytest.mark.parametrize('source', ['ruleworld/taxonomy', 'json', 'ruleworld'])
 def test_an_unknown_source_is_named_with_those_there_are(source):
   with pytest.raises(ValueError, match='unknown data source') as error:
-    catalogue.read_part(source, 'file', 0, 0.2, examples.TRAINING)
+    pipeline.read_part(source, 'file', 0, 0.2, examples.TRAINING)
   message = str(error.value)
   assert repr(source) in message and '\n' not in message
-  for known in (*catalogue.READERS, *(f'ruleworld/{name}' for name in NAMES)):
+  for known in (*pipeline.READERS, *(f'ruleworld/{name}' for name in NAMES)):
     assert known in message
 
 
 def test_ruleworld_parts_are_generated_by_seed_and_hold_nothing_out():
   for name, make in examples.TRAINING.items():
-    items, held_out = catalogue.read_part(name, '', 7, 0.5, examples.TRAINING)
+    items, held_out = pipeline.read_part(name, '', 7, 0.5, examples.TRAINING)
     assert not held_out
     assert items[3] == make(7, 3) != make(8, 3)
 
@@ -68,14 +68,14 @@ def test_files_are_split_into_training_and_held_out(tmp_path):
   rows = [examples.training_example(0, i).to_dict() for i in range(60)]
   path = tmp_path / 'rows.jsonl'
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  items, held_out = catalogue.read_part('jsonl', str(path), 0, 0.3, examples.TRAINING)
+  items, held_out = pipeline.read_part('jsonl', str(path), 0, 0.3, examples.TRAINING)
   ids = [[item.id for item in part] for part in (items, held_out)]
   assert sorted(ids[0] + ids[1]) == sorted(row['id'] for row in rows)
   assert 5 <= len(held_out) <= 35
 
 
 def test_every_source_has_one_name_and_training_reads_the_catalogue(tmp_path):
-  assert set(catalogue.SETS) < set(catalogue.READERS)
+  assert set(catalogue.SETS) < set(pipeline.READERS)
   row = {
     'prompt': 'How do I kill a process?',
     'label': 'safe',
@@ -87,8 +87,8 @@ def test_every_source_has_one_name_and_training_reads_the_catalogue(tmp_path):
   for name in ('xstest_prompts.csv', 'completions_x.csv'):
     (tmp_path / name).write_text(','.join(row) + '\n' + ','.join(row.values()) + '\n')
   # The prompts themselves, and what a model answered under three rule sets.
-  (prompt,) = catalogue.read_part('xstest', str(tmp_path), 0, 0.0, examples.TRAINING)[0]
-  answers, _ = catalogue.read_part('xstest_completions', str(tmp_path), 0, 0.0, examples.TRAINING)
+  (prompt,) = pipeline.read_part('xstest', str(tmp_path), 0, 0.0, examples.TRAINING)[0]
+  answers, _ = pipeline.read_part('xstest_completions', str(tmp_path), 0, 0.0, examples.TRAINING)
   assert prompt.conversation[-1].content == f'Sure. {row["prompt"]}'
   assert {e.conversation[-1].content for e in answers} == {row['completion']}
   assert len(answers) == 3
@@ -100,23 +100,23 @@ def test_every_source_has_one_name_and_training_reads_the_catalogue(tmp_path):
 )
 def test_a_source_of_files_without_a_path_is_one_line(source, said):
   with pytest.raises(ValueError, match=said):
-    catalogue.read_part(source, '', 0, 0.2, examples.TRAINING)
+    pipeline.read_part(source, '', 0, 0.2, examples.TRAINING)
 
 
 def test_array_record_files_are_a_source(tmp_path):
   pytest.importorskip('tensorflow_datasets')
   pytest.importorskip('array_record')
-  from csrm_jax.data import catalogue, public_sets
+  from csrm_jax.data import public_sets
 
   items = [examples.training_example(0, i) for i in range(20)]
   items += [examples.strictness_pair(0, i) for i in range(5)]
   (tmp_path / 'data.jsonl').write_text(''.join(json.dumps(item.to_dict()) + '\n' for item in items))
   with pytest.raises(ValueError, match='no prepared data sets below'):
-    catalogue.read_source('array_record', str(tmp_path))
+    pipeline.read_source('array_record', str(tmp_path))
   public_sets.make_builder('augmented', tmp_path / 'tfds', tmp_path).download_and_prepare()
   # The work directory will do: what is prepared is found below it.
   found = [
-    catalogue.read_part(source, str(tmp_path), 0, 0.3, examples.TRAINING)
+    pipeline.read_part(source, str(tmp_path), 0, 0.3, examples.TRAINING)
     for source in ('array_record', 'augmented')
   ]
   for part in zip(*found, strict=True):

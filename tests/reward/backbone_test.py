@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import csrm_jax
-from csrm_jax.data import catalogue, features
+from csrm_jax.data import features, pipeline
 from csrm_jax.models import config, hf, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
 from csrm_jax.ruleworld import examples
@@ -254,8 +254,8 @@ def _real_rows(num):
   folder = pathlib.Path(os.environ.get('CSRM_DATA_DIR', default))
   if not folder.is_dir():
     return [examples.test_example(0, i, 'seen') for i in range(num)]
-  rows = catalogue.READERS['xstest_completions'](folder / 'xstest')
-  rows += catalogue.READERS['moderation'](folder / 'moderation' / 'moderation-dev.jsonl.gz')
+  rows = pipeline.READERS['xstest_completions'](folder / 'xstest')
+  rows += pipeline.READERS['moderation'](folder / 'moderation' / 'moderation-dev.jsonl.gz')
   return rows[:: len(rows) // num][:num]
 
 

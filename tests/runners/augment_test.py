@@ -10,7 +10,7 @@ import pytest
 
 from csrm_jax import config as config_lib, main
 from csrm_jax.core import journal
-from csrm_jax.data import catalogue, pipeline, sources
+from csrm_jax.data import pipeline, sources
 from csrm_jax.ruleworld import examples
 from csrm_jax.runners import augment
 from csrm_jax.safety.schema import Category, Example, Pair
@@ -124,7 +124,7 @@ def test_array_record_files_hold_the_same_rows(tmp_path):
   pytest.importorskip('tensorflow_datasets')
   pytest.importorskip('array_record')
   rows, card = run(config(array_record=True), tmp_path)
-  found = catalogue.read_source('array_record', str(tmp_path))
+  found = pipeline.read_source('array_record', str(tmp_path))
   assert sorted(found, key=lambda item: item.id) == sorted(rows, key=lambda item: item.id)
   assert card['counts']['strictness_pairs'] == sum(isinstance(item, Pair) for item in found) > 0
 
@@ -154,7 +154,7 @@ def test_a_reward_model_trains_on_it(finished, tmp_path):
   # The file holds examples and pairs: both are trained and tested on.
   assert result['suites']['file']['num_examples'] > 0
   assert result['suites']['file_pairs']['num_pairs'] > 0
-  items, held_out = catalogue.read_part('augmented', str(workdir), 0, 0.2, examples.TRAINING)
+  items, held_out = pipeline.read_part('augmented', str(workdir), 0, 0.2, examples.TRAINING)
   for half in (items, held_out):
     assert {type(item) for item in half} == {Example, Pair}
   # Proposals are stored, and drawn anew: p+ is in some of the rules.
