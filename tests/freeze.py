@@ -37,7 +37,6 @@ MOVED = {
   'templates': ('csrm_jax.safety.templates',),
   'layout': ('csrm_jax.safety.layout', 'csrm_jax.safety.templates'),
   'topology': ('csrm_jax.core.topology', 'csrm_jax.core.tpu'),
-  'refusals': ('csrm_jax.rl.refusals', 'csrm_jax.runners.refusals'),
 }
 
 # Arguments of config files whose resolved form is kept as it is.
@@ -126,6 +125,7 @@ eval/rows | eval.py | checkpoint=@rm/lora conversations=rows.jsonl
 eval/zero_shot | eval.py | checkpoint=backbone conversations=rows.jsonl words="('Yes', 'No')"
 eval/llama_guard | eval.py | checkpoint=backbone conversations=rows.jsonl format=llama_guard_3
 eval/shield_gemma | eval.py | checkpoint=backbone conversations=rows.jsonl format=shield_gemma
+eval/refusals | eval.py:refusals | data_dir=$DATA/xstest
 bench/tiny | eval.py:benchmarks | checkpoint=@rm/tiny benchmarks.ruleworld_examples=24 $BENCH
 bench/seed | eval.py:benchmarks | checkpoint=@rm/seed benchmarks.ruleworld_examples=24 $BENCH
 bench/public | eval.py:benchmarks | checkpoint=@rm/tiny benchmarks.ruleworld_examples=0 $BENCH \
@@ -234,7 +234,6 @@ unknown flag | rm.py:smoke | --wrkdir=x
 # Other programs.
 SCRIPTS = {
   'module/ruleworld': '-m csrm_jax.ruleworld --kind=unseen --print=3',
-  'module/refusals': '-m $refusals $DATA/xstest',
   'sweep/rm': '$ROOT/launch/sweep.py --config=$CONFIGS/rm.py --workdir=w --dry_run',
   'sweep/rl_table': '$ROOT/launch/sweep.py --config=$CONFIGS/rl_table.py --workdir=w --dry_run',
 }
@@ -462,7 +461,7 @@ class Freeze:
 
   def _known(self, text):
     known = {'$DATA': self.data, '$CONFIGS': f'{self.root}/configs', '$ROOT': str(self.root)}
-    known |= {'$URL': self.url, '$refusals': moved_name('refusals', self.root)}
+    known |= {'$URL': self.url}
     for key, value in known.items():
       text = text.replace(key, value)
     return text
@@ -778,13 +777,6 @@ def moved(name):
   for path in MOVED[name]:
     with contextlib.suppress(ModuleNotFoundError):
       return importlib.import_module(path)
-  raise ModuleNotFoundError(f'none of {MOVED[name]} is there: extend MOVED')
-
-
-def moved_name(name, root):
-  for path in MOVED[name]:
-    if (root / f'{path.replace(".", "/")}.py').exists():
-      return path
   raise ModuleNotFoundError(f'none of {MOVED[name]} is there: extend MOVED')
 
 
