@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from csrm_jax import config as config_lib
-from csrm_jax.core import checks, masked
+from csrm_jax.core import checks
 from csrm_jax.rl import objectives
 from csrm_jax.rl.objectives import Objective
 
@@ -456,8 +456,8 @@ def _gae(
 def _whiten(x: jax.Array, mask: jax.Array) -> jax.Array:
   """Returns (x − mean) / std over all completion tokens; 0 if all are equal."""
   mask = mask > 0
-  centred = _clear(x - masked.masked_mean(x, mask), mask)
-  variance = masked.masked_mean(jnp.square(centred), mask)
+  centred = _clear(x - objectives.masked_mean(x, mask), mask)
+  variance = objectives.masked_mean(jnp.square(centred), mask)
   # As in _centre, what rounding leaves of equal values must not be blown up.
   same = jnp.where(mask, x, -jnp.inf).max() == jnp.where(mask, x, jnp.inf).min()
   return jnp.where(same, 0.0, centred / jnp.sqrt(variance + BATCH_EPSILON))

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from csrm_jax.core import checks, masked
+from csrm_jax.core import checks
 from csrm_jax.train.losses import Metrics
 
 RATIOS = ('token', 'sequence')
@@ -146,7 +146,7 @@ def policy_loss(
   )
   log_ratio = logprobs - old
   if objective.ratio == 'sequence':
-    log_ratio = jnp.where(mask, masked.masked_mean(log_ratio, mask, axis=1)[:, None], 0.0)
+    log_ratio = jnp.where(mask, masked_mean(log_ratio, mask, axis=1)[:, None], 0.0)
   ratio = _exp(log_ratio)
   surrogate, clips = _clipped(ratio, advantages, objective)
   total, weight = _aggregate(-surrogate, mask, objective)
@@ -254,11 +254,35 @@ def better_nll(
   weight = _pair_weight(batch)
   lengths = (batch['completion_mask'][:, 0] > 0).sum(1)
   nll = -_float(logprob_sums[:, 0]) / jnp.maximum(lengths, 1)
-  return masked.masked_sum(nll, weight), weight.sum()
+  return masked_sum(nll, weight), weight.sum()
+
+
+# --- Parts that the losses share -------------------------------------------------------
+
+
+def masked_sum(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
+  """Returns the float32 sum of x * mask (bool or weight); x may be NaN where mask is 0."""
+  x, mask = jnp.broadcast_arrays(_float(x), mask)
+  # Not x * mask alone: NaN * 0 is NaN, in the sum and in its gradient.
+  kept = jnp.where(mask != 0, x, 0.0)
+  return jnp.sum(kept * mask.astype(x.dtype), axis=axis)
+
+
+def masked_mean(x: jax.Array, mask: jax.Array, axis: int | None = None) -> jax.Array:
+  """Returns the float32 mean of x weighted by mask, and 0 where mask is all 0.
+
+  So a row without tokens adds nothing to a loss. Do not use it where an empty selection is an
+  error.
+  """
+  x, mask = jnp.broadcast_arrays(_float(x), mask)
+  weight = jnp.sum(mask.astype(x.dtype), axis=axis)
+  total = masked_sum(x, mask, axis)
+  # The inner where keeps 0 / 0 out of the gradient as well.
+  return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
 
 
 def _float(x: jax.Array) -> jax.Array:
-  """Returns x in float32, or in float64 where it is float64."""
+  """Returns x in float32, or in float64 where it is that: tests compare with exact references."""
   x = jnp.asarray(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -288,13 +312,13 @@ def _aggregate(x, mask, objective) -> tuple[jax.Array, jax.Array]:
     return _token_sum(x, mask)
   num_rows = mask.any(1).sum().astype(x.dtype)
   if objective.loss_aggregation == 'seq-mean-token-mean':
-    return masked.masked_mean(x, mask, axis=1).sum(), num_rows
-  total = masked.masked_sum(x, mask) / objective.max_completion_length
+    return masked_mean(x, mask, axis=1).sum(), num_rows
+  total = masked_sum(x, mask) / objective.max_completion_length
   return total, num_rows
 
 
 def _token_sum(x, mask) -> tuple[jax.Array, jax.Array]:
-  total = masked.masked_sum(x, mask)
+  total = masked_sum(x, mask)
   return total, mask.sum().astype(total.dtype)
 
 
@@ -315,9 +339,9 @@ def _margin(logprob_sums, batch, beta, weight) -> jax.Array:
 
 def _pair_loss(loss, margin, weight, extra):
   """Returns (total, weight, metrics) of values [P] that are finite in padding too."""
-  total, num_pairs = masked.masked_sum(loss, weight), weight.sum()
+  total, num_pairs = masked_sum(loss, weight), weight.sum()
   ordered = 0.5 * ((margin > 0) + (margin >= 0).astype(weight.dtype))
   values = {'pairs/accuracy': ordered, 'pairs/margin': margin, **extra}
-  metrics = {name: (masked.masked_sum(x, weight), num_pairs) for name, x in values.items()}
+  metrics = {name: (masked_sum(x, weight), num_pairs) for name, x in values.items()}
   metrics['policy/loss'] = (total, num_pairs)
   return total, num_pairs, jax.lax.stop_gradient(metrics)

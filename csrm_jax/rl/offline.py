@@ -21,7 +21,7 @@ import tqdm
 
 from csrm_jax.core import journal
 from csrm_jax.models.sampling import Completions, Sampling
-from csrm_jax.rl import algorithms, objectives, rewards, rollout
+from csrm_jax.rl import algorithms, objectives, online, rewards
 from csrm_jax.safety.schema import Prompt, Sample
 from csrm_jax.train import loop, step as training
 
@@ -47,7 +47,7 @@ def check(config: Any) -> None:
 
 def sample(
   config: Any,
-  policy: rollout.Policy,
+  policy: online.Policy,
   params: Any,
   prompts: Sequence[Prompt],
   reward_fn: rewards.TotalFn,
@@ -71,7 +71,7 @@ def sample(
         # The whole group is drawn again, from a seed of its own: where a run was interrupted
         # does not change what is drawn.
         seed = int(np.random.default_rng((config.seed, start)).integers(2**32))
-        samples, rows = rollout.rollout(policy, params, group, sampling, num_samples, seed)
+        samples, rows = online.rollout(policy, params, group, sampling, num_samples, seed)
         for prompt, found in _by_prompt(samples, rows, reward_fn):
           if prompt.id not in kept:
             kept.put(prompt.id, found)
@@ -121,7 +121,7 @@ def choose_pairs(
 
 def make_pairs(
   config: Any,
-  policy: rollout.Policy,
+  policy: online.Policy,
   params: Any,
   prompts: Sequence[Prompt],
   completions: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -151,7 +151,7 @@ def make_pairs(
   )
   for i, side in enumerate(sides):
     done.tokens[i, : len(side['tokens'])] = side['tokens']
-  rows = rollout.make_rows(policy, asked, done)
+  rows = online.make_rows(policy, asked, done)
   del rows['rollout_logprobs']
   rows |= {
     'reward': np.array([side['reward'] for side in sides], np.float32),
@@ -169,12 +169,12 @@ def _reference(config, policy, params, rows) -> np.ndarray:
     part = {name: x[start : start + chunk] for name, x in rows.items()}
     missing = chunk - len(part['tokens'])
     part = {name: np.pad(x, ((0, missing), (0, 0))) for name, x in part.items()}
-    out = rollout.logprobs(policy.model, params, part, config.sampling.temperature)
+    out = online.logprobs(policy.model, params, part, config.sampling.temperature)
     sums.append(np.asarray(out['logprobs']).sum(1))
   return np.concatenate(sums)[:num]
 
 
-def make_loss_fn(config: Any, policy: rollout.Policy) -> training.LossFn:
+def make_loss_fn(config: Any, policy: online.Policy) -> training.LossFn:
   """Returns (params, batch) -> (total, weight, metrics), for the train step."""
   loss, pairs = algorithms.get(config.algorithm).pair_loss, config.pairs
 
@@ -183,7 +183,7 @@ def make_loss_fn(config: Any, policy: rollout.Policy) -> training.LossFn:
       name: batch[name].reshape(-1, batch[name].shape[-1])
       for name in ('tokens', 'positions', 'segment_ids', 'completion_mask')
     }
-    out = rollout.logprobs(policy.model, params, rows, config.sampling.temperature)
+    out = online.logprobs(policy.model, params, rows, config.sampling.temperature)
     sums = out['logprobs'].sum(1).reshape(-1, 2)
     total, weight, metrics = loss(sums, batch, pairs.beta)
     nll = objectives.better_nll(sums, batch)

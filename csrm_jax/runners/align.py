@@ -23,7 +23,7 @@ from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.models.sampling import Sampling
 from csrm_jax.reward import backbone, model as reward_model
-from csrm_jax.rl import algorithms, offline, online, rewards, rollout, verifiers
+from csrm_jax.rl import algorithms, offline, online, rewards, verifiers
 from csrm_jax.ruleworld import policy as world
 from csrm_jax.safety import augment, schema
 from csrm_jax.safety.schema import Prompt, RewardFn, Sample
@@ -41,7 +41,7 @@ class Setup:
   """Everything that a run reads before it trains."""
 
   config: ml_collections.ConfigDict
-  policy: rollout.Policy  # the policy that is trained
+  policy: online.Policy  # the policy that is trained
   reference: tuple[ModelConfig, Any]  # the unaligned policy; its parameters lie on the mesh
   train: Sequence[Prompt]
   test: Sequence[Prompt]  # held out
@@ -150,7 +150,7 @@ def make_sampling(config: ml_collections.ConfigDict, stop_ids: tuple[int, ...]) 
 
 
 def make_step(
-  config: ml_collections.ConfigDict, policy: rollout.Policy, params: Any, mesh: jax.sharding.Mesh
+  config: ml_collections.ConfigDict, policy: online.Policy, params: Any, mesh: jax.sharding.Mesh
 ) -> tuple[training.StepFn, training.TrainState]:
   """Returns the train step and its first state; see training.make_step."""
   loss_fn, num_updates = offline.make_loss_fn, config.num_steps
@@ -169,7 +169,7 @@ def _init_params(setup: Setup) -> tuple[dict[str, Any], dict[str, Any]]:
     # A copy, because the train step donates its state and the reference must stay.
     params, frozen = jax.tree.map(lambda x: x.copy(), base), {}
   if algorithms.get(setup.config.algorithm).needs_values:
-    params = params | rollout.init_value_head(model)
+    params = params | online.init_value_head(model)
   return params, frozen
 
 
@@ -198,7 +198,7 @@ def _train_online(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, A
     look,
   )
   state = _train(setup, work, state, workdir, 'align')
-  return rollout.decoder_params(tree.merge(frozen, state.params)), {
+  return online.decoder_params(tree.merge(frozen, state.params)), {
     'num_updates': int(state.step),
     'stopped': work.stopped or None,
   }
@@ -208,7 +208,7 @@ def _train_offline(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, 
   """Returns (all parameters of the aligned policy, a part of the summary)."""
   config, (model, base) = setup.config, setup.reference
   params, frozen = _init_params(setup)
-  model, copy = rollout.sampling_copy(model, base, '', setup.sampling_mesh)
+  model, copy = online.sampling_copy(model, base, '', setup.sampling_mesh)
   reference = dataclasses.replace(setup.policy, model=model)
   prompts = setup.train[: config.pairs.num_prompts]
   completions = offline.sample(
@@ -262,10 +262,10 @@ def _answer(
   setup: Setup, model: ModelConfig, params: Any, prompts: Sequence[Prompt], num: int = 1
 ) -> list[Sample]:
   """Returns `num` samples of each prompt, in the precision of training."""
-  model, params = rollout.sampling_copy(model, params, '', setup.sampling_mesh)
+  model, params = online.sampling_copy(model, params, '', setup.sampling_mesh)
   policy = dataclasses.replace(setup.policy, model=model)
   # All policies draw with one seed, so that chance differs less between them.
-  samples, _ = rollout.rollout(policy, params, prompts, setup.sampling, num, seed=0)
+  samples, _ = online.rollout(policy, params, prompts, setup.sampling, num, seed=0)
   return samples
 
 
@@ -322,7 +322,7 @@ def _flatten(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
 def _export(setup: Setup, params: Any, workdir: pathlib.Path) -> None:
   """Writes workdir/policy in Hugging Face form; policy_init of a later run reads it."""
   config = setup.config
-  model, merged = rollout.sampling_copy(setup.policy.model, params, '', setup.mesh)
+  model, merged = online.sampling_copy(setup.policy.model, params, '', setup.mesh)
   made_by = f'csrm_jax, algorithm {config.algorithm}'
   hf.save(workdir / 'policy', model, merged, metadata={'made_by': made_by})
   backbone.save_tokenizer(config.policy.tokenizer or config.policy.init, workdir / 'policy')
@@ -358,7 +358,7 @@ def _print_table(summary: dict[str, Any]) -> None:
 # --- Policy and prompts ----------------------------------------------------------------
 
 
-def make_policy(config: ml_collections.ConfigDict) -> rollout.Policy:
+def make_policy(config: ml_collections.ConfigDict) -> online.Policy:
   """Returns the policy that config.policy describes, without its parameters."""
   source = config.policy.init
   model = hf.load_config(source, **config.policy.overrides)
@@ -375,7 +375,7 @@ def make_policy(config: ml_collections.ConfigDict) -> rollout.Policy:
     prefix, suffix = MARKS[name]
   else:
     raise ValueError(f'config.policy.marks={name!r} must be chat or one of {", ".join(MARKS)}')
-  return rollout.Policy(
+  return online.Policy(
     model, tokenizer, (prefix + config.policy.instruction, suffix), joins_turns=name != 'chat'
   )
 

@@ -17,7 +17,7 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import packing
 from csrm_jax.models import config as model_config, hf, lora, sampling as sampling_lib, transformer
 from csrm_jax.reward import scoring
-from csrm_jax.rl import algorithms, online, rollout
+from csrm_jax.rl import algorithms, online
 from csrm_jax.runners import align, train_rm
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -150,7 +150,7 @@ class _Held:
 
   mesh: jax.sharding.Mesh  # training and rewards run on it
   sampling_mesh: jax.sharding.Mesh
-  policy: rollout.Policy  # with adapters, if any
+  policy: online.Policy  # with adapters, if any
   state: Any  # the trained parameters and the optimizer's
   step_fn: Callable[..., Any]
   base: Any  # the reference's parameters, which also lie under adapters
@@ -173,11 +173,11 @@ def _hold(config, devices) -> _Held:
   online.check(run)
   mesh, sampling_mesh = align.make_meshes(run, devices)
   # No tokenizer and no marks: programs read ids only.
-  policy = rollout.Policy(model, None, ('', ''))
+  policy = online.Policy(model, None, ('', ''))
   shapes = _shapes(model)
   trained, base = lora.split(shapes) if model.lora_rank else (shapes, shapes)
   if algorithms.get(run.algorithm).needs_values:
-    trained = trained | jax.eval_shape(lambda: rollout.init_value_head(model))
+    trained = trained | jax.eval_shape(lambda: online.init_value_head(model))
   step_fn, state = align.make_step(run, policy, trained, mesh)
   judge, judge_params = None, {}
   if config.reward_model and run.reward.name == 'csrm':
@@ -191,9 +191,9 @@ def _hold(config, devices) -> _Held:
 def _drawing(config, held):
   """Returns (both functions of sampling, their arguments, rows drawn, fields of a Program)."""
   draws, mesh = config.run.rollout, held.sampling_mesh
-  model = rollout.sampling_model(held.policy.model, draws.dtype)
+  model = online.sampling_model(held.policy.model, draws.dtype)
   params = mesh_lib.abstract(_shapes(model), mesh)
-  rows = sampling_lib.num_rows(online.num_rows(config.run), rollout.MAX_ROWS)
+  rows = sampling_lib.num_rows(online.num_rows(config.run), online.MAX_ROWS)
   # Equal prompts are read once, so the number that differ decides the shapes.
   prompts = [(1 + i // draws.num_generations,) * config.prompt_length for i in range(rows)]
   batch = sampling_lib.pad_prompts(prompts, rows, 0, model)
@@ -241,7 +241,7 @@ def _decode(config, held):
 
 
 def _rows(config, held, num: int) -> dict[str, np.ndarray]:
-  """Returns rows of the shapes that rollout.make_rows gives the longest prompts."""
+  """Returns rows of the shapes that online.make_rows gives the longest prompts."""
   C = config.run.sampling.max_completion_length
   T = C + sampling_lib.prompt_bucket(held.policy.model, config.prompt_length)
   rows = {name: np.zeros((num, T), np.int32) for name in ('tokens', 'positions', 'segment_ids')}
@@ -254,7 +254,7 @@ def _logprobs(config, held):
   rows = _rows(config, held, online.chunk(run))
   batch = mesh_lib.abstract_batch(rows, held.mesh)
   params = mesh_lib.abstract(_shapes(model), held.mesh) if held.frozen else held.state.params
-  fn = jax.jit(lambda params, rows: rollout.logprobs(model, params, rows, run.sampling.temperature))
+  fn = jax.jit(lambda params, rows: online.logprobs(model, params, rows, run.sampling.temperature))
   needs_values = algorithms.get(run.algorithm).needs_values
   # Always for the reference. For the policy only where the sampler's own will not do: its weights
   # are rounded, or a critic's values are needed.

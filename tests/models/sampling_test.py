@@ -306,7 +306,7 @@ _MESHES = """
   import jax, numpy as np
   from csrm_jax.core import mesh as m
   from csrm_jax.models import config, sampling, transformer
-  from csrm_jax.rl import rollout
+  from csrm_jax.rl import online
 
   cfg = config.ModelConfig(
       vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
@@ -320,7 +320,7 @@ _MESHES = """
     params = jax.tree.map(lambda x: 3 * x, transformer.init_params(cfg, 0))
     with jax.set_mesh(m.make_mesh(1, 8)):  # what is trained on
       cut = jax.device_put(params, m.shardings(params, m.make_mesh(1, 8)))
-      _, copy = rollout.sampling_copy(cfg, cut, '', mesh)
+      _, copy = online.sampling_copy(cfg, cut, '', mesh)
       done = sampling.generate(cfg, copy, prompts, options, batch_size=8)
       row = {'tokens': np.array([prompts[2][:8]] * 8)}
       row['segment_ids'] = np.ones_like(row['tokens'])

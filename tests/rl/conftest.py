@@ -8,7 +8,7 @@ import csrm_jax
 from csrm_jax import config as config_lib
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import config, transformer
-from csrm_jax.rl import algorithms, online, rollout
+from csrm_jax.rl import algorithms, online
 from csrm_jax.runners import align
 from csrm_jax.safety import schema
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -44,7 +44,7 @@ def policy(tokenizer):
     mlp_dim=32,
     context_length=96,
   )
-  return rollout.Policy(model, tokenizer, ('', '\n'))
+  return online.Policy(model, tokenizer, ('', '\n'))
 
 
 @pytest.fixture(scope='session')
@@ -103,7 +103,7 @@ def make_work(policy, prompts, tmp_path):
     params = transformer.init_params(policy.model, 0)
     reference = (policy.model, jax.tree.map(lambda x: x.copy(), params))
     if algorithms.get(algorithm).needs_values:
-      params |= rollout.init_value_head(policy.model)
+      params |= online.init_value_head(policy.model)
     mesh = mesh_lib.make_mesh()
     step_fn, state = align.make_step(config, policy, params, mesh)
     folder = tmp_path / workdir

@@ -6,7 +6,7 @@ import pytest
 
 from csrm_jax.models import transformer
 from csrm_jax.models.sampling import Sampling
-from csrm_jax.rl import offline, rollout
+from csrm_jax.rl import offline, online
 
 SAMPLING = Sampling(max_completion_length=5, stop_ids=(2,))
 
@@ -94,7 +94,7 @@ def test_pairs_know_their_rewards_and_reference(config, policy, params, prompts,
   assert pairs['tokens'].shape[:2] == (num, 2)
   assert (pairs['reward'][:, 0] > pairs['reward'][:, 1]).all()
   rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in pairs.items()}
-  out = rollout.logprobs(
+  out = online.logprobs(
     policy.model,
     params,
     {name: rows[name] for name in ('tokens', 'positions', 'segment_ids', 'completion_mask')},

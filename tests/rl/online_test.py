@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from csrm_jax.core import tree
-from csrm_jax.rl import online, rollout
+from csrm_jax.rl import online
 from csrm_jax.train import loop
 
 
@@ -191,7 +191,7 @@ def test_cut_off_completions_can_be_left_out(make_work):
 def test_the_critic_learns(make_work):
   job, state = make_work(algorithm='ppo', num_steps=2)
   state, _ = _train(job, state)
-  assert float(state.params[rollout.VALUE_HEAD]['bias']) > 0
+  assert float(state.params[online.VALUE_HEAD]['bias']) > 0
   assert 'value/loss' in _curve(job.workdir)[0]
 
 

@@ -8,7 +8,7 @@ import pytest
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import transformer
 from csrm_jax.models.sampling import Completions, Sampling
-from csrm_jax.rl import rollout
+from csrm_jax.rl import online
 from csrm_jax.safety import schema
 
 # Many stop, so that lengths differ.
@@ -23,7 +23,7 @@ def params(policy):
 
 @pytest.fixture(scope='module')
 def rolled(policy, params, prompts):
-  return rollout.rollout(policy, params, prompts, SAMPLING, 4, seed=5)
+  return online.rollout(policy, params, prompts, SAMPLING, 4, seed=5)
 
 
 def test_samples_of_a_prompt_lie_side_by_side(rolled, prompts):
@@ -60,23 +60,23 @@ def test_the_mask_comes_from_lengths_not_from_ids(policy):
     logprobs=np.zeros((1, 3), np.float32),
     stopped=np.array([False]),
   )
-  rows = rollout.make_rows(policy, [[7, 0]], done)
+  rows = online.make_rows(policy, [[7, 0]], done)
   assert rows['completion_mask'].tolist() == [[1, 1, 0]]
   assert rows['segment_ids'][0, -6:].tolist() == [0, 1, 1, 1, 1, 0]
 
 
 def test_sampler_and_training_agree_at_any_temperature(rolled, policy, params):
   _, rows = rolled
-  found = rollout.logprobs(policy.model, params, rows, 0.7)['logprobs']
+  found = online.logprobs(policy.model, params, rows, 0.7)['logprobs']
   np.testing.assert_allclose(found, rows['rollout_logprobs'], atol=2e-5)
-  hot = rollout.logprobs(policy.model, params, rows, 1.0)['logprobs']
+  hot = online.logprobs(policy.model, params, rows, 1.0)['logprobs']
   assert np.abs(hot - rows['rollout_logprobs']).max() > 0.01
 
 
 def test_a_value_is_read_before_its_token(rolled, policy, params):
   _, rows = rolled
   head = {'kernel': jnp.linspace(-1, 1, 16), 'bias': jnp.float32(0.5)}
-  out = rollout.logprobs(policy.model, params | {rollout.VALUE_HEAD: head}, rows, 0.7)
+  out = online.logprobs(policy.model, params | {online.VALUE_HEAD: head}, rows, 0.7)
   hidden = transformer.hidden(
     policy.model, params, *(rows[name] for name in ('tokens', 'positions', 'segment_ids'))
   )
@@ -88,8 +88,8 @@ def test_a_value_is_read_before_its_token(rolled, policy, params):
   # What comes later cannot change it: a value at the token would see it.
   other = rows['tokens'].copy()
   other[row, column] += 1
-  again = rollout.logprobs(
-    policy.model, params | {rollout.VALUE_HEAD: head}, rows | {'tokens': other}, 0.7
+  again = online.logprobs(
+    policy.model, params | {online.VALUE_HEAD: head}, rows | {'tokens': other}, 0.7
   )
   assert again['values'][row, place] == out['values'][row, place]
 
@@ -98,18 +98,18 @@ def test_sampling_from_adapters_is_sampling_from_their_sum(rolled, policy, param
   _, rows = rolled
   cfg = dataclasses.replace(policy.model, lora_rank=2)
   adapted = jax.tree.map(lambda x: x + 0.05, transformer.init_params(cfg, 1))
-  merged_cfg, merged = rollout.sampling_copy(cfg, adapted | rollout.init_value_head(cfg), '', MESH)
+  merged_cfg, merged = online.sampling_copy(cfg, adapted | online.init_value_head(cfg), '', MESH)
   assert not merged_cfg.lora_rank
   np.testing.assert_allclose(
-    rollout.logprobs(merged_cfg, merged, rows, 1.0)['logprobs'],
-    rollout.logprobs(cfg, adapted, rows, 1.0)['logprobs'],
+    online.logprobs(merged_cfg, merged, rows, 1.0)['logprobs'],
+    online.logprobs(cfg, adapted, rows, 1.0)['logprobs'],
     atol=1e-4,
   )
-  half_cfg, half = rollout.sampling_copy(cfg, adapted, 'bfloat16', MESH)
+  half_cfg, half = online.sampling_copy(cfg, adapted, 'bfloat16', MESH)
   assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype('bfloat16')}
   assert half_cfg.dtype == 'bfloat16'
   with pytest.raises(ValueError, match='float16'):
-    rollout.sampling_copy(cfg, adapted, 'float16', MESH)
+    online.sampling_copy(cfg, adapted, 'float16', MESH)
 
 
 def _prompt(*turns):
@@ -127,7 +127,7 @@ def test_prompts_that_cannot_be_asked_are_named(policy, params):
   joined = dataclasses.replace(policy, joins_turns=True)
   assert joined.encode(_prompt('Hi.', 'Hello.', 'Tea?'))
   with pytest.raises(ValueError, match=r'prompt odd.*context_length=96'):
-    rollout.rollout(policy, params, [_prompt('tea ' * 100)], SAMPLING)
+    online.rollout(policy, params, [_prompt('tea ' * 100)], SAMPLING)
 
 
 def test_user_text_is_never_template_text(policy, tokenizer):
