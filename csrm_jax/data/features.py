@@ -1,8 +1,12 @@
-"""Encoding of examples and pairs to packing atoms: the only encode path.
+"""From examples and pairs to rows of tokens: encoding to atoms, and their packing.
 
 Training, evaluation and serving all turn a rendered template into tokens with `encode_prompt`. A
 prompt that is too long is shortened in one way: the middle of the history goes first, then the
 tail of the response. The rules and what the template itself writes are never touched.
+
+A packed batch states everything by explicit indices: which tokens belong to which prompt, where
+each prompt's verdict is read, and which slots make a pair. No code ever searches for a padding
+token.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from csrm_jax.core.checks import at_least
 from csrm_jax.safety import schema, templates
 from csrm_jax.safety.templates import DEFAULT, Layout
 from csrm_jax.text.tokenizer import Tokenizer
@@ -29,8 +34,12 @@ _LINE_BREAKS = re.compile(r'\n{0,2}\Z')
 _SPACES = re.compile(r'\s\s\Z')
 
 LABEL_IDS = {None: -1, **{name: i for i, name in enumerate(schema.LABELS)}}
+_POSITIVE = '{name} is {value}; it must be positive'
 
 T = TypeVar('T')
+Batch = dict[str, np.ndarray]
+
+# --- Encoding ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,8 +108,7 @@ class Encoder:
   label_pairs: bool = False
 
   def __post_init__(self):
-    if self.max_length < 1:
-      raise ValueError(f'max_length is {self.max_length}; it must be positive')
+    at_least(self, ('max_length',), say=_POSITIVE)
     if self.pair_length is not None and self.pair_length < 2:
       raise ValueError(f'pair_length is {self.pair_length}; give at least 2, or None')
 
@@ -278,3 +286,148 @@ def _cut_middle(part: Sequence[int], length: int, marker: Sequence[int]) -> Sequ
     return ()
   head = (keep + 1) // 2
   return [*part[:head], *marker, *part[len(part) - (keep - head) :]]
+
+
+# --- Packing -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+  """The fixed shape of a batch.
+
+  Attributes:
+    batch_size: The number of rows, B.
+    row_length: The number of tokens per row, T.
+    max_segments: The most prompts that a row may hold, S; a pair counts as two.
+    pad_id: Fills rows up. Nothing depends on it: padding is where segment_ids is 0.
+  """
+
+  batch_size: int
+  row_length: int
+  max_segments: int
+  pad_id: int = 0
+
+  def __post_init__(self):
+    at_least(self, ('batch_size', 'row_length', 'max_segments'), say=_POSITIVE)
+
+
+def pack_rows(atoms: Sequence[Atom], shape: BatchShape) -> tuple[Batch, list[int]]:
+  """Returns a batch of the atoms that found a place, and the ascending indices of those left.
+
+  The atoms come oldest first. Each row starts with the oldest one left, so that nothing waits
+  long; the subset of the others that fills the row best follows. A batch has B rows of T tokens
+  with S slots for prompts:
+    tokens, segment_ids (1.. by prompt, 0 is padding), positions (0.. in each prompt): int32 [B, T]
+    verdict_index: int32 [B, S], the place of a prompt's last token
+    label: int32 [B, S], 0 safe, 1 unsafe, -1 none or unused slot
+    label_weight: float32 [B, S], 1 where a prompt with a label stands
+    pair_weight: float32 [B, S], 1 at slot s where slots s and s + 1 hold a pair (safer, other)
+    loss_weight: float32 [B, T], only if the prompts have one
+  """
+  for atom in atoms:
+    misfit = does_not_fit(atom, shape)
+    if misfit:
+      raise ValueError(misfit.detail)
+  left = list(range(len(atoms)))
+  batch = _empty_batch(shape)
+  # All prompts of a stream have loss weights, or none has: the first one tells.
+  if atoms and atoms[0].prompts[0].loss_weight is not None:
+    batch['loss_weight'] = np.zeros((shape.batch_size, shape.row_length), np.float32)
+  for row in range(shape.batch_size):
+    if not left:
+      break
+    chosen = _choose_row({i: atoms[i] for i in left}, shape)
+    _write_row(batch, row, [atoms[i] for i in chosen])
+    left = [i for i in left if i not in chosen]
+  return batch, left
+
+
+def does_not_fit(atom: Atom, shape: BatchShape) -> Dropped | None:
+  """Returns why no row of this shape could hold the atom, or None."""
+  if atom.length > shape.row_length:
+    return Dropped(
+      'longer_than_row',
+      f'{atom.prompts[0].id}: a {atom.kind} of {atom.length} tokens does not'
+      f' fit into a row of {shape.row_length}; lower max_length (pair_length'
+      ' for pairs) or use longer rows',
+    )
+  if len(atom.prompts) > shape.max_segments:
+    return Dropped(
+      'too_many_segments',
+      f'{atom.prompts[0].id}: a {atom.kind} has {len(atom.prompts)} prompts,'
+      f' a row holds {shape.max_segments}; raise max_segments',
+    )
+  return None
+
+
+def _choose_row(left: dict[int, Atom], shape: BatchShape) -> list[int]:
+  """Returns the index of the oldest atom and those of the others that fill its row best."""
+  # Subset sum: bit t of `reach` says that some of the atoms looked at so far have t tokens in
+  # all. They are looked at oldest first, so that older ones are preferred where sums are equal.
+  first, *others = left
+  room = shape.row_length - left[first].length
+  mask = (1 << (room + 1)) - 1
+  reach, before, looked_at = 1, [], []
+  for i in others:
+    length = left[i].length
+    if length > room:
+      continue
+    before.append(reach)
+    looked_at.append(i)
+    reach |= (reach << length) & mask
+    # The row can be filled to its last token.
+    if reach >> room:
+      break
+  total = reach.bit_length() - 1
+  chosen = [first]
+  # From the last one back: an atom is taken where the total was out of reach without it.
+  for i, reachable in zip(reversed(looked_at), reversed(before), strict=True):
+    if not reachable >> total & 1:
+      chosen.append(i)
+      total -= left[i].length
+  if sum(len(left[i].prompts) for i in chosen) > shape.max_segments:
+    # The subset sum counts tokens only; with many short prompts the slots are too few. Then
+    # whatever still fits is taken, longest first.
+    chosen, slots = [first], shape.max_segments - len(left[first].prompts)
+    for i in sorted(others, key=lambda i: -left[i].length):
+      if left[i].length <= room and len(left[i].prompts) <= slots:
+        chosen.append(i)
+        room -= left[i].length
+        slots -= len(left[i].prompts)
+  return sorted(chosen)
+
+
+def _empty_batch(shape: BatchShape) -> Batch:
+  by_token = (shape.batch_size, shape.row_length)
+  by_slot = (shape.batch_size, shape.max_segments)
+  return {
+    'tokens': np.full(by_token, shape.pad_id, np.int32),
+    'segment_ids': np.zeros(by_token, np.int32),
+    'positions': np.zeros(by_token, np.int32),
+    'verdict_index': np.zeros(by_slot, np.int32),
+    'label': np.full(by_slot, -1, np.int32),
+    'label_weight': np.zeros(by_slot, np.float32),
+    'pair_weight': np.zeros(by_slot, np.float32),
+  }
+
+
+def _write_row(batch: Batch, row: int, atoms: Sequence[Atom]) -> None:
+  start = slot = 0
+  count = np.arange(batch['tokens'].shape[1], dtype=np.int32)
+  for atom in atoms:
+    if atom.kind == 'pair':
+      batch['pair_weight'][row, slot] = 1.0
+    for prompt in atom.prompts:
+      end = start + len(prompt.tokens)
+      batch['tokens'][row, start:end] = prompt.tokens
+      # From 1, because 0 is padding.
+      batch['segment_ids'][row, start:end] = slot + 1
+      batch['positions'][row, start:end] = count[: end - start]
+      if prompt.loss_weight is not None:
+        batch['loss_weight'][row, start:end] = prompt.loss_weight
+      batch['verdict_index'][row, slot] = end - 1
+      batch['label'][row, slot] = prompt.label
+      if prompt.label >= 0:
+        batch['label_weight'][row, slot] = 1.0
+      start = end
+      slot += 1

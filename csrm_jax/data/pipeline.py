@@ -17,8 +17,7 @@ import grain
 import numpy as np
 
 from csrm_jax.data import catalogue, features, sources
-from csrm_jax.data.features import Atom, Dropped
-from csrm_jax.data.packing import Batch, BatchShape, does_not_fit, pack_rows
+from csrm_jax.data.features import Atom, Batch, BatchShape, Dropped, does_not_fit, pack_rows
 from csrm_jax.safety import augment as augment_lib, schema
 
 # Atoms dropped in a row, with none kept, before the stream is given up.

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.data import features, packing, pipeline
+from csrm_jax.data import features, pipeline
 from csrm_jax.models import config as model_config, hf, transformer
 from csrm_jax.ruleworld import corpus
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -102,7 +102,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     .map(functools.partial(encode_document, tokenizer=tokenizer))
     .repeat()
   )
-  shape = packing.BatchShape(data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id)
+  shape = features.BatchShape(data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id)
   batches = pipeline.batches(atoms, shape, fingerprint=f'{tokenizer.digest}/{documents.digest()}')
   mesh = mesh_lib.make_mesh()
   step_fn, state = training.make_step(

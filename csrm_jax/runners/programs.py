@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.data import packing
+from csrm_jax.data import features
 from csrm_jax.models import config as model_config, hf, lora, sampling as sampling_lib, transformer
 from csrm_jax.reward import scoring
 from csrm_jax.rl import algorithms, online
@@ -93,8 +93,8 @@ def _of_reward_model(config, devices):
 
   def train():
     data, shapes = run.data, _shapes(model)
-    shape = packing.BatchShape(data.batch_size, data.row_length, data.max_segments)
-    batch, _ = packing.pack_rows([], shape)
+    shape = features.BatchShape(data.batch_size, data.row_length, data.max_segments)
+    batch, _ = features.pack_rows([], shape)
     trained, frozen = lora.split(shapes) if model.lora_rank else (shapes, {})
     fn, state = train_rm.make_step(run, model, VERBALIZERS, trained, mesh)
     args = (state, mesh_lib.abstract_batch(batch, mesh), mesh_lib.abstract(frozen, mesh))

@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from csrm_jax.core import mesh as mesh_lib, tree
-from csrm_jax.data import features, packing, pipeline
+from csrm_jax.data import features, pipeline
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
@@ -169,7 +169,7 @@ def _make_batches(
 ) -> pipeline.BatchIterator:
   data = config.data
   atoms = _make_atoms(config, _make_encoder(data, tokenizer, layout), parts)
-  shape = packing.BatchShape(data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id)
+  shape = features.BatchShape(data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id)
   read = {name: [part.source, part.weight, len(parts[name])] for name, part in data.parts.items()}
   # A resumed run must see the same data: its position means nothing in other data.
   identity = {

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from csrm_jax.data import features, packing, pipeline
-from csrm_jax.data.features import Atom, Dropped, Encoder, Prompt
-from csrm_jax.data.packing import BatchShape
+from csrm_jax.data import features, pipeline
+from csrm_jax.data.features import Atom, BatchShape, Dropped, Encoder, Prompt
 from csrm_jax.safety import augment
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
@@ -38,6 +37,10 @@ def some_atoms(count, low, high, pairs=0.3, seed=0):
       lengths.append(max(low, min(high, length + int(rng.integers(-9, 10)))))
     atoms.append(make_atom(lengths, int(rng.integers(-1, 2)), f'atom{i}'))
   return atoms
+
+
+def fill_rate(batch):
+  return np.mean(batch['segment_ids'] > 0)
 
 
 def unpack(batch):
@@ -76,7 +79,7 @@ def test_every_atom_is_whole_in_one_row_or_left(
   lengths, batch_size, row_length, max_segments, label
 ):
   atoms = [make_atom(item, label, first=100 * i) for i, item in enumerate(lengths)]
-  batch, left = packing.pack_rows(atoms, packing.BatchShape(batch_size, row_length, max_segments))
+  batch, left = features.pack_rows(atoms, BatchShape(batch_size, row_length, max_segments))
   assert left == sorted(left)
   for name, array in batch.items():
     by_token = name in ('tokens', 'segment_ids', 'positions')
@@ -109,21 +112,21 @@ def test_every_atom_is_whole_in_one_row_or_left(
 
 def test_oldest_atoms_go_first():
   atoms = [make_atom([n]) for n in (9, 9, 9, 1, 1, 1)]
-  batch, left = packing.pack_rows(atoms, packing.BatchShape(2, 10, 4))
+  batch, left = features.pack_rows(atoms, BatchShape(2, 10, 4))
   assert left == [2, 5]
-  assert packing.fill_rate(batch) == 1.0
+  assert fill_rate(batch) == 1.0
 
 
 def test_best_subset_fills_the_row():
   atoms = [make_atom([n]) for n in (10, 30, 25, 7, 18)]
-  batch, left = packing.pack_rows(atoms, packing.BatchShape(1, 60, 8))
-  assert packing.fill_rate(batch) == 1.0
+  batch, left = features.pack_rows(atoms, BatchShape(1, 60, 8))
+  assert fill_rate(batch) == 1.0
   assert left == [1]  # 10 + 25 + 7 + 18
 
 
 def test_max_segments_holds_where_the_best_subset_breaks_it():
   atoms = [make_atom([2]) for _ in range(10)] + [make_atom([7])]
-  batch, left = packing.pack_rows(atoms, packing.BatchShape(1, 20, 3))
+  batch, left = features.pack_rows(atoms, BatchShape(1, 20, 3))
   assert (batch['verdict_index'] > 0).sum() == 3
   assert 10 not in left
 
@@ -133,11 +136,11 @@ def test_max_segments_holds_where_the_best_subset_breaks_it():
 )
 def test_atom_that_fits_no_row_is_an_error(lengths, message):
   with pytest.raises(ValueError, match=message):
-    packing.pack_rows([make_atom(lengths)], packing.BatchShape(1, 60, 1))
+    features.pack_rows([make_atom(lengths)], BatchShape(1, 60, 1))
 
 
 def test_padding_token_is_as_asked():
-  batch, _ = packing.pack_rows([make_atom([3])], packing.BatchShape(2, 5, 1, pad_id=7))
+  batch, _ = features.pack_rows([make_atom([3])], BatchShape(2, 5, 1, pad_id=7))
   assert (batch['tokens'][batch['segment_ids'] == 0] == 7).all()
 
 
@@ -154,7 +157,7 @@ def stream(atoms, shape, **options):
 def test_rows_are_full(row_length, low, high, fill):
   atoms = some_atoms(2000, low, high)
   iterator = stream(atoms, BatchShape(16, row_length, 8), prefetch=0)
-  rates = [packing.fill_rate(next(iterator)) for _ in range(20)]
+  rates = [fill_rate(next(iterator)) for _ in range(20)]
   assert np.mean(rates) >= fill
 
 

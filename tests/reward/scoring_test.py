@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import csrm_jax
-from csrm_jax.data import features, packing
+from csrm_jax.data import features
 from csrm_jax.models import config, transformer
 from csrm_jax.reward import scoring
 from csrm_jax.ruleworld import examples as ruleworld
@@ -177,7 +177,7 @@ def _assert_close(got, want, tolerance=1e-5):
 
 
 def test_packed_scores_equal_unpacked_scores():
-  batch, left = packing.pack_rows(_atoms(), packing.BatchShape(1, 768, 8))
+  batch, left = features.pack_rows(_atoms(), features.BatchShape(1, 768, 8))
   assert not left
   safe, unsafe = jax.jit(
     lambda params, batch: scoring.verdict_logprobs(CFG, params, batch, VERBALIZERS)
@@ -193,13 +193,13 @@ def test_packed_scores_equal_unpacked_scores():
 
 def test_packed_loss_and_gradients_equal_unpacked():
   loss_fn = scoring.make_loss_fn(CFG, VERBALIZERS, gamma=0.7, margin=0.1)
-  packed, left = packing.pack_rows(_atoms(), packing.BatchShape(1, 768, 8))
+  packed, left = features.pack_rows(_atoms(), features.BatchShape(1, 768, 8))
   assert not left
   (got, got_aux), got_grads = _loss_and_grads(loss_fn, _params(), packed)
   assert got_aux[0] == 5  # atoms
   total, aux, grads = 0.0, None, None
   for atom in _atoms():
-    alone, _ = packing.pack_rows([atom], packing.BatchShape(1, 768, 8))  # compiled once
+    alone, _ = features.pack_rows([atom], features.BatchShape(1, 768, 8))  # compiled once
     (one, one_aux), one_grads = _loss_and_grads(loss_fn, _params(), alone)
     add = functools.partial(jax.tree.map, jnp.add)
     total += one
@@ -211,7 +211,7 @@ def test_packed_loss_and_gradients_equal_unpacked():
 
 
 def test_no_gradient_crosses_packed_prompts():
-  batch, _ = packing.pack_rows(_atoms()[:3], packing.BatchShape(1, 512, 5))
+  batch, _ = features.pack_rows(_atoms()[:3], features.BatchShape(1, 512, 5))
   ids, length = batch['segment_ids'][0], batch['tokens'].shape[1]
   # One row of the embedding for each place: its gradient is the place's.
   places = batch | {'tokens': np.arange(length, dtype=np.int32)[None]}

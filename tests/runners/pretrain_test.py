@@ -7,7 +7,7 @@ import safetensors
 
 import csrm_jax
 from csrm_jax import config as config_lib
-from csrm_jax.data import packing
+from csrm_jax.data import features
 from csrm_jax.models import config, hf, transformer
 from csrm_jax.ruleworld import corpus
 from csrm_jax.runners import pretrain
@@ -36,7 +36,7 @@ def _document(answers):
 def _packed():
   """Returns a batch of two rows that hold all documents."""
   atoms = [pretrain.encode_document(_document(answers), TOKENIZER) for answers in ANSWERS]
-  batch, left = packing.pack_rows(atoms, packing.BatchShape(2, 64, 4))
+  batch, left = features.pack_rows(atoms, features.BatchShape(2, 64, 4))
   assert not left
   assert batch['segment_ids'].max() > 1  # something is packed
   return batch
@@ -176,7 +176,7 @@ def test_loss_fn_equals_the_model_and_lm_loss():
   alone = 0.0
   for answers in ANSWERS:
     atom = pretrain.encode_document(_document(answers), TOKENIZER)
-    one, _ = packing.pack_rows([atom], packing.BatchShape(2, 64, 4))
+    one, _ = features.pack_rows([atom], features.BatchShape(2, 64, 4))
     alone += jax.jit(pretrain.make_loss_fn(cfg))(params, one)[0]
   np.testing.assert_allclose(total, alone, rtol=1e-5)
 
