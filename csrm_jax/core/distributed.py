@@ -108,7 +108,6 @@ def check_same(values: Mapping[str, str]) -> None:
     others = np.flatnonzero((every != every[0]).any(axis=1))
     if others.size:
       raise ValueError(
-        f'{name} differs between hosts: that of process '
-        f'{", ".join(map(str, others))} is not that of process 0; start all '
-        'with the same command and the same version of the code'
+        f'{name} differs between hosts: that of process {", ".join(map(str, others))} is not that '
+        'of process 0; start all with the same command and the same version of the code'
       )

@@ -149,9 +149,8 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     except json.JSONDecodeError as error:
       if number == len(lines):
         raise ValueError(
-          f'{where}: the last line is cut short ({error.msg} at column'
-          f' {error.colno}, and no line end follows); write the file again or'
-          ' remove that line'
+          f'{where}: the last line is cut short ({error.msg} at column {error.colno}, and no line '
+          'end follows); write the file again or remove that line'
         ) from None
       raise ValueError(
         f'{where}: not valid JSON ({error.msg} at column {error.colno});'

@@ -107,9 +107,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   arch = file.metadata.get('general.architecture')
   if arch not in _ARCHITECTURES:
     raise ValueError(
-      f'{path}: general.architecture is {arch!r}, only '
-      f'{", ".join(_ARCHITECTURES)} is supported; convert the model to '
-      'safetensors elsewhere.'
+      f'{path}: general.architecture is {arch!r}, only {", ".join(_ARCHITECTURES)} is supported; '
+      'convert the model to safetensors elsewhere.'
     )
   prefix = f'{arch}.'
   own = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
@@ -132,8 +131,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   spec['head_dim'] = own.get('attention.key_length', spec['hidden_size'] // heads)
   if own.get('rope.dimension_count', spec['head_dim']) != spec['head_dim']:
     raise ValueError(
-      f'{path}: {arch}.rope.dimension_count is '
-      f'{own["rope.dimension_count"]}, only the whole head '
+      f'{path}: {arch}.rope.dimension_count is {own["rope.dimension_count"]}, only the whole head '
       f'({spec["head_dim"]}) is supported; choose another model.'
     )
   return spec | {
@@ -158,9 +156,8 @@ def open_tensors(path: pathlib.Path) -> dict[str, shards.Tensor]:
     kind = tensor.tensor_type.name
     if kind not in TYPES:
       raise ValueError(
-        f'{path}: {tensor.name} is stored as {kind}, only '
-        f'{", ".join(TYPES)} are supported; take a file of another '
-        'quantisation.'
+        f'{path}: {tensor.name} is stored as {kind}, only {", ".join(TYPES)} are supported; take a '
+        'file of another quantisation.'
       )
     name = _their_name(tensor.name, path)
     # GGUF lists the axis that varies fastest first.

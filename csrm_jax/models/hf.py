@@ -60,9 +60,8 @@ class Source:
       import huggingface_hub
     except ImportError:
       raise ImportError(
-        f'{text}: is no folder here, and a hub id needs the package '
-        'huggingface_hub; run "pip install huggingface_hub", or install '
-        'csrm_jax with its extra "hf"'
+        f'{text}: is no folder here, and a hub id needs the package huggingface_hub; run "pip '
+        'install huggingface_hub", or install csrm_jax with its extra "hf"'
       ) from None
     name, _, revision = text.partition('@')
     try:
@@ -172,9 +171,8 @@ def fill(
   for name, tensor in tensors.items():
     if tensor.shape != slots[name].shape:
       raise ValueError(
-        f'{tensor.where}: {name} has shape {tensor.shape}, the config makes '
-        f'it {slots[name].shape}; take weights and config.json from the same '
-        'model.'
+        f'{tensor.where}: {name} has shape {tensor.shape}, the config makes it '
+        f'{slots[name].shape}; take weights and config.json from the same model.'
       )
   # Names and shapes are checked before anything is read. Then each tensor goes to its devices at
   # once, and a layer is written into its stack there: the host never holds a stack.
@@ -382,9 +380,8 @@ def check_names(have: set[str], want: set[str], where: str) -> None:
     )
   if have - want:
     raise ValueError(
-      f'{where}: {min(have - want)} is of no use to the model '
-      f'({len(have - want)} such); the weights must be those of the model '
-      'config.'
+      f'{where}: {min(have - want)} is of no use to the model ({len(have - want)} such); the '
+      'weights must be those of the model config.'
     )
 
 

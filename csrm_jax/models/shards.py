@@ -85,9 +85,8 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
       part = file.get_slice(name)
       if part.get_dtype() not in _DTYPES:
         raise ValueError(
-          f'{path}: {name} is stored as {part.get_dtype()}, only '
-          f'{", ".join(_DTYPES)} are supported; choose weights that are not '
-          'quantised.'
+          f'{path}: {name} is stored as {part.get_dtype()}, only {", ".join(_DTYPES)} are '
+          'supported; choose weights that are not quantised.'
         )
       tensors[name] = Tensor(
         tuple(part.get_shape()),

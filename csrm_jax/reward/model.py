@@ -239,9 +239,8 @@ def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
   digest = hf.digest(weights)
   if digest != spec.base_digest:
     raise ValueError(
-      f'{spec.base}: the weights have digest {digest[:12]}, the adapters '
-      f'were trained on {spec.base_digest[:12]}; give the weights they '
-      'were trained on'
+      f'{spec.base}: the weights have digest {digest[:12]}, the adapters were trained on '
+      f'{spec.base_digest[:12]}; give the weights they were trained on'
     )
   return tree.merge(hf.load_params(weights, spec.model, _shardings(base)), params)
 

@@ -214,9 +214,8 @@ def check_finite(workdir: pathlib.Path, step: int, updates: Sequence[Update]) ->
     # A batch that broke a run is the first thing to look at.
     np.savez(path, **batch)
     raise ValueError(
-      f'step {step}: the loss or a gradient is not finite; its batch is in '
-      f'{path}. Lower optim.lr or look at that batch, then run again: the '
-      'last checkpoint is intact.'
+      f'step {step}: the loss or a gradient is not finite; its batch is in {path}. Lower optim.lr '
+      'or look at that batch, then run again: the last checkpoint is intact.'
     )
 
 
