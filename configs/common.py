@@ -8,6 +8,7 @@ import pathlib
 import ml_collections
 
 import csrm_jax
+from csrm_jax import config as config_lib
 from csrm_jax.core import topology
 
 # The folder of the weights and the tokenizer that the package ships.
@@ -62,10 +63,7 @@ def merge(base, *parts):
   config = ml_collections.ConfigDict(base)
   for part in parts:
     for key, value in part.items():
-      *sections, last = key.split('.')
-      section = config
-      for name in sections:
-        section = section[name]
+      section, last = config_lib.find(config, key)
       if last not in section:
         raise KeyError(f'no key {key} in the base of this config')
       if callable(value):

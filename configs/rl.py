@@ -87,10 +87,7 @@ def get_config(arg=None):
   )
   # An empty key keeps its type, so that a flag that sets it parses and check_idle can refuse it.
   for key in algorithms.idle_keys(config):
-    *sections, last = key.split('.')
-    section = config
-    for name in sections:
-      section = section[name]
+    section, last = config_lib.find(config, key)
     kind = section.get_type(last)
     del section[last]
     section[last] = placeholder(kind)

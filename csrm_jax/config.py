@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
+import operator
 import os
 import pathlib
 import re
@@ -121,14 +123,17 @@ def check_key(config: ConfigDict, key: str) -> None:
   raise ValueError(f'config key {key!r} does not exist{hint or _close(key, known)}')
 
 
+def find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+  """Returns the section that a dotted key names a value of, and the value's name in it."""
+  *sections, last = key.split('.')
+  return functools.reduce(operator.getitem, sections, config), last
+
+
 def set_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
   """Sets dotted keys of the config in place; a wrong key or type is a ValueError."""
   for key, value in overrides.items():
     check_key(config, key)
-    *sections, last = key.split('.')
-    section = config
-    for name in sections:
-      section = section[name]
+    section, last = find(config, key)
     try:
       section[last] = value
     except TypeError as error:

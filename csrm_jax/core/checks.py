@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,11 +16,27 @@ def show(value: Any) -> str:
   return text if len(text) <= 60 else f'{text[:40]}... ({len(text)} long)'
 
 
-def hint(word: Any, known: Sequence[str], cutoff: float = 0.75) -> str:
+def reason(error: Exception) -> str:
+  """Returns what an error says, shortened, on one line; its kind where it says nothing."""
+  return ' '.join(str(error).split())[:200] or type(error).__name__
+
+
+def check_fields(kind: type, obj: Mapping[str, Any], say: str) -> None:
+  """Checks that an object has the fields of a dataclass and no others.
+
+  The error is `say`, with {name} for the first field that is not so and {what} for what is wrong.
+  """
+  known = {field.name for field in dataclasses.fields(kind)}
+  for name in sorted(known ^ set(obj)):
+    what = 'missing' if name in known else 'unknown'
+    raise ValueError(say.format(name=repr(name), what=what))
+
+
+def hint(word: Any, known: Sequence[str]) -> str:
   """Returns '; did you mean "x"?' for a near miss of a known word, or ''."""
   if not isinstance(word, str):
     return ''
-  near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+  near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
   return f'; did you mean {show(near[0])}?' if near else ''
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 # A process that is silent for so long is taken for dead, and all processes end.
 HEARTBEAT_S = 30
@@ -95,12 +96,16 @@ def leave_if_alone(error: BaseException) -> None:
     )
 
 
+def sync(name: str) -> None:
+  """Waits until every process has come to the place of this name."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
 def check_same(values: Mapping[str, str]) -> None:
   """Checks that all processes hold the same values; if not, all raise a ValueError."""
   if jax.process_count() == 1:
     return
-  from jax.experimental import multihost_utils
-
   for name, value in values.items():
     # Digests have one length on all processes, as process_allgather needs; the texts do not.
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)

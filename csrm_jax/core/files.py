@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -109,6 +110,11 @@ def read_text(path: str | os.PathLike) -> str:
     raise ValueError(
       f'{path}:{line}: byte 0x{data[error.start]:02x} is not valid UTF-8; save the file as UTF-8'
     ) from None
+
+
+def digest(value: Any, **options: Any) -> str:
+  """Returns the sha256 (hex) of a JSON value, as json.dumps writes it with the options."""
+  return hashlib.sha256(json.dumps(value, **options).encode()).hexdigest()
 
 
 def read_json(path: str | os.PathLike) -> Any:

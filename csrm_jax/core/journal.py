@@ -33,8 +33,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 def key(content: Any) -> str:
   """Returns the sha256 (hex) of JSON values, or of dataclasses of them."""
-  text = json.dumps(content, default=dataclasses.asdict, separators=(',', ':'))
-  return hashlib.sha256(text.encode()).hexdigest()
+  return files.digest(content, default=dataclasses.asdict, separators=(',', ':'))
 
 
 class Journal:

@@ -125,7 +125,7 @@ def _across_slices(
   return np.concatenate([mesh_utils.create_device_mesh(within, list(block)) for block in blocks])
 
 
-def param_spec(name: str, shape: Sequence[int], mesh: Mesh, rules=PARAM_RULES) -> P:
+def param_spec(name: str, shape: Sequence[int], mesh: Mesh) -> P:
   """Returns the PartitionSpec of the leaf `name`.
 
   Scalars (a step, the count of an optimizer) are replicated. A mesh axis that does not divide
@@ -133,7 +133,7 @@ def param_spec(name: str, shape: Sequence[int], mesh: Mesh, rules=PARAM_RULES) -
   """
   if not shape:
     return P()
-  matches = [r for r in rules if re.search(rf'(^|/){r[0]}$', name)]
+  matches = [r for r in PARAM_RULES if re.search(rf'(^|/){r[0]}$', name)]
   if not matches:
     raise ValueError(
       f'no sharding rule for {name!r} with shape {tuple(shape)}: add one to '
@@ -205,21 +205,18 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, fit(P(*spec), x.shape, mesh))
 
 
-def shardings(shapes: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
+def shardings(shapes: Any, mesh: Mesh) -> Any:
   """Returns the tree of NamedShardings for parameters or a whole train state."""
-  named = tree.named_leaves(shapes)
-  found = {
-    name: NamedSharding(mesh, param_spec(name, x.shape, mesh, rules)) for name, x in named.items()
-  }
-  return tree.from_named(shapes, found)
+  specs = {name: param_spec(name, x.shape, mesh) for name, x in tree.named_leaves(shapes).items()}
+  return tree.from_named(shapes, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
 
 
-def abstract(shapes: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
+def abstract(shapes: Any, mesh: Mesh) -> Any:
   """Returns the ShapeDtypeStructs of a tree, with shardings, to restore onto."""
   return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     shapes,
-    shardings(shapes, mesh, rules),
+    shardings(shapes, mesh),
   )
 
 

@@ -23,6 +23,8 @@ import jax
 from absl import logging
 from etils import epath
 
+from csrm_jax.core import checks, distributed
+
 _PREFIX = 'gs://'
 _EVERY_S = 60.0
 # These are read and written in the bucket itself.
@@ -73,10 +75,7 @@ def mirror(home: epath.Path) -> Iterator[pathlib.Path]:
   """Yields a local copy of a folder, and copies changes in it back."""
   with tempfile.TemporaryDirectory(prefix='csrm_jax-') as folder:
     path = _copy(home, pathlib.Path(folder))
-    if jax.process_count() > 1:  # All must have read before the first one writes.
-      from jax.experimental import multihost_utils
-
-      multihost_utils.sync_global_devices(f'copied {home}')
+    distributed.sync(f'copied {home}')  # All must have read before the first one writes.
     done = threading.Event()
     # A machine may vanish between checkpoints; its logs should not be lost with it.
     thread = threading.Thread(target=_keep_pushing, args=(path, done), name='push')
@@ -115,7 +114,7 @@ def push(path: pathlib.Path) -> None:
         del found.held[name]
     except Exception as error:  # Each bucket library has its own errors.
       raise OSError(
-        f'cannot write to {found.home} ({_reason(error)}); the same command '
+        f'cannot write to {found.home} ({checks.reason(error)}); the same command '
         'goes on from its last checkpoint'
       ) from error
 
@@ -157,11 +156,7 @@ def _cannot(do: str, what: str, error: Exception) -> str:
   fix = 'check the name of the bucket, and log in with gcloud auth application-default login'
   if isinstance(error, ImportError):
     fix = 'pip install "csrm_jax[gcs]"'
-  return f'cannot {do} {what} ({_reason(error)}); {fix}'
-
-
-def _reason(error: Exception) -> str:
-  return ' '.join(str(error).split())[:200] or type(error).__name__
+  return f'cannot {do} {what} ({checks.reason(error)}); {fix}'
 
 
 def _copy(home: epath.Path, folder: pathlib.Path) -> pathlib.Path:

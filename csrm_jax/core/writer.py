@@ -69,17 +69,18 @@ class MetricsWriter:
   metrics of a step before its checkpoint. Only the first process of several writes.
   """
 
-  def __init__(
-    self, workdir: str | os.PathLike, resume_step: int | None = None, tensorboard: bool = True
-  ):
+  def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
     """Opens the files, and TensorBoard's event files beside them.
 
     Lines after the restored `resume_step` are dropped, because they will be written again: with
     -1 (a fresh run) all lines, with None no line.
     """
-    self._file = self._board = None
+    self._file = None
     if jax.process_index() != 0:
       return
+    # Imported here: it takes a while, and only training needs it.
+    import tensorboardX
+
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / 'metrics.jsonl'
@@ -87,13 +88,9 @@ class MetricsWriter:
       # Else a resumed run would have two lines for one step.
       files.cut_log(path, resume_step)
     self._file = open(path, 'a', encoding='utf-8', buffering=1)  # noqa: SIM115
-    if tensorboard:
-      # Imported here: it takes a while, and only training needs it.
-      import tensorboardX
-
-      self._board = tensorboardX.SummaryWriter(
-        str(workdir), purge_step=None if resume_step is None else resume_step + 1
-      )
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir), purge_step=None if resume_step is None else resume_step + 1
+    )
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Writes scalars (Python, NumPy or JAX) of one step; NaN and infinity become null."""
@@ -104,26 +101,23 @@ class MetricsWriter:
     # JSON has no word for NaN and infinity.
     line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
     self._file.write(json.dumps(line) + '\n')
-    if self._board is not None:
-      for name, value in values.items():
-        self._board.add_scalar(name, value, int(step))
+    for name, value in values.items():
+      self._board.add_scalar(name, value, int(step))
 
   def flush(self) -> None:
     """Brings everything written so far to the disk."""
     if self._file is not None:
       self._file.flush()
       os.fsync(self._file.fileno())
-    if self._board is not None:
       self._board.flush()
 
   def close(self) -> None:
     """Flushes and closes the files."""
-    self.flush()
     if self._file is not None:
+      self.flush()
       self._file.close()
-    if self._board is not None:
       self._board.close()
-    self._file = self._board = None
+      self._file = None
 
   def __enter__(self) -> MetricsWriter:
     return self

@@ -129,15 +129,9 @@ class ModelConfig:
 
     Fields that are missing or unknown raise ValueError.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in sorted(known ^ set(obj)):
-      raise ValueError(
-        f'model config: the field {name!r} is {"missing" if name in known else "unknown"}.'
-      )
-    scaling = obj['rope_scaling']
-    rope_scaling = scaling and RopeScaling(**scaling)
-    fields = {**obj, 'rope_scaling': rope_scaling, 'lora_targets': tuple(obj['lora_targets'])}
-    return cls(**fields)
+    checks.check_fields(cls, obj, 'model config: the field {name} is {what}.')
+    scaling = obj['rope_scaling'] and RopeScaling(**obj['rope_scaling'])
+    return cls(**{**obj, 'rope_scaling': scaling, 'lora_targets': tuple(obj['lora_targets'])})
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON values."""

@@ -44,20 +44,6 @@ _UNSUPPORTED = (
   'attention.max_alibi_bias',
   'logit_scale',
 )
-_TENSORS = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
-_LAYER_TENSORS = {
-  'attn_norm': 'input_layernorm',
-  'ffn_norm': 'post_attention_layernorm',
-  'attn_q': 'self_attn.q_proj',
-  'attn_k': 'self_attn.k_proj',
-  'attn_v': 'self_attn.v_proj',
-  'attn_output': 'self_attn.o_proj',
-  'attn_q_norm': 'self_attn.q_norm',
-  'attn_k_norm': 'self_attn.k_norm',
-  'ffn_gate': 'mlp.gate_proj',
-  'ffn_up': 'mlp.up_proj',
-  'ffn_down': 'mlp.down_proj',
-}
 
 # How text is cut into pieces before a byte-level BPE merges within each.
 _GPT2 = (
@@ -146,8 +132,11 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def open_tensors(path: pathlib.Path) -> dict[str, shards.Tensor]:
-  """Returns the tensors under their Hugging Face names, as float32, unread."""
+def open_tensors(path: pathlib.Path, names: Mapping[str, str]) -> dict[str, shards.Tensor]:
+  """Returns the tensors under their Hugging Face names, as float32, unread.
+
+  `names` maps the bare names here to those, with {} for the number of the layer.
+  """
   spec, tensors = read_config(path), {}
   heads = {}
   if _ARCHITECTURES[spec['model_type']][1]:
@@ -159,7 +148,14 @@ def open_tensors(path: pathlib.Path) -> dict[str, shards.Tensor]:
         f'{path}: {tensor.name} is stored as {kind}, only {", ".join(TYPES)} are supported; take a '
         'file of another quantisation.'
       )
-    name = _their_name(tensor.name, path)
+    match = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.weight', tensor.name)
+    theirs = names.get(match[2]) if match else None
+    if theirs is None or ('{}' in theirs) != (match[1] is not None):
+      raise ValueError(
+        f'{path}: the tensor {tensor.name} is of no use to the model; use the safetensors of the '
+        'model.'
+      )
+    name = theirs.format(match[1])
     # GGUF lists the axis that varies fastest first.
     tensors[name] = shards.Tensor(
       tuple(int(size) for size in reversed(tensor.shape)),
@@ -262,17 +258,6 @@ def _prepend(token: str, i: int) -> dict[str, Any]:
     'pair': [first, text, other],
     'special_tokens': {token: {'id': token, 'ids': [i], 'tokens': [token]}},
   }
-
-
-def _their_name(name: str, path: pathlib.Path) -> str:
-  match = re.fullmatch(r'(?:blk\.(\d+)\.)?(\w+)\.weight', name)
-  if match and match[1] is None and match[2] in _TENSORS:
-    return f'{_TENSORS[match[2]]}.weight'
-  if match and match[1] is not None and match[2] in _LAYER_TENSORS:
-    return f'model.layers.{match[1]}.{_LAYER_TENSORS[match[2]]}.weight'
-  raise ValueError(
-    f'{path}: the tensor {name} is of no use to the model; use the safetensors of the model.'
-  )
 
 
 def _dequantize(tensor: Any, num_heads: int | None) -> np.ndarray:

@@ -97,7 +97,9 @@ class Source:
   @functools.cached_property
   def tensors(self) -> dict[str, shards.Tensor]:
     """The tensors under their Hugging Face names; none is read yet."""
-    return (gguf.open_tensors if self.is_gguf else shards.open_folder)(self.path)
+    if not self.is_gguf:
+      return shards.open_folder(self.path)
+    return gguf.open_tensors(self.path, {entry.gguf: entry.theirs for entry in TABLE if entry.gguf})
 
 
 def open_source(source: str | os.PathLike | Source) -> Source:
@@ -265,36 +267,39 @@ def save(
 
 
 class Entry(NamedTuple):
-  """A parameter's two names."""
+  """A parameter's names."""
 
   ours: str  # the path in the nested dict; under layers/ there is a leading axis L
   theirs: str  # the tensor's name, with {} for the number of the layer
   # How many leading axes of our kernel are inputs; theirs is [out, in], each flattened. 0 means
   # that the tensor is stored as it is.
   num_in: int
+  gguf: str = ''  # the tensor's name in a .gguf file, without 'blk.N.' and '.weight'
   post_norms: bool | None = None  # the entry is for models with or without them; None: for all
 
 
 _LAYER = 'model.layers.{}.'
 TABLE = (
-  Entry('embed/embedding', 'model.embed_tokens.weight', 0),
-  Entry('layers/attention_norm/scale', _LAYER + 'input_layernorm.weight', 0),
-  Entry('layers/attention/query/kernel', _LAYER + 'self_attn.q_proj.weight', 1),
-  Entry('layers/attention/key/kernel', _LAYER + 'self_attn.k_proj.weight', 1),
-  Entry('layers/attention/value/kernel', _LAYER + 'self_attn.v_proj.weight', 1),
-  Entry('layers/attention/out/kernel', _LAYER + 'self_attn.o_proj.weight', 2),
-  Entry('layers/attention/query_norm/scale', _LAYER + 'self_attn.q_norm.weight', 0),
-  Entry('layers/attention/key_norm/scale', _LAYER + 'self_attn.k_norm.weight', 0),
+  Entry('embed/embedding', 'model.embed_tokens.weight', 0, 'token_embd'),
+  Entry('layers/attention_norm/scale', _LAYER + 'input_layernorm.weight', 0, 'attn_norm'),
+  Entry('layers/attention/query/kernel', _LAYER + 'self_attn.q_proj.weight', 1, 'attn_q'),
+  Entry('layers/attention/key/kernel', _LAYER + 'self_attn.k_proj.weight', 1, 'attn_k'),
+  Entry('layers/attention/value/kernel', _LAYER + 'self_attn.v_proj.weight', 1, 'attn_v'),
+  Entry('layers/attention/out/kernel', _LAYER + 'self_attn.o_proj.weight', 2, 'attn_output'),
+  Entry('layers/attention/query_norm/scale', _LAYER + 'self_attn.q_norm.weight', 0, 'attn_q_norm'),
+  Entry('layers/attention/key_norm/scale', _LAYER + 'self_attn.k_norm.weight', 0, 'attn_k_norm'),
   # One name, two places: before the MLP, and with post_norms after attention.
-  Entry('layers/mlp_norm/scale', _LAYER + 'post_attention_layernorm.weight', 0, False),
-  Entry('layers/attention_post_norm/scale', _LAYER + 'post_attention_layernorm.weight', 0, True),
-  Entry('layers/mlp_norm/scale', _LAYER + 'pre_feedforward_layernorm.weight', 0, True),
-  Entry('layers/mlp_post_norm/scale', _LAYER + 'post_feedforward_layernorm.weight', 0, True),
-  Entry('layers/mlp/gate/kernel', _LAYER + 'mlp.gate_proj.weight', 1),
-  Entry('layers/mlp/up/kernel', _LAYER + 'mlp.up_proj.weight', 1),
-  Entry('layers/mlp/down/kernel', _LAYER + 'mlp.down_proj.weight', 1),
-  Entry('final_norm/scale', 'model.norm.weight', 0),
-  Entry('lm_head/kernel', 'lm_head.weight', 1),
+  Entry('layers/mlp_norm/scale', _LAYER + 'post_attention_layernorm.weight', 0, 'ffn_norm', False),
+  Entry(
+    'layers/attention_post_norm/scale', _LAYER + 'post_attention_layernorm.weight', 0, '', True
+  ),
+  Entry('layers/mlp_norm/scale', _LAYER + 'pre_feedforward_layernorm.weight', 0, '', True),
+  Entry('layers/mlp_post_norm/scale', _LAYER + 'post_feedforward_layernorm.weight', 0, '', True),
+  Entry('layers/mlp/gate/kernel', _LAYER + 'mlp.gate_proj.weight', 1, 'ffn_gate'),
+  Entry('layers/mlp/up/kernel', _LAYER + 'mlp.up_proj.weight', 1, 'ffn_up'),
+  Entry('layers/mlp/down/kernel', _LAYER + 'mlp.down_proj.weight', 1, 'ffn_down'),
+  Entry('final_norm/scale', 'model.norm.weight', 0, 'output_norm'),
+  Entry('lm_head/kernel', 'lm_head.weight', 1, 'output'),
   # A sequence classifier has this [D,1] in place of the output layer.
   Entry('score/kernel', 'score.weight', 1),
 )
@@ -314,22 +319,16 @@ class Slot(NamedTuple):
 
 def slots(cfg: ModelConfig, form: str = 'causal_lm') -> dict[str, Slot]:
   """Returns {their name: slot} for a model's weights; the form is one of hf_config.FORMS."""
-  shapes = {**_shapes(dataclasses.replace(cfg, lora_rank=0)), 'score/kernel': (cfg.embed_dim, 1)}
-  return _make_slots(
-    cfg,
-    {
-      entry: shapes[entry.ours]
-      for entry in TABLE
-      if entry.ours in shapes
-      and entry.ours != _UNUSED[form]
-      and entry.post_norms in (None, cfg.post_norms)
-    },
-  )
+  params = flatten_dict(transformer.shapes(dataclasses.replace(cfg, lora_rank=0)), sep='/')
+  params['score/kernel'] = jax.ShapeDtypeStruct((cfg.embed_dim, 1), cfg.param_dtype)
+  params.pop(_UNUSED[form], None)
+  entries = [entry for entry in TABLE if entry.post_norms in (None, cfg.post_norms)]
+  return _make_slots(cfg, {e: params[e.ours].shape for e in entries if e.ours in params})
 
 
 def lora_slots(cfg: ModelConfig) -> dict[str, Slot]:
   """Returns {name in a PEFT file: slot} for a model's adapters."""
-  shapes, entries = _shapes(cfg), {}
+  params, entries = flatten_dict(transformer.shapes(cfg), sep='/'), {}
   before, after = _PEFT
   for entry in TABLE:
     path = entry.ours.removesuffix('/kernel')
@@ -337,9 +336,9 @@ def lora_slots(cfg: ModelConfig) -> dict[str, Slot]:
     # PEFT stores lora_A [r, in] and lora_B [out, r].
     for name, num_in in (('a', entry.num_in), ('b', 1)):
       ours = f'{path}/lora_{name}'
-      if ours in shapes:
+      if ours in params:
         theirs = f'{stem}.lora_{name.upper()}{after}'
-        entries[Entry(ours, theirs, num_in)] = shapes[ours]
+        entries[Entry(ours, theirs, num_in)] = params[ours].shape
   return _make_slots(cfg, entries)
 
 
@@ -383,12 +382,6 @@ def check_names(have: set[str], want: set[str], where: str) -> None:
       f'{where}: {min(have - want)} is of no use to the model ({len(have - want)} such); the '
       'weights must be those of the model config.'
     )
-
-
-@functools.lru_cache(maxsize=16)
-def _shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-  params = jax.eval_shape(lambda: transformer.init_params(cfg, 0))
-  return {name: leaf.shape for name, leaf in flatten_dict(params, sep='/').items()}
 
 
 def _make_slots(cfg: ModelConfig, entries: Mapping[Entry, tuple[int, ...]]) -> dict[str, Slot]:

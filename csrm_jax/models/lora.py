@@ -21,15 +21,11 @@ from csrm_jax.models.config import LORA_TARGETS, ModelConfig
 NAMES = ('lora_a', 'lora_b')
 CONFIG_FILE = 'adapter_config.json'
 WEIGHTS_FILE = 'adapter_model.safetensors'
-# Hugging Face's names of the products in LORA_TARGETS.
+# Hugging Face's names of the products in LORA_TARGETS: q_proj is query, and so on.
 _MODULES = {
-  'q_proj': 'query',
-  'k_proj': 'key',
-  'v_proj': 'value',
-  'o_proj': 'out',
-  'gate_proj': 'gate',
-  'up_proj': 'up',
-  'down_proj': 'down',
+  entry.theirs.split('.')[-2]: name
+  for entry in hf.TABLE
+  if (name := entry.ours.split('/')[-2]) in LORA_TARGETS
 }
 # What an adapter of PEFT may have and ours may not; absent and empty are fine.
 _UNSUPPORTED = (

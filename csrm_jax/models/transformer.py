@@ -333,6 +333,11 @@ def init_params(cfg: ModelConfig, seed: int) -> dict:
   return _init(cfg, jax.random.key(seed))
 
 
+def shapes(cfg: ModelConfig) -> dict:
+  """Returns what init_params returns, as ShapeDtypeStructs; computes nothing."""
+  return jax.eval_shape(lambda: init_params(cfg, 0))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _init(cfg: ModelConfig, key):
   return nnx.to_pure_dict(nnx.state(Transformer(cfg, nnx.Rngs(params=key))))

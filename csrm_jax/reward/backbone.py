@@ -30,6 +30,11 @@ def load_tokenizer(source: Name) -> tokenizer_lib.Tokenizer:
     return tokenizer_lib.load_tokenizer(path)
 
 
+def find_tokenizer(folder: pathlib.Path) -> pathlib.Path | None:
+  """Returns the tokenizer's model file in a folder, or None if there is none."""
+  return next((path for name in _MODELS if (path := folder / name).is_file()), None)
+
+
 def chat_marks(source: Name, tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, str]:
   """Returns the text before and after a user's turn; ('', '') where there is no chat template."""
   with _tokenizer_file(source) as path:
@@ -83,10 +88,9 @@ def _tokenizer_file(source: Name) -> Iterator[pathlib.Path]:
       for name, content in gguf.tokenizer_files(path).items():
         (folder / name).write_bytes(content)
       path = folder
-    for name in _MODELS:
-      if (path / name).is_file():
-        yield path / name
-        return
+    if found := find_tokenizer(path):
+      yield found
+      return
   raise ValueError(
     f'{source.name}: no {" or ".join(_MODELS)} there; give the folder that save_pretrained wrote'
   )

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from csrm_jax.core import checkpoint, mesh as mesh_lib, remote, tree
+from csrm_jax.core import checkpoint, checks, mesh as mesh_lib, remote, tree
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, scoring
 from csrm_jax.safety import schema, templates
@@ -50,13 +50,12 @@ class Spec:
   @classmethod
   def from_dict(cls, obj: Mapping[str, Any]) -> Spec:
     """Returns the spec that to_dict wrote; other fields than its own are a ValueError."""
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in sorted(known ^ set(obj)):
-      raise ValueError(
-        f'not the description of a reward model: {name!r} is '
-        f'{"missing" if name in known else "unknown"}; give what the same '
-        'version of csrm_jax trained with configs/rm.py'
-      )
+    checks.check_fields(
+      cls,
+      obj,
+      'not the description of a reward model: {name} is {what}; give what the same version of '
+      'csrm_jax trained with configs/rm.py',
+    )
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in obj.items()}
     fields['model'] = model_config.ModelConfig.from_dict(obj['model'])
     fields['layout'] = templates.Layout.from_dict(obj['layout'])
@@ -136,7 +135,7 @@ def load(
   public = public_model(source)
   spec, tokenizer = describe(public or source, format, **options)
   if public:
-    params = hf.load_params(public, spec.model, _shardings(_shapes(spec.model)))
+    params = hf.load_params(public, spec.model, _shardings(transformer.shapes(spec.model)))
   else:
     params = restore_params(source, spec)
   return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length))
@@ -191,25 +190,26 @@ def _describe_run(directory: pathlib.Path) -> tuple[Spec, tokenizer_lib.Tokenize
     spec = Spec.from_dict(meta)
   except ValueError as error:
     raise ValueError(f'{directory}: {error}') from None
-  paths = [directory / f'tokenizer{suffix}' for suffix in ('.model', '.json')]
-  path = next((path for path in paths if path.is_file()), None)
+  path = backbone.find_tokenizer(directory)
   if path is None:
     raise FileNotFoundError(
       f'{directory}: no tokenizer.model or tokenizer.json; '
       'give the work directory of a training run'
     )
   tokenizer = tokenizer_lib.load_tokenizer(path)
-  now = {'template': templates.template_hash(spec.layout), 'tokenizer': tokenizer.digest}
-  saved = {'template': spec.template_hash, 'tokenizer': spec.tokenizer_digest}
-  fixes = {
-    'template': 'use the csrm_jax version that trained it',
-    'tokenizer': 'put back the tokenizer file that the training run wrote there',
-  }
-  for what, fix in fixes.items():
-    if saved[what] != now[what]:
+  template, version = (
+    templates.template_hash(spec.layout),
+    'use the csrm_jax version that trained it',
+  )
+  put_back = 'put back the tokenizer file that the training run wrote there'
+  for what, saved, now, fix in (
+    ('template', spec.template_hash, template, version),
+    ('tokenizer', spec.tokenizer_digest, tokenizer.digest, put_back),
+  ):
+    if saved != now:
       raise ValueError(
-        f'{directory}: the checkpoint was made with {what} {saved[what][:12]}, '
-        f'here it is {now[what][:12]}; {fix}'
+        f'{directory}: the checkpoint was made with {what} {saved[:12]}, here it is {now[:12]}; '
+        f'{fix}'
       )
   return spec, tokenizer
 
@@ -221,7 +221,7 @@ def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
   raises ValueError.
   """
   directory = _directory(source)
-  mesh, shapes = jax.sharding.get_mesh(), _shapes(spec.model)
+  mesh, shapes = jax.sharding.get_mesh(), transformer.shapes(spec.model)
   # A checkpoint of adapters does not hold their base: it is read from where it came.
   stored, base = lora.split(shapes) if spec.base else (shapes, {})
   stored = {'params': stored}
@@ -243,10 +243,6 @@ def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
       f'{spec.base_digest[:12]}; give the weights they were trained on'
     )
   return tree.merge(hf.load_params(weights, spec.model, _shardings(base)), params)
-
-
-def _shapes(model: model_config.ModelConfig) -> Any:
-  return jax.eval_shape(lambda: transformer.init_params(model, 0))
 
 
 def _shardings(shapes: Any) -> Any:

@@ -119,8 +119,8 @@ def _set_up(config: ml_collections.ConfigDict) -> Setup:
     scorers = make_scorers(config)
   # The reference has no adapters. Where adapters are trained, its parameters are the frozen base.
   model = dataclasses.replace(policy.model, lora_rank=0)
-  shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
-  params = hf.load_params(config.policy.init, model, mesh_lib.shardings(shapes, mesh))
+  shardings = mesh_lib.shardings(transformer.shapes(model), mesh)
+  params = hf.load_params(config.policy.init, model, shardings)
   reference = model, params
   return Setup(
     config, policy, reference, train, test, scorers, sampling, mesh, sampling_mesh, began

@@ -177,7 +177,7 @@ def report(
 ) -> str:
   """Returns the report in Markdown."""
   model = programs.model_of(config)
-  shapes = jax.eval_shape(lambda: transformer.init_params(model, 0))
+  shapes = transformer.shapes(model)
   side = 'x'.join(str(n) for n in target.shape)
   num = f'{target.num_slices} x ' if target.num_slices > 1 else ''
   rows = [(title, *map(cell, results)) for title, cell in _ROWS.items()]

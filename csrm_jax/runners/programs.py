@@ -80,10 +80,6 @@ def _cut(config, model):
   return dataclasses.replace(model, num_layers=config.num_layers or model.num_layers)
 
 
-def _shapes(model: model_config.ModelConfig) -> Any:
-  return jax.eval_shape(lambda: transformer.init_params(model, 0))
-
-
 # --- Training a reward model -----------------------------------------------------------
 
 
@@ -92,7 +88,7 @@ def _of_reward_model(config, devices):
   mesh = mesh_lib.make_mesh(**run.mesh, devices=devices)
 
   def train():
-    data, shapes = run.data, _shapes(model)
+    data, shapes = run.data, transformer.shapes(model)
     shape = features.BatchShape(data.batch_size, data.row_length, data.max_segments)
     batch, _ = features.pack_rows([], shape)
     trained, frozen = lora.split(shapes) if model.lora_rank else (shapes, {})
@@ -111,7 +107,7 @@ def _score(model, mesh, rows, length, beside=(), calls=1):
   names = ('tokens', 'positions', 'segment_ids')
   batch = {name: np.zeros((rows, length), np.int32) for name in names}
   batch['verdict_index'] = np.zeros((rows, 1), np.int32)
-  params = mesh_lib.abstract(_shapes(model), mesh)
+  params = mesh_lib.abstract(transformer.shapes(model), mesh)
   return Program(
     scoring.make_score_step(model, VERBALIZERS),
     (params, mesh_lib.abstract_batch(batch, mesh)),
@@ -174,7 +170,7 @@ def _hold(config, devices) -> _Held:
   mesh, sampling_mesh = align.make_meshes(run, devices)
   # No tokenizer and no marks: programs read ids only.
   policy = online.Policy(model, None, ('', ''))
-  shapes = _shapes(model)
+  shapes = transformer.shapes(model)
   trained, base = lora.split(shapes) if model.lora_rank else (shapes, shapes)
   if algorithms.get(run.algorithm).needs_values:
     trained = trained | jax.eval_shape(lambda: online.init_value_head(model))
@@ -182,7 +178,7 @@ def _hold(config, devices) -> _Held:
   judge, judge_params = None, {}
   if config.reward_model and run.reward.name == 'csrm':
     judge = _cut(config, model_config.preset(config.reward_model, 0, dtype=model.dtype, unroll=1))
-    judge_params = mesh_lib.abstract(_shapes(judge), mesh)
+    judge_params = mesh_lib.abstract(transformer.shapes(judge), mesh)
   return _Held(
     mesh, sampling_mesh, policy, state, step_fn, mesh_lib.abstract(base, mesh), judge, judge_params
   )
@@ -192,7 +188,7 @@ def _drawing(config, held):
   """Returns (both functions of sampling, their arguments, rows drawn, fields of a Program)."""
   draws, mesh = config.run.rollout, held.sampling_mesh
   model = online.sampling_model(held.policy.model, draws.dtype)
-  params = mesh_lib.abstract(_shapes(model), mesh)
+  params = mesh_lib.abstract(transformer.shapes(model), mesh)
   rows = sampling_lib.num_rows(online.num_rows(config.run), online.MAX_ROWS)
   # Equal prompts are read once, so the number that differ decides the shapes.
   prompts = [(1 + i // draws.num_generations,) * config.prompt_length for i in range(rows)]
@@ -253,7 +249,9 @@ def _logprobs(config, held):
   run, model = config.run, held.policy.model
   rows = _rows(config, held, online.chunk(run))
   batch = mesh_lib.abstract_batch(rows, held.mesh)
-  params = mesh_lib.abstract(_shapes(model), held.mesh) if held.frozen else held.state.params
+  params = (
+    mesh_lib.abstract(transformer.shapes(model), held.mesh) if held.frozen else held.state.params
+  )
   fn = jax.jit(lambda params, rows: online.logprobs(model, params, rows, run.sampling.temperature))
   needs_values = algorithms.get(run.algorithm).needs_values
   # Always for the reference. For the policy only where the sampler's own will not do: its weights

@@ -213,8 +213,7 @@ def _init_params(
   mesh: jax.sharding.Mesh,
 ) -> tuple[Any, Any]:
   """Returns (trained, frozen) parameters on the mesh; with adapters the base is frozen."""
-  shapes = jax.eval_shape(lambda: transformer.init_params(spec.model, config.seed))
-  shardings = mesh_lib.shardings(shapes, mesh)
+  shardings = mesh_lib.shardings(transformer.shapes(spec.model), mesh)
   if spec.base:
     adapters = lora.init(spec.model, config.seed)
     adapters = jax.device_put(adapters, mesh_lib.shardings(adapters, mesh))

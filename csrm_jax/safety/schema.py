@@ -25,8 +25,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -98,9 +96,7 @@ class SafetyConfig:
 
   def digest(self) -> str:
     """Returns the sha256 (hex) of the ordered categories, without `name`."""
-    pairs = [[c.name, c.guideline] for c in self.categories]
-    text = json.dumps(pairs, separators=(',', ':'))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return files.digest([[c.name, c.guideline] for c in self.categories], separators=(',', ':'))
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the form that `parse_safety` reads."""

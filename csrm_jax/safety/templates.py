@@ -38,11 +38,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from csrm_jax.core import checks, files
 from csrm_jax.safety.schema import Category, Message, SafetyConfig, check_conversation
 from csrm_jax.text.tokenizer import Tokenizer
 
@@ -115,9 +114,7 @@ class Layout:
   @classmethod
   def from_dict(cls, obj: Mapping[str, Any]) -> Layout:
     """Returns the layout in a dict from dataclasses.asdict, or in its JSON form."""
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in sorted(known ^ set(obj)):
-      raise ValueError(f'layout: the field {name!r} is {"missing" if name in known else "unknown"}')
+    checks.check_fields(cls, obj, 'layout: the field {name} is {what}')
     return cls(**{**obj, 'words': tuple(obj['words'])})
 
 
@@ -164,8 +161,7 @@ def template_hash(layout: Layout = DEFAULT) -> str:
   if guard and guard.per_category:
     probe = SafetyConfig(probe.categories[:1])
   segments = render(probe, conversation, layout)
-  text = json.dumps([[s.kind, s.text] for s in segments])
-  return hashlib.sha256(text.encode()).hexdigest()
+  return files.digest([[s.kind, s.text] for s in segments])
 
 
 # --- Our template ----------------------------------------------------------------------

@@ -12,6 +12,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+from csrm_jax.core import checks
 from csrm_jax.text import tokenizer
 
 # It survives whatever a template does to a message: strip, split, escape.
@@ -120,8 +121,7 @@ def _render(template: str, special_tokens: Mapping[str, str]) -> str:
       **special_tokens,
     )
   except Exception as error:  # A template may raise anything.
-    reason = ' '.join(str(error).split())[:200] or type(error).__name__
     raise ValueError(
-      f'the chat template cannot be rendered ({reason}); use the template of an instruction-tuned'
-      ' model, or none'
+      f'the chat template cannot be rendered ({checks.reason(error)}); use the template of an '
+      'instruction-tuned model, or none'
     ) from None

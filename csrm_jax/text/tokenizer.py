@@ -76,10 +76,12 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 class _WithControl:
   """The handling of control tokens, which both kinds of tokenizers share."""
 
-  def _set_control(self, control: Mapping[str, int], where: str) -> None:
-    self._control = control
-    self._pattern = _alternatives(control)
-    self._memo: dict[str, list[int]] = {}
+  def _keep(self, data: bytes, control: Mapping[str, int], where: str) -> None:
+    """Keeps the model file and the ids of its control tokens."""
+    self._data, self.digest = data, hashlib.sha256(data).hexdigest()
+    self._control, self._pattern = control, _alternatives(control)
+    # The template has only a few control texts, and writes them in every prompt.
+    self._memo = functools.lru_cache(1024)(self._encode_control)
     # The template separates its blocks by line breaks.
     if self.encode('a\nb') == self.encode('a b'):
       raise ValueError(
@@ -88,18 +90,15 @@ class _WithControl:
       )
 
   def encode_control(self, text: str) -> list[int]:
-    # The template has only a few control texts, and writes them in every prompt.
-    ids = self._memo.get(text)
-    if ids is None:
-      ids, end = [], 0
-      for match in self._pattern.finditer(text) if self._pattern else ():
-        ids += self.encode(text[end : match.start()])
-        ids.append(self._control[match.group()])
-        end = match.end()
-      ids += self.encode(text[end:])
-      if len(self._memo) < 1024:
-        self._memo[text] = ids
-    return list(ids)
+    return list(self._memo(text))
+
+  def _encode_control(self, text: str) -> list[int]:
+    ids, end = [], 0
+    for match in self._pattern.finditer(text) if self._pattern else ():
+      ids += self.encode(text[end : match.start()])
+      ids.append(self._control[match.group()])
+      end = match.end()
+    return ids + self.encode(text[end:])
 
 
 class SentencePieceTokenizer(_WithControl):
@@ -120,8 +119,7 @@ class SentencePieceTokenizer(_WithControl):
       raise ValueError(
         f'{where}: not a SentencePiece model; give the .model file that training wrote'
       ) from None
-    self._data, self._sp = data, sp
-    self.digest = hashlib.sha256(data).hexdigest()
+    self._sp = sp
     self.vocab_size = sp.vocab_size()
     self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else None
     self.eos_id = sp.eos_id()
@@ -140,7 +138,7 @@ class SentencePieceTokenizer(_WithControl):
     self._tags = _alternatives(tags)
     self._mark_ids = [sp.piece_to_id(f'<0x{byte:02X}>') for byte in _WORD_MARK.encode()]
     self._has_bytes = all(sp.is_byte(i) for i in self._mark_ids)
-    self._set_control(control | tags, where)
+    self._keep(data, control | tags, where)
 
   def __reduce__(self):
     return type(self), (self._data,)
@@ -217,13 +215,12 @@ class HFTokenizer(_WithControl):
           f'{where}: the token {name!r} is not in the vocabulary; name one that is, with {key}=...'
         )
     control |= {self._names[key]: i for key, i in ids.items() if i is not None}
-    self._data, self._tok = data, tok
+    self._tok = tok
     self.bos_id, self.eos_id, self.pad_id = ids['bos'], ids['eos'], ids['pad']
-    self.digest = hashlib.sha256(data).hexdigest()
     # Ids may have gaps, so the number of tokens would be too small.
     self.vocab_size = max(tok.get_vocab(with_added_tokens=True).values()) + 1
     self._control_ids = frozenset(control.values())
-    self._set_control(control, where)
+    self._keep(data, control, where)
 
   def __reduce__(self):
     # A tokenizer from bytes has no tokenizer_config.json beside it, so the names travel too.

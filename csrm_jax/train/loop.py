@@ -23,6 +23,7 @@ import tqdm
 
 from csrm_jax.core import (
   checkpoint,
+  checks,
   files,
   mesh as mesh_lib,
   preemption,
@@ -103,9 +104,7 @@ class Supervised:
 
 def check_lengths(config: Any) -> None:
   """Checks num_steps, log_every, checkpoint_every and profile_steps of a config."""
-  for name in ('num_steps', 'log_every', 'checkpoint_every'):
-    if config[name] < 1:
-      raise ValueError(f'{name}={config[name]} must be at least 1.')
+  checks.at_least(config, ('num_steps', 'log_every', 'checkpoint_every'))
   if config.checkpoint_every % config.log_every:
     raise ValueError(
       f'checkpoint_every={config.checkpoint_every} must be a multiple of '

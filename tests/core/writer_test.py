@@ -13,7 +13,7 @@ def _lines(path):
 
 def test_lines_hold_the_step_and_exact_floats(tmp_path):
   value = np.float32(0.1)
-  with writer.MetricsWriter(tmp_path, tensorboard=False) as w:
+  with writer.MetricsWriter(tmp_path) as w:
     w.write(1, {'train/loss': value, 'train/lr': jnp.float32(3.0)})
     w.write(np.int64(2), {'train/loss': 1})
   lines = _lines(tmp_path)
@@ -28,7 +28,7 @@ def test_a_value_that_is_not_finite_is_valid_json(tmp_path):
 
 
 def test_lines_are_there_without_a_flush(tmp_path):
-  w = writer.MetricsWriter(tmp_path, tensorboard=False)
+  w = writer.MetricsWriter(tmp_path)
   w.write(1, {'a': 1.0})
   assert _lines(tmp_path) == [{'step': 1, 'a': 1.0}]
   w.close()
@@ -36,7 +36,7 @@ def test_lines_are_there_without_a_flush(tmp_path):
 
 def test_resume_gives_the_file_of_an_uninterrupted_run(tmp_path):
   def run(path, first, last, resume_step):
-    with writer.MetricsWriter(path, resume_step, tensorboard=False) as w:
+    with writer.MetricsWriter(path, resume_step) as w:
       for step in range(first, last + 1):
         w.write(step, {'train/loss': 1 / step})
 
@@ -52,10 +52,10 @@ def test_resume_gives_the_file_of_an_uninterrupted_run(tmp_path):
 
 @pytest.mark.parametrize(('resume_step', 'kept'), [(None, 3), (-1, 0), (2, 2)])
 def test_what_resume_keeps(tmp_path, resume_step, kept):
-  with writer.MetricsWriter(tmp_path, tensorboard=False) as w:
+  with writer.MetricsWriter(tmp_path) as w:
     for step in (1, 2, 3):
       w.write(step, {'a': step})
-  writer.MetricsWriter(tmp_path, resume_step, tensorboard=False).close()
+  writer.MetricsWriter(tmp_path, resume_step).close()
   assert len(_lines(tmp_path)) == kept
 
 

@@ -76,8 +76,7 @@ def make_params():
   def make(cfg, seed=0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-      lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype),
-      jax.eval_shape(lambda: transformer.init_params(cfg, 0)),
+      lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), transformer.shapes(cfg)
     )
 
   return make

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -27,9 +28,7 @@ CFG = config.ModelConfig(
 TOKENS = ['<|end|>', '<|im_start|>', *map(chr, range(33, 127)), 'Ġ', 'Ċ', 'ab', 'Ġab', '12', 'Ġ1']
 MERGES = ['a b', 'Ġ ab', '1 2', 'Ġ 1']
 SMOLLM2 = os.environ.get('CSRM_SMOLLM2_DIR', '')
-_NAMES = {
-  theirs: ours for table in (gguf._TENSORS, gguf._LAYER_TENSORS) for ours, theirs in table.items()
-}
+_NAMES = {entry.theirs: entry.gguf for entry in hf.TABLE if entry.gguf}
 
 
 def _permuted(weight, num_heads):
@@ -42,15 +41,12 @@ def _their_tensors(folder, cfg):
   """Returns {name in GGUF: float32 array} of a Hugging Face folder."""
   tensors = {}
   for name, tensor in hf.Source(folder).tensors.items():
-    array, stem = tensor.read(), name.removesuffix('.weight')
+    array, parts = tensor.read(), name.split('.')
     heads = {'q_proj': cfg.num_heads, 'k_proj': cfg.num_kv_heads}
-    if cfg.family == 'llama' and stem.split('.')[-1] in heads:
-      array = _permuted(array, heads[stem.split('.')[-1]])
-    if stem.startswith('model.layers.'):
-      _, _, layer, rest = stem.split('.', 3)
-      tensors[f'blk.{layer}.{_NAMES[rest]}.weight'] = array
-    else:
-      tensors[f'{_NAMES[stem]}.weight'] = array
+    if cfg.family == 'llama' and parts[-2] in heads:
+      array = _permuted(array, heads[parts[-2]])
+    layer = f'blk.{parts[2]}.' if parts[1] == 'layers' else ''
+    tensors[f'{layer}{_NAMES[re.sub("[0-9]+", "{}", name)]}.weight'] = array
   return tensors
 
 

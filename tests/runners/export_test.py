@@ -39,8 +39,7 @@ LORA = dataclasses.replace(CFG, lora_rank=3, lora_targets=('query', 'down'))
 def _random_params(cfg):
   rng = np.random.default_rng(5)
   return jax.tree.map(
-    lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype),
-    jax.eval_shape(lambda: transformer.init_params(cfg, 0)),
+    lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), transformer.shapes(cfg)
   )
 
 
