@@ -50,7 +50,7 @@ def test_a_public_model_on_a_slice_has_the_recipe_of_the_paper(model, mesh):
   assert c.checkpoint_every < c.num_steps and c.eval.max_examples > 0
   sources = {part.source for part in c.data.parts.values()}
   assert sources == {'beavertails', 'wildguardmix', 'aegis', 'pku_safe_rlhf_pairs'}
-  assert sources <= set(pipeline.READERS)
+  assert sources <= set(pipeline.SOURCES)
   assert c.mesh.fsdp == -1 or c.mesh.fsdp > 1 or c.mesh.data == -1
 
 

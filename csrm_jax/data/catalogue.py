@@ -1,8 +1,8 @@
 """The one table of the public data sets, and of every other source that runs read.
 
 `SETS` says where each set comes from, who reads it, and which benchmarks its test files make. To
-add one, write a row here and a file of rules in `rules/`. Training and augmentation read from
-`READERS`, evaluation with `load_benchmarks`.
+add one, write a row here and a file of rules in `rules/`. Training and augmentation read with
+`pipeline.read_source`, evaluation with `load_benchmarks`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from csrm_jax.data import public, sources
 from csrm_jax.data.benchmark import Benchmark
-from csrm_jax.data.sources import Rows, find as find_tables, join, spread
+from csrm_jax.data.sources import Rows, find as find_tables, join, lookup, spread
 from csrm_jax.safety.schema import Category, Example
 
 Reader = Callable[[str | os.PathLike], Rows]
@@ -393,9 +393,7 @@ def read(name: str, split: str, path: str | os.PathLike = '') -> Rows:
 
 def find(name: str) -> Set:
   """Returns the public data set of that name."""
-  if name not in SETS:
-    raise ValueError(f'unknown public data set {name!r}; use one of {", ".join(SETS)}')
-  return SETS[name]
+  return lookup(name, SETS, 'public data set')
 
 
 def find_files(name: str, split: str, path: str | os.PathLike = '') -> list[pathlib.Path]:
@@ -469,13 +467,8 @@ def load_benchmarks(folder: str | os.PathLike, names: Sequence[str] = ()) -> lis
   Raises:
     ValueError: A name is unknown, or a file is not in its data set's format.
   """
-  unknown = sorted(set(names) - set(BENCHMARKS))
-  if unknown:
-    raise ValueError(f'unknown benchmark {unknown[0]!r}; use some of {", ".join(BENCHMARKS)}')
-  found = []
-  for name in names or BENCHMARKS:
-    found += _benchmarks_of(BENCHMARKS[name], pathlib.Path(folder) / name)
-  return found
+  chosen = [(name, lookup(name, BENCHMARKS, 'benchmark')) for name in names or BENCHMARKS]
+  return [b for name, s in chosen for b in _benchmarks_of(s, pathlib.Path(folder) / name)]
 
 
 def _benchmarks_of(public_set: Set, folder: pathlib.Path) -> list[Benchmark]:

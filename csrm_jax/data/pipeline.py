@@ -8,7 +8,6 @@ atoms wait for a place, and an iterator resumes exactly, in a new process and at
 from __future__ import annotations
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,44 +26,34 @@ MAX_DROPPED_IN_A_ROW = 10_000
 # --- Sources -----------------------------------------------------------------------------
 
 
-def _read_array_record(folder: str) -> Sequence[Any]:
-  # This import takes a while, and needs an extra.
-  from csrm_jax.data import public_sets
-
-  return public_sets.read_prepared(folder)
-
-
 # Files in the project's own form.
 _OWN = {'jsonl': sources.read_jsonl, 'parquet': sources.read_parquet}
-# source -> (path) -> examples or pairs. Of a set it is the first split, fetched from the hub
-# where there is no path.
-READERS: dict[str, Callable[[str], Sequence[Any]]] = {
-  **_OWN,
-  'array_record': _read_array_record,
-  **{
-    name: functools.partial(catalogue.read, name, next(iter(s.files)))
-    for name, s in catalogue.SETS.items()
-  },
-}
+SOURCES = (*_OWN, 'array_record', *catalogue.SETS)
 
 
 def read_source(source: str, path: str, require_label: bool = True) -> Sequence[Any]:
-  """Returns the examples and pairs of a source of files.
+  """Returns the examples and pairs of a source of files; of a public set, its first split.
 
   Args:
-    source: A key of READERS.
+    source: One of SOURCES.
     path: A file or folder; '' fetches a set from the hub.
     require_label: Refuse examples without a label in files of our own form; all other sources
       have labels.
   """
-  if not path and not (source in catalogue.SETS and catalogue.SETS[source].is_on_hub):
+  public_set = catalogue.SETS.get(source)
+  if not path and not (public_set and public_set.is_on_hub):
     raise ValueError(
       f'data source {source!r} has no path; give path=FILE after the colon '
       'of --config, or data_dir=FOLDER for the public sets'
     )
-  if source in _OWN:
-    return _OWN[source](path, require_label=require_label)
-  return READERS[source](path)
+  if public_set:
+    return catalogue.read(source, next(iter(public_set.files)), path)
+  if source == 'array_record':
+    # This import takes a while, and needs an extra.
+    from csrm_jax.data import public_sets
+
+    return public_sets.read_prepared(path)
+  return _OWN[source](path, require_label=require_label)
 
 
 def read_part(
@@ -76,15 +65,12 @@ def read_part(
 ) -> tuple[Sequence[Any], Sequence[Any]]:
   """Returns (training items, held-out items) of one part of the training data.
 
-  The source is a key of READERS, or of `generators`, which maps it to make(seed, index).
+  The source is one of SOURCES, or a key of `generators`, which maps it to make(seed, index).
   """
   if source in generators:
     # Nothing is held out: test sets of generated data are drawn apart.
     return sources.Generated(generators[source], seed), ()
-  if source not in READERS:
-    raise ValueError(
-      f'unknown data source {source!r}; use one of {", ".join([*generators, *READERS])}'
-    )
+  sources.lookup(source, dict.fromkeys([*generators, *SOURCES]), 'data source')
   return sources.split(read_source(source, path), eval_fraction, seed)
 
 

@@ -16,7 +16,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from csrm_jax.core.checks import show
@@ -353,16 +353,20 @@ def xstest_prompts(path: str | os.PathLike) -> dict[str, Row]:
   return found
 
 
-def xstest_completions(path: str | os.PathLike, columns: Sequence[str]) -> Rows:
-  """Returns the rows of XSTest's completions that have these columns, with checked labels."""
+def xstest_completions(
+  path: str | os.PathLike,
+  columns: Sequence[str],
+  parse: Callable[[Row], Iterable[Any]] = lambda row: (row,),
+) -> Rows:
+  """Returns what `parse` makes of XSTest's completions; labels in these columns are checked."""
 
-  def parse(row: Row):
+  def checked(row: Row) -> Iterable[Any]:
     for column in columns:
       if column.startswith('annotation_') or column == 'final_label':
         row.one_of(column, XSTEST_LABELS)
-    yield row
+    return parse(row)
 
-  return read_rows(path, columns, parse)
+  return read_rows(path, columns, checked)
 
 
 def read_xstest_prompts(path: str | os.PathLike) -> Rows:
@@ -385,30 +389,23 @@ def read_xstest(
   Raises:
     ValueError: A rule, column, label or type is unknown, or the two files do not match.
   """
-  keys = tuple(XSTEST_RULES) if rule == 'both' else (rule,)
-  if not set(keys) <= set(XSTEST_RULES):
-    raise ValueError(
-      f'unknown XSTest rule {rule!r}; use one of {", ".join([*XSTEST_RULES, "both"])}'
-    )
+  rule_sets = {key: (key,) for key in XSTEST_RULES} | {'both': tuple(XSTEST_RULES)}
+  keys = lookup(rule, rule_sets, 'XSTest rule')
   safety = SafetyConfig(tuple(XSTEST_RULES[key] for key in keys), f'xstest/{rule}')
   prompts = xstest_prompts(prompts_csv)
   model = pathlib.Path(completions_csv).stem
-  result = Rows()
-  columns = ('id', 'type', 'prompt', 'completion', 'final_label')
-  for row in xstest_completions(completions_csv, columns):
+
+  def parse(row: Row):
     known = prompts.get(row['id'].removeprefix('v2-'))
     if known is None:
-      result.drop('unknown_prompt')
-      continue
+      yield 'unknown_prompt'
+      return
     for column in ('type', 'prompt'):
       if row[column].strip() != known[column].strip():
         raise ValueError(
-          f'{row.where}: {column!r} of prompt {row["id"]} differs from the one in'
-          f' {prompts_csv}; use files of one version'
+          f'{column!r} of prompt {row["id"]} differs from the one in {prompts_csv};'
+          ' use files of one version'
         )
-    if not row['completion'].strip():
-      result.drop('empty_response')
-      continue
     is_harmful = known['label'] == 'unsafe'
     fired = {
       'harmful': is_harmful and row['final_label'] == XSTEST_LABELS[0],
@@ -416,10 +413,10 @@ def read_xstest(
     }
     violated = tuple(XSTEST_RULES[key].name for key in keys if fired[key])
     name, talk = f'{model}/{row["id"]}/{rule}', (row['prompt'], row['completion'])
-    result.append(
-      _example(name, safety, talk, bool(violated), violated, 'xstest', f'xstest/{rule}')
-    )
-  return result
+    yield _answer(name, safety, talk, bool(violated), violated, 'xstest', f'xstest/{rule}')
+
+  columns = ('id', 'type', 'prompt', 'completion', 'final_label')
+  return xstest_completions(completions_csv, columns, parse)
 
 
 # --- Moderation --------------------------------------------------------------------------
@@ -437,16 +434,19 @@ def read_moderation(
   Raises:
     ValueError: A category is unknown, two contradict each other, or a label is not 0 or 1.
   """
-  safety = _moderation_safety(categories)
+  for key in categories:
+    lookup(key, MODERATION_RULES, 'moderation category')
+  for strict, lenient in MODERATION_SEVERITY:
+    if strict in categories and lenient in categories:
+      raise ValueError(
+        f'moderation categories {strict} and {lenient} contradict each other;'
+        f' {lenient} allows what {strict} forbids: choose one'
+      )
+  name = f'moderation/{"+".join(categories)}'
+  safety = SafetyConfig(tuple(MODERATION_RULES[key] for key in categories), name)
 
   def parse(row: Row):
-    labels = _moderation_labels(row, categories)
-    if None in labels.values():
-      yield 'unknown_label'
-    elif not row['prompt'].strip():
-      yield 'empty_response'
-    else:
-      yield _moderation_example(row, safety, labels)
+    yield _moderated(row, f'{name}/{row.line}', safety, categories, name)
 
   return read_rows(path, ('prompt',), parse)
 
@@ -460,70 +460,48 @@ def read_moderation_pairs(path: str | os.PathLike) -> Rows:
 
   def parse(row: Row):
     for strict, lenient in MODERATION_SEVERITY:
-      labels = _moderation_labels(row, (strict, lenient))
-      if None in labels.values():
+      name = f'moderation/{strict}/{row.line}'
+      other, safer = (
+        _moderated(
+          row,
+          f'{name}/{side}',
+          SafetyConfig((MODERATION_RULES[key],), f'moderation/{strict}'),
+          (key,),
+          f'moderation/{strict}>{lenient}',
+        )
+        for side, key in (('strict', strict), ('lenient', lenient))
+      )
+      if 'unknown_label' in (other, safer):
         yield 'unknown_label'
-      elif not labels[strict]:
+      elif not row[strict]:
         yield 'safe'
-      elif not row['prompt'].strip():
-        yield 'empty_response'
       else:
-        yield _moderation_pair(row, strict, lenient, labels)
+        yield (
+          other
+          if isinstance(other, str)
+          else Pair(f'{name}/strictness', safer, other, 'strictness')
+        )
 
   return read_rows(path, ('prompt',), parse)
 
 
-def _moderation_safety(categories: Sequence[str]) -> SafetyConfig:
-  for key in categories:
-    if key not in MODERATION_RULES:
-      raise ValueError(
-        f'unknown moderation category {key!r}; use some of {", ".join(MODERATION_RULES)}'
-      )
-  for strict, lenient in MODERATION_SEVERITY:
-    if strict in categories and lenient in categories:
-      raise ValueError(
-        f'moderation categories {strict} and {lenient} contradict each other;'
-        f' {lenient} allows what {strict} forbids: choose one'
-      )
-  return SafetyConfig(
-    tuple(MODERATION_RULES[key] for key in categories), f'moderation/{"+".join(categories)}'
-  )
-
-
-def _moderation_labels(row: Row, categories: Sequence[str]) -> dict[str, int | None]:
-  row.text('prompt')
-  labels = {}
-  for key in categories:
+def _moderated(
+  row: Row, example_id: str, safety: SafetyConfig, keys: Sequence[str], rule_set: str
+) -> Example | str:
+  """Returns the text under the rules of these keys, or why that cannot be."""
+  text, violated = row.text('prompt'), []
+  for key in keys:
     value = row.get(key)
     if value is not None and (isinstance(value, bool) or value not in (0, 1)):
       raise ValueError(
         f'label {key} is {show(value)}; it must be 0 or 1, or left out where unknown'
       )
-    labels[key] = value
-  return labels
-
-
-def _moderation_example(row: Row, safety: SafetyConfig, labels: Mapping[str, int]) -> Example:
-  violated = tuple(MODERATION_RULES[key].name for key, fires in labels.items() if fires)
-  name, talk = f'{safety.name}/{row.line}', (MODERATION_TURN, row['prompt'])
-  return _example(name, safety, talk, bool(violated), violated, 'moderation', safety.name)
-
-
-def _moderation_pair(row: Row, strict: str, lenient: str, labels: Mapping[str, int]) -> Pair:
-  name = f'moderation/{strict}/{row.line}'
-  safer, other = (
-    _example(
-      f'{name}/{side}',
-      SafetyConfig((MODERATION_RULES[key],), f'moderation/{strict}'),
-      (MODERATION_TURN, row['prompt']),
-      bool(labels[key]),
-      (MODERATION_RULES[key].name,) if labels[key] else (),
-      'moderation',
-      f'moderation/{strict}>{lenient}',
-    )
-    for side, key in (('lenient', lenient), ('strict', strict))
-  )
-  return Pair(f'{name}/strictness', safer, other, 'strictness')
+    if value:
+      violated.append(MODERATION_RULES[key].name)
+  if any(row.get(key) is None for key in keys):
+    return 'unknown_label'
+  talk = MODERATION_TURN, text
+  return _answer(example_id, safety, talk, bool(violated), violated, 'moderation', rule_set)
 
 
 # --- Preferences -------------------------------------------------------------------------

@@ -129,9 +129,9 @@ def _read(
       dataclasses.replace(ruleworld_examples.training_example(seed, i), plus=None, minus=None)
       for i in range(source.num_examples)
     ], collections.Counter()
-  if source.name not in pipeline.READERS:
+  if source.name not in pipeline.SOURCES:
     raise ValueError(
-      f'config.source.name is {source.name!r}; use one of ruleworld, {", ".join(pipeline.READERS)}'
+      f'config.source.name is {source.name!r}; use one of ruleworld, {", ".join(pipeline.SOURCES)}'
     )
   rows = pipeline.read_source(source.name, source.path, require_label=False)
   drops = collections.Counter(getattr(rows, 'drops', {}))

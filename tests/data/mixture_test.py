@@ -53,7 +53,7 @@ def test_an_unknown_source_is_named_with_those_there_are(source):
     pipeline.read_part(source, 'file', 0, 0.2, examples.TRAINING)
   message = str(error.value)
   assert repr(source) in message and '\n' not in message
-  for known in (*pipeline.READERS, *(f'ruleworld/{name}' for name in NAMES)):
+  for known in (*pipeline.SOURCES, *(f'ruleworld/{name}' for name in NAMES)):
     assert known in message
 
 
@@ -75,7 +75,7 @@ def test_files_are_split_into_training_and_held_out(tmp_path):
 
 
 def test_every_source_has_one_name_and_training_reads_the_catalogue(tmp_path):
-  assert set(catalogue.SETS) < set(pipeline.READERS)
+  assert set(catalogue.SETS) < set(pipeline.SOURCES)
   row = {
     'prompt': 'How do I kill a process?',
     'label': 'safe',

@@ -254,8 +254,8 @@ def _real_rows(num):
   folder = pathlib.Path(os.environ.get('CSRM_DATA_DIR', default))
   if not folder.is_dir():
     return [examples.test_example(0, i, 'seen') for i in range(num)]
-  rows = pipeline.READERS['xstest_completions'](folder / 'xstest')
-  rows += pipeline.READERS['moderation'](folder / 'moderation' / 'moderation-dev.jsonl.gz')
+  rows = pipeline.read_source('xstest_completions', folder / 'xstest')
+  rows += pipeline.read_source('moderation', folder / 'moderation' / 'moderation-dev.jsonl.gz')
   return rows[:: len(rows) // num][:num]
 
 
