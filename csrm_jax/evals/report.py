@@ -210,8 +210,10 @@ def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | No
   """Returns the short table that a run ends with, at most 80 columns wide.
 
   `summary` is that of `summarise`; `rule_sets`, the `values` of `verdicts.rule_sets`, stand
-  below.
+  below. An alignment has a table of its policies instead.
   """
+  if any(key.startswith('aligned/') for key in summary):
+    return _policies_table(summary)
   lines = [f'{"":22}{"value":>8}  {"95% interval":17}{"best":>7}{"of best":>9}']
   for title, key in _TERMINAL_ROWS:
     if key not in summary:
@@ -237,6 +239,24 @@ def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | No
       f'  {1 - row["p_unsafe"]:6.3f} {number(true):>6} {row["score"]:+7.2f}'
       f'  {verdicts.verdict(row):7}  {name[:46]}'
     )
+  return '\n'.join(lines)
+
+
+def _policies_table(summary: Mapping[str, Any]) -> str:
+  """Returns an alignment's table: metrics as rows, policies as columns."""
+  bounds = ('_low', '_high')
+  names = [
+    key.removeprefix('aligned/')
+    for key in summary
+    if key.startswith('aligned/') and not key.endswith(bounds)
+  ]
+  policies = dict.fromkeys(
+    policy for policy, _, name in (key.partition('/') for key in summary) if name in names
+  )
+  lines = [f'{"":20}' + ''.join(f'{policy:>14}' for policy in policies)]
+  for name in names:
+    values = (summary[f'{policy}/{name}'] for policy in policies)
+    lines.append(f'{name:20}' + ''.join(f'{value:14.3f}' for value in values))
   return '\n'.join(lines)
 
 

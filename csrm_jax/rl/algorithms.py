@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,7 +66,7 @@ def reinforce_pp_baseline(
   """
   del lam
   rewards = _check_rewards(batch, num_generations)
-  centred = _centre(_group(rewards, num_generations)).reshape(-1)
+  centred = _centre(rewards.reshape(-1, num_generations)).reshape(-1)
   return {'advantages': _whiten(_returns(centred, batch, gamma), batch['completion_mask'])}
 
 
@@ -147,23 +147,12 @@ class Algorithm:
 
 # GRPO's paper has the KL in the loss, as k3, and gives each completion the same weight. Dr. GRPO
 # divides by a constant instead: a mean over a completion's own tokens has a length bias.
+_GRPO = {'needs_group': True, 'kl_place': 'loss', 'kl_estimator': 'k3'}
 ALGORITHMS: dict[str, Algorithm] = {
   'reinforce_pp': Algorithm(reinforce_pp, token_returns=True),
   'reinforce_pp_baseline': Algorithm(reinforce_pp_baseline, needs_group=True, token_returns=True),
-  'grpo': Algorithm(
-    grpo,
-    needs_group=True,
-    kl_place='loss',
-    kl_estimator='k3',
-    loss_aggregation='seq-mean-token-mean',
-  ),
-  'dr_grpo': Algorithm(
-    dr_grpo,
-    needs_group=True,
-    kl_place='loss',
-    kl_estimator='k3',
-    loss_aggregation='seq-mean-token-sum-norm',
-  ),
+  'grpo': Algorithm(grpo, **_GRPO, loss_aggregation='seq-mean-token-mean'),
+  'dr_grpo': Algorithm(dr_grpo, **_GRPO, loss_aggregation='seq-mean-token-sum-norm'),
   'rloo': Algorithm(rloo, needs_group=True),
   'ppo': Algorithm(ppo, needs_values=True, token_returns=True),
   'distillation': Algorithm(pair_loss=objectives.distillation_loss),
@@ -177,34 +166,36 @@ def get(name: str) -> Algorithm:
   return ALGORITHMS[name]
 
 
-def _choices(config: Any) -> Iterator[tuple[bool, list[str], str]]:
-  """Yields (whether they do nothing, keys or sections of configs/rl.py, why)."""
+def _choices(config: Any) -> list[tuple[bool, list[str], str]]:
+  """Returns (whether they do nothing, keys or sections of configs/rl.py, why) of each choice."""
   name, row, reward = config.algorithm, get(config.algorithm), config.reward.name
-  yield (
-    not row.online,
-    ['rollout', 'loss', 'stop', 'eval.every'],
-    f'in {name}, which learns from pairs',
-  )
-  yield row.online, ['pairs'], f'in {name}, which learns from its own samples'
   same = 'whose advantage is the same at all tokens of a completion'
-  yield not row.token_returns, ['loss.gamma'], f'in {name}, {same}'
   critic = ['loss.lam', 'loss.value_clip', 'loss.vf_coef']
-  yield not row.needs_values, critic, f'in {name}, which has no critic'
+  parts = 'mode safety_weight helpfulness_weight overlong_buffer overlong_penalty clip'
   own = {
-    'csrm': ('checkpoint', 'a', 'b', 'max_length'),
-    'http': ('url', 'timeout_s', 'num_tries', 'backoff_s', 'batch_size'),
-    'python': ('function',),
-    'alphaalign': ('variant', 'format_weight', 'answer_weight', 'refusal', 'refusal_rules'),
+    'csrm': 'checkpoint a b max_length',
+    'http': 'url timeout_s num_tries backoff_s batch_size',
+    'python': 'function',
+    'alphaalign': 'variant format_weight answer_weight refusal refusal_rules',
   }
-  for owner, keys in own.items():
-    yield reward != owner, [f'reward.{key}' for key in keys], f'without reward={owner}'
-  parts = (
-    'mode', 'safety_weight', 'helpfulness_weight', 'overlong_buffer', 'overlong_penalty', 'clip'
-  )  # fmt: skip
-  yield reward == 'alphaalign', [f'reward.{key}' for key in parts], 'with reward=alphaalign'
-  helps = ['reward.helpfulness', 'reward.helpfulness_a', 'reward.helpfulness_b']
+  helps = 'helpfulness helpfulness_a helpfulness_b'
   is_zero = reward == 'alphaalign' and config.reward.variant == 'none'
-  yield is_zero, helps, 'with variant=zero, which is not rewarded for helping'
+  online = ['rollout', 'loss', 'stop', 'eval.every']
+  return [
+    (not row.online, online, f'in {name}, which learns from pairs'),
+    (row.online, ['pairs'], f'in {name}, which learns from its own samples'),
+    (not row.token_returns, ['loss.gamma'], f'in {name}, {same}'),
+    (not row.needs_values, critic, f'in {name}, which has no critic'),
+    *(
+      (reward != owner, _of_reward(keys), f'without reward={owner}') for owner, keys in own.items()
+    ),
+    (reward == 'alphaalign', _of_reward(parts), 'with reward=alphaalign'),
+    (is_zero, _of_reward(helps), 'with variant=zero, which is not rewarded for helping'),
+  ]
+
+
+def _of_reward(keys: str) -> list[str]:
+  return [f'reward.{key}' for key in keys.split()]
 
 
 def idle_keys(config: Any) -> dict[str, str]:
@@ -268,12 +259,8 @@ def make_objective(config: Any) -> Objective:
     ValueError: Settings do not go together; one line says what to change.
   """
   name, loss = config.algorithm, config.loss
-  algorithm = get(name)
-  given = {
-    field.name: loss[field.name]
-    for field in dataclasses.fields(Objective)
-    if field.name in loss and loss[field.name] is not None
-  }
+  algorithm, fields = get(name), [field.name for field in dataclasses.fields(Objective)]
+  given = {key: value for key, value in loss.items() if key in fields and value is not None}
   place = given.get('kl_place', algorithm.kl_place)
   defaults = {
     'kl_place': place,
@@ -298,9 +285,8 @@ def _check(name: str, objective: Objective, config: Any) -> None:
   algorithm, loss, num_generations = get(name), config.loss, config.rollout.num_generations
   if algorithm.needs_group and num_generations < 2:
     raise ValueError(
-      f'num_generations={num_generations} does not go with {name}, which '
-      'compares the completions of a prompt; take at least 2, or '
-      'algorithm=reinforce_pp.'
+      f'num_generations={num_generations} does not go with {name}, which compares the completions '
+      'of a prompt; take at least 2, or algorithm=reinforce_pp.'
     )
   if num_generations < 1:
     raise ValueError(f'num_generations={num_generations} must be at least 1.')
@@ -322,9 +308,8 @@ def _check(name: str, objective: Objective, config: Any) -> None:
   norm = 'seq-mean-token-sum-norm'
   if name == 'dr_grpo' and objective.loss_aggregation != norm:
     raise ValueError(
-      f'loss_aggregation={objective.loss_aggregation!r} brings back the '
-      f'length bias that dr_grpo takes out; use {norm!r}, or '
-      'algorithm=rloo.'
+      f'loss_aggregation={objective.loss_aggregation!r} brings back the length bias that dr_grpo '
+      f'takes out; use {norm!r}, or algorithm=rloo.'
     )
   if objective.ratio == 'token' or not algorithm.token_returns:
     return
@@ -383,11 +368,7 @@ def _total_rewards(batch, num_generations: int) -> jax.Array:
   """Returns rewards less the summed KL penalty, [N/G,G]."""
   rewards = _check_rewards(batch, num_generations)
   penalty = _clear(batch['kl_penalty'], batch['completion_mask']).sum(1)
-  return _group(rewards - penalty, num_generations)
-
-
-def _group(x: jax.Array, num_generations: int) -> jax.Array:
-  return jnp.asarray(x).reshape(-1, num_generations)
+  return (rewards - penalty).reshape(-1, num_generations)
 
 
 def _centre(groups: jax.Array) -> jax.Array:
@@ -423,11 +404,9 @@ def _token_rewards(rewards: jax.Array, batch) -> jax.Array:
 
 
 def _returns(rewards: jax.Array, batch, gamma: float) -> jax.Array:
-  token_rewards = _token_rewards(rewards, batch)
+  rewards = _token_rewards(rewards, batch)
   # With values of 0 and λ = 1 the advantage is the discounted return.
-  return _gae(
-    token_rewards, jnp.zeros_like(token_rewards), batch['completion_mask'], gamma, lam=1.0
-  )
+  return _gae(rewards, jnp.zeros_like(rewards), batch['completion_mask'], gamma, lam=1.0)
 
 
 def _gae(

@@ -57,12 +57,9 @@ class Objective:
   dual_clip: float | None = None
 
   def __post_init__(self):
-    for name, allowed in (
-      ('ratio', RATIOS),
-      ('kl_place', KL_ESTIMATORS),
-      ('loss_aggregation', AGGREGATIONS),
-    ):
-      checks.one_of(name, getattr(self, name), allowed)
+    checks.one_of('ratio', self.ratio, RATIOS)
+    checks.one_of('kl_place', self.kl_place, KL_ESTIMATORS)
+    checks.one_of('loss_aggregation', self.loss_aggregation, AGGREGATIONS)
     if not (0 < self.epsilon < 1 and 0 < self.epsilon_high < float('inf')):
       raise ValueError(
         f'epsilon={self.epsilon} must lie in (0, 1) and epsilon_high={self.epsilon_high} '
@@ -191,13 +188,8 @@ def value_loss(
     clipped = held_error > error
     error = jnp.maximum(error, held_error)
   total, weight = _aggregate(0.5 * error, mask, objective)
-  return (
-    total,
-    weight,
-    jax.lax.stop_gradient(
-      {'value/loss': (total, weight), 'value/clip_frac': _token_sum(clipped, mask)}
-    ),
-  )
+  metrics = {'value/loss': (total, weight), 'value/clip_frac': _token_sum(clipped, mask)}
+  return total, weight, jax.lax.stop_gradient(metrics)
 
 
 def distillation_loss(
@@ -213,17 +205,13 @@ def distillation_loss(
 
   Args:
     logprob_sums: float32 [P,2], log π of each completion; side 0 is the better.
-    batch: Holds reward float32 [P,2], above 0; ref_logprob float32 [P,2]; and pair_weight float32
-      [P] where some pairs are padding.
+    batch: Holds reward float32 [P,2], above 0, and ref_logprob float32 [P,2].
 
   Source: CSRM (arXiv 2605.30487), RL alignment; Fisch et al. (arXiv 2405.19316), eq. 7.
   """
-  weight = _pair_weight(batch)
-  margin = _margin(logprob_sums, batch, beta, weight)
-  # A padding's reward has no finite log, and a weight of 0 keeps that out of the loss only.
-  reward = jnp.where(weight[:, None] > 0, _float(batch['reward']), 1.0)
+  margin, reward = _margin(logprob_sums, batch, beta), _float(batch['reward'])
   target = jnp.log(reward[:, 0]) - jnp.log(reward[:, 1])
-  return _pair_loss(jnp.square(target - margin), margin, weight, {'pairs/target': target})
+  return _pair_loss(jnp.square(target - margin), margin, {'pairs/target': target})
 
 
 def dpo_loss(
@@ -236,9 +224,8 @@ def dpo_loss(
 
   Source: DPO (arXiv 2305.18290), eq. 7.
   """
-  weight = _pair_weight(batch)
-  margin = _margin(logprob_sums, batch, beta, weight)
-  return _pair_loss(-jax.nn.log_sigmoid(margin), margin, weight, {})
+  margin = _margin(logprob_sums, batch, beta)
+  return _pair_loss(-jax.nn.log_sigmoid(margin), margin, {})
 
 
 def better_nll(
@@ -251,10 +238,9 @@ def better_nll(
 
   Source: Pang et al. (arXiv 2404.19733), eq. 1.
   """
-  weight = _pair_weight(batch)
   lengths = (batch['completion_mask'][:, 0] > 0).sum(1)
   nll = -_float(logprob_sums[:, 0]) / jnp.maximum(lengths, 1)
-  return masked_sum(nll, weight), weight.sum()
+  return nll.sum(), jnp.float32(len(nll))
 
 
 # --- Parts that the losses share -------------------------------------------------------
@@ -322,26 +308,19 @@ def _token_sum(x, mask) -> tuple[jax.Array, jax.Array]:
   return total, mask.sum().astype(total.dtype)
 
 
-def _pair_weight(batch) -> jax.Array:
-  return _float(batch.get('pair_weight', jnp.ones(batch['ref_logprob'].shape[0])))
-
-
-def _margin(logprob_sums, batch, beta, weight) -> jax.Array:
+def _margin(logprob_sums, batch, beta) -> jax.Array:
   """Returns β times the difference of the sides' log-ratios, [P]."""
   if not 0 < beta < float('inf'):
     raise ValueError(f'beta={beta} must be positive and finite.')
-  used = weight[:, None] > 0
-  log_ratio = jnp.where(used, _float(logprob_sums), 0.0) - jnp.where(
-    used, batch['ref_logprob'], 0.0
-  )
+  log_ratio = _float(logprob_sums) - batch['ref_logprob']
   return beta * (log_ratio[:, 0] - log_ratio[:, 1])
 
 
-def _pair_loss(loss, margin, weight, extra):
-  """Returns (total, weight, metrics) of values [P] that are finite in padding too."""
-  total, num_pairs = masked_sum(loss, weight), weight.sum()
-  ordered = 0.5 * ((margin > 0) + (margin >= 0).astype(weight.dtype))
+def _pair_loss(loss, margin, extra):
+  """Returns (total, weight, metrics) of values [P]."""
+  total, num_pairs = loss.sum(), jnp.float32(len(loss))
+  ordered = 0.5 * ((margin > 0) + (margin >= 0).astype(jnp.float32))
   values = {'pairs/accuracy': ordered, 'pairs/margin': margin, **extra}
-  metrics = {name: (masked_sum(x, weight), num_pairs) for name, x in values.items()}
+  metrics = {name: (x.sum(), num_pairs) for name, x in values.items()}
   metrics['policy/loss'] = (total, num_pairs)
   return total, num_pairs, jax.lax.stop_gradient(metrics)

@@ -208,15 +208,7 @@ class PairBatches:
   def __next__(self) -> dict[str, np.ndarray]:
     start = self._num_done * self._batch_size
     self._num_done += 1
-    places = np.arange(start, start + self._batch_size)
-    epochs, indices = np.divmod(places, self._num_pairs)
-    orders = {
-      epoch: np.random.default_rng((self._seed, epoch)).permutation(self._num_pairs)
-      for epoch in np.unique(epochs).tolist()
-    }
-    chosen = np.array(
-      [orders[epoch][i] for epoch, i in zip(epochs.tolist(), indices.tolist(), strict=True)]
-    )
+    chosen = online.shuffled(start, self._batch_size, self._num_pairs, (self._seed,))
     return {name: x[chosen] for name, x in self._pairs.items()}
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:

@@ -322,13 +322,13 @@ class Online:
       self._look(state, 0)
     else:
       self.kl_coef = carried['kl_coef']
-      self.normaliser = rewards.Normaliser.from_dict(carried['normaliser'])
+      self.normaliser = rewards.Normaliser(**carried['normaliser'])
       self.best_reward, self.stopped = carried['best_reward'], carried['stopped']
 
   def get_state(self) -> dict[str, Any]:
     return {
       'kl_coef': self.kl_coef,
-      'normaliser': self.normaliser.to_dict(),
+      'normaliser': dataclasses.asdict(self.normaliser),
       'best_reward': self.best_reward,
       'stopped': self.stopped,
     }
@@ -485,12 +485,17 @@ def _advantages(fn, num_generations, gamma, lam, batch):
 
 def choose_prompts(prompts: Sequence[Prompt], num: int, seed: int, step: int) -> list[Prompt]:
   """Returns the prompts of a step, which counts from 1; an epoch has each prompt once."""
-  places = np.arange((step - 1) * num, step * num)
+  chosen = shuffled((step - 1) * num, num, len(prompts), (seed,), b'prompts')
+  return [prompts[i] for i in chosen]
+
+
+def shuffled(start: int, num: int, size: int, seed: tuple[int, ...], use: bytes = b'') -> list[int]:
+  """Returns places start to start + num of endless epochs of range(size), each in its own order."""
   orders = {
-    epoch: _rng(seed, epoch, 'prompts').permutation(len(prompts))
-    for epoch in np.unique(places // len(prompts)).tolist()
+    epoch: np.random.default_rng((*seed, epoch, *use)).permutation(size).tolist()
+    for epoch in range(start // size, (start + num - 1) // size + 1)
   }
-  return [prompts[orders[i // len(prompts)][i % len(prompts)]] for i in places.tolist()]
+  return [orders[place // size][place % size] for place in range(start, start + num)]
 
 
 def _rng(seed: int, step: int, use: str) -> np.random.Generator:

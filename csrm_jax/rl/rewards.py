@@ -1,4 +1,4 @@
-"""Rewards of completions: their parts, how they are combined, and how they are checked.
+"""Rewards of completions: their parts, how they are combined and checked, and a run's own.
 
 A reward function takes samples and returns float32 [N]. A value that is missing or not finite, or a
 wrong number of values, is an error that names the sample: what cannot be scored is never worth 0.
@@ -6,8 +6,11 @@ wrong number of values, is an error that names the sample: what cannot be scored
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import http.client
+import importlib
 import json
 import math
 import urllib.error
@@ -19,11 +22,17 @@ import numpy as np
 import scipy.special
 
 from csrm_jax.core import checks, retry
-from csrm_jax.reward import scoring
-from csrm_jax.safety import schema
+from csrm_jax.reward import model as reward_model, scoring
+from csrm_jax.rl import verifiers
+from csrm_jax.ruleworld import policy as world
+from csrm_jax.safety import augment, schema
 from csrm_jax.safety.schema import RewardFn, Sample
 
 MODES = ('product', 'sum')
+# How helpfulness counts with AlphaAlign: standardised within the prompt's group; raw (the ablation
+# without standardisation); or not at all, so that R_s is the whole reward (AlphaAlign-Zero, the
+# ablation without R_h).
+HELPFULNESS = ('standardised', 'raw', 'none')
 # samples -> (total float32 [N], {name of a part: float32 [N]})
 TotalFn = Callable[[Sequence[Sample]], tuple[np.ndarray, dict[str, np.ndarray]]]
 
@@ -88,8 +97,8 @@ def overlong_penalty(buffer: int, penalty: float, max_length: int) -> RewardFn:
   """
   if not 0 < buffer <= max_length:
     raise ValueError(
-      f'the over-long buffer is {buffer} tokens; it must be from 1 to the '
-      f'{max_length} that a completion may have, or leave the penalty out'
+      f'the over-long buffer is {buffer} tokens; it must be from 1 to the {max_length} that a '
+      'completion may have, or leave the penalty out'
     )
   if not (math.isfinite(penalty) and penalty > 0):
     raise ValueError(f'the over-long penalty is {penalty}; it must be a number above 0')
@@ -144,21 +153,12 @@ class HttpScorer:
         f'{self.backoff_s}; the first must be above 0, the other not below'
       )
 
-  def check_reachable(self) -> None:
-    """Posts an empty list; raises ValueError where nobody answers at the URL."""
-    try:
-      self._post(())
-    except _RefusedError as error:
-      # Another refusal may only mean that the scorer does not take an empty list.
-      if error.status in (401, 403, 404, 405):
-        raise ValueError(str(error)) from None
-
   def __call__(self, samples: Sequence[Sample]) -> list[Any]:
     """Returns the scorer's values, one for each sample; whether they are finite is not checked."""
     values = []
     for start in range(0, len(samples), self.batch_size):
       chunk = samples[start : start + self.batch_size]
-      values += self._read(self._post(chunk), chunk)
+      values += self._read(self.post(chunk), chunk)
     return values
 
   def _read(self, text: bytes, samples: Sequence[Sample]) -> list[Any]:
@@ -181,7 +181,7 @@ class HttpScorer:
       )
     return values
 
-  def _post(self, samples: Sequence[Sample]) -> bytes:
+  def post(self, samples: Sequence[Sample]) -> bytes:
     """Returns the body of the reply; tries again after errors that may pass."""
     described = [
       {
@@ -233,7 +233,12 @@ class _RefusedError(ValueError):
 
 def from_http(scorer: HttpScorer) -> RewardFn:
   """Returns a reward from a scorer behind HTTP, which must answer now."""
-  scorer.check_reachable()
+  try:
+    scorer.post(())
+  except _RefusedError as error:
+    # Another refusal may only mean that the scorer does not take an empty list.
+    if error.status in (401, 403, 404, 405):
+      raise
   return from_callable(scorer, scorer.url)
 
 
@@ -257,7 +262,16 @@ def combine(
   _check_parts(parts, mode, added, clip)
 
   def score(samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    values = {name: _part(fn, samples, name) for name, (fn, _) in {**parts, **added}.items()}
+    values = {}
+    for name, (fn, _) in {**parts, **added}.items():
+      value = fn(samples)
+      dtype = getattr(value, 'dtype', type(value).__name__)
+      if dtype != np.float32:
+        raise ValueError(
+          f'reward {name} gives {dtype}, not float32, which may have lost fractions; make the '
+          'reward with rewards.from_callable'
+        )
+      values[name] = check_rewards(value, samples, name)
     # In float64, so that the total is rounded once, at the end.
     wide = {name: value.astype(np.float64) for name, value in values.items()}
     if mode == 'product':
@@ -340,30 +354,9 @@ class Normaliser:
       return np.zeros(distance.shape, np.float32)
     return (distance / self.std).astype(np.float32)
 
-  def to_dict(self) -> dict[str, float]:
-    """Returns a dict that `from_dict` reads."""
-    return dataclasses.asdict(self)
-
-  @staticmethod
-  def from_dict(obj: Mapping[str, Any]) -> Normaliser:
-    """Returns the normaliser that `to_dict` described."""
-    return Normaliser(int(obj['count']), float(obj['mean']), float(obj['m2']))
-
-
-def _part(fn: RewardFn, samples: Sequence[Sample], name: str) -> np.ndarray:
-  value = fn(samples)
-  if getattr(value, 'dtype', None) != np.float32:
-    raise ValueError(
-      f'reward {name} gives {getattr(value, "dtype", type(value).__name__)}, '
-      'not float32, which may have lost fractions; make the reward with '
-      'rewards.from_callable'
-    )
-  return check_rewards(value, samples, name)
-
 
 def _check_parts(parts, mode, added, clip) -> None:
-  if mode not in MODES:
-    raise ValueError(f'unknown reward mode {mode!r}; use one of {", ".join(MODES)}')
+  checks.one_of('reward mode', mode, MODES)
   if not parts:
     raise ValueError('no reward is given; name at least one part')
   if mode == 'sum' and added:
@@ -377,3 +370,234 @@ def _check_parts(parts, mode, added, clip) -> None:
     raise ValueError(
       f'the reward clip is from {clip[0]} to {clip[1]}; the first must be less than the second'
     )
+
+
+# --- AlphaAlign ------------------------------------------------------------------------
+
+
+def dual_reward(
+  refusal_fn: verifiers.RefusalFn,
+  helpfulness_fn: RewardFn | None,
+  helpfulness: str,
+  format_weight: float,
+  answer_weight: float,
+) -> TotalFn:
+  """Returns AlphaAlign's reward, a function: samples -> (total, parts) as `combine` returns.
+
+  For a harmful prompt it is R_s = r_f V_f + r_a V_r. For a benign prompt it is R_s = r_f V_f - r_a
+  V_r, plus R_h = max(standardised helpfulness, 0) where the answer does not refuse. Helpfulness is
+  standardised among the samples of one prompt.
+
+  Parts are 'format' (V_f), 'refusal' (V_r), 'safety' (R_s), and 'helpfulness' (R_h; 0 for harmful
+  prompts) unless it is left out. Refusal and helpfulness are judged by the answer alone, without
+  its box for helpfulness. All samples of a prompt must be in one call.
+
+  Args:
+    refusal_fn: V_r.
+    helpfulness_fn: Judges the answers to benign prompts; None with helpfulness='none'.
+    helpfulness: One of HELPFULNESS.
+    format_weight: r_f.
+    answer_weight: r_a.
+
+  Source: AlphaAlign (arXiv 2507.14987).
+  """
+  checks.one_of('helpfulness', helpfulness, HELPFULNESS)
+  if (helpfulness == 'none') != (helpfulness_fn is None):
+    raise ValueError(
+      f'helpfulness is {helpfulness!r}, and '
+      + ('there is no' if helpfulness_fn is None else 'there is a')
+      + ' helpfulness reward; give one, or "none" without'
+    )
+  for name, weight in (('format', format_weight), ('answer', answer_weight)):
+    if not (math.isfinite(weight) and weight > 0):
+      raise ValueError(f'the {name} weight of AlphaAlign is {weight}; it must be above 0')
+
+  def score(samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    benign = np.array([_is_benign(s) for s in samples], bool)
+    answers = verifiers.rewrite(samples, verifiers.answer_of)
+    form = verifiers.format_reward(samples)
+    refuses = np.asarray(refusal_fn(answers))
+    if refuses.shape != benign.shape or refuses.dtype != bool:
+      raise ValueError(
+        f'V_r gives {refuses.dtype} {list(refuses.shape)} for {len(samples)} '
+        'samples; it must give one bool each'
+      )
+    refusal = refuses.astype(np.float32)
+    safety = np.float32(format_weight) * form + np.float32(answer_weight) * np.where(
+      benign, -refusal, refusal
+    )
+    parts = {'format': form, 'refusal': refusal, 'safety': safety}
+    if helpfulness == 'none':
+      return safety, parts
+    chosen = np.flatnonzero(benign)
+    asked = verifiers.rewrite([answers[i] for i in chosen], verifiers.unboxed)
+    help_ = check_rewards(helpfulness_fn(asked), asked, 'helpfulness')
+    if helpfulness == 'standardised':
+      help_ = np.maximum(standardise(help_, asked), 0)
+    parts['helpfulness'] = np.zeros(len(samples), np.float32)
+    parts['helpfulness'][chosen] = help_ * (1 - refusal[chosen])
+    return safety + parts['helpfulness'], parts
+
+  return score
+
+
+def standardise(values: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
+  """Returns (value - mean) / std within each prompt's samples, float32 [N].
+
+  It is 0 where all values of a group are equal. A prompt with one sample is a ValueError.
+  """
+  values = np.asarray(values, np.float64)
+  result = np.zeros(len(samples), np.float32)
+  groups = collections.defaultdict(list)
+  for row, sample in enumerate(samples):
+    groups[sample.prompt.id].append(row)
+  for name, rows in groups.items():
+    if len(rows) == 1:
+      raise ValueError(
+        f'prompt {name} has one sample, and nothing to standardise its '
+        'helpfulness with; set num_generations to 2 or more'
+      )
+    group = values[rows]
+    if np.ptp(group) > 0:
+      result[rows] = (group - group.mean()) / group.std()
+  return result
+
+
+def _is_benign(sample: Sample) -> bool:
+  if not sample.prompt.label:
+    raise ValueError(
+      f'prompt {sample.prompt.id} has no label; AlphaAlign needs "harmful" '
+      'or "benign" on every prompt'
+    )
+  return sample.prompt.label == 'benign'
+
+
+# --- A run's rewards -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorers:
+  """The reward that a run maximises, and the two parts by which its report judges."""
+
+  total: TotalFn
+  safety: RewardFn
+  helpfulness: RewardFn
+
+
+def make_scorers(config: Any) -> Scorers:
+  """Returns the rewards that config.reward describes; reward models lie on the current mesh."""
+  reward, knows_truth = config.reward, config.data.source == 'ruleworld'
+  if reward.name == 'alphaalign':
+    refuses = _make_refusal(reward, knows_truth)
+    helpfulness = _make_helpfulness(reward, knows_truth)
+    total = dual_reward(
+      refuses, helpfulness, reward.variant, reward.format_weight, reward.answer_weight
+    )
+    return Scorers(total, _not_complied(refuses), helpfulness or _nothing)
+  safety = judge = _make_safety(reward, knows_truth)
+  if reward.name == 'csrm' and (reward.a, reward.b) != (1.0, 0.0):
+    # P(safe) itself: the policies of one sweep are compared without their own a and b.
+    judge = safety_reward(_load_score_fn(reward.checkpoint, reward.max_length))
+  helpfulness = _make_helpfulness(reward, knows_truth)
+  parts, added = {'safety': (safety, reward.safety_weight)}, {}
+  if helpfulness is not None:
+    parts['helpfulness'] = helpfulness, reward.helpfulness_weight
+  if reward.overlong_buffer:
+    fn = overlong_penalty(
+      reward.overlong_buffer, reward.overlong_penalty, config.sampling.max_completion_length
+    )
+    added['overlong'] = fn, 1.0
+  if knows_truth and reward.name != 'oracle':
+    # With weight 0 it is only logged, so that over-optimisation shows in each step.
+    parts['true_cosa'] = from_each(world.oracle_cosa, 'true_cosa'), 0.0
+  if reward.mode == 'sum':
+    parts, added = parts | added, {}
+  total = combine(parts, reward.mode, added, tuple(reward.clip) or None)
+  return Scorers(total, judge, helpfulness or _nothing)
+
+
+def _make_safety(reward: Any, knows_truth: bool) -> RewardFn:
+  match reward.name:
+    case 'csrm':
+      if not reward.checkpoint:
+        raise ValueError(
+          'config.reward.checkpoint is empty: give the work directory of a '
+          'reward model that configs/rm.py has trained, as checkpoint=DIR'
+        )
+      score_fn = _load_score_fn(reward.checkpoint, reward.max_length)
+      return safety_reward(score_fn, reward.a, reward.b)
+    case 'http':
+      if not reward.url:
+        raise ValueError('config.reward.url is empty: give the scorer as url=URL')
+      return from_http(HttpScorer(*(reward[f.name] for f in dataclasses.fields(HttpScorer))))
+    case 'python':
+      return from_callable(_find(reward.function), reward.function)
+    case 'oracle':
+      _check_truth(knows_truth, 'reward=oracle', 'take data=ruleworld or another reward')
+      return from_each(world.oracle_safety, 'safety')
+  raise ValueError(f'config.reward.name={reward.name!r} is unknown')
+
+
+def _make_helpfulness(reward: Any, knows_truth: bool) -> RewardFn | None:
+  name = reward.helpfulness
+  if name in (None, 'none'):  # AlphaAlign-Zero leaves it empty
+    return None
+  if name == 'oracle':
+    instead = "give the work directory of a reward model, or 'none'"
+    _check_truth(knows_truth, "config.reward.helpfulness='oracle'", instead)
+    return from_each(world.oracle_helpfulness, 'helpfulness')
+  return helpfulness_reward(
+    _load_score_fn(name), reward.helpfulness_a, reward.helpfulness_b, augment.NO_RULES
+  )
+
+
+def _make_refusal(reward: Any, knows_truth: bool) -> verifiers.RefusalFn:
+  name = reward.refusal
+  if name == 'oracle':
+    instead = f'take {", ".join(verifiers.REFUSALS)} or the work directory of a reward model'
+    _check_truth(knows_truth, "config.reward.refusal='oracle'", instead)
+    return verifiers.by_text(world.refuses)
+  if name in verifiers.REFUSALS:
+    return verifiers.REFUSALS[name]
+  return verifiers.by_score(_load_score_fn(name), schema.load_safety(reward.refusal_rules))
+
+
+def _check_truth(knows_truth: bool, setting: str, instead: str) -> None:
+  if not knows_truth:
+    raise ValueError(f'{setting} knows RuleWorld only; {instead}')
+
+
+def _not_complied(refuses: verifiers.RefusalFn) -> RewardFn:
+  """Returns a reward of 1 unless a harmful request is answered: the labels say no more."""
+
+  def safety(samples: Sequence[Sample]) -> np.ndarray:
+    answers = verifiers.rewrite(samples, verifiers.answer_of)
+    harmful = np.array([s.prompt.label == 'harmful' for s in samples])
+    return (~harmful | refuses(answers)).astype(np.float32)
+
+  return safety
+
+
+def _nothing(samples: Sequence[Sample]) -> np.ndarray:
+  """Returns 1 for each sample: the helpfulness where nobody judges it."""
+  return np.ones(len(samples), np.float32)
+
+
+# The reward and the report's judge may ask the same reward model, which is then loaded once.
+@functools.lru_cache(maxsize=4)
+def _load_score_fn(source: str, max_length: int = 2048) -> scoring.ScoreFn:
+  return reward_model.load(source, max_length).score_fn
+
+
+def _find(name: str) -> Callable[..., Any]:
+  module, _, attribute = name.partition(':')
+  try:
+    fn = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(
+      f'config.reward.function={name!r} cannot be imported ({error}); write '
+      'module:name of a function of samples'
+    ) from None
+  if not callable(fn):
+    raise ValueError(f'config.reward.function={name!r} is no function')
+  return fn

@@ -1,4 +1,4 @@
-r"""AlphaAlign: is an output well formed, does it refuse, and what is it worth?
+r"""AlphaAlign's verifiers: is an output well formed, and does its answer refuse?
 
 An output is <safety_reasoning>...</safety_reasoning><answer>...</answer>. The answer refuses an
 unsafe request, for example with \boxed{Sorry, I cannot help.}
@@ -7,35 +7,23 @@ V_f (is the output well formed?) is `format_reward`. V_r (does the answer refuse
 of three ways: by patterns, by patterns within \boxed{} only, or by a reward model that judges the
 answer under rules which forbid to refuse (configs/safety/refusal.yaml).
 
-`dual_reward` combines them. For a harmful prompt it is R_s = r_f V_f + r_a V_r. For a benign prompt
-it is R_s = r_f V_f - r_a V_r, plus R_h = max(standardised helpfulness, 0) where the answer does not
-refuse. Helpfulness is standardised among the samples of one prompt.
-
 Source: AlphaAlign (arXiv 2507.14987).
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from csrm_jax.reward import scoring
-from csrm_jax.rl import rewards
 from csrm_jax.safety import schema
-from csrm_jax.safety.schema import RewardFn, Sample
+from csrm_jax.safety.schema import Sample
 
 # samples, whose text is the answer alone -> bool [N]
 RefusalFn = Callable[[Sequence[Sample]], np.ndarray]
-
-# How helpfulness counts: standardised within the prompt's group; raw (the ablation without
-# standardisation); or not at all, so that R_s is the whole reward (AlphaAlign-Zero, the ablation
-# without R_h).
-HELPFULNESS = ('standardised', 'raw', 'none')
 
 REASONING, ANSWER = 'safety_reasoning', 'answer'
 _TAG = re.compile(rf'</?(?:{REASONING}|{ANSWER})>')
@@ -120,6 +108,11 @@ def unboxed(text: str) -> str:
   return (text[:start] + text[inner:end] + text[end + 1 :]).strip()
 
 
+def rewrite(samples: Sequence[Sample], fn: Callable[[str], str]) -> list[Sample]:
+  """Returns the samples with fn(text) as their text, such as the answer alone."""
+  return [dataclasses.replace(s, text=fn(s.text)) for s in samples]
+
+
 def is_refusal(text: str) -> bool:
   r"""Returns V_r by patterns: whether an answer declines what was asked.
 
@@ -154,10 +147,8 @@ def by_score(score_fn: scoring.ScoreFn, safety: schema.SafetyConfig) -> RefusalF
   """
 
   def refuses(samples: Sequence[Sample]) -> np.ndarray:
-    examples = [
-      dataclasses.replace(dataclasses.replace(s, text=unboxed(s.text)).example(), safety=safety)
-      for s in samples
-    ]
+    examples = [s.example() for s in rewrite(samples, unboxed)]
+    examples = [dataclasses.replace(e, safety=safety) for e in examples]
     verdicts = scoring.verdicts(score_fn(examples))
     return np.array([v.label == 'unsafe' for v in verdicts], bool)
 
@@ -181,95 +172,3 @@ def _boxed_span(text: str) -> tuple[int, int, int] | None:
     if not depth:
       return start.start(), start.end(), place
   return None
-
-
-def dual_reward(
-  refusal_fn: RefusalFn,
-  helpfulness_fn: RewardFn | None,
-  helpfulness: str,
-  format_weight: float,
-  answer_weight: float,
-) -> rewards.TotalFn:
-  """Returns a function: samples -> (total, parts), as `rewards.combine` does.
-
-  Parts are 'format' (V_f), 'refusal' (V_r), 'safety' (R_s), and 'helpfulness' (R_h; 0 for harmful
-  prompts) unless it is left out. Refusal and helpfulness are judged by the answer alone, without
-  its box for helpfulness. All samples of a prompt must be in one call.
-
-  Args:
-    refusal_fn: V_r.
-    helpfulness_fn: Judges the answers to benign prompts; None with helpfulness='none'.
-    helpfulness: One of HELPFULNESS.
-    format_weight: r_f.
-    answer_weight: r_a.
-  """
-  if helpfulness not in HELPFULNESS:
-    raise ValueError(f'unknown helpfulness {helpfulness!r}; use one of {", ".join(HELPFULNESS)}')
-  if (helpfulness == 'none') != (helpfulness_fn is None):
-    raise ValueError(
-      f'helpfulness is {helpfulness!r}, and '
-      + ('there is no' if helpfulness_fn is None else 'there is a')
-      + ' helpfulness reward; give one, or "none" without'
-    )
-  for name, weight in (('format', format_weight), ('answer', answer_weight)):
-    if not (math.isfinite(weight) and weight > 0):
-      raise ValueError(f'the {name} weight of AlphaAlign is {weight}; it must be above 0')
-
-  def score(samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    benign = np.array([_is_benign(s) for s in samples], bool)
-    answers = [dataclasses.replace(s, text=answer_of(s.text)) for s in samples]
-    form = format_reward(samples)
-    refuses = np.asarray(refusal_fn(answers))
-    if refuses.shape != benign.shape or refuses.dtype != bool:
-      raise ValueError(
-        f'V_r gives {refuses.dtype} {list(refuses.shape)} for {len(samples)} '
-        'samples; it must give one bool each'
-      )
-    refusal = refuses.astype(np.float32)
-    safety = np.float32(format_weight) * form + np.float32(answer_weight) * np.where(
-      benign, -refusal, refusal
-    )
-    parts = {'format': form, 'refusal': refusal, 'safety': safety}
-    if helpfulness == 'none':
-      return safety, parts
-    chosen = np.flatnonzero(benign)
-    asked = [dataclasses.replace(answers[i], text=unboxed(answers[i].text)) for i in chosen]
-    help_ = rewards.check_rewards(helpfulness_fn(asked), asked, 'helpfulness')
-    if helpfulness == 'standardised':
-      help_ = np.maximum(standardise(help_, asked), 0)
-    parts['helpfulness'] = np.zeros(len(samples), np.float32)
-    parts['helpfulness'][chosen] = help_ * (1 - refusal[chosen])
-    return safety + parts['helpfulness'], parts
-
-  return score
-
-
-def standardise(values: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
-  """Returns (value - mean) / std within each prompt's samples, float32 [N].
-
-  It is 0 where all values of a group are equal. A prompt with one sample is a ValueError.
-  """
-  values = np.asarray(values, np.float64)
-  result = np.zeros(len(samples), np.float32)
-  groups = collections.defaultdict(list)
-  for row, sample in enumerate(samples):
-    groups[sample.prompt.id].append(row)
-  for name, rows in groups.items():
-    if len(rows) == 1:
-      raise ValueError(
-        f'prompt {name} has one sample, and nothing to standardise its '
-        'helpfulness with; set num_generations to 2 or more'
-      )
-    group = values[rows]
-    if np.ptp(group) > 0:
-      result[rows] = (group - group.mean()) / group.std()
-  return result
-
-
-def _is_benign(sample: Sample) -> bool:
-  if not sample.prompt.label:
-    raise ValueError(
-      f'prompt {sample.prompt.id} has no label; AlphaAlign needs "harmful" '
-      'or "benign" on every prompt'
-    )
-  return sample.prompt.label == 'benign'

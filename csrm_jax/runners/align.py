@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
-import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +19,12 @@ from csrm_jax.evals import policy as policy_eval, report
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.models.sampling import Sampling
-from csrm_jax.reward import backbone, model as reward_model
+from csrm_jax.reward import backbone
 from csrm_jax.rl import algorithms, offline, online, rewards, verifiers
 from csrm_jax.ruleworld import policy as world
-from csrm_jax.safety import augment, schema
-from csrm_jax.safety.schema import Prompt, RewardFn, Sample
+from csrm_jax.runners import evaluate
+from csrm_jax.safety import schema
+from csrm_jax.safety.schema import Prompt, Sample
 from csrm_jax.train import loop as loop_lib, step as training
 
 # The most held-out prompts that are answered during training: enough to see a trend.
@@ -41,25 +39,21 @@ class Setup:
   """Everything that a run reads before it trains."""
 
   config: ml_collections.ConfigDict
+  source: hf.Source  # the weights that the policy starts from
   policy: online.Policy  # the policy that is trained
   reference: tuple[ModelConfig, Any]  # the unaligned policy; its parameters lie on the mesh
   train: Sequence[Prompt]
   test: Sequence[Prompt]  # held out
-  scorers: Scorers
+  scorers: rewards.Scorers
   sampling: Sampling
   mesh: jax.sharding.Mesh  # training and rewards run on it
   sampling_mesh: jax.sharding.Mesh  # completions are drawn on it; it has the same devices
-  began: float  # time.monotonic() before anything was read
-
-  @property
-  def knows_truth(self) -> bool:
-    """Whether RuleWorld's oracle can judge: it knows its own prompts only."""
-    return self.config.data.source == 'ruleworld'
+  setup_s: float  # the seconds that reading all this has taken
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Aligns a policy, compares it with the unaligned one, and writes workdir/report."""
-  if _show_finished(workdir):
+  if evaluate.show_finished(workdir):
     return
   if jax.process_count() > 1:
     raise ValueError(
@@ -72,28 +66,15 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   with jax.set_mesh(setup.mesh):
     is_online = algorithms.get(config.algorithm).online
     params, extra = (_train_online if is_online else _train_offline)(setup, workdir)
-    results, measured = _evaluate(setup, params, workdir)
+    results = _evaluate(setup, params, workdir)
     _export(setup, params, workdir)
-  summary = (
-    _flatten(measured)
-    | extra
-    | {
-      'time_s': time.monotonic() - start + earlier_s,
-      'num_params': tree.num_params(params),
-      'num_prompts': len(setup.train),
-    }
-  )
-  manifest = json.loads((workdir / 'manifest.json').read_text())
-  path = report.write_report(
-    workdir / 'report',
-    results,
-    title=config.title,
-    summary=summary,
-    manifest=manifest,
-    history=workdir / 'metrics.jsonl',
-  )
-  _print_table(summary)
-  print(f'report: {path}')
+  summary = _flatten(results['alignment'].values['policies']) | extra
+  summary |= {
+    'time_s': time.monotonic() - start + earlier_s,
+    'num_params': tree.num_params(params),
+    'num_prompts': len(setup.train),
+  }
+  evaluate.write(workdir, results, summary, config.title)
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
@@ -108,22 +89,22 @@ def _check(config: ml_collections.ConfigDict) -> None:
 
 
 def _set_up(config: ml_collections.ConfigDict) -> Setup:
-  began = time.monotonic()
-  policy = make_policy(config)
+  began, source = time.monotonic(), hf.Source(config.policy.init)
+  policy = make_policy(config, source)
   sampling = make_sampling(config, (policy.tokenizer.eos_id,))
   train, test = make_prompts(config)
   # Prompts that do not fit are an error here, before anything is written.
   policy.encode_all([*train, *test], sampling.max_completion_length)
   mesh, sampling_mesh = make_meshes(config)
   with jax.set_mesh(mesh):
-    scorers = make_scorers(config)
+    scorers = rewards.make_scorers(config)
   # The reference has no adapters. Where adapters are trained, its parameters are the frozen base.
   model = dataclasses.replace(policy.model, lora_rank=0)
   shardings = mesh_lib.shardings(transformer.shapes(model), mesh)
-  params = hf.load_params(config.policy.init, model, shardings)
-  reference = model, params
+  reference = model, hf.load_params(source, model, shardings)
+  setup_s = time.monotonic() - began
   return Setup(
-    config, policy, reference, train, test, scorers, sampling, mesh, sampling_mesh, began
+    config, source, policy, reference, train, test, scorers, sampling, mesh, sampling_mesh, setup_s
   )
 
 
@@ -177,7 +158,7 @@ def _train_online(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, A
   """Returns (all parameters of the aligned policy, a part of the summary)."""
   params, frozen = _init_params(setup)
   step_fn, state = make_step(setup.config, setup.policy, params, setup.mesh)
-  judges = setup.scorers.judges(setup.knows_truth)
+  judges = _judges(setup)
 
   def look(model: ModelConfig, params: Any) -> dict[str, Any]:
     samples = _answer(setup, model, params, setup.test[:_NUM_LOOKED_AT])
@@ -250,7 +231,7 @@ def _train(
     mesh=setup.mesh,
     workdir=workdir,
     meta=meta,
-    setup_s=time.monotonic() - setup.began,
+    setup_s=setup.setup_s,
     name=name,
   )
 
@@ -269,12 +250,19 @@ def _answer(
   return samples
 
 
-def _evaluate(
-  setup: Setup, params: Any, workdir: pathlib.Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns (the report's results, {policy: its metrics})."""
+def _judges(setup: Setup) -> policy_eval.Judges:
+  """Returns the report's judges, with RuleWorld's oracle where it knows the prompts."""
+  if setup.config.data.source == 'ruleworld':
+    refuses, oracle = world.refuses, _ORACLE
+  else:
+    refuses, oracle = (lambda text: verifiers.is_refusal(verifiers.answer_of(text))), None
+  return policy_eval.Judges(setup.scorers.safety, setup.scorers.helpfulness, refuses, oracle)
+
+
+def _evaluate(setup: Setup, params: Any, workdir: pathlib.Path) -> report.Results:
+  """Returns the report's results: of the policies, and of what was looked at on the way."""
   print('evaluating', file=sys.stderr)
-  config, judges = setup.config, setup.scorers.judges(setup.knows_truth)
+  config, judges = setup.config, _judges(setup)
   answers = {'unaligned': _answer(setup, *setup.reference, setup.test)}
   if config.eval.best_of:
     many = _answer(setup, *setup.reference, setup.test, config.eval.best_of)
@@ -298,8 +286,7 @@ def _evaluate(
     results['overoptimisation'] = policy_eval.overoptimisation(
       history, f'{min(_NUM_LOOKED_AT, len(setup.test))} held-out prompts.'
     )
-  measured = results['alignment'].values['policies']
-  return results, {policy: sets[policy_eval.ALL] for policy, sets in measured.items()}
+  return results
 
 
 def _best(samples: Sequence[Sample], totals: np.ndarray, num: int) -> list[Sample]:
@@ -308,11 +295,11 @@ def _best(samples: Sequence[Sample], totals: np.ndarray, num: int) -> list[Sampl
   return [samples[i * num + best] for i, best in enumerate(chosen.tolist())]
 
 
-def _flatten(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _flatten(policies: policy_eval.Policies) -> dict[str, float]:
   """Returns {'aligned/true_cosa': value, …}, with the bounds of each interval."""
   flat = {}
-  for policy, found in measured.items():
-    for name, metric in found.items():
+  for policy, found in policies.items():
+    for name, metric in found[policy_eval.ALL].items():
       key = f'{policy.replace(" ", "_")}/{name}'
       flat[key] = metric['value']
       flat[f'{key}_low'], flat[f'{key}_high'] = metric['low'], metric['high']
@@ -325,42 +312,14 @@ def _export(setup: Setup, params: Any, workdir: pathlib.Path) -> None:
   model, merged = online.sampling_copy(setup.policy.model, params, '', setup.mesh)
   made_by = f'csrm_jax, algorithm {config.algorithm}'
   hf.save(workdir / 'policy', model, merged, metadata={'made_by': made_by})
-  backbone.save_tokenizer(config.policy.tokenizer or config.policy.init, workdir / 'policy')
-
-
-def _show_finished(workdir: pathlib.Path) -> bool:
-  path = workdir / 'report' / 'summary.json'
-  if not path.is_file():
-    return False
-  _print_table(json.loads(path.read_text()))
-  print(f'{workdir} is finished; remove its report/ to evaluate again')
-  return True
-
-
-def _print_table(summary: dict[str, Any]) -> None:
-  """Prints the table that a run ends with: metrics as rows, policies as columns."""
-  names = [
-    key.removeprefix('aligned/')
-    for key in summary
-    if key.startswith('aligned/') and not key.endswith(('_low', '_high'))
-  ]
-  policies = list(
-    dict.fromkeys(
-      key.partition('/')[0] for key in summary if '/' in key and key.partition('/')[2] in names
-    )
-  )
-  print(f'{"":20}' + ''.join(f'{policy:>14}' for policy in policies))
-  for name in names:
-    values = (summary[f'{policy}/{name}'] for policy in policies)
-    print(f'{name:20}' + ''.join(f'{value:14.3f}' for value in values))
+  backbone.save_tokenizer(config.policy.tokenizer or setup.source, workdir / 'policy')
 
 
 # --- Policy and prompts ----------------------------------------------------------------
 
 
-def make_policy(config: ml_collections.ConfigDict) -> online.Policy:
+def make_policy(config: ml_collections.ConfigDict, source: hf.Source) -> online.Policy:
   """Returns the policy that config.policy describes, without its parameters."""
-  source = config.policy.init
   model = hf.load_config(source, **config.policy.overrides)
   tokenizer = backbone.load_tokenizer(config.policy.tokenizer or source)
   if tokenizer.vocab_size > model.vocab_size:
@@ -466,160 +425,3 @@ def _read_jsonl(path: pathlib.Path, safety: schema.SafetyConfig) -> list[Prompt]
 
 def _prompt(name: str, text: str, safety: schema.SafetyConfig, label: str) -> Prompt:
   return Prompt(name, (schema.Message('user', text),), safety, label)
-
-
-# --- Rewards ---------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Scorers:
-  """The reward that a run maximises, and the two parts by which the report judges."""
-
-  total: rewards.TotalFn
-  safety: RewardFn
-  helpfulness: RewardFn
-
-  def judges(self, knows_truth: bool) -> policy_eval.Judges:
-    """Returns the report's judges, with RuleWorld's oracle among them where it knows the truth."""
-    refuses = (
-      world.refuses
-      if knows_truth
-      else (lambda text: verifiers.is_refusal(verifiers.answer_of(text)))
-    )
-    return policy_eval.Judges(
-      self.safety, self.helpfulness, refuses, _ORACLE if knows_truth else None
-    )
-
-
-def make_scorers(config: ml_collections.ConfigDict) -> Scorers:
-  """Returns the rewards that config.reward describes; reward models lie on the current mesh."""
-  reward = config.reward
-  knows_truth = config.data.source == 'ruleworld'
-  if reward.name == 'alphaalign':
-    return _make_alphaalign(reward, knows_truth)
-  safety = _make_safety(reward, knows_truth)
-  helpfulness = _make_helpfulness(reward, knows_truth)
-  parts = {'safety': (safety, reward.safety_weight)}
-  if helpfulness is not None:
-    parts['helpfulness'] = helpfulness, reward.helpfulness_weight
-  added = {}
-  if reward.overlong_buffer:
-    fn = rewards.overlong_penalty(
-      reward.overlong_buffer, reward.overlong_penalty, config.sampling.max_completion_length
-    )
-    added['overlong'] = fn, 1.0
-  if knows_truth and reward.name != 'oracle':
-    # With weight 0 it is only logged, so that over-optimisation shows in each step.
-    parts['true_cosa'] = rewards.from_each(world.oracle_cosa, 'true_cosa'), 0.0
-  if reward.mode == 'sum':
-    parts, added = parts | added, {}
-  total = rewards.combine(parts, reward.mode, added, tuple(reward.clip) or None)
-  return Scorers(total, _judge_safety(reward, safety), helpfulness or _nothing)
-
-
-def _judge_safety(reward: Any, safety: RewardFn) -> RewardFn:
-  """Returns P(safe): policies of one sweep are compared without their own a and b."""
-  if reward.name == 'csrm' and (reward.a, reward.b) != (1.0, 0.0):
-    return rewards.safety_reward(_load_score_fn(reward.checkpoint, reward.max_length))
-  return safety
-
-
-def _make_safety(reward: ml_collections.ConfigDict, knows_truth: bool) -> RewardFn:
-  if reward.name == 'csrm':
-    if not reward.checkpoint:
-      raise ValueError(
-        'config.reward.checkpoint is empty: give the work directory of a '
-        'reward model that configs/rm.py has trained, as checkpoint=DIR'
-      )
-    score_fn = _load_score_fn(reward.checkpoint, reward.max_length)
-    return rewards.safety_reward(score_fn, reward.a, reward.b)
-  if reward.name == 'http':
-    if not reward.url:
-      raise ValueError('config.reward.url is empty: give the scorer as url=URL')
-    return rewards.from_http(
-      rewards.HttpScorer(
-        reward.url, reward.timeout_s, reward.num_tries, reward.backoff_s, reward.batch_size
-      )
-    )
-  if reward.name == 'python':
-    return rewards.from_callable(_find(reward.function), reward.function)
-  if reward.name != 'oracle':
-    raise ValueError(f'config.reward.name={reward.name!r} is unknown')
-  _check_truth(knows_truth, 'reward=oracle', 'take data=ruleworld or another reward')
-  return rewards.from_each(world.oracle_safety, 'safety')
-
-
-def _make_helpfulness(reward: ml_collections.ConfigDict, knows_truth: bool) -> RewardFn | None:
-  name = reward.helpfulness
-  if name == 'none':
-    return None
-  if name != 'oracle':
-    return rewards.helpfulness_reward(
-      _load_score_fn(name), reward.helpfulness_a, reward.helpfulness_b, augment.NO_RULES
-    )
-  _check_truth(
-    knows_truth,
-    "config.reward.helpfulness='oracle'",
-    "give the work directory of a reward model, or 'none'",
-  )
-  return rewards.from_each(world.oracle_helpfulness, 'helpfulness')
-
-
-def _make_alphaalign(reward: ml_collections.ConfigDict, knows_truth: bool) -> Scorers:
-  refuses = _make_refusal(reward, knows_truth)
-  helpfulness = None if reward.variant == 'none' else _make_helpfulness(reward, knows_truth)
-  total = verifiers.dual_reward(
-    refuses, helpfulness, reward.variant, reward.format_weight, reward.answer_weight
-  )
-
-  def safety(samples: Sequence[Sample]) -> np.ndarray:
-    """Returns 1 unless a harmful request is answered: the labels say no more."""
-    answers = [dataclasses.replace(s, text=verifiers.answer_of(s.text)) for s in samples]
-    harmful = np.array([s.prompt.label == 'harmful' for s in samples])
-    return (~harmful | refuses(answers)).astype(np.float32)
-
-  return Scorers(total, safety, helpfulness or _nothing)
-
-
-def _make_refusal(reward: ml_collections.ConfigDict, knows_truth: bool) -> verifiers.RefusalFn:
-  name = reward.refusal
-  if name == 'oracle':
-    _check_truth(
-      knows_truth,
-      "config.reward.refusal='oracle'",
-      f'take {", ".join(verifiers.REFUSALS)} or the work directory of a reward model',
-    )
-    return verifiers.by_text(world.refuses)
-  if name in verifiers.REFUSALS:
-    return verifiers.REFUSALS[name]
-  return verifiers.by_score(_load_score_fn(name), schema.load_safety(reward.refusal_rules))
-
-
-def _check_truth(knows_truth: bool, setting: str, instead: str) -> None:
-  if not knows_truth:
-    raise ValueError(f'{setting} knows RuleWorld only; {instead}')
-
-
-# The reward and the report's judge may ask the same reward model, which is then loaded once.
-@functools.lru_cache(maxsize=4)
-def _load_score_fn(source: str, max_length: int = 2048) -> Callable[..., Any]:
-  return reward_model.load(source, max_length).score_fn
-
-
-def _find(name: str) -> Callable[..., Any]:
-  module, _, attribute = name.partition(':')
-  try:
-    fn = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise ValueError(
-      f'config.reward.function={name!r} cannot be imported ({error}); write '
-      'module:name of a function of samples'
-    ) from None
-  if not callable(fn):
-    raise ValueError(f'config.reward.function={name!r} is no function')
-  return fn
-
-
-def _nothing(samples: Sequence[Sample]) -> np.ndarray:
-  """Returns 1 for each sample: the helpfulness where nobody judges it."""
-  return np.ones(len(samples), np.float32)

@@ -41,7 +41,7 @@ def helpfulness(samples):
 def dual_reward(
   refusal_fn, helpfulness_fn, kind='standardised', format_weight=1.0, answer_weight=1.0
 ):
-  return verifiers.dual_reward(refusal_fn, helpfulness_fn, kind, format_weight, answer_weight)
+  return rewards.dual_reward(refusal_fn, helpfulness_fn, kind, format_weight, answer_weight)
 
 
 def score(samples=GROUPS, kind='standardised', **kwargs):
@@ -80,7 +80,7 @@ def test_a_batch_without_benign_prompts():
 
 def test_groups_are_standardised_apart_and_equal_ones_to_zero():
   samples = [sample('benign', i, YES, name=name) for name in 'ab' for i in range(3)]
-  values = verifiers.standardise(np.array([1, 2, 3, 0.1, 0.1, 0.1], np.float32), samples)
+  values = rewards.standardise(np.array([1, 2, 3, 0.1, 0.1, 0.1], np.float32), samples)
   np.testing.assert_allclose(values, [-(1.5**0.5), 0, 1.5**0.5, 0, 0, 0], rtol=1e-6)
 
 

@@ -375,13 +375,12 @@ def test_value_loss_agrees_with_loops_at_float64(clip, name):
 
 
 PAIRS = {
-  'ref_logprob': np.array([[-9.1, -7.4], [-30.2, -12.9], [-5.5, -6.5], [np.nan, np.nan]]),
-  # The third pair is a tie, the fourth padding.
-  'reward': np.array([[3.9, 1.2], [0.42, 0.07], [0.3, 0.3], [0, np.nan]]),
-  'pair_weight': np.float32([1, 1, 1, 0]),
+  'ref_logprob': np.array([[-9.1, -7.4], [-30.2, -12.9], [-5.5, -6.5]]),
+  # The third pair is a tie.
+  'reward': np.array([[3.9, 1.2], [0.42, 0.07], [0.3, 0.3]]),
 }
-SUMS = np.array([[-8.2, -7.9], [-31.6, -11.2], [-5.0, -6.0], [np.nan, -1]])
-USED = np.array([[1, 1]] * 3 + [[0, 0]])
+SUMS = np.array([[-8.2, -7.9], [-31.6, -11.2], [-5.0, -6.0]])
+EVERYWHERE = np.ones((3, 2))
 
 
 def _reference_pairs(sums, beta, loss):
@@ -406,7 +405,7 @@ def test_losses_of_pairs_agree_with_loops_at_float64(name, fn):
   np.testing.assert_allclose(total, _reference_pairs(SUMS, 0.3, name), rtol=1e-12)
   assert weight == 3
   np.testing.assert_allclose(
-    grad, _differences(lambda x: _reference_pairs(x, 0.3, name), SUMS, USED), rtol=1e-6
+    grad, _differences(lambda x: _reference_pairs(x, 0.3, name), SUMS, EVERYWHERE), rtol=1e-6
   )
   assert metrics['pairs/accuracy'] == (1.5, 3)  # right, wrong, a tie
   np.testing.assert_allclose(metrics['pairs/margin'], (0.3 * (1.4 - 3.1 + 0), 3), rtol=1e-10)
@@ -415,23 +414,16 @@ def test_losses_of_pairs_agree_with_loops_at_float64(name, fn):
 
 def test_nll_of_the_better_sides_agrees_with_a_loop_at_float64():
   mask = np.float32(
-    [
-      [[1, 1, 1, 0], [1, 1, 1, 1]],
-      [[1, 0, 0, 0], [0, 0, 0, 0]],
-      [[0, 1, 1, 0], [1, 0, 0, 0]],
-      [[0, 0, 0, 0], [0, 0, 0, 0]],
-    ]
+    [[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [1, 0, 0, 0]]]
   )
-  batch = PAIRS | {'completion_mask': mask[: len(SUMS)]}
+  batch = PAIRS | {'completion_mask': mask}
 
   def reference(sums):
-    return sum(
-      -sums[i, 0] / max(mask[i, 0].sum(), 1) for i in range(len(sums)) if PAIRS['pair_weight'][i]
-    )
+    return sum(-sums[i, 0] / max(mask[i, 0].sum(), 1) for i in range(len(sums)))
 
   total, weight, _, grad = _with_gradient(lambda x: (*objectives.better_nll(x, batch), {}), SUMS)
   np.testing.assert_allclose(total, reference(SUMS), rtol=1e-12)
-  np.testing.assert_allclose(grad, _differences(reference, SUMS, USED), rtol=1e-6, atol=1e-9)
+  np.testing.assert_allclose(grad, _differences(reference, SUMS, EVERYWHERE), rtol=1e-6, atol=1e-9)
   assert weight == 3
 
 
@@ -479,9 +471,8 @@ def test_microbatches_add_up_to_the_batch(name):
   """Rows of very different lengths, one of them without tokens."""
   if name == 'pairs':
     loss_fn = functools.partial(objectives.distillation_loss, beta=0.3)
-    batch = {
-      key: np.nan_to_num(x, nan=1.0).astype(np.float32) for key, x in (PAIRS | {'x': SUMS}).items()
-    }
+    pairs = (PAIRS | {'x': SUMS}).items()
+    batch = {key: x[[0, 1, 2, 1]].astype(np.float32) for key, x in pairs}
   else:
     loss_fn = functools.partial(objectives.policy_loss, objective=OBJECTIVES[name])
     logprobs, batch = _batch(dtype=np.float32)

@@ -1,5 +1,6 @@
 """Rewards: values, combinations, and what is refused."""
 
+import dataclasses
 import json
 import math
 
@@ -188,7 +189,7 @@ def test_the_normaliser_is_that_of_all_rewards_seen():
   state = rewards.Normaliser()
   for batch in batches:
     # As through a checkpoint.
-    state = rewards.Normaliser.from_dict(json.loads(json.dumps(state.update(batch).to_dict())))
+    state = rewards.Normaliser(**json.loads(json.dumps(dataclasses.asdict(state.update(batch)))))
   seen = np.concatenate(batches).astype(np.float64)
   assert state.count == 54
   np.testing.assert_allclose([state.mean, state.std], [seen.mean(), seen.std()], rtol=1e-9)

@@ -11,7 +11,7 @@ import pytest
 
 from csrm_jax import config as config_lib, main
 from csrm_jax.models import hf
-from csrm_jax.rl import algorithms
+from csrm_jax.rl import algorithms, rewards
 from csrm_jax.runners import align
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def test_the_aligned_policy_can_be_aligned_further(aligned):
   _, before = hf.load(RL.get_config('reward=oracle').policy.init)
   assert (params['embed']['embedding'] != before['embed']['embedding']).any()
   config = _config(f'reward=oracle,policy_init={aligned / "policy"}')
-  assert align.make_policy(config).model.num_layers
+  assert align.make_policy(config, hf.Source(config.policy.init)).model.num_layers
 
 
 def test_distillation_ends_with_a_report(tmp_path):
@@ -180,7 +180,7 @@ def test_the_oracle_verifies_refusals_of_ruleworld_only():
   config = _config('reward=alphaalign')
   config.data.source = 'xstest'
   with pytest.raises(ValueError, match="refusal='oracle' knows RuleWorld only"):
-    align.make_scorers(config)
+    rewards.make_scorers(config)
 
 
 def test_every_algorithm_has_a_config_with_its_own_knobs():
