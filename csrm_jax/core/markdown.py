@@ -25,6 +25,10 @@ def escape(text: Any) -> str:
   return re.sub(r'([\\`*_\[\]<>|#~&$!])', r'\\\1', ' '.join(str(text).split()))
 
 
+class Markdown(str):
+  """Text of ours that is Markdown already, so that a table shows it as it is."""
+
+
 def code(text: Any) -> str:
   """Returns the text on one line, as code."""
   # Within code a backslash escapes nothing, so back-ticks become quotes; tables still need it

@@ -17,7 +17,7 @@ from csrm_jax.core import files
 from csrm_jax.core.markdown import NONE, escape, is_number, number, table
 from csrm_jax.evals import bootstrap, figures, report
 from csrm_jax.evals.report import Results
-from csrm_jax.evals.results import title_of
+from csrm_jax.evals.results import by_metric, title_of
 from csrm_jax.evals.suites import SUITES
 
 # Each of these metrics has a figure: {metric: its caption}.
@@ -122,7 +122,7 @@ def _page(scorers: Mapping[str, Results], found, drawn: report.Pictures, title: 
       scorer: results[name].metrics or {} for scorer, results in scorers.items() if name in results
     }
     if any(columns.values()):
-      parts += [f'### {escape(name)}', report.column_table(columns)]
+      parts += report.plain_table(by_metric(name, columns, level=3))
   parts += _difference_part(found) if found else []
   parts += [*report.skipped_part(everything), *report.definitions_part(everything)]
   return '\n\n'.join(parts) + '\n'

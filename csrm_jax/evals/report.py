@@ -7,21 +7,32 @@ alone: a suite brings what it wants to be shown.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import yaml
 
 from csrm_jax.core import files
-from csrm_jax.core.markdown import NONE, code, escape, is_number, number, table
+from csrm_jax.core.markdown import NONE, Markdown, code, escape, is_number, number, table
 from csrm_jax.evals import figures, verdicts
-from csrm_jax.evals.results import FAILED, METRICS, NAME, SKIPPED, Metric, Result, Table
+from csrm_jax.evals.results import (
+  FAILED,
+  METRICS,
+  NAME,
+  SKIPPED,
+  Result,
+  Table,
+  by_metric,
+  in_row,
+  title_of,
+)
 from csrm_jax.evals.suites import SUITES
 
 Results = Mapping[str, Result]
@@ -328,55 +339,52 @@ def _measured(results: Results) -> list[str]:
 
 
 def _chapter(chapter: str, results: Results, drawn: Mapping[str, Pictures]) -> list[str]:
-  shared: dict[str, dict[str, Any]] = {}
-  for name, result in results.items():
-    for row in result.rows:
-      of = shared.setdefault(row.heading, {'names': row.names, 'note': row.note, 'rows': {}})
-      of['rows'][name + row.suffix] = row.metrics
-  parts = []
-  for heading, of in shared.items():
-    parts += [heading, *([of['note']] if of['note'] else [])]
-    parts.append(_row_table(of['rows'], of['names']))
+  shared = _joined(results, lambda spec: spec.shared)
+  # Without shared tables the results are the columns of one.
+  if not shared:
+    columns = {name: result.metrics or {} for name, result in results.items()}
+    shared = [by_metric(chapter, columns, level=2)]
+  parts = [part for spec in shared for part in plain_table(spec)]
   # A remark that several results bring stands once.
   parts += dict.fromkeys(result.remark for result in results.values() if result.remark)
-  # Without shared rows the results are the columns of one table.
-  if not shared:
-    parts.append(f'## {chapter.replace(NAME, escape(next(iter(results))))}')
-    columns: dict[str, Any] = {}
-    for name, result in results.items():
-      columns |= {name: result.metrics or {}} if result.columns is None else result.columns
-    parts += [column_table(columns)] if any(columns.values()) else []
+  shown = {title for spec in shared for title in (*spec.header, *(row[0] for row in spec.rows))}
   for name, result in results.items():
-    in_rows = {metric for row in result.rows for metric in row.names}
-    # Metrics that no shared row shows stand in a table of the result's own.
-    more = [metric for metric in result.metrics or {} if result.rows and metric not in in_rows]
-    own = [_row_table({name: result.metrics}, more)] if more else []
+    # Metrics that no shared table shows stand in a table of the result's own.
+    more = [metric for metric in result.metrics or {} if title_of(metric) not in shown]
+    own = plain_table(in_row('', name, result.metrics, more)) if more else []
     own += [*result.text, *images(drawn[name])]
     for spec in result.tables:
-      own += plain_table(spec) if spec.section is None else []
+      own += plain_table(spec) if spec.section is None and not spec.shared else []
     parts += ([] if result.alone else [f'### {escape(name)}']) + own if own else []
   return parts
 
 
 def _sections(results: Results) -> list[str]:
   """Returns the tables that stand in sections at the end, those of one title joined."""
-  sections: dict[str, dict[str, Table]] = {}
-  for name, result in results.items():
-    for spec in result.tables:
-      if spec.section is None:
-        continue
-      title = spec.title.replace(NAME, name)
-      rows = [[name if cell == NAME else cell for cell in row] for row in spec.rows]
-      section = sections.setdefault(spec.section, {})
-      rows = [*(section[title].rows if title in section else ()), *rows]
-      section[title] = dataclasses.replace(spec, title=title, rows=rows)
   parts = []
-  for heading, tables in sections.items():
-    shown = [part for spec in tables.values() if spec.rows for part in plain_table(spec)]
+  headings = dict.fromkeys(spec.section for r in results.values() for spec in r.tables)
+  for heading in (heading for heading in headings if heading is not None):
+    tables = _joined(results, lambda spec, heading=heading: spec.section == heading)
+    shown = [part for spec in tables if spec.rows for part in plain_table(spec)]
     # Tables of level 2 are headings themselves.
-    has_heading = shown and next(iter(tables.values())).level > 2
-    parts += ([f'## {heading}'] if has_heading else []) + shown
+    parts += ([f'## {heading}'] if shown and tables[0].level > 2 else []) + shown
   return parts
+
+
+def _joined(results: Results, wanted: Callable[[Table], bool]) -> list[Table]:
+  """Returns the wanted tables under the names of their benchmarks, those of one title joined."""
+  tables: dict[str, Table] = {}
+  for name, result in results.items():
+    for spec in filter(wanted, result.tables):
+      title = spec.title.replace(NAME, name)
+      # A cell that begins with NAME is the label of its row.
+      rows = [
+        [name + c.removeprefix(NAME) if str(c).startswith(NAME) else c for c in row]
+        for row in spec.rows
+      ]
+      rows = [*(tables[title].rows if title in tables else ()), *rows]
+      tables[title] = dataclasses.replace(spec, title=title, rows=rows)
+  return list(tables.values())
 
 
 def definitions_part(results: Results) -> list[str]:
@@ -428,49 +436,17 @@ def _paper_rows(benchmark, scorers, suites, metrics, models) -> list[list[Any]]:
 # --- Tables ----------------------------------------------------------------------------
 
 
-def column_table(columns: Mapping[str, Mapping[str, Metric]]) -> str:
-  """Returns a table of metrics by name; a name that has any best gets a second column for it."""
-  with_best = {
-    name
-    for name, column in columns.items()
-    if any(column[metric]['best'] is not None for metric in METRICS if metric in column)
-  }
-  header = ['']
-  for name in columns:
-    header += [escape(name), 'best'] if name in with_best else [escape(name)]
-  rows = []
-  for metric, about in METRICS.items():
-    if not any(metric in column for column in columns.values()):
-      continue
-    row = [about['title']]
-    for name, column in columns.items():
-      value = column.get(metric)
-      row.append(_cell(value))
-      if name in with_best:
-        row.append(number(value and value['best']))
-    rows.append(row)
-  return table(header, rows)
-
-
-def _row_table(rows: Mapping[str, Mapping[str, Metric]], names: Sequence[str]) -> str:
-  """Returns a table with a row for each name and a column for each metric."""
-  names = [name for name in names if any(name in metrics for metrics in rows.values())]
-  lines = []
-  for title, metrics in rows.items():
-    values = [metrics.get(name) for name in names]
-    lines.append([escape(title), *map(_cell, values)])
-    best = [value and value['best'] for value in values]
-    # What is best reachable stands in a row of its own below, where it is known.
-    if any(map(is_number, best)):
-      lines.append(['*best*', *(f'*{number(b)}*' if is_number(b) else NONE for b in best)])
-  return table(['', *(METRICS[name]['title'] for name in names)], lines)
-
-
 def plain_table(spec: Table) -> list[str]:
-  """Returns the table in Markdown, under its heading."""
-  rows = [list(map(_cell, row)) for row in spec.rows]
-  parts = [f'{"#" * spec.level} {escape(spec.title)}', table([*map(escape, spec.header)], rows)]
-  return parts + ([spec.note] if spec.note else [])
+  """Returns the table in Markdown, under its heading if it has a title."""
+  rows = [spec.header, *spec.rows]
+  if spec.shared:
+    kept = [any(row[i] is not None for row in spec.rows) for i in range(len(spec.header))]
+    rows = [list(itertools.compress(row, kept)) for row in rows]
+  heading = [f'{"#" * spec.level} {escape(spec.title)}'] if spec.title else []
+  header, *cells = [list(map(_cell, row)) for row in rows]
+  body = [table(header, cells)] if spec.rows or not spec.shared else []
+  note = [spec.note] if spec.note else []
+  return [*heading, *note, *body] if spec.shared else [*heading, *body, *note]
 
 
 def images(drawn: Pictures) -> list[str]:
@@ -489,7 +465,7 @@ def _cell(value: Any) -> str:
     known = is_number(value['low'])
     return f'{text} [{value["low"]:.3f}, {value["high"]:.3f}]' if known else text
   if isinstance(value, str):
-    return escape(value)
+    return value if isinstance(value, Markdown) else escape(value)
   if isinstance(value, int) and not isinstance(value, bool):
     return f'{value:,}'
   return number(value)

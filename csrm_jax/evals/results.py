@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from csrm_jax.core.markdown import NONE, Markdown, is_number, number
+
 # {value, low, high, best}: low and high are the 95% bootstrap interval (None where there is none),
 # best is what a judge that knows the true P(unsafe) reaches on the same rows (None if unknown).
 Metric = dict[str, float | None]
@@ -34,16 +36,19 @@ def value(number: float, best: float | None = None) -> Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table of plain values and metrics."""
+  """A table, as report.md shows it and metrics.json holds it."""
 
   title: str
   header: Sequence[str]
-  rows: Sequence[Sequence[Any]]  # numbers, texts, metrics and None
-  note: str | None = None  # Markdown that stands below; it is not escaped
+  rows: Sequence[Sequence[Any]]  # numbers, texts, Markdown, metrics and None
+  note: str | None = None  # Markdown, which is not escaped; below the table, above a shared one
   level: int = 4  # of the heading
   # The section at the end of the report in which the table stands; tables of one title are joined
   # there. '' is a section without a heading; None keeps the table with its result.
   section: str | None = None
+  # Stands at the head of the chapter: tables of one title are joined, and columns in which no row
+  # has a value are left out.
+  shared: bool = False
   stored: bool = True  # False where metrics.json holds the same values elsewhere
 
   def to_json(self) -> dict[str, Any]:
@@ -52,15 +57,36 @@ class Table:
     return obj if self.note is None else obj | {'note': self.note}
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A row of a table of metrics that the results of one chapter share."""
+def by_metric(title: str, columns: Mapping[str, Mapping[str, Metric]], level: int) -> Table:
+  """Returns a table with a row for each metric that a column has, at the head of a chapter.
 
-  heading: str  # Markdown; rows of one heading make one table
-  names: Sequence[str]  # the metrics that are columns
-  metrics: Mapping[str, Metric]
-  note: str = ''  # stands below the heading
-  suffix: str = ''  # follows the benchmark's name
+  A column that knows the best of any metric gets a second one for it.
+  """
+  names = [metric for metric in METRICS if any(metric in column for column in columns.values())]
+  made = [('', *map(title_of, names))]
+  for name, column in columns.items():
+    # A column without values stays, as one of dashes.
+    made.append((name, *(column.get(metric, NONE) for metric in names)))
+    best = [column[metric]['best'] if metric in column else None for metric in names]
+    if any(cell is not None for cell in best):
+      made.append(('best', *best))
+  header, *rows = zip(*made, strict=True)
+  return Table(title, header, rows, level=level, shared=True, stored=False)
+
+
+def in_row(
+  title: str, name: str, metrics: Mapping[str, Metric], names: Sequence[str], **fields: Any
+) -> Table:
+  """Returns a table with a column for each of the named metrics, at the head of a chapter."""
+  cells = [metrics.get(metric) for metric in names]
+  rows = [[name, *cells]]
+  best = [cell and cell['best'] for cell in cells]
+  # What is best reachable stands in a row of its own below, where it is known.
+  if any(map(is_number, best)):
+    rows.append(
+      [Markdown('*best*'), *(Markdown(f'*{number(b)}*') if is_number(b) else None for b in best)]
+    )
+  return Table(title, ['', *map(title_of, names)], rows, shared=True, stored=False, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +117,6 @@ class Result:
   # metrics.json holds the counts before the metrics, the values after them.
   counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  # Rows of tables that the chapter shares. In a chapter without rows metrics are columns, or
-  # `columns` are in their place.
-  rows: Sequence[Row] = ()
-  columns: Mapping[str, Mapping[str, Metric]] | None = None
   alone: bool = False  # whether it shares its chapter with no other result
   text: Sequence[str] = ()  # Markdown above the figures
   remark: str = ''  # stands below the tables that the chapter shares

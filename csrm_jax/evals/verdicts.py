@@ -21,7 +21,7 @@ from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure, rows_by
 from csrm_jax.evals.metrics import Calibration
-from csrm_jax.evals.results import NAME, Figure, Metric, Result, Row, Table, value
+from csrm_jax.evals.results import NAME, Figure, Metric, Result, Table, by_metric, in_row, value
 from csrm_jax.safety.schema import Example, Pair
 
 Scores = Sequence[np.ndarray]
@@ -151,11 +151,11 @@ def classification(
       'reliability': metrics.reliability_bins(labels, p_unsafe),
       'worst': worst,
     },
-    rows=_shared_rows(found, fitted),
     remark=_WITHOUT if blind else '',
-    tables=_final_tables(
-      [] if blind or not num else thresholds, breakdowns, [] if blind else worst
-    ),
+    tables=[
+      *_shared_tables(found, fitted),
+      *_final_tables([] if blind or not num else thresholds, breakdowns, [] if blind else worst),
+    ],
     figures=_figures(labels, p_unsafe, probability, scores, breakdowns['rule set']),
     arrays={
       'ids': np.array([e.id for e in rows], np.str_),
@@ -245,14 +245,17 @@ def _worst(rows: Sequence[Example], labels, p_unsafe) -> list[dict[str, Any]]:
   ]
 
 
-def _shared_rows(found, fitted) -> list[Row]:
-  rows = [Row('## Verdicts', _VERDICTS, found), Row('## Probabilities', _PROBABILITIES, found)]
+def _shared_tables(found, fitted) -> list[Table]:
+  tables = [
+    in_row('Verdicts', NAME, found, _VERDICTS, level=2),
+    in_row('Probabilities', NAME, found, _PROBABILITIES, level=2),
+  ]
   if fitted:
-    c = fitted['calibration']
-    suffix = f' (score / {c["temperature"]:.2f} {c["bias"]:+.2f})'
-    heading = '### After temperature and bias'
-    rows.append(Row(heading, ('f1', *_PROBABILITIES), fitted['metrics'], _FITTED, suffix))
-  return rows
+    c, names = fitted['calibration'], ('f1', *_PROBABILITIES)
+    name = f'{NAME} (score / {c["temperature"]:.2f} {c["bias"]:+.2f})'
+    title = 'After temperature and bias'
+    tables.append(in_row(title, name, fitted['metrics'], names, note=_FITTED, level=3))
+  return tables
 
 
 def _final_tables(thresholds, breakdowns, worst) -> list[Table]:
@@ -424,22 +427,28 @@ def pairs(b: Benchmark, scores: Scores, m: Measure) -> Result:
   found = part(np.arange(len(b.items)))
   kinds = parts(rows_by(pair.kind for pair in b.items))
   sets = parts({name: by_set[name] for name in largest})
-  columns = {'all': {'num_pairs': len(b.items)} | found, **kinds}
+  columns = {
+    f'{kind} ({group["num_pairs"]:,})': group
+    for kind, group in ({'all': {'num_pairs': len(b.items)} | found} | kinds).items()
+  }
+  title = f'Pairs: {NAME}'
   header = ['rule set', 'pairs', 'accuracy ↑', 'mean gap, nats ↑']
   rows = [[name, g['num_pairs'], g['accuracy'], g['score_gap']] for name, g in sets.items()]
   gap, kind = safer - other, np.array([pair.kind for pair in b.items])
   caption = 'Score gaps of pairs: right of 0 the order is right.'
   return Result(
     'pairs',
-    f'Pairs: {NAME}',
+    title,
     alone=True,
-    columns={f'{kind} ({group["num_pairs"]:,})': group for kind, group in columns.items()},
     metrics=found,
     size=f'{len(b.items):,} pairs',
     made_of=[f'{group["num_pairs"]:,} {kind}' for kind, group in kinds.items()],
     counts={'num_pairs': len(b.items)},
     values={'kinds': kinds, 'rule_sets': sets},
-    tables=[Table('By rule set', header, rows, stored=False)] if len(sets) > 1 else [],
+    tables=[
+      by_metric(title, columns, level=2),
+      *([Table('By rule set', header, rows, stored=False)] if len(sets) > 1 else []),
+    ],
     figures=[Figure(figures.draw_gaps, (gap, kind), caption, '_gaps')] if len(b.items) else [],
     arrays={
       'ids': np.array([pair.id for pair in b.items], np.str_),
