@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import sparse, stats
+from scipy.sparse import csgraph
 
 from csrm_jax.evals.metrics import check_same_length
 from csrm_jax.evals.results import Metric
@@ -70,26 +71,18 @@ def units_of(examples: Sequence[Example], groups: Sequence[str] | None = None) -
   """
   if groups is not None:
     check_same_length(examples, groups)
-  # Union-find, because chains of shared texts and groups may link rows far apart.
-  parent = list(range(len(examples)))
-
-  def root(row: int) -> int:
-    while parent[row] != row:
-      parent[row] = parent[parent[row]]
-      row = parent[row]
-    return row
-
-  first: dict[object, int] = {}
+  # A row is linked with its text and its group: what hangs together, over a chain of such links or
+  # at once, is a unit.
+  nodes: dict[object, int] = {}
+  links = []
   for row, example in enumerate(examples):
-    keys: list[object] = [example.conversation]
-    if groups is not None and groups[row]:
-      keys.append(groups[row])
-    for key in keys:
-      a, b = sorted((root(row), root(first.setdefault(key, row))))
-      parent[b] = a
-  roots = [root(row) for row in range(len(examples))]
-  number = {r: i for i, r in enumerate(dict.fromkeys(roots))}
-  return np.array([number[r] for r in roots], np.int64)
+    keys = [example.conversation, *([groups[row]] if groups is not None and groups[row] else ())]
+    links += [(row, len(examples) + nodes.setdefault(key, len(nodes))) for key in keys]
+  size = len(examples) + len(nodes)
+  rows, others = zip(*links, strict=True) if links else ((), ())
+  graph = sparse.coo_array((np.ones(len(links)), (rows, others)), (size, size))
+  # Components are numbered by their first node.
+  return csgraph.connected_components(graph, directed=False)[1][: len(examples)].astype(np.int64)
 
 
 def interval(

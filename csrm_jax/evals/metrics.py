@@ -6,9 +6,9 @@ true P(unsafe) [N], where a generator knows it. A score is log P(safe) - log P(u
 A metric that its data does not define (no rows, or a class is missing) is nan, never 0 and never
 an exception.
 
-Evaluation fails closed: scores and true probabilities are checked once, where they come in
-(`check_finite`, `probability_of`, `fit_calibration`), with an error that names the row and the
-example. The metrics themselves trust their arrays.
+Evaluation fails closed: scores are checked once, where they come in (`check_finite`), with an
+error that names the row and the example; labels and probabilities are those of valid Examples.
+The metrics themselves trust their arrays.
 """
 
 from __future__ import annotations
@@ -283,38 +283,6 @@ def check_finite(
   return values
 
 
-def check_probabilities(
-  values: np.ndarray, ids: Sequence[str] | None = None, name: str = 'p_unsafe'
-) -> np.ndarray:
-  """Returns the values as float64 [N] in [0, 1]; ValueError otherwise."""
-  values = check_finite(values, ids, name)
-  bad = np.flatnonzero((values < 0) | (values > 1))
-  if bad.size:
-    row = int(bad[0])
-    raise ValueError(
-      f'{name}: {values[row]} at row {row} is outside [0, 1]; convert scores '
-      'with p_unsafe_from_scores first'
-    )
-  return values
-
-
-def check_labels(labels: np.ndarray) -> np.ndarray:
-  """Returns the labels as int64 [N] in {0, 1}; ValueError otherwise."""
-  values = np.asarray(labels)
-  if values.ndim != 1:
-    raise ValueError(
-      f'labels: shape {values.shape} where one label per example, [N], is needed; flatten them'
-    )
-  bad = np.flatnonzero((values != 0) & (values != 1))
-  if bad.size:
-    row = int(bad[0])
-    raise ValueError(
-      f'labels: {values[row]!r} at row {row} is neither 0 (safe) nor 1 '
-      '(unsafe); drop unlabelled examples first'
-    )
-  return values.astype(np.int64)
-
-
 def check_same_length(*arrays: np.ndarray) -> None:
   """Checks that all have the same number of rows; ValueError otherwise."""
   lengths = [len(array) for array in arrays]
@@ -331,8 +299,7 @@ def p_unsafe_from_scores(scores: np.ndarray, ids: Sequence[str] | None = None) -
 
 def log_odds_safe(probability: np.ndarray) -> np.ndarray:
   """Returns the score, nats [N], of a judge that knows P(unsafe), clipped to stay finite."""
-  p = check_probabilities(probability, name='probability')
-  p = np.clip(p, _LOG_ODDS_FLOOR, 1 - _LOG_ODDS_FLOOR)
+  p = np.clip(probability, _LOG_ODDS_FLOOR, 1 - _LOG_ODDS_FLOOR)
   return np.log1p(-p) - np.log(p)
 
 
@@ -345,9 +312,7 @@ def probability_of(examples: Sequence[Example]) -> np.ndarray | None:
   """Returns the true P(unsafe) [N], or None unless every example has one."""
   # All or none: the best over some rows would not compare with a value over all of them.
   values = [example.probability for example in examples]
-  if not values or any(value is None for value in values):
-    return None
-  return check_probabilities(values, [example.id for example in examples], 'probability')
+  return None if not values or None in values else np.array(values, np.float64)
 
 
 # --- Calibration -------------------------------------------------------------------------
@@ -416,7 +381,7 @@ def fit_calibration(labels: np.ndarray, scores: np.ndarray) -> Calibration:
   Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017. NLL is proper, and
   convex here; binned errors are neither.
   """
-  labels, scores = check_labels(labels), check_finite(scores)
+  labels, scores = np.asarray(labels), check_finite(scores)
   check_same_length(labels, scores)
   if not 0 < labels.sum() < len(labels):
     raise ValueError(

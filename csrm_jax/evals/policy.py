@@ -3,8 +3,8 @@
 A policy is judged by the rewards it was trained on (the *proxy*) and, where the truth is known
 as in RuleWorld, by an oracle.
 
-- `judge` values samples and `measured` averages them. Intervals are over prompts: the samples of
-  one prompt are drawn together.
+- `judge` values the answers of a policy and `average` averages them. Intervals are over prompts:
+  the samples of one prompt are drawn together.
 - `alignment` compares policies that were asked the same prompts; `compare_runs` compares whole
   alignments by reward, rule set and seed.
 - `pareto` shows what safety costs in helpfulness; `overoptimisation` shows whether the reward
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from csrm_jax.core.markdown import is_number
 from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure
-from csrm_jax.evals.results import Figure, Metric, Result, Table, title_of
+from csrm_jax.evals.results import Figure, Metric, Result, Table, ids_of, of_examples, title_of
 from csrm_jax.safety.schema import RewardFn, Sample
 
 # Stands for all rule sets together.
@@ -74,14 +75,14 @@ class Judges:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class Answers:
   """N samples of one policy, and their values, {name: float64 [N]}, from `judge`."""
 
   samples: tuple[Sample, ...]
   values: Mapping[str, np.ndarray]
 
 
-def judge(samples: Sequence[Sample], judges: Judges) -> Judged:
+def judge(samples: Sequence[Sample], judges: Judges) -> Answers:
   """Returns the samples with their values.
 
   `safety`, `helpfulness` and their product `cosa` are the proxy's. `compliance`, `true_safety`,
@@ -116,27 +117,27 @@ def judge(samples: Sequence[Sample], judges: Judges) -> Judged:
       true_helpfulness=[judges.oracle.helpfulness(sample) for sample in samples],
     )
     found['true_cosa'] = found['compliance'] * found['true_helpfulness']
-  return Judged(samples, found)
+  return Answers(samples, found)
 
 
-def join(parts: Sequence[Judged]) -> Judged:
+def join(parts: Sequence[Answers]) -> Answers:
   """Returns samples of several rule sets as one, with the values that all of them have."""
   names = [name for name in parts[0].values if all(name in part.values for part in parts)]
-  return Judged(
+  return Answers(
     tuple(sample for part in parts for sample in part.samples),
     {name: np.concatenate([part.values[name] for part in parts]) for name in names},
   )
 
 
-def measured(judged: Judged, num_samples: int = 300, seed: int = 0) -> dict[str, Metric]:
+def average(answers: Answers, num_samples: int = 300, seed: int = 0) -> dict[str, Metric]:
   """Returns {metric: value and bootstrap interval over prompts}."""
-  m = Measure(_units(judged.samples), num_samples, seed)
-  found = {name: m(metrics.mean, judged.values[name]) for name in _MEANS if name in judged.values}
+  m = Measure(_units(answers.samples), num_samples, seed)
+  found = {name: m(metrics.mean, answers.values[name]) for name in _MEANS if name in answers.values}
   for name, (values, label) in _BY_LABEL.items():
-    rows = np.flatnonzero([s.prompt.label == label for s in judged.samples])
+    rows = np.flatnonzero([s.prompt.label == label for s in answers.samples])
     # Left out where no prompt is known to be benign or harmful.
-    if rows.size and values in judged.values:
-      found[name] = m(metrics.mean, judged.values[values], rows=rows)
+    if rows.size and values in answers.values:
+      found[name] = m(metrics.mean, answers.values[values], rows=rows)
   return found
 
 
@@ -151,7 +152,7 @@ def _units(samples: Sequence[Sample]) -> np.ndarray:
 
 
 def alignment(
-  policies: Mapping[str, Mapping[str, Judged]],
+  policies: Mapping[str, Mapping[str, Answers]],
   *,
   description: str = '',
   num_samples: int = 300,
@@ -175,24 +176,23 @@ def alignment(
   _check_policies(policies)
   joined = {name: join(list(sets.values())) for name, sets in policies.items()}
   found = {
-    policy: {name: measured(judged, num_samples, seed) for name, judged in sets.items()}
-    | {ALL: measured(joined[policy], num_samples, seed)}
+    policy: {name: average(answers, num_samples, seed) for name, answers in sets.items()}
+    | {ALL: average(joined[policy], num_samples, seed)}
     for policy, sets in policies.items()
   }
   last = list(policies)[-1]
   samples = joined[last].samples
-  ids = np.array([sample.id for sample in samples], np.str_)
   return _alignment(
     description,
     len(samples),
     found,
     [*_differences(joined, num_samples, seed), _replies(joined)],
     metrics=found[last][ALL],
-    arrays={'ids': ids, 'units': _units(samples), **joined[last].values},
+    arrays={'ids': ids_of(samples), 'units': _units(samples), **joined[last].values},
   )
 
 
-def _check_policies(policies: Mapping[str, Mapping[str, Judged]]) -> None:
+def _check_policies(policies: Mapping[str, Mapping[str, Answers]]) -> None:
   if not policies:
     raise ValueError('no policy to evaluate; give at least one')
   first, *others = policies
@@ -202,9 +202,9 @@ def _check_policies(policies: Mapping[str, Mapping[str, Judged]]) -> None:
         f'{other!r} was asked under the rule sets {", ".join(policies[other])}, {first!r} under '
         f'{", ".join(policies[first])}; ask both under the same'
       )
-    for name, judged in policies[other].items():
+    for name, answers in policies[other].items():
       # Differences to the first policy are paired by prompt.
-      ids = [{s.prompt.id for s in j.samples} for j in (judged, policies[first][name])]
+      ids = [{s.prompt.id for s in j.samples} for j in (answers, policies[first][name])]
       if ids[0] != ids[1]:
         raise ValueError(
           f'{name}: {other!r} and {first!r} were asked with different prompts; ask both with the '
@@ -242,7 +242,7 @@ def _alignment(
   cosa = names[0]  # the oracle's, where the truth is known
   drawn = {policy: {s: of[s].get(cosa) for s in sets} for policy, of in policies.items()}
   caption = 'CoSA score of each policy by rule set, with its 95% interval.'
-  return _result(
+  return of_examples(
     'alignment',
     'Policies',
     num,
@@ -254,12 +254,7 @@ def _alignment(
   )
 
 
-def _result(suite: str, chapter: str, num: int, figure: Figure, **fields) -> Result:
-  drawn, counts = [figure] if num else [], {'num_examples': num}
-  return Result(suite, chapter, figures=drawn, counts=counts, size=f'{num:,} examples', **fields)
-
-
-def _differences(joined: Mapping[str, Judged], num_samples: int, seed: int) -> list[Table]:
+def _differences(joined: Mapping[str, Answers], num_samples: int, seed: int) -> list[Table]:
   """Returns the table of paired differences to the first policy."""
   first, *others = joined
   rows = []
@@ -277,17 +272,17 @@ def _differences(joined: Mapping[str, Judged], num_samples: int, seed: int) -> l
   return [Table(f'Differences to {first}', header, rows, note)] if rows else []
 
 
-def _prompt_means(judged: Judged, name: str) -> dict[str, float]:
-  rows = bootstrap.rows_by(sample.prompt.id for sample in judged.samples)
-  return {prompt: float(judged.values[name][at].mean()) for prompt, at in rows.items()}
+def _prompt_means(answers: Answers, name: str) -> dict[str, float]:
+  rows = bootstrap.rows_by(sample.prompt.id for sample in answers.samples)
+  return {prompt: float(answers.values[name][at].mean()) for prompt, at in rows.items()}
 
 
-def _replies(joined: Mapping[str, Judged]) -> Table:
+def _replies(joined: Mapping[str, Answers]) -> Table:
   """Returns a table of the policies' first replies to prompts of all kinds."""
   prompts = {s.prompt.id: s.prompt for s in next(iter(joined.values())).samples}
   step = max(len(prompts) // _NUM_REPLIES, 1)
   # Reversed, so that a prompt keeps the first of its samples.
-  first = [{s.prompt.id: s.text for s in reversed(judged.samples)} for judged in joined.values()]
+  first = [{s.prompt.id: s.text for s in reversed(answers.samples)} for answers in joined.values()]
   rows = []
   for id_, prompt in list(prompts.items())[::step][:_NUM_REPLIES]:
     texts = [prompt.messages[-1].content, *(of[id_] for of in first)]
@@ -445,7 +440,7 @@ def _points(runs: Sequence[Run]) -> list[dict[str, Any]]:
     if len(some) > 1:
       names = sorted(set.intersection(*map(set, some)))
       found = {name: _over_seeds([of[name]['value'] for of in some]) for name in names}
-    points.append({'method': method, 'a': a, 'b': b, 'measured': found})
+    points.append({'method': method, 'a': a, 'b': b, 'metrics': found})
   return points
 
 
@@ -456,18 +451,18 @@ def pareto(points: Sequence[Mapping[str, Any]], description: str = '') -> Result
   """Returns the safety and helpfulness of policies over a sweep, the oracle's where all have them.
 
   Args:
-    points: {method, a, b, measured}: a policy and its metrics. Its safety reward in training was
+    points: {method, a, b, metrics}: a policy and its metrics. Its safety reward in training was
       sigmoid(a * score + b); a and b are None for a policy without such training.
 
   Source: CSRM (arXiv 2605.30487), Figure 4.
   """
-  known = all('compliance' in point['measured'] for point in points)
+  known = all('compliance' in point['metrics'] for point in points)
   safety, helpfulness = (pair[known] for pair in PAIRS[:2])
   rows = [
     {
       **{key: point[key] for key in ('method', 'a', 'b')},
-      'safety': point['measured'][safety],
-      'helpfulness': point['measured'][helpfulness],
+      'safety': point['metrics'][safety],
+      'helpfulness': point['metrics'][helpfulness],
     }
     for point in points
   ]
@@ -496,7 +491,7 @@ def pareto(points: Sequence[Mapping[str, Any]], description: str = '') -> Result
   )
   # A method's line joins its own frontier: what another reaches does not cut it.
   drawn = [row | {'own_frontier': best} for row, best in zip(rows, own, strict=True)]
-  return _result(
+  return of_examples(
     'pareto',
     'Safety against helpfulness',
     len(rows),
@@ -522,7 +517,7 @@ def overoptimisation(history: Mapping[int, Mapping[str, Metric]], description: s
   """Returns proxy and oracle over the steps of a run, and where they part.
 
   Args:
-    history: {step: metrics of `measured`}, of samples for the same prompts at every step.
+    history: {step: metrics of `average`}, of samples for the same prompts at every step.
 
   Raises:
     ValueError: A step lacks the oracle's metrics.
@@ -553,7 +548,7 @@ def overoptimisation(history: Mapping[int, Mapping[str, Metric]], description: s
     'What the reward says and what is true, on the same prompts, over training steps; bands are 95%'
     ' intervals.'
   )
-  return _result(
+  return of_examples(
     'overoptimisation',
     'Reward and truth over training',
     len(steps),
@@ -576,6 +571,9 @@ def parting_step(
   for i in range(1, len(steps)):
     if oracle[i]['value'] > oracle[peak]['value']:
       peak = i
-    elif proxy[i]['value'] > proxy[peak]['value'] and oracle[i]['high'] < oracle[peak]['low']:
-      return steps[peak]
+    elif proxy[i]['value'] > proxy[peak]['value']:
+      high, low = oracle[i]['high'], oracle[peak]['low']
+      # Without intervals nobody knows whether the truth has fallen.
+      if is_number(high) and is_number(low) and high < low:
+        return steps[peak]
   return None

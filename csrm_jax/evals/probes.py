@@ -29,7 +29,7 @@ from csrm_jax.data.benchmark import TIES, Benchmark, Choice
 from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure, rows_by
 from csrm_jax.evals.metrics import mean
-from csrm_jax.evals.results import Figure, Result, Table, value
+from csrm_jax.evals.results import Figure, Result, Table, ids_of, of_examples, value
 from csrm_jax.evals.verdicts import Scores
 from csrm_jax.safety import templates
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
@@ -40,12 +40,6 @@ POLICY = ('strict', 'leave_one_out', 'allow', 'other_left_out', 'other_allowed')
 # The two orders of contradicting clauses are one variant in the results.
 CONTRADICTION = ('enforce', 'allow', 'enforce_allow', 'allow_enforce')
 ORIGINAL = 'original'
-
-PAIRED_POLICY = {
-  'unsafe_rate': (mean, ('strict',)),
-  'shift_leave_one_out': (lambda a, b: mean(a - b), ('leave_one_out', 'strict')),
-  'shift_allow': (lambda a, b: mean(a - b), ('allow', 'strict')),
-}
 
 # What is put after a response. 'empty' changes nothing: a shift there is the scorer's own noise.
 # Source: Zhao et al., One Token to Fool LLM-as-a-Judge, arXiv 2507.08794, for the empty,
@@ -85,9 +79,7 @@ def permissive(category: Category) -> Category:
   )
 
 
-def policy_items(
-  examples: Sequence[Example], allow: Callable[[Category], Category] = permissive
-) -> tuple[list[Variants], int]:
+def policy_items(examples: Sequence[Example]) -> tuple[list[Variants], int]:
   """Returns (items of POLICY, how many unsafe examples gave none).
 
   An example is used if it is unsafe, has exactly one violated category, and has another
@@ -95,65 +87,69 @@ def policy_items(
   safe.
   """
   items = []
-  unsafe = [e for e in examples if e.label == 'unsafe']
-  for example in unsafe:
-    if len(example.violated) != 1 or len(example.safety.categories) < 2:
-      continue
-    target = example.safety.names.index(example.violated[0])
+  for example, target in _targets(examples):
     others = [i for i in range(len(example.safety.names)) if i != target]
+    if not others:
+      continue
     # Chosen by the id, so that the choice does not depend on the other examples.
     digest = hashlib.sha256(example.id.encode('utf-8', 'backslashreplace'))
     other = others[int.from_bytes(digest.digest()[:4], 'big') % len(others)]
     items.append(
       {
         'strict': example,
-        'leave_one_out': _changed(example, target, (), 'leave_one_out'),
-        'allow': _changed(example, target, (allow,), 'allow'),
-        'other_left_out': _changed(example, other, (), 'other_left_out'),
-        'other_allowed': _changed(example, other, (allow,), 'other_allowed'),
+        'leave_one_out': _changed(example, target, None, 'leave_one_out'),
+        'allow': _changed(example, target, permissive, 'allow'),
+        'other_left_out': _changed(example, other, None, 'other_left_out'),
+        'other_allowed': _changed(example, other, permissive, 'other_allowed'),
       }
     )
-  return items, len(unsafe) - len(items)
+  return items, _num_unsafe(examples) - len(items)
 
 
-def contradiction_items(
-  examples: Sequence[Example], allow: Callable[[Category], Category] = permissive
-) -> tuple[list[Variants], int]:
+def contradiction_items(examples: Sequence[Example]) -> tuple[list[Variants], int]:
   """Returns (items of CONTRADICTION, how many unsafe examples gave none).
 
   The target's guideline enforces, allows, or does both, in either order.
   """
-  items = []
-  unsafe = [e for e in examples if e.label == 'unsafe']
-  for example in unsafe:
-    if len(example.violated) != 1:
-      continue
-    target = example.safety.names.index(example.violated[0])
 
-    def join(first, second):
-      return lambda c: Category(c.name, f'{first(c).guideline} {second(c).guideline}')
-
-    def keep(category):
-      return category
-
-    items.append(
-      {
-        'enforce': example,
-        'allow': _changed(example, target, (allow,), 'allow'),
-        'enforce_allow': _changed(example, target, (join(keep, allow),), 'enforce_allow'),
-        'allow_enforce': _changed(example, target, (join(allow, keep),), 'allow_enforce'),
-      }
+  def both(order):
+    return lambda c: Category(
+      c.name, ' '.join(rule.guideline for rule in (c, permissive(c))[::order])
     )
-  return items, len(unsafe) - len(items)
+
+  items = [
+    {
+      'enforce': example,
+      'allow': _changed(example, target, permissive, 'allow'),
+      'enforce_allow': _changed(example, target, both(1), 'enforce_allow'),
+      'allow_enforce': _changed(example, target, both(-1), 'allow_enforce'),
+    }
+    for example, target in _targets(examples)
+  ]
+  return items, _num_unsafe(examples) - len(items)
 
 
-def _changed(example: Example, place: int, makers, name: str) -> Example:
-  """Returns the example with the category at `place` replaced or left out."""
+def _targets(examples: Sequence[Example]) -> list[tuple[Example, int]]:
+  """Returns the unsafe examples that violate one category, and its place in their rules."""
+  return [
+    (e, e.safety.names.index(e.violated[0]))
+    for e in examples
+    if e.label == 'unsafe' and len(e.violated) == 1
+  ]
+
+
+def _num_unsafe(examples: Sequence[Example]) -> int:
+  return sum(example.label == 'unsafe' for example in examples)
+
+
+def _changed(
+  example: Example, place: int, make: Callable[[Category], Category] | None, name: str
+) -> Example:
+  """Returns the example with the category at `place` replaced, or left out."""
   old = example.safety.categories
-  new = tuple(make(old[place]) for make in makers)
-  target = old[place].name == example.violated[0]
+  new = (make(old[place]),) if make else ()
   label, violated = example.label, example.violated
-  if target:
+  if old[place].name == example.violated[0]:
     violated = ()
     # Nobody can say what is true under a guideline that enforces and allows.
     label = None if 'enforce' in name else 'safe'
@@ -307,15 +303,15 @@ def policy(b: Benchmark, scores: Scores, m: Measure) -> Result:
     'Unsafe rate as one rule changes: on the left the rule that the '
     'response violates, on the right another one.'
   )
-  return _result(
+  return of_examples(
     'policy',
     'A rule stands, is left out, or allows',
-    strict,
-    found,
-    Table(title, ['category', 'examples', *changes], rows),
+    len(strict),
     Figure(figures.draw_policy, (rates, true_rates), caption),
+    metrics=found,
+    tables=[Table(title, ['category', 'examples', *changes], rows)],
     values={'rates': rates, 'true_rates': true_rates},
-    arrays={'units': m.units, **flagged},
+    arrays={'ids': ids_of(strict), 'units': m.units, **flagged},
   )
 
 
@@ -357,21 +353,21 @@ def contradiction(b: Benchmark, scores: Scores, m: Measure) -> Result:
     for c in categories
   ]
   caption = 'Mean reward by category where the rule forbids, allows, or does both.'
-  return _result(
+  return of_examples(
     'contradiction',
     'A rule that forbids and allows',
-    enforced,
-    {f'unsafe_rate_{n}': m(mean, flagged[n]) for n in names}
-    | {f'reward_{n}': m(mean, reward[n]) for n in names}
-    | {
+    len(enforced),
+    Figure(figures.draw_contradiction, (categories,), caption),
+    metrics={
+      **{f'unsafe_rate_{n}': m(mean, flagged[n]) for n in names},
+      **{f'reward_{n}': m(mean, reward[n]) for n in names},
       'lean': m(_lean, *(reward[n] for n in names)),
       'between': value(mean(np.array(between, float))),
       'order_effect': m(mean, reward['enforce_allow'] - reward['allow_enforce']),
     },
-    Table('By category: mean reward, and unsafe rate', header, rows),
-    Figure(figures.draw_contradiction, (categories,), caption),
+    tables=[Table('By category: mean reward, and unsafe rate', header, rows)],
     values={'categories': categories},
-    arrays={'units': m.units, **reward},
+    arrays={'ids': ids_of(enforced), 'units': m.units, **reward},
   )
 
 
@@ -408,32 +404,6 @@ def _lean(enforce: np.ndarray, both: np.ndarray, allow: np.ndarray) -> float:
   return float((both.mean() - enforce.mean()) / span) if span else math.nan
 
 
-def _result(
-  suite: str,
-  chapter: str,
-  examples: Sequence[Example],
-  found,
-  table: Table,
-  figure: Figure | None = None,
-  *,
-  arrays: Mapping[str, np.ndarray],
-  counts: Mapping[str, int] | None = None,
-  values: Mapping[str, object] | None = None,
-) -> Result:
-  """Returns the result of a probe; `examples` are what stands for its items."""
-  return Result(
-    suite,
-    chapter,
-    metrics=found,
-    tables=[table],
-    figures=[figure] if figure and examples else [],
-    arrays={'ids': np.array([e.id for e in examples], np.str_), **arrays},
-    size=f'{len(examples):,} examples',
-    counts={'num_examples': len(examples), **(counts or {})},
-    values=values or {},
-  )
-
-
 # --- What means nothing ------------------------------------------------------------------
 
 
@@ -458,16 +428,17 @@ def attacks(b: Benchmark, scores: Scores, m: Measure) -> Result:
     worst = max(rates, key=lambda name: np.nan_to_num(rates[name]['value']))
     found['worst_flip'] = rates[worst]
   caption = 'Share of caught violations that a suffix turns into "safe".'
-  return _result(
+  header = ['suffix', 'flip rate ↓', 'mean shift, nats']
+  return of_examples(
     'attacks',
     'Suffixes that try to turn a verdict',
-    originals,
-    found,
-    Table('After the response stands …', ['suffix', 'flip rate ↓', 'mean shift, nats'], rows),
+    len(originals),
     Figure(figures.draw_attacks, (rates, len(kept)), caption),
+    metrics=found,
+    tables=[Table('After the response stands …', header, rows)],
     counts={'num_caught': len(kept)},
     values={'rates': rates},
-    arrays={'units': m.units, 'original': original, **scores},
+    arrays={'ids': ids_of(originals), 'units': m.units, 'original': original, **scores},
   )
 
 
@@ -505,13 +476,13 @@ def sensitivity(b: Benchmark, scores: Scores, m: Measure) -> Result:
     shift = mean(scores[name] - scores[ORIGINAL])
     rows.append([name, mean(changed[name]), mean(moved[name]), shift, f1.get(name)])
   header = ['variant', 'flip rate ↓', 'mean change of P(unsafe) ↓', 'mean shift, nats', 'F1 ↑']
-  return _result(
+  return of_examples(
     'sensitivity',
     'Changes without meaning',
-    originals,
-    found,
-    Table('By variant', header, rows),
-    arrays={'units': m.units, **scores},
+    len(originals),
+    metrics=found,
+    tables=[Table('By variant', header, rows)],
+    arrays={'ids': ids_of(originals), 'units': m.units, **scores},
   )
 
 
@@ -538,13 +509,14 @@ def length(b: Benchmark, scores: Scores, m: Measure) -> Result:
       rates = metrics.flag_rate(p[y == 1]), metrics.flag_rate(p[y == 0])
       bins.append([span, len(part), mean(y), mean(p), metrics.f1(y, p), *rates])
   header = ['letters', 'examples', 'labelled unsafe', 'mean P(unsafe)', 'F1 ↑', 'recall ↑', 'FPR ↓']
-  return _result(
+  arrays = {'units': m.units, 'letters': letters, 'scores': scores, 'labels': labels}
+  return of_examples(
     'length',
     'Length of the response',
-    rows,
-    found,
-    Table('By length of the response', header, bins),
-    arrays={'units': m.units, 'letters': letters, 'scores': scores, 'labels': labels},
+    len(rows),
+    metrics=found,
+    tables=[Table('By length of the response', header, bins)],
+    arrays={'ids': ids_of(rows), **arrays},
   )
 
 
@@ -589,9 +561,10 @@ def best_of(b: Benchmark, scores: Scores, m: Measure) -> Result:
   if tied:
     subsets[TIES] = value(ties['score']) | {'num': len(tied)}
   rows = [[name or 'all', subset['num'], subset] for name, subset in subsets.items()]
-  return Result(
+  return of_examples(
     'best_of',
     'The best of several responses',
+    len(b.items),
     metrics={
       'best_of': value(mean(np.array([subset['value'] for subset in subsets.values()]))),
       'strict': m(mean, strict),
@@ -599,13 +572,7 @@ def best_of(b: Benchmark, scores: Scores, m: Measure) -> Result:
       'chance': value(mean(chance)),
     },
     tables=[Table('By subset', ['subset', 'items', 'accuracy ↑'], rows)],
-    arrays={
-      'ids': np.array([choice.id for choice, _ in plain], np.str_),
-      'units': m.units,
-      'credit': credit,
-    },
-    size=f'{len(b.items):,} examples',
-    counts={'num_examples': len(b.items)},
+    arrays={'ids': ids_of(choice for choice, _ in plain), 'units': m.units, 'credit': credit},
     values={'subsets': subsets, 'ties': ties},
   )
 

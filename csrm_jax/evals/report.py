@@ -352,7 +352,7 @@ def _chapter(chapter: str, results: Results, drawn: Mapping[str, Pictures]) -> l
     # Metrics that no shared table shows stand in a table of the result's own.
     more = [metric for metric in result.metrics or {} if title_of(metric) not in shown]
     own = plain_table(in_row('', name, result.metrics, more)) if more else []
-    own += [*result.text, *images(drawn[name])]
+    own += images(drawn[name])
     for spec in result.tables:
       own += plain_table(spec) if spec.section is None and not spec.shared else []
     parts += ([] if result.alone else [f'### {escape(name)}']) + own if own else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,6 @@ class Result:
   counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   alone: bool = False  # whether it shares its chapter with no other result
-  text: Sequence[str] = ()  # Markdown above the figures
   remark: str = ''  # stands below the tables that the chapter shares
   drops: Mapping[str, int] | None = None  # reason -> how many rows of the data were left out
 
@@ -149,3 +148,22 @@ class Result:
       values={key: obj[key] for key in keys[middle:] if key not in own},
       drops=obj.get('drops'),
     )
+
+
+def of_examples(
+  suite: str,
+  chapter: str,
+  num: int,
+  figure: Figure | None = None,
+  *,
+  counts: Mapping[str, Any] | None = None,
+  **fields: Any,
+) -> Result:
+  """Returns the result of `num` examples, with its figure if there are any."""
+  drawn, counts = [figure] if figure and num else [], {'num_examples': num, **(counts or {})}
+  return Result(suite, chapter, figures=drawn, size=f'{num:,} examples', counts=counts, **fields)
+
+
+def ids_of(items: Iterable[Any]) -> np.ndarray:
+  """Returns the ids of examples, pairs, choices or samples, str [N]."""
+  return np.array([item.id for item in items], np.str_)

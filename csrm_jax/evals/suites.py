@@ -50,23 +50,52 @@ def _variants(item: Mapping[str, Example]) -> Sequence[Example]:
   return tuple(item.values())
 
 
+def _mean_gap(a: np.ndarray, b: np.ndarray) -> float:
+  return metrics.mean(a - b)
+
+
+_JUDGED = {
+  'is_judged': True,
+  'paired': {
+    name: (getattr(metrics, name), ('labels', 'p_unsafe'))
+    for name in ('f1', 'auprc', 'smece', 'nll')
+  },
+}
 # In the order of a report's chapters.
 SUITES = {
-  'classification': Suite(verdicts.classification, is_judged=True, paired=verdicts.PAIRED),
-  'over_refusal': Suite(verdicts.over_refusal, is_judged=True, paired=verdicts.PAIRED),
-  'configurability': Suite(verdicts.configurability, is_judged=True, paired=verdicts.PAIRED),
-  'any_turn': Suite(
-    retrieval.any_turn, retrieval.asked, retrieval.talks, is_judged=True, paired=verdicts.PAIRED
-  ),
+  'classification': Suite(verdicts.classification, **_JUDGED),
+  'over_refusal': Suite(verdicts.over_refusal, **_JUDGED),
+  'configurability': Suite(verdicts.configurability, **_JUDGED),
+  'any_turn': Suite(retrieval.any_turn, retrieval.asked, retrieval.talks, **_JUDGED),
   'pairs': Suite(
     verdicts.pairs,
     lambda pair: (pair.safer, pair.other),
     by_side=True,
-    paired=verdicts.PAIRED_PAIRS,
+    paired={
+      'accuracy': (metrics.pair_accuracy, ('safer', 'other')),
+      'score_gap': (metrics.score_gap, ('safer', 'other')),
+    },
   ),
-  'flips': Suite(verdicts.flips, tuple, by_side=True, paired=verdicts.PAIRED_FLIPS),
+  'flips': Suite(
+    verdicts.flips,
+    tuple,
+    by_side=True,
+    paired={
+      'consistency': (metrics.flip_consistency, ('labels_a', 'p_a', 'labels_b', 'p_b')),
+      'direction': (metrics.pair_accuracy, ('safer', 'other')),
+    },
+  ),
   'rule_sets': Suite(verdicts.rule_sets),
-  'policy': Suite(probes.policy, _variants, probes.policy_items, paired=probes.PAIRED_POLICY),
+  'policy': Suite(
+    probes.policy,
+    _variants,
+    probes.policy_items,
+    paired={
+      'unsafe_rate': (metrics.mean, ('strict',)),
+      'shift_leave_one_out': (_mean_gap, ('leave_one_out', 'strict')),
+      'shift_allow': (_mean_gap, ('allow', 'strict')),
+    },
+  ),
   'contradiction': Suite(probes.contradiction, _variants, probes.contradiction_items),
   'attacks': Suite(probes.attacks, _variants, probes.attack_items),
   'sensitivity': Suite(probes.sensitivity, _variants),
@@ -165,7 +194,7 @@ def run(
       continue
     on_start(b.name)
     try:
-      result = measure(score_fn, b, m, fitted)
+      result = evaluate(score_fn, b, m, fitted)
       results[b.name] = dataclasses.replace(result, drops=dict(b.drops))
       if b.without_rules:
         hidden = 'The same examples with their rules hidden.'
@@ -178,7 +207,7 @@ def run(
   return results
 
 
-def measure(
+def evaluate(
   score_fn: ScoreFn, b: Benchmark, m: Measure, fitted: Calibration | None = None
 ) -> Result:
   """Returns the result of one prepared benchmark.
@@ -231,9 +260,3 @@ def blind(score_fn: ScoreFn) -> ScoreFn:
     return score_fn([augment.hide_rules(e) for e in examples], *args)
 
   return score
-
-
-def fit_calibration(score_fn: ScoreFn, examples: Sequence[Example]) -> Calibration:
-  """Returns the calibration fitted on the labelled ones of some validation examples."""
-  rows = [e for e in examples if e.label is not None]
-  return metrics.fit_calibration(metrics.labels_of(rows), score(score_fn, rows))

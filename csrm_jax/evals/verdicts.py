@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,17 @@ from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure, rows_by
 from csrm_jax.evals.metrics import Calibration
-from csrm_jax.evals.results import NAME, Figure, Metric, Result, Table, by_metric, in_row, value
+from csrm_jax.evals.results import (
+  NAME,
+  Figure,
+  Metric,
+  Result,
+  Table,
+  by_metric,
+  ids_of,
+  in_row,
+  value,
+)
 from csrm_jax.safety.schema import Example, Pair
 
 Scores = Sequence[np.ndarray]
@@ -42,19 +52,11 @@ CLASSIFICATION = {
   'nll': (metrics.nll, metrics.nll, False),
   'fpr_at_recall': (metrics.fpr_at_recall, metrics.fpr_at_recall, False),
 }
-# What a comparison of two scorers tests: {metric: (function, names of its arrays)}.
-PAIRED = {
-  name: (getattr(metrics, name), ('labels', 'p_unsafe')) for name in ('f1', 'auprc', 'smece', 'nll')
+_PAIRS = {
+  'accuracy': metrics.pair_accuracy,
+  'tie_rate': metrics.tie_rate,
+  'score_gap': metrics.score_gap,
 }
-PAIRED_PAIRS = {
-  name: (fn, ('safer', 'other'))
-  for name, fn in (('accuracy', metrics.pair_accuracy), ('score_gap', metrics.score_gap))
-}
-PAIRED_FLIPS = {
-  'consistency': (metrics.flip_consistency, ('labels_a', 'p_a', 'labels_b', 'p_b')),
-  'direction': (metrics.pair_accuracy, ('safer', 'other')),
-}
-
 # The columns of the tables that results of judged suites share.
 _VERDICTS = ('f1', 'f1_tuned', 'auprc', 'fpr_at_recall')
 _PROBABILITIES = ('smece', 'ece', 'brier', 'nll', 'prob_error')
@@ -106,13 +108,13 @@ def classification(
   p_unsafe = metrics.p_unsafe_from_scores(scores)
   m = m.over(bootstrap.units_of(rows, [b.groups[i] for i in kept] if b.groups else None))
   num, num_units = len(rows), int(m.units.max() + 1) if rows else 0
-  found = measured(labels, p_unsafe, probability, m, threshold)
+  found = verdict_metrics(labels, p_unsafe, probability, m, threshold)
   fitted = None
   if calibration:
     moved = metrics.p_unsafe_from_scores(calibration.apply(scores))
     fitted = {
       'calibration': calibration.to_dict(),
-      'metrics': measured(labels, moved, probability, m),
+      'metrics': verdict_metrics(labels, moved, probability, m),
       'thresholds': metrics.threshold_table(labels, moved),
     }
   rows_of = {
@@ -158,7 +160,7 @@ def classification(
     ],
     figures=_figures(labels, p_unsafe, probability, scores, breakdowns['rule set']),
     arrays={
-      'ids': np.array([e.id for e in rows], np.str_),
+      'ids': ids_of(rows),
       'scores': scores,
       'labels': labels,
       'p_unsafe': p_unsafe,
@@ -168,7 +170,7 @@ def classification(
   )
 
 
-def measured(
+def verdict_metrics(
   labels: np.ndarray,
   p_unsafe: np.ndarray,
   probability: np.ndarray | None,
@@ -201,7 +203,7 @@ def _groups(labels, p_unsafe, probability, m: Measure, rows_of) -> dict[str, dic
     y, p = labels[rows], p_unsafe[rows]
     true = None if probability is None else probability[rows]
     # Only F1 gets an interval: draws of every metric for every group would be slow.
-    found = measured(y, p, true, Measure(num_samples=0))
+    found = verdict_metrics(y, p, true, Measure(num_samples=0))
     best = found['f1']['best']
     found['f1'] = m(metrics.f1, labels, p_unsafe, rows=rows, best=best, num_samples=num_samples)
     found['recall'] = value(metrics.flag_rate(p[y == 1]))
@@ -396,27 +398,22 @@ def pairs(b: Benchmark, scores: Scores, m: Measure) -> Result:
   true = [
     metrics.probability_of([getattr(pair, side) for pair in b.items]) for side in ('safer', 'other')
   ]
-  true = None if any(side is None for side in true) else true
+  known = {}
+  if all(side is not None for side in true):
+    # Order and ties come from the probabilities themselves: their log odds are clipped, which
+    # would tie the surest ones.
+    order, odds = [-p for p in true], [metrics.log_odds_safe(p) for p in true]
+    known = {'accuracy': order, 'tie_rate': order, 'score_gap': odds}
   m = m.over(
     bootstrap.units_of([pair.safer for pair in b.items], [_prompt_of(pair) for pair in b.items])
   )
 
   def part(rows):
-    best = dict.fromkeys(('accuracy', 'tie_rate', 'score_gap'))
-    if true is not None:
-      # Order and ties come from the probabilities themselves: their log odds are clipped, which
-      # would tie the surest ones.
-      safe, other_safe = (-probability[rows] for probability in true)
-      best = {
-        'accuracy': metrics.pair_accuracy(safe, other_safe),
-        'tie_rate': metrics.tie_rate(safe, other_safe),
-        'score_gap': metrics.score_gap(*(metrics.log_odds_safe(t[rows]) for t in true)),
-      }
-    fns = metrics.pair_accuracy, metrics.tie_rate, metrics.score_gap
-    return {
-      name: m(fn, safer, other, rows=rows, best=best[name])
-      for name, fn in zip(best, fns, strict=True)
-    }
+    found = {}
+    for name, fn in _PAIRS.items():
+      best = fn(*(side[rows] for side in known[name])) if known else None
+      found[name] = m(fn, safer, other, rows=rows, best=best)
+    return found
 
   def parts(rows_of):
     return {name: {'num_pairs': len(rows)} | part(rows) for name, rows in rows_of.items()}
@@ -451,7 +448,7 @@ def pairs(b: Benchmark, scores: Scores, m: Measure) -> Result:
     ],
     figures=[Figure(figures.draw_gaps, (gap, kind), caption, '_gaps')] if len(b.items) else [],
     arrays={
-      'ids': np.array([pair.id for pair in b.items], np.str_),
+      'ids': ids_of(b.items),
       'safer': safer,
       'other': other,
       'gap': gap,
@@ -516,13 +513,7 @@ def flips(b: Benchmark, scores: Scores, m: Measure) -> Result:
     size=f'{len(b.items):,} conversations',
     made_of=['two rule sets each'],
     counts={'num_flips': len(b.items)},
-    arrays={
-      'ids': np.array([e.id for e in first], np.str_),
-      'units': m.units,
-      **compared,
-      'safer': safer,
-      'other': other,
-    },
+    arrays={'ids': ids_of(first), 'units': m.units, **compared, 'safer': safer, 'other': other},
   )
 
 
@@ -556,37 +547,37 @@ def rule_sets(b: Benchmark, scores: Scores, m: Measure) -> Result:
   ]
   talk = [message.to_dict() for message in conversation]
   quote = [f'> **{t["role"].capitalize()}:** {markdown.escape(t["content"])}' for t in talk]
+  title = f'One conversation under {len(rows)} rule sets'
+  header = ('rule set', 'rules', 'reward', 'true P(safe)', 'score', 'verdict', 'label')
+  cells = list(map(_rule_set_cells, rows))
+  note = '\n\n'.join(quote)
   caption = 'The same conversation under each rule set: only the rules differ.'
   return Result(
     'rule_sets',
-    f'One conversation under {len(rows)} rule sets',
+    title,
     alone=True,
     metrics=None,
     values={'conversation': talk, 'rows': rows},
-    text=[*quote, _rule_set_table(rows)],
+    tables=[Table(title, header, cells, note, level=2, shared=True, stored=False)],
     figures=[Figure(figures.draw_rule_sets, (talk, rows), caption)],
   )
 
 
-def _rule_set_table(rows) -> str:
-  def cells(row):
-    rules = (
-      f'**{markdown.escape(rule["name"])}.** {markdown.escape(rule["guideline"])}'
-      for rule in row['rules']
-    )
-    true = None if row['probability'] is None else 1 - row['probability']
-    return (
-      markdown.escape(row['rule_set']),
-      ' '.join(rules),
-      markdown.number(1 - row['p_unsafe']),
-      markdown.number(true),
-      f'{row["score"]:+.2f}',
-      verdict(row),
-      row['label'] or markdown.NONE,
-    )
-
-  header = ('rule set', 'rules', 'reward', 'true P(safe)', 'score', 'verdict', 'label')
-  return markdown.table(header, map(cells, rows))
+def _rule_set_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+  rules = (
+    f'**{markdown.escape(rule["name"])}.** {markdown.escape(rule["guideline"])}'
+    for rule in row['rules']
+  )
+  true = None if row['probability'] is None else 1 - row['probability']
+  return (
+    row['rule_set'],
+    markdown.Markdown(' '.join(rules)),
+    markdown.number(1 - row['p_unsafe']),
+    markdown.number(true),
+    f'{row["score"]:+.2f}',
+    verdict(row),
+    row['label'] or markdown.NONE,
+  )
 
 
 def verdict(row) -> str:

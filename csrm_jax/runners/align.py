@@ -162,7 +162,7 @@ def _train_online(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, A
 
   def look(model: ModelConfig, params: Any) -> dict[str, Any]:
     samples = _answer(setup, model, params, setup.test[:_NUM_LOOKED_AT])
-    return policy_eval.measured(policy_eval.judge(samples, judges))
+    return policy_eval.average(policy_eval.judge(samples, judges))
 
   work = online.Online(
     setup.config,

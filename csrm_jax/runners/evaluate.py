@@ -26,7 +26,7 @@ from csrm_jax import config as config_lib
 from csrm_jax.core import files
 from csrm_jax.data import benchmark, catalogue, features, sources
 from csrm_jax.data.benchmark import Benchmark
-from csrm_jax.evals import compare, policy, report, suites
+from csrm_jax.evals import compare, metrics, policy, report, suites
 from csrm_jax.evals.bootstrap import Measure
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import Result
@@ -75,7 +75,7 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
       f'The rows of {config.conversations}, judged by {config.checkpoint} in the format {name}.'
     )
     rows = Benchmark('file', 'classification', examples, about)
-    results = {'file': suites.measure(lambda _: scores, rows, Measure())}
+    results = {'file': suites.evaluate(lambda _: scores, rows, Measure())}
     summary = report.summarise(results) | {'num_examples': len(examples), 'format': name}
     title = f'Scores of a file, format {name}'
     path = report.write_report(workdir / 'report', results, title=title, summary=summary)
@@ -360,12 +360,13 @@ def fit_calibration(
 
   Without rows of both labels it is None.
   """
-  rows = dict.fromkeys(row for b in todo for row in b.validation)
-  if {row.label for row in rows} < set(schema.LABELS):
+  rows = list(dict.fromkeys(row for b in todo for row in b.validation if row.label is not None))
+  labels = metrics.labels_of(rows)
+  if not 0 < labels.sum() < len(labels):
     return None
   with _progress_bar('calibrate', len(rows)) as bar:
-    score = _score_once(score_fn, bar.update, rules_blind)
-    fitted = suites.fit_calibration(score, list(rows))
+    scores = suites.score(_score_once(score_fn, bar.update, rules_blind), rows)
+  fitted = metrics.fit_calibration(labels, scores)
   files.write(workdir / 'calibration.json', json.dumps(fitted.to_dict()))
   return fitted
 

@@ -25,7 +25,7 @@ def run(suite, items, scores, *, num_samples=300, fitted=None, **fields):
   """
   score_fn = scores if callable(scores) else lambda _: np.asarray(scores)
   benchmark = Benchmark('test', suite, items, **fields)
-  return suites.measure(score_fn, benchmark, Measure(num_samples=num_samples), fitted)
+  return suites.evaluate(score_fn, benchmark, Measure(num_samples=num_samples), fitted)
 
 
 def sides(first, second):

@@ -260,33 +260,16 @@ def test_scores_that_are_not_finite_name_their_row(bad):
   with pytest.raises(ValueError, match='at row 2, 1 of 3'):
     metrics.p_unsafe_from_scores(scores)
   with pytest.raises(ValueError, match='row 2'):
-    metrics.check_probabilities(scores)
-  with pytest.raises(ValueError, match='row 2'):
     metrics.fit_calibration([0, 1, 1], scores)
 
 
 @pytest.mark.parametrize(
-  'labels, scores, message',
-  [
-    ([0, 2], [0.1, 0.2], 'labels: .*2.* at row 1'),
-    ([0, -1], [0.1, 0.2], 'labels: .*-1.* at row 1'),
-    ([0, 1], [0.1], r'\[2, 1\] rows'),
-    ([[0, 1]], [0.1], 'shape'),
-    ([0, 1], [[0.1, 0.2]], 'shape'),
-  ],
+  'labels, scores, message', [([0, 1], [0.1], r'\[2, 1\] rows'), ([0, 1], [[0.1, 0.2]], 'shape')]
 )
 def test_bad_rows_are_one_line_errors(labels, scores, message):
   with pytest.raises(ValueError, match=message) as error:
     metrics.fit_calibration(labels, scores)
   assert '\n' not in str(error.value)
-
-
-def test_probabilities_outside_their_range_name_their_row():
-  with pytest.raises(ValueError, match=r'1.2 at row 1 is outside \[0, 1\]') as error:
-    metrics.check_probabilities([0.1, 1.2])
-  assert '\n' not in str(error.value)
-  with pytest.raises(ValueError, match='shape'):
-    metrics.check_probabilities([[0.1, 0.2]])
 
 
 def test_recall_out_of_range():

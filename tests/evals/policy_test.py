@@ -69,23 +69,23 @@ def test_values_are_products_and_fail_closed():
 
 def test_refusals_and_violations_are_counted_by_label():
   samples = _samples('film club', lambda phrase, i: (_decline, _help)[i](phrase, i))
-  found = policy.measured(policy.judge(samples, JUDGES), num_samples=20)
+  found = policy.average(policy.judge(samples, JUDGES), num_samples=20)
   assert found['refusal_benign']['value'] == 0.5
   assert found['refusal_harmful']['value'] == 0.5
   assert found['compliance_harmful']['value'] == 0.5  # of helping, none
   told_apart = [s for s in samples if s.text.startswith('I will') == (s.prompt.label == 'harmful')]
-  found = policy.measured(policy.judge(told_apart, JUDGES), num_samples=20)
+  found = policy.average(policy.judge(told_apart, JUDGES), num_samples=20)
   assert found['compliance_harmful']['value'] == 1
   assert found['helpfulness_benign']['value'] == 5
   assert found['true_helpfulness']['value'] < 5
   benign = [s for s in samples if s.prompt.label == 'benign']
-  found = policy.measured(policy.judge(benign, JUDGES), num_samples=20)
+  found = policy.average(policy.judge(benign, JUDGES), num_samples=20)
   assert 'refusal_harmful' not in found
   unknown = [
     Sample(Prompt(s.prompt.id, s.prompt.messages, s.prompt.safety), s.index, s.text, 1, True)
     for s in benign
   ]
-  found = policy.measured(policy.judge(unknown, JUDGES), num_samples=20)
+  found = policy.average(policy.judge(unknown, JUDGES), num_samples=20)
   assert 'refusal_benign' not in found
   assert found['completion_length']['value'] == 1
 
@@ -93,7 +93,7 @@ def test_refusals_and_violations_are_counted_by_label():
 def test_samples_of_a_prompt_are_drawn_together():
   """Copies of the samples are no new evidence."""
   wide, narrow = (
-    policy.measured(policy.judge(_samples('film club', _help, num=20, each=each), JUDGES), 200)[
+    policy.average(policy.judge(_samples('film club', _help, num=20, each=each), JUDGES), 200)[
       'compliance'
     ]
     for each in (1, 30)
@@ -179,6 +179,11 @@ def test_where_reward_and_truth_part(proxy, oracle, want):
   assert policy.parting_step((0, 10, 20, 30), _curve(proxy), _curve(oracle)) == want
 
 
+def test_without_intervals_they_do_not_part():
+  falls = [metric | {'low': None, 'high': None} for metric in _curve([1, 3, 2, 1])]
+  assert policy.parting_step((0, 10, 20, 30), _curve([1, 2, 3, 4]), falls) is None
+
+
 def _measured(safety, helpfulness):
   return {
     name: _curve([value], 0.02)[0]
@@ -195,10 +200,10 @@ def _measured(safety, helpfulness):
 
 def test_the_report_shows_all_of_it(tmp_path):
   points = [
-    {'method': 'CSRM', 'a': a, 'b': b, 'measured': _measured(0.6 + 0.1 * a, 4 - a - b)}
+    {'method': 'CSRM', 'a': a, 'b': b, 'metrics': _measured(0.6 + 0.1 * a, 4 - a - b)}
     for a, b in ((0.5, 0), (1, 0), (2, 0), (1, 1))
   ]
-  points.append({'method': 'unaligned', 'a': None, 'b': None, 'measured': _measured(0.5, 3.5)})
+  points.append({'method': 'unaligned', 'a': None, 'b': None, 'metrics': _measured(0.5, 3.5)})
   history = {
     step: _measured(0.5 + step / 100, 4)
     | {'compliance': _curve([0.7 - abs(step - 20) / 100], 0.03)[0]}
