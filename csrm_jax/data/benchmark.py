@@ -57,6 +57,16 @@ class Benchmark:
     """Whether its data is missing."""
     return not self.items and bool(self.command)
 
+  def take(self, rows: Sequence[int], **fields: Any) -> Benchmark:
+    """Returns the benchmark with these of its items; `fields` replace others."""
+    return dataclasses.replace(
+      self,
+      items=[self.items[i] for i in rows],
+      groups=[self.groups[i] for i in rows] if self.groups else (),
+      tags={k: [v[i] for i in rows] for k, v in self.tags.items()},
+      **fields,
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -95,13 +105,8 @@ def limited(benchmark: Benchmark, max_items: int) -> Benchmark:
     benchmark = dataclasses.replace(benchmark, validation=[benchmark.validation[i] for i in held])
   rows = _spread(benchmark.items, benchmark.groups, max_items)
   if len(rows) < len(benchmark.items):
-    benchmark = dataclasses.replace(
-      benchmark,
-      items=[benchmark.items[i] for i in rows],
-      groups=[benchmark.groups[i] for i in rows] if benchmark.groups else (),
-      tags={k: [v[i] for i in rows] for k, v in benchmark.tags.items()},
-      description=f'{benchmark.description} {len(rows):,} of {len(benchmark.items):,} items.',
-    )
+    about = f'{benchmark.description} {len(rows):,} of {len(benchmark.items):,} items.'
+    benchmark = benchmark.take(rows, description=about)
   return benchmark
 
 

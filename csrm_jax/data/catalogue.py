@@ -501,16 +501,12 @@ def _benchmarks_of(public_set: Set, folder: pathlib.Path) -> list[Benchmark]:
 
 def _with_validation(benchmark: Benchmark) -> Benchmark:
   """Returns the benchmark with about a fifth of its rows for validation."""
-  items, groups = benchmark.items, benchmark.groups
+  items = benchmark.items
   # All rows of one text or group are on one side, which follows from a hash and not from the
   # place.
-  keys = groups or [repr([(m.role, m.content) for m in e.conversation]) for e in items]
+  keys = benchmark.groups or [repr([(m.role, m.content) for m in e.conversation]) for e in items]
   held = [sources.hash_unit(key) < _VALIDATION for key in keys]
-  kept = [i for i, out in enumerate(held) if not out]
-  return dataclasses.replace(
-    benchmark,
-    items=[items[i] for i in kept],
-    groups=[groups[i] for i in kept] if groups else (),
-    tags={k: [v[i] for i in kept] for k, v in benchmark.tags.items()},
+  return benchmark.take(
+    [i for i, out in enumerate(held) if not out],
     validation=[e for e, out in zip(items, held, strict=True) if out],
   )

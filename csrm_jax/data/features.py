@@ -152,28 +152,19 @@ def encode_segments(
   return Parts(tokens, total - sum(map(len, tokens)))
 
 
-def encode_example(example: schema.Example, encoder: Encoder) -> Atom | Dropped:
-  """Returns the example as an atom of one prompt, or why it was dropped."""
-  encoded = _encode(example, encoder, encoder.max_length)
-  if isinstance(encoded, Dropped):
-    return encoded
-  tokens, num_shortened = encoded
-  prompt = Prompt(tokens, LABEL_IDS[example.label], example.id)
-  return Atom((prompt,), 'example', num_shortened)
+def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropped:
+  """Returns the example, or the pair (safer, other), as an atom, or why it was dropped.
 
-
-def encode_pair(pair: schema.Pair, encoder: Encoder) -> Atom | Dropped:
-  """Returns the pair as an atom (safer, other), or why it was dropped.
-
-  Where both prompts together exceed `encoder.pair_length`, the longer one is shortened to what
-  the other leaves, or both to half of it. A pair whose prompts come to the same tokens teaches
-  nothing and is dropped as 'identical_pair'.
+  Where both prompts of a pair together exceed `encoder.pair_length`, the longer one is shortened
+  to what the other leaves, or both to half of it. A pair whose prompts come to the same tokens
+  teaches nothing and is dropped as 'identical_pair'.
   """
-  sides = (pair.safer, pair.other)
+  is_pair = isinstance(item, schema.Pair)
+  sides = (item.safer, item.other) if is_pair else (item,)
   encoded = [_encode(side, encoder, encoder.max_length) for side in sides]
   limit = encoder.pair_length
   lengths = [0 if isinstance(e, Dropped) else len(e[0]) for e in encoded]
-  if limit is not None and sum(lengths) > limit and all(lengths):
+  if is_pair and limit is not None and sum(lengths) > limit and all(lengths):
     # Each side gets what the other one leaves, but half of the limit in any case.
     half = (limit + 1) // 2
     encoded = [
@@ -183,20 +174,14 @@ def encode_pair(pair: schema.Pair, encoder: Encoder) -> Atom | Dropped:
   for one in encoded:
     if isinstance(one, Dropped):
       return one
-  if np.array_equal(encoded[0][0], encoded[1][0]):
-    return Dropped('identical_pair', f'{pair.id}: both sides are one prompt')
+  if is_pair and np.array_equal(encoded[0][0], encoded[1][0]):
+    return Dropped('identical_pair', f'{item.id}: both sides are one prompt')
+  has_labels = encoder.label_pairs or not is_pair
   prompts = tuple(
-    Prompt(tokens, LABEL_IDS[side.label if encoder.label_pairs else None], side.id)
+    Prompt(tokens, LABEL_IDS[side.label if has_labels else None], side.id)
     for side, (tokens, _) in zip(sides, encoded, strict=True)
   )
-  return Atom(prompts, 'pair', sum(cut for _, cut in encoded))
-
-
-def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropped:
-  """Returns the example or pair as an atom, or why it was dropped."""
-  if isinstance(item, schema.Pair):
-    return encode_pair(item, encoder)
-  return encode_example(item, encoder)
+  return Atom(prompts, 'pair' if is_pair else 'example', sum(cut for _, cut in encoded))
 
 
 def require(result: T | Dropped) -> T:

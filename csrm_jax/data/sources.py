@@ -282,11 +282,12 @@ def read_parquet(
   The columns are those of the JSONL form; nested ones ('safety', 'conversation', ...) may be
   Parquet structs or JSON text.
   """
-  result = Rows()
-  for where, row in _parquet_rows(path):
-    parsed = {k: _parse_cell(k, v, where) for k, v in row.items()}
-    result.append(_parse_own(parsed, where, path, safety, require_label))
-  return result
+  return Rows(
+    _parse_own(
+      {k: _parse_cell(k, v, where) for k, v in row.items()}, where, path, safety, require_label
+    )
+    for where, row in _parquet_rows(path)
+  )
 
 
 def _parse_own(

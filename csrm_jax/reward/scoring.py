@@ -144,7 +144,7 @@ def make_score_fn(
   def score(
     examples: Sequence[schema.Example], progress: Callable[[int], Any] = lambda num: None
   ) -> np.ndarray:
-    atoms = [features.require(features.encode_example(e, encoder)) for e in examples]
+    atoms = [features.require(features.encode(e, encoder)) for e in examples]
     prompts = [atom.prompts[0].tokens for atom in atoms]
     scores = np.zeros(len(prompts), np.float32)
     pending = collections.deque()

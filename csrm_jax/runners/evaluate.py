@@ -312,7 +312,7 @@ def check_lengths(sets: Mapping[str, Sequence[Any]], encoder: features.Encoder) 
   for item in itertools.chain.from_iterable(sets.values()):
     is_pair = isinstance(item, schema.Pair)
     for example in (item.safer, item.other) if is_pair else (item,):
-      features.require(features.encode_example(example, encoder))
+      features.require(features.encode(example, encoder))
 
 
 def test(

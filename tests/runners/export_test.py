@@ -89,9 +89,7 @@ def _prompts(run, num=6):
   spec, tokenizer = reward_model.describe(run)
   encoder = features.Encoder(tokenizer, spec.max_length, spec.layout)
   rows = [examples_lib.training_example(3, i) for i in range(num)]
-  tokens = [
-    features.require(features.encode_example(row, encoder)).prompts[0].tokens for row in rows
-  ]
+  tokens = [features.require(features.encode(row, encoder)).prompts[0].tokens for row in rows]
   return rows, tokens
 
 
