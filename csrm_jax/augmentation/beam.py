@@ -6,7 +6,6 @@ Beam maps; what is mapped is what one machine does too, and so is the journal.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import json
 import os
@@ -19,53 +18,29 @@ from csrm_jax.augmentation.proposers import Judge, Proposer
 from csrm_jax.safety.schema import Example
 
 _lock = threading.Lock()
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-  """`categories.propose_some` on rows, for processes that have nothing yet.
-
-  Attributes:
-    key: Names the run; within a process, equal keys share a proposer and a judge.
-    make_proposer: Called once a process, and picklable, as `make_judge` is.
-  """
-
-  key: str
-  # Not compared: a function that was pickled and read back may equal no other.
-  make_proposer: Callable[[], Proposer] = dataclasses.field(compare=False)
-  make_judge: Callable[[], Judge | None] = dataclasses.field(compare=False)
-
-  def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-    """Returns the checked proposals of some examples, and what they took."""
-    with _lock:  # Beam's threads share the process's proposer.
-      proposer, judge = _make(self)
-      before = collections.Counter(proposer.usage())
-      checked = categories.propose_some(
-        [Example.from_dict(row, 'row') for row in rows], proposer, judge
-      )
-      used = collections.Counter(proposer.usage())
-    used.subtract(before)
-    return {'checked': [item.to_dict() for item in checked], 'usage': used}
-
-
 # A model takes long to load: a process does so once, for the only run that it works for.
-@functools.lru_cache(maxsize=1)
-def _make(work: Work) -> tuple[Proposer, Judge | None]:
-  return work.make_proposer(), work.make_judge()
+_made: dict[str, tuple[Proposer, Judge | None]] = {}
 
 
 def make_map(
-  work: Work,
+  key: str,
+  make_proposer: Callable[[], Proposer],
+  make_judge: Callable[[], Judge | None],
   options: Sequence[str],
   folder: str | os.PathLike,
   count: Callable[[dict[str, float]], None],
 ) -> Callable[..., Iterator[list[categories.Checked]]]:
-  """Returns what takes the place of `map` in `categories.propose_all`; it does `work`.
+  """Returns what takes the place of `map` in `categories.propose_all`.
 
   Results come when all work is done; `count` is called with what each piece took. A run that was
   killed finds the replies of a language model in its cache, which the workers have to share.
+
+  Args:
+    key: Names the run; within a process, equal keys share a proposer and a judge.
+    make_proposer: Called once a process, and picklable, as `make_judge` is.
   """
   _import_beam()
+  work = functools.partial(_propose, key, make_proposer, make_judge)
 
   def mapped(fn: Any, pieces: Sequence[Sequence[Example]]) -> Iterator[list[categories.Checked]]:
     rows = [[example.to_dict() for example in piece] for piece in pieces]
@@ -74,6 +49,26 @@ def make_map(
       yield [categories.Checked.from_dict(obj) for obj in result['checked']]
 
   return mapped
+
+
+def _propose(
+  key: str,
+  make_proposer: Callable[[], Proposer],
+  make_judge: Callable[[], Judge | None],
+  rows: Sequence[Any],
+) -> dict[str, Any]:
+  """Returns the checked proposals of some examples, and what they took."""
+  with _lock:  # Beam's threads share the process's proposer.
+    if key not in _made:
+      _made.clear()
+      _made[key] = make_proposer(), make_judge()
+    proposer, judge = _made[key]
+    before = collections.Counter(proposer.usage())
+    examples = [Example.from_dict(row, 'row') for row in rows]
+    checked = categories.propose_some(examples, proposer, judge)
+    used = collections.Counter(proposer.usage())
+  used.subtract(before)
+  return {'checked': [item.to_dict() for item in checked], 'usage': used}
 
 
 def run(

@@ -193,7 +193,7 @@ class BatchIterator(grain.DatasetIterator):
     # takes down the modules that stopping it needs. The list is the only reference, so that
     # nothing is left for a later __del__.
     self._held = [prefetched]
-    self._close = weakref.finalize(self, _close_held, self._held)
+    self._close = weakref.finalize(self, lambda held: held.pop().close(), self._held)
 
   def __next__(self) -> Batch:
     return next(self._prefetched)
@@ -232,10 +232,6 @@ class BatchIterator(grain.DatasetIterator):
   def num_shortened(self) -> int:
     """How many of the atoms read so far were cut to fit."""
     return self.get_state()['shortened']
-
-
-def _close_held(held: list[grain.DatasetIterator]) -> None:
-  held.pop().close()
 
 
 @dataclasses.dataclass(frozen=True)

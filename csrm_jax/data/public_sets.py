@@ -47,25 +47,27 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
-    public_set = catalogue.find(self.builder_config.name)
+    name = self.builder_config.name
+    public_set = catalogue.find(name)
     return tfds.core.DatasetInfo(
       builder=self,
-      description=f'{self.builder_config.name} in the form of csrm_jax:'
-      ' one example or pair a row, as JSON.',
+      description=f'{name} in the form of csrm_jax: one example or pair a row, as JSON.',
       homepage=public_set.url or None,
       license=public_set.licence or None,
       metadata=tfds.core.MetadataDict(),
       # Rules differ in number and conversations in turns: as JSON a row is one string, and the
       # schema's own parser checks it.
       features=tfds.features.FeaturesDict(
-        {'id': tfds.features.Text(), 'kind': tfds.features.Text(), 'row': tfds.features.Text()}
+        {column: tfds.features.Text() for column in ('id', 'kind', 'row')}
       ),
     )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     del dl_manager  # The hub's client has a cache of its own.
     name = self.builder_config.name
-    splits, drops, missing = {}, {}, []
+    splits, missing = {}, []
+    # Filled while rows are written, or from Beam's counters after it.
+    drops = self.info.metadata['drops'] = {}
     for split in catalogue.find(name).files:
       try:
         found = catalogue.find_files(name, split, self._path)
@@ -80,19 +82,17 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
       if self._on_beam:
         import apache_beam
 
-        count = functools.partial(_count_on_beam, split)
+        convert = functools.partial(_convert, name, functools.partial(_count_on_beam, split))
         splits[word] = (
           apache_beam.Create(files)
           | 'Spread' >> apache_beam.Reshuffle()
-          | 'Convert' >> apache_beam.FlatMap(functools.partial(_convert, name, count))
+          | 'Convert' >> apache_beam.FlatMap(convert)
         )
       else:
         convert = functools.partial(_convert, name, drops[split].update)
         splits[word] = itertools.chain.from_iterable(map(convert, files))
     if not splits:
       raise missing[0]
-    # Filled while rows are written, or from Beam's counters after it.
-    self.info.metadata['drops'] = drops
     return splits
 
   def _generate_examples(self) -> None:

@@ -225,18 +225,12 @@ def _parquet_rows(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
 
 
 def _json_list(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-  text = pathlib.Path(path).read_text(encoding='utf-8')
+  text = files.read_text(path)
   # A file of this name may hold one object a line all the same.
   if not text.lstrip().startswith('['):
     yield from files.read_json_lines(path)
     return
-  try:
-    values = json.loads(text, object_pairs_hook=files.unique_keys(str(path)))
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f'{path}: not valid JSON ({error.msg} at line {error.lineno}); fetch it again'
-    ) from None
-  for number, row in enumerate(values, start=1):
+  for number, row in enumerate(files.load_json(text, os.fspath(path)), start=1):
     yield f'{path}: row {number}', row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 
 from csrm_jax.ruleworld import corpus, examples, lexicon
@@ -39,33 +40,36 @@ def _print_example(example: schema.Example) -> None:
       print(f'p{sign}: {category.name}. {category.guideline}')
 
 
+# kind -> make(seed, index)
+_MAKE = {
+  'train': examples.training_example,
+  'seen': functools.partial(examples.test_example, split='seen'),
+  'unseen': functools.partial(examples.test_example, split='unseen'),
+  'strictness': examples.strictness_pair,
+  'preference': examples.preference_pair,
+  'flip': functools.partial(examples.flip_pair, split='unseen'),
+  'text': corpus.document,
+}
+
+
 def _print(kind: str, seed: int, index: int) -> None:
+  made = _MAKE[kind](seed, index)
   if kind == 'text':
-    print(''.join(span.text for span in corpus.document(seed, index)))
-  elif kind == 'train':
-    _print_example(examples.training_example(seed, index))
-  elif kind in ('strictness', 'preference'):
-    make = examples.strictness_pair if kind == 'strictness' else examples.preference_pair
-    pair = make(seed, index)
-    for name, side in (('safer', pair.safer), ('other', pair.other)):
+    print(''.join(span.text for span in made))
+  elif isinstance(made, schema.Pair):
+    for name, side in (('safer', made.safer), ('other', made.other)):
       print(f'--- {name}')
       _print_example(side)
-  elif kind == 'flip':
-    for side in examples.flip_pair(seed, index, 'unseen'):
-      _print_example(side)
   else:
-    _print_example(examples.test_example(seed, index, kind))
+    for example in made if isinstance(made, tuple) else (made,):
+      _print_example(example)
 
 
 def main() -> None:
   """Prints examples, or trains the tokenizer that the package ships."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--print', type=int, default=3, metavar='N', help='how many to show')
-  parser.add_argument(
-    '--kind',
-    default='unseen',
-    choices=('train', 'seen', 'unseen', 'strictness', 'preference', 'flip', 'text'),
-  )
+  parser.add_argument('--kind', default='unseen', choices=tuple(_MAKE))
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument(
     '--train_tokenizer', metavar='PATH', help='write the SentencePiece model there instead'

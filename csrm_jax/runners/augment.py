@@ -187,12 +187,14 @@ def _make_map(config, workdir: pathlib.Path, usage: collections.Counter) -> Call
   """Returns the function that maps work over pieces of the data: map, or Beam's."""
   if not config.beam.enabled:
     return map
-  work = beam.Work(
-    key=f'{config_lib.digest(config)} {workdir}',
-    make_proposer=functools.partial(_make_proposer, config, workdir),
-    make_judge=functools.partial(_make_judge, config),
+  return beam.make_map(
+    f'{config_lib.digest(config)} {workdir}',
+    functools.partial(_make_proposer, config, workdir),
+    functools.partial(_make_judge, config),
+    config.beam.options,
+    workdir / 'beam',
+    usage.update,
   )
-  return beam.make_map(work, config.beam.options, workdir / 'beam', usage.update)
 
 
 def _report(workdir, config, name, outcomes, settings) -> None:
