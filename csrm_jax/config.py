@@ -253,9 +253,6 @@ def expand_sweep(sweep_fn: Callable[[], Sequence[Mapping[str, Any]]]) -> tuple[S
 
   `sweep()` returns [{'name': 'no_cca', 'arg': 'ablation=no_cca'}, {'name': 'lr', 'overrides':
   {'optim.lr': 1e-4}}, …].
-
-  Raises:
-    ValueError: The sweep is empty, a field is unknown, or a name is unusable or repeated.
   """
   fields = {field.name for field in dataclasses.fields(SweepRun)}
   runs = []

@@ -55,9 +55,6 @@ class Checkpoints:
 
     `data_state` and `meta` hold JSON values; `read_meta` returns `meta`, which describes the
     model.
-
-    Raises:
-      ValueError: The directory has a checkpoint of this or a later step, or a value is not JSON.
     """
     if self._manager is None:
       self._manager = ocp.CheckpointManager(
@@ -92,9 +89,6 @@ class Checkpoints:
     The leaves are laid out as in `abstract_state` (ShapeDtypeStructs or arrays), on whatever
     mesh they were written. With `partial` the checkpoint may hold more leaves than are asked
     for: this reads parameters without the optimizer's state.
-
-    Raises:
-      ValueError: The checkpoint belongs to another model.
     """
     wanted = tree.named_leaves(abstract_state)
     for step in reversed(self.steps()):

@@ -30,9 +30,6 @@ def start(
   Without a coordinator (host:port of process 0), JAX asks the cluster: a TPU slice, Slurm, Open
   MPI or Kubernetes tells each process its place. If the others do not come in time, this prints
   one line and ends the process with exit code 2.
-
-  Raises:
-    ValueError: An argument is missing, or the cluster is unknown.
   """
   given = {
     '--coordinator': coordinator or None,

@@ -84,11 +84,7 @@ def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2, **op
 
 
 def read_text(path: str | os.PathLike) -> str:
-  """Returns the text of a UTF-8 file (plain, .gz or .xz), without a byte order mark.
-
-  Raises:
-    ValueError: The file cannot be read, is cut short, or is not UTF-8.
-  """
+  """Returns the text of a UTF-8 file (plain, .gz or .xz), without a byte order mark."""
   try:
     data = pathlib.Path(path).read_bytes()
     if pathlib.Path(path).suffix == '.gz':
@@ -136,12 +132,7 @@ def load_json(text: str, where: str) -> Any:
 
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-  """Yields ('file:line', value) for every line that is not blank.
-
-  Raises:
-    ValueError: A line is not JSON or is cut short, an object repeats a key, or there are no
-      rows.
-  """
+  """Yields ('file:line', value) for every line that is not blank."""
   # Not splitlines(): it also splits at line breaks such as U+2028, which JSON strings may hold.
   lines = read_text(path).split('\n')
   is_empty = True

@@ -40,11 +40,7 @@ class Journal:
   """A file of {"key", "value"} lines that only grows; threads of one process share it."""
 
   def __init__(self, path: str | os.PathLike):
-    """Opens the file, reads its lines, and drops a last line that was cut short.
-
-    Raises:
-      ValueError: Another process has it open, or a line is damaged.
-    """
+    """Opens the file, reads its lines, and drops a last line that was cut short."""
     self._path = pathlib.Path(path)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._lock = threading.Lock()

@@ -26,12 +26,8 @@ def call(
   """Returns what `send` returns, called again while it fails for a passing reason.
 
   Waits grow from about `backoff_s`, and obey a longer Retry-After of the reply, up to a minute.
-  After the last try it raises GaveUpError.
-
-  Args:
-    send: Gets the number of the try, from 0.
-    errors: Only these are tried again; others pass through.
-    reason_of: Returns why to try again, or raises where another try would not help.
+  After the last try it raises GaveUpError. `send` gets the number of the try, from 0; reason_of
+  returns why to try again after one of `errors`, or raises where that would not help.
   """
   for number in range(num_tries):
     try:

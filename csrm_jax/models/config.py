@@ -191,11 +191,7 @@ PRESETS = {
 
 
 def preset(name: str, vocab_size: int, **overrides) -> ModelConfig:
-  """Returns PRESETS[name] with overrides; vocab_size is for presets that have none.
-
-  Raises:
-    ValueError: The preset or a field is unknown.
-  """
+  """Returns PRESETS[name] with overrides; vocab_size is for presets that have none."""
   if name not in PRESETS:
     raise ValueError(f'unknown model preset {name!r}; choose from {", ".join(PRESETS)}.')
   known = {field.name for field in dataclasses.fields(ModelConfig)}

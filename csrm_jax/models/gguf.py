@@ -83,12 +83,7 @@ class _File(NamedTuple):
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the content of config.json for the model in a .gguf file.
-
-  Raises:
-    ImportError: The package gguf is missing.
-    ValueError: The file is not a GGUF file, or its model is not supported.
-  """
+  """Returns the content of config.json for the model in a .gguf file."""
   file = _read(path)
   arch = file.metadata.get('general.architecture')
   if arch not in _ARCHITECTURES:

@@ -237,7 +237,6 @@ def save(
   """Writes config.json and the weights; every file appears whole.
 
   Args:
-    folder: It is made if absent, and must not hold other weights.
     params: Parameters as from init_params, in any dtype, without adapters. With score/kernel [D,1]
       in place of lm_head they are written as a sequence classifier.
     metadata: Strings for the header of the weights, such as how they were made.

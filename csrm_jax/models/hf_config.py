@@ -136,10 +136,6 @@ def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfi
 
   Files of transformers before and since version 5 are read: rope_theta and rope_scaling, or
   rope_parameters; layer_types are optional. The overrides are fields out of RUN_TIME_FIELDS.
-
-  Raises:
-    ValueError: This decoder cannot compute the model. The error names the file (`where`), the
-      field, its value and what is supported.
   """
   for name in overrides:
     if name not in RUN_TIME_FIELDS:

@@ -83,12 +83,7 @@ def save_peft(
   base_name: str,
   metadata: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes the adapters of a model as PEFT reads them.
-
-  Args:
-    base_name: The folder or hub id of the weights that the adapters belong to.
-    metadata: Strings for the header of the adapters' file.
-  """
+  """Writes the adapters of the weights `base_name` (a folder or hub id) as PEFT reads them."""
   _check_has_adapters(cfg)
   folder = pathlib.Path(folder)
   tensors = hf.to_theirs(flatten_dict(adapters, sep='/'), hf.lora_slots(cfg), 'adapters')
@@ -110,12 +105,7 @@ def save_peft(
 
 
 def read_peft(folder: str | os.PathLike) -> dict[str, Any]:
-  """Returns the fields lora_rank, lora_alpha and lora_targets of ModelConfig.
-
-  Raises:
-    ValueError: The folder holds no LoRA adapter, one of a kind that is not supported, or a target
-      that matches no layer.
-  """
+  """Returns the fields lora_rank, lora_alpha and lora_targets of ModelConfig."""
   path = pathlib.Path(folder) / CONFIG_FILE
   try:
     spec = json.loads(path.read_text(encoding='utf-8'))

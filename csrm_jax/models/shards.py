@@ -43,12 +43,7 @@ class Tensor(NamedTuple):
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-  """Returns the tensors of model.safetensors, or of the shards that its index names.
-
-  Raises:
-    ValueError: There are no weights, a file is damaged, the shards are not those of the index, or
-      a tensor's dtype is not supported.
-  """
+  """Returns the tensors of model.safetensors, or of the shards that its index names."""
   if (folder / WEIGHTS_FILE).is_file():
     return open_file(folder / WEIGHTS_FILE)
   index = folder / INDEX_FILE

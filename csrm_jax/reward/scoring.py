@@ -122,14 +122,11 @@ def make_score_fn(
 
   The function computes on the mesh that params lie on. Its second argument, if given, is called
   with the number of examples in each batch that is done. It raises ValueError, with the example's
-  id, if rules do not fit into max_length or a score is not finite. Neither padding nor neighbours
-  change a score (up to rounding).
+  id, if rules do not fit into max_length or a score is not finite. A longer prompt is shortened as
+  in training. Neither padding nor neighbours change a score (up to rounding).
 
-  Args:
-    max_length: The tokens a prompt may have; a longer one is shortened as in training.
-    buckets: The row lengths that are compiled; those above max_length are not used.
-    batch_tokens: About how many tokens go through the model at once, for each part that the mesh
-      cuts rows into.
+  `buckets` are the row lengths that are compiled. About batch_tokens tokens go through the model at
+  once, for each part that the mesh cuts rows into.
   """
   if tokenizer.vocab_size > cfg.vocab_size:
     raise ValueError(

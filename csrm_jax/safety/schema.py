@@ -123,13 +123,7 @@ def load_safety(path: str | os.PathLike) -> SafetyConfig:
 def parse_safety(obj: Any, where: str, lines: Sequence[int] = ()) -> SafetyConfig:
   """Returns the safety configuration in an object that was read from a file.
 
-  Args:
-    obj: {"name": text (optional), "categories": [{"name", "guideline"}]}.
-    where: The file (and line), for errors.
-    lines: The line of each category, where known.
-
-  Raises:
-    ValueError: One line with the place, the value and the fix.
+  Errors begin with `where`, and with the line of the category where `lines` has it.
   """
   if not isinstance(obj, Mapping) or 'categories' not in obj:
     found = 'nothing' if not obj else show(obj)
@@ -301,9 +295,9 @@ class Example:
   ) -> Example:
     """Returns the example in one JSONL row.
 
+    Unknown columns are ignored, except near misspellings of known ones.
+
     Args:
-      obj: The row. Unknown columns are ignored, except near misspellings of known ones.
-      where: The file and line, for errors.
       safety: The rules for a row without its own.
       root: The folder that a path in the row's `safety` is relative to.
       required: Columns that must be there; add 'label' for training.
@@ -332,17 +326,12 @@ class Example:
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the JSONL row that `from_dict` reads."""
-    return {
-      'id': self.id,
+    return vars(self) | {
       'safety': self.safety.to_dict(),
       'conversation': [message.to_dict() for message in self.conversation],
-      'label': self.label,
       'violated': list(self.violated),
       'plus': self.plus and self.plus.to_dict(),
       'minus': self.minus and self.minus.to_dict(),
-      'probability': self.probability,
-      'source': self.source,
-      'rule_set': self.rule_set,
     }
 
 

@@ -129,10 +129,6 @@ def render(
   In our format each of CONTROL_LINES, each category ('rules'), each message but the last
   ('history') and the last ('response') is one segment. The formats of guard models may judge an
   earlier message.
-
-  Raises:
-    ValueError: The conversation is empty or does not end with the agent, or the guard model
-      cannot judge it.
   """
   check_conversation(conversation)
   if layout.format in GUARDS:
@@ -382,9 +378,6 @@ def resolve_verbalizers(
   """Returns the ids of the verdict words that are exactly one token.
 
   Words are encoded as the continuation of the prompt. Words of several tokens are left out.
-
-  Raises:
-    ValueError: A label keeps no word, or a token of one label also begins a word of the other.
   """
   problem = _find_problem(tokenizer, safe, unsafe)
   if problem:

@@ -27,10 +27,6 @@ def wrap(template: str, special_tokens: Mapping[str, str], bos: str | None) -> t
   The next token after the suffix is the first of the assistant's turn. `special_tokens` are
   texts of 'bos_token', 'eos_token', ... for the template. `bos` is the token that the encoder
   puts before every prompt, or None; it is removed if the template writes it too.
-
-  Raises:
-    ValueError: The template cannot be rendered or drops, repeats or changes the message, or its
-      suffix is empty, or it writes `bos` elsewhere.
   """
   text = _render(template, special_tokens)
   if text.count(_MARKER) != 1:
@@ -61,9 +57,6 @@ def read(folder: str | os.PathLike) -> tuple[str | None, dict[str, str]]:
 
   chat_template.jinja comes before tokenizer_config.json; of several templates there, the one
   named 'default' counts.
-
-  Raises:
-    ValueError: A file cannot be read, or none of several templates is the default.
   """
   folder = pathlib.Path(folder)
   settings = tokenizer.read_settings(folder / 'tokenizer.json')

@@ -30,9 +30,6 @@ def train_sentencepiece(
     control_symbols: One id each; plain text never gives them.
     user_symbols: Plain text always gives these pieces, whatever the corpus: the line break, and
       the verdict words with their space.
-
-  Raises:
-    ValueError: The corpus has too few pieces, or the vocabulary is too small.
   """
   # SentencePiece takes one line at a time; the line break is a piece of its own.
   lines = (line for text in sentences for line in text.split('\n') if line)

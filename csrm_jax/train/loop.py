@@ -126,16 +126,10 @@ def train(
 ) -> training.TrainState:
   """Returns the state after config.num_steps steps, resuming if it can.
 
-  It restores the newest intact checkpoint in workdir/checkpoints, together with the state of the
-  work. It saves the last step, and after SIGTERM the step that is being done.
-
-  Args:
-    state: The state of a fresh run, laid out on the mesh.
-    config: See check_lengths.
-    workdir: The folder for checkpoints/, profile/ and metrics.jsonl.
-    meta: JSON that describes the model, stored with each checkpoint.
-    setup_s: The seconds that reading data and weights has taken.
-    name: The label of the progress bar.
+  `state` is that of a fresh run, on the mesh. The newest intact checkpoint in workdir/checkpoints
+  takes its place, together with the state of the work. The last step is saved, and after SIGTERM
+  the step that is being done. `meta` is JSON that describes the model, stored with each checkpoint;
+  setup_s are the seconds that reading data and weights has taken.
 
   Raises:
     ValueError: A loss or gradient is not finite; the message names the step and the file with
