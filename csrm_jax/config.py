@@ -184,12 +184,11 @@ def digest(config: ConfigDict) -> str:
 
 def diff_config(old: ConfigDict, new: ConfigDict) -> list[str]:
   """Returns one 'key: old -> new' for each difference, sorted; [] if equal."""
-  values = []
-  for config in (old, new):
-    # Through JSON, so that a tuple equals the list that a file gives back.
-    flat = flatten(json.loads(to_json(config)))
-    values.append({key: json.dumps(value) for key, value in flat.items()})
-  before, after = values
+  # Through JSON, so that a tuple equals the list that a file gives back.
+  before, after = (
+    {key: json.dumps(value) for key, value in flatten(json.loads(to_json(config))).items()}
+    for config in (old, new)
+  )
   return [
     f'{key}: {before.get(key, "(absent)")} -> {after.get(key, "(absent)")}'
     for key in sorted(before | after)

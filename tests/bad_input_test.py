@@ -17,28 +17,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-_SERVER = """
-import importlib, json, os, sys
-
-from csrm_jax import main
-
-for module in main.RUNNERS.values():
-  importlib.import_module(module)
-
-for line in sys.stdin:
-  case = json.loads(line)
-  child = os.fork()
-  if not child:
-    for number in (1, 2):
-      flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-      os.dup2(os.open(case['files'][number - 1], flags), number)
-    sys.argv = ['csrm_jax.main', *case['args']]
-    os.chdir(case['folder'])
-    main.main()  # ends with sys.exit
-  status = os.waitpid(child, 0)[1]
-  print(os.waitstatus_to_exitcode(status), flush=True)
-"""
-
 # The shipped config with a backbone of seconds, and as `wide` another one.
 _CONFIG = """
 import ml_collections
@@ -85,15 +63,16 @@ class Ended:
 
 @pytest.fixture(scope='module')
 def server():
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONWARNINGS': 'ignore'}
+  env = {'JAX_PLATFORMS': 'cpu', 'PYTHONWARNINGS': 'ignore', 'PYTHONPATH': str(ROOT)}
   with subprocess.Popen(
-    [sys.executable, '-c', _SERVER],
-    cwd=ROOT,
-    env=env,
+    # Not this folder, whose names would hide others, but the root is on the path.
+    [sys.executable, '-P', ROOT / 'tests' / 'freeze.py', '--serve'],
+    env=os.environ | env,
     text=True,
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
   ) as process:
+    process.stdout.readline()  # where the package lies
     yield process
     process.stdin.close()
 

@@ -102,19 +102,29 @@ class Checkpoints:
       self._check_same_model(step, wanted, content['leaves'], partial)
       try:
         named = self._read_state(step, wanted)
-        _verify(named, content['leaves'])
+        for name, value in jax.device_get(_checksums(named)).items():
+          if int(value) != content['leaves'][name][2]:
+            raise ValueError(f'the bits of leaf {name!r} fail their checksum')
       except jax.errors.JaxRuntimeError:
         raise  # Out of memory and the like: the files are not to blame.
       except Exception as error:  # Orbax raises whatever a reader met.
         self._warn(step, error)
         continue
-      state = tree.from_named(abstract_state, named)
+      state = jax.tree.unflatten(jax.tree.structure(abstract_state), named.values())
       return Restored(step, state, content['data_state'])
     return None
 
   def steps(self) -> list[int]:
     """Returns the steps that have a finished checkpoint, ascending."""
-    return _steps(self.directory)
+    if not self.directory.is_dir():
+      return []
+    # A save in progress has a name of its own until its final rename, or, in a bucket, lacks a file
+    # until its end.
+    return sorted(
+      int(path.name)
+      for path in self.directory.iterdir()
+      if path.name.isdecimal() and path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
+    )
 
   def wait(self) -> None:
     """Waits until the last save is on disk; raises the error that stopped it."""
@@ -153,8 +163,13 @@ class Checkpoints:
     self._manager.reload()
 
   def _read_state(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-    abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
-    stored = _storage_names(abstract)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    stored = _storage_names(
+      {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None) or here)
+        for name, x in wanted.items()
+      }
+    )
     # A reader of its own: reading must not create the directory or clean up in it, as the
     # manager does.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
@@ -192,27 +207,16 @@ class Checkpoints:
 
 def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
   """Returns the newest checkpoint's `meta`; raises a FileNotFoundError if there is none."""
-  directory = remote.home(directory)
+  saved = Checkpoints(directory)
+  directory = saved.directory
   # The newest description that is intact: the leaves are not read here.
-  for step in reversed(_steps(directory)):
+  for step in reversed(saved.steps()):
     try:
       return _read_info(directory / str(step))['meta']
     except (ValueError, KeyError, TypeError, OSError) as error:
       logging.warning('cannot read the checkpoint %s/%d (%s)', directory, step, error)
   raise FileNotFoundError(
     f'{directory}: no readable checkpoint there; give the folder of a run that has saved one'
-  )
-
-
-def _steps(directory: epath.Path) -> list[int]:
-  if not directory.is_dir():
-    return []
-  # A save in progress has a name of its own until its final rename, or, in a
-  # bucket, lacks a file until its end.
-  return sorted(
-    int(path.name)
-    for path in directory.iterdir()
-    if path.name.isdecimal() and path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
   )
 
 
@@ -233,20 +237,6 @@ def _digest(content: Any) -> str:
 def _storage_names(named: Mapping[str, Any]) -> dict[str, Any]:
   # Slashes would become folders in some of the storage formats.
   return {name.replace('/', '.'): leaf for name, leaf in named.items()}
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-  sharding = getattr(leaf, 'sharding', None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _verify(named: dict[str, Any], leaves: dict[str, Any]) -> None:
-  sums = jax.device_get(_checksums(named))
-  for name, value in sums.items():
-    if int(value) != leaves[name][2]:
-      raise ValueError(f'the bits of leaf {name!r} fail their checksum')
 
 
 @jax.jit

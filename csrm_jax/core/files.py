@@ -114,14 +114,10 @@ def digest(value: Any, **options: Any) -> str:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-  """Returns the value in a JSON file; it fails as `read_text` and `load_json` do."""
-  return load_json(read_text(path), os.fspath(path))
-
-
-def load_json(text: str, where: str) -> Any:
-  """Returns the JSON value; a repeated key is an error."""
+  """Returns the value in a JSON file; a repeated key is an error."""
+  where = os.fspath(path)
   try:
-    return json.loads(text, object_pairs_hook=unique_keys(where))
+    return json.loads(read_text(path), object_pairs_hook=unique_keys(where))
   except json.JSONDecodeError as error:
     raise ValueError(
       f'{where}:{error.lineno}: not valid JSON ({error.msg} at column'

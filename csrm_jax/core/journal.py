@@ -94,18 +94,16 @@ class Journal:
     data = (line + '\n').encode()
     with self._lock, writing(self._path):
       try:
-        self._write(data)
+        rest = data
+        while rest:
+          # An unbuffered write may take only a part.
+          rest = rest[self._file.write(rest) :]
       except OSError:
         # A part of the line may be in the file; the next line must not follow it.
         self._file.truncate(self._end)
         raise
       self._end += len(data)
       self._values[key] = value
-
-  def _write(self, data: bytes) -> None:
-    while data:
-      # An unbuffered write may take only a part.
-      data = data[self._file.write(data) :]
 
   def close(self) -> None:
     """Closes and unlocks the file; removes it if it is empty."""

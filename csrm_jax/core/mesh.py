@@ -207,8 +207,9 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
 
 def shardings(shapes: Any, mesh: Mesh) -> Any:
   """Returns the tree of NamedShardings for parameters or a whole train state."""
-  specs = {name: param_spec(name, x.shape, mesh) for name, x in tree.named_leaves(shapes).items()}
-  return tree.from_named(shapes, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+  named = tree.named_leaves(shapes)
+  found = [NamedSharding(mesh, param_spec(name, x.shape, mesh)) for name, x in named.items()]
+  return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
 def abstract(shapes: Any, mesh: Mesh) -> Any:

@@ -24,18 +24,6 @@ def named_leaves(tree: Any) -> dict[str, Any]:
   return named
 
 
-def from_named(tree: Any, named: Mapping[str, Any]) -> Any:
-  """Returns a tree with the structure of `tree` and the leaves of `named`; names must match."""
-  names = dict.fromkeys(named_leaves(tree))
-  for name in names:
-    if name not in named:
-      raise ValueError(f'leaf {name!r} is missing')
-  for name in named:
-    if name not in names:
-      raise ValueError(f'leaf {name!r} is not part of the tree')
-  return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in names])
-
-
 def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
   """Returns one nested dict with the leaves of both, which must not overlap."""
   merged = dict(tree)

@@ -17,18 +17,8 @@ from csrm_jax.core import files
 
 # The packages whose versions can change a number or a file format.
 PACKAGES = (
-  'csrm_jax',
-  'jax',
-  'jaxlib',
-  'flax',
-  'optax',
-  'orbax-checkpoint',
-  'grain',
-  'numpy',
-  'sentencepiece',
-  'tokenizers',
-  'scikit-learn',
-  'relplot',
+  *('csrm_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy'),
+  *('sentencepiece', 'tokenizers', 'scikit-learn', 'relplot'),
 )
 
 

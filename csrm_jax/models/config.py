@@ -25,14 +25,8 @@ _MAY_BE_ZERO = ('vocab_size', 'query_scale', 'attention_softcap', 'final_softcap
 _MAY_BE_ZERO += ('sliding_window', 'lora_rank')
 # Fields that say how a model is computed, not which weights it has.
 RUN_TIME_FIELDS = (
-  'dtype',
-  'param_dtype',
-  'remat',
-  'match_init',
-  'unroll',
-  'lora_rank',
-  'lora_alpha',
-  'lora_targets',
+  *('dtype', 'param_dtype', 'remat', 'match_init', 'unroll'),
+  *('lora_rank', 'lora_alpha', 'lora_targets'),
 )
 
 

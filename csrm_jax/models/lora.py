@@ -29,18 +29,9 @@ _MODULES = {
 }
 # What an adapter of PEFT may have and ours may not; absent and empty are fine.
 _UNSUPPORTED = (
-  'use_rslora',
-  'use_dora',
-  'fan_in_fan_out',
-  'lora_bias',
-  'rank_pattern',
-  'alpha_pattern',
-  'layers_to_transform',
-  'layer_replication',
-  'modules_to_save',
-  'trainable_token_indices',
-  'target_parameters',
-  'exclude_modules',
+  *('use_rslora', 'use_dora', 'fan_in_fan_out', 'lora_bias', 'rank_pattern', 'alpha_pattern'),
+  *('layers_to_transform', 'layer_replication', 'modules_to_save', 'trainable_token_indices'),
+  *('target_parameters', 'exclude_modules'),
 )
 
 

@@ -49,7 +49,9 @@ def chat_marks(source: Name, tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, s
   except ValueError as error:
     raise ValueError(f'{hf.open_source(source).name}: {error}') from None
   # The model was trained on prompts whose first plain text has a space in front.
-  if tokenizer.opens_with_space and not _opens_with_control(prefix, tokenizer):
+  first = tokenizer.encode_control(prefix)[:1]
+  # The id of a control token decodes to nothing, that of plain text to some text.
+  if tokenizer.opens_with_space and (not first or tokenizer.decode(first)):
     prefix = f' {prefix}'
   return prefix, suffix
 
@@ -64,12 +66,6 @@ def save_tokenizer(source: Name, directory: str | os.PathLike) -> None:
     for name, file in found.items():
       if file.is_file():
         files.write(directory / name, file.read_bytes())
-
-
-def _opens_with_control(text: str, tokenizer: tokenizer_lib.Tokenizer) -> bool:
-  # The id of a control token decodes to nothing, that of plain text to some text.
-  first = tokenizer.encode_control(text)[:1]
-  return bool(first) and not tokenizer.decode(first)
 
 
 @contextlib.contextmanager

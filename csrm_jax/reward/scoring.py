@@ -133,7 +133,7 @@ def make_score_fn(
       f'the tokenizer has {tokenizer.vocab_size} ids, the model '
       f'{cfg.vocab_size}; give the tokenizer of the model.'
     )
-  lengths = usable_buckets(buckets, max_length)
+  lengths = sorted({b for b in buckets if b < max_length} | {max_length})
   batch_tokens *= mesh_lib.num_row_parts(params)
   encoder = features.Encoder(tokenizer, max_length, layout)
   compute = make_score_step(cfg, verbalizers)
@@ -244,11 +244,6 @@ class Group:
   def num_tokens(self) -> int:
     """How many tokens the model reads, padding included."""
     return self.prefix_length + sum(rows * length for _, (rows, length) in self.batches)
-
-
-def usable_buckets(buckets: Sequence[int], max_length: int) -> list[int]:
-  """Returns the buckets below max_length, ascending, and then max_length itself."""
-  return sorted({b for b in buckets if b < max_length} | {max_length})
 
 
 def make_groups(

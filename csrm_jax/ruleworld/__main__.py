@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from csrm_jax.ruleworld import corpus, examples, lexicon
 from csrm_jax.safety import schema, templates
-from csrm_jax.text import train
+from csrm_jax.text import tokenizer as tokenizer_lib
 
 VOCAB_SIZE = 2304
 _NUM_SENTENCE_DOCUMENTS = 20_000
@@ -76,7 +76,7 @@ def main() -> None:
   )
   args = parser.parse_args()
   if args.train_tokenizer:
-    train.train_sentencepiece(
+    tokenizer_lib.train_sentencepiece(
       sentences(), args.train_tokenizer, VOCAB_SIZE, templates.CONTROL_LINES
     )
     return

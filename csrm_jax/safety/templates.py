@@ -66,21 +66,14 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The settings that the text of a prompt depends on.
+  """The settings that the text of a prompt depends on."""
 
-  Attributes:
-    format: One of FORMATS; the formats of guard models fix all other settings.
-    order: One of ORDERS; judgements that share what comes first share a prefix.
-    words: The closing question names these two words, for "safe" and for "unsafe".
-    chat_prefix: Opens the user's turn in the backbone's chat template, without a begin-of-text
-      token.
-    chat_suffix: Closes that turn and opens the assistant's, whose first token is the verdict; ''
-      for backbones without a chat template.
-  """
-
-  format: str = 'csrm'
-  order: str = ORDERS[0]
-  words: tuple[str, str] = WORDS
+  format: str = 'csrm'  # one of FORMATS; the formats of guard models fix all other settings
+  order: str = ORDERS[0]  # judgements that share what comes first share a prefix
+  words: tuple[str, str] = WORDS  # for "safe" and for "unsafe", in the closing question
+  # What opens the user's turn in the backbone's chat template, without a begin-of-text token, and
+  # what closes it and opens the assistant's, whose first token is the verdict. Both are '' for a
+  # backbone without a chat template.
   chat_prefix: str = ''
   chat_suffix: str = ''
 
@@ -182,7 +175,11 @@ def _render_csrm(
 ) -> tuple[Segment, ...]:
   rules = [
     Segment(RULES, 'control'),
-    *(Segment(_rule_line(i, rule), 'rules') for i, rule in enumerate(safety.categories, start=1)),
+    # str.split() splits at every Unicode line break, so a rule cannot start a line of its own.
+    *(
+      Segment(f'S{i}: {" ".join(rule.name.split())}. {" ".join(rule.guideline.split())}\n', 'rules')
+      for i, rule in enumerate(safety.categories, start=1)
+    ),
     Segment(END_RULES, 'control'),
   ]
   turns = [
@@ -202,13 +199,6 @@ def _render_csrm(
   else:
     tail = [question, ANSWER]
   return (Segment(head, 'control'), *body, *(Segment(text, 'control') for text in tail))
-
-
-def _rule_line(number: int, category: Category) -> str:
-  # str.split() splits at every Unicode line break, so a rule cannot start a line of its own.
-  name = ' '.join(category.name.split())
-  guideline = ' '.join(category.guideline.split())
-  return f'S{number}: {name}. {guideline}\n'
 
 
 def _turn_lines(message: Message) -> str:

@@ -38,21 +38,6 @@ def test_merge_keeps_the_leaves_of_both():
       tree.merge(a, other)
 
 
-def test_from_named_inverts_named_leaves():
-  state = _state()
-  copy = tree.from_named(state, tree.named_leaves(state))
-  assert jax.tree.structure(copy) == jax.tree.structure(state)
-  assert list(map(id, jax.tree.leaves(copy))) == list(map(id, jax.tree.leaves(state)))
-
-
-def test_from_named_names_the_first_difference():
-  named = tree.named_leaves(_state())
-  with pytest.raises(ValueError, match="'params/a/0' is missing"):
-    tree.from_named(_state(), {k: v for k, v in named.items() if k != 'params/a/0'})
-  with pytest.raises(ValueError, match="'extra' is not part"):
-    tree.from_named(_state(), named | {'extra': 1})
-
-
 def test_sizes_of_arrays_and_of_shapes():
   shapes = jax.eval_shape(_state)
   for t in (_state(), shapes):

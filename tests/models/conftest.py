@@ -7,19 +7,9 @@ import numpy as np
 import pytest
 
 from csrm_jax.models import config, transformer
+from tests import small
 
-CFG = config.ModelConfig(
-  vocab_size=40,
-  num_layers=5,
-  embed_dim=32,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=16,
-  mlp_dim=48,
-  rope_theta=5e5,
-  norm_eps=3e-6,
-  context_length=99,
-)
+CFG = small.model(num_layers=5, rope_theta=5e5, norm_eps=3e-6, context_length=99)
 GEMMA = dataclasses.replace(
   CFG,
   family='gemma2',

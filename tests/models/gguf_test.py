@@ -9,16 +9,13 @@ import pytest
 
 from csrm_jax.models import config, gguf, hf, shards
 from csrm_jax.text import tokenizer as tokenizer_lib
-from tests import fetch_smollm2
+from tests import fetch_smollm2, small
 
 package = pytest.importorskip('gguf')
 
-CFG = config.ModelConfig(
+CFG = small.model(
   vocab_size=64,
-  num_layers=2,
   embed_dim=64,
-  num_heads=4,
-  num_kv_heads=2,
   head_dim=32,
   mlp_dim=96,
   rope_theta=5e5,

@@ -6,19 +6,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from csrm_jax.models import config, hf, hf_config, shards
+from csrm_jax.models import hf, hf_config, shards
+from tests import small
 
-CFG = config.ModelConfig(
-  vocab_size=40,
-  num_layers=2,
-  embed_dim=32,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=16,
-  mlp_dim=48,
-  rope_theta=5e5,
-  norm_eps=1e-6,
-)
+CFG = small.model(rope_theta=5e5, norm_eps=1e-6)
 
 
 @pytest.fixture

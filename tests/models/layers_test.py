@@ -7,19 +7,9 @@ import pytest
 from flax import nnx
 
 from csrm_jax.models import config, transformer
+from tests import small
 
-CFG = config.ModelConfig(
-  vocab_size=40,
-  num_layers=2,
-  embed_dim=6,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_dim=48,
-  lora_rank=3,
-  lora_alpha=12.0,
-  lora_targets=('out',),
-)
+CFG = small.model(embed_dim=6, head_dim=8, lora_rank=3, lora_alpha=12.0, lora_targets=('out',))
 RNG = np.random.default_rng(0)
 
 

@@ -8,18 +8,9 @@ import pytest
 
 from csrm_jax.core import tree
 from csrm_jax.models import config, hf, lora, transformer
+from tests import small
 
-CFG = config.ModelConfig(
-  vocab_size=40,
-  num_layers=2,
-  embed_dim=32,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=16,
-  mlp_dim=48,
-  lora_rank=3,
-  lora_alpha=7.0,
-)
+CFG = small.model(lora_rank=3, lora_alpha=7.0)
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9)).astype(np.int32)
 
 

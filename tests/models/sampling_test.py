@@ -10,20 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.models import config, sampling as sampling_lib, transformer
+from csrm_jax.models import sampling as sampling_lib, transformer
 from csrm_jax.models.sampling import Sampling, generate
+from tests import small
 
-CFG = config.ModelConfig(
-  vocab_size=40,
-  num_layers=2,
-  embed_dim=32,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_dim=48,
-  context_length=64,
-  tie_embeddings=False,
-)
+CFG = small.model(head_dim=8, context_length=64, tie_embeddings=False)
 VARIANTS = {
   'llama': {},
   'gemma2': {

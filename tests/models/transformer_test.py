@@ -9,10 +9,9 @@ import pytest
 from flax import nnx
 
 from csrm_jax.models import attention, config, transformer
+from tests import small
 
-CFG = config.ModelConfig(
-  vocab_size=40, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48
-)
+CFG = small.model(head_dim=8)
 
 
 def _row(lengths, total, seed=0):

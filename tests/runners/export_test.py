@@ -15,24 +15,17 @@ import csrm_jax
 from csrm_jax import config as config_lib
 from csrm_jax.core import checkpoint
 from csrm_jax.data import features
-from csrm_jax.models import config, hf, lora, transformer
+from csrm_jax.models import hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model
 from csrm_jax.ruleworld import examples as examples_lib
 from csrm_jax.runners import export
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
+from tests import small
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = pathlib.Path(csrm_jax.__file__).parent / ('ruleworld/tokenizer.model')
-CFG = config.ModelConfig(
-  vocab_size=tokenizer_lib.load_tokenizer(TOKENIZER).vocab_size,
-  num_layers=2,
-  embed_dim=32,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=16,
-  mlp_dim=48,
-)
+CFG = small.model(vocab_size=tokenizer_lib.load_tokenizer(TOKENIZER).vocab_size)
 LORA = dataclasses.replace(CFG, lora_rank=3, lora_targets=('query', 'down'))
 
 

@@ -10,7 +10,7 @@ import pytest
 from csrm_jax.safety import templates
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
 from csrm_jax.safety.templates import Layout
-from csrm_jax.text import train
+from csrm_jax.text import tokenizer as tokenizer_lib
 
 SAFETY = SafetyConfig(
   (Category('Violence', 'No fights.'), Category('Gossip', 'No rumours about neighbours.'))
@@ -225,7 +225,7 @@ def small_tokenizer(tmp_path_factory):
   words = [''.join(random.choice(letters, 5)) for _ in range(200)]
   words += ['safe', 'unsafe', 'Yes', 'No']
   sentences = [' '.join(random.choice(words, 8)) for _ in range(300)]
-  return train.train_sentencepiece(
+  return tokenizer_lib.train_sentencepiece(
     sentences,
     tmp_path_factory.mktemp('spm') / 'small.model',
     vocab_size=320,

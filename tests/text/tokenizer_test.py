@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from csrm_jax.text import tokenizer as tokenizer_lib, train
+from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def sp(folder):
   path = folder / 'small.model'
-  train.train_sentencepiece(corpus(), path, 330, CONTROL)
+  tokenizer_lib.train_sentencepiece(corpus(), path, 330, CONTROL)
   return tokenizer_lib.load_tokenizer(path)
 
 
@@ -242,7 +242,7 @@ def test_training_is_deterministic_and_free_of_paths(tmp_path):
   for name in ('a', 'b'):
     (tmp_path / name).mkdir()
     path = tmp_path / name / f'{name}.model'
-    train.train_sentencepiece(iter(corpus()), path, 330, CONTROL)
+    tokenizer_lib.train_sentencepiece(iter(corpus()), path, 330, CONTROL)
   a, b = tmp_path / 'a' / 'a.model', tmp_path / 'b' / 'b.model'
   assert a.read_bytes() == b.read_bytes()
   assert [p.name for p in a.parent.iterdir()] == ['a.model']
@@ -251,7 +251,7 @@ def test_training_is_deterministic_and_free_of_paths(tmp_path):
 @pytest.mark.parametrize('size', [100, 30_000])
 def test_a_bad_vocabulary_size_leaves_no_file(tmp_path, size):
   path = tmp_path / 'x.model'
-  message = error_of(train.train_sentencepiece, corpus(), path, size, CONTROL)
+  message = error_of(tokenizer_lib.train_sentencepiece, corpus(), path, size, CONTROL)
   assert f'vocab_size={size}' in message and 'change it' in message
   assert not list(tmp_path.iterdir())
 
@@ -369,7 +369,7 @@ def test_a_tokenizer_that_loses_line_breaks_is_refused(tmp_path):
 
 def test_chat_markers_among_user_defined_pieces(tmp_path):
   # Some published models list them so; SentencePiece then parses any text.
-  tok = train.train_sentencepiece(
+  tok = tokenizer_lib.train_sentencepiece(
     corpus(), tmp_path / 'x.model', 330, CONTROL, user_symbols=('\n', '<start_of_turn>')
   )
   (marker,) = tok.encode_control('<start_of_turn>')
