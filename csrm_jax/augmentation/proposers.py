@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from csrm_jax.augmentation import requests
-from csrm_jax.core import checks, journal, retry
+from csrm_jax.core import checks, files, journal, retry
 from csrm_jax.models import hf, sampling
 from csrm_jax.reward import backbone
 from csrm_jax.ruleworld import proposer as world
@@ -154,8 +153,7 @@ def _ask_model(
 ) -> Any:
   """Returns the typed reply of a language model, from the cache where it is there."""
   # `sampled` holds all that a reply depends on besides the request.
-  asked = json.dumps([*sampled, requests.make_messages(request)])
-  key = hashlib.sha256(asked.encode()).hexdigest()
+  key = files.digest([*sampled, requests.make_messages(request)])
   problem = None
   # A text that does not parse is never repaired: another one is asked for.
   for number in range(num_tries):
@@ -356,14 +354,8 @@ class Endpoint:
     raise ValueError(message) from None
 
 
-@dataclasses.dataclass
-class _Asked:
-  """A prompt that waits for its text."""
-
-  ids: list[int]
-  draw: int
-  text: str | None = None
-  error: Exception | None = None
+# The ids of a prompt, which draw is asked for, and what will hold the text.
+_Asked = tuple[list[int], int, concurrent.futures.Future[str]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -425,49 +417,49 @@ class LocalModel:
     if len(ids) + self.max_tokens > self._model.context_length:
       raise NoReplyError('too_long', f'{len(ids)} tokens')
     # Another draw for each try; the same one whenever it is asked.
-    asked = _Asked(ids, (int(requests.digest(request)[:8], 16) + number) % 2**32)
+    draw = (int(requests.digest(request)[:8], 16) + number) % 2**32
+    text = concurrent.futures.Future()
     with self._lock:
-      self._waiting.append(asked)
+      self._waiting.append((ids, draw, text))
     # One of the threads that wait takes its turn and answers for all, so no thread of its own is
     # needed, and none idles.
-    while asked.text is None and asked.error is None:
+    while not text.done():
       with self._turn:  # Others gather while a batch is at work.
-        if asked.text is None and asked.error is None:
+        if not text.done():
           if self.concurrency > 1:
             time.sleep(_GATHER_S)
           with self._lock:
             batch = self._waiting[: self.concurrency]
             del self._waiting[: self.concurrency]
           self._answer(batch)
-    if asked.error is not None:
-      raise asked.error
-    return asked.text
+    return text.result()
 
   def _answer(self, batch: Sequence[_Asked]) -> None:
+    prompts, draws, texts = zip(*batch, strict=True)
     try:
       done = sampling.generate(
         self._model,
         self._params,
-        [asked.ids for asked in batch],
+        prompts,
         self._sampling,
         seed=self.seed,
-        draws=[asked.draw for asked in batch],
+        draws=draws,
         batch_size=self.concurrency,
       )
     except Exception as error:  # Every thread that waits must hear of it.
-      for asked in batch:
-        asked.error = error
+      for text in texts:
+        text.set_exception(error)
       return
     self._counts.add(
       requests=len(batch),
       batches=1,
-      prompt_tokens=sum(len(asked.ids) for asked in batch),
+      prompt_tokens=sum(map(len, prompts)),
       reply_tokens=int(done.lengths.sum()),
     )
-    for i, asked in enumerate(batch):
+    for i, text in enumerate(texts):
       # The token that stopped a reply is no part of it.
       num = done.lengths[i] - done.stopped[i]
-      asked.text = self._tokenizer.decode(done.tokens[i, :num].tolist())
+      text.set_result(self._tokenizer.decode(done.tokens[i, :num].tolist()))
 
   def _encode(self, request: requests.Request) -> list[int]:
     # One turn of the user: not every chat template has a system's.

@@ -9,13 +9,12 @@ itself.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from csrm_jax.core import files
 from csrm_jax.core.checks import show
-from csrm_jax.core.files import unique_keys
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
 
 # In characters: a name, one of the guidelines of up to three sentences that are asked for, and
@@ -103,14 +102,13 @@ class Task:
 def digest(request: Request) -> str:
   """Returns the sha256 (hex) of the request's kind and content."""
   content = [type(request).__name__, dataclasses.asdict(request)]
-  text = json.dumps(content, sort_keys=True, separators=(',', ':'))
-  return hashlib.sha256(text.encode()).hexdigest()
+  return files.digest(content, sort_keys=True, separators=(',', ':'))
 
 
 def prompts_digest() -> str:
   """Returns the sha256 (hex) of all instructions and schemas."""
   parts = [[kind.__name__, task.instructions, task.schema] for kind, task in TASKS.items()]
-  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+  return files.digest(parts)
 
 
 def make_messages(request: Request) -> list[dict[str, str]]:
@@ -195,7 +193,7 @@ def parse(request: Request, text: str) -> Any:
   if body.count('```') == 2:
     body = body.split('```')[1].removeprefix('json').strip()
   try:
-    obj = json.loads(body, object_pairs_hook=unique_keys('the reply'))
+    obj = json.loads(body, object_pairs_hook=files.unique_keys('the reply'))
   except (json.JSONDecodeError, RecursionError):
     raise ValueError(f'the reply is no JSON object: {show(body)}') from None
   if not isinstance(obj, Mapping):
