@@ -36,7 +36,8 @@ Recall of unsafe conversations over the number of subcategories that a guideline
 meant to forbid: a line that falls is a rewrite that did not obey."""
 
 _NUM_EXAMPLES = 5
-# What the reasons to drop something mean; other reasons are a proposer's own.
+# What the reasons to drop something mean. Other reasons are a proposer's own, of which the part
+# before the colon is explained.
 _REASONS = {
   'candidate: too_few_unsafe': 'pairs whose lenient guideline catches too few'
   ' conversations for the test to pass at all',
@@ -49,8 +50,6 @@ _REASONS = {
   'conversation: subcategory_limit': 'conversations without a subcategory,'
   ' after the limit was reached',
   'conversation: no_subcategory': 'conversations for which no further subcategory could be named',
-}
-_OTHER_REASONS = {
   'category': 'categories given up for want of a usable reply',
   'candidate': 'pairs given up for want of a usable reply',
   'conversation': 'conversations without a subcategory for want of a usable reply',
@@ -158,6 +157,9 @@ def draw_recall(path: str | os.PathLike, outcomes: Sequence[strictness.Outcome])
 def _render(
   outcomes: Sequence[strictness.Outcome], settings: strictness.Settings, result: Mapping[str, Any]
 ) -> str:
+  def meaning(reason: str) -> str:
+    return _REASONS.get(reason) or _REASONS.get(reason.split(':')[0], '')
+
   escape = markdown.escape
   parts = ['# Strictness augmentation', _INTRO, _summary(settings, result)]
   if result['truth']:
@@ -187,7 +189,7 @@ def _render(
     '## What came to nothing',
     markdown.table(
       ('reason', 'times', 'what it counts'),
-      [(reason, num, _meaning(reason)) for reason, num in result['drops'].items()]
+      [(reason, num, meaning(reason)) for reason, num in result['drops'].items()]
       or [('nothing', 0, '')],
     ),
     '## Candidates',
@@ -223,10 +225,6 @@ def _summary(s: strictness.Settings, result: Mapping[str, Any]) -> str:
     ' more for each conversation that none of them fits, up to'
     f' {s.max_subcategories}.'
   )
-
-
-def _meaning(reason: str) -> str:
-  return _REASONS.get(reason) or _OTHER_REASONS.get(reason.split(':')[0], '')
 
 
 def _truth_table(truth: Mapping[str, int]) -> str:

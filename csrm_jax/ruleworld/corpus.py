@@ -55,11 +55,33 @@ def document(seed: int, index: int, progress: float = 1.0) -> tuple[Span, ...]:
   know what a word belongs to.
   """
   rng = examples.make_rng('corpus', seed, index)
-  kinds = (_facts, _rules_table, _reply_table, _rules_questions, _reading, _both)
+  kinds = ('facts', 'rules table', 'reply table', 'rules questions', 'reading', 'both')
   early = (0.2, 0.55, 0.15, 0.05, 0.03, 0.02)
   late = (0.05, 0.3, 0.15, 0.15, 0.1, 0.25)
   weights = [a + (b - a) * progress for a, b in zip(early, late, strict=True)]
-  return tuple(rng.choices(kinds, weights)[0](rng, progress))
+  kind = rng.choices(kinds, weights)[0]
+  if kind == 'facts':
+    return tuple(_facts(rng))
+  rules = _sample_rules(rng, progress)
+  scene = _sample_scene(rng, rules)
+  block, talk = _parts(rules, scene)
+  match kind:
+    case 'rules table':  # rules, and word by word what is allowed by them
+      words = (_look_up(rng, rules, (), progress)[1:3] for _ in range(16))
+      spans = block + _table('Allowed', words)
+    case 'reply table':  # a reply, its stance word by word, and what it promotes
+      phrases = [s.phrase for s in scene.statements]
+      rng.shuffle(phrases)
+      stances = ((phrase, _stance(phrase, scene.statements)) for phrase in phrases)
+      promoted = (_promoted(rng, scene) for _ in range(6))
+      spans = talk + _table('Stance', stances) + _table('Promoted', promoted)
+    case 'rules questions':
+      spans = block + _ask(_rules_question(rng, rules, (), progress) for _ in range(10))
+    case 'reading':
+      spans = talk + _ask(_reading_question(rng, scene) for _ in range(6))
+    case 'both':
+      spans = block + talk + _ask(_any_question(rng, rules, scene, progress) for _ in range(8))
+  return tuple(spans)
 
 
 def _question(question: str, answer: str) -> list[Span]:
@@ -76,8 +98,7 @@ def _ask(questions: Iterable[list[Span]]) -> list[Span]:
   return [span for question in dict.fromkeys(map(tuple, questions)) for span in question]
 
 
-def _facts(rng: random.Random, progress: float) -> list[Span]:
-  del progress
+def _facts(rng: random.Random) -> list[Span]:
   spans = []
   for _ in range(8):
     topic = rng.choice(lexicon.TOPICS)
@@ -111,55 +132,6 @@ def _table(title: str, rows: Iterable[tuple[str, str]]) -> list[Span]:
     spans += [Span(f' {word}'), Span(f' {answer}', weight=1.0), Span(',')]
   # A full stop takes the place of the last comma.
   return spans[:-1] + [Span('.\n')]
-
-
-def _rules_table(rng: random.Random, progress: float) -> list[Span]:
-  """Returns rules, and word by word what is allowed by them."""
-  rules = _sample_rules(rng, progress)
-  spans, _ = _parts(rules, _sample_scene(rng, rules))
-  return spans + _table('Allowed', (_look_up(rng, rules, (), progress)[1:3] for _ in range(16)))
-
-
-def _reply_table(rng: random.Random, progress: float) -> list[Span]:
-  """Returns a reply, its stance word by word, and what it promotes."""
-  rules = _sample_rules(rng, progress)
-  scene = _sample_scene(rng, rules)
-  _, spans = _parts(rules, scene)
-  phrases = [s.phrase for s in scene.statements]
-  rng.shuffle(phrases)
-  spans += _table('Stance', ((phrase, _stance(phrase, scene.statements)) for phrase in phrases))
-  return spans + _table('Promoted', (_promoted(rng, scene) for _ in range(6)))
-
-
-def _rules_questions(rng: random.Random, progress: float) -> list[Span]:
-  rules = _sample_rules(rng, progress)
-  spans, _ = _parts(rules, _sample_scene(rng, rules))
-  return spans + _ask(_rules_question(rng, rules, (), progress) for _ in range(10))
-
-
-def _reading(rng: random.Random, progress: float) -> list[Span]:
-  rules = _sample_rules(rng, progress)
-  scene = _sample_scene(rng, rules)
-  _, spans = _parts(rules, scene)
-  return spans + _ask(_reading_question(rng, scene) for _ in range(6))
-
-
-def _both(rng: random.Random, progress: float) -> list[Span]:
-  rules = _sample_rules(rng, progress)
-  scene = _sample_scene(rng, rules)
-  phrases = tuple(s.phrase for s in scene.statements)
-
-  def questions():
-    for _ in range(8):
-      where = rng.random()
-      if where < 0.6:
-        about = phrases if where < 0.45 else ()
-        yield _rules_question(rng, rules, about, progress)
-      else:
-        yield _reading_question(rng, scene)
-
-  parts = [span for part in _parts(rules, scene) for span in part]
-  return parts + _ask(questions())
 
 
 def _sample_rules(rng: random.Random, progress: float) -> Rules:
@@ -238,6 +210,17 @@ def _rules_question(
   if kind < 0.85:
     return _question(f'Which rule names {word}?', number)
   return _question(f'What kind is {phrase}?', sub)
+
+
+def _any_question(
+  rng: random.Random, rules: Rules, scene: conversations.Scene, progress: float
+) -> list[Span]:
+  """Returns a question about the rules, on what is said or not, or about the reply."""
+  where = rng.random()
+  if where >= 0.6:
+    return _reading_question(rng, scene)
+  phrases = tuple(s.phrase for s in scene.statements) if where < 0.45 else ()
+  return _rules_question(rng, rules, phrases, progress)
 
 
 def _promoted(rng: random.Random, scene: conversations.Scene) -> tuple[str, str]:
