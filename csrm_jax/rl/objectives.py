@@ -93,9 +93,8 @@ class Objective:
       self.max_completion_length and self.max_completion_length > 0
     ):
       raise ValueError(
-        f'max_completion_length={self.max_completion_length} must be at '
-        "least 1 with loss_aggregation='seq-mean-token-sum-norm', which "
-        'divides by it.'
+        f'max_completion_length={self.max_completion_length} must be at least 1 with '
+        "loss_aggregation='seq-mean-token-sum-norm', which divides by it."
       )
 
 

@@ -250,9 +250,8 @@ def check(config: Any) -> None:
   num_microbatches = config.optim.num_microbatches
   if num_rows(config) % (num_mini_batches * num_microbatches):
     raise ValueError(
-      f'num_prompts x num_generations = {num_rows(config)} samples do not '
-      f'divide into num_mini_batches={num_mini_batches} of '
-      f'num_microbatches={num_microbatches}'
+      f'num_prompts x num_generations = {num_rows(config)} samples do not divide into '
+      f'num_mini_batches={num_mini_batches} of num_microbatches={num_microbatches}'
     )
   if not config.sampling.temperature:
     raise ValueError(

@@ -301,9 +301,8 @@ def check_rewards(values: Any, samples: Sequence[Sample], name: str) -> np.ndarr
     )
   if len(values) != len(samples):
     raise ValueError(
-      f'reward {name} gives {len(values)} numbers for {len(samples)} samples '
-      f'(the first is {samples[0].id if samples else "none"}); return one '
-      'for each, in their order'
+      f'reward {name} gives {len(values)} numbers for {len(samples)} samples (the first is '
+      f'{samples[0].id if samples else "none"}); return one for each, in their order'
     )
   for value, sample in zip(values, samples, strict=True):
     is_number = isinstance(value, (int, float, np.number))

@@ -353,9 +353,8 @@ def _balance(prompts: Sequence[Prompt]) -> list[Prompt]:
   num = min(map(len, places.values()))
   if not num:
     raise ValueError(
-      f'{len(places["harmful"])} prompts to train on are labelled harmful '
-      f'and {len(places["benign"])} benign; label some as each, or set '
-      'config.data.balance=False'
+      f'{len(places["harmful"])} prompts to train on are labelled harmful and '
+      f'{len(places["benign"])} benign; label some as each, or set config.data.balance=False'
     )
   # Prompts without a label stay: AlphaAlign refuses them by name.
   surplus = {i for some in places.values() for i in some[num:]}

@@ -214,9 +214,8 @@ def _step_of(config: ml_collections.ConfigDict) -> str:
     return f'{run.data.batch_size} rows of {run.data.row_length} tokens'
   draws = run.rollout
   return (
-    f'{draws.num_prompts} prompts of {config.prompt_length} tokens x '
-    f'{draws.num_generations} completions of '
-    f'{run.sampling.max_completion_length}, drawn from copies on '
+    f'{draws.num_prompts} prompts of {config.prompt_length} tokens x {draws.num_generations} '
+    f'completions of {run.sampling.max_completion_length}, drawn from copies on '
     f'{run.sampling.tensor} chips each, updates'
   )
 
@@ -281,11 +280,9 @@ def _assumptions(config: ml_collections.ConfigDict, target: topology.Slice) -> s
   chip = target.chip
   rings = ', '.join(f'{r / 1e9:.0f}' for r in target.ring_bytes_per_s)
   return (
-    f'Assumed: {chip.flops / 1e12:.0f} TFLOP/s a chip, of which products '
-    f'reach {config.product_efficiency:.0%}; rings of {rings} '
-    f'GB/s along the sides of a slice, {chip.dcn_bytes_per_s / 1e9:.2f} GB/s '
-    f'a chip between slices, {chip.hbm_bytes_per_s / 1e12:.2f} TB/s of '
-    'memory; no latency, no waiting for data. '
-    'Attention counts the products of plain XLA: a little more than the '
-    'lower half of the scores.'
+    f'Assumed: {chip.flops / 1e12:.0f} TFLOP/s a chip, of which products reach '
+    f'{config.product_efficiency:.0%}; rings of {rings} GB/s along the sides of a slice, '
+    f'{chip.dcn_bytes_per_s / 1e9:.2f} GB/s a chip between slices, '
+    f'{chip.hbm_bytes_per_s / 1e12:.2f} TB/s of memory; no latency, no waiting for data. Attention '
+    'counts the products of plain XLA: a little more than the lower half of the scores.'
   )
