@@ -29,7 +29,6 @@ from ml_collections import config_flags
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import distributed, preemption, profiling, remote, writer
-from csrm_jax.runners import memory
 from csrm_jax.train import step as training
 
 # config.runner -> the module whose run(config, workdir) does the work. Modules are named and not
@@ -103,7 +102,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
     except jax.errors.JaxRuntimeError as error:
       if not profiling.is_out_of_memory(error):
         raise
-      raise ValueError(memory.explain(error, config, path)) from error
+      raise ValueError(profiling.explain(error, config_lib.flatten(config), path)) from error
     except _INPUT_ERRORS:
       if is_new and jax.process_index() == 0:
         config_lib.discard_workdir(path)

@@ -6,10 +6,18 @@ import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+
+# The settings that decide how much memory a run needs, in training and in alignment.
+_NEED_MEMORY = (
+  *('data.batch_size', 'data.row_length', 'rollout.num_prompts', 'rollout.num_generations'),
+  *('sampling.max_completion_length', 'optim.num_microbatches'),
+  *('model.overrides.remat', 'policy.overrides.remat'),
+  *('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'mesh.num_slices'),
+)
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
@@ -60,8 +68,40 @@ def is_out_of_memory(error: BaseException) -> bool:
   return isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
 
 
-def save_memory_profile(folder: pathlib.Path) -> pathlib.Path:
-  """Writes a profile of what fills this host's devices; returns its file."""
+def explain(error: Exception, settings: Mapping[str, Any], folder: pathlib.Path) -> str:
+  """Returns one line on a full device: with which settings, and what to change.
+
+  It also writes folder/memory_{process}.prof, a profile of what this host's devices held. The
+  settings are those of a config, flat; those that do nothing in this run are None.
+  """
   path = folder / f'memory_{jax.process_index()}.prof'
   jax.profiler.save_device_memory_profile(str(path))
-  return path
+  settings = {key: value for key, value in settings.items() if value is not None}
+  lines = [f'out of memory ({" ".join(str(error).split())[:160]})']
+  if numbers := ', '.join(f'{key}={settings[key]}' for key in _NEED_MEMORY if key in settings):
+    lines.append(f'with {numbers} on {jax.device_count()} devices')
+  if changes := ', '.join(_changes(settings)):
+    lines.append(f'try, the cheapest first: {changes}')
+  lines.append('configs/compile.py says before a run what fits on a TPU slice')
+  return '; '.join([*lines, f'what filled the device is in {path} (for pprof)'])
+
+
+def _changes(settings: Mapping[str, Any]) -> Iterator[str]:
+  """Yields flags that save memory, in the order in which configs/compile.py tries them."""
+  for name in ('model.overrides.remat', 'policy.overrides.remat'):
+    if settings.get(name, 'full') != 'full':
+      yield f'--config.{name}=full'
+  if num := settings.get('optim.num_microbatches'):
+    yield f'--config.optim.num_microbatches={2 * num}'
+  # Only data goes across slices: fsdp and tensor share the devices of one.
+  num_slices = settings.get('mesh.num_slices', 1)
+  num_devices = jax.device_count() // num_slices
+  if 'mesh.fsdp' in settings and num_devices > 1:
+    fsdp, tensor = settings['mesh.fsdp'], settings['mesh.tensor']
+    if fsdp != -1 and fsdp * tensor < num_devices:
+      yield f'--config.mesh.data={num_slices} --config.mesh.fsdp=-1'
+    else:
+      yield f'--config.mesh.tensor={2 * tensor}'
+  # A smaller batch comes last, because it changes what is learnt.
+  if num := settings.get('data.batch_size'):
+    yield f'--config.data.batch_size={max(1, num // 2)}'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 
 # Any ids will do: a program's shape does not depend on which tokens they are.
 VERBALIZERS = templates.Verbalizers(safe=(1,), unsafe=(2,))
+_ROW = ('tokens', 'positions', 'segment_ids')
 # How transformer.prefill shards its cache; entries that are not here lie on all devices.
 _CACHE = {'key': mesh_lib.CACHE, 'value': mesh_lib.CACHE, 'segment_ids': (mesh_lib.ROWS,)}
 
@@ -104,8 +104,7 @@ def _of_reward_model(config, devices):
 
 def _score(model, mesh, rows, length, beside=(), calls=1):
   """Returns the program that scores rows, one prompt each."""
-  names = ('tokens', 'positions', 'segment_ids')
-  batch = {name: np.zeros((rows, length), np.int32) for name in names}
+  batch = {name: np.zeros((rows, length), np.int32) for name in _ROW}
   batch['verdict_index'] = np.zeros((rows, 1), np.int32)
   params = mesh_lib.abstract(transformer.shapes(model), mesh)
   return Program(
@@ -123,187 +122,136 @@ def _score(model, mesh, rows, length, beside=(), calls=1):
 
 
 def _of_alignment(config, devices):
-  run = config.run
-  if not algorithms.get(run.algorithm).online:
+  run, row = config.run, algorithms.get(config.run.algorithm)
+  if not row.online:
     raise ValueError(
-      f'algorithm={run.algorithm} has no rollouts in its steps; what is '
-      'compiled are steps of an online algorithm, such as reinforce_pp'
+      f'algorithm={run.algorithm} has no rollouts in its steps; what is compiled are steps of an '
+      'online algorithm, such as reinforce_pp'
     )
-  held = _hold(config, devices)
-  makers = {
-    'prefill': _prefill,
-    'decode': _decode,
-    'logprobs': _logprobs,
-    'update': _update,
-    'score': _rewards,
-  }
-  return {name: functools.partial(make, config, held) for name, make in makers.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Held:
-  """What an alignment run holds from its beginning to its end, as shapes."""
-
-  mesh: jax.sharding.Mesh  # training and rewards run on it
-  sampling_mesh: jax.sharding.Mesh
-  policy: online.Policy  # with adapters, if any
-  state: Any  # the trained parameters and the optimizer's
-  step_fn: Callable[..., Any]
-  base: Any  # the reference's parameters, which also lie under adapters
-  judge: model_config.ModelConfig | None  # the reward model, if the reward is one
-  judge_params: Any
-
-  @property
-  def frozen(self) -> Any:
-    """The parameters under adapters; {} without adapters."""
-    return self.base if self.policy.model.lora_rank else {}
-
-  @property
-  def reference(self) -> Any:
-    """The base where a train step does not hold it already, as frozen parameters."""
-    return () if self.frozen else self.base
-
-
-def _hold(config, devices) -> _Held:
-  run, model = config.run, model_of(config)
+  model = model_of(config)
   online.check(run)
+  draws, loss, length = run.rollout, run.loss, run.sampling.max_completion_length
+  num = online.num_rows(run)
+  # What the run holds from its beginning to its end.
   mesh, sampling_mesh = align.make_meshes(run, devices)
-  # No tokenizer and no marks: programs read ids only.
-  policy = online.Policy(model, None, ('', ''))
-  shapes = transformer.shapes(model)
-  trained, base = lora.split(shapes) if model.lora_rank else (shapes, shapes)
-  if algorithms.get(run.algorithm).needs_values:
+  policy = online.Policy(model, None, ('', ''))  # no tokenizer, no marks: programs read ids only
+  trained = base = transformer.shapes(model)
+  if model.lora_rank:
+    trained, base = lora.split(base)
+  if row.needs_values:
     trained = trained | jax.eval_shape(lambda: online.init_value_head(model))
   step_fn, state = align.make_step(run, policy, trained, mesh)
+  base = mesh_lib.abstract(base, mesh)
+  # The reference's parameters. A train step holds them already where they lie under adapters.
+  frozen, reference = (base, ()) if model.lora_rank else ({}, base)
   judge, judge_params = None, {}
   if config.reward_model and run.reward.name == 'csrm':
     judge = _cut(config, model_config.preset(config.reward_model, 0, dtype=model.dtype, unroll=1))
     judge_params = mesh_lib.abstract(transformer.shapes(judge), mesh)
-  return _Held(
-    mesh, sampling_mesh, policy, state, step_fn, mesh_lib.abstract(base, mesh), judge, judge_params
-  )
 
+  def drawing():
+    """Returns (both functions of sampling, their arguments, rows drawn, fields of a Program)."""
+    drawn = online.sampling_model(model, draws.dtype)
+    params = mesh_lib.abstract(transformer.shapes(drawn), sampling_mesh)
+    rows = sampling_lib.num_rows(num, online.MAX_ROWS)
+    # Equal prompts are read once, so the number that differ decides the shapes.
+    prompts = [(1 + i // draws.num_generations,) * config.prompt_length for i in range(rows)]
+    whole = mesh_lib.replicated(sampling_mesh)
+    batch = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+      for name, x in sampling_lib.pad_prompts(prompts, rows, 0, drawn).items()
+    }
+    start, go_on = sampling_lib.compiled(drawn, align.make_sampling(run, (1,)))
+    beside = [state.opt_state, base, judge_params]
+    if drawn != model or sampling_mesh != mesh:  # the draws read a copy of the weights
+      beside.append(state.params)
+    fields = {'mesh': sampling_mesh, 'params': params, 'beside': beside, 'calls': -(-num // rows)}
+    return start, go_on, (params, batch, None), rows, fields
 
-def _drawing(config, held):
-  """Returns (both functions of sampling, their arguments, rows drawn, fields of a Program)."""
-  draws, mesh = config.run.rollout, held.sampling_mesh
-  model = online.sampling_model(held.policy.model, draws.dtype)
-  params = mesh_lib.abstract(transformer.shapes(model), mesh)
-  rows = sampling_lib.num_rows(online.num_rows(config.run), online.MAX_ROWS)
-  # Equal prompts are read once, so the number that differ decides the shapes.
-  prompts = [(1 + i // draws.num_generations,) * config.prompt_length for i in range(rows)]
-  batch = sampling_lib.pad_prompts(prompts, rows, 0, model)
-  whole = mesh_lib.replicated(mesh)
-  batch = {
-    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in batch.items()
-  }
-  start, go_on = sampling_lib.compiled(model, align.make_sampling(config.run, (1,)))
-  beside = [held.state.opt_state, held.base, held.judge_params]
-  if model != held.policy.model or mesh != held.mesh:  # the draws read a copy of the weights
-    beside.append(held.state.params)
-  calls = -(-online.num_rows(config.run) // rows)
-  fields = {'mesh': mesh, 'params': params, 'beside': beside, 'calls': calls}
-  return start, go_on, (params, batch, None), rows, fields
+  def prefill():
+    start, _, args, _, fields = drawing()
+    return Program(start, args, tokens=args[1]['tokens'].size, **fields)
 
+  def decode():
+    start, go_on, args, rows, fields = drawing()
+    with jax.set_mesh(sampling_mesh):
+      cache, drawn = jax.eval_shape(start, *args)
 
-def _prefill(config, held):
-  start, _, args, _, fields = _drawing(config, held)
-  return Program(start, args, tokens=args[1]['tokens'].size, **fields)
+    def place(x, *spec):
+      spec = mesh_lib.fit(jax.P(*spec), x.shape, sampling_mesh)
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(sampling_mesh, spec))
 
-
-def _decode(config, held):
-  start, go_on, args, rows, fields = _drawing(config, held)
-  mesh = held.sampling_mesh
-  with jax.set_mesh(mesh):
-    cache, state = jax.eval_shape(start, *args)
-
-  def place(x, *spec):
-    spec = mesh_lib.fit(jax.P(*spec), x.shape, mesh)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
-
-  cache = {name: place(x, *_CACHE.get(name, ())) for name, x in cache.items()}
-  state = {name: place(x, mesh_lib.ROWS) for name, x in state.items()}
-  index = place(jax.ShapeDtypeStruct((rows,), jnp.uint32))
-  seed = place(jax.ShapeDtypeStruct((), jnp.uint32))
-  length = config.run.sampling.max_completion_length
-  return Program(
-    go_on,
-    (args[0], cache, state, index, seed),
-    tokens=rows * length,
-    cache=[cache['key'], cache['value']],
-    turns=length - 1,
-    **fields,
-  )
-
-
-def _rows(config, held, num: int) -> dict[str, np.ndarray]:
-  """Returns rows of the shapes that online.make_rows gives the longest prompts."""
-  C = config.run.sampling.max_completion_length
-  T = C + sampling_lib.prompt_bucket(held.policy.model, config.prompt_length)
-  rows = {name: np.zeros((num, T), np.int32) for name in ('tokens', 'positions', 'segment_ids')}
-  return rows | {'completion_mask': np.zeros((num, C), np.float32)}
-
-
-def _logprobs(config, held):
-  """Returns the program of the policy's log-probabilities; the reference's is about the same."""
-  run, model = config.run, held.policy.model
-  rows = _rows(config, held, online.chunk(run))
-  batch = mesh_lib.abstract_batch(rows, held.mesh)
-  params = (
-    mesh_lib.abstract(transformer.shapes(model), held.mesh) if held.frozen else held.state.params
-  )
-  fn = jax.jit(lambda params, rows: online.logprobs(model, params, rows, run.sampling.temperature))
-  needs_values = algorithms.get(run.algorithm).needs_values
-  # Always for the reference. For the policy only where the sampler's own will not do: its weights
-  # are rounded, or a critic's values are needed.
-  times = 2 if run.rollout.dtype or needs_values else 1
-  return Program(
-    fn,
-    (params, batch),
-    held.mesh,
-    params,
-    rows['tokens'].size,
-    beside=[held.state.opt_state, held.reference, held.judge_params],
-    calls=times * online.num_rows(run) // online.chunk(run),
-  )
-
-
-def _update(config, held):
-  run, loss = config.run, config.run.loss
-  row = algorithms.get(run.algorithm)
-  rows = _rows(config, held, online.num_rows(run) // loss.num_mini_batches)
-  scores = rows['completion_mask']
-  batch = rows | {'old_logprobs': scores, 'ref_logprobs': scores}
-  estimate = {'rewards': scores[:, 0], 'completion_mask': scores, 'kl_penalty': scores}
-  if row.needs_values:
-    batch['old_values'] = estimate['old_values'] = scores
-  found = jax.eval_shape(
-    lambda batch: row.advantage(batch, run.rollout.num_generations, loss.gamma, loss.lam), estimate
-  )
-  batch |= {name: np.zeros(x.shape, x.dtype) for name, x in found.items()}
-  args = (held.state, mesh_lib.abstract_batch(batch, held.mesh), held.frozen or None)
-  return Program(
-    held.step_fn,
-    args,
-    held.mesh,
-    held.state.params,
-    rows['tokens'].size,
-    held.state.opt_state,
-    beside=[held.reference, held.judge_params],
-    calls=loss.num_iterations * loss.num_mini_batches,
-  )
-
-
-def _rewards(config, held):
-  if held.judge is None:
-    raise ValueError(
-      f'reward={config.run.reward.name} is computed by no model; leave '
-      "'score' out of config.programs"
+    cache = {name: place(x, *_CACHE.get(name, ())) for name, x in cache.items()}
+    drawn = {name: place(x, mesh_lib.ROWS) for name, x in drawn.items()}
+    index, seed = (place(jax.ShapeDtypeStruct(shape, jnp.uint32)) for shape in ((rows,), ()))
+    return Program(
+      go_on,
+      (args[0], cache, drawn, index, seed),
+      tokens=rows * length,
+      cache=[cache['key'], cache['value']],
+      turns=length - 1,
+      **fields,
     )
-  parts = math.prod(held.mesh.shape[name] for name in mesh_lib.ROWS)
-  length, num = config.score_length, online.num_rows(config.run)
-  most = scoring.most_rows(scoring.BATCH_TOKENS * parts, length)
-  rows = sampling_lib.num_rows(num, most)
-  return _score(
-    held.judge, held.mesh, rows, length, beside=[held.state, held.base], calls=-(-num // rows)
-  )
+
+  def make_rows(num):
+    """Returns rows of the shapes that online.make_rows gives the longest prompts."""
+    width = length + sampling_lib.prompt_bucket(model, config.prompt_length)
+    rows = {name: np.zeros((num, width), np.int32) for name in _ROW}
+    return rows | {'completion_mask': np.zeros((num, length), np.float32)}
+
+  def logprobs():
+    """Returns the program of the policy's log-probabilities; the reference's is about the same."""
+    rows = make_rows(online.chunk(run))
+    params = mesh_lib.abstract(transformer.shapes(model), mesh) if frozen else state.params
+    fn = jax.jit(
+      lambda params, rows: online.logprobs(model, params, rows, run.sampling.temperature)
+    )
+    # Always for the reference. For the policy only where the sampler's own will not do: its weights
+    # are rounded, or a critic's values are needed.
+    times = 2 if draws.dtype or row.needs_values else 1
+    return Program(
+      fn,
+      (params, mesh_lib.abstract_batch(rows, mesh)),
+      mesh,
+      params,
+      rows['tokens'].size,
+      beside=[state.opt_state, reference, judge_params],
+      calls=times * num // online.chunk(run),
+    )
+
+  def update():
+    rows = make_rows(num // loss.num_mini_batches)
+    scores = rows['completion_mask']
+    batch = rows | {'old_logprobs': scores, 'ref_logprobs': scores}
+    estimate = {'rewards': scores[:, 0], 'completion_mask': scores, 'kl_penalty': scores}
+    if row.needs_values:
+      batch['old_values'] = estimate['old_values'] = scores
+    found = jax.eval_shape(
+      lambda batch: row.advantage(batch, draws.num_generations, loss.gamma, loss.lam), estimate
+    )
+    batch |= {name: np.zeros(x.shape, x.dtype) for name, x in found.items()}
+    return Program(
+      step_fn,
+      (state, mesh_lib.abstract_batch(batch, mesh), frozen or None),
+      mesh,
+      state.params,
+      rows['tokens'].size,
+      state.opt_state,
+      beside=[reference, judge_params],
+      calls=loss.num_iterations * loss.num_mini_batches,
+    )
+
+  def score():
+    if judge is None:
+      raise ValueError(
+        f"reward={run.reward.name} is computed by no model; leave 'score' out of config.programs"
+      )
+    parts = math.prod(mesh.shape[name] for name in mesh_lib.ROWS)
+    most = scoring.most_rows(scoring.BATCH_TOKENS * parts, config.score_length)
+    rows = sampling_lib.num_rows(num, most)
+    return _score(
+      judge, mesh, rows, config.score_length, beside=[state, base], calls=-(-num // rows)
+    )
+
+  makers = (prefill, decode, logprobs, update, score)
+  return {make.__name__: make for make in makers}

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from csrm_jax import main
-from csrm_jax.runners import memory
+from csrm_jax import config as config_lib, main
+from csrm_jax.core import profiling
 
 CONFIG = {
   'runner': 'fake',
@@ -45,21 +45,18 @@ def test_one_line_says_with_what_and_what_to_change(monkeypatch, tmp_path):
 
 
 def test_a_run_of_which_little_is_known(tmp_path):
-  message = memory.explain(
-    RuntimeError('RESOURCE_EXHAUSTED: full\nmore'),
-    ml_collections.ConfigDict({'runner': 'evaluate'}),
-    tmp_path,
-  )
+  full = RuntimeError('RESOURCE_EXHAUSTED: full\nmore')
+  message = profiling.explain(full, {'runner': 'evaluate'}, tmp_path)
   assert message.startswith('out of memory (RESOURCE_EXHAUSTED: full more); ')
   assert 'try' not in message
 
 
 def test_many_devices_share_before_rows_are_cut(monkeypatch, tmp_path):
-  monkeypatch.setattr(memory.jax, 'device_count', lambda: 8)
-  config = ml_collections.ConfigDict(CONFIG)
+  monkeypatch.setattr(profiling.jax, 'device_count', lambda: 8)
+  config = config_lib.flatten(CONFIG)
   full = RuntimeError('RESOURCE_EXHAUSTED')
-  assert '--config.mesh.data=1 --config.mesh.fsdp=-1' in memory.explain(full, config, tmp_path)
-  config.mesh.num_slices = 2
-  assert '--config.mesh.data=2 --config.mesh.fsdp=-1' in memory.explain(full, config, tmp_path)
-  config.mesh.num_slices, config.mesh.fsdp = 1, 8
-  assert '--config.mesh.tensor=2' in memory.explain(full, config, tmp_path)
+  assert '--config.mesh.data=1 --config.mesh.fsdp=-1' in profiling.explain(full, config, tmp_path)
+  config['mesh.num_slices'] = 2
+  assert '--config.mesh.data=2 --config.mesh.fsdp=-1' in profiling.explain(full, config, tmp_path)
+  config['mesh.num_slices'], config['mesh.fsdp'] = 1, 8
+  assert '--config.mesh.tensor=2' in profiling.explain(full, config, tmp_path)
