@@ -91,22 +91,19 @@ def compile_program(
   if compiled:
     memory = compiled.memory_analysis()
     found = program.collectives(compiled.as_text(), made.turns or 1)
-    used = (
-      memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
-      + memory.temp_size_in_bytes
-      + memory.generated_code_size_in_bytes
-    )
+    parts = ('argument', 'output', 'temp', 'generated_code')
+    used = sum(getattr(memory, f'{part}_size_in_bytes') for part in parts)
+    used -= memory.alias_size_in_bytes  # outputs that lie in the memory of donated arguments
   # Traced outside of the mesh, where attention consists of plain products that can be counted.
   flops = program.count_flops(made.fn, *made.args, turns=made.turns)
   sizes = {
     key: program.local_bytes(getattr(made, key))
     for key in ('params', 'opt_state', 'cache', 'beside', 'args')
   }
-  sums = {
-    kind: sum(c.num_bytes * c.turns for c in found if c.kind == kind)
+  moved = {
+    kind: total
     for kind in program.COLLECTIVES
+    if (total := sum(c.num_bytes * c.turns for c in found if c.kind == kind))
   }
   fits = used + sizes['beside'] <= target.chip.hbm_bytes
   read_bytes = max(made.turns, 1) * (sizes['params'] + sizes['cache'])
@@ -125,7 +122,7 @@ def compile_program(
     flops=flops,
     tokens=made.tokens,
     calls=made.calls,
-    collective_bytes={kind: total for kind, total in sums.items() if total},
+    collective_bytes=moved,
     roofline=times if found or fits else None,
     compile_s=compile_s,
   )
@@ -141,17 +138,18 @@ def _used_bytes(error: Exception) -> float:
 
 def _changes(run: ml_collections.ConfigDict, target: topology.Slice) -> Iterator[dict[str, Any]]:
   """Yields changes of a run that save memory, the cheapest first."""
+  full = {'model.overrides.remat': 'full'}
   if run.model.overrides.remat != 'full':
-    yield {'model.overrides.remat': 'full'}
+    yield full
   rows = run.data.batch_size // target.num_chips
   num = 2 * run.optim.num_microbatches
   while num <= rows:
-    yield {'model.overrides.remat': 'full', 'optim.num_microbatches': num}
+    yield full | {'optim.num_microbatches': num}
     num *= 2
   for tensor in (2, 4, 8):
     if tensor > run.mesh.tensor and target.num_chips % tensor == 0:
-      yield {'model.overrides.remat': 'full', 'mesh.tensor': tensor}
-  yield {'model.overrides.remat': 'full', 'model.overrides.param_dtype': 'bfloat16'}
+      yield full | {'mesh.tensor': tensor}
+  yield full | {'model.overrides.param_dtype': 'bfloat16'}
 
 
 def _advise(config: ml_collections.ConfigDict, target: topology.Slice) -> Iterator[str]:
@@ -178,16 +176,16 @@ def report(
   """Returns the report in Markdown."""
   model = programs.model_of(config)
   shapes = transformer.shapes(model)
+  name, step = _described(config)
   side = 'x'.join(str(n) for n in target.shape)
   num = f'{target.num_slices} x ' if target.num_slices > 1 else ''
   rows = [(title, *map(cell, results)) for title, cell in _ROWS.items()]
   lines = [
-    f'# {_name(config)} on {target.name}',
+    f'# {name} on {target.name}',
     '',
     f'{target.num_chips} chips ({num}{side}), {tree.num_params(shapes) / 1e9:.2f}B parameters in '
     f'{model.param_dtype}, products in {model.dtype}, remat {model.remat}; '
-    f'mesh {dict(config.run.mesh)}; {_step_of(config)} in '
-    f'{config.run.optim.num_microbatches} microbatches.',
+    f'mesh {dict(config.run.mesh)}; {step} in {config.run.optim.num_microbatches} microbatches.',
     '',
     markdown.table(['of one chip', *(r.name for r in results)], rows),
     '',
@@ -200,20 +198,14 @@ def report(
   return '\n'.join(lines)
 
 
-def _name(config: ml_collections.ConfigDict) -> str:
+def _described(config: ml_collections.ConfigDict) -> tuple[str, str]:
+  """Returns (the model's name, what a step of its run computes)."""
   run = config.run
   if run.runner == 'train_rm':
-    return run.model.preset
+    return run.model.preset, f'{run.data.batch_size} rows of {run.data.row_length} tokens'
   judge = f' under {config.reward_model}' if config.reward_model else ''
-  return f'{config.policy or run.policy.init}{judge}'
-
-
-def _step_of(config: ml_collections.ConfigDict) -> str:
-  run = config.run
-  if run.runner == 'train_rm':
-    return f'{run.data.batch_size} rows of {run.data.row_length} tokens'
   draws = run.rollout
-  return (
+  return f'{config.policy or run.policy.init}{judge}', (
     f'{draws.num_prompts} prompts of {config.prompt_length} tokens x {draws.num_generations} '
     f'completions of {run.sampling.max_completion_length}, drawn from copies on '
     f'{run.sampling.tensor} chips each, updates'
@@ -241,19 +233,9 @@ def _gib(num_bytes: float) -> str:
   return f'{num_bytes / topology.GIB:.2f}'
 
 
-def _collectives(result: Compiled) -> str:
-  return ', '.join(f'{kind} {_gib(num)}' for kind, num in result.collective_bytes.items()) or 'none'
-
-
-def _times(times: program.Roofline | None) -> str:
-  if times is None:
-    return markdown.NONE
+def _times(times: program.Roofline) -> str:
   parts = {'products': times.compute_s, 'memory': times.memory_s, **times.collectives_s}
   return ', '.join(f'{name} {time_s:.3f}' for name, time_s in parts.items())
-
-
-def _range(times: program.Roofline | None) -> str:
-  return f'{times.overlapped_s:.3f}–{times.serial_s:.3f}' if times else markdown.NONE
 
 
 _ROWS = {
@@ -267,9 +249,13 @@ _ROWS = {
   'peak of the run, GiB': lambda r: f'{_gib(r.held_bytes)} of {_gib(r.hbm_bytes)}',
   'parameter bytes that are replicated': lambda r: f'{r.replicated_fraction:.3%}',
   'FLOPs, all chips': lambda r: f'{r.flops:.4g}',
-  'collectives, GiB': _collectives,
-  'times, s': lambda r: _times(r.roofline),
-  'time, s (overlapped–serial)': lambda r: _range(r.roofline),
+  'collectives, GiB': lambda r: (
+    ', '.join(f'{kind} {_gib(num)}' for kind, num in r.collective_bytes.items()) or 'none'
+  ),
+  'times, s': lambda r: _times(r.roofline) if r.roofline else markdown.NONE,
+  'time, s (overlapped–serial)': lambda r: (
+    f'{r.roofline.overlapped_s:.3f}–{r.roofline.serial_s:.3f}' if r.roofline else markdown.NONE
+  ),
   'limit': lambda r: r.roofline.limit if r.roofline else 'memory',
   'tokens': lambda r: str(r.tokens),
   'calls a step': lambda r: str(r.calls),
