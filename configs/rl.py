@@ -354,15 +354,5 @@ SMOKE = {
 
 def sweep():
   """The safety-helpfulness trade-off: a and b of R = sigmoid(a * score + b)."""
-  return [
-    {'name': f'a={a}-b={b}', 'overrides': {'reward.a': a, 'reward.b': b}}
-    for a, b in (
-      (0.25, 0.0),
-      (0.5, 0.0),
-      (1.0, -2.0),
-      (1.0, 0.0),
-      (1.0, 2.0),
-      (2.0, 0.0),
-      (4.0, 0.0),
-    )
-  ]
+  pairs = (0.25, 0.0), (0.5, 0.0), (1.0, -2.0), (1.0, 0.0), (1.0, 2.0), (2.0, 0.0), (4.0, 0.0)
+  return [{'name': f'a={a}-b={b}', 'overrides': {'reward.a': a, 'reward.b': b}} for a, b in pairs]

@@ -206,14 +206,19 @@ def _plain(value: Any) -> Any:
 
 
 def summarise(results: Results) -> dict[str, float | None]:
-  """Returns the flat {'benchmark/metric': value} of a run, with `_best`, `_low` and `_high`."""
+  """Returns the flat {'benchmark/metric': value} of a run; see `flatten`."""
+  return flatten({suite: result.metrics or {} for suite, result in results.items()})
+
+
+def flatten(groups: Mapping[str, Mapping[str, Metric]]) -> dict[str, float | None]:
+  """Returns {'group/metric': value}, with `_best`, `_low` and `_high` where they are known."""
   flat = {}
-  for suite, result in results.items():
-    for name, metric in (result.metrics or {}).items():
-      flat[f'{suite}/{name}'] = metric['value']
+  for group, found in groups.items():
+    for name, metric in found.items():
+      flat[f'{group}/{name}'] = metric['value']
       for part in ('best', 'low', 'high'):
         if metric[part] is not None:
-          flat[f'{suite}/{name}_{part}'] = metric[part]
+          flat[f'{group}/{name}_{part}'] = metric[part]
   return flat
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tqdm
 
-from csrm_jax.core import journal
+from csrm_jax.core import checks, journal
 from csrm_jax.models.sampling import Completions, Sampling
 from csrm_jax.rl import algorithms, objectives, online, rewards
 from csrm_jax.safety.schema import Prompt, Sample
@@ -34,8 +34,7 @@ def check(config: Any) -> None:
       f'num_best={pairs.num_best} must be from 1 to half of num_samples='
       f'{pairs.num_samples}; the best are paired with as many others'
     )
-  if pairs.num_parallel < 1:
-    raise ValueError(f'num_parallel={pairs.num_parallel} must be at least 1')
+  checks.at_least(pairs, ('num_parallel',))
   if not 0 <= pairs.nll_coef < float('inf'):
     raise ValueError(f'nll_coef={pairs.nll_coef} must be 0 or above, and finite')
   if not config.sampling.temperature:
@@ -72,33 +71,31 @@ def sample(
         # does not change what is drawn.
         seed = int(np.random.default_rng((config.seed, start)).integers(2**32))
         samples, rows = online.rollout(policy, params, group, sampling, num_samples, seed)
-        for prompt, found in _by_prompt(samples, rows, reward_fn):
+        found = _described(samples, rows, reward_fn)
+        for i, prompt in enumerate(group):
           if prompt.id not in kept:
-            kept.put(prompt.id, found)
+            kept.put(prompt.id, found[i * num_samples : (i + 1) * num_samples])
       bar.update(len(group))
     return {prompt.id: kept[prompt.id] for prompt in prompts}
 
 
-def _by_prompt(
+def _described(
   samples: Sequence[Sample], rows: Mapping[str, np.ndarray], reward_fn: rewards.TotalFn
-) -> Iterator[tuple[Prompt, list[dict[str, Any]]]]:
-  """Yields each prompt with its completions as JSON."""
+) -> list[dict[str, Any]]:
+  """Returns each sample with its reward, as JSON."""
   totals, parts = reward_fn(samples)
   totals = rewards.check_rewards(totals, samples, 'reward')
-  found: dict[str, tuple[Prompt, list[dict[str, Any]]]] = {}
-  for i, one in enumerate(samples):
-    mask = rows['completion_mask'][i] > 0
-    tokens = rows['tokens'][i, -len(mask) :][mask]
-    found.setdefault(one.prompt.id, (one.prompt, []))[1].append(
-      {
-        'tokens': tokens.tolist(),
-        'text': one.text,
-        'stopped': one.stopped,
-        'reward': float(totals[i]),
-        'parts': {name: float(values[i]) for name, values in parts.items()},
-      }
-    )
-  yield from found.values()
+  masks = rows['completion_mask'] > 0
+  return [
+    {
+      'tokens': rows['tokens'][i, -len(mask) :][mask].tolist(),
+      'text': one.text,
+      'stopped': one.stopped,
+      'reward': float(totals[i]),
+      'parts': {name: float(values[i]) for name, values in parts.items()},
+    }
+    for i, (one, mask) in enumerate(zip(samples, masks, strict=True))
+  ]
 
 
 def choose_pairs(

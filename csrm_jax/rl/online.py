@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csrm_jax.core import files, mesh as mesh_lib, tree
+from csrm_jax.core import checks, files, mesh as mesh_lib, tree
 from csrm_jax.models import lora, sampling as sampling_lib, transformer
 from csrm_jax.models.config import DTYPES, ModelConfig
 from csrm_jax.models.sampling import Completions, Sampling
@@ -238,14 +238,9 @@ def _cast(params, dtype):
 
 def check(config: Any) -> None:
   """Checks the numbers of an online run's config; raises ValueError."""
-  for section, names in (
-    ('rollout', ('num_prompts', 'num_generations')),
-    ('loss', ('num_iterations', 'num_mini_batches', 'kl_horizon')),
-    ('optim', ('num_microbatches',)),
-  ):
-    for name in names:
-      if config[section][name] < 1:
-        raise ValueError(f'{name}={config[section][name]} must be at least 1')
+  checks.at_least(config.rollout, ('num_prompts', 'num_generations'))
+  checks.at_least(config.loss, ('num_iterations', 'num_mini_batches', 'kl_horizon'))
+  checks.at_least(config.optim, ('num_microbatches',))
   num_mini_batches = config.loss.num_mini_batches
   num_microbatches = config.optim.num_microbatches
   if num_rows(config) % (num_mini_batches * num_microbatches):

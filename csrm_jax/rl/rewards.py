@@ -216,19 +216,14 @@ class HttpScorer:
     # Time-outs, conflicts, "too early" and "too many requests" may pass, as a server's faults may.
     if error.code < 500 and error.code not in (408, 409, 425, 429):
       raise _RefusedError(
-        f'the scorer at {self.url} refuses the request (status {error.code}: '
-        f'{said[:200]}); check the URL and what it expects',
-        error.code,
-      ) from None
+        f'the scorer at {self.url} refuses the request (status {error.code}: {said[:200]}); check '
+        'the URL and what it expects'
+      ) from error
     return f'status {error.code}'
 
 
 class _RefusedError(ValueError):
-  """The scorer's status is one that another try would not change."""
-
-  def __init__(self, message: str, status: int):
-    super().__init__(message)
-    self.status = status
+  """The scorer's status is one that another try would not change; the cause has it as code."""
 
 
 def from_http(scorer: HttpScorer) -> RewardFn:
@@ -237,7 +232,7 @@ def from_http(scorer: HttpScorer) -> RewardFn:
     scorer.post(())
   except _RefusedError as error:
     # Another refusal may only mean that the scorer does not take an empty list.
-    if error.status in (401, 403, 404, 405):
+    if error.__cause__.code in (401, 403, 404, 405):
       raise
   return from_callable(scorer, scorer.url)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from csrm_jax.core import files, mesh as mesh_lib, tree
 from csrm_jax.data import public, sources
@@ -68,7 +67,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     params, extra = (_train_online if is_online else _train_offline)(setup, workdir)
     results = _evaluate(setup, params, workdir)
     _export(setup, params, workdir)
-  summary = _flatten(results['alignment'].values['policies']) | extra
+  policies = results['alignment'].values['policies'].items()
+  measured = {name.replace(' ', '_'): sets[policy_eval.ALL] for name, sets in policies}
+  summary = report.flatten(measured) | extra
   summary |= {
     'time_s': time.monotonic() - start + earlier_s,
     'num_params': tree.num_params(params),
@@ -264,46 +265,22 @@ def _evaluate(setup: Setup, params: Any, workdir: pathlib.Path) -> report.Result
   print('evaluating', file=sys.stderr)
   config, judges = setup.config, _judges(setup)
   answers = {'unaligned': _answer(setup, *setup.reference, setup.test)}
-  if config.eval.best_of:
-    many = _answer(setup, *setup.reference, setup.test, config.eval.best_of)
-    answers[f'best of {config.eval.best_of}'] = _best(
-      many, setup.scorers.total(many)[0], config.eval.best_of
-    )
+  if num := config.eval.best_of:
+    many = _answer(setup, *setup.reference, setup.test, num)
+    best = setup.scorers.total(many)[0].reshape(-1, num).argmax(1)
+    answers[f'best of {num}'] = [many[i * num + place] for i, place in enumerate(best.tolist())]
   answers['aligned'] = _answer(setup, setup.policy.model, params, setup.test)
   name = setup.test[0].safety.name or 'rules'
-  judged = {
-    policy: {name: policy_eval.judge(samples, judges)} for policy, samples in answers.items()
-  }
-  results = {
-    'alignment': policy_eval.alignment(
-      judged,
-      description=f'{len(setup.test)} held-out prompts under {name}, '
-      f'algorithm {config.algorithm}, reward {config.reward.name}.',
-    )
-  }
+  judged = {policy: {name: policy_eval.judge(some, judges)} for policy, some in answers.items()}
+  about = f'algorithm {config.algorithm}, reward {config.reward.name}'
+  about = f'{len(setup.test)} held-out prompts under {name}, {about}.'
+  results = {'alignment': policy_eval.alignment(judged, description=about)}
   history = {row['step']: row['metrics'] for row in files.read_log(workdir / 'looks.jsonl')}
   if judges.oracle is not None and len(history) > 1:
     results['overoptimisation'] = policy_eval.overoptimisation(
       history, f'{min(_NUM_LOOKED_AT, len(setup.test))} held-out prompts.'
     )
   return results
-
-
-def _best(samples: Sequence[Sample], totals: np.ndarray, num: int) -> list[Sample]:
-  """Returns the best of each prompt's samples, by the reward."""
-  chosen = totals.reshape(-1, num).argmax(1)
-  return [samples[i * num + best] for i, best in enumerate(chosen.tolist())]
-
-
-def _flatten(policies: policy_eval.Policies) -> dict[str, float]:
-  """Returns {'aligned/true_cosa': value, …}, with the bounds of each interval."""
-  flat = {}
-  for policy, found in policies.items():
-    for name, metric in found[policy_eval.ALL].items():
-      key = f'{policy.replace(" ", "_")}/{name}'
-      flat[key] = metric['value']
-      flat[f'{key}_low'], flat[f'{key}_high'] = metric['low'], metric['high']
-  return flat
 
 
 def _export(setup: Setup, params: Any, workdir: pathlib.Path) -> None:
