@@ -210,7 +210,7 @@ def summarise(results: Results) -> dict[str, float | None]:
   return flatten({suite: result.metrics or {} for suite, result in results.items()})
 
 
-def flatten(groups: Mapping[str, Mapping[str, Metric]]) -> dict[str, float | None]:
+def flatten(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
   """Returns {'group/metric': value}, with `_best`, `_low` and `_high` where they are known."""
   flat = {}
   for group, found in groups.items():
