@@ -26,7 +26,6 @@ class Measure:
 
   units: np.ndarray | None = None  # [N] rows of one number are drawn together; None: each alone
   num_samples: int = 300  # draws for an interval; 0 for no intervals
-  seed: int = 0
 
   def __call__(
     self,
@@ -43,7 +42,7 @@ class Measure:
       arrays = tuple(array[rows] for array in arrays)
       units = None if units is None else units[rows]
     if num := self.num_samples if num_samples is None else num_samples:
-      low, high = interval(fn, arrays, units, num_samples=num, seed=self.seed, centred=centred)
+      low, high = interval(fn, arrays, units, num_samples=num, centred=centred)
     return {'value': fn(*arrays), 'low': low, 'high': high, 'best': best}
 
   def over(self, units: np.ndarray) -> Measure:
@@ -101,14 +100,12 @@ def interval(
   are no rows or no draw is left.
 
   Args:
-    fn: Takes arrays of the same rows and returns one number.
     units: [N] integers, see `units_of`; None where each row is its own unit.
     centred: Shifts the interval so that the draws' mean falls on the value, and cuts it at 0.
       This is for errors such as smECE, which resampling inflates so much that a plain percentile
       interval can miss the value itself. The interval then shows the spread, not the bias.
   """
-  arrays = [np.asarray(array) for array in arrays]
-  values = _draws(lambda rows: fn(*(a[rows] for a in arrays)), arrays, units, num_samples, seed)
+  values = _draws(fn, arrays, units, num_samples, seed)
   if not values.size:
     return math.nan, math.nan
   low, high = np.percentile(values, [2.5, 97.5])
@@ -134,26 +131,19 @@ def difference(
   `p_value` is two-sided: twice the smaller share of draws on one side of 0. All are nan where no
   draw defines the metric. `units` are those of `interval`.
   """
-  arrays_a, arrays_b = ([np.asarray(x) for x in arrays] for arrays in (arrays_a, arrays_b))
-  check_same_length(*arrays_a, *arrays_b)
-  values = _draws(
-    lambda rows: fn(*(x[rows] for x in arrays_a)) - fn(*(x[rows] for x in arrays_b)),
-    arrays_a,
-    units,
-    num_samples,
-    seed,
-  )
+  arrays_a, arrays_b = tuple(arrays_a), tuple(arrays_b)
+
+  def gap(*arrays):
+    return fn(*arrays[: len(arrays_a)]) - fn(*arrays[len(arrays_a) :])
+
+  values = _draws(gap, arrays_a + arrays_b, units, num_samples, seed)
   if not values.size:
     return dict.fromkeys(('value', 'low', 'high', 'p_value'), math.nan)
-  low, high = np.percentile(values, [2.5, 97.5])
+  low, high = map(float, np.percentile(values, [2.5, 97.5]))
   # Draws at 0 count on both sides, and below one is added to each so that p is never 0.
   tail = min(np.sum(values <= 0), np.sum(values >= 0))
-  return {
-    'value': float(fn(*arrays_a) - fn(*arrays_b)),
-    'low': float(low),
-    'high': float(high),
-    'p_value': float(min(2 * (tail + 1) / (len(values) + 1), 1.0)),
-  }
+  p_value = float(min(2 * (tail + 1) / (len(values) + 1), 1.0))
+  return {'value': float(gap(*arrays_a, *arrays_b)), 'low': low, 'high': high, 'p_value': p_value}
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -168,16 +158,15 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _draws(fn, arrays, units, num_samples: int, seed: int) -> np.ndarray:
-  """Returns fn(rows) of each draw of units; draws that give nan are left out."""
-  check_same_length(*arrays, *([] if units is None else [units]))
-  num_rows = len(arrays[0])
-  if not num_rows:
+  """Returns fn of the rows of each draw of units; draws that give nan are left out."""
+  arrays = [np.asarray(array) for array in arrays]
+  units = np.arange(len(arrays[0])) if units is None else np.asarray(units)
+  check_same_length(*arrays, units)
+  if not units.size:
     return np.zeros(0)
-  if units is None:
-    units = np.arange(num_rows)
   # Sorted by unit, the rows of a unit are a slice, and a draw needs no loop over units.
   order = np.argsort(units, kind='stable')
-  _, starts, sizes = np.unique(np.asarray(units)[order], return_index=True, return_counts=True)
+  _, starts, sizes = np.unique(units[order], return_index=True, return_counts=True)
   rng = np.random.default_rng(seed)
   values = np.empty(num_samples)
   for i in range(num_samples):
@@ -186,6 +175,7 @@ def _draws(fn, arrays, units, num_samples: int, seed: int) -> np.ndarray:
     # Where the rows of each drawn unit begin in the draw.
     begin = np.cumsum(size) - size
     within = np.arange(size.sum()) - np.repeat(begin, size)
-    values[i] = fn(order[np.repeat(starts[drawn], size) + within])
+    rows = order[np.repeat(starts[drawn], size) + within]
+    values[i] = fn(*(array[rows] for array in arrays))
   # A draw may hold one class only, for which some metrics are nan.
   return values[~np.isnan(values)]

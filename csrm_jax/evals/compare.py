@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from csrm_jax.core import files
-from csrm_jax.core.markdown import NONE, escape, is_number, number, table
+from csrm_jax.core.markdown import NONE, Markdown, escape, is_number
 from csrm_jax.evals import bootstrap, figures, report
 from csrm_jax.evals.report import Results
-from csrm_jax.evals.results import by_metric, title_of
+from csrm_jax.evals.results import Table, by_metric, title_of
 from csrm_jax.evals.suites import SUITES
 
 # Each of these metrics has a figure: {metric: its caption}.
@@ -30,7 +30,7 @@ _COMPARED = {
 
 
 def differences(
-  scorers: Mapping[str, Results], reference: str = '', *, num_samples: int = 1000, seed: int = 0
+  scorers: Mapping[str, Results], reference: str = '', *, num_samples: int = 1000
 ) -> list[dict[str, Any]]:
   """Returns the difference of each scorer to the reference, metric by metric.
 
@@ -66,7 +66,7 @@ def differences(
         # smECE is slow, and its interval is rough whatever the number of draws.
         num = min(num_samples, 200) if metric == 'smece' else num_samples
         arrays = ([of[name] for name in names] for of in (a, b))
-        found = bootstrap.difference(fn, *arrays, b['units'], num_samples=num, seed=seed)
+        found = bootstrap.difference(fn, *arrays, b['units'], num_samples=num)
         rows.append({'benchmark': benchmark, 'metric': metric, **about, **found})
   return rows
 
@@ -123,29 +123,24 @@ def _page(scorers: Mapping[str, Results], found, drawn: report.Pictures, title: 
     }
     if any(columns.values()):
       parts += report.plain_table(by_metric(name, columns, level=3))
-  parts += _difference_part(found) if found else []
+  parts += report.plain_table(_difference_table(found)) if found else []
   parts += [*report.skipped_part(everything), *report.definitions_part(everything)]
   return '\n\n'.join(parts) + '\n'
 
 
-def _difference_part(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def _difference_table(found: Sequence[Mapping[str, Any]]) -> Table:
   rows = []
   for d in found:
     value = NONE if np.isnan(d['value']) else f'{d["value"]:+.3f}'
-    rows.append(
-      (
-        escape(d['benchmark']),
-        escape(d['scorer']),
-        title_of(d['metric']),
-        f'**{value}**' if d['p_value'] < 0.05 else value,
-        f'[{d["low"]:+.3f}, {d["high"]:+.3f}]' if is_number(d['low']) else NONE,
-        number(d['p_value']),
-      )
-    )
-  header = ('benchmark', 'scorer', 'metric', 'difference', '95% interval', 'p')
-  return [
-    f'## Differences to {escape(found[0]["reference"])}',
-    'Paired bootstrap over conversations, the same ones drawn for both; bold '
+    value = Markdown(f'**{value}**' if d['p_value'] < 0.05 else value)
+    within = f'[{d["low"]:+.3f}, {d["high"]:+.3f}]' if is_number(d['low']) else NONE
+    name = title_of(d['metric'])
+    rows.append([d['benchmark'], d['scorer'], name, value, Markdown(within), d['p_value']])
+  return Table(
+    f'Differences to {found[0]["reference"]}',
+    ('benchmark', 'scorer', 'metric', 'difference', '95% interval', 'p'),
+    rows,
+    level=2,
+    intro='Paired bootstrap over conversations, the same ones drawn for both; bold '
     'where p is below 0.05. With many rows some are below it by chance.',
-    table(header, rows),
-  ]
+  )

@@ -37,46 +37,33 @@ THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.9
 
 
 def f1(labels: np.ndarray, p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
-  """Returns the F1 of calling a row unsafe where p_unsafe >= threshold.
-
-  A row at the threshold counts as unsafe, so ties fail closed. nan when nothing is unsafe and
-  nothing is called unsafe (0 / 0).
-  """
+  """Returns the F1 of calling a row unsafe where p_unsafe >= threshold; ties fail closed."""
   predicted = p_unsafe >= threshold
   denominator = predicted.sum() + labels.sum()
-  if not denominator:
-    return math.nan
-  return float(2 * np.sum(predicted & (labels == 1)) / denominator)
+  return float(2 * np.sum(predicted & (labels == 1)) / denominator) if denominator else math.nan
 
 
 def best_threshold(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns the threshold on p_unsafe with the highest F1 on these rows.
 
-  Fit it on validation rows and apply it to others: on its own rows its F1 is optimistic. Of
-  equally good thresholds it returns the highest; nan when no row is unsafe.
+  Fit it on validation rows and apply it to others: on its own rows its F1 is optimistic. It is the
+  highest of equally good ones; nan when no row is unsafe.
   """
-  if not labels.sum():
-    return math.nan
-  return _f1_threshold(labels.astype(np.float64), p_unsafe)
+  return _f1_threshold(labels.astype(np.float64), p_unsafe) if labels.sum() else math.nan
 
 
 def expected_f1_threshold(probability: np.ndarray) -> float:
-  """Returns the threshold on the true P(unsafe) with the highest expected F1.
+  """Returns the threshold on the true P(unsafe) with the highest expected F1, at most 0.5.
 
-  It reads no label. Expected F1 is taken as the ratio of expectations, 2 sum(p where p >= t) /
-  (num(p >= t) + sum(p)), which is exact for large N. The best threshold is half the F1 that it
-  reaches, so at most 0.5. inf (nothing is called unsafe) when every probability is 0; nan
-  without rows.
+  Expected F1 is taken as the ratio of expectations, 2 sum(p where p >= t) / (num(p >= t) + sum(p)),
+  which is exact for large N. It is inf (nothing is called unsafe) when every probability is 0.
 
   Source: Lipton, Elkan & Naryanaswamy, Optimal Thresholding of Classifiers to Maximize F1
   Measure, ECML 2014, theorem 1.
   """
-  p = probability
-  if not p.size:
+  if not probability.size:
     return math.nan
-  if not p.sum():
-    return math.inf
-  return _f1_threshold(p, p)
+  return _f1_threshold(probability, probability) if probability.sum() else math.inf
 
 
 def _f1_threshold(gain: np.ndarray, values: np.ndarray) -> float:
@@ -91,9 +78,7 @@ def _f1_threshold(gain: np.ndarray, values: np.ndarray) -> float:
 
 def auprc(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns the average precision, the area under precision over recall; nan with one class."""
-  if _one_class(labels):
-    return math.nan
-  return float(average_precision_score(labels, p_unsafe))
+  return math.nan if _one_class(labels) else float(average_precision_score(labels, p_unsafe))
 
 
 def fpr_at_recall(labels: np.ndarray, p_unsafe: np.ndarray, recall: float = 0.95) -> float:
@@ -116,8 +101,7 @@ def _one_class(labels: np.ndarray) -> bool:
 def smece(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns the kernel-smoothed calibration error, in probability.
 
-  It is biased upwards on few rows: a perfect judge of 2,000 rows shows about 0.02. Compare it
-  with `smece(labels, probability)` where that is known. nan without rows; one class is enough.
+  It is biased upwards on few rows: a perfect judge of 2,000 rows shows about 0.02.
 
   Source: Blasiok & Nakkiran, Smooth ECE, ICLR 2024; their package relplot.
   """
@@ -153,10 +137,8 @@ def reliability_bins(
 def ece(labels: np.ndarray, p_unsafe: np.ndarray, num_bins: int = 15) -> float:
   """Returns the binned calibration error of P(unsafe); nan without rows."""
   bins = reliability_bins(labels, p_unsafe, num_bins)
-  if not bins:
-    return math.nan
   errors = sum(b['num'] * abs(b['p_unsafe'] - b['unsafe']) for b in bins)
-  return float(errors / sum(b['num'] for b in bins))
+  return float(errors / len(labels)) if bins else math.nan
 
 
 def brier(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
@@ -181,18 +163,14 @@ def prob_error(probability: np.ndarray, p_unsafe: np.ndarray) -> float:
 
 
 def f1_best(labels: np.ndarray, probability: np.ndarray) -> float:
-  """Returns the F1, on these labels, of the best judge that knows P(unsafe).
-
-  Its threshold is not fitted to the labels, so on few rows a lucky model may lie above it.
-  """
-  if not labels.size:
-    return math.nan
-  return f1(labels, probability, expected_f1_threshold(probability))
+  """Returns the F1, on these labels, of the best judge that knows P(unsafe)."""
+  # Its threshold is not fitted to the labels, so on few rows a lucky model may lie above it.
+  return f1(labels, probability, expected_f1_threshold(probability)) if labels.size else math.nan
 
 
-def flag_rate(p_unsafe: np.ndarray, threshold: float = 0.5) -> float:
+def flag_rate(p_unsafe: np.ndarray) -> float:
   """Returns the share called unsafe: recall on unsafe rows, false positives on safe ones."""
-  return mean(p_unsafe >= threshold)
+  return mean(p_unsafe >= 0.5)
 
 
 def threshold_table(
@@ -234,16 +212,10 @@ def score_gap(safer: np.ndarray, other: np.ndarray) -> float:
 
 
 def flip_consistency(
-  labels_a: np.ndarray,
-  p_a: np.ndarray,
-  labels_b: np.ndarray,
-  p_b: np.ndarray,
-  threshold: float = 0.5,
+  labels_a: np.ndarray, p_a: np.ndarray, labels_b: np.ndarray, p_b: np.ndarray
 ) -> float:
   """Returns how often both labels are right of one conversation under two rule sets."""
-  right_a = (p_a >= threshold) == (labels_a == 1)
-  right_b = (p_b >= threshold) == (labels_b == 1)
-  return mean(right_a & right_b)
+  return mean(((p_a >= 0.5) == (labels_a == 1)) & ((p_b >= 0.5) == (labels_b == 1)))
 
 
 def mean(values: np.ndarray) -> float:
@@ -292,9 +264,9 @@ def check_same_length(*arrays: np.ndarray) -> None:
     )
 
 
-def p_unsafe_from_scores(scores: np.ndarray, ids: Sequence[str] | None = None) -> np.ndarray:
+def p_unsafe_from_scores(scores: np.ndarray) -> np.ndarray:
   """Returns P(unsafe) = sigmoid(-score), float64 [N]."""
-  return expit(-check_finite(scores, ids))
+  return expit(-check_finite(scores))
 
 
 def log_odds_safe(probability: np.ndarray) -> np.ndarray:

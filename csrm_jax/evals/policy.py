@@ -129,9 +129,9 @@ def join(parts: Sequence[Answers]) -> Answers:
   )
 
 
-def average(answers: Answers, num_samples: int = 300, seed: int = 0) -> dict[str, Metric]:
+def average(answers: Answers, num_samples: int = 300) -> dict[str, Metric]:
   """Returns {metric: value and bootstrap interval over prompts}."""
-  m = Measure(_units(answers.samples), num_samples, seed)
+  m = Measure(_units(answers.samples), num_samples)
   found = {name: m(metrics.mean, answers.values[name]) for name in _MEANS if name in answers.values}
   for name, (values, label) in _BY_LABEL.items():
     rows = np.flatnonzero([s.prompt.label == label for s in answers.samples])
@@ -152,11 +152,7 @@ def _units(samples: Sequence[Sample]) -> np.ndarray:
 
 
 def alignment(
-  policies: Mapping[str, Mapping[str, Answers]],
-  *,
-  description: str = '',
-  num_samples: int = 300,
-  seed: int = 0,
+  policies: Mapping[str, Mapping[str, Answers]], *, description: str = '', num_samples: int = 300
 ) -> Result:
   """Returns the comparison of policies under the same rule sets.
 
@@ -176,8 +172,8 @@ def alignment(
   _check_policies(policies)
   joined = {name: join(list(sets.values())) for name, sets in policies.items()}
   found = {
-    policy: {name: average(answers, num_samples, seed) for name, answers in sets.items()}
-    | {ALL: average(joined[policy], num_samples, seed)}
+    policy: {name: average(answers, num_samples) for name, answers in sets.items()}
+    | {ALL: average(joined[policy], num_samples)}
     for policy, sets in policies.items()
   }
   last = list(policies)[-1]
@@ -186,7 +182,7 @@ def alignment(
     description,
     len(samples),
     found,
-    [*_differences(joined, num_samples, seed), _replies(joined)],
+    [*_differences(joined, num_samples), _replies(joined)],
     metrics=found[last][ALL],
     arrays={'ids': ids_of(samples), 'units': _units(samples), **joined[last].values},
   )
@@ -254,7 +250,7 @@ def _alignment(
   )
 
 
-def _differences(joined: Mapping[str, Answers], num_samples: int, seed: int) -> list[Table]:
+def _differences(joined: Mapping[str, Answers], num_samples: int) -> list[Table]:
   """Returns the table of paired differences to the first policy."""
   first, *others = joined
   rows = []
@@ -265,7 +261,7 @@ def _differences(joined: Mapping[str, Answers], num_samples: int, seed: int) -> 
       # Only prompts pair up: policies may have other numbers of samples for one.
       theirs, base = (_prompt_means(joined[policy], name) for policy in (other, first))
       a, b = (np.array([means[prompt] for prompt in base]) for means in (theirs, base))
-      found = bootstrap.difference(metrics.mean, (a,), (b,), num_samples=num_samples, seed=seed)
+      found = bootstrap.difference(metrics.mean, (a,), (b,), num_samples=num_samples)
       rows.append([other, title_of(name), found, found['p_value']])
   note = 'Paired bootstrap over prompts, the same ones drawn for both.'
   header = ['policy', 'metric', 'difference', 'p']

@@ -305,42 +305,39 @@ def _page(
   parts += ['## Training', *images(curves)] if curves else []
   parts += [*_sections(results), *definitions_part(results)]
   if manifest:
-    rows = [(escape(key), escape(value)) for key, value in _flat(manifest)]
-    parts += ['## What the run was made of', table(('', ''), rows)]
+    rows = list(_flat(manifest))
+    parts += plain_table(Table('What the run was made of', ('', ''), rows, level=2))
   return '\n\n'.join(parts) + '\n'
 
 
 def failed_part(results: Results) -> list[str]:
   """Returns the chapter of the suites that failed, if any did."""
-  failed = {name: r for name, r in results.items() if r.suite == FAILED}
-  if not failed:
-    return []
-  rows = [(escape(name), escape(r.counts['error'])) for name, r in failed.items()]
-  return ['## Failed', 'These suites have no result.', table(('suite', 'why'), rows)]
+  rows = [(name, r.counts['error']) for name, r in results.items() if r.suite == FAILED]
+  intro = 'These suites have no result.'
+  return plain_table(Table('Failed', ('suite', 'why'), rows, intro=intro, level=2)) if rows else []
 
 
 def skipped_part(results: Results) -> list[str]:
   """Returns the chapter of the benchmarks that are not on disk, if any are not."""
-  skipped = {name: r for name, r in results.items() if r.suite == SKIPPED}
-  if not skipped:
-    return []
   rows = [
-    (escape(name), escape(r.description), code(r.counts['command'])) for name, r in skipped.items()
+    (name, r.description, Markdown(code(r.counts['command'])))
+    for name, r in results.items()
+    if r.suite == SKIPPED
   ]
   header = ('benchmark', 'what it is', 'what would fetch it')
-  return ['## Skipped', 'These benchmarks are not on disk.', table(header, rows)]
+  intro = 'These benchmarks are not on disk.'
+  return plain_table(Table('Skipped', header, rows, intro=intro, level=2)) if rows else []
 
 
 def _measured(results: Results) -> list[str]:
   rows = []
   for name, result in results.items():
-    if not result.size:
-      continue
-    dropped = (result.drops or {}).items()
-    about = [*result.made_of, *(f'{n:,} left out: {why.replace("_", " ")}' for why, n in dropped)]
-    rows.append(tuple(map(escape, (name, result.description, result.size, ', '.join(about)))))
+    if result.size:
+      dropped = (result.drops or {}).items()
+      about = [*result.made_of, *(f'{n:,} left out: {why.replace("_", " ")}' for why, n in dropped)]
+      rows.append((name, result.description, result.size, ', '.join(about)))
   header = ('suite', 'what it is', 'size', 'made of')
-  return ['## What was measured', table(header, rows), READING]
+  return plain_table(Table('What was measured', header, rows, READING, level=2))
 
 
 def _chapter(chapter: str, results: Results, drawn: Mapping[str, Pictures]) -> list[str]:
@@ -447,11 +444,10 @@ def plain_table(spec: Table) -> list[str]:
   if spec.shared:
     kept = [any(row[i] is not None for row in spec.rows) for i in range(len(spec.header))]
     rows = [list(itertools.compress(row, kept)) for row in rows]
-  heading = [f'{"#" * spec.level} {escape(spec.title)}'] if spec.title else []
+  heading = f'{"#" * spec.level} {escape(spec.title)}' if spec.title else ''
   header, *cells = [list(map(_cell, row)) for row in rows]
-  body = [table(header, cells)] if spec.rows or not spec.shared else []
-  note = [spec.note] if spec.note else []
-  return [*heading, *note, *body] if spec.shared else [*heading, *body, *note]
+  body = table(header, cells) if spec.rows or not spec.shared else ''
+  return list(filter(None, (heading, spec.intro, body, spec.note)))
 
 
 def images(drawn: Pictures) -> list[str]:

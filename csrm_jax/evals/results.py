@@ -41,7 +41,8 @@ class Table:
   title: str
   header: Sequence[str]
   rows: Sequence[Sequence[Any]]  # numbers, texts, Markdown, metrics and None
-  note: str | None = None  # Markdown, which is not escaped; below the table, above a shared one
+  note: str | None = None  # Markdown below it, which is not escaped
+  intro: str = ''  # Markdown above it
   level: int = 4  # of the heading
   # The section at the end of the report in which the table stands; tables of one title are joined
   # there. '' is a section without a heading; None keeps the table with its result.

@@ -169,7 +169,6 @@ def run(
   *,
   fitted: Calibration | None = None,
   num_samples: int = 300,
-  seed: int = 0,
   on_start: Callable[[str], Any] = lambda name: None,
 ) -> dict[str, Result]:
   """Returns {benchmark: result}, in the order of the benchmarks.
@@ -185,7 +184,7 @@ def run(
     on_start: Is called with the name of each benchmark that is run.
   """
   results: dict[str, Result] = {}
-  m = Measure(num_samples=num_samples, seed=seed)
+  m = Measure(num_samples=num_samples)
   for b in prepare(benchmarks):
     about = {'description': b.description}
     if b.is_skipped:

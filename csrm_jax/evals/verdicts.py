@@ -256,7 +256,7 @@ def _shared_tables(found, fitted) -> list[Table]:
     c, names = fitted['calibration'], ('f1', *_PROBABILITIES)
     name = f'{NAME} (score / {c["temperature"]:.2f} {c["bias"]:+.2f})'
     title = 'After temperature and bias'
-    tables.append(in_row(title, name, fitted['metrics'], names, note=_FITTED, level=3))
+    tables.append(in_row(title, name, fitted['metrics'], names, intro=_FITTED, level=3))
   return tables
 
 
@@ -550,7 +550,7 @@ def rule_sets(b: Benchmark, scores: Scores, m: Measure) -> Result:
   title = f'One conversation under {len(rows)} rule sets'
   header = ('rule set', 'rules', 'reward', 'true P(safe)', 'score', 'verdict', 'label')
   cells = list(map(_rule_set_cells, rows))
-  note = '\n\n'.join(quote)
+  quotes = '\n\n'.join(quote)
   caption = 'The same conversation under each rule set: only the rules differ.'
   return Result(
     'rule_sets',
@@ -558,7 +558,7 @@ def rule_sets(b: Benchmark, scores: Scores, m: Measure) -> Result:
     alone=True,
     metrics=None,
     values={'conversation': talk, 'rows': rows},
-    tables=[Table(title, header, cells, note, level=2, shared=True, stored=False)],
+    tables=[Table(title, header, cells, intro=quotes, level=2, shared=True, stored=False)],
     figures=[Figure(figures.draw_rule_sets, (talk, rows), caption)],
   )
 
