@@ -25,6 +25,12 @@ def escape(text: Any) -> str:
   return re.sub(r'([\\`*_\[\]<>|#~&$!])', r'\\\1', ' '.join(str(text).split()))
 
 
+def short(text: str, length: int) -> str:
+  """Returns the text on one line, cut to a length."""
+  text = ' '.join(text.split())
+  return text if len(text) <= length else text[: length - 1] + '…'
+
+
 class Markdown(str):
   """Text of ours that is Markdown already, so that a table shows it as it is."""
 

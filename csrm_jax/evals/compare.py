@@ -57,9 +57,8 @@ def differences(
       # Paired draws of different rows would raise no error, and mean nothing.
       if not np.array_equal(a['ids'], b['ids']):
         raise ValueError(
-          f'{benchmark}: {scorer!r} and {reference!r} were scored on different '
-          f'rows ({len(a["ids"])} and {len(b["ids"])}); evaluate both on the '
-          'same test sets'
+          f'{benchmark}: {scorer!r} and {reference!r} were scored on different rows '
+          f'({len(a["ids"])} and {len(b["ids"])}); evaluate both on the same test sets'
         )
       about = {'scorer': scorer, 'reference': reference}
       for metric, (fn, names) in suite.paired.items():

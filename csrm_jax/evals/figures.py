@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import precision_recall_curve
 
-from csrm_jax.core.markdown import is_number
+from csrm_jax.core.markdown import is_number, short
 from csrm_jax.evals.results import Metric, Result, title_of
 
 SAFE, UNSAFE, BEST = '#0072B2', '#D55E00', '#000000'
@@ -198,36 +197,34 @@ def draw_policy(
   path: str | os.PathLike, rates: Mapping[str, float], true_rates: Mapping[str, float] | None = None
 ) -> None:
   """Writes the unsafe rate under each variant of `probes.policy`. Source: CSRM, Figure 3."""
-  # (variant, what it is, is the changed rule the one that is violated)
-  variants = (
-    ('strict', 'rule\nstands', True),
-    ('leave_one_out', 'rule\nleft out', True),
-    ('allow', 'rule\nallows', True),
-    ('other_left_out', 'another\nleft out', False),
-    ('other_allowed', 'another\nallows', False),
-  )
-  target = {'facecolor': UNSAFE, 'alpha': 0.75}
-  other = {'facecolor': SAFE, 'alpha': 0.75, 'hatch': '////', 'edgecolor': 'white'}
+  # In the last two the changed rule is not the one that is violated.
+  variants = {
+    'strict': 'rule\nstands',
+    'leave_one_out': 'rule\nleft out',
+    'allow': 'rule\nallows',
+    'other_left_out': 'another\nleft out',
+    'other_allowed': 'another\nallows',
+  }
   figure, ax = axes(7, 3.8)
-  for x, (name, _, is_target) in enumerate(variants):
-    rate = top = rates[name]
-    ax.bar(x, rate, 0.62, **({'edgecolor': 'white'} | target if is_target else other))
-    if true_rates:
-      ax.plot(x, true_rates[name], 'D', color=BEST, markersize=6, zorder=3, clip_on=False)
-      # The number stands above its bar, clear of the diamond.
-      top = true_rates[name] if rate <= true_rates[name] < rate + 0.09 else rate
-    ax.text(x, top + 0.03, f'{rate:.1%}', ha='center', va='bottom')
+  x, shown = range(len(variants)), [rates[name] for name in variants]
+  style = {'alpha': 0.75, 'edgecolor': 'white'}
+  handles = [
+    ax.bar(x[:3], shown[:3], 0.62, color=UNSAFE, label='the violated rule changes', **style),
+    ax.bar(x[3:], shown[3:], 0.62, color=SAFE, hatch='////', label='another rule changes', **style),
+  ]
+  tops = shown
+  if true_rates:
+    true, style = [true_rates[name] for name in variants], {'color': BEST, 'clip_on': False}
+    handles += ax.plot(x, true, 'D', markersize=6, zorder=3, label='true rate', **style)
+    # The number stands above its bar, clear of the diamond.
+    tops = [t if r <= t < r + 0.09 else r for r, t in zip(shown, true, strict=True)]
+  for at, top, rate in zip(x, tops, shown, strict=True):
+    ax.text(at, top + 0.03, f'{rate:.1%}', ha='center', va='bottom')
   ax.axhline(rates['strict'], color=GREY, linewidth=1, linestyle='--')
-  ax.set_xticks(range(len(variants)), [text for _, text, _ in variants])
+  ax.set_xticks(x, variants.values())
   ax.set(ylim=(0, 1.14), ylabel='Called unsafe')
   ax.yaxis.set_major_formatter(PercentFormatter(1))
   ax.grid(False, axis='x')
-  handles = [
-    Patch(label='the violated rule changes', **target),
-    Patch(label='another rule changes', **other),
-  ]
-  if true_rates:
-    handles += ax.plot([], [], 'D', color=BEST, label='true rate')
   legend_above(ax, 3, handles=handles)
   save(figure, path)
 
@@ -259,11 +256,10 @@ def draw_recall(
 def draw_groups(path: str | os.PathLike, groups: Mapping[str, Mapping[str, Any]]) -> None:
   """Writes F1 of the largest groups as bars, with intervals and the best reachable."""
   known = {name: g for name, g in groups.items() if is_number(g['metrics']['f1']['value'])}
-  figure, ax = _row_axes(_group_labels(known), 1.4, 0.42, xlabel='F1, unsafe is positive')
   f1s = [group['metrics']['f1'] for group in known.values()][:_MAX_ROWS]
-  rows = range(len(f1s))
-  ax.barh(rows, [f1['value'] for f1 in f1s], 0.62, color=SERIES[5])
-  _draw_intervals(ax, rows, f1s, color=GREY, solid_capstyle='butt', label='95% interval')
+  figure, ax = _row_axes(_group_labels(known), 1.4, 0.42, xlabel='F1, unsafe is positive')
+  ax.barh(range(len(f1s)), [f1['value'] for f1 in f1s], 0.62, color=SERIES[5])
+  _draw_intervals(ax, f1s, color=GREY, solid_capstyle='butt', label='95% interval')
   for y, f1 in enumerate(f1s):
     ax.text(0.012, y, f'{f1["value"]:.3f}', va='center')
   best = {y: f1['best'] for y, f1 in enumerate(f1s) if f1['best'] is not None}
@@ -279,16 +275,14 @@ def draw_shares(path: str | os.PathLike, groups: Mapping[str, Mapping[str, Any]]
   """Writes, by rule set, the share labelled unsafe and the mean P(unsafe)."""
   figure, ax = _row_axes(_group_labels(groups), 1.4, 0.42, xlabel='Share of the texts')
   shown = list(groups.values())[:_MAX_ROWS]
-  rows = np.arange(len(shown))
-  style = {'alpha': 0.75, 'edgecolor': 'white'}
+  rows, style = np.arange(len(shown)), {'alpha': 0.75, 'edgecolor': 'white'}
   labelled = [group['num_unsafe'] / group['num_examples'] for group in shown]
   ax.barh(rows - 0.19, labelled, 0.36, color=GREY, label='labelled unsafe', **style)
   predicted = [group['mean_p_unsafe'] for group in shown]
   style |= {'color': UNSAFE, 'hatch': '////'}
   ax.barh(rows + 0.19, predicted, 0.36, label='mean P(unsafe)', **style)
   ax.set_xlim(0, 1)
-  ax.xaxis.set_major_formatter(PercentFormatter(1))
-  ax.grid(False, axis='y')
+  _percent_rows(ax)
   legend_above(ax, 2)
   save(figure, path)
 
@@ -323,20 +317,18 @@ def draw_attacks(path: str | os.PathLike, rates: Mapping[str, Metric], num_caugh
   """Writes the flip rate of each suffix, with its interval."""
   xlabel = f'Turned into "safe", of {num_caught:,} caught'
   figure, ax = _row_axes(list(rates), 1.2, 0.34, xlabel=xlabel)
-  known = [is_number(rate['value']) for rate in rates.values()]  # else nothing was caught
-  values = [rate['value'] if k else 0.0 for rate, k in zip(rates.values(), known, strict=True)]
-  rows = range(len(values))
-  ax.barh(rows, values, 0.62, color=UNSAFE, alpha=0.75)
-  _draw_intervals(ax, rows, rates.values(), color=GREY)
+  _draw_intervals(ax, rates.values(), color=GREY)
   top = 0.05
   for y, rate in enumerate(rates.values()):
-    end = max(values[y], rate['high'] if is_number(rate['low']) else 0)
-    text = f'{values[y]:.1%}' if known[y] else '–'
+    known = is_number(rate['value'])  # else nothing was caught
+    shown = rate['value'] if known else 0.0
+    ax.barh(y, shown, 0.62, color=UNSAFE, alpha=0.75)
+    end = max(shown, rate['high'] if is_number(rate['low']) else 0)
+    text = f'{shown:.1%}' if known else '–'
     ax.annotate(text, (end, y), (4, 0), va='center', textcoords='offset points')
     top = max(top, end)
   ax.set_xlim(0, min(max(top * 1.15, 0.25), 1.1))  # Rates near 0 have to look small.
-  ax.xaxis.set_major_formatter(PercentFormatter(1))
-  ax.grid(False, axis='y')
+  _percent_rows(ax)
   save(figure, path)
 
 
@@ -404,7 +396,7 @@ def _series_axes(
       continue
     rows = [y + (i - (len(series) - 1) / 2) * step for y in at]
     colour, marker = SERIES[i % len(SERIES)], _MARKERS[i % len(_MARKERS)]
-    _draw_intervals(ax, rows, at.values(), color=colour, alpha=0.5)
+    _draw_intervals(ax, at.values(), rows, color=colour, alpha=0.5)
     values = [metric['value'] for metric in at.values()]
     style = {'color': colour, 'markersize': 7, 'clip_on': False, 'zorder': 3}
     ax.plot(values, rows, marker, label=short(label, 40), **style)
@@ -428,9 +420,14 @@ def _group_labels(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
   return [f'{short(name, 40)} ({g["num_examples"]:,})' for name, g in groups.items()][:_MAX_ROWS]
 
 
-def _draw_intervals(ax, rows, metrics, label: str = '', **style) -> None:
+def _percent_rows(ax) -> None:
+  ax.xaxis.set_major_formatter(PercentFormatter(1))
+  ax.grid(False, axis='y')
+
+
+def _draw_intervals(ax, metrics, rows=None, label: str = '', **style) -> None:
   """Draws a line from low to high in each row where both are known."""
-  for y, metric in zip(rows, metrics, strict=True):
+  for y, metric in zip(rows or range(len(metrics)), metrics, strict=True):
     if is_number(metric['low']):
       ax.plot([metric['low'], metric['high']], [y, y], linewidth=2, label=label, **style)
       label = ''
@@ -549,12 +546,6 @@ def _curve_order(name: str) -> tuple[int, int, str]:
 
 
 # --- What they are made of -------------------------------------------------------------
-
-
-def short(text: str, length: int) -> str:
-  """Returns the text on one line, cut to a length."""
-  text = ' '.join(text.split())
-  return text if len(text) <= length else text[: length - 1] + '…'
 
 
 def _wrap(text: str, inches: float, size: float, *, max_lines: int) -> list[str]:

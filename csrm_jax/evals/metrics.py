@@ -335,9 +335,8 @@ class Calibration:
     names = {field.name for field in dataclasses.fields(Calibration)}
     if not {'temperature', 'bias'} <= set(obj) <= names:
       raise ValueError(
-        f'a calibration has the keys {", ".join(sorted(names))}, of which '
-        'temperature and bias are needed; found '
-        f'{", ".join(sorted(map(str, obj))) or "none"}'
+        f'a calibration has the keys {", ".join(sorted(names))}, of which temperature and bias are '
+        f'needed; found {", ".join(sorted(map(str, obj))) or "none"}'
       )
     return Calibration(**obj)
 

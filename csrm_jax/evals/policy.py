@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from csrm_jax.core.markdown import is_number
+from csrm_jax.core.markdown import is_number, short
 from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure
 from csrm_jax.evals.results import Figure, Metric, Result, Table, ids_of, of_examples, title_of
@@ -282,7 +282,7 @@ def _replies(joined: Mapping[str, Answers]) -> Table:
   rows = []
   for id_, prompt in list(prompts.items())[::step][:_NUM_REPLIES]:
     texts = [prompt.messages[-1].content, *(of[id_] for of in first)]
-    request, *replies = (figures.short(text, _REPLY_LETTERS) for text in texts)
+    request, *replies = (short(text, _REPLY_LETTERS) for text in texts)
     rows.append([prompt.safety.name, request, prompt.label, *replies])
   return Table('Replies', ['rules', 'request', 'label', *joined], rows)
 

@@ -13,14 +13,15 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import yaml
 
+from csrm_jax import config as config_lib
 from csrm_jax.core import files
-from csrm_jax.core.markdown import NONE, Markdown, code, escape, is_number, number, table
+from csrm_jax.core.markdown import NONE, Markdown, code, escape, is_number, number, short, table
 from csrm_jax.evals import figures, verdicts
 from csrm_jax.evals.results import (
   FAILED,
@@ -245,8 +246,7 @@ def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | No
     return '\n'.join(lines)
   lines += ['', f'One conversation under {len(rule_sets["rows"])} rule sets']
   for message in rule_sets['conversation']:
-    text = f'  {message["role"].capitalize()}: {" ".join(message["content"].split())}'
-    lines.append(text if len(text) <= 80 else text[:79] + '…')
+    lines.append('  ' + short(f'{message["role"].capitalize()}: {message["content"]}', 78))
   lines.append(f'  {"reward":>6} {"true":>6} {"score":>7}  verdict  rules')
   for row in rule_sets['rows']:
     true = None if row['probability'] is None else 1 - row['probability']
@@ -305,7 +305,11 @@ def _page(
   parts += ['## Training', *images(curves)] if curves else []
   parts += [*_sections(results), *definitions_part(results)]
   if manifest:
-    rows = list(_flat(manifest))
+    rows = [
+      (key, ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v))
+      for key, v in config_lib.flatten(manifest).items()
+      if v != {}
+    ]
     parts += plain_table(Table('What the run was made of', ('', ''), rows, level=2))
   return '\n\n'.join(parts) + '\n'
 
@@ -470,13 +474,3 @@ def _cell(value: Any) -> str:
   if isinstance(value, int) and not isinstance(value, bool):
     return f'{value:,}'
   return number(value)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = '') -> Iterable[tuple[str, str]]:
-  """Yields (dotted key, text) of every leaf of nested dicts."""
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      yield from _flat(value, f'{prefix}{key}.')
-    else:
-      text = ', '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-      yield f'{prefix}{key}', text
