@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -9,6 +8,7 @@ import ml_collections
 import pytest
 
 from csrm_jax import main
+from tests import small
 
 _CONFIG = """
 import ml_collections
@@ -54,11 +54,7 @@ main.main()
 def command(tmp_path):
   """Runs the command line in tmp_path; returns (exit code, out, err)."""
   (tmp_path / 'c.py').write_text(_CONFIG)
-  env = os.environ | {
-    'PYTHONPATH': os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
-    'JAX_PLATFORMS': 'cpu',
-    'HOME': str(tmp_path / 'home'),
-  }
+  env = small.env(HOME=str(tmp_path / 'home'))
   env.pop('JAX_COMPILATION_CACHE_DIR', None)
 
   def run(*args):

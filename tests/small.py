@@ -1,6 +1,15 @@
-"""A model that computes in milliseconds."""
+"""What tests share: a model that computes in milliseconds, devices, and errors of one line."""
 
-from csrm_jax.models import config
+import functools
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from csrm_jax.models import config, transformer
 
 SHAPE = {'vocab_size': 40, 'num_layers': 2, 'embed_dim': 32, 'num_heads': 4, 'num_kv_heads': 2}
 SHAPE |= {'head_dim': 16, 'mlp_dim': 48}
@@ -9,3 +18,40 @@ SHAPE |= {'head_dim': 16, 'mlp_dim': 48}
 def model(**fields) -> config.ModelConfig:
   """Returns a Llama of SHAPE with these fields."""
   return config.ModelConfig(**{**SHAPE, **fields})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(cfg, params, tokens, positions, segment_ids):
+  """Returns logits [B,T,V]."""
+  hidden = transformer.hidden(cfg, params, tokens, positions, segment_ids)
+  return transformer.logits(cfg, params, hidden)
+
+
+def env(**more) -> dict[str, str]:
+  """Returns the environment of a process on the CPU that finds what this one imports."""
+  path = os.pathsep.join(os.path.abspath(p) for p in sys.path if p)
+  return os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path} | more
+
+
+def free_port() -> int:
+  with socket.socket() as server:
+    server.bind(('localhost', 0))
+    return server.getsockname()[1]
+
+
+def run_on_devices(num, script, *args) -> str:
+  """Runs a script in a process of its own with so many CPU devices; returns what it prints."""
+  flag = f'--xla_force_host_platform_device_count={num}'
+  command = [sys.executable, '-c', script, *map(str, args)]
+  result = subprocess.run(command, env=env(XLA_FLAGS=flag), capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr[-3000:]
+  return result.stdout
+
+
+def error_of(function, *args, **kwargs) -> str:
+  """Returns the one line of the ValueError that the function raises."""
+  with pytest.raises(ValueError) as caught:
+    function(*args, **kwargs)
+  message = str(caught.value)
+  assert '\n' not in message
+  return message

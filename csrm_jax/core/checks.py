@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +32,17 @@ def check_fields(kind: type, obj: Mapping[str, Any], say: str) -> None:
   for name in sorted(known ^ set(obj)):
     what = 'missing' if name in known else 'unknown'
     raise ValueError(say.format(name=repr(name), what=what))
+
+
+def require(package: str, what: str) -> types.ModuleType:
+  """Returns an optional package, which the extra "hf" installs and `what` needs."""
+  try:
+    return importlib.import_module(package)
+  except ImportError:
+    raise ImportError(
+      f'{what} needs the package {package}; run "pip install {package}", or install csrm_jax with '
+      'its extra "hf"'
+    ) from None
 
 
 def hint(word: Any, known: Sequence[str]) -> str:

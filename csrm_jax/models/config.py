@@ -119,17 +119,13 @@ class ModelConfig:
 
   @classmethod
   def from_dict(cls, obj: Mapping[str, Any]) -> ModelConfig:
-    """Returns the config that to_dict wrote, also after a trip through JSON.
+    """Returns the config that dataclasses.asdict gave, also after a trip through JSON.
 
     Fields that are missing or unknown raise ValueError.
     """
     checks.check_fields(cls, obj, 'model config: the field {name} is {what}.')
     scaling = obj['rope_scaling'] and RopeScaling(**obj['rope_scaling'])
     return cls(**{**obj, 'rope_scaling': scaling, 'lora_targets': tuple(obj['lora_targets'])})
-
-  def to_dict(self) -> dict[str, Any]:
-    """Returns the fields as JSON values."""
-    return dataclasses.asdict(self)
 
 
 # *(...) gives vocab_size, num_layers, embed_dim, num_heads, num_kv_heads, head_dim and mlp_dim.

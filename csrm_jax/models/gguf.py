@@ -13,12 +13,12 @@ import functools
 import json
 import pathlib
 import re
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from csrm_jax.core import checks
 from csrm_jax.models import shards
 
 # The types of tensors that are read; the values of all become float32.
@@ -257,7 +257,7 @@ def _prepend(token: str, i: int) -> dict[str, Any]:
 
 def _dequantize(tensor: Any, num_heads: int | None) -> np.ndarray:
   """Returns float32 values; given num_heads, the rows are put in Hugging Face's order."""
-  values = _package('').quants.dequantize(tensor.data, tensor.tensor_type)
+  values = checks.require('gguf', 'a .gguf file').quants.dequantize(tensor.data, tensor.tensor_type)
   values = np.asarray(values, np.float32)
   if num_heads:
     # llama.cpp rotates the pairs (2i, 2i + 1) of a head, this decoder (i, i + H/2).
@@ -283,7 +283,7 @@ def _read(path: pathlib.Path) -> _File:
 def _parse(path: pathlib.Path, size: int, mtime_ns: int) -> _File:
   """Returns the parsed file, parsed once; size and time tell when it has changed."""
   del size, mtime_ns
-  package = _package(str(path))
+  package = checks.require('gguf', f'{path}: a .gguf file')
   try:
     reader = package.GGUFReader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
@@ -291,15 +291,3 @@ def _parse(path: pathlib.Path, size: int, mtime_ns: int) -> _File:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(f'{path}: cannot be read as GGUF ({reason}); copy the file again.') from None
   return _File(metadata, tuple(reader.tensors))
-
-
-def _package(where: str) -> types.ModuleType:
-  # Only these files need the package, so it is an extra.
-  try:
-    import gguf
-  except ImportError:
-    raise ImportError(
-      f'{where}: a .gguf file needs the package gguf; run "pip install '
-      'gguf", or install csrm_jax with its extra "hf"'
-    ) from None
-  return gguf

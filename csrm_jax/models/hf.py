@@ -25,6 +25,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from csrm_jax.core import checks
 from csrm_jax.models import gguf, hf_config, shards, transformer
 from csrm_jax.models.config import ModelConfig
 
@@ -56,16 +57,10 @@ class Source:
         f'{text}: does not exist; give a folder with {hf_config.CONFIG_FILE}, '
         'a .gguf file or a hub id (org/name).'
       )
-    try:
-      import huggingface_hub
-    except ImportError:
-      raise ImportError(
-        f'{text}: is no folder here, and a hub id needs the package huggingface_hub; run "pip '
-        'install huggingface_hub", or install csrm_jax with its extra "hf"'
-      ) from None
+    hub = checks.require('huggingface_hub', f'{text}: is no folder here, and a hub id')
     name, _, revision = text.partition('@')
     try:
-      folder = huggingface_hub.snapshot_download(
+      folder = hub.snapshot_download(
         name,
         revision=revision or None,
         allow_patterns=list(_HUB_FILES),

@@ -6,6 +6,7 @@ ModelConfig; when one is written, it says which models the architecture can expr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -216,7 +217,8 @@ def to_hf(cfg: ModelConfig, dtype: str, form: str = 'causal_lm') -> dict[str, An
 
 def canonical(cfg: ModelConfig) -> dict[str, Any]:
   """Returns the fields that describe weights; they are equal for models that compute the same."""
-  fields = {name: value for name, value in cfg.to_dict().items() if name not in RUN_TIME_FIELDS}
+  every = dataclasses.asdict(cfg)
+  fields = {name: value for name, value in every.items() if name not in RUN_TIME_FIELDS}
   fields['query_scale'] = fields['query_scale'] or float(cfg.head_dim)
   # Longer periods than the depth all put the window on the first layer only.
   period = min(cfg.window_period, cfg.num_layers)

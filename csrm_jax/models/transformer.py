@@ -205,7 +205,13 @@ class Transformer(nnx.Module):
   def hidden(self, tokens, positions, segment_ids, prefix=None, keep=False):
     """Returns hidden [B,T,D] and, if `keep`, all layers' keys and values as a cache holds them."""
     cfg = self.cfg
-    mask_of = _make_mask_of(cfg, _after(segment_ids, prefix))
+    keys = {}
+    if prefix is not None:
+      before = prefix['segment_ids']  # [1,P]
+      before = jnp.broadcast_to(before, (segment_ids.shape[0], before.shape[1]))
+      keys['start'] = before.shape[1]
+      keys['key_segment_ids'] = jnp.concatenate([before, segment_ids], axis=1)
+    mask_of = _make_mask_of(cfg, segment_ids, **keys)
     uniform = cfg.sliding_window if cfg.window_period == 1 else 0
     # Kernels take the same segment_ids for queries and keys; a prefix has keys and no queries.
     kernel = None if prefix else attention_lib.make_kernel(cfg)
@@ -260,20 +266,6 @@ def _put_before(key, value, old_key, old_value):
   ]
 
 
-def _after(segment_ids, prefix):
-  """Returns a function: window -> mask of the tokens, which follow the prefix if there is one."""
-  if prefix is None:
-    return functools.partial(attention_lib.make_mask, segment_ids)
-  before = prefix['segment_ids']  # [1,P]
-  before = jnp.broadcast_to(before, (segment_ids.shape[0], before.shape[1]))
-  return functools.partial(
-    attention_lib.make_mask,
-    segment_ids,
-    start=before.shape[1],
-    key_segment_ids=jnp.concatenate([before, segment_ids], axis=1),
-  )
-
-
 def _make_rngs(key) -> nnx.Rngs:
   return nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1))
 
@@ -285,8 +277,9 @@ def _has_window(cfg: ModelConfig) -> jax.Array | None:
   return jnp.arange(cfg.num_layers) % cfg.window_period == 0
 
 
-def _make_mask_of(cfg: ModelConfig, make_mask):
-  """Returns a function: a layer's entry of _has_window -> its mask, given window -> mask."""
+def _make_mask_of(cfg: ModelConfig, segment_ids, **keys):
+  """Returns a function: a layer's entry of _has_window -> its mask; the rest goes to make_mask."""
+  make_mask = functools.partial(attention_lib.make_mask, segment_ids, **keys)
   if _has_window(cfg) is None:
     mask = make_mask(cfg.sliding_window)
     return lambda has_window: mask
@@ -465,9 +458,7 @@ def extend(
   """
   model, start = _merge(cfg, params), cache['length']
   used = jax.lax.dynamic_update_slice(cache['segment_ids'], segment_ids, (0, start))
-  mask_of = _make_mask_of(
-    cfg, functools.partial(attention_lib.make_mask, segment_ids, key_segment_ids=used, start=start)
-  )
+  mask_of = _make_mask_of(cfg, segment_ids, key_segment_ids=used, start=start)
 
   def attend(query, key, value, has_window, layer, keys, values):
     key, value = _to_cache(key, value)

@@ -43,13 +43,9 @@ class Spec:
   base: str = ''
   base_digest: str = ''
 
-  def to_dict(self) -> dict[str, Any]:
-    """Returns the fields as JSON values."""
-    return dataclasses.asdict(self)
-
   @classmethod
   def from_dict(cls, obj: Mapping[str, Any]) -> Spec:
-    """Returns the spec that to_dict wrote; other fields than its own are a ValueError."""
+    """Returns the spec that dataclasses.asdict gave; other fields than its own are a ValueError."""
     checks.check_fields(
       cls,
       obj,

@@ -220,7 +220,7 @@ def _train(
   setup: Setup, work: loop_lib.Work, state: training.TrainState, workdir: pathlib.Path, name: str
 ) -> training.TrainState:
   meta = {
-    'policy': setup.policy.model.to_dict(),
+    'policy': dataclasses.asdict(setup.policy.model),
     'marks': list(setup.policy.marks),
     'tokenizer_digest': setup.policy.tokenizer.digest,
     'init': str(setup.config.policy.init),

@@ -88,7 +88,7 @@ def _write(
   folder: pathlib.Path,
 ) -> None:
   # How prompts must be written goes with the weights.
-  metadata = {'csrm_jax': json.dumps(spec.to_dict(), sort_keys=True)}
+  metadata = {'csrm_jax': json.dumps(dataclasses.asdict(spec), sort_keys=True)}
   if config.form == 'peft':
     if not spec.base:
       raise ValueError(

@@ -114,7 +114,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     config,
     mesh=mesh,
     workdir=workdir,
-    meta={'model': cfg.to_dict()},
+    meta={'model': dataclasses.asdict(cfg)},
     setup_s=time.monotonic() - began,
   )
   params = jax.tree.map(lambda x: x.astype(model.saved_dtype), state.params)

@@ -66,7 +66,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
     config,
     mesh=mesh,
     workdir=workdir,
-    meta=spec.to_dict(),
+    meta=dataclasses.asdict(spec),
     setup_s=time.monotonic() - start,
   )
   num_examples = batches.num_atoms

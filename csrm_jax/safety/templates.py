@@ -312,22 +312,14 @@ class Guard:
   marks: tuple[str, ...]  # control tokens that its tokenizer must know
 
 
-def _llama_guard(role: str) -> Guard:
-  marks = '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'
-  return Guard(functools.partial(_llama_guard_3, role=role), ('safe',), ('unsafe',), False, marks)
-
-
-def _shield(role: str) -> Guard:
-  marks = '<start_of_turn>', '<end_of_turn>'
-  # "Yes" says that the principle is violated.
-  return Guard(functools.partial(_shield_gemma, role=role), ('No',), ('Yes',), True, marks)
-
-
+_LLAMA = ('safe',), ('unsafe',), False, ('<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>')
+# "Yes" says that the principle is violated.
+_SHIELD = ('No',), ('Yes',), True, ('<start_of_turn>', '<end_of_turn>')
 GUARDS: Mapping[str, Guard] = {
-  'llama_guard_3': _llama_guard('agent'),
-  'llama_guard_3_user': _llama_guard('user'),
-  'shield_gemma': _shield('agent'),
-  'shield_gemma_user': _shield('user'),
+  'llama_guard_3': Guard(functools.partial(_llama_guard_3, role='agent'), *_LLAMA),
+  'llama_guard_3_user': Guard(functools.partial(_llama_guard_3, role='user'), *_LLAMA),
+  'shield_gemma': Guard(functools.partial(_shield_gemma, role='agent'), *_SHIELD),
+  'shield_gemma_user': Guard(functools.partial(_shield_gemma, role='user'), *_SHIELD),
 }
 
 

@@ -81,14 +81,8 @@ def read(folder: str | os.PathLike) -> tuple[str | None, dict[str, str]]:
 
 
 def _render(template: str, special_tokens: Mapping[str, str]) -> str:
-  try:
-    import jinja2
-    import jinja2.sandbox
-  except ImportError:
-    raise ImportError(
-      'a chat template needs the package jinja2; run "pip install jinja2", or install csrm_jax with'
-      ' its extra "hf"'
-    ) from None
+  checks.require('jinja2', 'a chat template')
+  from jinja2 import sandbox
 
   def raise_exception(message: str) -> None:
     raise ValueError(message)
@@ -96,7 +90,7 @@ def _render(template: str, special_tokens: Mapping[str, str]) -> str:
   # These are the settings that templates are written for. strftime_now is left out: templates then
   # write a fixed date, and a prompt does not depend on the day. The sandbox is needed because a
   # template is somebody else's program.
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+  environment = sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
   environment.filters['tojson'] = lambda value, indent=None: json.dumps(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import sentencepiece
 
-from csrm_jax.core import files
+from csrm_jax.core import checks, files
 
 if TYPE_CHECKING:
   import tokenizers
@@ -181,18 +181,12 @@ class HFTokenizer(_WithControl):
     pad: str | None = None,
   ):
     data, where = _read(model)
-    try:
-      import tokenizers  # Only these files need the package, so it is an optional extra.
-    except ImportError:
-      raise ImportError(
-        f'{where}: a Hugging Face tokenizer.json needs the package tokenizers; run "pip install'
-        ' tokenizers", or install csrm_jax with its extra "hf"'
-      ) from None
+    package = checks.require('tokenizers', f'{where}: a Hugging Face tokenizer.json')
     try:
       spec = json.loads(data)
       control = _mark_control(spec)
       self.opens_with_space = _encode_as_continuation(spec)
-      tok = tokenizers.Tokenizer.from_str(json.dumps(spec))
+      tok = package.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # The Rust library raises plain Exception.
       reason = str(error).splitlines()[0][:120] if str(error) else 'empty'
       raise ValueError(

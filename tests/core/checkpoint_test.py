@@ -1,8 +1,6 @@
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 
 from csrm_jax.core import checkpoint
+from tests import small
 
 # Orbax closes its event loop while the other reads of a failed restore run.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -262,15 +261,7 @@ for num in (4, 2, 8):
 
 
 def test_saved_on_eight_devices_restored_on_four_two_and_one(tmp_path):
-  env = os.environ | {
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-    'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
-  }
-  result = subprocess.run(
-    [sys.executable, '-c', _SHARDED, str(tmp_path)], env=env, capture_output=True, text=True
-  )
-  assert result.returncode == 0, result.stderr
+  small.run_on_devices(8, _SHARDED, tmp_path)
   w = np.arange(64, dtype=np.float32).reshape(2, 8, 4) / 7
   expected = {'mlp': {'up': w, 'down': w.swapaxes(1, 2) + 1}, 'step': np.int32(9)}
   checkpoints = checkpoint.Checkpoints(tmp_path)

@@ -1,6 +1,4 @@
-import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -10,6 +8,7 @@ import jax
 import pytest
 
 from csrm_jax.core import distributed
+from tests import small
 
 
 @pytest.mark.parametrize(('args', 'message'), [
@@ -44,7 +43,7 @@ def test_an_error_of_a_collective_is_that_of_a_process_gone(monkeypatch, error, 
 
 def test_who_does_not_come_is_one_line():
   """Process 0 of two, whose other one never starts."""
-  process = _start(f'localhost:{_port()}', 0, 'pass', timeout_s=3)
+  process = _start(f'localhost:{small.free_port()}', 0, 'pass', timeout_s=3)
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 2, errors
   lines = [line for line in errors.splitlines() if line.startswith('error')]
@@ -84,7 +83,7 @@ def test_one_that_is_killed_ends_the_other_within_a_minute():
 
 
 def _pair(body):
-  address = f'localhost:{_port()}'
+  address = f'localhost:{small.free_port()}'
   return [_start(address, i, body) for i in range(2)]
 
 
@@ -107,17 +106,10 @@ def _start(address, process_id, body, timeout_s=60):
     timeout_s=timeout_s,
     body=textwrap.indent(textwrap.dedent(body).strip(), '  '),
   )
-  path = os.pathsep.join(p for p in sys.path if p)
   return subprocess.Popen(
     [sys.executable, '-c', script],
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path},
+    env=small.env(),
   )
-
-
-def _port():
-  with socket.socket() as server:
-    server.bind(('localhost', 0))
-    return server.getsockname()[1]

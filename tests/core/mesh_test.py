@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -10,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from csrm_jax.core import mesh as mesh_lib, tree
 from csrm_jax.models import config as model_config, transformer
+from tests import small
 
 ONE = jax.devices()[:1]
 
@@ -178,13 +176,4 @@ def test_eight_devices():
     else:
       raise AssertionError
   """)
-  result = subprocess.run(
-    [sys.executable, '-c', script], env=_env(8), capture_output=True, text=True
-  )
-  assert result.returncode == 0, result.stderr
-
-
-def _env(num_devices):
-  flag = f'--xla_force_host_platform_device_count={num_devices}'
-  path = os.pathsep.join(p for p in sys.path if p)
-  return os.environ | {'XLA_FLAGS': flag, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path}
+  small.run_on_devices(8, script)

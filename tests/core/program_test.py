@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -8,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from csrm_jax.core import program, topology
+from tests import small
 
 
 def test_products_count_two_and_scans_count_all_turns():
@@ -143,16 +141,7 @@ def test_a_real_program_of_eight_devices():
     assert program.replicated_fraction(args) == 0
     assert program.replicated_fraction([args[0], shape(P(), 16, 32)]) == 0.5
   """)
-  env = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
-  result = subprocess.run(
-    [sys.executable, '-c', script], env=_env(env), capture_output=True, text=True, check=False
-  )
-  assert result.returncode == 0, result.stderr
-
-
-def _env(extra):
-  path = os.pathsep.join(p for p in sys.path if p)
-  return os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path} | extra
+  small.run_on_devices(8, script)
 
 
 V5P = topology.parse('v5p-128')  # 4x4x4, rings of 180 GB/s on three sides

@@ -1,6 +1,5 @@
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ import pytest
 from etils import epath
 
 from csrm_jax.core import checkpoint, remote
+from tests import small
 
 
 def _tree(folder):
@@ -158,9 +158,7 @@ else:
 def test_a_bucket_of_a_cloud_emulator(tmp_path):
   pytest.importorskip('gcsfs')
   emulator = pytest.importorskip('gcp_storage_emulator.server')
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
+  port = small.free_port()
   server = emulator.create_server('localhost', port, in_memory=True, default_bucket='bucket')
   server.start()
   try:
@@ -168,13 +166,10 @@ def test_a_bucket_of_a_cloud_emulator(tmp_path):
       [sys.executable, '-c', _IN_A_BUCKET],
       capture_output=True,
       text=True,
-      env=os.environ
-      | {
-        'JAX_PLATFORMS': 'cpu',
-        'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
-        'STORAGE_EMULATOR_HOST': f'http://localhost:{port}',
-        'TENSORSTORE_GCS_HTTP_URL': f'http://localhost:{port}',
-      },
+      env=small.env(
+        STORAGE_EMULATOR_HOST=f'http://localhost:{port}',
+        TENSORSTORE_GCS_HTTP_URL=f'http://localhost:{port}',
+      ),
     )
   finally:
     server.stop()

@@ -10,7 +10,7 @@ def test_preset_fills_in_vocabulary_and_overrides():
   cfg = config.preset('tiny', vocab_size=100, num_kv_heads=4, dtype='bfloat16')
   assert (cfg.vocab_size, cfg.num_kv_heads, cfg.dtype) == (100, 4, 'bfloat16')
   assert cfg.embed_dim == config.PRESETS['tiny'].embed_dim
-  stored = json.loads(json.dumps(cfg.to_dict()))
+  stored = json.loads(json.dumps(dataclasses.asdict(cfg)))
   assert config.ModelConfig.from_dict(stored) == cfg
   assert hash(cfg) == hash(dataclasses.replace(cfg))
 

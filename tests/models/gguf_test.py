@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from csrm_jax.models import config, gguf, hf, shards
+from csrm_jax.models import gguf, hf, shards
 from csrm_jax.text import tokenizer as tokenizer_lib
 from tests import fetch_smollm2, small
 
@@ -89,7 +90,7 @@ def model(make_params, tmp_path):
   """(**fields of CFG) -> (cfg, params, tensors under GGUF names)."""
 
   def make(**fields):
-    cfg = config.ModelConfig(**{**CFG.to_dict(), **fields})
+    cfg = dataclasses.replace(CFG, **fields)
     params = make_params(cfg)
     hf.save(tmp_path / 'hf', cfg, params)
     return cfg, params, _their_tensors(tmp_path / 'hf', cfg)

@@ -8,15 +8,13 @@ parameters.
 import dataclasses
 import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from csrm_jax.models import config, hf
+from tests import small
 
 # 136 MB in shards of at most 32 MB: small beside the whole, and large beside
 # what threads and allocators add at random (up to about 20 MB were seen).
@@ -86,16 +84,8 @@ def test_host_holds_less_than_a_shard_beside_the_parameters(tmp_path):
   )
   sizes = [path.stat().st_size for path in tmp_path.glob('*.safetensors')]
   assert len(sizes) > 3 and max(sizes) <= 1.01 * SHARD_BYTES
-  environment = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
-    'PYTHONPATH': str(pathlib.Path(__file__).parents[2]),
-  }
-  result = subprocess.run(
-    [sys.executable, '-c', _PROGRAM, str(tmp_path)], env=environment, capture_output=True, text=True
-  )
-  assert result.returncode == 0, result.stderr
-  for place, extra in zip(('one device', '2x2 mesh'), json.loads(result.stdout), strict=True):
+  printed = small.run_on_devices(4, _PROGRAM, tmp_path)
+  for place, extra in zip(('one device', '2x2 mesh'), json.loads(printed), strict=True):
     print(
       f'{place}: {extra / 2**20:.1f} MiB beside {sum(sizes) / 2**20:.0f} '
       f'MiB of parameters, largest shard {max(sizes) / 2**20:.0f} MiB'

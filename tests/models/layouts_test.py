@@ -1,11 +1,10 @@
 """Loss and gradients of one device equal those of eight, on every layout."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
+
+from tests import small
 
 FEW = ('2,2,2',)
 ALL = ('8,1,1', '1,8,1', *FEW, '1,1,2', '1,4,2', '4,1,2')
@@ -74,17 +73,4 @@ _SCRIPT = textwrap.dedent("""
   ('head', 'layouts'), [('untied', FEW), pytest.param('tied', ALL, marks=pytest.mark.slow)]
 )
 def test_every_layout_has_the_loss_and_gradients_of_one_device(head, layouts):
-  path = os.pathsep.join(p for p in sys.path if p)
-  env = os.environ | {
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-    'JAX_PLATFORMS': 'cpu',
-    'PYTHONPATH': path,
-  }
-  result = subprocess.run(
-    [sys.executable, '-c', _SCRIPT, head, *layouts],
-    env=env,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert result.returncode == 0, result.stderr[-3000:]
+  small.run_on_devices(8, _SCRIPT, head, *layouts)

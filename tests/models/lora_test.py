@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from csrm_jax.core import tree
-from csrm_jax.models import config, hf, lora, transformer
+from csrm_jax.models import config, hf, lora
 from tests import small
 
 CFG = small.model(lora_rank=3, lora_alpha=7.0)
@@ -16,8 +16,7 @@ TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9)).astype(np.int32)
 
 def _logits(cfg, params):
   positions = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
-  hidden = transformer.hidden(cfg, params, TOKENS, positions, np.ones_like(TOKENS))
-  return np.asarray(transformer.logits(cfg, params, hidden))
+  return np.asarray(small.logits(cfg, params, TOKENS, positions, np.ones_like(TOKENS)))
 
 
 @pytest.fixture

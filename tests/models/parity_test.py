@@ -4,7 +4,6 @@ The tiny models are random and have no default where a family allows another
 value; their weights pass through save_pretrained and hf.load.
 """
 
-import functools
 import os
 
 import flax.traverse_util
@@ -13,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.models import hf, sampling, transformer
+from csrm_jax.models import hf, sampling
+from tests import small
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -86,12 +86,6 @@ def model(request, tmp_path_factory):
   return theirs, folder
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(cfg, params, tokens, positions, segment_ids):
-  hidden = transformer.hidden(cfg, params, tokens, positions, segment_ids)
-  return transformer.logits(cfg, params, hidden)
-
-
 def _batch(tokens):
   positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (2, 1))
   return tokens.astype(np.int32), positions, np.ones_like(positions)
@@ -109,7 +103,7 @@ def test_logits(model):
   with torch.no_grad():
     want = theirs(torch.tensor(TOKENS)).logits.numpy()
   assert np.ptp(want) > 1
-  assert _largest_gap(_logits(cfg, params, *_batch(TOKENS)), want) < 1e-4
+  assert _largest_gap(small.logits(cfg, params, *_batch(TOKENS)), want) < 1e-4
 
 
 def test_packed_texts(model):
@@ -121,7 +115,7 @@ def test_packed_texts(model):
   positions = np.concatenate([np.arange(n) for n in lengths])
   segment_ids = np.repeat([1, 2], lengths)
   batch = [np.tile(x, (2, 1)).astype(np.int32) for x in (tokens, positions, segment_ids)]
-  got = _logits(cfg, params, *batch)[0]
+  got = small.logits(cfg, params, *batch)[0]
   with torch.no_grad():
     want = np.concatenate(
       [theirs(torch.tensor(TOKENS[i : i + 1, :n])).logits[0].numpy() for i, n in enumerate(lengths)]
@@ -138,7 +132,7 @@ def test_gradient_of_a_verdict(model, tmp_path):
   (-last[:, list(SAFE)].logsumexp(-1).sum()).backward()
 
   def loss(params):
-    last = _logits(cfg, params, *_batch(TOKENS))[:, -1]
+    last = small.logits(cfg, params, *_batch(TOKENS))[:, -1]
     log_p = jax.nn.log_softmax(last)[:, jnp.asarray(SAFE)]
     return -jax.nn.logsumexp(log_p, axis=-1).sum()
 

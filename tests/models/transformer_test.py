@@ -29,12 +29,6 @@ def _row(lengths, total, seed=0):
   return tokens, positions, segment_ids
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(cfg, params, tokens, positions, segment_ids):
-  hidden = transformer.hidden(cfg, params, tokens, positions, segment_ids)
-  return transformer.logits(cfg, params, hidden)
-
-
 @functools.lru_cache
 def _params(cfg=CFG, seed=0):
   """Returns params whose norm scales are not all one, nor LoRA's b zero."""
@@ -49,7 +43,7 @@ def _params(cfg=CFG, seed=0):
 
 def _loss(cfg, params, batch):
   used = (batch[2] > 0)[..., None]
-  return jnp.where(used, jnp.square(_logits(cfg, params, *batch)), 0).sum()
+  return jnp.where(used, jnp.square(small.logits(cfg, params, *batch)), 0).sum()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -199,7 +193,7 @@ def test_equals_plain_numpy(name, unroll):
     np.asarray(attention.make_mask(segment_ids, window))[0] for window in (0, cfg.sliding_window)
   ]
   want = _reference(cfg, params, tokens[0], positions[0], masks)
-  got = _logits(cfg, params, tokens, positions, segment_ids)[0]
+  got = small.logits(cfg, params, tokens, positions, segment_ids)[0]
   np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -231,12 +225,12 @@ def test_packed_equals_unpacked_with_windows(name):
   cfg = dataclasses.replace(CFG, **VARIANTS[name])
   params = _params(cfg)
   tokens, positions, segment_ids = _row([7, 5], 14)
-  packed = _logits(cfg, params, tokens, positions, segment_ids)[0]
+  packed = small.logits(cfg, params, tokens, positions, segment_ids)[0]
   for start, length in ((0, 7), (7, 5)):
     alone = _row([length], 14)
     alone[0][0, :length] = tokens[0, start : start + length]
     np.testing.assert_allclose(
-      _logits(cfg, params, *alone)[0, :length], packed[start : start + length], atol=1e-5
+      small.logits(cfg, params, *alone)[0, :length], packed[start : start + length], atol=1e-5
     )
 
 
@@ -262,7 +256,9 @@ def test_lora_starts_as_the_base_and_trains_every_target():
   for name, leaf in flax.traverse_util.flatten_dict(base, sep='/').items():
     np.testing.assert_array_equal(leaf, flat[name])
   batch = _row([7, 5], 14)
-  np.testing.assert_array_equal(_logits(cfg, params, *batch), _logits(base_cfg, base, *batch))
+  np.testing.assert_array_equal(
+    small.logits(cfg, params, *batch), small.logits(base_cfg, base, *batch)
+  )
   grads = flax.traverse_util.flatten_dict(_grads(cfg, params, batch), sep='/')
   for name in adapters:  # a has no gradient while b is 0
     assert np.any(grads[name]) == name.endswith('lora_b'), name
@@ -295,7 +291,7 @@ def test_scan_equals_loop():
 def test_remat_and_unroll_change_nothing(change):
   params, batch = _params(), _row([7, 5], 14)
   cfg = dataclasses.replace(CFG, **change)
-  _assert_close(_logits(cfg, params, *batch), _logits(CFG, params, *batch))
+  _assert_close(small.logits(cfg, params, *batch), small.logits(CFG, params, *batch))
   _assert_close(_grads(cfg, params, batch), _grads(CFG, params, batch))
 
 
@@ -363,13 +359,13 @@ def test_a_prefix_that_rows_share_is_computed_once(name, monkeypatch):
 def test_packed_equals_unpacked():
   params = _params()
   tokens, positions, segment_ids = _row([7, 5, 4], 20)
-  packed = _logits(CFG, params, tokens, positions, segment_ids)[0]
+  packed = small.logits(CFG, params, tokens, positions, segment_ids)[0]
   packed_grads = _grads(CFG, params, (tokens, positions, segment_ids))
   grads = jax.tree.map(jnp.zeros_like, params)
   for start, length in ((0, 7), (7, 5), (12, 4)):
     alone = _row([length], 20)  # one shape: compiled once
     alone[0][0, :length] = tokens[0, start : start + length]
-    logits = _logits(CFG, params, *alone)[0, :length]
+    logits = small.logits(CFG, params, *alone)[0, :length]
     np.testing.assert_allclose(logits, packed[start : start + length], atol=1e-5)
     grads = jax.tree.map(jnp.add, grads, _grads(CFG, params, alone))
   _assert_close(packed_grads, grads)
@@ -406,25 +402,27 @@ def test_neighbours_and_padding_tokens_do_not_matter_at_all():
   changed = tokens.copy()
   changed[0, :7] = (tokens[0, :7] + 1) % CFG.vocab_size
   changed[0, 12:] = 5
-  got, want = (_logits(CFG, params, t, positions, segment_ids)[0, 7:12] for t in (changed, tokens))
+  got, want = (
+    small.logits(CFG, params, t, positions, segment_ids)[0, 7:12] for t in (changed, tokens)
+  )
   np.testing.assert_array_equal(got, want)
 
 
 def test_padding_side_does_not_matter():
   params = _params()
   tokens, positions, segment_ids = _row([7], 14)
-  right = _logits(CFG, params, tokens, positions, segment_ids)[0, :7]
+  right = small.logits(CFG, params, tokens, positions, segment_ids)[0, :7]
   left = [np.roll(x, 7, axis=1) for x in (tokens, positions, segment_ids)]
-  np.testing.assert_allclose(_logits(CFG, params, *left)[0, 7:], right, atol=1e-5)
+  np.testing.assert_allclose(small.logits(CFG, params, *left)[0, 7:], right, atol=1e-5)
 
 
 def test_all_padding_is_finite():
   params = _params()
   batch = tuple(np.zeros((2, 8), np.int32) for _ in range(3))
-  assert np.all(np.isfinite(_logits(CFG, params, *batch)))
+  assert np.all(np.isfinite(small.logits(CFG, params, *batch)))
 
   def everything(params):
-    return _logits(CFG, params, *batch).sum()
+    return small.logits(CFG, params, *batch).sum()
 
   for grad in jax.tree.leaves(jax.jit(jax.grad(everything))(params)):
     assert np.all(np.isfinite(grad))
@@ -433,8 +431,8 @@ def test_all_padding_is_finite():
 @pytest.mark.parametrize('change', [{'rope_theta': 5e5}, {'norm_eps': 0.5}])
 def test_config_values_reach_the_computation(change):
   params, batch = _params(), _row([12], 12)
-  other = _logits(dataclasses.replace(CFG, **change), params, *batch)
-  want = _logits(CFG, params, *batch)
+  other = small.logits(dataclasses.replace(CFG, **change), params, *batch)
+  want = small.logits(CFG, params, *batch)
   assert np.abs(other - want).max() > 1e-2
   if 'rope_theta' in change:  # position 0 is not rotated
     np.testing.assert_allclose(other[0, 0], want[0, 0], atol=1e-5)
@@ -448,7 +446,7 @@ def test_grouped_query_equals_multi_head_with_repeated_kernels():
   }
   wide = params | {'layers': params['layers'] | {'attention': repeated}}
   cfg = dataclasses.replace(CFG, num_kv_heads=CFG.num_heads)
-  _assert_close(_logits(cfg, wide, *batch), _logits(CFG, params, *batch))
+  _assert_close(small.logits(cfg, wide, *batch), small.logits(CFG, params, *batch))
 
 
 def test_untied_head_is_used():
@@ -456,7 +454,7 @@ def test_untied_head_is_used():
   params, batch = _params(cfg), _row([12], 12)
   hidden = transformer.hidden(cfg, params, *batch)
   np.testing.assert_allclose(
-    _logits(cfg, params, *batch), hidden @ params['lm_head']['kernel'], atol=1e-4
+    small.logits(cfg, params, *batch), hidden @ params['lm_head']['kernel'], atol=1e-4
   )
 
 
@@ -464,9 +462,9 @@ def test_bfloat16_is_close_and_logits_are_float32():
   cfg = dataclasses.replace(CFG, dtype='bfloat16', param_dtype='bfloat16')
   params, batch = _params(cfg), _row([12], 12)
   assert params['embed']['embedding'].dtype == jnp.bfloat16
-  got = _logits(cfg, params, *batch)
+  got = small.logits(cfg, params, *batch)
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-  want = _logits(CFG, wide, *batch)
+  want = small.logits(CFG, wide, *batch)
   assert transformer.hidden(cfg, params, *batch).dtype == jnp.bfloat16
   assert got.dtype == jnp.float32
   assert np.abs(got - want).max() < 0.05 * np.abs(want).max()

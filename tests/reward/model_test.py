@@ -44,13 +44,13 @@ def _params(seed=0):
   return transformer.init_params(SPEC.model, seed)
 
 
-def _save(folder, spec=SPEC, seed=0, step=3):
+def _save(folder, spec=SPEC, seed=0, step=3, change=lambda meta: meta):
   """Writes what a training run leaves in its work directory."""
   folder.mkdir(exist_ok=True)
   backbone.save_tokenizer(str(PATH), folder)
   state = training.init_state(_params(seed), optax.adam(1e-3))
   with checkpoint.Checkpoints(folder / 'checkpoints') as saved:
-    saved.save(step, state, {'next': 0}, spec.to_dict())
+    saved.save(step, state, {'next': 0}, change(dataclasses.asdict(spec)))
   return folder
 
 
@@ -64,7 +64,7 @@ def test_spec_survives_json():
     template_hash=templates.template_hash(layout),
     model=dataclasses.replace(SPEC.model, rope_theta=5e5, remat='dots'),
   )
-  again = reward_model.Spec.from_dict(json.loads(json.dumps(spec.to_dict())))
+  again = reward_model.Spec.from_dict(json.loads(json.dumps(dataclasses.asdict(spec))))
   assert again == spec != SPEC
   assert hash(again.model) == hash(spec.model)
 
@@ -149,12 +149,8 @@ def test_another_template_or_tokenizer_is_refused(tmp_path, field, name, fix):
   ],
 )
 def test_what_is_no_reward_model_is_refused(tmp_path, change, message):
-  class Other:
-    def to_dict(self):
-      return change(SPEC.to_dict())
-
   with pytest.raises(ValueError, match=message) as error:
-    reward_model.load(_save(tmp_path, Other()))
+    reward_model.load(_save(tmp_path, change=change))
   assert str(tmp_path) in str(error.value) and '\n' not in str(error.value)
 
 

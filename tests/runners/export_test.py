@@ -65,7 +65,7 @@ def make_run(tmp_path):
       }
     )
     with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
-      saved.save(1, {'params': params}, {}, spec.to_dict())
+      saved.save(1, {'params': params}, {}, dataclasses.asdict(spec))
     return workdir
 
   return make

@@ -1,14 +1,14 @@
 """Two real processes on this machine train as one does."""
 
 import json
-import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
+
+from tests import small
 
 ROOT = pathlib.Path(__file__).parents[2]
 KEYS = ('train/loss', 'loss/cls', 'loss/pairs', 'train/grad_norm')
@@ -28,7 +28,7 @@ def _start(workdir, *flags, seed=0):
       *flags,
     ],
     cwd=ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    env=small.env(),
     text=True,
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
@@ -36,10 +36,7 @@ def _start(workdir, *flags, seed=0):
 
 
 def _pair(workdir, seeds=(0, 0)):
-  with socket.socket() as server:
-    server.bind(('localhost', 0))
-    port = server.getsockname()[1]
-  flags = f'--coordinator=localhost:{port}', '--num_processes=2'
+  flags = f'--coordinator=localhost:{small.free_port()}', '--num_processes=2'
   return [_start(workdir, *flags, f'--process_id={i}', seed=seed) for i, seed in enumerate(seeds)]
 
 

@@ -1,10 +1,8 @@
 """Real processes that are told to stop, and started again."""
 
 import json
-import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ import time
 import pytest
 
 from csrm_jax.core import preemption
+from tests import small
 
 NUM_STEPS = 60
 
@@ -54,16 +53,12 @@ def get_config():
 def start(tmp_path):
   """Returns a function that starts the command in a work directory."""
   (tmp_path / 'c.py').write_text(_CONFIG)
-  env = os.environ | {
-    'PYTHONPATH': os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
-    'JAX_PLATFORMS': 'cpu',
-  }
 
   def begin(workdir, *flags):
     return subprocess.Popen(
       [sys.executable, '-c', _PROGRAM, '--config=c.py', f'--workdir={workdir}', *flags],
       cwd=tmp_path,
-      env=env,
+      env=small.env(),
       text=True,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,
@@ -73,10 +68,7 @@ def start(tmp_path):
 
 
 def _pair(start, workdir):
-  with socket.socket() as server:
-    server.bind(('localhost', 0))
-    port = server.getsockname()[1]
-  flags = f'--coordinator=localhost:{port}', '--num_processes=2'
+  flags = f'--coordinator=localhost:{small.free_port()}', '--num_processes=2'
   return [start(workdir, *flags, f'--process_id={i}') for i in range(2)]
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from csrm_jax.safety import schema
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
+from tests.small import error_of
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs' / 'safety'
 RULES = {'categories': [{'name': 'Violence', 'guideline': 'No fights.'}]}
@@ -38,14 +39,6 @@ def safety_configs():
 def write(path, text):
   path.write_bytes(text if isinstance(text, bytes) else text.encode())
   return path
-
-
-def error_of(function, *args, **kwargs):
-  with pytest.raises(ValueError) as caught:
-    function(*args, **kwargs)
-  message = str(caught.value)
-  assert '\n' not in message
-  return message
 
 
 @pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.yaml')), ids=str)

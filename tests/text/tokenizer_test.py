@@ -14,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.text.tokenizer import HFTokenizer, SentencePieceTokenizer
+from tests.small import error_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONTROL = ('<RULES>\n', '</RULES>\n', 'Is it, "safe"?\n', 'Answer:')
@@ -64,13 +65,6 @@ def corpus():
   words = [''.join(random.choice(letters, 5)) for _ in range(200)]
   words += ['safe', 'unsafe', 'Yes', 'No', '42', 'é']
   return [' '.join(random.choice(words, 8)) + '.\nNext' for _ in range(300)]
-
-
-def error_of(function, *args, **kwargs):
-  with pytest.raises(ValueError) as caught:
-    function(*args, **kwargs)
-  assert '\n' not in str(caught.value)
-  return str(caught.value)
 
 
 @pytest.fixture(scope='module')
