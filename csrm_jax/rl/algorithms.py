@@ -258,15 +258,15 @@ def make_objective(config: Any) -> Objective:
   Raises:
     ValueError: Settings do not go together; one line says what to change.
   """
-  name, loss = config.algorithm, config.loss
+  name, loss, num_generations = config.algorithm, config.loss, config.rollout.num_generations
   algorithm, fields = get(name), [field.name for field in dataclasses.fields(Objective)]
   given = {key: value for key, value in loss.items() if key in fields and value is not None}
-  place = given.get('kl_place', algorithm.kl_place)
   defaults = {
-    'kl_place': place,
+    'kl_place': algorithm.kl_place,
     'kl_estimator': algorithm.kl_estimator,
     'loss_aggregation': algorithm.loss_aggregation,
   }
+  place = given.get('kl_place', algorithm.kl_place)
   if place != algorithm.kl_place:
     defaults['kl_estimator'] = {'loss': 'k2'}.get(place, 'k1')
   if given.get('ratio') == 'sequence':
@@ -276,20 +276,12 @@ def make_objective(config: Any) -> Objective:
   objective = Objective(
     **(defaults | given), max_completion_length=config.sampling.max_completion_length
   )
-  _check(name, objective, config)
-  return objective
-
-
-def _check(name: str, objective: Objective, config: Any) -> None:
-  """Refuses what does not go together, before a run starts."""
-  algorithm, loss, num_generations = get(name), config.loss, config.rollout.num_generations
   if algorithm.needs_group and num_generations < 2:
     raise ValueError(
       f'num_generations={num_generations} does not go with {name}, which compares the completions '
       'of a prompt; take at least 2, or algorithm=reinforce_pp.'
     )
-  if num_generations < 1:
-    raise ValueError(f'num_generations={num_generations} must be at least 1.')
+  checks.at_least(config.rollout, ('num_generations',))
   # They are None where they do nothing.
   gamma, lam = (1.0 if x is None else x for x in (loss.gamma, loss.lam))
   if not 0 < gamma <= 1 or not 0 <= lam <= 1:
@@ -311,9 +303,8 @@ def _check(name: str, objective: Objective, config: Any) -> None:
       f'loss_aggregation={objective.loss_aggregation!r} brings back the length bias that dr_grpo '
       f'takes out; use {norm!r}, or algorithm=rloo.'
     )
-  if objective.ratio == 'token' or not algorithm.token_returns:
-    return
-  if algorithm.needs_values or objective.kl_place == 'reward' or gamma != 1:
+  by_token = algorithm.needs_values or objective.kl_place == 'reward' or gamma != 1
+  if objective.ratio == 'sequence' and algorithm.token_returns and by_token:
     fix = (
       "take ratio='token', or algorithm=grpo"
       if algorithm.needs_values
@@ -322,6 +313,7 @@ def _check(name: str, objective: Objective, config: Any) -> None:
     raise ValueError(
       f"ratio='sequence' needs one advantage a completion, and {name} has one a token here: {fix}."
     )
+  return objective
 
 
 def adaptive_kl(

@@ -122,6 +122,7 @@ def make_pairs(
   params: Any,
   prompts: Sequence[Prompt],
   completions: Mapping[str, Sequence[Mapping[str, Any]]],
+  mesh: jax.sharding.Mesh,
 ) -> dict[str, np.ndarray]:
   """Returns all pairs of the completions from `sample` as rows of a train batch.
 
@@ -150,25 +151,14 @@ def make_pairs(
     done.tokens[i, : len(side['tokens'])] = side['tokens']
   rows = online.make_rows(policy, asked, done)
   del rows['rollout_logprobs']
+  # An update's number of rows at a time: that much fits into memory, and is compiled anyway.
+  size, temperature = 2 * config.pairs.batch_size, config.sampling.temperature
+  found = online.all_logprobs(policy.model, params, rows, temperature, size, mesh)
   rows |= {
     'reward': np.array([side['reward'] for side in sides], np.float32),
-    'ref_logprob': _reference(config, policy, params, rows),
+    'ref_logprob': found['logprobs'].sum(1),
   }
   return {name: x.reshape(-1, 2, *x.shape[1:]) for name, x in rows.items()}
-
-
-def _reference(config, policy, params, rows) -> np.ndarray:
-  """Returns the sum of each row's log-probabilities, float32 [2P]."""
-  num, sums = len(rows['tokens']), []
-  # An update's number of rows at a time: that much fits into memory, and is compiled anyway.
-  chunk = 2 * config.pairs.batch_size
-  for start in range(0, num, chunk):
-    part = {name: x[start : start + chunk] for name, x in rows.items()}
-    missing = chunk - len(part['tokens'])
-    part = {name: np.pad(x, ((0, missing), (0, 0))) for name, x in part.items()}
-    out = online.logprobs(policy.model, params, part, config.sampling.temperature)
-    sums.append(np.asarray(out['logprobs']).sum(1))
-  return np.concatenate(sums)[:num]
 
 
 def make_loss_fn(config: Any, policy: online.Policy) -> training.LossFn:
@@ -176,10 +166,7 @@ def make_loss_fn(config: Any, policy: online.Policy) -> training.LossFn:
   loss, pairs = algorithms.get(config.algorithm).pair_loss, config.pairs
 
   def loss_fn(params, batch):
-    rows = {
-      name: batch[name].reshape(-1, batch[name].shape[-1])
-      for name in ('tokens', 'positions', 'segment_ids', 'completion_mask')
-    }
+    rows = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in online.READ}
     out = online.logprobs(policy.model, params, rows, config.sampling.temperature)
     sums = out['logprobs'].sum(1).reshape(-1, 2)
     total, weight, metrics = loss(sums, batch, pairs.beta)

@@ -36,6 +36,8 @@ from csrm_jax.train import loop, step as training
 
 # The most completions that are drawn at once, which bounds the memory of the key-value cache.
 MAX_ROWS = 256
+# The arrays of rows that log-probabilities depend on.
+READ = ('tokens', 'positions', 'segment_ids', 'completion_mask')
 # The critic's parameters beside the decoder's: they read a value off the final hidden state.
 VALUE_HEAD = 'value_head'
 
@@ -200,6 +202,25 @@ def logprobs(
     values = before.astype(jnp.float32) @ head['kernel'] + head['bias']
     result['values'] = values * mask
   return result
+
+
+def all_logprobs(
+  cfg: ModelConfig,
+  params: Any,
+  rows: Mapping[str, np.ndarray],
+  temperature: float,
+  size: int,
+  mesh: jax.sharding.Mesh,
+) -> dict[str, np.ndarray]:
+  """Returns what `logprobs` returns, computed for `size` rows at a time, spread over the mesh."""
+  num, parts = len(rows['tokens']), []
+  for start in range(0, num, size):
+    part = {name: rows[name][start : start + size] for name in READ}
+    missing = size - len(part['tokens'])
+    part = {name: np.pad(x, ((0, missing), (0, 0))) for name, x in part.items()}
+    parts.append(logprobs(cfg, params, mesh_lib.to_global(part, mesh), temperature))
+  parts = jax.device_get(parts)
+  return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
 
 
 def sampling_copy(
@@ -452,15 +473,8 @@ class Online:
     return batch | {name: np.asarray(x) for name, x in found.items()} | values
 
   def _logprobs(self, model: ModelConfig, params: Any, rows) -> dict[str, np.ndarray]:
-    """Returns logprobs of all rows, `chunk` rows at a time."""
-    names = ('tokens', 'positions', 'segment_ids', 'completion_mask')
-    size, parts = chunk(self.config), []
-    for start in range(0, num_rows(self.config), size):
-      part = {name: rows[name][start : start + size] for name in names}
-      part = mesh_lib.to_global(part, self.mesh)
-      parts.append(logprobs(model, params, part, self.sampling.temperature))
-    parts = jax.device_get(parts)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    temperature = self.sampling.temperature
+    return all_logprobs(model, params, rows, temperature, chunk(self.config), self.mesh)
 
   def _mini_batches(self, step: int) -> Iterator[np.ndarray]:
     """Yields the rows of each update of a step."""

@@ -97,13 +97,9 @@ def measure(
   labels (what is a refusal) and refuses (what is called one) are bool [N]; rows with the same
   number in units, int [N], are drawn together.
   """
-  return {
-    name: (
-      fn(labels, refuses),
-      *bootstrap.interval(fn, (labels, refuses), units, num_samples=num_samples),
-    )
-    for name, fn in METRICS.items()
-  }
+  m = bootstrap.Measure(units, num_samples)
+  found = {name: m(fn, labels, refuses) for name, fn in METRICS.items()}
+  return {name: (one['value'], one['low'], one['high']) for name, one in found.items()}
 
 
 def compare(
@@ -132,11 +128,8 @@ def tables(
 ) -> list[str]:
   """Returns the report in Markdown: of the patterns, and of a model if a checkpoint is given.
 
-  Args:
-    folder: The folder of XSTest.
-    checkpoint: A reward model, or a public model.
-    safety: A file of rules that forbid to refuse; goes with the checkpoint.
-    words: What a public model says for "safe" and "unsafe".
+  A checkpoint, of a reward model or a public model, goes with `safety`, a file of rules that forbid
+  to refuse. `words` are what a public model says for "safe" and "unsafe".
   """
   if bool(checkpoint) != bool(safety):
     raise ValueError('config.checkpoint and config.safety belong together; give both')
@@ -144,14 +137,11 @@ def tables(
   samples = [item.sample for item in judged]
   found = {'V_r, patterns': verifiers.REFUSALS['patterns'](samples)}
   if checkpoint:
-    model = reward_model.load(checkpoint, words=tuple(words))
-    found['V_r, reward model'] = verifiers.by_score(model.score_fn, schema.load_safety(safety))(
-      samples
-    )
-  parts = [
-    f'{len(judged)} completions; {len(tuned)} others were looked at while '
-    'the patterns were written.'
-  ]
+    score_fn = reward_model.load(checkpoint, words=tuple(words)).score_fn
+    refuses = verifiers.by_score(score_fn, schema.load_safety(safety))
+    found['V_r, reward model'] = refuses(samples)
+  others = f'{len(tuned)} others were looked at while the patterns were written.'
+  parts = [f'{len(judged)} completions; {others}']
   for kind in POSITIVE:
     rows = [
       (name, *(f'{value:.3f} [{low:.3f}, {high:.3f}]' for value, low, high in measured.values()))

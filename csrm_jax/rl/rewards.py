@@ -6,7 +6,6 @@ wrong number of values, is an error that names the sample: what cannot be scored
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import http.client
@@ -22,6 +21,7 @@ import numpy as np
 import scipy.special
 
 from csrm_jax.core import checks, retry
+from csrm_jax.evals import bootstrap
 from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.rl import verifiers
 from csrm_jax.ruleworld import policy as world
@@ -254,7 +254,20 @@ def combine(
     clip: (low, high) bounds of the total.
   """
   added = added or {}
-  _check_parts(parts, mode, added, clip)
+  checks.one_of('reward mode', mode, MODES)
+  if not parts:
+    raise ValueError('no reward is given; name at least one part')
+  if mode == 'sum' and added:
+    raise ValueError(f'reward {next(iter(added))} is added to a sum; put it among the parts')
+  for name, (_, weight) in [*parts.items(), *added.items()]:
+    if not math.isfinite(weight):
+      raise ValueError(f'reward {name} has weight {weight}; give a number')
+    if name in parts and name in added:
+      raise ValueError(f'reward {name} is given twice; rename one')
+  if clip is not None and not clip[0] < clip[1]:
+    raise ValueError(
+      f'the reward clip is from {clip[0]} to {clip[1]}; the first must be less than the second'
+    )
 
   def score(samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     values = {}
@@ -349,23 +362,6 @@ class Normaliser:
     return (distance / self.std).astype(np.float32)
 
 
-def _check_parts(parts, mode, added, clip) -> None:
-  checks.one_of('reward mode', mode, MODES)
-  if not parts:
-    raise ValueError('no reward is given; name at least one part')
-  if mode == 'sum' and added:
-    raise ValueError(f'reward {next(iter(added))} is added to a sum; put it among the parts')
-  for name, (_, weight) in [*parts.items(), *added.items()]:
-    if not math.isfinite(weight):
-      raise ValueError(f'reward {name} has weight {weight}; give a number')
-    if name in parts and name in added:
-      raise ValueError(f'reward {name} is given twice; rename one')
-  if clip is not None and not clip[0] < clip[1]:
-    raise ValueError(
-      f'the reward clip is from {clip[0]} to {clip[1]}; the first must be less than the second'
-    )
-
-
 # --- AlphaAlign ------------------------------------------------------------------------
 
 
@@ -378,20 +374,15 @@ def dual_reward(
 ) -> TotalFn:
   """Returns AlphaAlign's reward, a function: samples -> (total, parts) as `combine` returns.
 
-  For a harmful prompt it is R_s = r_f V_f + r_a V_r. For a benign prompt it is R_s = r_f V_f - r_a
-  V_r, plus R_h = max(standardised helpfulness, 0) where the answer does not refuse. Helpfulness is
-  standardised among the samples of one prompt.
+  For a harmful prompt it is R_s = r_f V_f + r_a V_r, with format_weight as r_f, answer_weight as
+  r_a and refusal_fn as V_r. For a benign prompt it is R_s = r_f V_f - r_a V_r, plus R_h =
+  max(standardised helpfulness, 0) where the answer does not refuse. Helpfulness, one of
+  HELPFULNESS, is standardised among the samples of one prompt; with 'none' there is no
+  helpfulness_fn.
 
   Parts are 'format' (V_f), 'refusal' (V_r), 'safety' (R_s), and 'helpfulness' (R_h; 0 for harmful
   prompts) unless it is left out. Refusal and helpfulness are judged by the answer alone, without
   its box for helpfulness. All samples of a prompt must be in one call.
-
-  Args:
-    refusal_fn: V_r.
-    helpfulness_fn: Judges the answers to benign prompts; None with helpfulness='none'.
-    helpfulness: One of HELPFULNESS.
-    format_weight: r_f.
-    answer_weight: r_a.
 
   Source: AlphaAlign (arXiv 2507.14987).
   """
@@ -442,10 +433,7 @@ def standardise(values: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
   """
   values = np.asarray(values, np.float64)
   result = np.zeros(len(samples), np.float32)
-  groups = collections.defaultdict(list)
-  for row, sample in enumerate(samples):
-    groups[sample.prompt.id].append(row)
-  for name, rows in groups.items():
+  for name, rows in bootstrap.rows_by(sample.prompt.id for sample in samples).items():
     if len(rows) == 1:
       raise ValueError(
         f'prompt {name} has one sample, and nothing to standardise its '

@@ -202,7 +202,7 @@ def _train_offline(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, 
     setup.sampling,
     workdir / 'completions.jsonl',
   )
-  pairs = offline.make_pairs(config, reference, base, prompts, completions)
+  pairs = offline.make_pairs(config, reference, base, prompts, completions, setup.mesh)
   if config.algorithm == 'distillation' and pairs['reward'].min() <= 0:
     raise ValueError(
       f'a reward is {pairs["reward"].min():.4g}, and distillation takes its '

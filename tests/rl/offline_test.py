@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import transformer
 from csrm_jax.models.sampling import Sampling
 from csrm_jax.rl import offline, online
 
+MESH = mesh_lib.make_mesh(devices=jax.devices()[:1])
 SAMPLING = Sampling(max_completion_length=5, stop_ids=(2,))
 
 
@@ -89,7 +91,7 @@ def test_responses_count_once_and_ties_make_no_pair():
 
 
 def test_pairs_know_their_rewards_and_reference(config, policy, params, prompts, completions):
-  pairs = offline.make_pairs(config, policy, params, prompts, completions[1])
+  pairs = offline.make_pairs(config, policy, params, prompts, completions[1], MESH)
   num = len(pairs['reward'])
   assert pairs['tokens'].shape[:2] == (num, 2)
   assert (pairs['reward'][:, 0] > pairs['reward'][:, 1]).all()
@@ -121,7 +123,7 @@ def test_rewards_that_are_all_equal_give_no_pairs(config, policy, params, prompt
     for p in prompts
   }
   with pytest.raises(ValueError, match='no pairs'):
-    offline.make_pairs(config, policy, params, prompts, same)
+    offline.make_pairs(config, policy, params, prompts, same, MESH)
 
 
 def test_batches_see_every_pair_once_an_epoch_and_resume():
