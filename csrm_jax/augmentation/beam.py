@@ -80,9 +80,11 @@ def run(
   knows. Options are Beam's, such as '--runner=DataflowRunner'; by default all is done in this
   process.
   """
-  beam, filesystems, pipeline_options = _import_beam()
+  beam = _import_beam()
+  pipeline_options = beam.options.pipeline_options.PipelineOptions(list(options))
+  filesystems = beam.io.filesystems.FileSystems
   prefix = f'{os.fspath(folder)}/part'
-  with beam.Pipeline(options=pipeline_options.PipelineOptions(list(options))) as pipeline:
+  with beam.Pipeline(options=pipeline_options) as pipeline:
     _ = (
       pipeline
       | 'Number' >> beam.Create([json.dumps(p) for p in enumerate(items)])
@@ -91,9 +93,9 @@ def run(
       | 'Write' >> beam.io.WriteToText(prefix)
     )
   found = {}
-  for match in filesystems.FileSystems.match([f'{prefix}-*-of-*']):
+  for match in filesystems.match([f'{prefix}-*-of-*']):
     for file in match.metadata_list:
-      with filesystems.FileSystems.open(file.path) as lines:
+      with filesystems.open(file.path) as lines:
         found |= dict(json.loads(line) for line in lines)
   # Beam keeps no order: each result came with its number.
   return [found[number] for number in range(len(items))]
@@ -104,13 +106,11 @@ def _apply(line: str, fn: Callable[[Any], Any]) -> str:
   return json.dumps([number, fn(item)])
 
 
-def _import_beam() -> tuple[Any, Any, Any]:
+def _import_beam() -> Any:
   try:
     import apache_beam
-    from apache_beam.io import filesystems
-    from apache_beam.options import pipeline_options
   except ImportError:
     raise ImportError(
       'config.beam.enabled needs Apache Beam; run pip install "csrm_jax[beam]", or set it to false'
     ) from None
-  return apache_beam, filesystems, pipeline_options
+  return apache_beam

@@ -259,24 +259,12 @@ def _answer(
   # Safe, but with a category: nobody knows which of the two holds.
   if violated and not unsafe:
     return 'labels_disagree'
-  return _example(example_id, safety, talk, unsafe, violated, source, rule_set)
-
-
-def _example(
-  example_id: str,
-  safety: SafetyConfig,
-  talk: tuple[str, str],
-  unsafe: bool | None,
-  violated: Sequence[str],
-  source: str,
-  rule_set: str = '',
-) -> Example:
   return Example(
-    id=example_id,
-    safety=safety,
-    conversation=(Message('user', talk[0]), Message('agent', talk[1])),
-    label=None if unsafe is None else 'unsafe' if unsafe else 'safe',
-    violated=violated,
+    example_id,
+    safety,
+    (Message('user', talk[0]), Message('agent', talk[1])),
+    'unsafe' if unsafe else 'safe',
+    violated,
     source=source,
     rule_set=rule_set,
   )
@@ -299,7 +287,7 @@ def sure_example(example_id: str, prompt: str, harmful: bool, source: str) -> Ex
   Source: CSRM (arXiv 2605.30487), Table 4.
   """
   violated = COMPLIANCE.names if harmful else ()
-  return _example(example_id, COMPLIANCE, (prompt, f'Sure. {prompt}'), harmful, violated, source)
+  return _answer(example_id, COMPLIANCE, (prompt, f'Sure. {prompt}'), harmful, violated, source)
 
 
 def read_or_bench(path: str | os.PathLike) -> Rows:
@@ -578,7 +566,7 @@ def read_pku_pairs(path: str | os.PathLike) -> Rows:
     else:
       name = f'safe_rlhf/{row.number}'
       first, second = (
-        _example(f'{name}/{side}', safety, (row['prompt'], texts[i]), not safe[i], (), 'safe_rlhf')
+        _answer(f'{name}/{side}', safety, (row['prompt'], texts[i]), not safe[i], (), 'safe_rlhf')
         for side, i in (('safer', safer), ('other', worse))
       )
       yield Pair(name, first, second, 'preference')
@@ -596,7 +584,12 @@ def read_reward_bench_2(path: str | os.PathLike) -> Rows:
     # `Choice` reads the ids of the subset Ties.
     name = str(row['id']) if row['subset'] == TIES else f'reward_bench_2/{row["id"]}'
     responses = tuple(
-      _example(f'{name}/{i}', safety, (row['prompt'], text), None, (), 'reward_bench_2')
+      Example(
+        f'{name}/{i}',
+        safety,
+        (Message('user', row['prompt']), Message('agent', text)),
+        source='reward_bench_2',
+      )
       for i, text in enumerate([*row['chosen'], *row['rejected']])
     )
     yield Choice(name, responses, len(row['chosen']), row['subset'])
