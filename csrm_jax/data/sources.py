@@ -225,12 +225,11 @@ def _parquet_rows(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
 
 
 def _json_list(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-  text = files.read_text(path)
   # A file of this name may hold one object a line all the same.
-  if not text.lstrip().startswith('['):
+  if not files.read_text(path).lstrip().startswith('['):
     yield from files.read_json_lines(path)
     return
-  for number, row in enumerate(files.load_json(text, os.fspath(path)), start=1):
+  for number, row in enumerate(files.read_json(path), start=1):
     yield f'{path}: row {number}', row
 
 
