@@ -43,7 +43,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   parts, held_out = _read_data(config)
   todo = evaluate.benchmarks(config.eval, held_out)
   evaluate.check_lengths(held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
-  batches = _make_batches(config, tokenizer, spec.layout, parts)
+  batches = _make_batches(config, _make_encoder(config.data, tokenizer, spec.layout), parts)
   # Data of which nothing fits ends here, before anything is written.
   first = batches.get_state()
   next(batches)
@@ -162,13 +162,10 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[
 
 
 def _make_batches(
-  config: ml_collections.ConfigDict,
-  tokenizer: tokenizer_lib.Tokenizer,
-  layout: templates.Layout,
-  parts: dict[str, Any],
+  config: ml_collections.ConfigDict, encoder: features.Encoder, parts: dict[str, Any]
 ) -> pipeline.BatchIterator:
-  data = config.data
-  atoms = _make_atoms(config, _make_encoder(data, tokenizer, layout), parts)
+  data, tokenizer = config.data, encoder.tokenizer
+  atoms = _make_atoms(config, encoder, parts)
   shape = features.BatchShape(data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id)
   read = {name: [part.source, part.weight, len(parts[name])] for name, part in data.parts.items()}
   # A resumed run must see the same data: its position means nothing in other data.
@@ -176,7 +173,7 @@ def _make_batches(
     'data': data.to_dict() | {'parts': read},
     'seed': config.seed,
     'tokenizer': tokenizer.digest,
-    'template': templates.template_hash(layout),
+    'template': templates.template_hash(encoder.layout),
   }
   return pipeline.batches(atoms, shape, fingerprint=json.dumps(identity, sort_keys=True))
 
