@@ -370,15 +370,11 @@ def _by_rules(
   names = sorted(set.intersection(*(set(found) for _, found in rows)))
 
   def over_seeds(seeds: Iterable[int], rule_sets: Sequence[str]) -> dict[str, Metric]:
-    seeds = sorted(seeds)
-    if not seeds:
-      return {}
-    return {
-      name: _over_seeds(
-        [float(np.mean([of[rules][seed][name]['value'] for rules in rule_sets])) for seed in seeds]
-      )
-      for name in names
-    }
+    found = {}
+    for name in names if seeds else ():
+      cells = ([of[rules][seed][name]['value'] for rules in rule_sets] for seed in sorted(seeds))
+      found[name] = _over_seeds([float(np.mean(cell)) for cell in cells])
+    return found
 
   # ALL is over seeds that have all rule sets: means over different rules do not compare.
   shared = set.intersection(*map(set, of.values()))
@@ -399,11 +395,8 @@ def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
     mine = [run for run in runs if run.method == method]
     return {(run.rules, run.seed): run.policies[policy][metric]['value'] for run in mine}
 
-  ours = values(reference, _END)
-  others = {_START: values(reference, _START)}
-  for method in dict.fromkeys(run.method for run in runs):
-    if method != reference:
-      others[method] = values(method, _END)
+  aligned = {method: values(method, _END) for method in dict.fromkeys(run.method for run in runs)}
+  ours, others = aligned.pop(reference), {_START: values(reference, _START), **aligned}
   rows = []
   for name, theirs in others.items():
     gaps = [ours[cell] - theirs[cell] for cell in ours if cell in theirs]
