@@ -62,11 +62,8 @@ def units_of(examples: Sequence[Example], groups: Sequence[str] | None = None) -
   """Returns the unit of each row, int64 [N], numbered as they first occur.
 
   Rows belong to one unit if they have the same conversation, or the same group id that is not
-  empty, or if a chain of such rows links them.
-
-  Args:
-    groups: One id for each row, '' for none. It links rows that depend on each other although
-      their text differs, such as several answers to one prompt.
+  empty, or if a chain of such rows links them. Groups link rows that depend on each other although
+  their text differs, such as several answers to one prompt.
   """
   if groups is not None:
     check_same_length(examples, groups)

@@ -156,12 +156,8 @@ def alignment(
 ) -> Result:
   """Returns the comparison of policies under the same rule sets.
 
-  `metrics` are those of the last policy over all rule sets; `policies` holds {policy: {rule set:
-  its metrics}}, with `ALL` for all of them.
-
-  Args:
-    policies: {policy: {rule set: judged samples}}. The first is the one to compare with, such as
-      the policy before training.
+  `metrics` are those of the last policy over all rule sets. The first policy is the one to compare
+  with, such as the policy before training.
 
   Raises:
     ValueError: There is no policy, or one was asked under other rule sets or with other prompts
@@ -312,14 +308,9 @@ def compare_runs(runs: Sequence[Run], reference: str = '') -> dict[str, Result]:
   """Returns {'alignment': …} of all runs, and 'pareto' where a or b differ.
 
   'alignment' has the runs with a = 1 and b = 0, if there are any, or all runs where all have the
-  same a and b. As in the paper's Table 5, a column is a rule set; a row is the policy they
-  started from, the best of its samples by a reward, or a method. Runs that differ only in the
-  seed share a row, with intervals over seeds. Paired differences to the reference are taken
-  between runs with the same rules and seed. 'pareto' is the paper's Figure 4.
-
-  Args:
-    runs: All of them are judged by the same metrics.
-    reference: A method; '' takes the first.
+  same a and b. A row is the policy they started from, the best of its samples by a reward, or a
+  method; runs that differ only in the seed share it, with intervals over seeds. Paired differences
+  to the reference, a method ('' takes the first), are between runs with the same rules and seed.
 
   Raises:
     ValueError: No run has this method, or two runs differ in nothing but their numbers.

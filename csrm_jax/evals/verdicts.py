@@ -95,7 +95,6 @@ def classification(
   Examples without a label are counted and left out.
 
   Args:
-    m: Its units become those of the examples and `b.groups`.
     threshold: A threshold on p_unsafe, fitted on *other* rows with `metrics.best_threshold`; it
       adds `f1_tuned` beside F1 at 0.5.
     calibration: Is fitted on *other* rows; its metrics stand apart, under `calibrated`.
