@@ -6,6 +6,7 @@ Beam maps; what is mapped is what one machine does too, and so is the journal.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import json
 import os
@@ -68,7 +69,7 @@ def _propose(
     checked = categories.propose_some(examples, proposer, judge)
     used = collections.Counter(proposer.usage())
   used.subtract(before)
-  return {'checked': [item.to_dict() for item in checked], 'usage': used}
+  return {'checked': list(map(dataclasses.asdict, checked)), 'usage': used}
 
 
 def run(

@@ -37,10 +37,6 @@ class Checked:
   minus: Category | None
   drops: tuple[str, ...] = ()
 
-  def to_dict(self) -> dict[str, Any]:
-    """Returns JSON values."""
-    return dataclasses.asdict(self)
-
   @property
   def is_transient(self) -> bool:
     """Whether another run may get a proposal where this one did not."""
@@ -48,7 +44,7 @@ class Checked:
 
   @staticmethod
   def from_dict(obj: Mapping[str, Any]) -> Checked:
-    """Returns the proposal that `to_dict` gave."""
+    """Returns the proposal that `dataclasses.asdict` gave."""
     plus, minus = (obj[side] and Category(**obj[side]) for side in ('plus', 'minus'))
     return Checked(plus, minus, tuple(obj['drops']))
 
@@ -81,7 +77,7 @@ def propose_all(
       done[key] = item
       # What failed for a passing reason is not written down: the next run tries it again.
       if not item.is_transient:
-        journal.put(key, item.to_dict())
+        journal.put(key, dataclasses.asdict(item))
       events += [{'event': 'dropped', 'id': example.id, 'reason': reason} for reason in item.drops]
     progress(len(piece), events)
   return [done[key] for key in keys]

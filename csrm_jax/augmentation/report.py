@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -81,7 +82,7 @@ def write_report(
     'num_kept': sum(len(o.kept) for o in outcomes),
     'drops': total_drops(outcomes, settings),
     'truth': truth,
-    'categories': [outcome.to_dict() for outcome in outcomes],
+    'categories': list(map(dataclasses.asdict, outcomes)),
   }
   files.write_json(folder / 'strictness.json', result, indent=1)
   drawn = [o for o in outcomes if o.candidates]

@@ -100,13 +100,9 @@ class Outcome:
     """The candidates whose order shows."""
     return tuple(c for c in self.candidates if c.kept)
 
-  def to_dict(self) -> dict[str, Any]:
-    """Returns JSON values."""
-    return dataclasses.asdict(self)
-
   @staticmethod
   def from_dict(obj: Mapping[str, Any]) -> Outcome:
-    """Returns the outcome that `to_dict` gave."""
+    """Returns the outcome that `dataclasses.asdict` gave."""
     return Outcome(
       Category(**obj['category']),
       obj['pool_size'],
@@ -174,7 +170,7 @@ def order_all(
     # An outcome that lacks something for a passing reason is not written: the next run completes
     # it.
     if not any(reason.endswith(f': {r}') for reason in outcome.drops for r in proposers.TRANSIENT):
-      journal.put(key, outcome.to_dict())
+      journal.put(key, dataclasses.asdict(outcome))
     return outcome
 
   outcomes = []
