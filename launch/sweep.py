@@ -79,11 +79,10 @@ def make_jobs(
   seeds: Sequence[int] = (),
   only: Sequence[str] = (),
 ) -> list[Job]:
-  """Returns the jobs of `config` (path, or path:argument), seeds innermost.
+  """Returns the jobs of `config`, a path or path:argument, with the seeds innermost.
 
-  Raises:
-    ValueError: no sweep() in the file, an unknown name or config key.
-    FileNotFoundError: no such config file.
+  A file without sweep() and an unknown name or config key are a ValueError, a missing file is a
+  FileNotFoundError.
   """
   path, _, base_arg = config.partition(':')
   module = config_lib.load_module(path)
@@ -100,8 +99,7 @@ def make_jobs(
       continue
     arg = ','.join(part for part in (base_arg, run.arg) if part)
     for seed in seeds or (None,):
-      overrides = dict(run.overrides)
-      name = run.name
+      overrides, name = dict(run.overrides), run.name
       if seed is not None:
         overrides['seed'] = seed
         name = f'{run.name}-seed{seed}'
@@ -127,15 +125,13 @@ def make_jobs(
 def run_job(job: Job) -> str | None:
   """Returns None once the job is done, or one line on why it failed.
 
-  A finished run under another config is a failure too: its numbers would not
-  be what the table says they are.
+  A finished run under another config is a failure too: its numbers would not be what the table says
+  they are.
   """
   if job.summary_path.exists():
     old = config_lib.from_json((job.workdir / 'config.json').read_text())
-    lines = config_lib.diff_config(old, job.config)
-    if lines:
-      return f'{job.workdir} is done with another config: {"; ".join(lines)}'
-    return None
+    lines = '; '.join(config_lib.diff_config(old, job.config))
+    return f'{job.workdir} is done with another config: {lines}' if lines else None
   job.log_path.parent.mkdir(parents=True, exist_ok=True)
   with open(job.log_path, 'ab') as log:
     code = subprocess.run(job.command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
@@ -195,11 +191,9 @@ def submit_jobs(jobs: Sequence[Job], launcher: str, flags: Sequence[str]) -> dic
 def make_table(
   summaries: Sequence[tuple[str, Mapping[str, Any]]], keys: Sequence[str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-  """Returns {group: {key: {mean, half_width, values}}}.
+  """Returns {group: {key: {mean, half_width, values}}} of finished runs' (group, summary).
 
-  Args:
-    summaries: (group, summary) per finished run.
-    keys: the summary keys to compare; a run without one adds nothing to it.
+  A run whose summary lacks a key adds nothing to it.
   """
   table: dict[str, dict[str, dict[str, Any]]] = {}
   for group in dict.fromkeys(group for group, _ in summaries):
@@ -231,10 +225,8 @@ def _format_cell(cell: Mapping[str, Any] | None) -> str:
   if cell is None:
     return markdown.NONE
   digits = 3 if abs(cell['mean']) < 100 else 0
-  text = f'{cell["mean"]:.{digits}f}'
-  if cell['half_width'] is not None:
-    text += f' ± {cell["half_width"]:.{digits}f}'
-  return text
+  numbers = (x for x in (cell['mean'], cell['half_width']) if x is not None)
+  return ' ± '.join(f'{x:.{digits}f}' for x in numbers)
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

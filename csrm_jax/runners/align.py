@@ -272,8 +272,10 @@ def _evaluate(setup: Setup, params: Any, workdir: pathlib.Path) -> report.Result
   answers['aligned'] = _answer(setup, setup.policy.model, params, setup.test)
   name = setup.test[0].safety.name or 'rules'
   judged = {policy: {name: policy_eval.judge(some, judges)} for policy, some in answers.items()}
-  about = f'algorithm {config.algorithm}, reward {config.reward.name}'
-  about = f'{len(setup.test)} held-out prompts under {name}, {about}.'
+  about = (
+    f'{len(setup.test)} held-out prompts under {name}, algorithm {config.algorithm}, reward '
+    f'{config.reward.name}.'
+  )
   results = {'alignment': policy_eval.alignment(judged, description=about)}
   history = {row['step']: row['metrics'] for row in files.read_log(workdir / 'looks.jsonl')}
   if judges.oracle is not None and len(history) > 1:
