@@ -103,11 +103,17 @@ BASE = {
     'batch_size': 16,  # packed rows in a step
     'row_length': 384,  # tokens in a row; the two sides of a pair share one
     'max_segments': 12,  # the most prompts in a row
+    # Whether the first tokens that prompts of a row have in common are read once: the two sides of
+    # a pair, prompts under the same rules. Scores and gradients stay the same.
+    'share_prefix': True,
     'max_length': 256,  # the most tokens in a prompt; longer ones are shortened
     # Configurable category augmentation (CCA), drawn anew for each example.
     'drop_prob': 0.5,  # the probability that a category of the rules is dropped
     'plus_prob': 0.5,  # the probability that p+, a category the response violates, is added
     'minus_prob': 0.5,  # the probability that p-, a category it does not violate, is added
+    # How many such draws of an example stand in a row together. With template.order
+    # conversation_first they share the conversation, which is read once.
+    'num_variants': 1,
     # Whether the two prompts of a pair count as examples too where their labels are known. The
     # paper does not say so; with this, SA alone teaches the model to read rules.
     'label_pairs': False,

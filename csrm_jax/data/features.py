@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from csrm_jax.core.checks import at_least
+from csrm_jax.data import sharing
 from csrm_jax.safety import schema, templates
 from csrm_jax.safety.templates import DEFAULT, Layout
 from csrm_jax.text.tokenizer import Tokenizer
@@ -60,9 +61,10 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Atom:
-  """What packing never splits: one example, or the two sides (safer, other) of a 'pair'.
+  """What packing never splits: one 'example', perhaps in variants, or the two sides of a 'pair'.
 
-  `num_shortened` counts the tokens that were cut out of the prompts to make them fit.
+  The sides are (safer, other), variants the same conversation under several rules. `num_shortened`
+  counts the tokens that were cut out of the prompts to make them fit.
   """
 
   prompts: tuple[Prompt, ...]
@@ -73,6 +75,11 @@ class Atom:
   def length(self) -> int:
     """The number of tokens of all prompts together."""
     return sum(len(prompt.tokens) for prompt in self.prompts)
+
+  @functools.cached_property
+  def num_read(self) -> int:
+    """The same, where first tokens that prompts have in common count once."""
+    return sharing.num_read([prompt.tokens for prompt in self.prompts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,7 @@ class Encoder:
     max_length: The most tokens that a prompt may have.
     pair_length: The most tokens that the two prompts of a pair may have together; None sets no
       limit but each prompt's own. The length of a packed row makes every pair fit into one.
+    share_prefix: Whether tokens that both sides of a pair begin with count once for pair_length.
     label_pairs: Whether the prompts of a pair keep their labels, and so count as examples too.
   """
 
@@ -106,6 +114,7 @@ class Encoder:
   layout: Layout = DEFAULT
   pair_length: int | None = None
   label_pairs: bool = False
+  share_prefix: bool = False
 
   def __post_init__(self):
     at_least(self, ('max_length',), say=_POSITIVE)
@@ -155,7 +164,7 @@ def encode_segments(
 def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropped:
   """Returns the example, or the pair (safer, other), as an atom, or why it was dropped.
 
-  Where both prompts of a pair together exceed `encoder.pair_length`, the longer one is shortened
+  Where what is read of a pair exceeds `encoder.pair_length`, the longer one is shortened
   to what the other leaves, or both to half of it. A pair whose prompts come to the same tokens
   teaches nothing and is dropped as 'identical_pair'.
   """
@@ -164,7 +173,7 @@ def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropp
   encoded = [_encode(side, encoder, encoder.max_length) for side in sides]
   limit = encoder.pair_length
   lengths = [0 if isinstance(e, Dropped) else len(e[0]) for e in encoded]
-  if is_pair and limit is not None and sum(lengths) > limit and all(lengths):
+  if is_pair and limit is not None and all(lengths) and _num_read(encoded, encoder) > limit:
     # Each side gets what the other one leaves, but half of the limit in any case.
     half = (limit + 1) // 2
     encoded = [
@@ -182,6 +191,21 @@ def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropp
     for side, (tokens, _) in zip(sides, encoded, strict=True)
   )
   return Atom(prompts, 'pair' if is_pair else 'example', sum(cut for _, cut in encoded))
+
+
+def _num_read(encoded: Sequence[tuple[np.ndarray, int]], encoder: Encoder) -> int:
+  prompts = [tokens for tokens, _ in encoded]
+  return sharing.num_read(prompts) if encoder.share_prefix else sum(map(len, prompts))
+
+
+def encode_variants(items: Sequence[schema.Example], encoder: Encoder) -> Atom | Dropped:
+  """Returns the examples as one atom, without those that were dropped."""
+  encoded = [encode(item, encoder) for item in items]
+  kept = [atom for atom in encoded if isinstance(atom, Atom)]
+  if not kept:
+    return encoded[0]
+  prompts = tuple(prompt for atom in kept for prompt in atom.prompts)
+  return Atom(prompts, 'example', sum(atom.num_shortened for atom in kept))
 
 
 def require(result: T | Dropped) -> T:
@@ -285,12 +309,14 @@ class BatchShape:
     row_length: The number of tokens per row, T.
     max_segments: The most prompts that a row may hold, S; a pair counts as two.
     pad_id: Fills rows up. Nothing depends on it: padding is where segment_ids is 0.
+    share_prefix: Whether first tokens that prompts of a row have in common are read once.
   """
 
   batch_size: int
   row_length: int
   max_segments: int
   pad_id: int = 0
+  share_prefix: bool = False
 
   def __post_init__(self):
     at_least(self, ('batch_size', 'row_length', 'max_segments'), say=_POSITIVE)
@@ -308,6 +334,8 @@ def pack_rows(atoms: Sequence[Atom], shape: BatchShape) -> tuple[Batch, list[int
     label_weight: float32 [B, S], 1 where a prompt with a label stands
     pair_weight: float32 [B, S], 1 at slot s where slots s and s + 1 hold a pair (safer, other)
     loss_weight: float32 [B, T], only if the prompts have one
+    ends: int32 [B, T], only if prompts share tokens: the place behind the last token that continues
+      a token. Then segment_ids name the prompt that a token was first read for.
   """
   for atom in atoms:
     misfit = does_not_fit(atom, shape)
@@ -318,21 +346,32 @@ def pack_rows(atoms: Sequence[Atom], shape: BatchShape) -> tuple[Batch, list[int
   # All prompts of a stream have loss weights, or none has: the first one tells.
   if atoms and atoms[0].prompts[0].loss_weight is not None:
     batch['loss_weight'] = np.zeros((shape.batch_size, shape.row_length), np.float32)
+  shared_with = _make_shared_with(atoms, shape)
   for row in range(shape.batch_size):
     if not left:
       break
-    chosen = _choose_row({i: atoms[i] for i in left}, shape)
+    chosen = _choose_row({i: atoms[i] for i in left}, shape, shared_with)
     _write_row(batch, row, [atoms[i] for i in chosen])
     left = [i for i in left if i not in chosen]
   return batch, left
 
 
+def row_size(atoms: Sequence[Atom], shape: BatchShape) -> int:
+  """Returns how many places of a row the atoms take."""
+  if not shape.share_prefix:
+    return sum(atom.length for atom in atoms)
+  if len(atoms) == 1:
+    return atoms[0].num_read
+  return sharing.num_read([prompt.tokens for atom in atoms for prompt in atom.prompts])
+
+
 def does_not_fit(atom: Atom, shape: BatchShape) -> Dropped | None:
   """Returns why no row of this shape could hold the atom, or None."""
-  if atom.length > shape.row_length:
+  size = row_size([atom], shape)
+  if size > shape.row_length:
     return Dropped(
       'longer_than_row',
-      f'{atom.prompts[0].id}: a {atom.kind} of {atom.length} tokens does not'
+      f'{atom.prompts[0].id}: a {atom.kind} of {size} tokens does not'
       f' fit into a row of {shape.row_length}; lower max_length (pair_length'
       ' for pairs) or use longer rows',
     )
@@ -345,16 +384,57 @@ def does_not_fit(atom: Atom, shape: BatchShape) -> Dropped | None:
   return None
 
 
-def _choose_row(left: dict[int, Atom], shape: BatchShape) -> list[int]:
+def _make_shared_with(atoms: Sequence[Atom], shape: BatchShape) -> Callable[[int], np.ndarray]:
+  """Returns a function: an atom's index -> how many first tokens each atom shares with it."""
+  nothing = np.zeros(len(atoms), np.int64)
+  if not shape.share_prefix:
+    return lambda i: nothing
+  # What lies far apart in lexicographic order shares the least of all that lies between.
+  prompts = [atom.prompts[0].tokens for atom in atoms]
+  order = np.array(sharing.sort(prompts), np.int64)
+  common = np.array(sharing.commons(prompts, order), np.int64)
+  rank = np.empty_like(order)
+  rank[order] = np.arange(len(order))
+
+  def shared_with(i):
+    at, shared = rank[i], nothing.copy()
+    shared[order[at + 1 :]] = np.minimum.accumulate(common[at + 1 :])
+    shared[order[:at]] = np.minimum.accumulate(common[at:0:-1])[::-1]
+    return shared
+
+  return shared_with
+
+
+def _choose_row(
+  left: dict[int, Atom], shape: BatchShape, shared_with: Callable[[int], np.ndarray]
+) -> list[int]:
   """Returns the index of the oldest atom and those of the others that fill its row best."""
-  # Subset sum: bit t of `reach` says that some of the atoms looked at so far have t tokens in
-  # all. They are looked at oldest first, so that older ones are preferred where sums are equal.
-  first, *others = left
-  room = shape.row_length - left[first].length
+  chosen, shared, added = [], 0, [next(iter(left))]
+  while added:
+    chosen += added
+    for i in added:
+      shared = np.maximum(shared, shared_with(i))
+    others = [i for i in left if i not in chosen]
+    # Those that share most come first, among equals the oldest.
+    others.sort(key=lambda i: -shared[i])
+    lengths = {i: row_size([left[i]], shape) - int(shared[i]) for i in others}
+    room = shape.row_length - row_size([left[i] for i in chosen], shape)
+    slots = shape.max_segments - sum(len(left[i].prompts) for i in chosen)
+    sizes = {i: len(left[i].prompts) for i in others}
+    added = _fill(room, slots, lengths, sizes)
+    # An atom may share more with those beside it than with the ones that were there: then there
+    # is room again.
+    if not shape.share_prefix:
+      break
+  return sorted(chosen + added)
+
+
+def _fill(room: int, slots: int, lengths: dict[int, int], sizes: dict[int, int]) -> list[int]:
+  """Returns the keys of the lengths that fill the room best, the first ones if several do."""
+  # Subset sum: bit t of `reach` says that some of the atoms looked at so far have t tokens in all.
   mask = (1 << (room + 1)) - 1
   reach, before, looked_at = 1, [], []
-  for i in others:
-    length = left[i].length
+  for i, length in lengths.items():
     if length > room:
       continue
     before.append(reach)
@@ -364,28 +444,29 @@ def _choose_row(left: dict[int, Atom], shape: BatchShape) -> list[int]:
     if reach >> room:
       break
   total = reach.bit_length() - 1
-  chosen = [first]
+  chosen = []
   # From the last one back: an atom is taken where the total was out of reach without it.
   for i, reachable in zip(reversed(looked_at), reversed(before), strict=True):
     if not reachable >> total & 1:
       chosen.append(i)
-      total -= left[i].length
-  if sum(len(left[i].prompts) for i in chosen) > shape.max_segments:
+      total -= lengths[i]
+  if sum(sizes[i] for i in chosen) > slots:
     # The subset sum counts tokens only; with many short prompts the slots are too few. Then
     # whatever still fits is taken, longest first.
-    chosen, slots = [first], shape.max_segments - len(left[first].prompts)
-    for i in sorted(others, key=lambda i: -left[i].length):
-      if left[i].length <= room and len(left[i].prompts) <= slots:
+    chosen = []
+    for i in sorted(lengths, key=lambda i: -lengths[i]):
+      if lengths[i] <= room and sizes[i] <= slots:
         chosen.append(i)
-        room -= left[i].length
-        slots -= len(left[i].prompts)
-  return sorted(chosen)
+        room -= lengths[i]
+        slots -= sizes[i]
+  return chosen
 
 
 def _empty_batch(shape: BatchShape) -> Batch:
   by_token = (shape.batch_size, shape.row_length)
   by_slot = (shape.batch_size, shape.max_segments)
-  return {
+  by_tokens = {'ends': np.zeros(by_token, np.int32)} if shape.share_prefix else {}
+  return by_tokens | {
     'tokens': np.full(by_token, shape.pad_id, np.int32),
     'segment_ids': np.zeros(by_token, np.int32),
     'positions': np.zeros(by_token, np.int32),
@@ -397,22 +478,22 @@ def _empty_batch(shape: BatchShape) -> Batch:
 
 
 def _write_row(batch: Batch, row: int, atoms: Sequence[Atom]) -> None:
-  start = slot = 0
-  count = np.arange(batch['tokens'].shape[1], dtype=np.int32)
+  prompts = [prompt for atom in atoms for prompt in atom.prompts]
+  read = sharing.walk([prompt.tokens for prompt in prompts], share='ends' in batch)
+  here = slice(0, len(read.tokens))
+  for name in {'tokens', 'positions', 'ends'} & set(batch):
+    batch[name][row, here] = getattr(read, name)
+  # From 1, because 0 is padding.
+  batch['segment_ids'][row, here] = read.owners + 1
+  if 'loss_weight' in batch:
+    batch['loss_weight'][row, here] = np.concatenate([prompt.loss_weight for prompt in prompts])
+  batch['verdict_index'][row, : len(prompts)] = read.last
+  slot = 0
   for atom in atoms:
     if atom.kind == 'pair':
       batch['pair_weight'][row, slot] = 1.0
     for prompt in atom.prompts:
-      end = start + len(prompt.tokens)
-      batch['tokens'][row, start:end] = prompt.tokens
-      # From 1, because 0 is padding.
-      batch['segment_ids'][row, start:end] = slot + 1
-      batch['positions'][row, start:end] = count[: end - start]
-      if prompt.loss_weight is not None:
-        batch['loss_weight'][row, start:end] = prompt.loss_weight
-      batch['verdict_index'][row, slot] = end - 1
       batch['label'][row, slot] = prompt.label
       if prompt.label >= 0:
         batch['label_weight'][row, slot] = 1.0
-      start = end
       slot += 1

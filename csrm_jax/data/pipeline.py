@@ -103,13 +103,19 @@ def make_training_atoms(
   encoder: features.Encoder,
   seed: int,
   augment: Augment,
+  num_variants: int = 1,
 ) -> grain.MapDataset:
-  """Returns the endless mixture of the parts, augmented and encoded."""
+  """Returns the endless mixture of the parts, augmented and encoded; see make_atoms."""
   # Each part has a seed of its own, so that its elements do not depend on the weights: a part of
   # weight 0 leaves the others as they were. Generated items are in random order as they come.
   atoms = {
     name: make_atoms(
-      items, encoder, seed + number, augment, shuffle=not isinstance(items, sources.Generated)
+      items,
+      encoder,
+      seed + number,
+      augment,
+      shuffle=not isinstance(items, sources.Generated),
+      num_variants=num_variants,
     )
     for number, (name, items) in enumerate(sorted(parts.items()))
     if weights[name] > 0
@@ -123,11 +129,12 @@ def make_atoms(
   seed: int,
   augment: Augment | None = None,
   shuffle: bool = True,
+  num_variants: int = 1,
 ) -> grain.MapDataset:
   """Returns an endless random-access dataset of atoms, or of `Dropped` in their place.
 
   The seed decides the order, which is another one in each epoch, and the rng that `augment` gets
-  for each index.
+  for each index. An example becomes num_variants prompts of one atom, each augmented anew.
   """
   if not len(items):
     raise ValueError('the data set has no items; see what its source dropped')
@@ -137,7 +144,7 @@ def make_atoms(
   dataset = dataset.repeat()
   if augment is None:
     return dataset.map(_Encode(encoder))
-  return dataset.random_map(_Encode(encoder, augment))
+  return dataset.random_map(_Encode(encoder, augment, num_variants))
 
 
 def mix(datasets: Mapping[str, grain.MapDataset], weights: Mapping[str, float]) -> grain.MapDataset:
@@ -240,9 +247,15 @@ class _Encode:
 
   encoder: features.Encoder
   augment: Augment | None = None
+  num_variants: int = 1
 
   def __call__(self, item: Any, rng: np.random.Generator | None = None) -> Atom | Dropped:
-    return features.encode(self.augment(item, rng) if self.augment else item, self.encoder)
+    if not self.augment:
+      return features.encode(item, self.encoder)
+    if self.num_variants == 1 or isinstance(item, schema.Pair):
+      return features.encode(self.augment(item, rng), self.encoder)
+    variants = [self.augment(item, rng) for _ in range(self.num_variants)]
+    return features.encode_variants(variants, self.encoder)
 
 
 class _PackDataset(grain.IterDataset):
@@ -323,7 +336,7 @@ class _PackIterator(grain.DatasetIterator):
   def _read_ahead(self) -> None:
     """Reads atoms until the pool is full or the dataset ends."""
     shape = self._dataset.shape
-    pool = sum(atom.length for _, atom in self._pending)
+    pool = sum(features.row_size([atom], shape) for _, atom in self._pending)
     in_a_row = 0
     while pool < self._dataset.pool_length and self._next < len(self._atoms):
       index, self._next = self._next, self._next + 1
@@ -332,7 +345,7 @@ class _PackIterator(grain.DatasetIterator):
       if dropped is None:
         self._pending.append((index, atom))
         self._shortened += atom.num_shortened > 0
-        pool += atom.length
+        pool += features.row_size([atom], shape)
         in_a_row = 0
         continue
       self._drops[dropped.reason] = self._drops.get(dropped.reason, 0) + 1

@@ -100,6 +100,31 @@ def make_mask(
   return same & near & (segment_ids > 0)[:, :, None]
 
 
+def make_shared_mask(
+  ends: jax.Array, positions: jax.Array, window: int = 0, num_queries: int = 0
+) -> jax.Array:
+  """Returns bool [B,T,S]: what make_mask does, where prompts share their first tokens.
+
+  Query t may attend to key s where s <= t < ends[s], both places in the row, and, given a window,
+  their positions are less than `window` apart. In the row each prompt continues one before it, or
+  begins a tree of its own; ends, int32 [B,S], are the places behind the last token that continues
+  a token, 0 for padding.
+
+  The queries are the last num_queries places, by default all.
+
+  Source: FlashMask (arXiv 2410.01359), the causal form with one bound for each key.
+  """
+  S = ends.shape[1]
+  first = S - num_queries if num_queries else 0
+  key_place = jnp.arange(S)
+  query_place = key_place[first:, None]
+  mask = (query_place >= key_place) & (query_place < ends[:, None, :])
+  if window:
+    # Not the distance of places: other continuations may lie between.
+    mask &= positions[:, first:, None] - positions[:, None, :] < window
+  return mask
+
+
 def softcap(x: jax.Array, cap: float) -> jax.Array:
   """Returns cap·tanh(x/cap), or x itself where cap is 0.
 

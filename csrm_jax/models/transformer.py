@@ -202,19 +202,14 @@ class Transformer(nnx.Module):
         cfg, 'lm_head', (cfg.embed_dim,), (cfg.vocab_size,), std=cfg.embed_dim**-0.5, rngs=rngs
       )
 
-  def hidden(self, tokens, positions, segment_ids, prefix=None, keep=False):
+  def hidden(self, tokens, positions, segment_ids, prefix=None, ends=None, keep=False):
     """Returns hidden [B,T,D] and, if `keep`, all layers' keys and values as a cache holds them."""
     cfg = self.cfg
-    keys = {}
-    if prefix is not None:
-      before = prefix['segment_ids']  # [1,P]
-      before = jnp.broadcast_to(before, (segment_ids.shape[0], before.shape[1]))
-      keys['start'] = before.shape[1]
-      keys['key_segment_ids'] = jnp.concatenate([before, segment_ids], axis=1)
-    mask_of = _make_mask_of(cfg, segment_ids, **keys)
-    uniform = cfg.sliding_window if cfg.window_period == 1 else 0
+    mask_of = _make_mask_of(cfg, _make_mask_fn(segment_ids, prefix, ends, positions))
+    # Where prompts share tokens, keys within the window may lie farther away in the row.
+    uniform = cfg.sliding_window if cfg.window_period == 1 and ends is None else 0
     # Kernels take the same segment_ids for queries and keys; a prefix has keys and no queries.
-    kernel = None if prefix else attention_lib.make_kernel(cfg)
+    kernel = None if prefix or ends is not None else attention_lib.make_kernel(cfg)
 
     def attend(query, key, value, has_window, before):
       kept = _to_cache(key, value) if keep else None
@@ -266,6 +261,29 @@ def _put_before(key, value, old_key, old_value):
   ]
 
 
+def _make_mask_fn(segment_ids, prefix, ends, positions):
+  """Returns a function: window -> mask of the tokens, which follow the prefix if there is one."""
+  if prefix is not None:
+    before = prefix['segment_ids']  # [1,P]
+    before = jnp.broadcast_to(before, (segment_ids.shape[0], before.shape[1]))
+    P, T = before.shape[1], segment_ids.shape[1]
+  if ends is None:
+    keys = {}
+    if prefix is not None:
+      keys['start'] = P
+      keys['key_segment_ids'] = jnp.concatenate([before, segment_ids], axis=1)
+    return functools.partial(attention_lib.make_mask, segment_ids, **keys)
+  if prefix is not None:
+    # All tokens of a row continue the prefix.
+    first = jnp.where(before > 0, P + T, 0)
+    ends = jnp.concatenate([first, jnp.where(ends > 0, P + ends, 0)], axis=1)
+    places = jnp.broadcast_to(jnp.arange(P, dtype=positions.dtype), before.shape)
+    positions = jnp.concatenate([places, positions], axis=1)
+  return functools.partial(
+    attention_lib.make_shared_mask, ends, positions, num_queries=segment_ids.shape[1]
+  )
+
+
 def _make_rngs(key) -> nnx.Rngs:
   return nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1))
 
@@ -277,9 +295,8 @@ def _has_window(cfg: ModelConfig) -> jax.Array | None:
   return jnp.arange(cfg.num_layers) % cfg.window_period == 0
 
 
-def _make_mask_of(cfg: ModelConfig, segment_ids, **keys):
-  """Returns a function: a layer's entry of _has_window -> its mask; the rest goes to make_mask."""
-  make_mask = functools.partial(attention_lib.make_mask, segment_ids, **keys)
+def _make_mask_of(cfg: ModelConfig, make_mask):
+  """Returns a function: a layer's entry of _has_window -> its mask, given window -> mask."""
   if _has_window(cfg) is None:
     mask = make_mask(cfg.sliding_window)
     return lambda has_window: mask
@@ -343,6 +360,7 @@ def hidden(
   positions: jax.Array,
   segment_ids: jax.Array,
   prefix: dict | None = None,
+  ends: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the residual stream after the final norm, cfg.dtype [B,T,D]. cfg is static.
 
@@ -352,8 +370,10 @@ def hidden(
     segment_ids: int32 [B,T]; the prompts of a packed row are 1, 2, …, padding is 0.
     prefix: The cache that make_prefix_reader's function returns: P tokens that come before segment
       1 of every row, whose positions then begin at P.
+    ends: int32 [B,T], where prompts of a row share their first tokens; see
+      attention.make_shared_mask. A prompt that continues another one also continues its positions.
   """
-  return _merge(cfg, params).hidden(tokens, positions, segment_ids, prefix)[0]
+  return _merge(cfg, params).hidden(tokens, positions, segment_ids, prefix, ends)[0]
 
 
 def logits(cfg: ModelConfig, params: dict, hidden: jax.Array) -> jax.Array:
@@ -458,7 +478,9 @@ def extend(
   """
   model, start = _merge(cfg, params), cache['length']
   used = jax.lax.dynamic_update_slice(cache['segment_ids'], segment_ids, (0, start))
-  mask_of = _make_mask_of(cfg, segment_ids, key_segment_ids=used, start=start)
+  mask_of = _make_mask_of(
+    cfg, functools.partial(attention_lib.make_mask, segment_ids, key_segment_ids=used, start=start)
+  )
 
   def attend(query, key, value, has_window, layer, keys, values):
     key, value = _to_cache(key, value)

@@ -83,12 +83,12 @@ def verdict_logprobs(
 
   The batch has tokens, positions, segment_ids int32 [B,T] and verdict_index int32 [B,S], the place
   of the last token of each prompt. Slots that hold no prompt get the verdict of position 0; give
-  them no weight. All rows continue the prefix, if there is one, as in transformer.hidden. cfg is
+  them no weight. With ends, int32 [B,T], prompts share tokens; all rows continue the prefix, if
+  there is one, as in transformer.hidden. cfg is
   static.
   """
-  hidden = transformer.hidden(
-    cfg, params, batch['tokens'], batch['positions'], batch['segment_ids'], prefix
-  )
+  rows = batch['tokens'], batch['positions'], batch['segment_ids']
+  hidden = transformer.hidden(cfg, params, *rows, prefix, batch.get('ends'))
   # Selected before the product with the vocabulary: logits [B,T,V] would be far larger.
   at_verdict = jnp.take_along_axis(hidden, batch['verdict_index'][..., None], axis=1)  # [B,S,D]
   logits = transformer.logits(cfg, params, at_verdict)  # [B,S,V]

@@ -89,7 +89,9 @@ def _of_reward_model(config, devices):
 
   def train():
     data, shapes = run.data, transformer.shapes(model)
-    shape = features.BatchShape(data.batch_size, data.row_length, data.max_segments)
+    shape = features.BatchShape(
+      data.batch_size, data.row_length, data.max_segments, share_prefix=data.share_prefix
+    )
     batch, _ = features.pack_rows([], shape)
     trained, frozen = lora.split(shapes) if model.lora_rank else (shapes, {})
     fn, state = train_rm.make_step(run, model, VERBALIZERS, trained, mesh)

@@ -166,7 +166,9 @@ def _make_batches(
 ) -> pipeline.BatchIterator:
   data, tokenizer = config.data, encoder.tokenizer
   atoms = _make_atoms(config, encoder, parts)
-  shape = features.BatchShape(data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id)
+  shape = features.BatchShape(
+    data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id, data.share_prefix
+  )
   read = {name: [part.source, part.weight, len(parts[name])] for name, part in data.parts.items()}
   # A resumed run must see the same data: its position means nothing in other data.
   identity = {
@@ -181,7 +183,9 @@ def _make_batches(
 def _make_encoder(
   data: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer, layout: templates.Layout
 ) -> features.Encoder:
-  return features.Encoder(tokenizer, data.max_length, layout, data.row_length, data.label_pairs)
+  return features.Encoder(
+    tokenizer, data.max_length, layout, data.row_length, data.label_pairs, data.share_prefix
+  )
 
 
 def _make_atoms(
@@ -200,7 +204,9 @@ def _make_atoms(
     return item
 
   weights = {name: part.weight for name, part in data.parts.items()}
-  return pipeline.make_training_atoms(parts, weights, encoder, config.seed, augment)
+  return pipeline.make_training_atoms(
+    parts, weights, encoder, config.seed, augment, data.num_variants
+  )
 
 
 def _init_params(

@@ -83,7 +83,12 @@ class Supervised:
       batch = next(self.batches)
     state, metrics = self.step_fn(state, mesh_lib.to_global(batch, self.mesh), self.frozen)
     segments = batch['segment_ids']
-    log.add([metrics], filled=int(np.count_nonzero(segments)), places=segments.size)
+    log.add(
+      [metrics],
+      filled=int(np.count_nonzero(segments)),
+      places=segments.size,
+      judged=num_judged(batch),
+    )
     return state, [(batch, metrics)]
 
   def line(self, log) -> dict[str, float]:
@@ -93,6 +98,10 @@ class Supervised:
       'data/shortened': self.batches.num_shortened,
       'time/tokens_per_s': filled / log.seconds,
     }
+    if log.counts['judged']:
+      # More than are read where prompts share their first tokens.
+      values['time/judged_tokens_per_s'] = log.counts['judged'] / log.seconds
+      values['data/judged_per_token'] = log.counts['judged'] / filled
     values |= {f'data/dropped_{reason}': num for reason, num in self.batches.drops.items()}
     values |= log.close()
     # The window counts all compilations; here only those of the train step, when its shapes change.
@@ -100,6 +109,16 @@ class Supervised:
 
   def get_state(self) -> dict[str, Any]:
     return self.batches.get_state()
+
+
+def num_judged(batch: Mapping[str, np.ndarray]) -> int:
+  """Returns the lengths of all prompts of a packed batch together; 0 for other batches."""
+  if 'verdict_index' not in batch:
+    return 0
+  last = batch['verdict_index']
+  # A prompt is as long as the position of its last token says.
+  lengths = np.take_along_axis(batch['positions'], last, axis=1) + 1
+  return int(lengths[last > 0].sum())
 
 
 def check_lengths(config: Any) -> None:
