@@ -8,6 +8,7 @@ says all that attention has to know.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,8 +54,8 @@ def sort(prompts: Sequence[np.ndarray]) -> list[int]:
 
 def commons(prompts: Sequence[np.ndarray], order: Sequence[int]) -> list[int]:
   """Returns how many first tokens each prompt shares with the one before it; 0 for the first."""
-  pairs = zip(order[:-1], order[1:], strict=True)
-  return [0, *(num_common(prompts[i], prompts[j]) for i, j in pairs)][: len(order)]
+  pairs = itertools.pairwise(order)
+  return [0, *(num_common(prompts[i], prompts[j]) for i, j in pairs)][: len(prompts)]
 
 
 def num_common(one: np.ndarray, other: np.ndarray) -> int:

@@ -6,6 +6,7 @@ G = N/K, H head dim.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -32,7 +33,8 @@ LANES = 128
 CUDNN_HEAD_DIM = 128
 
 # An accelerator's kernel computes what attend does from a scaled query [B,T,N,H], key and value
-# [B,T,K,H] and segment_ids [B,T], without [T,S] scores in memory.
+# [B,T,K,H] and segment_ids [B,T], without [T,S] scores in memory. Where prompts share tokens it
+# also takes the mask [B,T,T], in place of causality and window.
 Kernel = Callable[..., jax.Array]
 
 
@@ -215,67 +217,74 @@ def _attend_chunk(query, key, value, bias, cap):
 def make_splash(window: int = 0, cap: float = 0.0, interpret: bool = False) -> Kernel:
   """Returns splash attention, a Pallas kernel for TPUs; `interpret` runs it anywhere, for tests."""
 
-  def attend(query, key, value, segment_ids):
+  def attend(query, key, value, segment_ids, mask=None):
     T, H = query.shape[1], query.shape[3]
     pads = [(0, 0), (0, -T % LANES), (0, 0), (0, -H % LANES)]
     query, key, value = (jnp.pad(x, pads) for x in (query, key, value))
-    ids = jnp.pad(segment_ids, pads[:2])
-    out = _splash_padded(query, key, value, ids, window, cap, interpret)
+    if mask is None:
+      seen = jnp.pad(segment_ids, pads[:2])
+    else:
+      seen = jnp.pad(mask, [(0, 0), pads[1], pads[1]])
+    out = _splash_padded(query, key, value, seen, window, cap, interpret)
     # The kernel lets padding attend to padding.
     return jnp.where((segment_ids > 0)[..., None, None], out[:, :T, :, :H], 0)
 
   return attend
 
 
-def _splash_padded(query, key, value, segment_ids, window, cap, interpret):
-  """Returns [B,T,N,H]; of several devices, each computes its own rows and heads."""
+def _splash_padded(query, key, value, seen, window, cap, interpret):
+  """Returns [B,T,N,H]; of several devices, each computes its own rows and heads.
+
+  `seen` is segment_ids [B,T] or a mask [B,T,T].
+  """
   # Pallas for TPUs takes a second to import: only runs that need it wait.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-  def local(query, key, value, segment_ids):
+  def local(query, key, value, seen):
     heads_first = [x.swapaxes(1, 2) for x in (query, key, value)]
     T, N, H = query.shape[1:]
     block = next(b for b in SPLASH_BLOCKS if T % b == 0 and b * H <= SPLASH_BLOCK_SIZE)
-    mask = splash.CausalMask((T, T))
-    if window:
-      mask = splash.LocalMask((T, T), (window - 1, 0), 0)
     sizes = ('block_q', 'block_kv', 'block_q_dkv', 'block_kv_dkv', 'block_q_dq', 'block_kv_dq')
-    run = splash.make_splash_mha(
-      splash.MultiHeadMask([mask] * N),
+    make = functools.partial(
+      splash.make_splash_mha,
       block_sizes=splash.BlockSizes(**dict.fromkeys(sizes, block)),
       attn_logits_soft_cap=cap or None,
       head_shards=1,
       q_seq_shards=1,
       interpret=interpret,
     )
-    ids = splash.SegmentIds(segment_ids, segment_ids)
-    return jax.vmap(run)(*heads_first, ids).swapaxes(1, 2)
+    if seen.ndim == 3:
+      # One mask for all heads of a row; blocks in which it hides everything are skipped.
+      run = lambda *args: make(args[-1][None])(*args[:-1])  # noqa: E731
+      return jax.vmap(run)(*heads_first, seen).swapaxes(1, 2)
+    mask = splash.CausalMask((T, T))
+    if window:
+      mask = splash.LocalMask((T, T), (window - 1, 0), 0)
+    run = make(splash.MultiHeadMask([mask] * N))
+    return jax.vmap(run)(*heads_first, splash.SegmentIds(seen, seen)).swapaxes(1, 2)
 
   mesh = mesh_lib.current()
   if mesh is None:
-    return local(query, key, value, segment_ids)
+    return local(query, key, value, seen)
   # The compiler cannot cut a kernel, so it is cut by hand. Heads are cut only where those of keys
   # can be: a query head must find its kv head on the same device.
   heads = mesh_lib.fit(P(mesh_lib.ROWS, None, 'tensor'), key.shape, mesh)
   rows = P(heads[0])
   return jax.shard_map(
     local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
-  )(query, key, value, segment_ids)
+  )(query, key, value, seen)
 
 
 def make_cudnn(window: int = 0, cap: float = 0.0, implementation: str = 'cudnn') -> Kernel:
   """Returns cuDNN's flash attention for GPUs; 'xla' computes the same anywhere, for tests."""
   assert not cap  # cuDNN has no soft cap.
 
-  def attend(query, key, value, segment_ids):
+  def attend(query, key, value, segment_ids, mask=None):
     # The scores are never in memory, but the mask [B,T,S] is.
+    if mask is None:
+      mask = make_mask(segment_ids, window)
     out = jax.nn.dot_product_attention(
-      query,
-      key,
-      value,
-      scale=1.0,
-      implementation=implementation,
-      mask=make_mask(segment_ids, window)[:, None],
+      query, key, value, scale=1.0, implementation=implementation, mask=mask[:, None]
     )
     # Where a query may attend to nothing, cuDNN returns an average.
     return jnp.where((segment_ids > 0)[..., None, None], out, 0)
@@ -286,8 +295,8 @@ def make_cudnn(window: int = 0, cap: float = 0.0, implementation: str = 'cudnn')
 def make_kernel(cfg: ModelConfig) -> Kernel | None:
   """Returns the platform's kernel for the layers of a model, or None where attend is to be used.
 
-  It takes (query, key, value, segment_ids, has_window); has_window is a traced bool where layers
-  differ, else None.
+  It takes (query, key, value, segment_ids, has_window[, mask]); has_window is a traced bool where
+  layers differ, else None.
   """
   # The platform of the mesh that is set, not of this machine: the programs of a pod are compiled
   # without the pod.
@@ -304,8 +313,14 @@ def make_kernel(cfg: ModelConfig) -> Kernel | None:
   else:
     return None
   local = make(cfg.sliding_window, cap=cfg.attention_softcap)
-  if not cfg.sliding_window or cfg.window_period == 1:
-    return lambda *args: local(*args[:-1])
   # The scan over layers runs one program for all of them, so it holds both kernels.
   whole = make(0, cap=cfg.attention_softcap)
-  return lambda *args: jax.lax.cond(args[-1], local, whole, *args[:-1])
+  alike = not cfg.sliding_window or cfg.window_period == 1
+
+  def attend(query, key, value, segment_ids, has_window, mask=None):
+    heads = query, key, value, segment_ids
+    if alike or mask is not None:
+      return local(*heads, mask)
+    return jax.lax.cond(has_window, local, whole, *heads)
+
+  return attend

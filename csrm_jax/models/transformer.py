@@ -209,12 +209,13 @@ class Transformer(nnx.Module):
     # Where prompts share tokens, keys within the window may lie farther away in the row.
     uniform = cfg.sliding_window if cfg.window_period == 1 and ends is None else 0
     # Kernels take the same segment_ids for queries and keys; a prefix has keys and no queries.
-    kernel = None if prefix or ends is not None else attention_lib.make_kernel(cfg)
+    kernel = None if prefix else attention_lib.make_kernel(cfg)
 
     def attend(query, key, value, has_window, before):
       kept = _to_cache(key, value) if keep else None
       if kernel:
-        return kernel(query, key, value, segment_ids, has_window), kept
+        mask = None if ends is None else mask_of(has_window)
+        return kernel(query, key, value, segment_ids, has_window, mask), kept
       if before:
         key, value = _put_before(key, value, *before)
       out = attention_lib.attend(

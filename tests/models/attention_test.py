@@ -179,3 +179,22 @@ def test_rope_angles_stay_exact_at_long_positions():
   assert sin.dtype == jnp.float32
   exact = np.sin(8191 * 5e5 ** (-np.arange(0, H, 2) / H))
   np.testing.assert_allclose(sin[0, 0], exact, atol=2e-3)
+
+
+@pytest.mark.parametrize('window', [0, 3])
+def test_prompts_that_share_nothing_have_the_mask_of_segments(window):
+  segment_ids = jnp.asarray([[1] * 4 + [2] * 5 + [0] * 3])
+  positions = jnp.asarray([[*range(4), *range(5), 0, 0, 0]])
+  ends = jnp.asarray([[4] * 4 + [9] * 5 + [0] * 3])
+  got = attention.make_shared_mask(ends, positions, window)
+  np.testing.assert_array_equal(got, attention.make_mask(segment_ids, window))
+  last = attention.make_shared_mask(ends, positions, window, num_queries=2)
+  np.testing.assert_array_equal(last, got[:, -2:])
+
+
+@pytest.mark.parametrize(('window', 'seen'), [(0, [0, 1, 5, 6]), (3, [1, 5, 6])])
+def test_a_continuation_attends_to_what_it_continues(window, seen):
+  # Two tokens, and behind them two continuations of three.
+  ends, positions = jnp.asarray([[8, 8, 5, 5, 5, 8, 8, 8]]), jnp.asarray([[0, 1, 2, 3, 4, 2, 3, 4]])
+  mask = attention.make_shared_mask(ends, positions, window)
+  np.testing.assert_array_equal(np.flatnonzero(mask[0, 6]), seen)

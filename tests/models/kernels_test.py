@@ -20,10 +20,16 @@ def _qkv():
   return [jnp.asarray(rng.standard_normal((B, T, heads, H)), jnp.float32) for heads in (N, K, K)]
 
 
+@pytest.mark.parametrize('shared', [False, True])
 @pytest.mark.parametrize('window', [0, 5])
 @pytest.mark.parametrize(('kernel', 'cap'), [('splash', 0.0), ('splash', 2.0), ('cudnn', 0.0)])
-def test_kernels_equal_the_reference(kernel, cap, window):
+def test_kernels_equal_the_reference(kernel, cap, window, shared):
   mask = attention.make_mask(SEGMENT_IDS, window)
+  if shared:
+    # In the first row segment 2 continues the first four tokens of segment 1.
+    ends = jnp.asarray([[19] * 4 + [9] * 5 + [19] * 10 + [0] * 5, [T] * T])
+    positions = jnp.asarray([[*range(9), *range(4, 14), *[0] * 5], [*range(T)]])
+    mask = attention.make_shared_mask(ends, positions, window)
   run = MAKERS[kernel](window, cap=cap)
 
   def loss(attend, qkv):
@@ -33,7 +39,7 @@ def test_kernels_equal_the_reference(kernel, cap, window):
     return attention.attend(*qkv, mask, cap=cap)
 
   def fast(*qkv):
-    return run(*qkv, SEGMENT_IDS)
+    return run(*qkv, SEGMENT_IDS, mask if shared else None)
 
   qkv = _qkv()
   np.testing.assert_allclose(fast(*qkv), reference(*qkv), atol=2e-6)

@@ -29,6 +29,10 @@ _SCRIPT = textwrap.dedent("""
       'pair_weight': np.array([1.0, 0.0], np.float32)}
   batch = {k: np.broadcast_to(v, (B, *np.shape(v)[-1:])) for k, v in
            batch.items()}
+  # In half of the rows the second prompt continues the first one's first four tokens.
+  ends = np.where(segment_ids == 1, 9, 15) * (segment_ids > 0)
+  batch['ends'] = np.where(np.arange(B)[:, None] % 2 * (np.arange(T) < 4), 15, ends)
+  batch['positions'] = batch['positions'] + 4 * np.outer(np.arange(B) % 2, segment_ids == 2)
   batch = {k: v.astype(v.dtype if v.dtype == np.float32 else np.int32)
            for k, v in batch.items()}
 
