@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,6 +48,7 @@ def make_rows(share):
 
 def check(cfg, params):
   loss_fn = scoring.make_loss_fn(cfg, VERBALIZERS, 0.5, 0.1)
+  params = jax.tree.map(jnp.asarray, params)
   trained, frozen = lora.split(params) if cfg.lora_rank else (params, {})
 
   @jax.jit
