@@ -103,8 +103,8 @@ class Encoder:
 
   Attributes:
     max_length: The most tokens that a prompt may have.
-    pair_length: The most tokens that the two prompts of a pair may have together; None sets no
-      limit but each prompt's own. The length of a packed row makes every pair fit into one.
+    pair_length: The most tokens that the prompts of a pair, or variants, may have together; None
+      sets no limit but each prompt's own. The length of a packed row makes every pair fit into one.
     share_prefix: Whether tokens that both sides of a pair begin with count once for pair_length.
     label_pairs: Whether the prompts of a pair keep their labels, and so count as examples too.
   """
@@ -173,7 +173,7 @@ def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropp
   encoded = [_encode(side, encoder, encoder.max_length) for side in sides]
   limit = encoder.pair_length
   lengths = [0 if isinstance(e, Dropped) else len(e[0]) for e in encoded]
-  if is_pair and limit is not None and all(lengths) and _num_read(encoded, encoder) > limit:
+  if is_pair and limit and all(lengths) and _num_read([e[0] for e in encoded], encoder) > limit:
     # Each side gets what the other one leaves, but half of the limit in any case.
     half = (limit + 1) // 2
     encoded = [
@@ -193,19 +193,23 @@ def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropp
   return Atom(prompts, 'pair' if is_pair else 'example', sum(cut for _, cut in encoded))
 
 
-def _num_read(encoded: Sequence[tuple[np.ndarray, int]], encoder: Encoder) -> int:
-  prompts = [tokens for tokens, _ in encoded]
+def _num_read(prompts: Sequence[np.ndarray], encoder: Encoder) -> int:
   return sharing.num_read(prompts) if encoder.share_prefix else sum(map(len, prompts))
 
 
 def encode_variants(items: Sequence[schema.Example], encoder: Encoder) -> Atom | Dropped:
-  """Returns the examples as one atom, without those that were dropped."""
+  """Returns the examples as one atom: those that fit, one after another, into pair_length."""
   encoded = [encode(item, encoder) for item in items]
-  kept = [atom for atom in encoded if isinstance(atom, Atom)]
-  if not kept:
+  atoms = [atom for atom in encoded if isinstance(atom, Atom)]
+  limit = encoder.pair_length
+  while (
+    len(atoms) > 1 and limit and _num_read([a.prompts[0].tokens for a in atoms], encoder) > limit
+  ):
+    atoms.pop()
+  if not atoms:
     return encoded[0]
-  prompts = tuple(prompt for atom in kept for prompt in atom.prompts)
-  return Atom(prompts, 'example', sum(atom.num_shortened for atom in kept))
+  prompts = tuple(atom.prompts[0] for atom in atoms)
+  return Atom(prompts, 'example', sum(atom.num_shortened for atom in atoms))
 
 
 def require(result: T | Dropped) -> T:
