@@ -111,9 +111,10 @@ BASE = {
     'drop_prob': 0.5,  # the probability that a category of the rules is dropped
     'plus_prob': 0.5,  # the probability that p+, a category the response violates, is added
     'minus_prob': 0.5,  # the probability that p-, a category it does not violate, is added
-    # How many such draws of an example stand in a row together. With template.order
-    # conversation_first they share the conversation, which is read once.
-    'num_variants': 1,
+    # How many examples are drawn together, so that they share what a prompt begins with: with
+    # conversation_first one conversation under so many draws of rules, with rules_first one draw of
+    # rules and so many conversations of the part. Pairs are not grouped.
+    'group_size': 1,
     # Whether the two prompts of a pair count as examples too where their labels are known. The
     # paper does not say so; with this, SA alone teaches the model to read rules.
     'label_pairs': False,

@@ -61,10 +61,10 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Atom:
-  """What packing never splits: one 'example', perhaps in variants, or the two sides of a 'pair'.
+  """What packing never splits: the two sides (safer, other) of a 'pair', or of kind 'example' one
+  example or several that share their conversation or their rules.
 
-  The sides are (safer, other), variants the same conversation under several rules. `num_shortened`
-  counts the tokens that were cut out of the prompts to make them fit.
+  `num_shortened` counts the tokens that were cut out of the prompts to make them fit.
   """
 
   prompts: tuple[Prompt, ...]
@@ -103,7 +103,7 @@ class Encoder:
 
   Attributes:
     max_length: The most tokens that a prompt may have.
-    pair_length: The most tokens that the prompts of a pair, or variants, may have together; None
+    pair_length: The most tokens that the prompts of an atom may have together; None
       sets no limit but each prompt's own. The length of a packed row makes every pair fit into one.
     share_prefix: Whether tokens that both sides of a pair begin with count once for pair_length.
     label_pairs: Whether the prompts of a pair keep their labels, and so count as examples too.
@@ -197,7 +197,7 @@ def _num_read(prompts: Sequence[np.ndarray], encoder: Encoder) -> int:
   return sharing.num_read(prompts) if encoder.share_prefix else sum(map(len, prompts))
 
 
-def encode_variants(items: Sequence[schema.Example], encoder: Encoder) -> Atom | Dropped:
+def encode_group(items: Sequence[schema.Example], encoder: Encoder) -> Atom | Dropped:
   """Returns the examples as one atom: those that fit, one after another, into pair_length."""
   encoded = [encode(item, encoder) for item in items]
   atoms = [atom for atom in encoded if isinstance(atom, Atom)]

@@ -103,7 +103,7 @@ def make_training_atoms(
   encoder: features.Encoder,
   seed: int,
   augment: Augment,
-  num_variants: int = 1,
+  group_size: int = 1,
 ) -> grain.MapDataset:
   """Returns the endless mixture of the parts, augmented and encoded; see make_atoms."""
   # Each part has a seed of its own, so that its elements do not depend on the weights: a part of
@@ -115,7 +115,7 @@ def make_training_atoms(
       seed + number,
       augment,
       shuffle=not isinstance(items, sources.Generated),
-      num_variants=num_variants,
+      group_size=group_size,
     )
     for number, (name, items) in enumerate(sorted(parts.items()))
     if weights[name] > 0
@@ -129,12 +129,14 @@ def make_atoms(
   seed: int,
   augment: Augment | None = None,
   shuffle: bool = True,
-  num_variants: int = 1,
+  group_size: int = 1,
 ) -> grain.MapDataset:
   """Returns an endless random-access dataset of atoms, or of `Dropped` in their place.
 
   The seed decides the order, which is another one in each epoch, and the rng that `augment` gets
-  for each index. An example becomes num_variants prompts of one atom, each augmented anew.
+  for each index. An example becomes an atom of up to group_size prompts that share what the layout
+  puts first: with conversation_first the example as it is augmented several times, with rules_first
+  the augmented one and others of the items, drawn at random, under its new rules.
   """
   if not len(items):
     raise ValueError('the data set has no items; see what its source dropped')
@@ -144,7 +146,7 @@ def make_atoms(
   dataset = dataset.repeat()
   if augment is None:
     return dataset.map(_Encode(encoder))
-  return dataset.random_map(_Encode(encoder, augment, num_variants))
+  return dataset.random_map(_Encode(encoder, augment, group_size, items))
 
 
 def mix(datasets: Mapping[str, grain.MapDataset], weights: Mapping[str, float]) -> grain.MapDataset:
@@ -247,15 +249,30 @@ class _Encode:
 
   encoder: features.Encoder
   augment: Augment | None = None
-  num_variants: int = 1
+  group_size: int = 1
+  items: Sequence[Any] = ()  # of which the others of a group are taken
 
   def __call__(self, item: Any, rng: np.random.Generator | None = None) -> Atom | Dropped:
     if not self.augment:
       return features.encode(item, self.encoder)
-    if self.num_variants == 1 or isinstance(item, schema.Pair):
-      return features.encode(self.augment(item, rng), self.encoder)
-    variants = [self.augment(item, rng) for _ in range(self.num_variants)]
-    return features.encode_variants(variants, self.encoder)
+    first = self.augment(item, rng)
+    if self.group_size == 1 or isinstance(item, schema.Pair):
+      return features.encode(first, self.encoder)
+    if self.encoder.layout.order == 'conversation_first':
+      others = [self.augment(item, rng) for _ in range(self.group_size - 1)]
+    else:
+      others = list(self._draw_under(first.safety, item.safety, rng))
+    return features.encode_group([first, *others], self.encoder)
+
+  def _draw_under(self, new_safety, old_safety, rng):
+    """Yields other examples of the same rules, under new ones that are made of these."""
+    for i in rng.integers(len(self.items), size=self.group_size - 1):
+      other = self.items[int(i)]
+      if isinstance(other, schema.Example) and other.safety == old_safety:
+        other = augment_lib.relabel(other, new_safety)
+        # None: the new rules have a category under which this one was never judged.
+        if other.label is not None:
+          yield other
 
 
 class _PackDataset(grain.IterDataset):

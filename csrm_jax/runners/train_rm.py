@@ -205,7 +205,7 @@ def _make_atoms(
 
   weights = {name: part.weight for name, part in data.parts.items()}
   return pipeline.make_training_atoms(
-    parts, weights, encoder, config.seed, augment, data.num_variants
+    parts, weights, encoder, config.seed, augment, data.group_size
   )
 
 

@@ -176,7 +176,7 @@ def make_cases(args):
   for (kind, (order, items)), rank in itertools.product(kinds.items(), (0, RANK)):
     length = LENGTHS[kind]
     encoder = features.Encoder(tokenizer, 512, orders[order], length, share_prefix=True)
-    make = features.encode_variants if kind == 'variants' else features.encode
+    make = features.encode_group if kind == 'variants' else features.encode
     atoms = [atom for item in items if isinstance(atom := make(item, encoder), features.Atom)]
     shape = features.BatchShape(ROWS, length, SLOTS, tokenizer.pad_id, share_prefix=True)
     batch, left = features.pack_rows(atoms, shape)

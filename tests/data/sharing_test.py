@@ -1,5 +1,7 @@
 """Prompts that share their first tokens: each is found again, and nothing is read twice."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -121,7 +123,7 @@ def test_variants_of_an_example_are_one_atom(tokenizer):
   layout = features.Layout(order='conversation_first')
   encoder = Encoder(tokenizer, 512, layout)
   augment = pipeline.make_augment(0.5, 0.0, 0.0)
-  make = pipeline.make_atoms([example('a')], encoder, 0, augment, num_variants=4)
+  make = pipeline.make_atoms([example('a')], encoder, 0, augment, group_size=4)
   atom = make[0]
   assert (atom.kind, len(atom.prompts)) == ('example', 4)
   assert len({tuple(p.tokens) for p in atom.prompts}) > 1
@@ -130,14 +132,42 @@ def test_variants_of_an_example_are_one_atom(tokenizer):
   single = pipeline.make_atoms([example('a')], encoder, 0, augment)[0]
   np.testing.assert_array_equal(single.prompts[0].tokens, atom.prompts[0].tokens)
   pair = Pair('pair', example('a', 'Yes .'), example('b', 'No .'), 'preference')
-  assert len(pipeline.make_atoms([pair], encoder, 0, augment, num_variants=4)[0].prompts) == 2
+  assert len(pipeline.make_atoms([pair], encoder, 0, augment, group_size=4)[0].prompts) == 2
+
+
+def test_a_group_under_the_same_rules(tokenizer):
+  items = [example(f'e{i}', f'Word{i} .') for i in range(6)]
+  items.append(example('other rules', num_rules=3))
+  items.append(Pair('pair', example('a', 'Yes .'), example('b', 'No .'), 'preference'))
+  augment = pipeline.make_augment(0.5, 0.0, 0.0)
+  make = pipeline.make_atoms(items, Encoder(tokenizer, 512), 0, augment, group_size=4)
+  atoms = [make[i] for i in range(24)]
+  sizes = [len(atom.prompts) for atom in atoms if atom.kind == 'example']
+  assert max(sizes) == 4
+  for atom in atoms:
+    if len(atom.prompts) == 4:
+      assert 'other rules' not in [prompt.id for prompt in atom.prompts]
+      assert atom.num_read < 0.8 * atom.length
+  # The first of a group is drawn as without one.
+  single = pipeline.make_atoms(items, Encoder(tokenizer, 512), 0, augment)
+  for i in range(24):
+    np.testing.assert_array_equal(single[i].prompts[0].tokens, atoms[i].prompts[0].tokens)
+
+
+def test_members_that_were_not_judged_under_the_new_rules_stay_out(tokenizer):
+  plus = Category('Plus', 'Never say plus .')
+  items = [dataclasses.replace(example(f'e{i}'), plus=plus if i == 0 else None) for i in range(4)]
+  augment = pipeline.make_augment(0.0, 1.0, 0.0)
+  encode = pipeline._Encode(Encoder(tokenizer, 512), augment, 8, items)
+  atom = encode(items[0], np.random.default_rng(0))
+  assert {prompt.id for prompt in atom.prompts} == {'e0'}
 
 
 def test_variants_that_do_not_fit_are_left_out(tokenizer):
   encoder = Encoder(tokenizer, 90)
   long, short = example('long', num_rules=40), example('short', num_rules=1)
-  assert len(features.encode_variants([long, short, short], encoder).prompts) == 2
-  dropped = features.encode_variants([long, long], encoder)
+  assert len(features.encode_group([long, short, short], encoder).prompts) == 2
+  dropped = features.encode_group([long, long], encoder)
   assert dropped.reason == 'rules_too_long'
 
 
@@ -149,7 +179,7 @@ def test_resume_is_exact_with_sharing(tokenizer, share):
     Encoder(tokenizer, 256, layout),
     0,
     pipeline.make_augment(0.5, 0.0, 0.0),
-    num_variants=2,
+    group_size=2,
   )
   shape = BatchShape(2, 256, 12, share_prefix=share)
   one, other = (pipeline.batches(atoms, shape, prefetch=0) for _ in range(2))
