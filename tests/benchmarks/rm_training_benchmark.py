@@ -104,6 +104,7 @@ def make_trl(args):
       peft_config=adapters if rank else None,
     )
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
     held.update(rank=rank, trainer=trainer)
 
