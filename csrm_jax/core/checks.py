@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
+import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +23,12 @@ def show(value: Any) -> str:
 def reason(error: Exception) -> str:
   """Returns what an error says, shortened, on one line; its kind where it says nothing."""
   return ' '.join(str(error).split())[:200] or type(error).__name__
+
+
+@functools.lru_cache(maxsize=1024)
+def note(text: str) -> None:
+  """Prints what a user should know, once, on stderr."""
+  print(f'note: {text}', file=sys.stderr)
 
 
 def check_fields(kind: type, obj: Mapping[str, Any], say: str) -> None:

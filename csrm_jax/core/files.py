@@ -113,11 +113,16 @@ def digest(value: Any, **options: Any) -> str:
   return hashlib.sha256(json.dumps(value, **options).encode()).hexdigest()
 
 
-def read_json(path: str | os.PathLike) -> Any:
-  """Returns the value in a JSON file; a repeated key is an error."""
+def constant(name: str) -> float | None:
+  """Returns what JSON rows mean by NaN, Infinity and -Infinity: pandas writes NaN for null."""
+  return None if name == 'NaN' else float(name)
+
+
+def read_json(path: str | os.PathLike, **options: Any) -> Any:
+  """Returns the value in a JSON file, with json.loads's options; a repeated key is an error."""
   where = os.fspath(path)
   try:
-    return json.loads(read_text(path), object_pairs_hook=unique_keys(where))
+    return json.loads(read_text(path), object_pairs_hook=unique_keys(where), **options)
   except json.JSONDecodeError as error:
     raise ValueError(
       f'{where}:{error.lineno}: not valid JSON ({error.msg} at column'
@@ -128,7 +133,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-  """Yields ('file:line', value) for every line that is not blank."""
+  """Yields ('file:line', value) for every line that is not blank; NaN is read as null."""
   # Not splitlines(): it also splits at line breaks such as U+2028, which JSON strings may hold.
   lines = read_text(path).split('\n')
   is_empty = True
@@ -138,7 +143,7 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     is_empty = False
     where = f'{path}:{number}'
     try:
-      value = json.loads(line, object_pairs_hook=unique_keys(where))
+      value = json.loads(line, object_pairs_hook=unique_keys(where), parse_constant=constant)
     except json.JSONDecodeError as error:
       if number == len(lines):
         raise ValueError(

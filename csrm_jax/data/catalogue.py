@@ -14,12 +14,13 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.data import public, sources
+from csrm_jax.data import forms, public, sources, tables
 from csrm_jax.data.benchmark import Benchmark
-from csrm_jax.data.sources import Rows, find as find_tables, join, lookup, spread
+from csrm_jax.data.sources import Rows, join, spread
+from csrm_jax.data.tables import Files, find as find_tables, lookup
 from csrm_jax.safety.schema import Category, Example
 
-Reader = Callable[[str | os.PathLike], Rows]
+Reader = Callable[[Files], Rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,12 @@ class Set:
     licence: As the set's card names it; '' where it names none.
     files: Maps a split to patterns of its files, relative to the data set's folder. The first
       pattern that matches any file counts.
-    read: Maps a file to its examples or pairs.
+    read: Maps files to their examples or pairs.
     is_gated: Whether its terms have to be accepted on the hub first.
     benchmarks: Maps names to what the files in a folder of benchmarks make.
-    test_files: The patterns of each file that the benchmarks need; by default the first file of
-      the split 'test'.
-    items: Maps (folder, *those files) to {name of a benchmark: its items, or fields of
+    test_files: The patterns of each file that the benchmarks need; by default those of the
+      split 'test'.
+    items: Maps (folder, *lists of those files) to {name of a benchmark: its items, or fields of
       `Benchmark`}, without those that need more files; by default all rows are items.
     folder: The subfolder in a folder of benchmarks; '' for the set's name.
     note: The text after the command that fetches the set into that folder.
@@ -105,19 +106,28 @@ _PKU = {'train': _TRAIN, 'test': _TEST}
 _PROMPTS = ('**/xstest_prompts.csv', '**/*prompts.csv')
 
 
-def _read_completions(path: str | os.PathLike) -> Rows:
-  prompts = pathlib.Path(path).parent / 'xstest_prompts.csv'
-  return join(public.read_xstest(prompts, path, rule) for rule in ('harmful', 'refusal', 'both'))
+def _read_completions(paths: Files) -> Rows:
+  return join(
+    public.read_xstest(path.parent / 'xstest_prompts.csv', path, rule)
+    for path in tables.numbered(paths).values()
+    for rule in ('harmful', 'refusal', 'both')
+  )
 
 
-def _xstest(folder: pathlib.Path, prompts: pathlib.Path) -> Mapping[str, Any]:
+def _read_own(paths: Files) -> Rows:
+  return join(forms.read(path) for path in tables.numbered(paths).values())
+
+
+def _xstest(folder: pathlib.Path, found: Sequence[pathlib.Path]) -> Mapping[str, Any]:
+  # Copies of one file in several folders are one.
+  prompts = found[0] if found[0].suffix == '.csv' else found
   types = [row['type'] for row in public.xstest_prompts(prompts).values()]
   made = {'xstest': {'items': public.read_xstest_prompts(prompts), 'tags': {'type': types}}}
   files = find_tables(folder, ('**/xstest_v2_completions_*.csv',))
   if not files:
     return made
   harmful, refusal, both = (
-    join(public.read_xstest(prompts, file, rule) for file in files)
+    join(public.read_xstest(found[0], file, rule) for file in files)
     for rule in ('harmful', 'refusal', 'both')
   )
   labels = {}
@@ -148,13 +158,13 @@ def _xstest(folder: pathlib.Path, prompts: pathlib.Path) -> Mapping[str, Any]:
   }
 
 
-def _moderation(folder: pathlib.Path, file: pathlib.Path) -> Mapping[str, Any]:
-  read = functools.partial(public.read_moderation, file)
+def _moderation(folder: pathlib.Path, paths: Files) -> Mapping[str, Any]:
+  read = functools.partial(public.read_moderation, paths)
   whole = read(_STRICT)
   few = spread(whole, _PROBED)
   return {
     'moderation_rules': join(map(read, MODERATION_RULE_SETS)),
-    'moderation_pairs': public.read_moderation_pairs(file),
+    'moderation_pairs': public.read_moderation_pairs(paths),
     'moderation_policy': whole,
     'moderation_contradiction': whole,
     'moderation_order': few,
@@ -168,8 +178,8 @@ def _reworded(items: Sequence[Example], rules: Mapping[str, Category]) -> dict[s
   return {'items': items, 'options': {'wordings': public.wordings(rules)}}
 
 
-def _beavertails(folder: pathlib.Path, file: pathlib.Path) -> Mapping[str, Any]:
-  rows = SETS['beavertails'].read(file)
+def _beavertails(folder: pathlib.Path, paths: Files) -> Mapping[str, Any]:
+  rows = SETS['beavertails'].read(paths)
   few = spread([e for e in rows if len(e.violated) == 1], _PROBED)
   return {'beavertails': rows, 'beavertails_policy': few, 'beavertails_contradiction': few}
 
@@ -181,7 +191,7 @@ SETS = {
   'xstest': Set(
     'walledai/XSTest',
     'cc-by-4.0',
-    {'test': (*_PROMPTS, *_TEST, *_TRAIN)},
+    {'test': (*_PROMPTS, '**/test*', '**/train*')},
     public.read_xstest_prompts,
     is_gated=True,
   ),
@@ -215,7 +225,7 @@ SETS = {
         'wordings', 'XSTest completions with the same rules in other words.', is_listed=False
       ),
     },
-    test_files=(_PROMPTS,),
+    test_files=((*_PROMPTS, '**/test*', '**/train*'),),
     items=_xstest,
     folder='xstest',
   ),
@@ -235,7 +245,7 @@ SETS = {
     'https://github.com/openai/moderation-api-release',
     '',
     {'test': ('**/*.jsonl.gz', '**/*.jsonl')},
-    lambda path: join(public.read_moderation(path, subset) for subset in MODERATION_SUBSETS),
+    lambda paths: join(public.read_moderation(paths, subset) for subset in MODERATION_SUBSETS),
     benchmarks={
       'moderation_rules': Bench(
         'configurability',
@@ -275,7 +285,7 @@ SETS = {
     benchmarks={
       'hh': Bench('pairs', 'Anthropic HH harmless: which of two responses people chose.')
     },
-    test_files=(('**/*test*.jsonl*',),),
+    test_files=(('**/harmless-base/*test*', '**/*harmless*test*', '**/*test*.jsonl*'),),
     note=' --include "harmless-base/test.jsonl.gz"',
   ),
   'beavertails': Set(
@@ -302,7 +312,7 @@ SETS = {
     public.read_wildguard,
     is_gated=True,
     benchmarks={'wildguardmix': Bench('classification', 'WildGuardMix test responses.')},
-    items=lambda _, file: {'wildguardmix': public.read_wildguard(file, with_categories=False)},
+    items=lambda _, paths: {'wildguardmix': public.read_wildguard(paths, with_categories=False)},
   ),
   'pku_safe_rlhf': Set('PKU-Alignment/PKU-SafeRLHF', 'cc-by-nc-4.0', _PKU, public.read_pku),
   'pku_safe_rlhf_pairs': Set(
@@ -339,7 +349,7 @@ SETS = {
     public.read_cosapien,
     benchmarks={'cosapien': Bench('classification', 'CoSApien with sampled, labelled responses.')},
     test_files=(('labelled.jsonl',),),
-    items=lambda _, file: {'cosapien': sources.read_jsonl(file, require_label=True)},
+    items=lambda _, paths: {'cosapien': forms.read(paths[0], require_label=True)},
     note=' (prompts only: sample responses, label them, and write examples to'
     ' {folder}/labelled.jsonl)',
   ),
@@ -363,10 +373,10 @@ SETS = {
         'best_of', 'RewardBench 2 under general harmlessness rules; only Safety is about them.'
       )
     },
-    items=lambda _, file: {'reward_bench_2': public.read_reward_bench_2(file)},
+    items=lambda _, paths: {'reward_bench_2': public.read_reward_bench_2(paths)},
   ),
   # What configs/augment.py writes.
-  'augmented': Set('', '', {'train': ('data.jsonl', '**/*.jsonl')}, sources.read_jsonl),
+  'augmented': Set('', '', {'train': ('data.jsonl', '**/*.jsonl')}, _read_own),
 }
 
 
@@ -388,7 +398,9 @@ def read(name: str, split: str, path: str | os.PathLike = '') -> Rows:
   public_set = find(name)
   if split not in public_set.files:
     raise ValueError(f'{name} has no split {split!r}; use one of {", ".join(public_set.files)}')
-  return join(map(public_set.read, find_files(name, split, path)))
+  rows = public_set.read(find_files(name, split, path))
+  sources.check_ids(rows, path or public_set.url)
+  return rows
 
 
 def find(name: str) -> Set:
@@ -408,7 +420,7 @@ def find_files(name: str, split: str, path: str | os.PathLike = '') -> list[path
   if not found:
     raise ValueError(
       f'{path}: no file of {name}/{split} there (looked for'
-      f' {", ".join(patterns)}, ending in {", ".join(sources.SUFFIXES)}); give'
+      f' {", ".join(patterns)}, ending in {", ".join(tables.SUFFIXES)}); give'
       f' the folder that was fetched from {find(name).url}, or one file'
     )
   return found
@@ -419,37 +431,11 @@ def fetch(name: str, split: str) -> pathlib.Path:
   public_set = find(name)
   if not public_set.is_on_hub:
     raise ValueError(f'{name} is on no hub; give path= of its file')
-  try:
-    import huggingface_hub
-    from huggingface_hub import errors
-  except ImportError:
-    raise ImportError(
-      f"fetching {name} needs the hub's client; run pip install"
-      ' "csrm_jax[hf]", or give path= of files that you have'
-    ) from None
   patterns = public_set.files[split]
-  try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        public_set.repo,
-        repo_type='dataset',
-        # The hub does not match '**/' with no folder, as pathlib does.
-        allow_patterns=[p.removeprefix('**/') for p in patterns] + list(patterns),
-      )
-    )
-  except errors.GatedRepoError:
-    raise ValueError(
-      f'{name} is gated: accept its terms at {public_set.url}, run "hf auth'
-      ' login" with an account that did, and try again; or give path= of files'
-      ' that you have'
-    ) from None
-  except (OSError, errors.HfHubHTTPError) as error:
-    terms = ' (it is gated: its terms must be accepted there)' if public_set.is_gated else ''
-    raise ValueError(
-      f'{name} cannot be fetched from {public_set.url}{terms}:'
-      f' {" ".join(str(error).split())[:200]}; give path= of files that you'
-      ' have'
-    ) from None
+  # The hub does not match '**/' with no folder, as pathlib does.
+  patterns = [p.removeprefix('**/') for p in patterns] + list(patterns)
+  terms = ' (it is gated: its terms must be accepted there)' if public_set.is_gated else ''
+  return tables.fetch(public_set.repo, patterns, name, terms)
 
 
 # --- Benchmarks --------------------------------------------------------------------------
@@ -473,13 +459,14 @@ def load_benchmarks(folder: str | os.PathLike, names: Sequence[str] = ()) -> lis
 
 def _benchmarks_of(public_set: Set, folder: pathlib.Path) -> list[Benchmark]:
   wanted = public_set.test_files or (public_set.files['test'],)
-  files = [some[0] for patterns in wanted if (some := find_tables(folder, patterns))]
+  files = [some for patterns in wanted if (some := find_tables(folder, patterns))]
   made: Mapping[str, Any] = {}
   if len(files) == len(wanted):
     if public_set.items:
       made = public_set.items(folder, *files)
     else:
-      made = dict.fromkeys(public_set.benchmarks, join(map(public_set.read, files)))
+      rows = public_set.read([file for some in files for file in some])
+      made = dict.fromkeys(public_set.benchmarks, rows)
   found = []
   for name, bench in public_set.benchmarks.items():
     if name in made:

@@ -15,7 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from csrm_jax.data import catalogue, features, sources
+from csrm_jax.data import catalogue, features, forms, sources, tables
 from csrm_jax.data.features import Atom, Batch, BatchShape, Dropped, does_not_fit, pack_rows
 from csrm_jax.safety import augment as augment_lib, schema
 
@@ -26,8 +26,8 @@ MAX_DROPPED_IN_A_ROW = 10_000
 # --- Sources -----------------------------------------------------------------------------
 
 
-# Files in the project's own form.
-_OWN = {'jsonl': sources.read_jsonl, 'parquet': sources.read_parquet}
+# Files of one's own; the name does not matter: their form and format are recognised.
+_OWN = ('auto', 'jsonl', 'parquet')
 SOURCES = (*_OWN, 'array_record', *catalogue.SETS)
 
 
@@ -53,7 +53,7 @@ def read_source(source: str, path: str, require_label: bool = True) -> Sequence[
     from csrm_jax.data import public_sets
 
     return public_sets.read_prepared(path)
-  return _OWN[source](path, require_label=require_label)
+  return forms.read(path, require_label=require_label)
 
 
 def read_part(
@@ -70,7 +70,7 @@ def read_part(
   if source in generators:
     # Nothing is held out: test sets of generated data are drawn apart.
     return sources.Generated(generators[source], seed), ()
-  sources.lookup(source, dict.fromkeys([*generators, *SOURCES]), 'data source')
+  tables.lookup(source, dict.fromkeys([*generators, *SOURCES]), 'data source')
   return sources.split(read_source(source, path), eval_fraction, seed)
 
 

@@ -19,9 +19,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.core.checks import show
+from csrm_jax.core.checks import note, show
 from csrm_jax.data.benchmark import TIES, Choice
-from csrm_jax.data.sources import Row, Rows, lookup, read_rows
+from csrm_jax.data.sources import Rows
+from csrm_jax.data.tables import Files, Row, lookup, read_rows
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig, load_safety
 
 RULES_FOLDER = pathlib.Path(__file__).parent / 'rules'
@@ -113,7 +114,7 @@ def answers(
   labels: Mapping[Any, bool | None] | None = None,
   prompt: str = 'prompt',
   response: str = 'response',
-) -> Callable[[str | os.PathLike], Rows]:
+) -> Callable[[Files], Rows]:
   """Returns the reader of a set with a prompt, a response and a label in each row.
 
   The rows are under the rules in rules/NAME.yaml.
@@ -125,7 +126,7 @@ def answers(
       not say. By default the label is true where the response is safe.
   """
 
-  def read(path: str | os.PathLike) -> Rows:
+  def read(path: Files) -> Rows:
     safety = rules(name)
 
     def parse(row: Row):
@@ -142,7 +143,7 @@ def answers(
   return read
 
 
-def read_wildguard(path: str | os.PathLike, with_categories: bool = True) -> Rows:
+def read_wildguard(path: Files, with_categories: bool = True) -> Rows:
   """Returns WildGuardMix responses, with the category of harmful ones.
 
   Without `with_categories`, or where the subcategory is 'others', the category is unknown.
@@ -165,14 +166,14 @@ def read_wildguard(path: str | os.PathLike, with_categories: bool = True) -> Row
       None if label is None else label == 'harmful',
       (category,) if category and label == 'harmful' else (),
       'wildguardmix',
-      'adversarial' if row['adversarial'] else 'plain',
+      'adversarial' if row.flag('adversarial') else 'plain',
     )
 
   columns = ('prompt', 'response', 'response_harm_label', 'adversarial')
   return read_rows(path, (*columns, 'subcategory') if with_categories else columns, parse)
 
 
-def read_aegis(path: str | os.PathLike) -> Rows:
+def read_aegis(path: Files) -> Rows:
   """Returns AEGIS 2.0 responses under 21 categories.
 
   For an unsafe response `violated_categories` is taken as it is, unless it holds only 'Needs
@@ -182,7 +183,7 @@ def read_aegis(path: str | os.PathLike) -> Rows:
   known = dict.fromkeys((*safety.names, *_AEGIS_UNSTATED))
 
   def parse(row: Row):
-    stated = (row['violated_categories'] or '').split(',')
+    stated = (row.text_or_none('violated_categories') or '').split(',')
     names = dict.fromkeys(name.strip() for name in stated if name.strip())
     for name in names:
       lookup(name, known, 'category')
@@ -197,28 +198,24 @@ def read_aegis(path: str | os.PathLike) -> Rows:
     # The categories are of prompt and response together: they say nothing about a safe response.
     violated = [name for name in names if unsafe and name not in _AEGIS_UNSTATED]
     talk = row['prompt'], row['response']
-    yield _answer(f'aegis/{row["id"]}', safety, talk, unsafe, violated, 'aegis')
+    yield _answer(f'aegis/{row.number}', safety, talk, unsafe, violated, 'aegis')
 
-  columns = ('id', 'reconstruction_id_if_redacted', 'prompt', 'response', 'response_label')
+  columns = ('reconstruction_id_if_redacted', 'prompt', 'response', 'response_label')
   return read_rows(path, (*columns, 'violated_categories'), parse)
 
 
-def read_pku(path: str | os.PathLike) -> Rows:
+def read_pku(path: Files) -> Rows:
   """Returns both responses of PKU-SafeRLHF rows under its 19 categories."""
   safety = rules('pku')
   parts = 'response_{}', 'is_response_{}_safe', 'response_{}_harm_category'
 
   def parse(row: Row):
     for i in (0, 1):
-      text, safe, flags = (row[part.format(i)] for part in parts)
-      if not isinstance(safe, bool) or not isinstance(flags, Mapping):
-        raise ValueError(
-          f'response {i} has is_safe {show(safe)} and harm_category'
-          f' {show(flags)}; they must be true or false, and an object'
-        )
+      text, safe, flags = (part.format(i) for part in parts)
+      text, safe, flags = row[text], row.flag(safe), row.object(flags)
       for name in flags:
         lookup(name, dict.fromkeys(safety.names), 'harm category')
-      violated = [name for name in safety.names if flags.get(name)]
+      violated = [name for name in safety.names if name in flags and flags.flag(name)]
       yield _answer(
         f'pku/{row.number}/{i}', safety, (row['prompt'], text), not safe, violated, 'pku'
       )
@@ -228,16 +225,15 @@ def read_pku(path: str | os.PathLike) -> Rows:
 
 def _flagged(row: Row, column: str, safety: SafetyConfig, name: str) -> list[str]:
   """Returns the categories that are true in an object with exactly those of the rules."""
-  flags = row[column]
-  if not isinstance(flags, Mapping) or set(flags) != set(safety.names):
-    names = set(flags) if isinstance(flags, Mapping) else set()
-    unknown = sorted(map(show, names - set(safety.names)))
+  flags = row.object(column)
+  if set(flags) != set(safety.names):
+    unknown = sorted(map(show, set(flags) - set(safety.names)))
     raise ValueError(
       f'{column} is {show(flags)}'
       + (f' with the unknown {", ".join(unknown)}' if unknown else '')
       + f'; it must be an object with the {len(safety.names)} categories of {name}'
     )
-  return [n for n in safety.names if Row(flags, row.where, row.number).flag(n)]
+  return [n for n in safety.names if flags.flag(n)]
 
 
 def _answer(
@@ -290,22 +286,22 @@ def sure_example(example_id: str, prompt: str, harmful: bool, source: str) -> Ex
   return _answer(example_id, COMPLIANCE, (prompt, f'Sure. {prompt}'), harmful, violated, source)
 
 
-def read_or_bench(path: str | os.PathLike) -> Rows:
+def read_or_bench(path: Files) -> Rows:
   """Returns `Sure. {prompt}` examples; only the toxic file is harmful."""
-  harmful, stem = 'toxic' in pathlib.Path(path).name, pathlib.Path(path).stem
 
   def parse(row: Row):
-    source = f'or-bench/{row["category"]}'
+    harmful, stem = 'toxic' in row.path.name, row.path.stem
+    source = f'or-bench/{row.text_or_none("category")}'
     yield sure_example(f'{stem}/{row.number}', row.text('prompt'), harmful, source)
 
   return read_rows(path, ('prompt', 'category'), parse)
 
 
-def read_cosapien(path: str | os.PathLike) -> Rows:
+def read_cosapien(path: Files) -> Rows:
   """Returns CoSApien prompts as `sure_example`, each under the rules of its scenario."""
-  stem = os.path.basename(path).split('.')[0].split('-')[0]
 
   def parse(row: Row):
+    stem = row.path.name.split('.')[0].split('-')[0]
     prompt, kind = row.text('prompt'), row.text('type').strip().casefold()
     unsafe = lookup(kind, _COSAPIEN_LABELS, 'type') == 'unsafe'
     # A scenario's text is not cut into rules: the whole of it is one category.
@@ -321,13 +317,16 @@ def read_cosapien(path: str | os.PathLike) -> Rows:
 # --- XSTest ------------------------------------------------------------------------------
 
 
-def xstest_prompts(path: str | os.PathLike) -> dict[str, Row]:
+def xstest_prompts(path: Files) -> dict[str, Row]:
   """Returns the rows of XSTest's prompts by id, with the label 'safe' or 'unsafe'."""
   found: dict[str, Row] = {}
 
   def parse(row: Row):
     row.one_of('label', ('safe', 'unsafe'))
-    if row['type'].startswith('contrast_') != (row['label'] == 'unsafe'):
+    row.text('prompt')
+    # As walledai/XSTest publishes them, rows have no ids.
+    row['id'] = row.name('id') if 'id' in row else row.number
+    if row.text('type').startswith('contrast_') != (row['label'] == 'unsafe'):
       raise ValueError(
         f'type {row["type"]!r} with label {row["label"]!r}; contrast_*'
         ' prompts are unsafe and all others safe'
@@ -337,14 +336,12 @@ def xstest_prompts(path: str | os.PathLike) -> dict[str, Row]:
     found[row['id']] = row
     return ()
 
-  read_rows(path, ('id', 'prompt', 'type', 'label'), parse)
+  read_rows(path, ('prompt', 'type', 'label'), parse)
   return found
 
 
 def xstest_completions(
-  path: str | os.PathLike,
-  columns: Sequence[str],
-  parse: Callable[[Row], Iterable[Any]] = lambda row: (row,),
+  path: Files, columns: Sequence[str], parse: Callable[[Row], Iterable[Any]] = lambda row: (row,)
 ) -> Rows:
   """Returns what `parse` makes of XSTest's completions; labels in these columns are checked."""
 
@@ -357,7 +354,7 @@ def xstest_completions(
   return read_rows(path, columns, checked)
 
 
-def read_xstest_prompts(path: str | os.PathLike) -> Rows:
+def read_xstest_prompts(path: Files) -> Rows:
   """Returns `Sure. {prompt}` examples."""
   return Rows(
     sure_example(f'xstest/{row["id"]}', row['prompt'], row['label'] == 'unsafe', 'xstest')
@@ -366,7 +363,7 @@ def read_xstest_prompts(path: str | os.PathLike) -> Rows:
 
 
 def read_xstest(
-  prompts_csv: str | os.PathLike, completions_csv: str | os.PathLike, rule: str = 'harmful'
+  prompts_csv: str | os.PathLike, completions_csv: Files, rule: str = 'harmful'
 ) -> Rows:
   """Returns XSTest completions as examples under one of three rule sets.
 
@@ -381,38 +378,47 @@ def read_xstest(
   keys = lookup(rule, rule_sets, 'XSTest rule')
   safety = SafetyConfig(tuple(XSTEST_RULES[key] for key in keys), f'xstest/{rule}')
   prompts = xstest_prompts(prompts_csv)
-  model = pathlib.Path(completions_csv).stem
+  num, differing = 0, []
 
   def parse(row: Row):
-    known = prompts.get(row['id'].removeprefix('v2-'))
+    nonlocal num
+    num += 1
+    name = row.name('id')
+    known = prompts.get(name.removeprefix('v2-'))
     if known is None:
       yield 'unknown_prompt'
       return
     for column in ('type', 'prompt'):
-      if row[column].strip() != known[column].strip():
-        raise ValueError(
-          f'{column!r} of prompt {row["id"]} differs from the one in {prompts_csv};'
-          ' use files of one version'
+      if row.text(column).strip() != known[column].strip():
+        differing.append(
+          f'{row.where}: {column!r} of prompt {name} differs from the one in {prompts_csv}'
         )
+        yield 'differs_from_prompt'
+        return
     is_harmful = known['label'] == 'unsafe'
     fired = {
       'harmful': is_harmful and row['final_label'] == XSTEST_LABELS[0],
       'refusal': not is_harmful and row['final_label'] == XSTEST_LABELS[1],
     }
     violated = tuple(XSTEST_RULES[key].name for key in keys if fired[key])
-    name, talk = f'{model}/{row["id"]}/{rule}', (row['prompt'], row['completion'])
+    talk = row['prompt'], row['completion']
+    name = f'{row.path.stem}/{name}/{rule}'
     yield _answer(name, safety, talk, bool(violated), violated, 'xstest', f'xstest/{rule}')
 
   columns = ('id', 'type', 'prompt', 'completion', 'final_label')
-  return xstest_completions(completions_csv, columns, parse)
+  rows = xstest_completions(completions_csv, columns, parse)
+  # Prompt v2-195 differs between the published files. Where many do, they are of two versions.
+  if 10 * len(differing) > num:
+    raise ValueError(f'{differing[0]}; use files of one version')
+  for line in differing:
+    note(f'{line}; the row is left out')
+  return rows
 
 
 # --- Moderation --------------------------------------------------------------------------
 
 
-def read_moderation(
-  path: str | os.PathLike, categories: Sequence[str] = ('H', 'V', 'HR', 'SH')
-) -> Rows:
+def read_moderation(path: Files, categories: Sequence[str] = ('H', 'V', 'HR', 'SH')) -> Rows:
   """Returns moderation rows as examples under a subset of the categories.
 
   The categories are keys of `MODERATION_RULES`: H hate, V violence, HR harassment, SH self-harm;
@@ -439,7 +445,7 @@ def read_moderation(
   return read_rows(path, ('prompt',), parse)
 
 
-def read_moderation_pairs(path: str | os.PathLike) -> Rows:
+def read_moderation_pairs(path: Files) -> Rows:
   """Returns strictness pairs from the severity orders H > H2 and V > V2.
 
   A pair is one text that violates the strict rule: under the lenient rule (safer) and under the
@@ -495,7 +501,7 @@ def _moderated(
 # --- Preferences -------------------------------------------------------------------------
 
 
-def read_hh_pairs(path: str | os.PathLike, safety: SafetyConfig | None = None) -> Rows:
+def read_hh_pairs(path: Files, safety: SafetyConfig | None = None) -> Rows:
   """Returns preference pairs from Anthropic HH transcripts, under general harmlessness rules.
 
   A row has `chosen` and `rejected`: two transcripts that share all up to the last
@@ -540,7 +546,7 @@ def _turns(parts: Sequence[str], roles: Mapping[str, str]) -> tuple[Message, ...
   )
 
 
-def read_pku_pairs(path: str | os.PathLike) -> Rows:
+def read_pku_pairs(path: Files) -> Rows:
   """Returns PKU-SafeRLHF pairs whose preferred side was chosen for safety."""
   safety = rules('beavertails')
 
@@ -548,7 +554,7 @@ def read_pku_pairs(path: str | os.PathLike) -> Rows:
     better, safer = (row.one_of(f'{what}_response_id', (0, 1)) for what in ('better', 'safer'))
     worse = 1 - safer
     safe = [row.flag(f'is_response_{i}_safe') for i in (0, 1)]
-    severity = [row[f'response_{i}_severity_level'] for i in (0, 1)]
+    severity = [row.amount(f'response_{i}_severity_level') for i in (0, 1)]
     texts = [row[f'response_{i}'] for i in (0, 1)]
     # The paper keeps pairs whose preferred side was chosen for safety rather than for not
     # refusing, without saying how. Our reading: the better response is also the safer one, and
@@ -576,13 +582,15 @@ def read_pku_pairs(path: str | os.PathLike) -> Rows:
   return read_rows(path, columns + [side.format(i) for side in sides for i in (0, 1)], parse)
 
 
-def read_reward_bench_2(path: str | os.PathLike) -> Rows:
+def read_reward_bench_2(path: Files) -> Rows:
   """Returns the choices of RewardBench 2, under general harmlessness rules."""
   safety = rules('harmlessness')
 
   def parse(row: Row):
     # `Choice` reads the ids of the subset Ties.
-    name = str(row['id']) if row['subset'] == TIES else f'reward_bench_2/{row["id"]}'
+    chosen, rejected = row.texts('chosen'), row.texts('rejected')
+    name, subset = row.name('id'), row.text('subset')
+    name = name if subset == TIES else f'reward_bench_2/{name}'
     responses = tuple(
       Example(
         f'{name}/{i}',
@@ -590,14 +598,14 @@ def read_reward_bench_2(path: str | os.PathLike) -> Rows:
         (Message('user', row['prompt']), Message('agent', text)),
         source='reward_bench_2',
       )
-      for i, text in enumerate([*row['chosen'], *row['rejected']])
+      for i, text in enumerate([*chosen, *rejected])
     )
-    yield Choice(name, responses, len(row['chosen']), row['subset'])
+    yield Choice(name, responses, len(chosen), subset)
 
   return read_rows(path, ('id', 'prompt', 'chosen', 'rejected', 'subset'), parse)
 
 
-def read_reward_bench_2_pairs(path: str | os.PathLike) -> Rows:
+def read_reward_bench_2_pairs(path: Files) -> Rows:
   """Returns each chosen response of the subset Safety beside each rejected one."""
   found = Rows()
   for choice in read_reward_bench_2(path):
@@ -617,7 +625,7 @@ def read_reward_bench_2_pairs(path: str | os.PathLike) -> Rows:
 # --- DynaBench ---------------------------------------------------------------------------
 
 
-def read_dynabench(path: str | os.PathLike) -> Rows:
+def read_dynabench(path: Files) -> Rows:
   """Returns DynaBench transcripts, with each rule of the policy as a category; FAIL is unsafe."""
 
   def parse(row: Row):
@@ -650,6 +658,8 @@ def read_dynabench(path: str | os.PathLike) -> Rows:
 
 def _parse_policy(policy: Any) -> list[str]:
   """Returns the rules of a policy, which are its lines or its items, without numbers."""
-  lines = policy.splitlines() if isinstance(policy, str) else policy or ()
-  found = [_NUMBER.sub('', str(line)).strip() for line in lines]
+  lines = policy.splitlines() if isinstance(policy, str) else policy or []
+  if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+    raise ValueError(f'the policy is {show(policy)}, not a text or a list of texts; correct it')
+  found = [_NUMBER.sub('', line).strip() for line in lines]
   return [rule for rule in found if rule and rule not in ('<rules>', '</rules>')]

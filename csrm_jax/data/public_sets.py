@@ -111,7 +111,7 @@ def _convert(
 ) -> Iterator[tuple[str, dict[str, str]]]:
   """Yields (key, row) for all that is in a file, and counts its drops."""
   number, path = file
-  rows = catalogue.find(name).read(path)
+  rows = catalogue.find(name).read({number: pathlib.Path(path)})
   count(rows.drops)
   for place, item in enumerate(rows):
     kind = 'pair' if isinstance(item, Pair) else 'example'

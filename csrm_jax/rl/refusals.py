@@ -47,9 +47,12 @@ def read(folder: str | os.PathLike) -> list[Judged]:
   judged = []
   for path in files:
     for row in public.xstest_completions(path, ('id', 'prompt', 'completion', *labels)):
-      prompt = Prompt(f'{path.stem}/{row["id"]}', (schema.Message('user', row['prompt']),), safety)
+      name, talk = f'{path.stem}/{row.name("id")}', (schema.Message('user', row.text('prompt')),)
+      prompt = Prompt(name, talk, safety)
       judged.append(
-        Judged(Sample(prompt, 0, row['completion'], 0, True), *(row[column] for column in labels))
+        Judged(
+          Sample(prompt, 0, row.text('completion'), 0, True), *(row[column] for column in labels)
+        )
       )
   return judged
 

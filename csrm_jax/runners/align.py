@@ -13,7 +13,7 @@ import jax
 import ml_collections
 
 from csrm_jax.core import files, mesh as mesh_lib, tree
-from csrm_jax.data import public, sources
+from csrm_jax.data import public, sources, tables
 from csrm_jax.evals import policy as policy_eval, report
 from csrm_jax.models import hf, lora, transformer
 from csrm_jax.models.config import ModelConfig
@@ -395,10 +395,13 @@ def _read_xstest(path: pathlib.Path, safety: schema.SafetyConfig) -> list[Prompt
 
 
 def _read_jsonl(path: pathlib.Path, safety: schema.SafetyConfig) -> list[Prompt]:
-  def parse(row: sources.Row) -> Iterator[Prompt]:
-    yield _prompt(str(row['id']), row.text('prompt'), safety, row.get('label') or '')
+  def parse(row: tables.Row) -> Iterator[Prompt]:
+    label = row.get('label')
+    yield _prompt(row.name('id'), row.text('prompt'), safety, '' if label is None else label)
 
-  return sources.read_rows(path, ('id', 'prompt'), parse)
+  found = tables.read_rows(path, ('id', 'prompt'), parse)
+  sources.check_ids(found, path)
+  return found
 
 
 def _prompt(name: str, text: str, safety: schema.SafetyConfig, label: str) -> Prompt:

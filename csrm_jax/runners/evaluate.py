@@ -24,7 +24,7 @@ import tqdm
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import files
-from csrm_jax.data import benchmark, catalogue, features, sources
+from csrm_jax.data import benchmark, catalogue, features, forms, sources
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import compare, metrics, policy, report, suites
 from csrm_jax.evals.bootstrap import Measure
@@ -97,7 +97,7 @@ def _read_examples(config: ml_collections.ConfigDict) -> Sequence[schema.Example
   if not config.conversations:
     raise ValueError('config.conversations is empty: give --config.conversations=PATH')
   safety = schema.load_safety(config.safety) if config.safety else None
-  examples = sources.read_jsonl(config.conversations, safety)
+  examples = forms.read(config.conversations, safety)
   if not examples:
     raise ValueError(f'{config.conversations} has no rows')
   if any(isinstance(example, schema.Pair) for example in examples):

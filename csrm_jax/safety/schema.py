@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,16 @@ from csrm_jax.core import checks, files
 from csrm_jax.core.checks import show
 
 LABELS = ('safe', 'unsafe')
-ROLES = ('user', 'agent')
+ROLES = ('system', 'user', 'agent', 'tool')
+# What others call the roles.
+_ROLE_WORDS = {
+  **{role: role for role in ROLES},
+  **dict.fromkeys(('human', 'prompter'), 'user'),
+  **dict.fromkeys(('assistant', 'gpt', 'chatgpt', 'model', 'bot', 'ai'), 'agent'),
+  **dict.fromkeys(('function_call',), 'agent'),
+  **dict.fromkeys(('function', 'observation', 'tool_response', 'ipython'), 'tool'),
+  'developer': 'system',
+}
 PAIR_KINDS = ('strictness', 'preference')
 PROMPT_LABELS = ('', 'harmful', 'benign')
 REQUIRED_COLUMNS = ('id', 'safety', 'conversation')
@@ -196,14 +206,14 @@ def _find_duplicate(categories: Sequence[Category]) -> int | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Message:
-  """One turn of a conversation; role is 'user' or 'agent'."""
+  """One turn of a conversation; role is one of ROLES. 'tool' gives what a tool returned."""
 
   role: str
   content: str
 
   def __post_init__(self):
     if self.role not in ROLES:
-      raise ValueError(f'unknown role {show(self.role)}; use "user" or "agent"')
+      raise ValueError(f'unknown role {show(self.role)}; use one of {", ".join(ROLES)}')
     checks.check_text(self.content, 'message content', empty_ok=True)
 
   def to_dict(self) -> dict[str, str]:
@@ -224,22 +234,73 @@ def check_conversation(conversation: Sequence[Message]) -> None:
 
 
 def parse_conversation(obj: Any) -> tuple[Message, ...]:
-  """Returns the messages in [{"role": ..., "content": ...}, ...]."""
+  """Returns the messages in [{"role": ..., "content": ...}, ...].
+
+  The words of chat APIs are understood: role "assistant", content in parts of text, tool calls,
+  which become text of the agent's; and "from" and "value" instead of "role" and "content".
+  """
   if not isinstance(obj, (list, tuple)):
     raise ValueError(
       f'"conversation" is {show(obj)}; write a list of messages with "role" and "content"'
     )
   messages = []
   for i, item in enumerate(obj):
-    if not isinstance(item, Mapping) or not {'role', 'content'} <= set(item):
-      raise ValueError(
-        f'message {i + 1} is {show(item)}; write an object with "role" and "content"'
-      )
     try:
-      messages.append(Message(item['role'], item['content']))
+      messages.append(Message(role_of([item]), _content(item)))
     except ValueError as error:
       raise ValueError(f'message {i + 1}: {error}') from None
   return tuple(messages)
+
+
+def role_of(conversation: Any) -> Any:
+  """Returns the role of the first message, in our words where they are known."""
+  item = conversation[0] if conversation else None
+  role = item.get('role', item.get('from')) if isinstance(item, Mapping) else None
+  return _ROLE_WORDS.get(role.lower(), role) if isinstance(role, str) else role
+
+
+def _content(item: Any) -> Any:
+  """Returns a message's text; what cannot be read as text is an error."""
+  keys = set(item) if isinstance(item, Mapping) else set()
+  if not keys & {'role', 'from'} or not keys & {'content', 'value', 'tool_calls', 'refusal'}:
+    raise ValueError(f'it is {show(item)}; write an object with "role" and "content"')
+  content = item.get('content', item.get('value'))
+  if isinstance(content, (list, tuple)):
+    content = '\n'.join(_part(part) for part in content)
+  if content is None and item.get('refusal'):
+    content = item['refusal']
+  calls = item.get('tool_calls')
+  if not calls:
+    return content
+  if not isinstance(calls, (list, tuple)):
+    raise ValueError(f'"tool_calls" is {show(calls)}; write a list')
+  if content is not None and not isinstance(content, str):
+    return content  # `Message` says what is wrong.
+  texts = [_call(call) for call in calls]
+  return '\n'.join(texts if content in (None, '') else [content, *texts])
+
+
+def _part(part: Any) -> str:
+  if isinstance(part, str):
+    return part
+  kind = part.get('type') if isinstance(part, Mapping) else None
+  text = part.get('text') if kind in ('text', 'input_text', 'output_text') else None
+  if not isinstance(text, str):
+    raise ValueError(
+      f'a part of its content is of type {show(kind)}, which has no place here; write in text what'
+      ' it shows, or remove the row'
+    )
+  return text
+
+
+def _call(call: Any) -> str:
+  call = call.get('function', call) if isinstance(call, Mapping) else call
+  if not isinstance(call, Mapping) or not isinstance(call.get('name'), str):
+    raise ValueError(f'a tool call is {show(call)}; write an object with "name" and "arguments"')
+  arguments = call.get('arguments', '')
+  if not isinstance(arguments, str):
+    arguments = json.dumps(arguments, ensure_ascii=False)
+  return f'[calls {call["name"]}({arguments})]'
 
 
 # --- Examples and pairs ----------------------------------------------------------------

@@ -166,7 +166,7 @@ ANSWER = 'Answer:'
 CONTROL_LINES = (
   *(PREAMBLE, RULES, END_RULES, HISTORY, END_HISTORY, RESPONSE, END_RESPONSE, QUESTION, ANSWER),
 )
-_SPEAKERS = {'user': 'User: ', 'agent': 'Agent: '}
+_SPEAKERS = {'system': 'System: ', 'user': 'User: ', 'agent': 'Agent: ', 'tool': 'Tool: '}
 _INDENT = '\n  '
 
 
@@ -290,7 +290,11 @@ def _shield_gemma(
 
 
 def _up_to_last(conversation: Sequence[Message], role: str) -> Sequence[Message]:
-  """Returns the conversation up to its last message of `role`."""
+  """Returns the turns of user and agent up to the last message of `role`.
+
+  These formats have no place for what systems and tools say.
+  """
+  conversation = [m for m in conversation if m.role in ('user', 'agent')]
   for end in range(len(conversation), 0, -1):
     if conversation[end - 1].role == role:
       return conversation[:end]

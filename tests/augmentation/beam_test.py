@@ -8,7 +8,7 @@ import pytest
 
 from csrm_jax import config as config_lib
 from csrm_jax.augmentation import beam
-from csrm_jax.data import pipeline, sources
+from csrm_jax.data import forms, pipeline
 from csrm_jax.runners import augment
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def test_array_record_files_come_from_beam_too(tmp_path):
   c = config(**{'beam.enabled': True, 'array_record': True, 'source.num_examples': 8})
   run(c, tmp_path / 'work')
   found = pipeline.read_source('array_record', str(tmp_path / 'work'))
-  rows = sources.read_jsonl(tmp_path / 'work' / 'data.jsonl')
+  rows = forms.read(tmp_path / 'work' / 'data.jsonl')
   assert sorted(found, key=lambda item: item.id) == sorted(rows, key=lambda item: item.id)
 
 

@@ -6,7 +6,7 @@ import lzma
 
 import pytest
 
-from csrm_jax.data import catalogue, public, sources
+from csrm_jax.data import catalogue, public, tables
 from csrm_jax.data.public import MODERATION_RULES, XSTEST_RULES
 
 BEAVERTAILS = public.rules('beavertails')
@@ -178,11 +178,11 @@ def test_parquet_and_json(tmp_path):
   parquet = pytest.importorskip('pyarrow.parquet')
   rows = [{'a': 1, 'b': 'x'}, {'a': 2, 'b': None}]
   parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'a.parquet')
-  assert [r for _, r in sources.read_table(tmp_path / 'a.parquet', 'ab')] == rows
+  assert [r for _, r in tables.read_table(tmp_path / 'a.parquet', 'ab')] == rows
   (tmp_path / 'a.json').write_text(json.dumps(rows))
-  assert [r for _, r in sources.read_table(tmp_path / 'a.json', 'ab')] == rows
+  assert [r for _, r in tables.read_table(tmp_path / 'a.json', 'ab')] == rows
   with pytest.raises(ValueError, match="missing column 'c'"):
-    list(sources.read_table(tmp_path / 'a.json', 'abc'))
+    list(tables.read_table(tmp_path / 'a.json', 'abc'))
 
 
 def test_what_is_missing_says_how_to_get_it(tmp_path):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from csrm_jax.data import public, sources
+from csrm_jax.data import forms, public, sources
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 RULES = SafetyConfig((Category('Pets', 'No pets.'),), 'house')
@@ -46,7 +46,7 @@ def test_jsonl_gives_back_what_was_written(tmp_path, name):
     Pair('3', example('3a'), example('3b', 'bad'), 'preference'),
   ]
   path = write(tmp_path / name, *(item.to_dict() for item in items))
-  rows = sources.read_jsonl(path)
+  rows = forms.read(path)
   assert rows == items
   assert rows.drops == {}
 
@@ -55,10 +55,10 @@ def test_jsonl_rules_from_a_file_or_the_caller(tmp_path):
   row = example().to_dict()
   write(tmp_path / 'rules.json', json.dumps(row.pop('safety')))
   path = write(tmp_path / 'rows.jsonl', row | {'safety': 'rules.json'}, '')
-  assert sources.read_jsonl(path) == [example()]
+  assert forms.read(path) == [example()]
   path = write(tmp_path / 'bare.jsonl', '\ufeff' + json.dumps(row))
-  assert sources.read_jsonl(path, safety=RULES) == [example()]
-  assert 'safety' in fails(sources.read_jsonl, path)
+  assert forms.read(path, safety=RULES) == [example()]
+  assert 'safety' in fails(forms.read, path)
 
 
 def without(row, *columns):
@@ -97,28 +97,28 @@ ROW = example().to_dict()
 )
 def test_jsonl_names_file_and_line(tmp_path, row, words):
   path = write(tmp_path / 'rows.jsonl', ROW, '', row, ROW)
-  message = fails(sources.read_jsonl, path)
+  message = fails(forms.read, path)
   assert message.startswith(f'{path}:3:')
   assert all(word in message for word in words), message
 
 
 def test_jsonl_label_can_be_required(tmp_path):
-  path = write(tmp_path / 'rows.jsonl', ROW, ROW | {'label': None})
-  assert len(sources.read_jsonl(path)) == 2
-  message = fails(sources.read_jsonl, path, require_label=True)
+  path = write(tmp_path / 'rows.jsonl', ROW, ROW | {'id': '2', 'label': None})
+  assert len(forms.read(path)) == 2
+  message = fails(forms.read, path, require_label=True)
   assert message.startswith(f'{path}:2: no label')
 
 
 def test_jsonl_last_line_cut_short(tmp_path):
   path = write(tmp_path / 'rows.jsonl', ROW, json.dumps(ROW)[:-9], end='')
-  message = fails(sources.read_jsonl, path)
+  message = fails(forms.read, path)
   assert message.startswith(f'{path}:2: the last line is cut short')
 
 
 def test_jsonl_invalid_utf8(tmp_path):
   path = write(tmp_path / 'rows.jsonl', ROW, ROW)
   path.write_bytes(path.read_bytes() + b'{"id": "\xff"}\n')
-  message = fails(sources.read_jsonl, path)
+  message = fails(forms.read, path)
   assert message.startswith(f'{path}:3: byte 0xff')
 
 
@@ -127,13 +127,13 @@ def test_jsonl_damaged_gzip(tmp_path):
   whole = path.read_bytes()
   for data in (whole[:-20], b'no gzip at all', whole[:40] + b'x' * 30):
     path.write_bytes(data)
-    assert 'not a complete gzip' in fails(sources.read_jsonl, path)
+    assert 'not a complete gzip' in fails(forms.read, path)
 
 
 def test_no_file_and_no_rows(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  assert 'cannot be read' in fails(sources.read_jsonl, path)
-  assert 'no rows' in fails(sources.read_jsonl, write(path, '', ''))
+  assert 'cannot be read' in fails(forms.read, path)
+  assert 'no rows' in fails(forms.read, write(path, '', ''))
 
 
 # Parquet
@@ -153,7 +153,7 @@ def test_parquet_with_structs_and_with_json_text(tmp_path):
   ]
   rows = [item.to_dict() for item in items]
   path = to_parquet(tmp_path / 'structs.parquet', *rows)
-  assert sources.read_parquet(path) == items
+  assert forms.read(path) == items
   text = [
     {
       k: json.dumps(v) if isinstance(v, dict | list) and k != 'violated' else v
@@ -162,31 +162,31 @@ def test_parquet_with_structs_and_with_json_text(tmp_path):
     for row in rows
   ]
   path = to_parquet(tmp_path / 'text.parquet', *text)
-  assert sources.read_parquet(path) == items
+  assert forms.read(path) == items
 
 
 def test_parquet_pairs(tmp_path):
   pair = Pair('3', example('3a'), example('3b', 'bad'), 'preference')
   path = to_parquet(tmp_path / 'pairs.parquet', pair.to_dict())
-  assert sources.read_parquet(path) == [pair]
+  assert forms.read(path) == [pair]
 
 
 def test_parquet_errors(tmp_path):
   path = to_parquet(tmp_path / 'rows.parquet', ROW, ROW | {'label': 'bad'})
-  message = fails(sources.read_parquet, path)
+  message = fails(forms.read, path)
   assert message.startswith(f'{path}: row 2:') and 'bad' in message
   path = to_parquet(tmp_path / 'text.parquet', ROW | {'safety': '{"x"'})
-  assert "'safety' is not valid JSON" in fails(sources.read_parquet, path)
+  assert "'safety' is not valid JSON" in fails(forms.read, path)
   write(path, 'no parquet')
-  assert 'cannot be read as Parquet' in fails(sources.read_parquet, path)
+  assert 'cannot be read as Parquet' in fails(forms.read, path)
   missing = tmp_path / 'none.parquet'
-  assert 'cannot be read as Parquet' in fails(sources.read_parquet, missing)
+  assert 'cannot be read as Parquet' in fails(forms.read, missing)
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'pyarrow', None)
   with pytest.raises(ImportError, match='pip install pyarrow'):
-    sources.read_parquet(tmp_path / 'rows.parquet')
+    forms.read(tmp_path / 'rows.parquet')
 
 
 # HH transcripts

@@ -12,7 +12,7 @@ import pytest
 
 from csrm_jax import config as config_lib, main
 from csrm_jax.core import journal
-from csrm_jax.data import sources
+from csrm_jax.data import forms
 from csrm_jax.ruleworld import examples
 
 pytest.importorskip('openai')
@@ -27,7 +27,7 @@ GOOD = json.dumps({'plus': PLUS, 'minus': MINUS})
 def run(c, workdir):
   main.run(c, workdir)
   card = json.loads((workdir / 'card.json').read_text())
-  return sources.read_jsonl(workdir / 'data.jsonl', require_label=True), card
+  return forms.read(workdir / 'data.jsonl', require_label=True), card
 
 
 def read(path):
@@ -171,8 +171,8 @@ def test_a_run_that_is_killed_asks_for_nothing_twice(conversations, tmp_path):
     asked = [body['messages'][1]['content'] for body in server.bodies]
     again = collections.Counter(asked) - collections.Counter(set(asked))
     assert list(again) == [asked[11]]
-  rows = sources.read_jsonl(workdir / 'data.jsonl', require_label=True)
-  assert [row.id for row in rows] == [row.id for row in sources.read_jsonl(conversations)]
+  rows = forms.read(workdir / 'data.jsonl', require_label=True)
+  assert [row.id for row in rows] == [row.id for row in forms.read(conversations)]
   assert all(row.plus.name == PLUS['name'] for row in rows)
 
 

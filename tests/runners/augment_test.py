@@ -10,7 +10,7 @@ import pytest
 
 from csrm_jax import config as config_lib, main
 from csrm_jax.core import journal
-from csrm_jax.data import pipeline, sources
+from csrm_jax.data import forms, pipeline
 from csrm_jax.ruleworld import examples
 from csrm_jax.runners import augment
 from csrm_jax.safety.schema import Category, Example, Pair
@@ -32,7 +32,7 @@ def run(c, workdir):
   workdir.mkdir(parents=True, exist_ok=True)
   augment.run(c, workdir)
   card = json.loads((workdir / 'card.json').read_text())
-  return sources.read_jsonl(workdir / 'data.jsonl', require_label=True), card
+  return forms.read(workdir / 'data.jsonl', require_label=True), card
 
 
 def read(path):

@@ -25,7 +25,7 @@ import pytest
 import csrm_jax
 from csrm_jax import config as config_lib, main
 from csrm_jax.core import checkpoint, tree
-from csrm_jax.data import sources
+from csrm_jax.data import forms, sources
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.ruleworld import examples
@@ -387,7 +387,7 @@ def test_a_run_on_jsonl(tmp_path):
   main.run(config, tmp_path / 'rm')
   summary = _summary(tmp_path / 'rm')
   assert math.isfinite(summary['file/f1'])
-  _, held_out = sources.split(sources.read_jsonl(path), config.eval.fraction, config.seed)
+  _, held_out = sources.split(forms.read(path), config.eval.fraction, config.seed)
   # A part of what is held out fits thresholds and calibration.
   test, validation = sources.split(held_out, 0.25, seed=1)
   assert test and validation and len(held_out) < 60

@@ -172,8 +172,8 @@ def test_byte_order_mark_is_no_part_of_the_text(tmp_path):
     ({'conversation': 'User: hi'}, ['conversation', 'list of messages']),
     ({'conversation': [{'role': 'agent'}]}, ['message 1', 'content']),
     (
-      {'conversation': [{'role': 'assistant', 'content': ''}]},
-      ['message 1', "unknown role 'assistant'", '"agent"'],
+      {'conversation': [{'role': 'narrator', 'content': ''}]},
+      ['message 1', "unknown role 'narrator'", 'agent'],
     ),
     ({'conversation': [{'role': 'agent', 'content': None}]}, ['message 1', 'None', 'quotes']),
     ({'conversation': [{'role': 'agent', 'content': '\ud800'}]}, ['message 1', 'surrogate']),
@@ -284,4 +284,4 @@ def test_direct_construction_is_checked_too():
   with pytest.raises(ValueError, match='build a Category'):
     SafetyConfig(({'name': 'A', 'guideline': 'b'},))
   with pytest.raises(ValueError, match='role'):
-    Message('system', 'x')
+    Message('narrator', 'x')
