@@ -37,9 +37,8 @@ def save_to_disk(folder, rows, files=2):
   names = [f'data-{i:05d}-of-{files:05d}.arrow' for i in range(files)]
   for i, name in enumerate(names):
     table = arrow.Table.from_pylist(rows[i::files])
-    with arrow.OSFile(str(folder / name), 'wb') as file:
-      with arrow.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
+    with arrow.ipc.new_stream(str(folder / name), table.schema) as writer:
+      writer.write_table(table)
   (folder / 'dataset_info.json').write_text('{}')
   state = {'_data_files': [{'filename': name} for name in names], '_indices_files': None}
   (folder / 'state.json').write_text(json.dumps(state))
@@ -49,7 +48,7 @@ def save_to_disk(folder, rows, files=2):
 @pytest.mark.parametrize('name', catalogue_test.ROWS)
 def test_no_public_reader_answers_a_cell_with_a_traceback(tmp_path, name):
   """A cell of another type is read as what it plainly is, or is one line with file and row."""
-  split, file, rows = catalogue_test.ROWS[name]
+  _, file, rows = catalogue_test.ROWS[name]
   file = file.removesuffix('.xz').removesuffix('.gz')
   if file.endswith(('.csv', '.parquet', '.json')):  # JSON lines hold any cell
     file = f'{file.rpartition(".")[0]}.jsonl'
