@@ -60,10 +60,13 @@ def get_config(arg=None):
   # The words for "safe" and "unsafe" with format='csrm'; use ('Yes', 'No') where the tokenizer
   # splits these: a verdict is read off one token.
   c.words = ('safe', 'unsafe')
+  # What comes first with format='csrm': rules_first or conversation_first; '' is rules_first.
+  c.order = ''
   c.numerics = ml_collections.ConfigDict(
     {
-      'dtype': '',  # the dtype of activations: float32 or bfloat16; '' for float32
-      'param_dtype': '',  # the dtype of parameters; '' keeps the file's
+      # The dtype of activations, float32 or bfloat16; '' is a trained model's own, else float32.
+      'dtype': '',
+      'param_dtype': '',  # the dtype of parameters; '' keeps what is stored
     }
   )
   # The most tokens of a prompt; longer ones lose history and response, never rules. More than in

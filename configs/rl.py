@@ -136,6 +136,8 @@ def base(arg):
     },
     'reward': {
       'name': arg.reward,
+      # What reward models compute in and are held in: float32 or bfloat16; '' as they are stored.
+      'dtype': '',
       # reward=csrm: R = sigmoid(a * score + b).
       'checkpoint': arg.checkpoint,  # the work directory of a run of configs/rm.py
       'a': 1.0,  # the slope; above 0

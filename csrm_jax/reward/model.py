@@ -23,8 +23,11 @@ from csrm_jax.core import checkpoint, checks, mesh as mesh_lib, remote, tree
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, scoring
 from csrm_jax.safety import schema, templates
-from csrm_jax.safety.templates import WORDS
+from csrm_jax.safety.templates import ORDERS, WORDS
 from csrm_jax.text import tokenizer as tokenizer_lib
+
+# What may differ between training and scoring.
+_NUMERICS = ('dtype', 'param_dtype')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +161,7 @@ def describe(
   source: str | pathlib.Path | hf.Source,
   format: str = 'csrm',
   words: tuple[str, str] = WORDS,
+  order: str = '',
   **overrides: Any,
 ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
   """Returns the spec and tokenizer of what `load` loads, without reading weights.
@@ -167,17 +171,21 @@ def describe(
   Args:
     words: The words for "safe" and "unsafe" that a public model is asked for with format 'csrm';
       some tokenizers know Yes and No better.
-    **overrides: Fields of a public model's config that say how it is computed, such as dtype.
+    order: The order in which a public model reads with format 'csrm', one of templates.ORDERS; ''
+      is the first.
+    **overrides: Fields of the model's config that say how it is computed: dtype and param_dtype,
+      and those of models.config.RUN_TIME_FIELDS for a public model.
   """
   public = public_model(source)
   if public:
-    return _describe_public(public, format, tuple(words), overrides)
-  if (format, tuple(words), overrides) != ('csrm', WORDS, {}):
+    return _describe_public(public, format, tuple(words), order, overrides)
+  if (format, tuple(words), order) != ('csrm', WORDS, '') or set(overrides) - set(_NUMERICS):
     raise ValueError(
-      f'{source}: a trained reward model knows its format, words and '
-      'numerics; leave those settings as they are'
+      f'{source}: a trained reward model knows its format, words and order; leave all settings but '
+      f'{" and ".join(_NUMERICS)} as they are'
     )
-  return _describe_run(_directory(source))
+  spec, tokenizer = _describe_run(_directory(source))
+  return dataclasses.replace(spec, model=dataclasses.replace(spec.model, **overrides)), tokenizer
 
 
 def _describe_run(directory: pathlib.Path) -> tuple[Spec, tokenizer_lib.Tokenizer]:
@@ -213,11 +221,12 @@ def _describe_run(directory: pathlib.Path) -> tuple[Spec, tokenizer_lib.Tokenize
 def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
   """Returns all parameters of a training run; adapters come together with their base.
 
-  They lie on the mesh that jax.set_mesh has set, if any. A base whose weights have changed since
-  raises ValueError.
+  They are in spec.model.param_dtype, whatever they were trained in, and lie on the mesh that
+  jax.set_mesh has set, if any. A base whose weights have changed since raises ValueError.
   """
   directory = _directory(source)
-  mesh, shapes = jax.sharding.get_mesh(), transformer.shapes(spec.model)
+  trained = Spec.from_dict(checkpoint.read_meta(directory / 'checkpoints')).model
+  mesh, shapes = jax.sharding.get_mesh(), transformer.shapes(trained)
   # A checkpoint of adapters does not hold their base: it is read from where it came.
   stored, base = lora.split(shapes) if spec.base else (shapes, {})
   stored = {'params': stored}
@@ -228,7 +237,9 @@ def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
     )
   if restored is None:
     raise FileNotFoundError(f'{directory}: no intact checkpoint there')
-  params = restored.state['params']
+  wanted = transformer.shapes(spec.model)
+  wanted = lora.split(wanted)[0] if spec.base else wanted
+  params = jax.tree.map(lambda x, to: x.astype(to.dtype), restored.state['params'], wanted)
   if not spec.base:
     return params
   weights = hf.Source(spec.base)
@@ -248,17 +259,17 @@ def _shardings(shapes: Any) -> Any:
 
 
 def _describe_public(
-  source: hf.Source, format: str, words: tuple[str, str], overrides: Mapping[str, Any]
+  source: hf.Source, format: str, words: tuple[str, str], order: str, overrides: Mapping[str, Any]
 ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
   guard = templates.GUARDS.get(format)
   tokenizer = backbone.load_tokenizer(source)
   if guard:
     # A guard has words of its own; Layout refuses any others, so they are passed on to it.
-    layout = templates.Layout(format, words=words)
+    layout = templates.Layout(format, order or ORDERS[0], words=words)
     safe_words, unsafe_words = guard.safe_words, guard.unsafe_words
   else:
     prefix, suffix = backbone.chat_marks(source, tokenizer)
-    layout = templates.Layout(format, words=words, chat_prefix=prefix, chat_suffix=suffix)
+    layout = templates.Layout(format, order or ORDERS[0], words, prefix, suffix)
     safe_words, unsafe_words = templates.pair_spellings(tokenizer, words)
   templates.check_marks(tokenizer, layout)
   cfg = hf.load_config(source, **overrides)

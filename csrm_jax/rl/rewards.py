@@ -479,7 +479,7 @@ def make_scorers(config: Any) -> Scorers:
   safety = judge = _make_safety(reward, knows_truth)
   if reward.name == 'csrm' and (reward.a, reward.b) != (1.0, 0.0):
     # P(safe) itself: the policies of one sweep are compared without their own a and b.
-    judge = safety_reward(_load_score_fn(reward.checkpoint, reward.max_length))
+    judge = safety_reward(_load_score_fn(reward.checkpoint, reward.dtype, reward.max_length))
   helpfulness = _make_helpfulness(reward, knows_truth)
   parts, added = {'safety': (safety, reward.safety_weight)}, {}
   if helpfulness is not None:
@@ -506,7 +506,7 @@ def _make_safety(reward: Any, knows_truth: bool) -> RewardFn:
           'config.reward.checkpoint is empty: give the work directory of a '
           'reward model that configs/rm.py has trained, as checkpoint=DIR'
         )
-      score_fn = _load_score_fn(reward.checkpoint, reward.max_length)
+      score_fn = _load_score_fn(reward.checkpoint, reward.dtype, reward.max_length)
       return safety_reward(score_fn, reward.a, reward.b)
     case 'http':
       if not reward.url:
@@ -529,7 +529,7 @@ def _make_helpfulness(reward: Any, knows_truth: bool) -> RewardFn | None:
     _check_truth(knows_truth, "config.reward.helpfulness='oracle'", instead)
     return from_each(world.oracle_helpfulness, 'helpfulness')
   return helpfulness_reward(
-    _load_score_fn(name), reward.helpfulness_a, reward.helpfulness_b, augment.NO_RULES
+    _load_score_fn(name, reward.dtype), reward.helpfulness_a, reward.helpfulness_b, augment.NO_RULES
   )
 
 
@@ -541,7 +541,8 @@ def _make_refusal(reward: Any, knows_truth: bool) -> verifiers.RefusalFn:
     return verifiers.by_text(world.refuses)
   if name in verifiers.REFUSALS:
     return verifiers.REFUSALS[name]
-  return verifiers.by_score(_load_score_fn(name), schema.load_safety(reward.refusal_rules))
+  score_fn = _load_score_fn(name, reward.dtype)
+  return verifiers.by_score(score_fn, schema.load_safety(reward.refusal_rules))
 
 
 def _check_truth(knows_truth: bool, setting: str, instead: str) -> None:
@@ -567,8 +568,9 @@ def _nothing(samples: Sequence[Sample]) -> np.ndarray:
 
 # The reward and the report's judge may ask the same reward model, which is then loaded once.
 @functools.lru_cache(maxsize=4)
-def _load_score_fn(source: str, max_length: int = 2048) -> scoring.ScoreFn:
-  return reward_model.load(source, max_length).score_fn
+def _load_score_fn(source: str, dtype: str, max_length: int = 2048) -> scoring.ScoreFn:
+  numerics = dict.fromkeys(('dtype', 'param_dtype'), dtype) if dtype else {}
+  return reward_model.load(source, max_length, **numerics).score_fn
 
 
 def _find(name: str) -> Callable[..., Any]:

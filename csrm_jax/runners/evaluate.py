@@ -13,6 +13,7 @@ import itertools
 import json
 import pathlib
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,8 @@ from csrm_jax.train import loop
 
 # The share of held-out rows on which thresholds and calibration are fitted.
 _VALIDATION_FRACTION = 0.25
+# Rows of a file whose scores are kept together, so that a run that is stopped loses few.
+_ROWS_AT_ONCE = 1024
 _HELD_OUT = '{} of the data trained on that training did not see.'
 
 
@@ -57,17 +60,25 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes workdir/scored.jsonl, and a report where the rows have labels."""
+  """Writes workdir/scored.jsonl, and a report where the rows have labels.
+
+  If it was stopped, the same command goes on with the rows that have no scores yet.
+  """
   examples = _read_examples(config)
   rm = load_model(config)
+  kept = workdir / 'scores'
+  score_fn = keep_scores(rm.score_fn, kept)
   with _progress_bar('score', len(examples)) as bar:
-    scores = rm.score_fn(examples, bar.update)
+    starts = range(0, len(examples), _ROWS_AT_ONCE)
+    parts = [score_fn(examples[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
+  scores = np.concatenate(parts)
   path = workdir / 'scored.jsonl'
   lines = [
     json.dumps({'id': example.id, **dataclasses.asdict(verdict)})
     for example, verdict in zip(examples, scoring.verdicts(scores), strict=True)
   ]
   files.write(path, '\n'.join(lines) + '\n')
+  shutil.rmtree(kept)
   print(f'{len(lines)} verdicts: {path}')
   if any(example.label is not None for example in examples):
     name = rm.spec.layout.format
@@ -255,7 +266,7 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the options of reward_model.load for the model that configs/eval.py names."""
   if not config.checkpoint:
     raise ValueError('config.checkpoint is empty: give --config.checkpoint=PATH')
-  options = {'format': config.format, 'words': tuple(config.words)}
+  options = {'format': config.format, 'words': tuple(config.words), 'order': config.order}
   overrides = {name: value for name, value in config.numerics.items() if value}
   return options | overrides
 

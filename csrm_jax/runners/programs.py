@@ -15,7 +15,7 @@ import numpy as np
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features
 from csrm_jax.models import config as model_config, hf, lora, sampling as sampling_lib, transformer
-from csrm_jax.reward import scoring
+from csrm_jax.reward import plans, scoring
 from csrm_jax.rl import algorithms, online
 from csrm_jax.runners import align, train_rm
 from csrm_jax.safety import templates
@@ -249,7 +249,7 @@ def _of_alignment(config, devices):
         f"reward={run.reward.name} is computed by no model; leave 'score' out of config.programs"
       )
     parts = math.prod(mesh.shape[name] for name in mesh_lib.ROWS)
-    most = scoring.most_rows(scoring.BATCH_TOKENS * parts, config.score_length)
+    most = plans.most_rows(plans.CALL_TOKENS['other'] * parts, config.score_length)
     rows = sampling_lib.num_rows(num, most)
     return _score(
       judge, mesh, rows, config.score_length, beside=[state, base], calls=-(-num // rows)

@@ -135,6 +135,15 @@ def test_other_words(folder):
   assert 'Answer Yes or No.<end_of_turn>' in segments[-1].text
 
 
+def test_conversation_first(folder):
+  rm = csrm_jax.load(folder, order='conversation_first')
+  assert rm.spec.layout.order == 'conversation_first'
+  assert rm.spec.template_hash != csrm_jax.load(folder).spec.template_hash
+  (score,) = rm.score_fn([_example(1)])
+  want = _direct(folder, rm.spec.layout, [['safe', 'Ġsafe'], ['unsafe', 'Ġunsafe']], _example(1))
+  assert abs(score - want) < 1e-4
+
+
 def test_without_a_chat_template_the_prompt_ends_with_our_answer_line(folder, tmp_path):
   for file in folder.iterdir():
     (tmp_path / file.name).symlink_to(file)

@@ -3,6 +3,7 @@ import functools
 import json
 import pathlib
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -115,6 +116,25 @@ def test_the_newest_checkpoint_is_loaded(tmp_path):
   np.testing.assert_array_equal(
     rm.score_fn([example]), SPEC.make_score_fn(_params(1), TOKENIZER)([example])
   )
+
+
+def test_a_model_is_scored_in_another_dtype_than_trained_in(tmp_path):
+  _save(tmp_path, seed=1)
+  numerics = dict.fromkeys(('dtype', 'param_dtype'), 'bfloat16')
+  rm = reward_model.load(tmp_path, **numerics)
+  assert rm.spec.model == dataclasses.replace(SPEC.model, **numerics)
+  params = reward_model.restore_params(tmp_path, rm.spec)
+  assert {x.dtype.name for x in jax.tree.leaves(params)} == {'bfloat16'}
+  found = [examples.test_example(0, i, 'seen') for i in range(4)]
+  got, want = rm.score_fn(found), reward_model.load(tmp_path).score_fn(found)
+  np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
+  assert (got != want).any()
+
+
+@pytest.mark.parametrize('option', [{'order': 'conversation_first'}, {'unroll': 2}])
+def test_what_training_has_fixed_is_refused(tmp_path, option):
+  with pytest.raises(ValueError, match='leave all settings but dtype and param_dtype'):
+    reward_model.load(_save(tmp_path), **option)
 
 
 def test_a_conversation_must_end_with_the_agent(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import csrm_jax
 from csrm_jax.data import features
 from csrm_jax.models import config, transformer
-from csrm_jax.reward import scoring
+from csrm_jax.reward import plans, scoring
 from csrm_jax.ruleworld import examples as ruleworld
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -30,6 +30,8 @@ CFG = config.preset(
   unroll=1,
 )
 ENCODER = features.Encoder(TOKENIZER, 256)
+# A call for each prompt or two, in one shape.
+ONE_EACH = plans.Costs(keys=1e9, program=1e9, call_tokens=1, longest_row=256)
 
 
 @functools.cache
@@ -44,7 +46,7 @@ def _examples(num=9):
 
 
 def _score_fn(params=None, **kwargs):
-  settings = {'max_length': 256, 'buckets': (128,)} | kwargs
+  settings = {'max_length': 256, 'costs': ONE_EACH} | kwargs
   return scoring.make_score_fn(
     CFG, _params() if params is None else params, TOKENIZER, VERBALIZERS, **settings
   )
@@ -87,10 +89,15 @@ def test_scores_differ_between_examples_and_rules():
 
 
 @pytest.mark.parametrize(
-  'kwargs', [{'buckets': ()}, {'buckets': (64, 192)}, {'batch_tokens': 1}, {'batch_tokens': 512}]
+  'costs',
+  [
+    None,
+    plans.Costs(keys=100, program=0, call_tokens=256),
+    plans.Costs(keys=1e9, program=1e9, call_tokens=4096, longest_row=4096),
+  ],
 )
-def test_bucket_and_batch_do_not_change_a_score(kwargs):
-  np.testing.assert_allclose(_score_fn(**kwargs)(_examples()), _scores(), atol=1e-5)
+def test_rows_and_batches_do_not_change_a_score(costs):
+  np.testing.assert_allclose(_score_fn(costs=costs)(_examples()), _scores(), atol=1e-5)
 
 
 def test_order_and_neighbours_do_not_change_a_score():
@@ -120,26 +127,50 @@ def _under(safety, rows):
   ]
 
 
-def test_rules_of_many_examples_are_read_once(monkeypatch):
-  """A group of 20, one of 9 and single ones: scores as one by one."""
-  monkeypatch.setattr(scoring, 'MIN_SAVED', 300)
+@pytest.mark.parametrize('order', templates.ORDERS)
+@pytest.mark.parametrize(
+  'model', [{}, {'sliding_window': 24}, {'sliding_window': 40, 'window_period': 2, 'num_layers': 2}]
+)
+def test_what_many_prompts_share_is_read_once(order, model, monkeypatch):
+  """Rules of 30 and of 9 conversations, one conversation under 20 rule sets, and single ones."""
   rules = _rules('heists', 'cats', 'rumours', 'gambling', 'refunds')
-  rows = [*_under(rules, _examples(20)), *_under(_rules('dogs'), _examples()), *_examples()]
+  rows = [*_under(rules, _examples(30)), *_under(_rules('dogs'), _examples()), *_examples()]
+  for i in range(20):
+    rows += _under(_rules('cats', *('dogs', 'hats')[: i % 3], f'thing {i}'), _examples()[:1])
   rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-  shapes, hidden = [], transformer.hidden
+  cfg = dataclasses.replace(CFG, **model)
+  params = jax.tree.map(lambda x: 1.5 * x, transformer.init_params(cfg, 0))
+  settings = {'layout': templates.Layout(order=order), 'max_length': 256}
+  make = functools.partial(scoring.make_score_fn, cfg, params, TOKENIZER, VERBALIZERS, **settings)
+  shared, make_batch = [], plans.make_batch
 
-  def counted(cfg, params, tokens, *args):
-    shapes.append((tokens.shape, args[-1] is not None))
-    return hidden(cfg, params, tokens, *args)
+  def counted(prompts, rows, shape, num_shared, **kwargs):
+    shared.append(num_shared)
+    return make_batch(prompts, rows, shape, num_shared, **kwargs)
 
-  scoring.make_score_step.cache_clear()
-  with monkeypatch.context() as patch:
-    patch.setattr(transformer, 'hidden', counted)
-    got = _score_fn(buckets=(32, 64, 96, 128))(rows)
-  assert any(shared for _, shared in shapes)
-  assert not all(shared for _, shared in shapes)
-  monkeypatch.setattr(scoring, 'MIN_SAVED', 10**9)
+  monkeypatch.setattr(plans, 'make_batch', counted)
+  got = make(costs=plans.Costs(keys=1000, program=0, call_tokens=256, longest_row=256))(rows)
+  assert any(shared) and not all(shared)
+  shared.clear()
+  np.testing.assert_allclose(got, make(costs=ONE_EACH)(rows), atol=1e-5)
+  assert not any(shared)
+
+
+def test_pools_are_put_together_and_what_they_share_is_kept(monkeypatch):
+  monkeypatch.setattr(scoring, 'POOL', 20)
+  rows = _under(_rules('heists', 'cats', 'rumours', 'gambling'), _examples(50))
+  reads, make_prefix_reader = [], transformer.make_prefix_reader
+
+  def counted(cfg):
+    read = make_prefix_reader(cfg)
+    return lambda *args: reads.append(0) or read(*args)
+
+  monkeypatch.setattr(transformer, 'make_prefix_reader', counted)
+  costs = plans.Costs(keys=1000, program=0, call_tokens=512, longest_row=256)
+  done = []
+  got = _score_fn(costs=costs)(rows, done.append)
   np.testing.assert_allclose(got, _score_fn()(rows), atol=1e-5)
+  assert sum(done) == 50 and 1 <= len(reads) < 3
 
 
 def _items():
@@ -187,7 +218,7 @@ def test_packed_scores_equal_unpacked_scores():
     for item in _items()
     for side in ((item.safer, item.other) if isinstance(item, schema.Pair) else (item,))
   ]
-  want = _score_fn(batch_tokens=1)(alone)
+  want = _score_fn()(alone)
   np.testing.assert_allclose((safe - unsafe)[0, : len(want)], want, atol=1e-5)
 
 
@@ -290,7 +321,7 @@ def test_there_is_no_verdict_for_a_score_that_is_not_finite(bad):
 
 def test_progress_counts_every_example_once():
   done = []
-  _score_fn(batch_tokens=256)(_examples(), done.append)
+  _score_fn()(_examples(), done.append)
   assert sum(done) == len(_examples()) and len(done) > 1
 
 

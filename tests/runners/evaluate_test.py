@@ -1,0 +1,47 @@
+import json
+import types
+
+import numpy as np
+import pytest
+
+from csrm_jax.reward import scoring
+from csrm_jax.runners import evaluate
+
+
+def _config(tmp_path):
+  row = {
+    'safety': {'categories': [{'name': 'Gifts', 'guideline': 'Nobody gives anything.'}]},
+    'conversation': [{'role': 'agent', 'content': 'Take this.'}],
+  }
+  path = tmp_path / 'rows.jsonl'
+  path.write_text(''.join(json.dumps({'id': str(i)} | row) + '\n' for i in range(8)))
+  return types.SimpleNamespace(
+    runner='evaluate', checkpoint='rm', conversations=str(path), safety=''
+  )
+
+
+def test_scoring_a_file_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+  monkeypatch.setattr(evaluate, '_ROWS_AT_ONCE', 3)
+  asked = []
+
+  def score_fn(examples, progress):
+    if len(asked) == 2:
+      raise KeyboardInterrupt
+    asked.append([e.id for e in examples])
+    progress(len(examples))
+    return np.float32([int(e.id) for e in examples])
+
+  monkeypatch.setattr(
+    evaluate, 'load_model', lambda _: types.SimpleNamespace(score_fn=score_fn, spec=None)
+  )
+  config = _config(tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.run(config, tmp_path)
+  assert not (tmp_path / 'scored.jsonl').exists()
+  asked = [['before']]
+  evaluate.run(config, tmp_path)
+  assert asked == [['before'], ['6', '7']]
+  rows = [json.loads(line) for line in (tmp_path / 'scored.jsonl').read_text().splitlines()]
+  assert [row['id'] for row in rows] == [str(i) for i in range(8)]
+  assert [row['score'] for row in rows] == [v.score for v in scoring.verdicts(np.arange(8.0))]
+  assert not (tmp_path / 'scores').exists()
