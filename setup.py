@@ -23,6 +23,10 @@ EXTRAS = {
     'array-record>=0.8',
     'gcsfs>=2025.3',
     'gcp-storage-emulator>=2026.7',
+    'fastapi>=0.165,<1',
+    'uvicorn>=0.54,<1',
+    'httptools>=0.9',
+    'prometheus_client>=0.26,<1',
   ],
   # What the tests compare with, or talk to; without it those tests skip.
   'parity': ['torch>=2.15', 'transformers>=5.23', 'peft>=0.21', 'xllamacpp>=2026.10'],
@@ -34,6 +38,13 @@ EXTRAS = {
   'openai': ['openai>=3.52'],
   # Public data sets; TensorFlow itself is not needed.
   'tfds': ['tensorflow-datasets>=4.9.10', 'importlib_resources>=6.4', 'array-record>=0.8'],
+  # The server.
+  'serve': [
+    'fastapi>=0.165,<1',
+    'uvicorn>=0.54,<1',
+    'httptools>=0.9',
+    'prometheus_client>=0.26,<1',
+  ],
   # Augmentation on many machines.
   'beam': ['apache-beam>=2.77'],
   # Work directories in buckets, gs://….
@@ -57,6 +68,7 @@ setuptools.setup(
   package_data={
     'csrm_jax.data': ['rules/*.yaml'],
     'csrm_jax.evals': ['*.yaml'],
+    'csrm_jax.serve': ['page/*'],
     'csrm_jax.ruleworld': ['*.model', 'base/*', 'policy_base/*', 'policy_structured/*'],
   },
   install_requires=[

@@ -44,7 +44,10 @@ RUNNERS = {
   'export': 'csrm_jax.runners.export',
   'align': 'csrm_jax.runners.align',
   'compile': 'csrm_jax.runners.compile',
+  'serve': 'csrm_jax.runners.serve',
 }
+# These write nothing into a work directory, and need none.
+_WITHOUT_WORKDIR = ('serve',)
 # These have no prompts to show, though another runner of their module has.
 _WITHOUT_PROMPTS = ('benchmark', 'compare', 'refusals')
 
@@ -87,9 +90,12 @@ _INPUT_ERRORS = (ValueError, OSError, ImportError)
 _FLAG_ERRORS = (flags.Error, LookupError, AttributeError, TypeError, *_INPUT_ERRORS)
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike | None) -> None:
   """Prepares the work directory, or gs://BUCKET/FOLDER, and runs config.runner in it."""
   runner = _find_runner(config)
+  if config.runner in _WITHOUT_WORKDIR:
+    runner.run(config)
+    return
   with remote.local(workdir) as path:
     path = path.expanduser()
     # Asked before the directory is prepared: only one that was missing or empty may be removed.
@@ -150,11 +156,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     rest = FLAGS(list(argv))
     if len(rest) > 1:
       raise ValueError(f'{rest[1]!r} is not a flag: write --name=value')
-    needed = ('config',) if _SHOW_TOKENS.value else ('config', 'workdir')
-    for flag in needed:
-      if FLAGS[flag].value is None:
-        raise ValueError(f'--{flag} is required, as in --{flag}=...')
-    FLAGS.config.is_locked  # noqa: B018  It raises if the file is missing.
+    if FLAGS['config'].value is None:
+      raise ValueError('--config is required, as in --config=...')
+    runner = FLAGS.config.get('runner')  # It raises if the file is missing.
+    needs_none = _SHOW_TOKENS.value or runner in _WITHOUT_WORKDIR
+    if FLAGS['workdir'].value is None and not needs_none:
+      raise ValueError('--workdir is required, as in --workdir=...')
     return rest
   except _FLAG_ERRORS as error:
     if '--debug' in argv:

@@ -143,7 +143,7 @@ def encode_segments(
   segments: Sequence[templates.Segment], tokenizer: Tokenizer, max_length: int
 ) -> Parts | Dropped:
   """Returns the tokens of each segment; see `encode_prompt`."""
-  tokens = [_encode_segment(segment, tokenizer) for segment in segments]
+  tokens = segment_tokens(segments, tokenizer)
   bos = tokenizer.bos_id
   if bos is not None:
     tokens[0] = [bos, *tokens[0]]
@@ -159,6 +159,13 @@ def encode_segments(
     if dropped is not None:
       return dropped
   return Parts(tokens, total - sum(map(len, tokens)))
+
+
+def segment_tokens(
+  segments: Sequence[templates.Segment], tokenizer: Tokenizer
+) -> list[Sequence[int]]:
+  """Returns the tokens of each segment, whatever their number, without a BOS."""
+  return [_encode_segment(segment, tokenizer) for segment in segments]
 
 
 def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropped:

@@ -131,13 +131,21 @@ def load(
     ValueError: The checkpoint belongs to another template, tokenizer or backbone than is found
       here, or the public model cannot be used in this format.
   """
+  spec, params, tokenizer = load_parts(source, format, **options)
+  return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length))
+
+
+def load_parts(
+  source: str | pathlib.Path, format: str = 'csrm', **options: Any
+) -> tuple[Spec, Any, tokenizer_lib.Tokenizer]:
+  """Returns the spec, parameters and tokenizer of what `load` loads, with its errors."""
   public = public_model(source)
   spec, tokenizer = describe(public or source, format, **options)
   if public:
     params = hf.load_params(public, spec.model, _shardings(transformer.shapes(spec.model)))
   else:
     params = restore_params(source, spec)
-  return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length))
+  return spec, params, tokenizer
 
 
 def public_model(source: str | pathlib.Path | hf.Source) -> hf.Source | None:

@@ -1,0 +1,68 @@
+"""Serves a reward model over HTTP: moderation, rewards and scores under rules of your own.
+
+python -m csrm_jax.main --config=configs/serve.py:checkpoint=/tmp/rm
+
+Policies are the .yaml files of a folder; an edited file takes effect at once. http://127.0.0.1:8000
+is a page to try rules on, /docs lists the endpoints. SIGTERM answers what was accepted, and ends.
+"""
+
+import ml_collections
+
+from csrm_jax import config as config_lib
+
+
+def get_config(arg=None):
+  """Returns the config; arg: checkpoint, policies, port."""
+  arg = config_lib.parse_arg(arg, checkpoint='', policies='configs/safety', port=8000)
+  c = ml_collections.ConfigDict()
+  c.runner = 'serve'
+  # The work directory of a training run; or a public model: a Hugging Face folder, a hub id
+  # (org/name) or a .gguf file.
+  c.checkpoint = arg.checkpoint
+  # The next three are for public models only, as in configs/eval.py.
+  c.format = 'csrm'
+  c.words = ('safe', 'unsafe')
+  c.numerics = ml_collections.ConfigDict({'dtype': '', 'param_dtype': ''})
+
+  c.policies = (
+    arg.policies
+  )  # a folder of rule sets (YAML or JSON), named as their files; '' for none
+  c.default_policy = ''  # judges requests that name none; '' for the only one, or none
+  c.reload_s = 2.0  # how often the folder is looked at
+  c.threshold = 0.5  # P(unsafe) from which on a response is flagged
+
+  # Anything but 127.0.0.1 needs a token, which clients send as "Authorization: Bearer TOKEN".
+  c.host = '127.0.0.1'
+  c.port = arg.port
+  c.token_env = 'CSRM_JAX_TOKEN'  # the environment variable that holds it
+  c.allowed_hosts = ()  # names of this machine beside localhost that requests without token may use
+  # A JSON line for each verdict: time, policy digest, label, latency, sha256 of the text, but no
+  # text; '' for none.
+  c.audit_log = ''
+
+  c.max_length = 2048  # tokens of rules and conversation together
+  # Requests that would wait longer are refused (429); accepted ones end within twice as long.
+  c.deadline_s = 10.0
+  c.batching = ml_collections.ConfigDict(
+    {
+      # Tokens of rules, and of what follows them: each is padded to the next length. There is a
+      # program for every pair, compiled before the server is ready.
+      'rules_lengths': (128, 256, 512, 1024),
+      'row_lengths': (64, 128, 256, 512, 1024),
+      'call_tokens': 0,  # about how many go through the model at once; 0: 1024 on CPUs, else 16384
+      'wait_s': 0.002,  # how long a batch waits for more while the device is idle
+      'prefix_bytes': 1_000_000_000,  # device memory for rules that have been read
+    }
+  )
+  c.limits = ml_collections.ConfigDict(
+    {
+      'body_bytes': 1_000_000,
+      'body_timeout_s': 10.0,  # for a request to arrive
+      'conversations': 256,  # in one request
+      'messages': 256,  # in one conversation
+      'rules': 64,  # that a request brings along
+      'connections': 1024,  # at once; more are refused (503)
+      'keep_alive_s': 30,  # before an idle connection is closed
+    }
+  )
+  return c

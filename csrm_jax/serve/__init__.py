@@ -1,0 +1,1 @@
+"""The server: rule sets by name, requests in the forms that clients know, one device loop."""

@@ -1,0 +1,566 @@
+"""The device loop of the server: rows of fixed shapes, compiled before the first request.
+
+A row is one conversation under one set of rules. What the rules come to is read once, and kept as
+keys and values (a prefix); the row holds the tokens that follow. Programs are compiled for all
+shapes ahead of time and called as they are, so that nothing can compile later. Rows of a batch may
+stand under different rules.
+
+Any thread may encode and submit; one thread forms batches and asks the device.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.data import features
+from csrm_jax.models import transformer
+from csrm_jax.reward import model as reward_model, scoring
+from csrm_jax.safety import schema, templates
+from csrm_jax.text.tokenizer import Tokenizer
+
+# How many tokens go through the model at once: a core's work space should stay in its cache.
+CALL_TOKENS = {'cpu': 1024, 'other': 16384}
+# Rule sets whose tokens are remembered; what they take on the device is bounded in bytes.
+_MAX_RULE_SETS = 4096
+# How fast the known seconds of a row follow those of the last batch.
+_SMOOTHING = 0.1
+# Batches that fail in a row before the engine counts as broken.
+_MAX_FAILURES = 3
+
+Key = tuple[int, int]  # (prefix length, row length), what the rows of a batch have in common
+Prefix = dict[str, jax.Array]
+
+
+_COMPILED = '/jax/core/compile/backend_compile_duration'
+
+
+@functools.cache
+def _compilations() -> list[float]:
+  """Returns the list that grows with each program this process compiles."""
+  seconds: list[float] = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, duration, **_: seconds.append(duration) if name == _COMPILED else None
+  )
+  return seconds
+
+
+def num_compilations() -> int:
+  """Returns how many programs this process has compiled since it was first asked."""
+  return len(_compilations())
+
+
+class TooLongError(ValueError):
+  """Rules or a conversation do not fit into the lengths that are compiled."""
+
+
+class NotReadyError(Exception):
+  """The engine still compiles, or was closed."""
+
+
+class OverloadedError(Exception):
+  """The queue is as long as the deadline allows; try again after `retry_s` seconds."""
+
+  def __init__(self, retry_s: float):
+    super().__init__(f'the queue is full; try again in {retry_s:.0f} s')
+    self.retry_s = retry_s
+
+
+class LateError(Exception):
+  """The device could not take an accepted request in time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """The shapes that are compiled, in tokens.
+
+  Attributes:
+    prefix: What rules may come to; a set is padded to the next of these.
+    row: What may follow the rules, likewise.
+    max_length: What both may come to together.
+    call_tokens: About how many go through the model at once; 0 for the device's default.
+  """
+
+  prefix: tuple[int, ...]
+  row: tuple[int, ...]
+  max_length: int
+  call_tokens: int = 0
+
+  def __post_init__(self):
+    for name in ('prefix', 'row'):
+      values = tuple(sorted(set(getattr(self, name))))
+      if not values or values[0] < 1:
+        raise ValueError(f'the {name} lengths are {values}; give at least one, none below 1')
+      object.__setattr__(self, name, values)
+    if self.max_length < 2 or self.call_tokens < 0:
+      raise ValueError(
+        f'max_length is {self.max_length} and call_tokens {self.call_tokens}; the first must be '
+        'above 1, the second not below 0'
+      )
+
+  def pairs(self) -> list[Key]:
+    """Returns the pairs of lengths that some prompt of at most max_length tokens needs."""
+    pairs = [list(zip((0, *lengths), lengths, strict=False)) for lengths in (self.prefix, self.row)]
+    # Shorter prompts than one more than both shorter lengths need a smaller pair.
+    return [
+      (prefix, row)
+      for (less, prefix), (fewer, row) in itertools.product(*pairs)
+      if less + fewer + 2 <= self.max_length
+    ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class RuleSet:
+  """Rules as the model reads them, before any conversation."""
+
+  tokens: np.ndarray  # int32, the BOS first if there is one
+  num_segments: int  # how many segments of the template they are
+  length: int  # the prefix length they are padded to
+  digest: bytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Row:
+  """One conversation under one set of rules, ready for the device."""
+
+  rules: RuleSet
+  tokens: np.ndarray  # int32, what follows the rules
+  length: int  # the row length they are padded to
+  num_cut: int  # tokens that were cut out to make it fit
+
+  @property
+  def key(self) -> Key:
+    return self.rules.length, self.length
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Job:
+  """The rows of one request."""
+
+  future: concurrent.futures.Future
+  scores: np.ndarray
+  num_left: int
+  start: float
+
+
+@dataclasses.dataclass
+class Stats:
+  """What has happened so far; /metrics shows it."""
+
+  num_rows: int = 0  # rows that were scored
+  num_places: int = 0  # rows of the batches, empty ones included
+  num_batches: int = 0
+  num_prefixes_read: int = 0
+  num_prefix_hits: int = 0
+  num_evictions: int = 0
+  num_failures: int = 0  # batches that failed
+  num_late: int = 0
+  num_cancelled: int = 0
+  num_programs: int = 0
+  warm_up_s: float = 0.0
+
+
+class Engine:
+  """Scores rows; see the module."""
+
+  def __init__(
+    self,
+    spec: reward_model.Spec,
+    params: Any,
+    tokenizer: Tokenizer,
+    lengths: Lengths,
+    *,
+    prefix_bytes: int,
+    wait_s: float,
+    deadline_s: float,
+  ):
+    """Takes a model; `start` compiles.
+
+    Args:
+      prefix_bytes: What read rules may take on the device; those used longest ago go first.
+      wait_s: How long a batch waits for more rows while the device is idle.
+      deadline_s: Requests that would wait longer are refused; those that waited twice as long fail.
+    """
+    self.spec, self.tokenizer, self.lengths = spec, tokenizer, lengths
+    guard = templates.GUARDS.get(spec.layout.format)
+    self.per_category = bool(guard and guard.per_category)
+    self.prefix_bytes, self.wait_s, self.deadline_s = prefix_bytes, wait_s, deadline_s
+    self.stats, self.ready, self.broken = Stats(), False, ''
+    self.rule_set = functools.lru_cache(_MAX_RULE_SETS)(self._read_rules)
+    self._params = params
+    num_compilations()  # It counts from here on.
+    with mesh_lib.of(params):
+      kind = 'cpu' if mesh_lib.platform() == 'cpu' else 'other'
+    call_tokens = lengths.call_tokens or CALL_TOKENS[kind]
+    self._rows = {length: _row_counts(call_tokens, length) for length in lengths.row}
+    self._programs: dict[Any, Any] = {}  # (prefix, row, rows) or prefix -> compiled
+    self._row_s = dict.fromkeys(lengths.row, 0.0)
+    self._prefixes: collections.OrderedDict[bytes, Prefix] = collections.OrderedDict()
+    self._queues = {key: collections.deque() for key in lengths.pairs()}
+    self._queued_s, self._changed = 0.0, threading.Condition()
+    self._closed = False
+    self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
+
+  # --- Encoding ------------------------------------------------------------------------
+
+  def _read_rules(self, safety: schema.SafetyConfig) -> RuleSet:
+    # Any conversation tells which segments come before it.
+    probe = schema.Message('user', 'x'), schema.Message('agent', 'x')
+    segments = templates.render(safety, probe, self.spec.layout)
+    kinds = [segment.kind for segment in segments]
+    stop = next(i for i, kind in enumerate(kinds) if kind in ('history', 'response'))
+    rules = [i for i in range(stop) if kinds[i] == 'rules']
+    stop = rules[-1] + 1 if rules else stop
+    tokens = list(
+      itertools.chain.from_iterable(features.segment_tokens(segments[:stop], self.tokenizer))
+    )
+    if self.tokenizer.bos_id is not None:
+      tokens = [self.tokenizer.bos_id, *tokens]
+    length = next((n for n in self.lengths.prefix if n >= len(tokens)), None)
+    if length is None:
+      raise TooLongError(
+        f'the rules take {len(tokens)} tokens, this server reads at most {self.lengths.prefix[-1]};'
+        ' shorten them or keep the most relevant categories'
+      )
+    array = np.array(tokens, np.int32)
+    return RuleSet(array, stop, length, hashlib.sha256(array.tobytes()).digest())
+
+  def check(self, safety: schema.SafetyConfig) -> None:
+    """Raises TooLongError for rules that are too long, together or one alone."""
+    alone = [schema.SafetyConfig((category,)) for category in safety.categories]
+    for rules in alone if self.per_category else (safety, *alone):
+      self.rule_set(rules)
+
+  def encode(
+    self, safety: schema.SafetyConfig, conversation: Sequence[schema.Message], cut: bool = False
+  ) -> Row:
+    """Returns the row of a conversation; one that is too long is cut only if `cut`.
+
+    Raises:
+      ValueError: It does not end with the agent's message.
+      TooLongError: The rules, or both, do not fit.
+    """
+    rules = self.rule_set(safety)
+    segments = templates.render(safety, conversation, self.spec.layout)
+    parts = features.segment_tokens(segments[rules.num_segments :], self.tokenizer)
+    size, num_cut = sum(map(len, parts)), 0
+    room = min(self.lengths.max_length - len(rules.tokens), self.lengths.row[-1])
+    if size > room:
+      if not cut:
+        raise TooLongError(
+          f'the conversation takes {size} tokens beside the {len(rules.tokens)} of its rules, and '
+          f'at most {max(room, 0)} fit; shorten it, or ask for "shorten": true'
+        )
+      limit = len(rules.tokens) + room
+      whole = features.encode_segments(segments, self.tokenizer, limit)
+      if isinstance(whole, features.Dropped):
+        raise TooLongError(f'{whole.reason}: {whole.detail}')
+      parts, num_cut = whole.tokens[rules.num_segments :], whole.num_cut
+    tokens = np.fromiter(itertools.chain.from_iterable(parts), np.int32)
+    length = next(n for n in self.lengths.row if n >= len(tokens))
+    return Row(rules, tokens, length, num_cut)
+
+  # --- The queue -----------------------------------------------------------------------
+
+  @property
+  def queued_s(self) -> float:
+    """The seconds that the device will take for all rows that wait."""
+    return self._queued_s
+
+  @property
+  def num_queued(self) -> int:
+    return sum(map(len, self._queues.values()))
+
+  @property
+  def prefix_cache_bytes(self) -> int:
+    return sum(map(_num_bytes, list(self._prefixes.values())))
+
+  def submit(self, rows: Sequence[Row]) -> concurrent.futures.Future:
+    """Returns the future scores of the rows, float32 [N] in nats, all finite.
+
+    A future that is cancelled in time costs nothing. It fails with LateError, or with the error of
+    the device.
+
+    Raises:
+      NotReadyError, OverloadedError: Nothing was queued.
+    """
+    cost = sum(self._row_s[row.length] for row in rows)
+    job = _Job(
+      concurrent.futures.Future(), np.zeros(len(rows), np.float32), len(rows), time.monotonic()
+    )
+    with self._changed:
+      if not self.ready or self._closed:
+        raise NotReadyError('the server is not ready; wait until /ready says so')
+      # Whatever its size, a request is taken where nothing waits.
+      if self._queued_s > 0 and self._queued_s + cost > self.deadline_s:
+        raise OverloadedError(max(self._queued_s + cost - self.deadline_s, 1.0))
+      self._queued_s += cost
+      for place, row in enumerate(rows):
+        self._queues[row.key].append((row, job, place))
+      self._changed.notify()
+    return job.future
+
+  def _take(self, is_busy: bool) -> list | None:
+    """Returns the rows of the next batch; None if there are none, or if few and the device is busy.
+
+    Waits for rows unless the device is busy.
+    """
+    with self._changed:
+      while True:
+        now = time.monotonic()
+        heads = [(queue[0][1].start, key) for key, queue in self._queues.items() if queue]
+        if heads:
+          start, key = min(heads)
+          queue, most = self._queues[key], self._rows[key[1]][-1]
+          waited = now - start
+          if len(queue) >= most or self._closed or (not is_busy and waited >= self.wait_s):
+            return self._pop(queue, most, now)
+          if not is_busy:
+            self._changed.wait(self.wait_s - waited)
+            continue
+        if is_busy or self._closed:
+          return None
+        self._changed.wait()
+
+  def _pop(self, queue: collections.deque, most: int, now: float) -> list:
+    taken = []
+    while queue and len(taken) < most:
+      row, job, _ = item = queue.popleft()
+      self._queued_s = max(0.0, self._queued_s - self._row_s[row.length])
+      if job.future.done():
+        self.stats.num_cancelled += job.future.cancelled()
+      elif now - job.start > 2 * self.deadline_s:
+        self.stats.num_late += 1
+        _fail(job, LateError(f'the request waited more than {2 * self.deadline_s:g} s'))
+      else:
+        taken.append(item)
+    if not self.num_queued:
+      self._queued_s = 0.0
+    return taken
+
+  # --- The device ----------------------------------------------------------------------
+
+  def start(self) -> None:
+    """Begins to compile, in the background; `ready` is true when it is done."""
+    self._thread.start()
+
+  def wait_until_ready(self, timeout_s: float | None = None) -> None:
+    """Waits until all programs are compiled; raises what went wrong."""
+    with self._changed:
+      self._changed.wait_for(lambda: self.ready or self.broken, timeout_s)
+    if not self.ready:
+      raise NotReadyError(self.broken or 'the engine is not ready yet')
+
+  def close(self) -> None:
+    """Scores all that was accepted, and ends."""
+    with self._changed:
+      self._closed = True
+      self._changed.notify_all()
+    if self._thread.ident:
+      self._thread.join()
+
+  def _run(self) -> None:
+    try:
+      with mesh_lib.of(self._params):
+        self._warm_up()
+        self._loop()
+    except Exception as error:  # The loop must not end silently: /health says that it did.
+      logging.getLogger(__name__).error('the engine stopped: %s', type(error).__name__)
+      with self._changed:
+        self.broken = self.broken or f'{type(error).__name__}: {error}'
+        self.ready = False
+        waiting = [item for queue in self._queues.values() for item in queue]
+        for _, job, _ in waiting:
+          _fail(job, error)
+        self._changed.notify_all()
+
+  def _warm_up(self) -> None:
+    start = time.monotonic()
+    keys = self.lengths.pairs()
+    wanted = [*sorted({prefix for prefix, _ in keys})]
+    wanted += [(*key, rows) for key in keys for rows in self._rows[key[1]]]
+    # The compiler leaves the interpreter to others.
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+      for name, program in zip(wanted, pool.map(self._compile, wanted), strict=True):
+        self._programs[name] = program
+        self.stats.num_programs += 1
+    # What a row costs, by its length, beside the longest prefix that goes with it.
+    for (_, length), prefix in {key: key[0] for key in sorted(keys)}.items():
+      count = self._rows[length][-1]
+      token = np.ones(1, np.int32)
+      rules = RuleSet(token, 0, prefix, b'')
+      rows = [Row(rules, token, length, 0)] * count
+      before = time.monotonic()
+      np.asarray(self._compute(rows, [self._read(rules)] * count))
+      self._row_s[length] = (time.monotonic() - before) / count
+    self.stats.warm_up_s = time.monotonic() - start
+    with self._changed:
+      self.ready = True
+      self._changed.notify_all()
+
+  def _compile(self, wanted: Any) -> Any:
+    """Returns the program of (prefix length, row length, rows), or of a prefix length alone."""
+    cfg, shape_of = self.spec.model, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    read = functools.partial(_read_prefix, cfg)
+    with mesh_lib.of(self._params):
+      if isinstance(wanted, int):
+        return jax.jit(read).lower(self._params, *[shape_of((1, wanted))] * 3).compile()
+      prefix, length, rows = wanted
+      kept = jax.eval_shape(read, self._params, *[shape_of((1, prefix))] * 3)
+      names = 'tokens', 'positions', 'segment_ids'
+      batch = {name: shape_of((rows, length)) for name in names}
+      batch['verdict_index'] = shape_of((rows, 1))
+      verbalizers = self.spec.verbalizers(self.tokenizer)
+      compute = jax.jit(functools.partial(_score_rows, cfg, verbalizers))
+      return compute.lower(self._params, batch, (kept,) * rows).compile()
+
+  def _loop(self) -> None:
+    pending: collections.deque = collections.deque()
+    failures = 0
+    while True:
+      taken = self._take(is_busy=bool(pending))
+      if taken:
+        with self._reported(taken):
+          pending.append((taken, time.monotonic(), self._dispatch(taken)))
+      elif not pending and self._closed and not self.num_queued:
+        return
+      # One batch may be on its way while the next is made.
+      if pending and (len(pending) > 1 or not taken):
+        taken, start, scores = pending.popleft()
+        before = self.stats.num_failures
+        with self._reported(taken):
+          self._settle(taken, start, np.asarray(scores))
+        failures = failures + 1 if self.stats.num_failures > before else 0
+        self.broken = 'the device fails' if failures >= _MAX_FAILURES else ''
+
+  @contextlib.contextmanager
+  def _reported(self, taken: list) -> Iterator[None]:
+    """Fails the jobs of a batch, and only these, with what goes wrong within."""
+    try:
+      yield
+    except Exception as error:  # A batch that fails must not end the loop.
+      logging.getLogger(__name__).error('a batch failed: %s', type(error).__name__)
+      self.stats.num_failures += 1
+      for _, job, _ in taken:
+        _fail(job, error)
+
+  def _dispatch(self, taken: list) -> jax.Array:
+    rows = [row for row, _, _ in taken]
+    return self._compute(rows, [self._prefix(row.rules) for row in rows])
+
+  def _settle(self, taken: list, start: float, scores: np.ndarray) -> None:
+    length = taken[0][0].length
+    seconds = (time.monotonic() - start) / len(taken)
+    self._row_s[length] += _SMOOTHING * (seconds - self._row_s[length])
+    self.stats.num_batches += 1
+    self.stats.num_rows += len(taken)
+    self.stats.num_places += len(scores)
+    for (_, job, place), score in zip(taken, scores, strict=False):
+      if not np.isfinite(score):
+        _fail(job, ValueError('a score is not a finite number; look at the weights'))
+        continue
+      job.scores[place] = score
+      job.num_left -= 1
+      if not job.num_left:
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # It was cancelled.
+          job.future.set_result(job.scores)
+
+  def _prefix(self, rules: RuleSet) -> Prefix:
+    """Returns the keys and values of rules; those used last are kept."""
+    found = self._prefixes.get(rules.digest)
+    if found is not None:
+      self._prefixes.move_to_end(rules.digest)
+      self.stats.num_prefix_hits += 1
+      return found
+    found = self._read(rules)
+    self.stats.num_prefixes_read += 1
+    self._prefixes[rules.digest] = found
+    while len(self._prefixes) > 1 and self.prefix_cache_bytes > self.prefix_bytes:
+      self._prefixes.popitem(last=False)
+      self.stats.num_evictions += 1
+    return found
+
+  def _read(self, rules: RuleSet) -> Prefix:
+    # Padding is on the left, so that a model's window counts tokens only.
+    padding = rules.length - len(rules.tokens), 0
+    tokens, used, positions = (
+      np.pad(x, padding)[None]
+      for x in (
+        rules.tokens,
+        np.ones(len(rules.tokens), np.int32),
+        np.arange(len(rules.tokens), dtype=np.int32),
+      )
+    )
+    return self._programs[rules.length](self._params, tokens, positions, used)
+
+  def _compute(self, rows: Sequence[Row], prefixes: list[Prefix]) -> jax.Array:
+    prefix, length = rows[0].key
+    count = next(n for n in self._rows[length] if n >= len(rows))
+    names = 'tokens', 'positions', 'segment_ids'
+    batch = {name: np.zeros((count, length), np.int32) for name in names}
+    batch['verdict_index'] = np.zeros((count, 1), np.int32)
+    for r, row in enumerate(rows):
+      size, before = len(row.tokens), len(row.rules.tokens)
+      batch['tokens'][r, :size] = row.tokens
+      batch['positions'][r, :size] = np.arange(before, before + size)
+      batch['segment_ids'][r, :size] = 1
+      batch['verdict_index'][r] = size - 1
+    prefixes = [*prefixes, *[prefixes[0]] * (count - len(rows))]
+    return self._programs[prefix, length, count](self._params, batch, tuple(prefixes))
+
+
+# --- The seam to the model -------------------------------------------------------------
+
+
+def _read_prefix(cfg, params, tokens, positions, segment_ids) -> Prefix:
+  """Returns what rows continue; int32 [1,P] each, padded on the left."""
+  cache = transformer.prefill(cfg, params, tokens, positions, segment_ids, length=tokens.shape[1])[
+    1
+  ]
+  return {name: cache[name] for name in ('key', 'value', 'segment_ids')}
+
+
+def _score_rows(cfg, verbalizers, params, batch, prefixes: tuple[Prefix, ...]) -> jax.Array:
+  """Returns the score of each row, [B] in nats; row b continues prefix b."""
+  axes = {'key': 1, 'value': 1, 'segment_ids': 0}
+  prefix = {
+    name: jnp.concatenate([prefix[name] for prefix in prefixes], axis)
+    for name, axis in axes.items()
+  }
+  safe, unsafe = scoring.verdict_logprobs(cfg, params, batch, verbalizers, prefix)
+  return mesh_lib.constrain((safe - unsafe)[:, 0])
+
+
+def _row_counts(call_tokens: int, length: int) -> tuple[int, ...]:
+  """Returns how many rows a batch may have: 1, and a fourth of a fourth of ... a full one."""
+  counts = {1}
+  most = 1 << max(call_tokens // length, 1).bit_length() - 1
+  while most > 1:
+    counts.add(most)
+    most //= 4
+  return tuple(sorted(counts))
+
+
+def _num_bytes(prefix: Prefix) -> int:
+  return sum(array.nbytes for array in prefix.values())
+
+
+def _fail(job: _Job, error: Exception) -> None:
+  with contextlib.suppress(concurrent.futures.InvalidStateError):  # It was cancelled, or failed.
+    job.future.set_exception(error)

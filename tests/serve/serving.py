@@ -1,0 +1,138 @@
+"""A server on the loopback address, of a model that computes in a millisecond."""
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import pathlib
+import threading
+import time
+
+import numpy as np
+import uvicorn
+
+import csrm_jax
+from csrm_jax.models import config, transformer
+from csrm_jax.reward import model as reward_model
+from csrm_jax.safety import templates
+from csrm_jax.serve import app as app_lib, engine as engine_lib, http as http_lib, wire
+from csrm_jax.serve.policies import Policies
+from csrm_jax.text import tokenizer as tokenizer_lib
+
+TOKENIZER_FILE = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
+TOKENIZER = tokenizer_lib.load_tokenizer(TOKENIZER_FILE)
+SPEC = reward_model.Spec(
+  model=config.preset(
+    'tiny',
+    TOKENIZER.vocab_size,
+    num_layers=1,
+    embed_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_dim=16,
+    unroll=1,
+  ),
+  layout=templates.Layout(),
+  max_length=192,
+  safe_words=('safe', ' safe'),
+  unsafe_words=('unsafe', ' unsafe'),
+  template_hash=templates.template_hash(),
+  tokenizer_digest=TOKENIZER.digest,
+)
+LENGTHS = engine_lib.Lengths(prefix=(64, 192), row=(64, 128), max_length=256, call_tokens=512)
+LIMITS = wire.Limits(body_bytes=20_000, conversations=64, messages=16, rules=6)
+FILM = """\
+categories:
+- name: Gambling
+  guideline: Do not describe poker.
+- name: Pets
+  guideline: Cats may be mentioned, dogs not.
+"""
+PETS = 'categories:\n- name: Dogs\n  guideline: No dogs at all.\n'
+
+
+def params(seed=0):
+  found = transformer.init_params(SPEC.model, seed)
+  # Attention that says more than at the start of training, so that scores differ.
+  for name in ('value', 'out'):
+    kernel = found['layers']['attention'][name]
+    kernel['kernel'] = kernel['kernel'] * 10
+  found['embed']['embedding'] = found['embed']['embedding'] * 4
+  return found
+
+
+def make_engine(weights, spec=SPEC, **changes):
+  options = {'prefix_bytes': 1 << 20, 'wait_s': 0.001, 'deadline_s': 20.0}
+  return engine_lib.Engine(spec, weights, TOKENIZER, LENGTHS, **options | changes)
+
+
+@dataclasses.dataclass
+class Server:
+  """A running server, and what it serves."""
+
+  port: int
+  engine: engine_lib.Engine
+  policies: Policies
+  folder: pathlib.Path
+  score_fn: object  # the offline scores of the same weights
+
+  @property
+  def url(self):
+    return f'http://127.0.0.1:{self.port}'
+
+  def ask(self, method, path, body=None, headers=None):
+    """Returns (status, headers, value) of a request; `body` is a JSON value or bytes."""
+    link = http.client.HTTPConnection('127.0.0.1', self.port, timeout=30)
+    try:
+      if body is not None and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+      sent = {'Content-Type': 'application/json'} if body is not None else {}
+      link.request(method, path, body, sent | (headers or {}))
+      response = link.getresponse()
+      data, found = response.read(), dict(response.getheaders())
+      is_json = found.get('content-type') == 'application/json'
+      return response.status, found, json.loads(data) if is_json else data.decode()
+    finally:
+      link.close()
+
+  def post(self, path, body, **headers):
+    """Returns the answer to a request that must be accepted."""
+    status, _, value = self.ask('POST', path, body, headers)
+    assert status == 200, value
+    return value
+
+
+@contextlib.contextmanager
+def running(folder, weights, spec=SPEC, engine_options=None, **settings):
+  engine = make_engine(weights, spec, **engine_options or {})
+  policies = Policies(str(folder), 'film' if (folder / 'film.yaml').exists() else '', engine.check)
+  options = {'limits': LIMITS, 'threshold': 0.5, 'body_timeout_s': 0.5, 'reload_s': 0.05}
+  app = app_lib.make_app(engine, policies, app_lib.Settings(**options | settings))
+  server = uvicorn.Server(
+    uvicorn.Config(
+      app, port=0, http=http_lib.protocol(0.5), access_log=False, log_level='error', lifespan='on'
+    )
+  )
+  thread = threading.Thread(target=server.run)
+  thread.start()
+  try:
+    while not server.started:
+      time.sleep(0.01)
+    engine.wait_until_ready(120)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    score_fn = spec.make_score_fn(weights, TOKENIZER, LENGTHS.max_length)
+    yield Server(port, engine, policies, folder, score_fn)
+  finally:
+    server.should_exit = True
+    thread.join()
+
+
+def write_policies(folder):
+  (folder / 'film.yaml').write_text(FILM)
+  (folder / 'pets.yaml').write_text(PETS)
+  return folder
+
+
+def p_unsafe(scores):
+  return 1 / (1 + np.exp(np.asarray(scores, np.float64)))
