@@ -214,7 +214,7 @@ class Engine:
     self._prefixes: collections.OrderedDict[bytes, Prefix] = collections.OrderedDict()
     self._queues = {key: collections.deque() for key in lengths.pairs()}
     self._queued_s, self._changed = 0.0, threading.Condition()
-    self._closed = False
+    self._closed, self._failures = False, 0
     self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
 
   # --- Encoding ------------------------------------------------------------------------
@@ -432,7 +432,6 @@ class Engine:
 
   def _loop(self) -> None:
     pending: collections.deque = collections.deque()
-    failures = 0
     while True:
       taken = self._take(is_busy=bool(pending))
       if taken:
@@ -443,11 +442,9 @@ class Engine:
       # One batch may be on its way while the next is made.
       if pending and (len(pending) > 1 or not taken):
         taken, start, scores = pending.popleft()
-        before = self.stats.num_failures
         with self._reported(taken):
           self._settle(taken, start, np.asarray(scores))
-        failures = failures + 1 if self.stats.num_failures > before else 0
-        self.broken = 'the device fails' if failures >= _MAX_FAILURES else ''
+          self._failures, self.broken = 0, ''
 
   @contextlib.contextmanager
   def _reported(self, taken: list) -> Iterator[None]:
@@ -457,6 +454,9 @@ class Engine:
     except Exception as error:  # A batch that fails must not end the loop.
       logging.getLogger(__name__).error('a batch failed: %s', type(error).__name__)
       self.stats.num_failures += 1
+      self._failures += 1
+      if self._failures >= _MAX_FAILURES:
+        self.broken = 'the device fails'
       for _, job, _ in taken:
         _fail(job, error)
 

@@ -40,7 +40,7 @@ SPEC = reward_model.Spec(
   template_hash=templates.template_hash(),
   tokenizer_digest=TOKENIZER.digest,
 )
-LENGTHS = engine_lib.Lengths(prefix=(64, 192), row=(64, 128), max_length=256, call_tokens=512)
+LENGTHS = engine_lib.Lengths(prefix=(64, 192), row=(64, 128), max_length=256, call_tokens=256)
 LIMITS = wire.Limits(body_bytes=20_000, conversations=64, messages=16, rules=6)
 FILM = """\
 categories:
@@ -62,9 +62,22 @@ def params(seed=0):
   return found
 
 
-def make_engine(weights, spec=SPEC, **changes):
+_programs = {}
+
+
+def make_engine(weights, **changes):
+  """Returns an engine that has not started; all of them share what was compiled once."""
   options = {'prefix_bytes': 1 << 20, 'wait_s': 0.001, 'deadline_s': 20.0}
-  return engine_lib.Engine(spec, weights, TOKENIZER, LENGTHS, **options | changes)
+  engine = engine_lib.Engine(SPEC, weights, TOKENIZER, LENGTHS, **options | changes)
+  compile = engine._compile
+
+  def once(wanted):
+    if wanted not in _programs:
+      _programs[wanted] = compile(wanted)
+    return _programs[wanted]
+
+  engine._compile = once
+  return engine
 
 
 @dataclasses.dataclass
@@ -96,6 +109,11 @@ class Server:
     finally:
       link.close()
 
+  def metric(self, name):
+    """Returns the value of a metric without labels."""
+    text = self.ask('GET', '/metrics')[2]
+    return float(next(line for line in text.splitlines() if line.startswith(name + ' ')).split()[1])
+
   def post(self, path, body, **headers):
     """Returns the answer to a request that must be accepted."""
     status, _, value = self.ask('POST', path, body, headers)
@@ -104,8 +122,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(folder, weights, spec=SPEC, engine_options=None, **settings):
-  engine = make_engine(weights, spec, **engine_options or {})
+def running(folder, weights, engine_options=None, **settings):
+  engine = make_engine(weights, **engine_options or {})
   policies = Policies(str(folder), 'film' if (folder / 'film.yaml').exists() else '', engine.check)
   options = {'limits': LIMITS, 'threshold': 0.5, 'body_timeout_s': 0.5, 'reload_s': 0.05}
   app = app_lib.make_app(engine, policies, app_lib.Settings(**options | settings))
@@ -121,7 +139,7 @@ def running(folder, weights, spec=SPEC, engine_options=None, **settings):
       time.sleep(0.01)
     engine.wait_until_ready(120)
     port = server.servers[0].sockets[0].getsockname()[1]
-    score_fn = spec.make_score_fn(weights, TOKENIZER, LENGTHS.max_length)
+    score_fn = SPEC.make_score_fn(weights, TOKENIZER, LENGTHS.max_length)
     yield Server(port, engine, policies, folder, score_fn)
   finally:
     server.should_exit = True
