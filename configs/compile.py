@@ -43,6 +43,10 @@ def get_config(arg=None):
   mesh = f'mesh={arg.topology}'
   c.run = target.get_config(','.join(part for part in (rest, mesh) if part))
   if c.run.runner != 'align':
+    # What is assumed of a row in which prompts share tokens (data.share_prefix): how many they
+    # share, such as a conversation or rules, and how many each has of its own.
+    c.prefix_length = 512
+    c.branch_length = 128
     c.programs = ('train', 'score')
     return c
   c.programs = ('prefill', 'decode', 'logprobs', 'update')

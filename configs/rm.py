@@ -181,6 +181,7 @@ def data_part(source, path, folder):
     'eval.ruleworld_examples': 0,
     'data.row_length': 1024,
     'data.max_length': 512,
+    'data.max_segments': 24,
     'data.batch_size': 6,
     'data.parts': parts,
     'model.overrides.unroll': 1,  # long rows take minutes to compile unrolled
@@ -204,16 +205,23 @@ def backbone_part(arg):
     'data.batch_size': 8,
     'data.row_length': 768,
     'data.max_length': 384,
+    'data.max_segments': 24,
     'eval.zero_shot': True,
   }
 
 
 # A slice of TPUs, or nodes of GPUs: the paper's batch, in rows.
-SLICE = {'data.batch_size': 128, 'data.row_length': 2048, 'data.max_length': 2048}
+SLICE = {
+  'data.batch_size': 128,
+  'data.row_length': 2048,
+  'data.max_length': 2048,
+  'data.max_segments': 48,
+}
 
 # One epoch of the paper's mixture.
 PAPER = {
-  # 924 thousand examples and pairs; a row of 2,048 tokens holds about five.
+  # 924 thousand examples and pairs; a row of 2,048 tokens holds about five, and more where they
+  # share tokens.
   'num_steps': 1450,
   'optim.warmup_steps': 45,  # 3 % of the run; the paper names none
   'eval.fraction': 0.02,

@@ -840,6 +840,7 @@ def show_jaxprs(name, root):
   arg, changes, fields = JAXPRS[name]
   c = ml_collections.ConfigDict(
     {'num_layers': 0, 'policy': '', 'reward_model': '', 'prompt_length': 32, 'score_length': 128}
+    | {'prefix_length': 64, 'branch_length': 32}
   )
   c.update(fields)
   c.run = load_config(root, arg)

@@ -255,7 +255,12 @@ def _splash_padded(query, key, value, seen, window, cap, interpret):
     )
     if seen.ndim == 3:
       # One mask for all heads of a row; blocks in which it hides everything are skipped.
-      run = lambda *args: make(args[-1][None])(*args[:-1])  # noqa: E731
+      def run(query, key, value, mask):
+        kernel = make(mask[None])
+        # The library makes an array of this flag and then asks it, which tracing does not allow.
+        kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+        return kernel(query, key, value)
+
       return jax.vmap(run)(*heads_first, seen).swapaxes(1, 2)
     mask = splash.CausalMask((T, T))
     if window:

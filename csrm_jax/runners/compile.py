@@ -39,6 +39,7 @@ class Compiled:
   replicated_fraction: float  # the share of parameter bytes that each chip holds whole
   flops: float  # FLOPs of the products on all chips, recomputed ones included
   tokens: int  # tokens that a call reads or adds
+  judged: int  # tokens of all prompts together, where they share some; else 0
   calls: int  # calls in a step of the run
   collective_bytes: dict[str, int]  # for each kind, the bytes of whole arrays times their turns
   roofline: program.Roofline | None  # None where the program does not fit
@@ -121,6 +122,7 @@ def compile_program(
     replicated_fraction=program.replicated_fraction(made.params),
     flops=flops,
     tokens=made.tokens,
+    judged=made.judged,
     calls=made.calls,
     collective_bytes=moved,
     roofline=times if found or fits else None,
@@ -202,7 +204,13 @@ def _described(config: ml_collections.ConfigDict) -> tuple[str, str]:
   """Returns (the model's name, what a step of its run computes)."""
   run = config.run
   if run.runner == 'train_rm':
-    return run.model.preset, f'{run.data.batch_size} rows of {run.data.row_length} tokens'
+    step = f'{run.data.batch_size} rows of {run.data.row_length} tokens'
+    if run.data.share_prefix:
+      step += (
+        f', in each of which prompts share {config.prefix_length} tokens and have '
+        f'{config.branch_length} of their own,'
+      )
+    return run.model.preset, step
   judge = f' under {config.reward_model}' if config.reward_model else ''
   draws = run.rollout
   return f'{config.policy or run.policy.init}{judge}', (
@@ -257,7 +265,9 @@ _ROWS = {
     f'{r.roofline.overlapped_s:.3f}–{r.roofline.serial_s:.3f}' if r.roofline else markdown.NONE
   ),
   'limit': lambda r: r.roofline.limit if r.roofline else 'memory',
-  'tokens': lambda r: str(r.tokens),
+  'tokens read or added': lambda r: str(r.tokens),
+  'tokens judged': lambda r: str(r.judged or r.tokens),
+  'FLOPs a judged token': lambda r: f'{r.flops / (r.judged or r.tokens):.4g}',
   'calls a step': lambda r: str(r.calls),
 }
 

@@ -37,6 +37,7 @@ class Program:
   mesh: jax.sharding.Mesh
   params: Any  # the parameters that it computes with
   tokens: int  # how many tokens a call reads or adds
+  judged: int = 0  # tokens of all prompts together, where they share some of those that are read
   opt_state: Any = ()
   cache: Any = ()  # keys and values, which each turn reads again, beside params
   beside: Any = ()  # what the run holds in memory for its other programs at the same time
@@ -96,12 +97,20 @@ def _of_reward_model(config, devices):
     trained, frozen = lora.split(shapes) if model.lora_rank else (shapes, {})
     fn, state = train_rm.make_step(run, model, VERBALIZERS, trained, mesh)
     args = (state, mesh_lib.abstract_batch(batch, mesh), mesh_lib.abstract(frozen, mesh))
-    return Program(fn, args, mesh, state.params, batch['tokens'].size, state.opt_state)
+    judged = _num_judged(config) if data.share_prefix else 0
+    return Program(fn, args, mesh, state.params, batch['tokens'].size, judged, state.opt_state)
 
   return {
     'train': train,
     'score': lambda: _score(model, mesh, run.data.batch_size, run.data.row_length),
   }
+
+
+def _num_judged(config):
+  """Returns the tokens of all prompts in a step, given the lengths that the config assumes."""
+  data, shared, own = config.run.data, config.prefix_length, config.branch_length
+  num = min(max(data.row_length - shared, 0) // own, data.max_segments)
+  return data.batch_size * num * (shared + own)
 
 
 def _score(model, mesh, rows, length, beside=(), calls=1):

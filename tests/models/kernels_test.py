@@ -42,6 +42,7 @@ def test_kernels_equal_the_reference(kernel, cap, window, shared):
     return run(*qkv, SEGMENT_IDS, mask if shared else None)
 
   qkv = _qkv()
+  jax.eval_shape(fast, *qkv)  # it can be traced
   np.testing.assert_allclose(fast(*qkv), reference(*qkv), atol=2e-6)
   assert not np.any(fast(*qkv)[0, -5:])  # padding
   grads, want = (jax.grad(functools.partial(loss, f))(qkv) for f in (fast, reference))

@@ -51,7 +51,9 @@ def _compile(config, monkeypatch):
 
 
 def test_what_is_reported_of_a_program(monkeypatch, tmp_path):
-  config = _config('topology=v5e-1', **{'run.data.batch_size': 4, 'run.data.row_length': 64})
+  sizes = {'batch_size': 4, 'row_length': 64, 'max_segments': 12}
+  sizes = {f'run.data.{name}': size for name, size in sizes.items()}
+  config = _config('topology=v5e-1', **sizes, prefix_length=8, branch_length=8)
   train, score = _compile(config, monkeypatch)
   assert train.fits and score.fits
   # AdamW in float32 holds twice the parameters, and a few scalars.
@@ -61,10 +63,13 @@ def test_what_is_reported_of_a_program(monkeypatch, tmp_path):
   # Forward, again (remat) and two products backward; the score goes forward.
   assert 3.8 < train.flops / score.flops < 4.2
   assert train.tokens == 4 * 64
+  # In each row 7 prompts of 16 tokens, 8 of which they share.
+  assert train.judged == 4 * 7 * 16
   assert train.roofline.limit == 'products'
   compile_lib.run(config, tmp_path)
   table = (tmp_path / 'report' / 'report.md').read_text()
   assert '| fits | yes | yes |' in table
+  assert f'| tokens judged | {4 * 7 * 16} | {4 * 64} |' in table
   saved = json.loads((tmp_path / 'report' / 'compile.json').read_text())
   assert saved['programs'][0]['param_bytes'] == train.param_bytes
 
