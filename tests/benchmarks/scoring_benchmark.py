@@ -144,7 +144,7 @@ def make_cases(model, full):
       for i, item in enumerate(items)
     ]
 
-  num_responses, num_rule_sets, num_mixed = (200, 32, 96) if full else (15, 12, 12)
+  num_responses, num_rule_sets, num_mixed = (200, 32, 96) if full else (60, 32, 24)
   one_rule_set = [(whole[2], conversation()) for _ in range(num_responses)]
   talk = conversation()
   rule_sets = [(rule_set(i), talk) for i in range(num_rule_sets)]
