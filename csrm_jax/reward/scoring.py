@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -158,7 +159,7 @@ def make_prompt_scorer(
     platform = mesh_lib.platform()
   costs = costs or plans.costs_of(cfg, platform, mesh_lib.num_row_parts(params))
   compute, read = make_score_step(cfg, verbalizers), transformer.make_prefix_reader(cfg)
-  known, prefixes = set(), collections.OrderedDict()
+  known, prefixes, pools_done = set(), collections.OrderedDict(), itertools.count(1)
 
   def prefix_of(tokens, length):
     """Returns the keys and values of tokens, padded; those used last are kept."""
@@ -189,7 +190,9 @@ def make_prompt_scorer(
     with mesh_lib.of(params):
       for prompts in pools:
         done.append(np.zeros(len(prompts), np.float32))
-        for part in plans.make_plan(prompts, costs, known):
+        # What has been asked n times will be asked some n times more: programs pay in the end.
+        program = costs.program / next(pools_done)
+        for part in plans.make_plan(prompts, costs._replace(program=program), known):
           prefix = None
           if part.num_shared:
             prefix = prefix_of(prompts[part.rows[0][0]][: part.num_shared], part.shape[2])
