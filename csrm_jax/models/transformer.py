@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.models import attention as attention_lib
+from csrm_jax.models import attention as attention_lib, products
 from csrm_jax.models.config import ModelConfig
 
 ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
@@ -39,7 +39,6 @@ class Dense(nnx.Module):
 
   def __init__(self, cfg: ModelConfig, name, inputs, outputs, *, std, rngs):
     """Makes a kernel [*inputs, *outputs], and an adapter if cfg.lora_targets has its name."""
-    self.num_inputs = len(inputs)
     self.dtype = cfg.dtype
     self.kernel = nnx.Param(
       std * jax.random.normal(rngs.params(), inputs + outputs, cfg.param_dtype)
@@ -55,14 +54,11 @@ class Dense(nnx.Module):
       self.lora_b = nnx.Param(jnp.zeros((cfg.lora_rank, *outputs)))
 
   def __call__(self, x):
-    y = self._product(x, self.kernel, self.num_inputs)
     if self.lora_scale:
-      low = self._product(x, self.lora_a, self.num_inputs)  # [R,r]
-      y += self._product(self.lora_scale * low, self.lora_b, 1)
-    return y
-
-  def _product(self, x, kernel, num_axes):
-    return jnp.tensordot(x, kernel[...].astype(self.dtype), num_axes)
+      return products.adapted(
+        x, self.kernel[...], self.lora_a[...], self.lora_b[...], self.lora_scale
+      )
+    return products.dense(x, self.kernel[...].astype(self.dtype))
 
 
 class RMSNorm(nnx.Module):
