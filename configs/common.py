@@ -27,7 +27,7 @@ BACKBONES = {
 
 # Fields of a model that do not depend on its weights.
 OVERRIDES = {
-  'dtype': 'float32',  # the dtype of activations; or bfloat16
+  'dtype': 'float32',  # the dtype of activations; bfloat16; or auto, what is faster here
   'param_dtype': 'float32',  # the dtype of parameters; or bfloat16
   'remat': 'none',  # what the backward pass recomputes to save memory: none, dots, full
   'unroll': 4,  # layers in one step of the scan over depth; more is faster on CPUs

@@ -199,6 +199,7 @@ def backbone_part(arg):
     'template.unsafe_words': ('No',),
     'model.overrides.unroll': 1,
     'model.overrides.remat': 'dots',
+    'model.overrides.dtype': 'auto',
     # A slice runs the paper's rate; a laptop's few steps need a higher one.
     'optim.lr': 5e-4 if arg.lora else 5e-7 if arg.mesh else 1e-5,
     'loss.gamma': 0.1,  # the paper's

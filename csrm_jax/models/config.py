@@ -189,4 +189,14 @@ def preset(name: str, vocab_size: int, **overrides) -> ModelConfig:
   if unknown:
     raise ValueError(f'unknown model field {unknown[0]!r}; choose from {", ".join(sorted(known))}.')
   vocab_size = PRESETS[name].vocab_size or vocab_size
-  return dataclasses.replace(PRESETS[name], **{'vocab_size': vocab_size, **overrides})
+  return dataclasses.replace(PRESETS[name], **{'vocab_size': vocab_size, **resolve(overrides)})
+
+
+def resolve(overrides: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields, with the dtype that is faster here in place of 'auto'."""
+  if overrides.get('dtype') != 'auto':
+    return dict(overrides)
+  # Only now: a config is made without JAX.
+  from csrm_jax.models import products
+
+  return {**overrides, 'dtype': products.auto_dtype()}

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from csrm_jax.models.config import RUN_TIME_FIELDS, ModelConfig, RopeScaling
+from csrm_jax.models.config import RUN_TIME_FIELDS, ModelConfig, RopeScaling, resolve
 
 CONFIG_FILE = 'config.json'
 # What the decoder ends in -> the suffix of the architecture's name.
@@ -136,7 +136,8 @@ def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfi
   """Returns the ModelConfig that the content of a config.json describes.
 
   Files of transformers before and since version 5 are read: rope_theta and rope_scaling, or
-  rope_parameters; layer_types are optional. The overrides are fields out of RUN_TIME_FIELDS.
+  rope_parameters; layer_types are optional. The overrides are fields out of RUN_TIME_FIELDS;
+  resolve is applied to them.
   """
   for name in overrides:
     if name not in RUN_TIME_FIELDS:
@@ -169,7 +170,7 @@ def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfi
     raise _unsupported(where, 'dtype', dtype, _DTYPES)
   fields |= {'family': family_name, 'param_dtype': _DTYPES[dtype]}
   fields |= _read_rope(spec, where) | _read_window(spec, family, where)
-  return ModelConfig(**fields | overrides)
+  return ModelConfig(**fields | resolve(overrides))
 
 
 def to_hf(cfg: ModelConfig, dtype: str, form: str = 'causal_lm') -> dict[str, Any]:

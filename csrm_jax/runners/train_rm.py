@@ -40,6 +40,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   start = time.monotonic()
   loop_lib.check_lengths(config)
   spec, tokenizer, source = _describe(config)
+  if config.model.overrides.dtype == 'auto':
+    print(f'dtype=auto: {spec.model.dtype} is the faster one here', file=sys.stderr)
   parts, held_out = _read_data(config)
   todo = evaluate.benchmarks(config.eval, held_out)
   evaluate.check_lengths(held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.models import products
+from csrm_jax.models import config, products
 
 SHAPES = {'plain': ((24,), (20,)), 'heads': ((24,), (5, 4)), 'out': ((6, 4), (20,))}
 
@@ -68,3 +68,14 @@ def test_bfloat16_gradients_are_those_of_the_product(shape):
   want = _values(lambda x, kernel: jnp.tensordot(x, kernel, x.ndim - 1), key, x, kernel)
   # One rounding to bfloat16.
   _assert_close(got, want, 2**-8)
+
+
+@pytest.mark.parametrize(('gain', 'dtype'), [(1.1, 'float32'), (1.9, 'bfloat16')])
+def test_auto_dtype_is_the_faster_one(gain, dtype, monkeypatch):
+  monkeypatch.setattr(products, 'bfloat16_gain', lambda: gain)
+  assert config.preset('tiny', 40, dtype='auto').dtype == dtype
+  assert config.preset('tiny', 40).dtype == 'float32'
+
+
+def test_gain_is_measured():
+  assert 0.2 < products.bfloat16_gain() < 100
