@@ -7,28 +7,33 @@ path=FOLDER \
   --config.endpoint.base_url=http://localhost:8000/v1 \
   --config.endpoint.model=NAME
 python -m csrm_jax.main --workdir=/tmp/aug \
-  --config=configs/augment.py:proposer=model,init=FOLDER,data=jsonl,path=FILE
+  --config=configs/augment.py:proposer=model,init=FOLDER,data=auto,path=FILE
 python -m csrm_jax.main --workdir=/tmp/rm \
   --config=configs/rm.py:data=augmented,path=/tmp/aug
 """
 
+import pathlib
+
 import ml_collections
 
 from csrm_jax import config as config_lib
+
+common = config_lib.load_module(pathlib.Path(__file__).with_name('common.py'))
 
 
 def get_config(arg=None):
   """Returns the config.
 
   arg: proposer=oracle|endpoint|model, data (ruleworld or a data set that is read from files), path
-  (where that set's file or folder is), judge (see below), init (the weights that proposer=model
-  loads), smoke (a run of a few seconds).
+  (where that set's file or folder is), safety, labels and columns.NAME (see common.OWN), judge (see
+  below), init (the weights that proposer=model loads), smoke (a run of a few seconds).
   """
   arg = config_lib.parse_arg(
     arg,
     proposer=('oracle', 'endpoint', 'model'),
     data='ruleworld',
     path='',
+    **common.OWN,
     judge='',
     init='',
     smoke=False,
@@ -39,11 +44,12 @@ def get_config(arg=None):
   c.seed = 0  # decides RuleWorld's examples, the pools and all random draws
 
   c.source = ml_collections.ConfigDict()
-  # ruleworld, or a source of csrm_jax.data.catalogue: jsonl, parquet, array_record,
-  # xstest_completions, moderation, or a set of the catalogue: beavertails, pku_safe_rlhf,
-  # wildguardmix, aegis, dynabench, ...
+  # ruleworld, auto (files of your own in any form), array_record, or a set of
+  # csrm_jax.data.catalogue: xstest_completions, moderation, beavertails, pku_safe_rlhf, ...
   c.source.name = arg.data
   c.source.path = arg.path  # a file or folder; '' loads a public set from the hub
+  # See common.OWN.
+  c.source.own = ml_collections.ConfigDict({key: arg[key] for key in common.OWN})
   # 0 takes all examples. Fewer are drawn at random from files: their first rows may all have
   # one label.
   c.source.num_examples = 6000 if arg.data == 'ruleworld' else 0

@@ -36,6 +36,24 @@ OVERRIDES = {
   'lora_targets': ('query', 'key', 'value', 'out', 'gate', 'up', 'down'),  # kernels with adapters
 }
 
+# How rows of one's own files are read, whatever form they have (csrm_jax.data.forms).
+OWN = {
+  'safety': '',  # the rules of rows that bring none: a YAML, JSON or Markdown file
+  # What the values of the label mean where they are not safe and unsafe, as in
+  # "{'0': 'safe', '1': 'unsafe', '2': 'drop'}"; rows with 'drop' are left out.
+  'labels': '',
+  # The names that columns have there; '' for ours, or a usual one.
+  'columns': {
+    'id': '',  # names a row in results; by default file:row
+    'safety': '',  # a row's own rules: an object, or the path of a file
+    'conversation': '',  # a list of messages
+    'prompt': '',  # what the user wrote, or a list of messages
+    'response': '',  # the answer that is judged
+    'label': '',  # whether it is safe
+    'violated': '',  # names of the rules that it violates
+  },
+}
+
 # AdamW. Each run sets its own lr, warmup_steps and weight_decay.
 OPTIM = {
   'lr': 1e-3,  # the peak, which a warm-up reaches and a cosine leaves

@@ -21,9 +21,13 @@ python -m csrm_jax.main --config=configs/eval.py:refusals --workdir=/tmp/refusal
   --config.data_dir=DATA/xstest
 """
 
+import pathlib
+
 import ml_collections
 
 from csrm_jax import config as config_lib
+
+common = config_lib.load_module(pathlib.Path(__file__).with_name('common.py'))
 
 
 def get_config(arg=None):
@@ -84,8 +88,11 @@ def get_config(arg=None):
       }
     )
     return c
-  # The rules for all rows (YAML or JSON); '' where each row brings its own `safety`.
-  c.safety = ''
-  # JSONL: {"id", "conversation": [{"role", "content"}, …]}, and "label" where it is known.
+  # What is scored: a file, a folder or a hub id, in any form of csrm_jax.data.forms.
   c.conversations = ''
+  # The rules for all rows; '' where each row brings its own `safety`. The other two are as in
+  # training: what values of the label mean, and the names of columns.
+  c.safety = common.OWN['safety']
+  c.labels = common.OWN['labels']
+  c.columns = ml_collections.ConfigDict(common.OWN['columns'])
   return c

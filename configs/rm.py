@@ -29,11 +29,12 @@ def get_config(arg=None):
 
   arg: ablation=full|no_cca|no_sa|no_aug|rules_blind; data=ruleworld, public (a mixture of three
   sets in data_dir), paper (the paper's mixture, from the hub; the default of a backbone on a
-  slice), or a source of csrm_jax.data.catalogue with its path: jsonl, parquet, augmented (what
-  configs/augment.py wrote), array_record, beavertails, wildguardmix, ...; model (tiny or a name of
-  BACKBONES), init (its weights: a folder, a hub id or a .gguf file; by default the hub's), lora
+  slice), auto (files of your own in any form, with path, safety=RULES, columns.label=NAME and so
+  on, labels={...}: see common.OWN), or a source of csrm_jax.data.catalogue with its path:
+  augmented (what configs/augment.py wrote), array_record, beavertails, wildguardmix, ...; model
+  (tiny or a name of BACKBONES), init (its weights: a folder, a hub id or a .gguf file; by default the hub's), lora
   (the rank of adapters; 0 trains all weights), mesh (a slice of TPUs: v5e-64, v5p-16, 2xv5e-256; or
-  GPUs: h100-16), num_steps, smoke (a run of a minute that exercises everything).
+  GPUs: h100-16), num_steps, epochs, smoke (a run of a minute that exercises everything).
   """
   arg = config_lib.parse_arg(
     arg,
@@ -41,11 +42,13 @@ def get_config(arg=None):
     data='',
     data_dir='',
     path='',
+    **common.OWN,
     model=('tiny', *BACKBONES),
     init='',
     lora=0,
     mesh='',
     num_steps=0,
+    epochs=0.0,
     smoke=False,
   )
   is_public = arg.model != 'tiny'
@@ -66,6 +69,9 @@ def get_config(arg=None):
     },
     SMOKE if arg.smoke else {},
     {'num_steps': arg.num_steps} if arg.num_steps else {},
+    {'epochs': arg.epochs},
+    {f'data.own.{key}': arg[key] for key in ('safety', 'labels')},
+    {f'data.own.columns.{key}': name for key, name in arg.columns.items()},
   )
 
 
@@ -78,6 +84,7 @@ BASE = {
   'title': 'Configurable safety reward model',  # the report's title
   'seed': 0,  # decides the data and, without model.init, the weights
   'num_steps': 500,  # updates
+  'epochs': 0.0,  # passes over the data of files; above 0 these decide, and not num_steps
   'log_every': 20,  # steps that one line of metrics.jsonl sums up
   'checkpoint_every': 100,  # steps; a multiple of log_every
   # The steps of a profiler trace in workdir/profile, such as '10:13'; '' for no trace.
@@ -119,6 +126,7 @@ BASE = {
     # paper does not say so; with this, SA alone teaches the model to read rules.
     'label_pairs': False,
     'rules_blind': False,  # hides the rules, to show what can be known without them
+    'own': common.OWN,
     # Named parts, each with a source, a path (for files), and a weight in the mixture of atoms.
     'parts': {
       # Examples of four data sets with fixed taxonomies (CCA applies to them).
@@ -138,6 +146,8 @@ BASE = {
   'optim': common.OPTIM | {'lr': 1e-3, 'warmup_steps': 20, 'weight_decay': 0.01},
   'mesh': common.MESH,
   'eval': {
+    # A file of your own, in any form, whose rows are tested; '' holds rows of the data out.
+    'path': '',
     'fraction': 0.2,  # the share of each file part that a hash of the text holds out
     'max_examples': 0,  # how many of each held-out part, a fixed sample; 0 for all
     'zero_shot': False,  # also evaluates before training

@@ -37,14 +37,18 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
   The text after the colon in --config=configs/rm.py:model=tiny,debug is such an argument.
 
   Args:
-    arg: Comma-separated key=value parts; a key alone is true. Values cannot contain commas.
+    arg: Comma-separated key=value parts; a key alone is true. Values cannot contain commas, but
+      within braces.
     **spec: The default of each key, whose type the value takes. A type (seed=int) means None by
-      default; a tuple lists the choices, and its first is the default.
+      default; a tuple lists the choices, and its first is the default. A dict is a section:
+      its keys are given as SECTION.KEY.
 
   Raises:
     ValueError: A key is unknown or repeated, or its value has another type.
   """
   values, given = {}, {}
+  sections = [name for name, default in spec.items() if isinstance(default, Mapping)]
+  spec = flatten(spec)
   for key, default in spec.items():
     values[key] = default[0] if isinstance(default, tuple) else default
     if isinstance(default, type):
@@ -57,7 +61,12 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
     if key in given:
       raise ValueError(f'config argument {key!r} is given twice')
     given[key] = _parse_value(key, text if equals else None, spec[key])
-  return ConfigDict(values | given)
+  values |= given
+  for name in sections:
+    prefix = f'{name}.'
+    inner = {key: values.pop(key) for key in list(values) if key.startswith(prefix)}
+    values[name] = {key.removeprefix(prefix): value for key, value in inner.items()}
+  return ConfigDict(values)
 
 
 def split_arg(arg: str | None, names: Sequence[str]) -> tuple[str, str]:
@@ -67,7 +76,8 @@ def split_arg(arg: str | None, names: Sequence[str]) -> tuple[str, str]:
 
 
 def _parts(arg: str | None) -> list[str]:
-  return [part.strip() for part in (arg or '').split(',') if part.strip()]
+  parts = re.findall(r'(?:[^,{]|\{[^}]*\}|\{)+', arg or '')
+  return [part.strip() for part in parts if part.strip()]
 
 
 def _parse_value(key: str, text: str | None, default: Any) -> Any:

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -178,8 +178,11 @@ def unique_keys(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]
   return make
 
 
-def load_yaml(text: str, where: str, items: str) -> tuple[Any, list[int]]:
-  """Returns the YAML value, and the line of each entry of its list `items`."""
+def load_yaml(text: str, where: str, items: Sequence[str]) -> tuple[Any, list[int]]:
+  """Returns the YAML value, and the line of each entry of the first of `items` that it has.
+
+  Of a value that is a list, or a mapping with none of these keys, it is the lines of its entries.
+  """
   try:
     loader = yaml.SafeLoader(text)
     node = loader.get_single_node()
@@ -235,11 +238,14 @@ def _check_unique_keys(node: yaml.Node, where: str) -> None:
         todo.append(value)
 
 
-def _item_lines(node: yaml.Node, items: str) -> list[int]:
+def _item_lines(node: yaml.Node, items: Sequence[str]) -> list[int]:
   if isinstance(node, yaml.MappingNode):
-    for key, value in node.value:
-      if key.value == items and isinstance(value, yaml.SequenceNode):
-        return [item.start_mark.line + 1 for item in value.value]
+    keys = {key.value: value for key, value in node.value if isinstance(key.value, str)}
+    node = next((keys[name] for name in items if name in keys), node)
+  if isinstance(node, yaml.SequenceNode):
+    return [item.start_mark.line + 1 for item in node.value]
+  if isinstance(node, yaml.MappingNode):
+    return [key.start_mark.line + 1 for key, _ in node.value]
   return []
 
 

@@ -155,14 +155,16 @@ def read(
       else:
         fields['id'] = tables.as_name(fields['id'], 'id')
       form = _form(fields)
-      fields['label'] = _label(fields.get('label'), labels)
+      label = _label(fields.pop('label', None), labels)
     except ValueError as error:
       raise ValueError(f'{row.where}: {error}') from None
     except RecursionError:
       raise ValueError(f'{row.where}: nested too deeply; flatten it') from None
-    if fields['label'] == DROP:
+    if label == DROP:
       found.drop('label')
       continue
+    if label is not None:
+      fields['label'] = label
     item = _parse(form, fields, row, safety)
     first = seen.setdefault(item.id, row.where)
     if first != row.where:
@@ -179,6 +181,12 @@ def read(
     found.append(item)
   _say(path, used)
   return found
+
+
+def options(safety: str, labels: str, columns: Mapping[str, str]) -> dict[str, Any]:
+  """Returns what `read` takes, of the section of a run config that says how files are read."""
+  rules = schema.load_safety(safety) if safety else None
+  return {'safety': rules, 'columns': dict(columns), 'labels': parse_labels(labels)}
 
 
 def parse_labels(text: str) -> dict[str, str]:
@@ -297,12 +305,13 @@ def _parse(form: str, fields: Fields, row: tables.Row, safety: SafetyConfig | No
     if form in ('pairs', 'preference'):
       made = FORMS[form].make(fields)
       if form == 'pairs':
-        fields.pop('label')
+        fields.pop('label', None)
       else:
         fields = {'id': fields['id']}
       return Pair.from_dict(fields | made, row.where, **options)
     made = FORMS[form].make(fields)
-    fields['violated'] = _names(fields.get('violated'))
+    if 'violated' in fields:
+      fields['violated'] = _names(fields['violated'])
     if form not in _OWN:
       # Other columns are not ours, whatever they are called.
       fields = {k: v for k, v in fields.items() if k in schema.EXAMPLE_COLUMNS}

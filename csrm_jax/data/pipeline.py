@@ -31,14 +31,17 @@ _OWN = ('auto', 'jsonl', 'parquet')
 SOURCES = (*_OWN, 'array_record', *catalogue.SETS)
 
 
-def read_source(source: str, path: str, require_label: bool = True) -> Sequence[Any]:
+def read_source(
+  source: str, path: str, require_label: bool = True, **options: Any
+) -> Sequence[Any]:
   """Returns the examples and pairs of a source of files; of a public set, its first split.
 
   Args:
     source: One of SOURCES.
     path: A file or folder; '' fetches a set from the hub.
-    require_label: Refuse examples without a label in files of our own form; all other sources
-      have labels.
+    require_label: Refuse examples without a label in files of one's own; all other sources have
+      labels.
+    **options: See `forms.options`; of no use for other sources.
   """
   public_set = catalogue.SETS.get(source)
   if not path and not (public_set and public_set.is_on_hub):
@@ -53,7 +56,7 @@ def read_source(source: str, path: str, require_label: bool = True) -> Sequence[
     from csrm_jax.data import public_sets
 
     return public_sets.read_prepared(path)
-  return forms.read(path, require_label=require_label)
+  return forms.read(path, require_label=require_label, **options)
 
 
 def read_part(
@@ -62,6 +65,7 @@ def read_part(
   seed: int,
   eval_fraction: float,
   generators: Mapping[str, Callable[[int, int], Any]],
+  **options: Any,
 ) -> tuple[Sequence[Any], Sequence[Any]]:
   """Returns (training items, held-out items) of one part of the training data.
 
@@ -71,7 +75,7 @@ def read_part(
     # Nothing is held out: test sets of generated data are drawn apart.
     return sources.Generated(generators[source], seed), ()
   tables.lookup(source, dict.fromkeys([*generators, *SOURCES]), 'data source')
-  return sources.split(read_source(source, path), eval_fraction, seed)
+  return sources.split(read_source(source, path, **options), eval_fraction, seed)
 
 
 # --- Examples to atoms -------------------------------------------------------------------

@@ -96,6 +96,12 @@ def spread(items: Sequence[T], num: int) -> list[T]:
   return [items[i * len(items) // num] for i in range(num)]
 
 
+def num_shared(items: Sequence[Item], others: Sequence[Item]) -> int:
+  """Returns how many of the items have a text that is among the others, as `split` sees it."""
+  texts = {_split_text(item) for item in others}
+  return sum(_split_text(item) in texts for item in items)
+
+
 def _split_text(item: Example | Pair) -> str:
   if isinstance(item, Example):
     return _text(item.conversation)

@@ -27,7 +27,7 @@ import tqdm
 from csrm_jax import config as config_lib
 from csrm_jax.augmentation import beam, categories, proposers, report, requests, strictness
 from csrm_jax.core import files, journal as journal_lib
-from csrm_jax.data import catalogue, pipeline
+from csrm_jax.data import catalogue, forms, pipeline
 from csrm_jax.reward import model as reward_model
 from csrm_jax.ruleworld import examples as ruleworld_examples, proposer as world
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
@@ -133,7 +133,8 @@ def _read(
     raise ValueError(
       f'config.source.name is {source.name!r}; use one of ruleworld, {", ".join(pipeline.SOURCES)}'
     )
-  rows = pipeline.read_source(source.name, source.path, require_label=False)
+  options = forms.options(**source.own)
+  rows = pipeline.read_source(source.name, source.path, require_label=False, **options)
   drops = collections.Counter(getattr(rows, 'drops', {}))
   kept = []
   for item in rows:

@@ -107,8 +107,9 @@ def _read_examples(config: ml_collections.ConfigDict) -> Sequence[schema.Example
   """Returns the rows of config.conversations, under config.safety if that is given."""
   if not config.conversations:
     raise ValueError('config.conversations is empty: give --config.conversations=PATH')
-  safety = schema.load_safety(config.safety) if config.safety else None
-  examples = forms.read(config.conversations, safety)
+  options = forms.options(config.safety, config.labels, config.columns)
+  safety = options['safety']
+  examples = forms.read(config.conversations, split='test', **options)
   if not examples:
     raise ValueError(f'{config.conversations} has no rows')
   if any(isinstance(example, schema.Pair) for example in examples):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import resource
 import sys
@@ -16,7 +17,8 @@ import jax
 import ml_collections
 
 from csrm_jax.core import mesh as mesh_lib, tree
-from csrm_jax.data import features, pipeline
+from csrm_jax.core.checks import note
+from csrm_jax.data import features, forms, pipeline, sources
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
@@ -25,6 +27,9 @@ from csrm_jax.runners import evaluate, show_tokens as show_tokens_lib
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, step as training
+
+# More passes over the same rows teach a model to know them by heart.
+MAX_PASSES = 10
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -47,9 +52,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   evaluate.check_lengths(held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
   batches = _make_batches(config, _make_encoder(config.data, tokenizer, spec.layout), parts)
   # Data of which nothing fits ends here, before anything is written.
-  first = batches.get_state()
-  next(batches)
-  batches.set_state(first)
+  config = _count_epochs(config, parts, _atoms_per_step(batches))
   params, frozen = _init_params(config, spec, source, mesh)
   backbone.save_tokenizer(config.tokenizer or source, workdir)
 
@@ -155,12 +158,61 @@ def _describe(
 
 
 def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[str, Any]]:
-  parts, held_out = {}, {}
+  """Returns (parts to train on, {name: items to test on})."""
+  parts, held_out, options = {}, {}, forms.options(**config.data.own)
+  fraction = 0.0 if config.eval.path else config.eval.fraction
   for name, part in config.data.parts.items():
     parts[name], held_out[name] = pipeline.read_part(
-      part.source, part.path, config.seed, config.eval.fraction, examples.TRAINING
+      part.source, part.path, config.seed, fraction, examples.TRAINING, **options
     )
+  if config.eval.path:
+    test = forms.read(config.eval.path, require_label=True, split='test', **options)
+    held_out['test'] = test
+    for name, items in parts.items():
+      if not isinstance(items, sources.Generated) and (num := sources.num_shared(test, items)):
+        note(f'{num} of {len(test)} texts of {config.eval.path} are in the data {name!r} too')
   return parts, {name: items for name, items in held_out.items() if items}
+
+
+def _atoms_per_step(batches: pipeline.BatchIterator, num: int = 4) -> float:
+  """Returns how many examples and pairs a step takes, from the first batches."""
+  first = batches.get_state()
+  for _ in range(num):
+    next(batches)
+  rate = batches.num_atoms / num
+  batches.set_state(first)
+  return rate
+
+
+def _count_epochs(
+  config: ml_collections.ConfigDict, parts: dict[str, Any], rate: float
+) -> ml_collections.ConfigDict:
+  """Returns the config with the steps of its epochs; says so where data is passed too often."""
+  weights = {name: part.weight for name, part in config.data.parts.items() if part.weight > 0}
+  # The steps of one pass over each part that has an end.
+  steps = {
+    name: len(parts[name]) * sum(weights.values()) / (weight * rate)
+    for name, weight in weights.items()
+    if not isinstance(parts[name], sources.Generated)
+  }
+  if config.epochs:
+    if not config.epochs > 0 or not steps:
+      raise ValueError(
+        f'config.epochs={config.epochs}: it is above 0 and counts passes over files; give num_steps'
+        ' for generated data'
+      )
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+      config.num_steps = max(math.ceil(config.epochs * max(steps.values())), 1)
+      config.optim.warmup_steps = min(config.optim.warmup_steps, config.num_steps // 10)
+    note(f'epochs={config.epochs:g}: {config.num_steps} steps')
+  for name, one in steps.items():
+    if config.num_steps > MAX_PASSES * one:
+      note(
+        f'{config.num_steps} steps pass the {len(parts[name])} rows of {name!r}'
+        f' {config.num_steps / one:.0f} times; epochs=3 takes {math.ceil(3 * one)} steps'
+      )
+  return config
 
 
 def _make_batches(

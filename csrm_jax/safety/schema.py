@@ -28,6 +28,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -115,7 +116,10 @@ class SafetyConfig:
 
 
 def load_safety(path: str | os.PathLike) -> SafetyConfig:
-  """Returns the safety configuration in a .yaml, .yml or .json file.
+  """Returns the safety configuration in a .yaml, .yml, .json or .md file.
+
+  Files that people write for other purposes are read too: see `parse_safety`; in Markdown each
+  heading is a rule. What is not used is named on stderr.
 
   Raises:
     ValueError: One line with the file, the line where it is known, the value and the fix.
@@ -124,18 +128,42 @@ def load_safety(path: str | os.PathLike) -> SafetyConfig:
   suffix = pathlib.Path(path).suffix.lower()
   if suffix == '.json':
     return parse_safety(files.read_json(path), where)
+  if suffix in ('.md', '.markdown'):
+    obj, lines = _parse_markdown(files.read_text(path), where)
+    safety = parse_safety(obj, where, lines)
+    checks.note(f'{where}: {len(lines)} rules: {", ".join(safety.names)}')
+    return safety
   if suffix not in ('.yaml', '.yml'):
-    raise ValueError(f'{where}: a safety configuration is a .yaml, .yml or .json file; rename it')
-  obj, lines = files.load_yaml(files.read_text(path), where, 'categories')
+    raise ValueError(
+      f'{where}: a safety configuration is a .yaml, .yml, .json or .md file; rename it'
+    )
+  obj, lines = files.load_yaml(files.read_text(path), where, _LISTS)
   return parse_safety(obj, where, lines)
+
+
+# What others call the list of rules, a rule's name, and its text; the first that is there counts.
+_LISTS = ('categories', 'rules', 'policies', 'guidelines', 'policy')
+_NAMES = ('name', 'title', 'category', 'heading', 'id')
+_TEXTS = ('guideline', 'guidelines', 'description', 'definition', 'text', 'rule', 'policy')
+# These say something about a file of rules, and are no rules.
+_ABOUT = (
+  *('name', 'title', 'version', 'id', 'date', 'updated', 'owner', 'author', 'authors', 'metadata'),
+  *('language', 'locale', 'description', 'status', 'schema', 'schema_version'),
+)
+_BULLET = re.compile(r'^\s*(?:[-*+>]|\d+[.)])\s+')
+_HEADING = re.compile(r'^(#{1,6})\s+(?:\d+(?:\.\d+)*[.)]?\s+)?(.*?)\s*#*\s*$')
 
 
 def parse_safety(obj: Any, where: str, lines: Sequence[int] = ()) -> SafetyConfig:
   """Returns the safety configuration in an object that was read from a file.
 
-  Errors begin with `where`, and with the line of the category where `lines` has it.
+  Besides {"categories": [{"name", "guideline"}]} it may be a list or a mapping of guidelines, or
+  have other words for these keys ("rules", "title", "description"). Keys that are not used, such as
+  ids, severities and examples, are named on stderr. Errors begin with `where`, and with the line of
+  the category where `lines` has it.
   """
-  if not isinstance(obj, Mapping) or 'categories' not in obj:
+  key, items = _find_rules(obj)
+  if key is None:
     found = 'nothing' if not obj else show(obj)
     if obj and isinstance(obj, Mapping):
       found = ', '.join(map(str, obj))[:200]
@@ -143,31 +171,123 @@ def parse_safety(obj: Any, where: str, lines: Sequence[int] = ()) -> SafetyConfi
       f'{where}: no key "categories" (found: {found}); list the rules under "categories", each with'
       ' "name" and "guideline"'
     )
-  for key in obj:
-    if key not in ('name', 'categories'):
-      raise ValueError(
-        f'{where}: unknown key {show(key)}; a safety configuration has "categories" and, if you'
-        ' like, "name"'
-      )
   # YAML reads a key without entries as null; the error is then that of an empty list.
-  items = obj['categories'] or []
-  if not isinstance(items, (list, tuple)):
+  items = items or []
+  if isinstance(items, Mapping):
+    named = list(items.items())
+  elif isinstance(items, (list, tuple)):
+    named = [(None, item) for item in items]
+  else:
     raise ValueError(
-      f'{where}: "categories" is {show(items)}; write a list of entries with "name" and "guideline"'
+      f'{where}: "{key}" is {show(items)}; write a list of entries with "name" and "guideline"'
     )
-  places = [f'{where}:{line}' for line in lines] or [where] * len(items)
-  place = where
+  if len(lines) != len(named):
+    lines = ()
+  places = [f'{where}:{line}' for line in lines] or [where] * len(named)
+  place, unused = where, {}
   try:
     categories = []
-    for i, item in enumerate(items):
+    for i, (name, item) in enumerate(named):
       place = places[i]
-      categories.append(parse_category(item, f'category {i + 1}'))
+      categories.append(_parse_rule(name, item, i + 1, unused))
     second = _find_duplicate(categories)
     # SafetyConfig checks this too, but cannot name the line.
     place = where if second is None else places[second]
-    return SafetyConfig(tuple(categories), obj.get('name', ''))
+    about = obj if isinstance(obj, Mapping) and key else {}
+    safety = SafetyConfig(tuple(categories), about.get('name', about.get('title', '')))
   except ValueError as error:
     raise ValueError(f'{place}: {error}') from None
+  unused |= dict.fromkeys(k for k in about if k not in (key, 'name', 'title'))
+  if unused:
+    checks.note(f'{where}: not used: {", ".join(map(str, unused))}')
+  return safety
+
+
+def _find_rules(obj: Any) -> tuple[str | None, Any]:
+  """Returns (key, entries); the key is '' where the object itself has the entries."""
+  if isinstance(obj, (list, tuple)):
+    return '', obj
+  if not isinstance(obj, Mapping):
+    return None, None
+  for key in _LISTS:
+    if key in obj:
+      return key, obj[key]
+  rules = {name: text for name, text in obj.items() if str(name).lower() not in _ABOUT}
+  if rules and all(isinstance(text, str) or _text_key(text) for text in rules.values()):
+    return '', rules
+  return None, None
+
+
+def _text_key(item: Any) -> str | None:
+  return next((k for k in _TEXTS if k in item), None) if isinstance(item, Mapping) else None
+
+
+def _parse_rule(name: Any, item: Any, number: int, unused: dict[str, None]) -> Category:
+  """Returns the category in an entry of a list, or of a mapping that names it."""
+  what = f'category {number}'
+  if not isinstance(item, Mapping):
+    if not isinstance(item, (str, list)):
+      raise ValueError(f'{what} is {show(item)}; write an object with "name" and "guideline"')
+    name, text = f'Rule {number}' if name is None else name, item
+  else:
+    keys = [k for k in _TEXTS if k in item]
+    if len(keys) > 1 and keys[:2] == ['guideline', 'guidelines']:
+      raise ValueError(f"{what} has both 'guideline' and 'guidelines'; keep one")
+    if not keys:
+      raise ValueError(f'{what} has no "guideline" (found: {", ".join(map(str, item))}); add it')
+    named = [k for k in _NAMES if k in item]
+    if name is None and not named:
+      raise ValueError(f'{what} has no "name"; add it')
+    text, used = item[keys[0]], [keys[0]]
+    if name is None:
+      name = item[named[0]]
+      used.append(named[0])
+    unused |= dict.fromkeys(k for k in item if k not in used)
+  try:
+    return Category(name, _join_texts(text))
+  except ValueError as error:
+    raise ValueError(f'{what}: {error}') from None
+
+
+def _join_texts(value: Any) -> Any:
+  """Returns a list or a mapping of texts as one; anything else as it is."""
+  if isinstance(value, Mapping):
+    value = [f'{name}: {_join_texts(text)}' for name, text in value.items()]
+  if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+    return ' '.join(text.strip() for text in value)
+  return value
+
+
+def _parse_markdown(text: str, where: str) -> tuple[Any, list[int]]:
+  """Returns (an object for parse_safety, the lines of its categories) of headings with text."""
+  blocks, fenced = [], False  # [level, title, line, lines of text]
+  for number, line in enumerate(text.splitlines(), start=1):
+    fenced ^= line.lstrip().startswith('```')
+    heading = None if fenced else _HEADING.match(line)
+    if heading:
+      blocks.append((len(heading[1]), heading[2].replace('**', ''), number, []))
+    elif blocks:
+      blocks[-1][3].append(_BULLET.sub('', line).replace('**', '').strip())
+  if not blocks:
+    raise ValueError(f'{where}: no headings; write each rule as "## Name" with its text below')
+  levels = [level for level, *_ in blocks]
+  # Rules are the headings of the first level that has several; those below are parts of rules.
+  level = next((n for n in sorted(set(levels)) if levels.count(n) > 1), max(levels))
+  rules, lines, unused = [], [], {}
+  title = next((name for n, name, *_ in blocks if n < level), '')
+  for n, name, line, body in blocks:
+    words = ' '.join(' '.join(body).split())
+    if n < level:
+      unused |= {f'the text below {name!r}': None} if words else {}
+    elif n == level:
+      rules.append({'name': name, 'guideline': words})
+      lines.append(line)
+    elif rules:
+      more = f'{name}: {words}' if words else f'{name}.'
+      rules[-1]['guideline'] = f'{rules[-1]["guideline"]} {more}'.strip()
+  if unused:
+    checks.note(f'{where}: not used: {", ".join(unused)}')
+  return {'name': title, 'categories': rules}, lines
 
 
 def parse_category(obj: Any, what: str) -> Category:

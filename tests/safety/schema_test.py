@@ -90,10 +90,9 @@ def test_types_are_frozen_hashable_and_pickle():
     ('categories: []\n', ['rules.yaml: ', 'empty', 'at least one']),
     ('categories:\n', ['rules.yaml: ', 'empty']),
     ('', ['rules.yaml: ', 'categories', 'nothing']),
-    ('- a\n', ['rules.yaml: ', 'categories']),
+    ('- 3\n', ['rules.yaml:1: ', 'category 1 is 3']),
     ('categories: text\n', ['rules.yaml: ', "'text'", 'list']),
-    ('rules: []\n', ['rules.yaml: ', '"categories"', 'rules']),
-    ('categories: []\nextra: 1\n', ['rules.yaml: ', "'extra'"]),
+    ('laws: []\n', ['rules.yaml: ', '"categories"', 'laws']),
     (
       'categories:\n- name: A\n  guideline: x\n- name: " a"\n  guideline: y\n',
       ['rules.yaml:4: ', "' a'", 'twice', 'rename'],
