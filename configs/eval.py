@@ -90,6 +90,9 @@ def get_config(arg=None):
     return c
   # What is scored: a file, a folder or a hub id, in any form of csrm_jax.data.forms.
   c.conversations = ''
+  # Also P(unsafe) under each rule alone, which says which one is violated; a pass for each rule.
+  c.categories = False
+  c.table = ''  # beside scored.jsonl: 'csv' or 'parquet' writes scored.csv or scored.parquet
   # The rules for all rows; '' where each row brings its own `safety`. The other two are as in
   # training: what values of the label mean, and the names of columns.
   c.safety = common.OWN['safety']

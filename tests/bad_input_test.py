@@ -373,3 +373,64 @@ def test_a_process_of_its_own(tmp_path):
 
 def _content(folder):
   return {path: path.read_bytes() for path in folder.glob('**/*') if path.is_file()}
+
+
+# Own data through the command line.
+
+
+def test_two_rows_with_one_id(command, tmp_path):
+  _write(tmp_path / 'rows.jsonl', [GOOD, GOOD | {'id': '2'}, GOOD | {'label': 'unsafe'}])
+  ended = command(
+    _EVAL, '--config.checkpoint=none', '--workdir=w', '--config.conversations=rows.jsonl'
+  )
+  _assert_refused(ended, 'rows.jsonl:3', "'1'", 'rows.jsonl:1', workdir=tmp_path / 'w')
+
+
+def test_a_table_of_anothers_form_is_trained_on_and_scored(command, trained, config_file, tmp_path):
+  rows = [['q', 'a', 'bad', 'why'], ['Wine?', 'Drink wine.', '1', 'Wine'], ['Hi.', 'Hi.', '0', '']]
+  for name, copies in (('train.csv', 4), ('test.csv', 1)):
+    text = [rows[0], *([f'{i} {row[0]}', *row[1:]] for i in range(copies) for row in rows[1:])]
+    (tmp_path / name).write_text(''.join(','.join(row) + '\n' for row in text))
+  (tmp_path / 'rules.md').write_text('# Bar\n\n## Wine\nNo wine.\n\n## Beer\nNo beer.\n')
+  columns = {'prompt': 'q', 'response': 'a', 'label': 'bad', 'violated': 'why'}
+  more = ''.join(f',columns.{ours}={theirs}' for ours, theirs in columns.items())
+  ended = command(
+    f"--config={config_file}:data=auto,path=train.csv,safety=rules.md,epochs=11{more},labels={{'0':"
+    " 'safe', '1': 'unsafe'}",
+    '--config.eval.path=test.csv',
+    '--workdir=w',
+  )
+  assert ended.code == 0, ended.err
+  said = [
+    "8 rows in the form 'response'",
+    'epochs=11: ',
+    "pass the 8 rows of 'file' ",
+    'Wine, Beer',
+  ]
+  assert all(part in ended.err for part in said), ended.err
+  summary = json.loads((tmp_path / 'w' / 'report' / 'metrics.json').read_text())
+  assert 'test' in summary['suites']
+  ended = command(
+    _EVAL,
+    f'--config.checkpoint={trained}',
+    '--config.conversations=test.csv',
+    '--config.safety=rules.md',
+    *(f'--config.columns.{ours}={theirs}' for ours, theirs in columns.items()),
+    "--config.labels={'0': 'safe', '1': 'unsafe'}",
+    '--config.categories=True',
+    '--config.table=csv',
+    '--workdir=scored',
+  )
+  assert ended.code == 0, ended.err
+  lines = (tmp_path / 'scored' / 'scored.jsonl').read_text().splitlines()
+  first, second = map(json.loads, lines)
+  assert (first['id'], first['response'], first['true_label']) == (
+    'test.csv:2',
+    'Drink wine.',
+    'unsafe',
+  )
+  assert first['history'] == [{'role': 'user', 'content': '0 Wine?'}]
+  assert first['rules'] == second['rules'] and len(first['rules']) == 64
+  assert [part['name'] for part in first['categories']] == ['Wine', 'Beer']
+  assert first['category'] in ('Wine', 'Beer', None)
+  assert len((tmp_path / 'scored' / 'scored.csv').read_text().splitlines()) == 3

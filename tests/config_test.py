@@ -220,3 +220,16 @@ def test_expand_sweep():
 def test_expand_sweep_refuses(items, message):
   with pytest.raises(ValueError, match=message):
     config_lib.expand_sweep(lambda: items)
+
+
+def test_an_argument_with_sections_and_braces():
+  spec = {'path': '', 'labels': '', 'columns': {'label': '', 'id': ''}}
+  text = "path=a.csv,labels={'0': 'safe', '1': 'unsafe'},columns.label=bad"
+  arg = config.parse_arg(text, **spec)
+  assert arg.to_dict() == {
+    'path': 'a.csv',
+    'labels': "{'0': 'safe', '1': 'unsafe'}",
+    'columns': {'label': 'bad', 'id': ''},
+  }
+  with pytest.raises(ValueError, match="'columns.lable' is unknown"):
+    config.parse_arg('columns.lable=x', **spec)

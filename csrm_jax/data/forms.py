@@ -166,17 +166,17 @@ def read(
     if label is not None:
       fields['label'] = label
     item = _parse(form, fields, row, safety)
+    if isinstance(item, Example):
+      if require_label and item.label is None:
+        raise ValueError(f'{row.where}: {_no_label(row)}')
+      if not item.violated:
+        _mention_violated(row, fields, item)
     first = seen.setdefault(item.id, row.where)
     if first != row.where:
       raise ValueError(
         f'{row.where}: the id {item.id!r} is that of {first} too; results are joined by ids: give'
         ' each row its own, or none (then it is file:row)'
       )
-    if isinstance(item, Example):
-      if require_label and item.label is None:
-        raise ValueError(f'{row.where}: {_no_label(row)}')
-      if safety is not None or not item.violated:
-        _mention_violated(row, fields, item)
     used[form] += 1
     found.append(item)
   _say(path, used)

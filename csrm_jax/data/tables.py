@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import csv
 import io
+import json
 import math
 import os
 import pathlib
@@ -317,6 +318,32 @@ _FORMATS = {
   '.parquet': _read_parquet,
   '.arrow': _read_arrow,
 }
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes rows with the same columns as .jsonl, .csv or .parquet, as a whole.
+
+  Lists and objects are text of JSON in CSV.
+  """
+  suffix = pathlib.Path(path).suffix
+  if suffix == '.parquet':
+    pyarrow = _pyarrow(path, 'Parquet')
+    from pyarrow import parquet
+
+    with files.whole(path) as partial:
+      parquet.write_table(pyarrow.Table.from_pylist(list(rows)), partial)
+    return
+  if suffix == '.csv':
+    out = io.StringIO(newline='')
+    writer = csv.DictWriter(out, list(rows[0]))
+    writer.writeheader()
+    for row in rows:
+      nested = {k: json.dumps(v) for k, v in row.items() if isinstance(v, (list, dict))}
+      writer.writerow(row | nested)
+    text = out.getvalue()
+  else:
+    text = ''.join(json.dumps(row) + '\n' for row in rows)
+  files.write(path, text)
 
 
 # --- The files of a set --------------------------------------------------------------------

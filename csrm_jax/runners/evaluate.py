@@ -25,7 +25,7 @@ import tqdm
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import files
-from csrm_jax.data import benchmark, catalogue, features, forms, sources
+from csrm_jax.data import benchmark, catalogue, features, forms, sources, tables
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import compare, metrics, policy, report, suites
 from csrm_jax.evals.bootstrap import Measure
@@ -64,6 +64,9 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
 
   If it was stopped, the same command goes on with the rows that have no scores yet.
   """
+  if config.table not in ('', 'csv', 'parquet'):
+    raise ValueError(f"config.table={config.table!r} must be '', 'csv' or 'parquet'")
+  paths = [workdir / f'scored.{suffix}' for suffix in ('jsonl', config.table) if suffix]
   examples = _read_examples(config)
   rm = load_model(config)
   kept = workdir / 'scores'
@@ -72,14 +75,18 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
     starts = range(0, len(examples), _ROWS_AT_ONCE)
     parts = [score_fn(examples[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
   scores = np.concatenate(parts)
-  path = workdir / 'scored.jsonl'
-  lines = [
-    json.dumps({'id': example.id, **dataclasses.asdict(verdict)})
+  rows = [
+    {'id': example.id, **dataclasses.asdict(verdict), **_about(example)}
     for example, verdict in zip(examples, scoring.verdicts(scores), strict=True)
   ]
-  files.write(path, '\n'.join(lines) + '\n')
+  if config.categories:
+    for row, parts in zip(rows, _score_categories(score_fn, examples), strict=True):
+      row['category'] = max(parts, key=parts.get) if row['label'] == 'unsafe' else None
+      row['categories'] = [{'name': name, 'p_unsafe': p} for name, p in parts.items()]
+  for path in paths:
+    tables.write_table(path, rows)
   shutil.rmtree(kept)
-  print(f'{len(lines)} verdicts: {path}')
+  print(f'{len(rows)} verdicts: {", ".join(map(str, paths))}')
   if any(example.label is not None for example in examples):
     name = rm.spec.layout.format
     about = (
@@ -91,6 +98,29 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
     title = f'Scores of a file, format {name}'
     path = report.write_report(workdir / 'report', results, title=title, summary=summary)
     print(f'report: {path}')
+
+
+def _about(example: schema.Example) -> dict[str, Any]:
+  """Returns what was judged: the text, and the rules' digest."""
+  *history, last = example.conversation
+  return {
+    'history': [message.to_dict() for message in history],
+    'response': last.content,
+    'rules': example.safety.digest(),
+    'true_label': example.label,
+  }
+
+
+def _score_categories(
+  score_fn: scoring.ScoreFn, examples: Sequence[schema.Example]
+) -> list[dict[str, float]]:
+  """Returns {category: P(unsafe) under it alone} of each example."""
+  parts = [part for example in examples for part in scoring.split_categories(example)]
+  with _progress_bar('categories', len(parts)) as bar:
+    starts = range(0, len(parts), _ROWS_AT_ONCE)
+    scores = [score_fn(parts[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
+  found = iter(scoring.verdicts(np.concatenate(scores)))
+  return [{name: next(found).p_unsafe for name in example.safety.names} for example in examples]
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
