@@ -225,11 +225,11 @@ def test_expand_sweep_refuses(items, message):
 def test_an_argument_with_sections_and_braces():
   spec = {'path': '', 'labels': '', 'columns': {'label': '', 'id': ''}}
   text = "path=a.csv,labels={'0': 'safe', '1': 'unsafe'},columns.label=bad"
-  arg = config.parse_arg(text, **spec)
+  arg = config_lib.parse_arg(text, **spec)
   assert arg.to_dict() == {
     'path': 'a.csv',
     'labels': "{'0': 'safe', '1': 'unsafe'}",
     'columns': {'label': 'bad', 'id': ''},
   }
-  with pytest.raises(ValueError, match="'columns.lable' is unknown"):
-    config.parse_arg('columns.lable=x', **spec)
+  with pytest.raises(ValueError, match=r"'columns\.lable' is unknown"):
+    config_lib.parse_arg('columns.lable=x', **spec)
