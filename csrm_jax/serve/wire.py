@@ -176,8 +176,7 @@ class Reader:
       raise RequestError(
         413, f'{where} has {len(obj)} messages; this server reads at most {self.limits.messages}'
       )
-    messages = [_our_words(message, f'{where}: message {i + 1}') for i, message in enumerate(obj)]
-    found = _refused(schema.parse_conversation, messages, where=where)
+    found = _refused(schema.parse_conversation, obj, where=where)
     _refused(schema.check_conversation, found, where=where)
     return found
 
@@ -253,7 +252,7 @@ class Reader:
       elif all(_is_message(item) for item in value):
         found = [value]
       else:
-        found = [_join_parts(value, '"input"')]
+        found = [[{'role': 'agent', 'content': value}]]
     else:
       raise RequestError(
         400, f'"input" is {show(value)}; send text, a list of texts or a list of content parts'
@@ -350,45 +349,8 @@ def _refused(check: Callable[..., Any], *args: Any, where: str = '') -> Any:
     raise RequestError(400, f'{where}: {error}' if where else str(error)) from None
 
 
-# --- Messages in the words of others ---------------------------------------------------
-
-# A conversation in these is read by the readers of files; only what APIs add is here.
-_ROLES = {'assistant': 'agent', 'gpt': 'agent', 'model': 'agent', 'human': 'user'}
-
-
 def _is_message(item: Any) -> bool:
   return isinstance(item, Mapping) and bool({'role', 'from'} & set(item))
-
-
-def _our_words(message: Any, where: str) -> Any:
-  """Returns a message with "role" and "content", its parts joined."""
-  if not _is_message(message):
-    return message
-  role, content = (
-    message.get('role', message.get('from')),
-    message.get('content', message.get('value')),
-  )
-  if isinstance(role, str):
-    role = _ROLES.get(role, role)
-  if isinstance(content, list):
-    content = _join_parts(content, where)
-  if message.get('tool_calls') or message.get('function_call'):
-    raise RequestError(400, f'{where} calls tools, which are not read; write the call as text')
-  return {'role': role, 'content': content}
-
-
-def _join_parts(parts: Sequence[Any], where: str) -> str:
-  texts = []
-  for part in parts:
-    kind = part.get('type') if isinstance(part, Mapping) else type(part).__name__
-    if kind not in ('text', 'input_text', 'output_text'):
-      raise RequestError(
-        400, f'{where}: a part of type {show(kind)} cannot be judged; only text is read'
-      )
-    if not isinstance(part.get('text'), str):
-      raise RequestError(400, f'{where}: the text of a part is {show(part.get("text"))}')
-    texts.append(part['text'])
-  return '\n'.join(texts)
 
 
 # --- Texts of a chat template ----------------------------------------------------------
@@ -421,10 +383,7 @@ def _turns(text: str) -> list[dict[str, str]]:
   for pattern in _TEMPLATES:
     found = pattern.findall(text)
     if found:
-      return [
-        {'role': _ROLES.get(role.lower(), role.lower()), 'content': content.strip()}
-        for role, content in found
-      ]
+      return [{'role': role.lower(), 'content': content.strip()} for role, content in found]
   found = _MISTRAL.findall(text)
   return [
     {'role': role, 'content': content.strip()}
@@ -443,7 +402,7 @@ def _history(prompt: Any, i: int) -> list[Any]:
     raise RequestError(400, f'prompt {i + 1} is {show(prompt)}; send text or messages')
   turns = _turns(prompt)
   # A template ends with the header of the turn that is to be written.
-  if turns and turns[-1]['role'] == 'agent' and not turns[-1]['content']:
+  if schema.role_of(turns[-1:]) == 'agent' and not turns[-1]['content']:
     turns.pop()
   return turns or [{'role': 'user', 'content': prompt}]
 
@@ -452,7 +411,7 @@ def _split_query(text: str, prompt: Any, where: str) -> list[Any]:
   """Returns the messages of prompt and response in one text."""
   if prompt is None:
     turns = _turns(text)
-    if turns and turns[-1]['role'] == 'agent':
+    if schema.role_of(turns[-1:]) == 'agent':
       return [*turns[:-1], {'role': 'agent', 'content': _without_end(turns[-1]['content'])}]
     # Without marks nobody can tell where the response begins: all of it is judged.
     return [{'role': 'agent', 'content': _without_end(text)}]

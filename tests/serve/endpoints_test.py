@@ -79,7 +79,7 @@ def test_the_openai_client_moderates(server, client, film):
     offline(server, schema.parse_safety(inline, ''), agent('Tea?'))[0], abs=1e-5
   )
   image = [{'type': 'image_url', 'image_url': {'url': 'file:///etc/passwd'}}]
-  with pytest.raises(openai.BadRequestError, match='only text is read'):
+  with pytest.raises(openai.BadRequestError, match="type 'image_url'"):
     client.moderations.create(input=image)
   with pytest.raises(openai.NotFoundError, match='unknown policy'):
     client.moderations.create(input='a', model='no_such')

@@ -102,9 +102,9 @@ HOSTILE = {
     '/v1/moderations',
     b'{"input": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}',
     400,
-    'only text',
+    "type 'image_url'",
   ),
-  'mixed input': ('/v1/moderations', b'{"input": ["a", 3]}', 400, 'cannot be judged'),
+  'mixed input': ('/v1/moderations', b'{"input": ["a", 3]}', 400, 'has no place'),
   'a stream': (
     '/v1/chat/completions',
     json.dumps(GOOD | {'stream': True}).encode(),
