@@ -102,3 +102,23 @@ def test_sky_yaml_has_what_the_tool_needs():
   assert '${ARGS}' in task['run']
   mount = next(iter(task['file_mounts']))
   assert f'--workdir={mount}/' in task['envs']['ARGS']
+
+
+def test_the_manifest_asks_for_pages_that_the_server_has():
+  from csrm_jax import config as config_lib
+
+  deployment, service = yaml.safe_load_all((LAUNCH / 'serve.yaml').read_text())
+  (container,) = deployment['spec']['template']['spec']['containers']
+  pages = [container[f'{kind}Probe']['httpGet']['path'] for kind in ('liveness', 'readiness')]
+  assert pages == ['/health', '/ready']
+  assert service['spec']['ports'][0]['targetPort'] == container['ports'][0]['containerPort']
+  config = config_lib.load_module(LAUNCH.parent / 'configs' / 'serve.py').get_config()
+  assert config.port == container['ports'][0]['containerPort']
+  assert [variable['name'] for variable in container['env']] == [config.token_env]
+  assert deployment['spec']['template']['spec']['terminationGracePeriodSeconds'] > 5 + 2 * (
+    config.deadline_s
+  )
+  dockerfile = (LAUNCH / 'serve.Dockerfile').read_text()
+  mounts = {mount['mountPath'] for mount in container['volumeMounts']}
+  assert {'/model', '/policies', '/cache'} <= mounts
+  assert 'checkpoint=/model,policies=/policies' in dockerfile
