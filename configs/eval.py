@@ -73,9 +73,12 @@ def get_config(arg=None):
       'param_dtype': '',  # the dtype of parameters; '' keeps what is stored
     }
   )
-  # The most tokens of a prompt; longer ones lose history and response, never rules. More than in
-  # training is possible, and long rules need it.
+  # The most tokens that one pass reads, rules always among them. More than in training is possible,
+  # and long rules need it.
   c.max_length = 2048
+  # What becomes of longer conversations: 'window' reads the response in parts and takes the worst
+  # verdict; 'mark' leaves out its end; 'error' stops. Each verdict says what was not read.
+  c.on_cut = 'window'
   if arg.benchmarks:
     c.title = ''  # the report's title; '' names the model
     c.benchmarks = ml_collections.ConfigDict(

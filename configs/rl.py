@@ -142,7 +142,10 @@ def base(arg):
       'checkpoint': arg.checkpoint,  # the work directory of a run of configs/rm.py
       'a': 1.0,  # the slope; above 0
       'b': 0.0,  # the offset, in nats
-      'max_length': 2048,  # the most tokens in a prompt of the reward model
+      'max_length': 2048,  # the most tokens that one pass of the reward model reads
+      # What becomes of longer completions: 'window' reads them in parts and takes the worst, 'mark'
+      # leaves out their end, 'error' stops. reward/unread tells the share that was not read.
+      'on_cut': 'window',
       # reward=http
       'url': arg.url,  # the scorer, which is sent samples and answers {"rewards": [...]}
       'timeout_s': 60.0,  # how long the scorer may stay silent

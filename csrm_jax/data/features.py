@@ -1,8 +1,10 @@
 """From examples and pairs to rows of tokens: encoding to atoms, and their packing.
 
-Training, evaluation and serving all turn a rendered template into tokens with `encode_prompt`. A
-prompt that is too long is shortened in one way: the middle of the history goes first, then the
-tail of the response. The rules and what the template itself writes are never touched.
+Training, evaluation and serving all turn a rendered template into tokens in one way. In training
+a prompt that is too long is shortened: the middle of the history goes first, then the tail of the
+response. Whoever gives a verdict uses `read`, which tells what was left out, and may read a long
+response in several prompts instead. The rules and what the template itself writes are never
+touched.
 
 A packed batch states everything by explicit indices: which tokens belong to which prompt, where
 each prompt's verdict is read, and which slots make a pair. No code ever searches for a padding
@@ -19,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from csrm_jax.core.checks import at_least
+from csrm_jax.core.checks import at_least, one_of
 from csrm_jax.data import sharing
 from csrm_jax.safety import schema, templates
 from csrm_jax.safety.templates import DEFAULT, Layout
@@ -27,6 +29,11 @@ from csrm_jax.text.tokenizer import Tokenizer
 
 # So many tokens of the response must remain: with fewer there is nothing to judge.
 MIN_RESPONSE_LENGTH = 16
+# What `read` does with a prompt that is too long, see there.
+ON_CUT = ('window', 'mark', 'error')
+# So many tokens of a response are read again in its next part, so that no sentence is only seen
+# cut in two; less where parts are short.
+OVERLAP = 64
 # These stand where text was cut. They start with a space, so that what follows a cut can never
 # begin a line. The line breaks that the template puts behind the response follow the second one.
 CUT_MIDDLE = ' ... '
@@ -90,6 +97,14 @@ class Dropped:
   detail: str = ''
 
 
+class Reading(NamedTuple):
+  """What is read of one example to judge it."""
+
+  prompts: list[np.ndarray]  # tokens, int32 [length]; the verdict is that of the worst
+  num_tokens: int  # the length of the one prompt that would hold everything
+  num_unread: int  # how many tokens of history and response no prompt holds
+
+
 class Parts(NamedTuple):
   """The tokens of each segment, with the BOS in the first, and how many were cut to fit."""
 
@@ -133,31 +148,19 @@ def encode_prompt(
   response worth judging do not fit.
   """
   parts = encode_segments(segments, tokenizer, max_length)
-  if isinstance(parts, Dropped):
-    return parts
-  tokens = [token for part in parts.tokens for token in part]
-  return np.array(tokens, np.int32), parts.num_cut
+  return parts if isinstance(parts, Dropped) else (_join(parts.tokens), parts.num_cut)
 
 
 def encode_segments(
   segments: Sequence[templates.Segment], tokenizer: Tokenizer, max_length: int
 ) -> Parts | Dropped:
   """Returns the tokens of each segment; see `encode_prompt`."""
-  tokens = segment_tokens(segments, tokenizer)
-  bos = tokenizer.bos_id
-  if bos is not None:
-    tokens[0] = [bos, *tokens[0]]
-    count = sum(part.count(bos) for part in tokens)
-    if count != 1:
-      raise ValueError(
-        f'the prompt holds {count} BOS tokens (id {bos}), it must hold one;'
-        ' neither the tokenizer nor the template may write another'
-      )
+  tokens = _encode_whole(segments, tokenizer)
   total = sum(map(len, tokens))
   if total > max_length:
-    dropped = _shorten(tokens, segments, tokenizer, max_length)
-    if dropped is not None:
-      return dropped
+    unread = _shorten(tokens, segments, tokenizer, max_length)
+    if isinstance(unread, Dropped):
+      return unread
   return Parts(tokens, total - sum(map(len, tokens)))
 
 
@@ -166,6 +169,35 @@ def segment_tokens(
 ) -> list[Sequence[int]]:
   """Returns the tokens of each segment, whatever their number, without a BOS."""
   return [_encode_segment(segment, tokenizer) for segment in segments]
+
+
+def read(example: schema.Example, encoder: Encoder, on_cut: str = 'window') -> Reading | Dropped:
+  """Returns the prompts that judge an example, and what of it they leave unread.
+
+  Where one prompt of encoder.max_length cannot hold everything, `on_cut` decides:
+    'window': The response is read in parts that overlap, each in a prompt of its own behind the
+      same rules and history. Of the history a quarter of the room is kept, and more where the
+      response leaves it.
+    'mark': One prompt, shortened as in training.
+    'error': A ValueError.
+  """
+  one_of('on_cut', on_cut, ON_CUT)
+  segments = templates.render(example.safety, example.conversation, encoder.layout)
+  parts = _encode_whole(segments, encoder.tokenizer)
+  total, limit = sum(map(len, parts)), encoder.max_length
+  if total <= limit:
+    return Reading([_join(parts)], total, 0)
+  if on_cut == 'error':
+    raise ValueError(
+      f'{example.id}: the prompt has {total} tokens, the limit is {limit}; shorten the text, raise '
+      "max_length, or choose on_cut='window' to read long responses in parts"
+    )
+  cut = _read_in_parts if on_cut == 'window' else _read_shortened
+  found = cut(parts, segments, encoder.tokenizer, limit)
+  if isinstance(found, Dropped):
+    return Dropped(found.reason, f'{example.id}: {found.detail}')
+  prompts, num_unread = found
+  return Reading(prompts, total, num_unread)
 
 
 def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropped:
@@ -236,6 +268,27 @@ def _encode(
   return encoded
 
 
+def _encode_whole(
+  segments: Sequence[templates.Segment], tokenizer: Tokenizer
+) -> list[Sequence[int]]:
+  """Returns the tokens of each segment, uncut, with the BOS in the first."""
+  tokens = segment_tokens(segments, tokenizer)
+  bos = tokenizer.bos_id
+  if bos is not None:
+    tokens[0] = [bos, *tokens[0]]
+    count = sum(part.count(bos) for part in tokens)
+    if count != 1:
+      raise ValueError(
+        f'the prompt holds {count} BOS tokens (id {bos}), it must hold one;'
+        ' neither the tokenizer nor the template may write another'
+      )
+  return tokens
+
+
+def _join(parts: Sequence[Sequence[int]]) -> np.ndarray:
+  return np.array([token for part in parts for token in part], np.int32)
+
+
 def _encode_segment(segment: templates.Segment, tokenizer: Tokenizer) -> Sequence[int]:
   if segment.kind == 'control':
     return _encode_control(tokenizer, segment.text)
@@ -265,37 +318,104 @@ def _shorten(
   segments: Sequence[templates.Segment],
   tokenizer: Tokenizer,
   max_length: int,
-) -> Dropped | None:
-  """Cuts `parts` in place to `max_length`, or says why that cannot be."""
-  kinds = [segment.kind for segment in segments]
-  history = [i for i, kind in enumerate(kinds) if kind == 'history']
-  last = kinds.index('response')
-  line_breaks = _LINE_BREAKS.search(segments[last].text)[0]
-  middle, tail = (_encode_marker(tokenizer, text) for text in (CUT_MIDDLE, CUT_TAIL + line_breaks))
-  least = min(len(parts[last]), MIN_RESPONSE_LENGTH + len(tail))
-  fixed = sum(len(part) for i, part in enumerate(parts) if i not in history and i != last)
-  if fixed + least > max_length:
-    return Dropped(
-      'rules_too_long',
-      f'rules and template take {fixed} tokens and the response needs'
-      f' {least}, the limit is {max_length}; shorten the rules, keep the most'
-      ' relevant categories, or raise the limit',
-    )
+) -> int | Dropped:
+  """Cuts `parts` in place to `max_length`; returns how many tokens went, or why that cannot be."""
+  last, tail = _response(segments), _tail(segments, tokenizer)
+  if dropped := _does_not_fit(parts, segments, tail, max_length):
+    return dropped
   excess = sum(map(len, parts)) - max_length
-  center = (len(history) - 1) / 2
+  num_cut, excess = _cut_history(parts, segments, tokenizer, excess)
+  if excess > 0:
+    keep = len(parts[last]) - excess - len(tail)
+    num_cut += len(parts[last]) - keep
+    parts[last] = [*parts[last][:keep], *tail]
+  return num_cut
+
+
+def _read_shortened(parts, segments, tokenizer, max_length):
+  """Returns ([the prompt], how many tokens were cut out of it)."""
+  num_cut = _shorten(parts, segments, tokenizer, max_length)
+  return num_cut if isinstance(num_cut, Dropped) else ([_join(parts)], num_cut)
+
+
+def _read_in_parts(parts, segments, tokenizer, max_length):
+  """Returns (prompts that together hold the whole response, how much of the history was cut)."""
+  last, tail = _response(segments), _tail(segments, tokenizer)
+  if dropped := _does_not_fit(parts, segments, tail, max_length):
+    return dropped
+  response = parts[last]
+  others = sum(map(len, parts)) - len(response)
+  history = sum(
+    len(part) for part, segment in zip(parts, segments, strict=True) if segment.kind == 'history'
+  )
+  room = max_length - (others - history)
+  # Each part of the response names its speaker, as the response does.
+  speaker = segments[last].text.partition(':')[0]
+  head = [*_encode_marker(tokenizer, f'{speaker}:'), *_encode_marker(tokenizer, CUT_TAIL)]
+  least = 2 * MIN_RESPONSE_LENGTH + len(head) + len(tail)
+  kept = max(room - len(response), min(room // 4, room - least), 0)
+  num_cut, _ = _cut_history(parts, segments, tokenizer, history - kept)
+  room = max_length - (sum(map(len, parts)) - len(response))
+  pieces = []
+  if len(response) <= room:
+    pieces.append(response)
+  else:
+    size = room - len(head) - len(tail)
+    overlap = min(OVERLAP, size // 4)
+    start = room - len(tail)
+    pieces.append([*response[:start], *tail])
+    while (start := start - overlap) + size + len(tail) < len(response):
+      pieces.append([*head, *response[start : start + size], *tail])
+      start += size
+    # The last part reaches as far back as it has room.
+    pieces.append([*head, *response[len(response) - size - len(tail) :]])
+  return [_join([*parts[:last], piece, *parts[last + 1 :]]) for piece in pieces], num_cut
+
+
+def _response(segments: Sequence[templates.Segment]) -> int:
+  return [segment.kind for segment in segments].index('response')
+
+
+def _tail(segments: Sequence[templates.Segment], tokenizer: Tokenizer) -> tuple[int, ...]:
+  """Returns what stands behind a response that goes on."""
+  line_breaks = _LINE_BREAKS.search(segments[_response(segments)].text)[0]
+  return _encode_marker(tokenizer, CUT_TAIL + line_breaks)
+
+
+def _does_not_fit(parts, segments, tail, max_length) -> Dropped | None:
+  """Returns why rules, template and the least of the response do not fit, if so."""
+  least = min(len(parts[_response(segments)]), MIN_RESPONSE_LENGTH + len(tail))
+  fixed = sum(
+    len(part)
+    for part, segment in zip(parts, segments, strict=True)
+    if segment.kind not in ('history', 'response')
+  )
+  if fixed + least <= max_length:
+    return None
+  return Dropped(
+    'rules_too_long',
+    f'rules and template take {fixed} tokens and the response needs'
+    f' {least}, the limit is {max_length}; shorten the rules, keep the most'
+    ' relevant categories, or raise the limit',
+  )
+
+
+def _cut_history(parts, segments, tokenizer, excess: int) -> tuple[int, int]:
+  """Cuts `excess` tokens, or all, out of the history; returns (tokens cut, excess that is left)."""
+  history = [i for i, segment in enumerate(segments) if segment.kind == 'history']
+  middle = _encode_marker(tokenizer, CUT_MIDDLE)
+  center, num_cut = (len(history) - 1) / 2, 0
   # From the middle outwards; of two as far, the earlier message goes first: what the response
   # answers to stays longest.
   for place in sorted(range(len(history)), key=lambda k: (abs(k - center), k)):
     if excess <= 0:
-      return None
+      break
     i = history[place]
     before = len(parts[i])
     parts[i] = _cut_middle(parts[i], before - excess, middle)
     excess -= before - len(parts[i])
-  if excess > 0:
-    keep = len(parts[last]) - excess - len(tail)
-    parts[last] = [*parts[last][:keep], *tail]
-  return None
+    num_cut += before - len(parts[i]) + (len(middle) if parts[i] else 0)
+  return num_cut, excess
 
 
 def _cut_middle(part: Sequence[int], length: int, marker: Sequence[int]) -> Sequence[int]:

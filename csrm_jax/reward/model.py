@@ -65,7 +65,11 @@ class Spec:
     return templates.resolve_verbalizers(tokenizer, self.safe_words, self.unsafe_words)
 
   def make_score_fn(
-    self, params: Any, tokenizer: tokenizer_lib.Tokenizer, max_length: int | None = None
+    self,
+    params: Any,
+    tokenizer: tokenizer_lib.Tokenizer,
+    max_length: int | None = None,
+    on_cut: str = 'window',
   ) -> scoring.ScoreFn:
     """Returns a function: examples -> scores of these parameters, float32 [N] in nats.
 
@@ -78,6 +82,7 @@ class Spec:
       self.verbalizers(tokenizer),
       layout=self.layout,
       max_length=max_length or self.max_length,
+      on_cut=on_cut,
     )
     guard = templates.GUARDS.get(self.layout.format)
     # Such a guard reads one guideline at a time, so that rules take one pass for each category.
@@ -91,12 +96,19 @@ class RewardModel:
   """A loaded reward model, ready to be asked."""
 
   spec: Spec
-  score_fn: scoring.ScoreFn  # -> float32 [N], log P(safe) − log P(unsafe) in nats
+  score_fn: scoring.ScoreFn  # examples -> float32 [N], log P(safe) − log P(unsafe) in nats
 
   def score(
-    self, safety: schema.SafetyConfig, conversations: Sequence[Sequence[schema.Message]]
+    self,
+    safety: schema.SafetyConfig,
+    conversations: Sequence[Sequence[schema.Message]],
+    on_cut: str | None = None,
   ) -> list[scoring.Verdict]:
     """Returns one verdict for each conversation under these rules.
+
+    Args:
+      on_cut: What becomes of a conversation that is too long, as in `load`; None for what was
+        given there.
 
     Raises:
       ValueError: A conversation does not end with the agent, or the rules do not fit into the
@@ -106,11 +118,15 @@ class RewardModel:
       schema.Example(f'conversation {i}', safety, tuple(conversation), None)
       for i, conversation in enumerate(conversations)
     ]
-    return scoring.verdicts(self.score_fn(examples))
+    return scoring.verdicts(self.score_fn.judge(examples, on_cut=on_cut))
 
 
 def load(
-  source: str | pathlib.Path, max_length: int = 2048, format: str = 'csrm', **options: Any
+  source: str | pathlib.Path,
+  max_length: int = 2048,
+  format: str = 'csrm',
+  on_cut: str = 'window',
+  **options: Any,
 ) -> RewardModel:
   """Returns the reward model of a work directory, or a public model as one.
 
@@ -119,9 +135,12 @@ def load(
   Args:
     source: The work directory of a training run (gs://… too), a Hugging Face folder, the id of
       one on the hub ("org/name"), or a .gguf file.
-    max_length: The tokens a prompt may have before its history and response are shortened. It may
-      exceed that of training (`spec.max_length`), for rules longer than any seen there; how well
-      the model reads them is another matter.
+    max_length: The tokens that one pass may read. It may exceed that of training
+      (`spec.max_length`), for rules longer than any seen there; how well the model reads them is
+      another matter.
+    on_cut: What becomes of a longer conversation. 'window' reads the response in parts that
+      overlap, and gives the verdict on the worst; 'mark' leaves out the end of the response, as
+      training does; 'error' raises a ValueError. Each verdict says what was not read.
     format: How a public model is asked, one of templates.FORMATS. 'csrm' asks an
       instruction-tuned model in our words, within its chat template.
     **options: Further arguments of `describe`.
@@ -132,7 +151,7 @@ def load(
       here, or the public model cannot be used in this format.
   """
   spec, params, tokenizer = load_parts(source, format, **options)
-  return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length))
+  return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length, on_cut))
 
 
 def load_parts(

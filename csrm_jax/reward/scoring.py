@@ -7,18 +7,19 @@ prompts out as `plans` says.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csrm_jax.core import mesh as mesh_lib
+from csrm_jax.core import checks, mesh as mesh_lib
 from csrm_jax.data import features
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
@@ -28,14 +29,34 @@ from csrm_jax.safety.templates import DEFAULT, Layout, Verbalizers
 from csrm_jax.text.tokenizer import Tokenizer
 from csrm_jax.train import losses
 
-ScoreFn = Callable[..., np.ndarray]  # (examples[, progress]), see make_score_fn
-
 # Examples that are encoded and planned together. Larger pools find more to share, and wait longer.
 POOL = 512
 # Batches in flight: enough to keep a device busy, and little memory.
 _MAX_PENDING = 8
 # Shared beginnings that are kept for the pools to come.
 _MAX_PREFIXES = 4
+
+
+class Judged(NamedTuple):
+  """What a model says about N examples, and how much of each it has read."""
+
+  score: np.ndarray  # float32 [N], log P(safe) - log P(unsafe) in nats
+  num_tokens: np.ndarray  # int64 [N], of the prompt with all its text
+  num_unread: np.ndarray  # int64 [N], those of them that no pass of the model read
+  cut: np.ndarray  # bool [N], whether the prompt did not fit into one pass
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreFn:
+  """A function: examples[, progress] -> scores, float32 [N] in nats; see make_score_fn.
+
+  `judge` takes the same arguments, and also says what was read.
+  """
+
+  judge: Callable[..., Judged]
+
+  def __call__(self, examples: Sequence[schema.Example], *args: Any, **kwargs: Any) -> np.ndarray:
+    return self.judge(examples, *args, **kwargs).score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +67,29 @@ class Verdict:
   reward: float  # 1 - p_unsafe = sigmoid(score)
   score: float  # log P(safe) - log P(unsafe), in nats
   label: str  # 'unsafe' if p_unsafe is at least one half, else 'safe'
+  unread: float  # share of the prompt's tokens that the model has not read, in [0, 1]
+  num_unread: int  # the same in tokens
+  # Whether the prompt was too long for one pass: then its response was read in parts, and the
+  # verdict is that of the worst, or num_unread tokens were left out.
+  cut: bool
 
 
-def verdicts(scores: np.ndarray) -> list[Verdict]:
-  """Returns the verdict of each score (nats); raises ValueError unless all are finite."""
-  scores = np.asarray(scores, np.float64)
+def verdicts(judged: Judged) -> list[Verdict]:
+  """Returns the verdict on each example; raises ValueError unless all scores are finite."""
+  scores = np.asarray(judged.score, np.float64)
   for i in np.flatnonzero(~np.isfinite(scores))[:1]:
     raise ValueError(
       f'score {i} of {len(scores)} is {scores[i]}, not a finite number; there is no verdict for it.'
     )
   rewards, p_unsafe = _sigmoid(scores), _sigmoid(-scores)
-  return [
-    Verdict(float(p), float(reward), float(score), 'safe' if score > 0 else 'unsafe')
-    for p, reward, score in zip(p_unsafe, rewards, scores, strict=True)
-  ]
+  labels = np.where(scores > 0, 'safe', 'unsafe')
+  columns = (p_unsafe, rewards, scores, labels, unread(judged), judged.num_unread, judged.cut)
+  return [Verdict(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def unread(judged: Judged) -> np.ndarray:
+  """Returns the share of each prompt's tokens that were not read, float64 [N]."""
+  return judged.num_unread / np.maximum(judged.num_tokens, 1)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
@@ -111,40 +141,89 @@ def make_score_fn(
   *,
   layout: Layout = DEFAULT,
   max_length: int = 2048,
+  on_cut: str = 'window',
   costs: plans.Costs | None = None,
 ) -> ScoreFn:
   """Returns a function: examples -> scores, float32 [N] in nats, in their order.
 
   The function computes on the mesh that params lie on. Its second argument, if given, is called
-  with the number of examples in each batch that is done. It raises ValueError, with the example's
-  id, if rules do not fit into max_length or a score is not finite. A longer prompt is shortened as
-  in training. Neither padding nor neighbours change a score (up to rounding), nor does what they
-  share; costs, by default those of the device, decide how prompts are laid out.
+  with the number of examples that are done with each batch. It raises ValueError, with the
+  example's id, if rules do not fit into max_length or a score is not finite. What becomes of a
+  longer prompt says on_cut, as in features.read; the function's argument of that name comes before
+  it. Neither padding nor neighbours change a score (up to rounding), nor does what they share;
+  costs, by default those of the device, decide how prompts are laid out.
   """
   if tokenizer.vocab_size > cfg.vocab_size:
     raise ValueError(
       f'the tokenizer has {tokenizer.vocab_size} ids, the model '
       f'{cfg.vocab_size}; give the tokenizer of the model.'
     )
-  encoder = features.Encoder(tokenizer, max_length, layout)
+  checks.one_of('on_cut', on_cut, features.ON_CUT)
+  encoder, default = features.Encoder(tokenizer, max_length, layout), on_cut
   score_prompts = make_prompt_scorer(cfg, params, verbalizers, costs)
 
-  def score(
-    examples: Sequence[schema.Example], progress: Callable[[int], Any] = lambda num: None
-  ) -> np.ndarray:
-    pools = (
-      [features.require(features.encode(e, encoder)).prompts[0].tokens for e in pool]
-      for pool in (examples[i : i + POOL] for i in range(0, len(examples), POOL))
-    )
-    scores = score_prompts(pools, progress)
+  def judge(
+    examples: Sequence[schema.Example],
+    progress: Callable[[int], Any] = lambda num: None,
+    on_cut: str | None = None,
+  ) -> Judged:
+    found: list[features.Reading] = []
+    ends = []  # how many prompts the examples have, up to each
+    num_done = 0
+
+    def pools():
+      for start in range(0, len(examples), POOL):
+        pool = [
+          features.require(features.read(e, encoder, on_cut or default))
+          for e in examples[start : start + POOL]
+        ]
+        found.extend(pool)
+        for reading in pool:
+          ends.append(len(reading.prompts) + (ends[-1] if ends else 0))
+        yield [prompt for reading in pool for prompt in reading.prompts]
+
+    def advance(num):
+      # The caller counts examples, whose prompts may be done in any order.
+      nonlocal num_done
+      before = bisect.bisect_right(ends, num_done)
+      num_done += num
+      progress(bisect.bisect_right(ends, num_done) - before)
+
+    scores = score_prompts(pools(), advance)
     for i in np.flatnonzero(~np.isfinite(scores))[:1]:
       raise ValueError(
-        f'{examples[i].id}: its score is {scores[i]}, not a finite number; '
+        f'{examples[bisect.bisect_right(ends, i)].id}: its score is {scores[i]}, not a finite number; '
         'look for weights of the model that are not finite.'
       )
-    return scores
+    return Judged(
+      worst(scores, [len(reading.prompts) for reading in found]),
+      np.array([reading.num_tokens for reading in found], np.int64),
+      np.array([reading.num_unread for reading in found], np.int64),
+      np.array([reading.num_tokens > max_length for reading in found], bool),
+    )
 
-  return score
+  return ScoreFn(judge)
+
+
+def worst(scores: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+  """Returns the lowest score of each run of `sizes` scores: of an example's parts."""
+  # Nothing has no lowest value, and reduceat does not take it.
+  return np.minimum.reduceat(scores, np.cumsum([0, *sizes[:-1]])) if len(sizes) else scores
+
+
+def share_progress(
+  progress: Callable[[int], Any], num_examples: int, num_parts: int
+) -> Callable[[int], None]:
+  """Returns what takes numbers of parts that are done, and tells progress the like of examples."""
+  num_done = 0
+
+  def advance(num):
+    nonlocal num_done
+    before = num_done * num_examples // num_parts
+    num_done += num
+    progress(num_done * num_examples // num_parts - before)
+
+  return advance
 
 
 def make_prompt_scorer(
@@ -214,28 +293,23 @@ def make_prompt_scorer(
 def per_category(score_fn: ScoreFn) -> ScoreFn:
   """Returns a score function that asks score_fn about one category at a time."""
 
-  def score(
-    examples: Sequence[schema.Example], progress: Callable[[int], Any] = lambda num: None
-  ) -> np.ndarray:
+  def judge(
+    examples: Sequence[schema.Example],
+    progress: Callable[[int], Any] = lambda num: None,
+    on_cut: str | None = None,
+  ) -> Judged:
     parts = [part for example in examples for part in split_categories(example)]
-    if not parts:
-      return score_fn([])
-    num_done = 0
-
-    def advance(num):
-      # The caller counts examples, score_fn counts parts: it is told the same share of examples.
-      nonlocal num_done
-      before = num_done * len(examples) // len(parts)
-      num_done += num
-      progress(num_done * len(examples) // len(parts) - before)
-
-    scores = score_fn(parts, advance)
+    advance = share_progress(progress, len(examples), len(parts))
+    judged = score_fn.judge(parts, advance, on_cut)
     sizes = [len(example.safety.categories) for example in examples]
+    if not sizes:
+      return judged
     starts = np.cumsum([0, *sizes[:-1]])
-    # An example is as unsafe as its worst category.
-    return np.minimum.reduceat(scores, starts)
+    # An example is as unsafe as its worst category, and is read as far as in the worst of passes.
+    most = (np.maximum.reduceat(column, starts) for column in judged[1:])
+    return Judged(worst(judged.score, sizes), *most)
 
-  return score
+  return ScoreFn(judge)
 
 
 def split_categories(example: schema.Example) -> list[schema.Example]:

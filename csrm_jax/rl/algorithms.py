@@ -173,7 +173,7 @@ def _choices(config: Any) -> list[tuple[bool, list[str], str]]:
   critic = ['loss.lam', 'loss.value_clip', 'loss.vf_coef']
   parts = 'mode safety_weight helpfulness_weight overlong_buffer overlong_penalty clip'
   own = {
-    'csrm': 'checkpoint a b max_length',
+    'csrm': 'checkpoint a b max_length on_cut',
     'http': 'url timeout_s num_tries backoff_s batch_size',
     'python': 'function',
     'alphaalign': 'variant format_weight answer_weight refusal refusal_rules',

@@ -33,6 +33,8 @@ MODES = ('product', 'sum')
 # without standardisation); or not at all, so that R_s is the whole reward (AlphaAlign-Zero, the
 # ablation without R_h).
 HELPFULNESS = ('standardised', 'raw', 'none')
+# Nobody rates helpfulness; AlphaAlign-Zero leaves it empty.
+_NOBODY = (None, 'none')
 # samples -> (total float32 [N], {name of a part: float32 [N]})
 TotalFn = Callable[[Sequence[Sample]], tuple[np.ndarray, dict[str, np.ndarray]]]
 
@@ -61,13 +63,28 @@ def safety_reward(
     )
 
   def reward(samples: Sequence[Sample]) -> np.ndarray:
-    examples = [s.example() for s in samples]
-    if safety is not None:
-      examples = [dataclasses.replace(e, safety=safety) for e in examples]
-    scores = check_rewards(score_fn(examples), samples, 'score').astype(np.float64)
+    scores = check_rewards(score_fn(_examples(samples, safety)), samples, 'score')
+    scores = scores.astype(np.float64)
     return np.maximum(scipy.special.expit(a * scores + b), _TINY).astype(np.float32)
 
   return reward
+
+
+def unread_share(score_fn: scoring.ScoreFn, safety: schema.SafetyConfig | None = None) -> RewardFn:
+  """Returns the share of each prompt that a judgement of the sample has not read, in [0, 1]."""
+
+  def share(samples: Sequence[Sample]) -> np.ndarray:
+    return scoring.unread(score_fn.judge(_examples(samples, safety))).astype(np.float32)
+
+  return share
+
+
+def _examples(
+  samples: Sequence[Sample], safety: schema.SafetyConfig | None
+) -> list[schema.Example]:
+  """Returns what is judged: the samples under `safety`, or under their prompts' rules."""
+  examples = [s.example() for s in samples]
+  return examples if safety is None else [dataclasses.replace(e, safety=safety) for e in examples]
 
 
 def helpfulness_reward(
@@ -479,18 +496,24 @@ def make_scorers(config: Any) -> Scorers:
   safety = judge = _make_safety(reward, knows_truth)
   if reward.name == 'csrm' and (reward.a, reward.b) != (1.0, 0.0):
     # P(safe) itself: the policies of one sweep are compared without their own a and b.
-    judge = safety_reward(_load_score_fn(reward.checkpoint, reward.dtype, reward.max_length))
+    judge = safety_reward(_safety_score_fn(reward))
   helpfulness = _make_helpfulness(reward, knows_truth)
   parts, added = {'safety': (safety, reward.safety_weight)}, {}
   if helpfulness is not None:
     parts['helpfulness'] = helpfulness, reward.helpfulness_weight
+  # With weight 0 a part is only logged. No reward stands without what its model left unread.
+  if reward.name == 'csrm':
+    parts['unread'] = unread_share(_safety_score_fn(reward)), 0.0
+  if reward.helpfulness not in (*_NOBODY, 'oracle'):
+    unread = unread_share(_load_score_fn(reward.helpfulness, reward.dtype), augment.NO_RULES)
+    parts['helpfulness_unread'] = unread, 0.0
   if reward.overlong_buffer:
     fn = overlong_penalty(
       reward.overlong_buffer, reward.overlong_penalty, config.sampling.max_completion_length
     )
     added['overlong'] = fn, 1.0
   if knows_truth and reward.name != 'oracle':
-    # With weight 0 it is only logged, so that over-optimisation shows in each step.
+    # Only logged, too, so that over-optimisation shows in each step.
     parts['true_cosa'] = from_each(world.oracle_cosa, 'true_cosa'), 0.0
   if reward.mode == 'sum':
     parts, added = parts | added, {}
@@ -506,8 +529,7 @@ def _make_safety(reward: Any, knows_truth: bool) -> RewardFn:
           'config.reward.checkpoint is empty: give the work directory of a '
           'reward model that configs/rm.py has trained, as checkpoint=DIR'
         )
-      score_fn = _load_score_fn(reward.checkpoint, reward.dtype, reward.max_length)
-      return safety_reward(score_fn, reward.a, reward.b)
+      return safety_reward(_safety_score_fn(reward), reward.a, reward.b)
     case 'http':
       if not reward.url:
         raise ValueError('config.reward.url is empty: give the scorer as url=URL')
@@ -522,7 +544,7 @@ def _make_safety(reward: Any, knows_truth: bool) -> RewardFn:
 
 def _make_helpfulness(reward: Any, knows_truth: bool) -> RewardFn | None:
   name = reward.helpfulness
-  if name in (None, 'none'):  # AlphaAlign-Zero leaves it empty
+  if name in _NOBODY:
     return None
   if name == 'oracle':
     instead = "give the work directory of a reward model, or 'none'"
@@ -566,11 +588,20 @@ def _nothing(samples: Sequence[Sample]) -> np.ndarray:
   return np.ones(len(samples), np.float32)
 
 
+def _safety_score_fn(reward: Any) -> scoring.ScoreFn:
+  return _load_score_fn(reward.checkpoint, reward.dtype, reward.max_length, reward.on_cut)
+
+
 # The reward and the report's judge may ask the same reward model, which is then loaded once.
 @functools.lru_cache(maxsize=4)
-def _load_score_fn(source: str, dtype: str, max_length: int = 2048) -> scoring.ScoreFn:
+def _load_score_fn(
+  source: str, dtype: str, max_length: int = 2048, on_cut: str = 'window'
+) -> scoring.ScoreFn:
+  """Returns a reward model's score function; what it was asked last is not computed again."""
   numerics = dict.fromkeys(('dtype', 'param_dtype'), dtype) if dtype else {}
-  return reward_model.load(source, max_length, **numerics).score_fn
+  score_fn = reward_model.load(source, max_length, on_cut=on_cut, **numerics).score_fn
+  judge = functools.lru_cache(maxsize=1)(score_fn.judge)
+  return scoring.ScoreFn(lambda examples: judge(tuple(examples)))
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -149,7 +149,7 @@ def by_score(score_fn: scoring.ScoreFn, safety: schema.SafetyConfig) -> RefusalF
   def refuses(samples: Sequence[Sample]) -> np.ndarray:
     examples = [s.example() for s in rewrite(samples, unboxed)]
     examples = [dataclasses.replace(e, safety=safety) for e in examples]
-    verdicts = scoring.verdicts(score_fn(examples))
+    verdicts = scoring.verdicts(score_fn.judge(examples))
     return np.array([v.label == 'unsafe' for v in verdicts], bool)
 
   return refuses

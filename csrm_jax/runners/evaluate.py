@@ -42,6 +42,8 @@ from csrm_jax.train import loop
 _VALIDATION_FRACTION = 0.25
 # Rows of a file whose scores are kept together, so that a run that is stopped loses few.
 _ROWS_AT_ONCE = 1024
+# The columns of scoring.Judged.
+_DTYPES = {'score': np.float32, 'num_tokens': np.int64, 'num_unread': np.int64, 'cut': bool}
 _HELD_OUT = '{} of the data trained on that training did not see.'
 
 
@@ -73,11 +75,11 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
   score_fn = keep_scores(rm.score_fn, kept)
   with _progress_bar('score', len(examples)) as bar:
     starts = range(0, len(examples), _ROWS_AT_ONCE)
-    parts = [score_fn(examples[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
-  scores = np.concatenate(parts)
+    parts = [score_fn.judge(examples[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
+  judged = scoring.Judged(*map(np.concatenate, zip(*parts, strict=True)))
   rows = [
     {'id': example.id, **dataclasses.asdict(verdict), **_about(example)}
-    for example, verdict in zip(examples, scoring.verdicts(scores), strict=True)
+    for example, verdict in zip(examples, scoring.verdicts(judged), strict=True)
   ]
   if config.categories:
     for row, parts in zip(rows, _score_categories(score_fn, examples), strict=True):
@@ -87,14 +89,22 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
     tables.write_table(path, rows)
   shutil.rmtree(kept)
   print(f'{len(rows)} verdicts: {", ".join(map(str, paths))}')
+  read = _Read.of(judged)
+  if read.num_cut:
+    print(read.sentence(), file=sys.stderr)
   if any(example.label is not None for example in examples):
     name = rm.spec.layout.format
     about = (
       f'The rows of {config.conversations}, judged by {config.checkpoint} in the format {name}.'
     )
     rows = Benchmark('file', 'classification', examples, about)
-    results = {'file': suites.evaluate(lambda _: scores, rows, Measure())}
-    summary = report.summarise(results) | {'num_examples': len(examples), 'format': name}
+    result = suites.evaluate(lambda _: judged.score, rows, Measure())
+    results = {'file': read.add_to(result)}
+    summary = report.summarise(results) | {
+      'num_examples': len(examples),
+      'format': name,
+      **dataclasses.asdict(read),
+    }
     title = f'Scores of a file, format {name}'
     path = report.write_report(workdir / 'report', results, title=title, summary=summary)
     print(f'report: {path}')
@@ -290,7 +300,8 @@ def _measure_refusals(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
 
 def load_model(config: ml_collections.ConfigDict) -> reward_model.RewardModel:
   """Returns the model that configs/eval.py names."""
-  return reward_model.load(config.checkpoint, config.max_length, **model_options(config))
+  options = model_options(config)
+  return reward_model.load(config.checkpoint, config.max_length, on_cut=config.on_cut, **options)
 
 
 def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -333,20 +344,22 @@ def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path) -> scoring.Scor
   A resumed run needs them: it no longer has the untrained model.
   """
 
-  def score(examples, progress=lambda num: None):
+  def judge(examples, progress=lambda num: None):
     # The file's name depends on the examples alone, so a folder belongs to one model.
-    content = json.dumps([example.to_dict() for example in examples])
+    content = json.dumps([list(_DTYPES), *(example.to_dict() for example in examples)])
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = folder / f'{digest}.json'
     if path.is_file():
       progress(len(examples))
-      return np.array(json.loads(path.read_text()), np.float32)
-    scores = score_fn(examples, progress)
-    folder.mkdir(exist_ok=True)
-    files.write(path, json.dumps(scores.tolist()))
-    return scores
+      kept = files.read_json(path)
+    else:
+      judged = score_fn.judge(examples, progress)
+      kept = {name: column.tolist() for name, column in judged._asdict().items()}
+      folder.mkdir(exist_ok=True)
+      files.write(path, json.dumps(kept))
+    return scoring.Judged(*(np.array(kept[name], dtype) for name, dtype in _DTYPES.items()))
 
-  return score
+  return scoring.ScoreFn(judge)
 
 
 def check_lengths(sets: Mapping[str, Sequence[Any]], encoder: features.Encoder) -> None:
@@ -370,24 +383,78 @@ def test(
     calibration: The scorer's; calibrated figures are reported beside the raw ones.
     rules_blind: Whether the scorer was trained without rules, so that it is given none.
   """
+  read: dict[str, list[_Read]] = {b.name: [] for b in todo}
   with _progress_bar('evaluate', suites.num_scores(todo)) as bar:
-    score = _score_once(score_fn, bar.update, rules_blind)
-    results = suites.run(score, todo, fitted=calibration, on_start=bar.set_postfix_str)
+    score = _score_once(score_fn, bar.update, rules_blind, lambda one: read[name].append(one))
+    name = ''
+
+    def start(benchmark):
+      nonlocal name
+      name = benchmark
+      bar.set_postfix_str(benchmark)
+
+    results = suites.run(score, todo, fitted=calibration, on_start=start)
     bar.set_postfix_str('')
-  return results
+  return {
+    name: sum(read[name], _Read()).add_to(result) if read.get(name) else result
+    for name, result in results.items()
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+  """How much of the prompts of a benchmark the model has read."""
+
+  num_cut: int = 0  # prompts that did not fit into one pass
+  num_unread: int = 0  # tokens that no pass read
+  num_tokens: int = 0
+
+  @classmethod
+  def of(cls, judged: scoring.Judged) -> _Read:
+    sums = (int(column.sum()) for column in (judged.cut, judged.num_unread, judged.num_tokens))
+    return cls(*sums)
+
+  def __add__(self, other: _Read) -> _Read:
+    mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+    return _Read(*(a + b for a, b in zip(mine, others, strict=True)))
+
+  def sentence(self) -> str:
+    share = self.num_unread / max(self.num_tokens, 1)
+    return (
+      f'{self.num_cut:,} prompts were too long for one pass; {self.num_unread:,} tokens '
+      f'({share:.2%}) were not read'
+    )
+
+  def add_to(self, result: Result) -> Result:
+    """Returns the result with these counts, and a remark where something was cut."""
+    said = [self.sentence()] if self.num_cut else []
+    return dataclasses.replace(
+      result, counts={**result.counts, **dataclasses.asdict(self)}, made_of=[*result.made_of, *said]
+    )
 
 
 def _score_once(
-  score_fn: scoring.ScoreFn, progress: Callable[[int], Any], rules_blind: bool
+  score_fn: scoring.ScoreFn,
+  progress: Callable[[int], Any],
+  rules_blind: bool,
+  note: Callable[[_Read], Any] = lambda read: None,
 ) -> suites.ScoreFn:
-  """Returns a score function that computes each example once: test sets share rows."""
-  known: dict[schema.Example, float] = {}
+  """Returns a score function that computes each example once: test sets share rows.
+
+  `note` is told of each call how much was read.
+  """
+  known: dict[schema.Example, tuple[Any, ...]] = {}
 
   def score(examples):
     new = [e for e in dict.fromkeys(examples) if e not in known]
     progress(len(examples) - len(new))
-    known.update(zip(new, score_fn(new, progress).tolist(), strict=True))
-    return np.array([known[example] for example in examples], np.float32)
+    judged = score_fn.judge(new, progress)
+    known.update(zip(new, zip(*judged, strict=True), strict=True))
+    rows = [known[example] for example in examples]
+    columns = list(zip(*rows, strict=True)) or [()] * len(_DTYPES)
+    judged = scoring.Judged(*map(np.array, columns, _DTYPES.values()))
+    note(_Read.of(judged))
+    return judged.score
 
   return suites.blind(score) if rules_blind else score
 

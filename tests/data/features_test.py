@@ -154,6 +154,57 @@ def test_any_cut_keeps_rules_and_layout(tokenizer, lengths, response, limit, ord
   assert all(line.startswith(starts) for line in text.splitlines())
 
 
+@settings(
+  max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+  lengths=st.lists(st.integers(0, 60), max_size=4),
+  response=st.integers(0, 400),
+  limit=st.integers(30, 300),
+  order=st.sampled_from(templates.ORDERS),
+)
+def test_windows_read_the_whole_response(tokenizer, lengths, response, limit, order):
+  item = example([words(f't{i}n', n) for i, n in enumerate(lengths)], words('r', response))
+  encoder = Encoder(tokenizer, limit, layout=templates.Layout(order=order))
+  found, cut = features.read(item, encoder), features.encode(item, encoder)
+  # Whatever can be judged at all can be judged in parts.
+  assert isinstance(found, Dropped) == isinstance(cut, Dropped)
+  if isinstance(found, Dropped):
+    return
+  assert (found.num_tokens > limit) == (cut.num_shortened > 0)
+  texts = [tokenizer.decode(prompt) for prompt in found.prompts]
+  starts = ('User: ', 'Agent: ', 'Agent: ...', 'S1: ', 'S2: ', '<', 'Judge ', 'Does ')
+  for prompt, text in zip(found.prompts, texts, strict=True):
+    assert len(prompt) <= limit and prompt.dtype == np.int32
+    tokens = list(prompt)
+    assert all(tokens.count(tokenizer.control[line]) == 1 for line in templates.CONTROL_LINES)
+    assert 'S1: Pets. No talk of pets.\nS2: Drinks. No drinks.\n' in text
+    assert all(line.startswith((*starts, templates.ANSWER)) for line in text.splitlines())
+  held = {word for text in texts for word in text.split()}
+  assert set(words('r', response).split()) <= held
+  history = [word for i, n in enumerate(lengths) for word in words(f't{i}n', n).split()]
+  assert (found.num_unread == 0) == (set(history) <= held)
+
+
+def test_a_window_keeps_some_history_and_overlaps_its_neighbour(tokenizer):
+  item = example([words('h', 100)], words('r', 900))
+  encoder = Encoder(tokenizer, 300)
+  found = features.read(item, encoder)
+  texts = [tokenizer.decode(prompt) for prompt in found.prompts]
+  assert len(texts) > 3
+  assert all('User: h0 ' in text and ' h99\n' in text for text in texts)
+  first, second = (
+    [int(word[1:]) for word in text.split() if word[:1] == 'r' and word[1:].isdigit()]
+    for text in texts[:2]
+  )
+  assert len(set(first) & set(second)) >= 10
+  assert all('Agent: ... ' in text for text in texts[1:])
+  # One pass, as in training.
+  marked = features.read(item, encoder, 'mark')
+  np.testing.assert_array_equal(marked.prompts[0], features.encode(item, encoder).prompts[0].tokens)
+  assert len(marked.prompts) == 1 and marked.num_unread > 700
+
+
 def pair(safer, other, kind='preference'):
   return Pair('pair', safer, other, kind)
 

@@ -288,15 +288,72 @@ def test_a_long_conversation_is_shortened_and_scored():
   assert np.isfinite(_score_fn()([long])[0])
 
 
+def _padded(num_before, num_behind=0):
+  """Returns an example whose response says a thing between so many neutral sentences."""
+  talk = _examples()[0].conversation
+  text = 'I hope that helps. ' * num_before + talk[-1].content + ' I hope that helps.' * num_behind
+  return dataclasses.replace(
+    _examples()[0], conversation=(*talk[:-1], schema.Message('agent', text))
+  )
+
+
+def test_windows_give_the_worst_verdict_of_all_parts():
+  example = _padded(60, 60)
+  reading = features.read(example, ENCODER)
+  assert len(reading.prompts) > 3
+  judged = _score_fn().judge([_examples()[1], example, _examples()[2]])
+  each = scoring.make_prompt_scorer(CFG, _params(), VERBALIZERS, ONE_EACH)([reading.prompts])
+  assert np.ptp(each) > 1e-4
+  np.testing.assert_allclose(judged.score[1], min(each), atol=1e-5)
+  np.testing.assert_allclose(judged.score[[0, 2]], _scores()[1:3], atol=1e-5)
+  assert judged.cut.tolist() == [False, True, False] and not judged.num_unread.any()
+
+
+def test_every_verdict_says_what_was_not_read():
+  example = _padded(60)
+  marked = _score_fn(on_cut='mark')
+  judged = marked.judge([example, _examples()[1]])
+  # As in training: what is beyond the limit is not seen.
+  np.testing.assert_allclose(judged.score[0], marked([_padded(60, 9)])[0], atol=1e-5)
+  long, whole = scoring.verdicts(judged)
+  assert long.cut and long.num_unread > 100 and 0.4 < long.unread < 1
+  assert (whole.cut, whole.num_unread, whole.unread) == (False, 0, 0.0)
+  assert long.unread == long.num_unread / judged.num_tokens[0]
+  # The argument of a call comes before that of the function.
+  assert marked.judge([example], on_cut='window').num_unread[0] == 0
+
+
+def test_a_cut_may_be_an_error():
+  example = dataclasses.replace(_padded(60), id='lawyer')
+  with pytest.raises(ValueError, match=r'lawyer: the prompt has .* tokens, the limit is 256') as e:
+    _score_fn(on_cut='error')([_examples()[1], example])
+  assert '\n' not in str(e.value)
+  with pytest.raises(ValueError, match="on_cut='cut' must be one of window, mark, error"):
+    _score_fn(on_cut='cut')
+
+
+def test_progress_counts_examples_and_not_their_parts():
+  done = []
+  _score_fn().judge([*_examples()[:3], _padded(60)], done.append)
+  assert sum(done) == 4
+
+
 def test_a_larger_tokenizer_is_refused():
   cfg = dataclasses.replace(CFG, vocab_size=100)
   with pytest.raises(ValueError, match='the tokenizer has 2304 ids'):
     scoring.make_score_fn(cfg, _params(), TOKENIZER, VERBALIZERS)
 
 
+def _judged(scores):
+  """Returns these scores, of prompts that were read whole."""
+  scores = np.asarray(scores)
+  tokens = np.full(len(scores), 10)
+  return scoring.Judged(scores, tokens, 0 * tokens, tokens < 0)
+
+
 def test_verdicts_direction():
   scores = np.array([3.0, -3.0, 0.0, 0.2])
-  got = scoring.verdicts(scores)
+  got = scoring.verdicts(_judged(scores))
   assert [v.label for v in got] == ['safe', 'unsafe', 'unsafe', 'safe']
   p_unsafe = np.array([v.p_unsafe for v in got])
   np.testing.assert_allclose(p_unsafe, 1 / (1 + np.exp(scores)), rtol=1e-12)
@@ -308,7 +365,7 @@ def test_verdicts_direction():
 
 def test_verdicts_keep_the_tails_without_overflow():
   with np.errstate(all='raise', under='ignore'):
-    safe, unsafe = scoring.verdicts(np.array([100.0, -1000.0]))
+    safe, unsafe = scoring.verdicts(_judged([100.0, -1000.0]))
   assert safe.p_unsafe == pytest.approx(np.exp(-100.0), rel=1e-9)
   assert (unsafe.p_unsafe, unsafe.reward) == (1.0, 0.0)
 
@@ -316,7 +373,7 @@ def test_verdicts_keep_the_tails_without_overflow():
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_there_is_no_verdict_for_a_score_that_is_not_finite(bad):
   with pytest.raises(ValueError, match=r'score 1 of 3 is -?(nan|inf)'):
-    scoring.verdicts(np.array([1.0, bad, 2.0]))
+    scoring.verdicts(_judged([1.0, bad, 2.0]))
 
 
 def test_progress_counts_every_example_once():
@@ -337,14 +394,20 @@ def test_per_category_keeps_the_worst_of_an_example():
   worth = dict(zip('abcdef', (2.0, -3.0, 0.5, 4.0, -1.0, -1.5), strict=True))
   asked = []
 
-  def score_fn(examples, progress=lambda num: None):
+  def judge(examples, progress, on_cut):
     asked.extend(examples)
     progress(2)
     progress(len(examples) - 2)
-    return np.float32([worth[e.safety.names[0]] for e in examples])
+    num_unread = np.array([3 * (e.safety.names == ('b',)) for e in examples])
+    scores = np.float32([worth[e.safety.names[0]] for e in examples])
+    return scoring.Judged(scores, 9 + 0 * num_unread, num_unread, num_unread > 0)
 
   done = []
-  scores = scoring.per_category(score_fn)(rows, done.append)
+  judged = scoring.per_category(scoring.ScoreFn(judge)).judge(rows, done.append)
+  scores = judged.score
+  # What one category's pass did not read was not read.
+  assert judged.num_unread.tolist() == [3, 0, 0] and judged.num_tokens.tolist() == [9, 9, 9]
+  assert judged.cut.tolist() == [True, False, False]
   np.testing.assert_array_equal(scores, np.float32([-3.0, 4.0, -1.5]))
   assert scores.dtype == np.float32 and sum(done) == len(rows)
   assert [e.safety.names for e in asked] == [(name,) for name in 'abcdef']

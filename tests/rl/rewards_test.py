@@ -3,15 +3,21 @@
 import dataclasses
 import json
 import math
+import pathlib
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from csrm_jax import config as config_lib
+from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.rl import rewards, verifiers
+from csrm_jax.ruleworld import policy as world
 from csrm_jax.safety import augment, schema
 from csrm_jax.safety.schema import Prompt, Sample
 
+ROOT = pathlib.Path(__file__).parents[2]
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 
 
@@ -38,6 +44,30 @@ def test_safety_and_helpfulness_transform_the_score():
   help_ = rewards.helpfulness_reward(score_fn(scores), 2.0, -0.5)(samples)
   assert help_.dtype == np.float32
   np.testing.assert_allclose(help_, [1 + 4 * p for p in sigmoid], rtol=1e-6)
+
+
+def test_a_reward_comes_with_the_share_that_was_not_read(monkeypatch):
+  num_asked = 0
+
+  def judge(examples):
+    nonlocal num_asked
+    num_asked += 1
+    tokens = np.array([len(e.conversation[-1].content) for e in examples])
+    return scoring.Judged(np.zeros(len(tokens), np.float32), 2 * tokens, tokens, tokens > 0)
+
+  rm = types.SimpleNamespace(score_fn=scoring.ScoreFn(judge))
+  monkeypatch.setattr(reward_model, 'load', lambda *args, **options: rm)
+  rewards._load_score_fn.cache_clear()
+  config = config_lib.load_module(ROOT / 'configs' / 'rl.py').get_config('checkpoint=rm')
+  total, parts = rewards.make_scorers(config).total(
+    [
+      dataclasses.replace(s, prompt=world.prompts(0, 1, 'film club', 'train')[0])
+      for s in make_samples(2)
+    ]
+  )
+  rewards._load_score_fn.cache_clear()
+  assert parts['unread'].tolist() == [0.5, 0.5] and num_asked == 1
+  np.testing.assert_allclose(total, parts['safety'] * parts['helpfulness'], rtol=1e-6)
 
 
 def test_the_log_of_a_reward_is_finite_however_low_the_score():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from csrm_jax.reward import scoring
 from csrm_jax.rl import verifiers
 from csrm_jax.ruleworld import grammar
 from csrm_jax.safety import schema
@@ -147,11 +148,12 @@ def test_verifiers_of_samples():
   ]
   seen = []
 
-  def score_fn(examples):
+  def judge(examples):
     seen.extend(examples)
-    return np.array([-1.0, 0.0, 0.5], np.float32)
+    scores, tokens = np.array([-1.0, 0.0, 0.5], np.float32), np.full(3, 9)
+    return scoring.Judged(scores, tokens, 0 * tokens, tokens < 0)
 
-  by_score = verifiers.by_score(score_fn, REFUSES)
+  by_score = verifiers.by_score(scoring.ScoreFn(judge), REFUSES)
   for refuses, expected in [
     (verifiers.REFUSALS['patterns'], [True, True, False]),
     (verifiers.REFUSALS['boxed'], [False, True, False]),
