@@ -345,7 +345,6 @@ def test_eval_command_reports_on_labels(tiny, tmp_path):
   assert math.isfinite(summary['file/f1']) and summary['num_examples'] == 24
 
 
-@pytest.mark.slow
 def test_eval_command_counts_and_marks_what_was_not_read(tiny, tmp_path, capsys):
   rows = _rows(3)
   rows[1]['conversation'][-1]['content'] = 'I hope that helps. ' * 400 + 'A heist.'
@@ -369,6 +368,7 @@ def test_eval_command_counts_and_marks_what_was_not_read(tiny, tmp_path, capsys)
     main.run(config, tmp_path / 'error')
 
 
+@pytest.mark.slow
 def test_all_benchmarks_and_their_comparison(tiny, tmp_path):
   other = _tiny()
   other.seed = 1
