@@ -349,23 +349,19 @@ def test_eval_command_counts_and_marks_what_was_not_read(tiny, tmp_path, capsys)
   rows = _rows(3)
   rows[1]['conversation'][-1]['content'] = 'I hope that helps. ' * 400 + 'A heist.'
   config = EVAL.get_config()
-  config.checkpoint, config.max_length = str(tiny), 512
+  config.checkpoint, config.max_length, config.on_cut = str(tiny), 512, 'mark'
   config.conversations = str(_write_rows(tmp_path / 'c.jsonl', rows))
-  for on_cut in ('window', 'mark'):
-    config.on_cut = on_cut
-    workdir = tmp_path / on_cut
-    main.run(config, workdir)
-    scored = [json.loads(line) for line in (workdir / 'scored.jsonl').read_text().splitlines()]
-    assert [row['cut'] for row in scored] == [False, True, False]
-    num_unread = scored[1]['num_unread']
-    assert (num_unread == 0) == (scored[1]['unread'] == 0) == (on_cut == 'window')
-    summary = _summary(workdir)
-    assert (summary['num_cut'], summary['num_unread']) == (1, num_unread)
-    assert f'1 prompts were too long for one pass; {num_unread:,} tokens' in capsys.readouterr().err
-    assert '1 prompts were too long' in (workdir / 'report' / 'report.md').read_text()
-  config.on_cut = 'error'
-  with pytest.raises(ValueError, match='the limit is 512'):
-    main.run(config, tmp_path / 'error')
+  main.run(config, tmp_path / 'scored')
+  lines = (tmp_path / 'scored' / 'scored.jsonl').read_text().splitlines()
+  scored = [json.loads(line) for line in lines]
+  assert [row['cut'] for row in scored] == [False, True, False]
+  assert [row['unread'] > 0 for row in scored] == [False, True, False]
+  num_unread = scored[1]['num_unread']
+  summary = _summary(tmp_path / 'scored')
+  assert (summary['num_cut'], summary['num_unread']) == (1, num_unread)
+  said = f'1 prompts were too long for one pass; {num_unread:,} tokens'
+  assert said in capsys.readouterr().err
+  assert said in (tmp_path / 'scored' / 'report' / 'report.md').read_text()
 
 
 @pytest.mark.slow
