@@ -192,8 +192,8 @@ def make_score_fn(
     scores = score_prompts(pools(), advance)
     for i in np.flatnonzero(~np.isfinite(scores))[:1]:
       raise ValueError(
-        f'{examples[bisect.bisect_right(ends, i)].id}: its score is {scores[i]}, not a finite number; '
-        'look for weights of the model that are not finite.'
+        f'{examples[bisect.bisect_right(ends, i)].id}: its score is {scores[i]}, not a finite '
+        'number; look for weights of the model that are not finite.'
       )
     return Judged(
       worst(scores, [len(reading.prompts) for reading in found]),
@@ -209,21 +209,6 @@ def worst(scores: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
   """Returns the lowest score of each run of `sizes` scores: of an example's parts."""
   # Nothing has no lowest value, and reduceat does not take it.
   return np.minimum.reduceat(scores, np.cumsum([0, *sizes[:-1]])) if len(sizes) else scores
-
-
-def share_progress(
-  progress: Callable[[int], Any], num_examples: int, num_parts: int
-) -> Callable[[int], None]:
-  """Returns what takes numbers of parts that are done, and tells progress the like of examples."""
-  num_done = 0
-
-  def advance(num):
-    nonlocal num_done
-    before = num_done * num_examples // num_parts
-    num_done += num
-    progress(num_done * num_examples // num_parts - before)
-
-  return advance
 
 
 def make_prompt_scorer(
@@ -299,7 +284,15 @@ def per_category(score_fn: ScoreFn) -> ScoreFn:
     on_cut: str | None = None,
   ) -> Judged:
     parts = [part for example in examples for part in split_categories(example)]
-    advance = share_progress(progress, len(examples), len(parts))
+    num_done = 0
+
+    def advance(num):
+      # The caller counts examples, score_fn counts parts: it is told the same share of examples.
+      nonlocal num_done
+      before = num_done * len(examples) // len(parts)
+      num_done += num
+      progress(num_done * len(examples) // len(parts) - before)
+
     judged = score_fn.judge(parts, advance, on_cut)
     sizes = [len(example.safety.categories) for example in examples]
     if not sizes:
