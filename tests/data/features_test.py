@@ -183,7 +183,7 @@ def test_windows_read_the_whole_response(tokenizer, lengths, response, limit, or
   held = {word for text in texts for word in text.split()}
   assert set(words('r', response).split()) <= held
   history = [word for i, n in enumerate(lengths) for word in words(f't{i}n', n).split()]
-  assert (found.num_unread == 0) == (set(history) <= held)
+  assert found.num_unread > 0 or set(history) <= held
 
 
 def test_a_window_keeps_some_history_and_overlaps_its_neighbour(tokenizer):
