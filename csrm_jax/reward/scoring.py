@@ -77,14 +77,20 @@ class Verdict:
 def verdicts(judged: Judged) -> list[Verdict]:
   """Returns the verdict on each example; raises ValueError unless all scores are finite."""
   scores = np.asarray(judged.score, np.float64)
+  p_unsafe, rewards = probabilities(scores)
+  labels = np.where(scores > 0, 'safe', 'unsafe')
+  columns = (p_unsafe, rewards, scores, labels, unread(judged), judged.num_unread, judged.cut)
+  return [Verdict(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def probabilities(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns P(unsafe) and P(safe), float64 [N], of finite scores (nats); others raise ValueError."""
+  scores = np.asarray(scores, np.float64)
   for i in np.flatnonzero(~np.isfinite(scores))[:1]:
     raise ValueError(
       f'score {i} of {len(scores)} is {scores[i]}, not a finite number; there is no verdict for it.'
     )
-  rewards, p_unsafe = _sigmoid(scores), _sigmoid(-scores)
-  labels = np.where(scores > 0, 'safe', 'unsafe')
-  columns = (p_unsafe, rewards, scores, labels, unread(judged), judged.num_unread, judged.cut)
-  return [Verdict(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+  return _sigmoid(-scores), _sigmoid(scores)
 
 
 def unread(judged: Judged) -> np.ndarray:

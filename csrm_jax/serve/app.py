@@ -258,18 +258,18 @@ class _Server:
       start += len(group)
       # A guard that reads one rule at a time finds an example as unsafe as under its worst rule.
       whole = float(own.min()) if self.engine.per_category else float(own[0])
-      (verdict,) = scoring.verdicts(np.array([whole]))
+      p_unsafe = float(scoring.probabilities(np.array([whole]))[0][0])
       each = {}
       if ask.each_rule:
         alone = own if self.engine.per_category or len(own) == 1 else own[1:]
-        found = [v.p_unsafe for v in scoring.verdicts(alone)]
+        found = scoring.probabilities(alone)[0].tolist()
         each = dict(zip(item.policy.safety.names, found, strict=True))
       judged.append(
         Judged(
           item=item,
-          score=verdict.score,
-          p_unsafe=verdict.p_unsafe,
-          flagged=verdict.p_unsafe >= self.settings.threshold,
+          score=whole,
+          p_unsafe=p_unsafe,
+          flagged=p_unsafe >= self.settings.threshold,
           num_cut=max(row.num_cut for row in group),
           each_rule=each,
         )
@@ -409,8 +409,7 @@ def _details(one: Judged) -> dict[str, Any]:
 
 
 def _sigmoid(score: float) -> float:
-  (verdict,) = scoring.verdicts(np.array([score]))
-  return verdict.reward
+  return float(scoring.probabilities(np.array([score]))[1][0])
 
 
 def _log_sigmoid(score: float) -> float:
