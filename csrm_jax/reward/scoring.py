@@ -84,7 +84,7 @@ def verdicts(judged: Judged) -> list[Verdict]:
 
 
 def probabilities(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns P(unsafe) and P(safe), float64 [N], of finite scores (nats); others raise ValueError."""
+  """Returns P(unsafe) and P(safe), float64 [N]; ValueError unless all scores (nats) are finite."""
   scores = np.asarray(scores, np.float64)
   for i in np.flatnonzero(~np.isfinite(scores))[:1]:
     raise ValueError(

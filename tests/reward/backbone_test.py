@@ -298,7 +298,7 @@ def test_smollm2_reads_what_transformers_reads():
       log_p[list(part)].logsumexp(-1).item() for part in (verbalizers.safe, verbalizers.unsafe)
     )
     want.append(1 / (1 + np.exp(safe - unsafe)))
-  got = [v.p_unsafe for v in scoring.verdicts(rm.score_fn(items))]
+  got = [v.p_unsafe for v in scoring.verdicts(rm.score_fn.judge(items))]
   difference = np.abs(np.subtract(got, want)).max()
   print(f'largest difference of P(unsafe): {difference:.2e}')
   assert difference < 1e-4

@@ -24,12 +24,15 @@ def test_scoring_a_file_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate, '_ROWS_AT_ONCE', 3)
   asked = []
 
-  def score_fn(examples, progress):
+  def judge(examples, progress):
     if len(asked) == 2:
       raise KeyboardInterrupt
     asked.append([e.id for e in examples])
     progress(len(examples))
-    return np.float32([int(e.id) for e in examples])
+    scores = np.float32([int(e.id) for e in examples])
+    return scoring.Judged(scores, scores + 9, 0 * scores, scores < 0)
+
+  score_fn = scoring.ScoreFn(judge)
 
   monkeypatch.setattr(
     evaluate, 'load_model', lambda _: types.SimpleNamespace(score_fn=score_fn, spec=None)
@@ -43,5 +46,6 @@ def test_scoring_a_file_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
   assert asked == [['before'], ['6', '7']]
   rows = [json.loads(line) for line in (tmp_path / 'scored.jsonl').read_text().splitlines()]
   assert [row['id'] for row in rows] == [str(i) for i in range(8)]
-  assert [row['score'] for row in rows] == [v.score for v in scoring.verdicts(np.arange(8.0))]
+  assert [row['score'] for row in rows] == list(range(8))
+  assert all((row['unread'], row['cut']) == (0.0, False) for row in rows)
   assert not (tmp_path / 'scores').exists()
