@@ -7,10 +7,12 @@ chunk as zeros) and tell it apart from a checkpoint of another model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,8 +55,7 @@ class Checkpoints:
   ) -> None:
     """Starts to write a checkpoint and returns when `state` may be donated.
 
-    `data_state` and `meta` hold JSON values; `read_meta` returns `meta`, which describes the
-    model.
+    `data_state` and `meta` hold JSON values; `describe` returns `meta`, which describes the model.
     """
     if self._manager is None:
       self._manager = ocp.CheckpointManager(
@@ -84,35 +85,54 @@ class Checkpoints:
     )
 
   def restore_latest(self, abstract_state: Any, partial: bool = False) -> Restored | None:
-    """Returns the newest intact checkpoint, or None where there is none.
+    """Returns the newest intact checkpoint, or None where there is none, damaged or not.
+
+    The arguments are those of `restore`.
+
+    Raises:
+      ValueError: There are checkpoints, and all are damaged.
+    """
+    reason = ''
+    steps = self.steps()
+    for step in reversed(steps):
+      try:
+        return self.restore(step, abstract_state, partial)
+      except DamagedError as error:
+        self._damaged.add(step)
+        path, reason = self.directory / str(step), checks.reason(error.__cause__)
+        logging.warning('skipping the damaged checkpoint %s (%s)', path, reason)
+    if steps:
+      raise ValueError(
+        f'{self.directory}: all checkpoints there are damaged ({", ".join(map(str, steps))}; '
+        f'{reason}); put back a copy of one, or move that folder and metrics.jsonl away to begin '
+        'again with step 0'
+      )
+    return None
+
+  def restore(self, step: int, abstract_state: Any, partial: bool = False) -> Restored:
+    """Returns the checkpoint of a step.
 
     The leaves are laid out as in `abstract_state` (ShapeDtypeStructs or arrays), on whatever
     mesh they were written. With `partial` the checkpoint may hold more leaves than are asked
     for: this reads parameters without the optimizer's state.
+
+    Raises:
+      DamagedError: What is there is not what was saved.
+      ValueError: It is a checkpoint of another model.
+      OSError: It cannot be read, which is no damage.
     """
-    wanted = tree.named_leaves(abstract_state)
-    for step in reversed(self.steps()):
-      try:
-        content = _read_info(self.directory / str(step))
-      except (ValueError, KeyError, TypeError, OSError) as error:
-        self._warn(step, error)
-        continue
-      # Another model is a mistake of the user, not damage: it must stop the run, so it is
-      # checked outside the `try` blocks.
-      self._check_same_model(step, wanted, content['leaves'], partial)
-      try:
-        named = self._read_state(step, wanted)
-        for name, value in jax.device_get(_checksums(named)).items():
-          if int(value) != content['leaves'][name][2]:
-            raise ValueError(f'the bits of leaf {name!r} fail their checksum')
-      except jax.errors.JaxRuntimeError:
-        raise  # Out of memory and the like: the files are not to blame.
-      except Exception as error:  # Orbax raises whatever a reader met.
-        self._warn(step, error)
-        continue
-      state = jax.tree.unflatten(jax.tree.structure(abstract_state), named.values())
-      return Restored(step, state, content['data_state'])
-    return None
+    wanted, path = tree.named_leaves(abstract_state), self.directory / str(step)
+    steps = self.steps()
+    content = _read_info(path, steps)['content']
+    # Another model is a mistake of the user, not damage.
+    self._check_same_model(step, wanted, content['leaves'], partial)
+    with _reading(path, steps):
+      named = self._read_state(step, wanted)
+      for name, value in jax.device_get(_checksums(named)).items():
+        if int(value) != content['leaves'][name][2]:
+          raise ValueError(f'the bits of leaf {name!r} fail their checksum')
+    state = jax.tree.unflatten(jax.tree.structure(abstract_state), named.values())
+    return Restored(step, state, content['data_state'])
 
   def steps(self) -> list[int]:
     """Returns the steps that have a finished checkpoint, ascending."""
@@ -199,32 +219,70 @@ class Checkpoints:
       if name not in wanted and not partial:
         raise ValueError(f'{where}: its leaf {name!r} is unknown here; {fix}')
 
-  def _warn(self, step: int, error: Exception) -> None:
-    self._damaged.add(step)
-    path = self.directory / str(step)
-    logging.warning('skipping the damaged checkpoint %s (%s)', path, checks.reason(error))
+
+class Saved(NamedTuple):
+  """What a checkpoint says about itself."""
+
+  step: int
+  digest: str  # sha256 (hex) of its description, which holds a checksum of every leaf
+  meta: dict[str, Any]
 
 
-def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
-  """Returns the newest checkpoint's `meta`; raises a FileNotFoundError if there is none."""
+def describe(directory: str | os.PathLike, step: int | None = None) -> Saved:
+  """Returns what the checkpoint of a step, or the newest one, says about itself.
+
+  Raises:
+    FileNotFoundError: There is none.
+    ValueError: It is damaged. An older one is not taken in its place.
+  """
   saved = Checkpoints(directory)
-  directory = saved.directory
-  # The newest description that is intact: the leaves are not read here.
-  for step in reversed(saved.steps()):
-    try:
-      return _read_info(directory / str(step))['meta']
-    except (ValueError, KeyError, TypeError, OSError) as error:
-      logging.warning('cannot read the checkpoint %s/%d (%s)', directory, step, error)
-  raise FileNotFoundError(
-    f'{directory}: no readable checkpoint there; give the folder of a run that has saved one'
-  )
+  steps = saved.steps()
+  if not steps or step not in (None, *steps):
+    raise FileNotFoundError(
+      f'{saved.directory}: no readable checkpoint there'
+      + (f' of step {step}; there are {", ".join(map(str, steps))}' if steps else '')
+      + '; give the folder of a run that has saved one'
+    )
+  step = steps[-1] if step is None else step
+  info = _read_info(saved.directory / str(step), steps)
+  return Saved(step, info['digest'], info['content']['meta'])
 
 
-def _read_info(path: epath.Path) -> dict[str, Any]:
-  info = json.loads((path / 'info' / 'metadata').read_text('utf-8'))
-  if _digest(info['content']) != info['digest']:
-    raise ValueError('its description does not match its digest')
-  return info['content']
+class DamagedError(ValueError):
+  """A checkpoint is not what was saved."""
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path, steps: Sequence[int] = ()) -> Iterator[None]:
+  """Raises DamagedError for what a reader met, but OSError where nothing could be read."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError:
+    raise  # Out of memory and the like: the files are not to blame.
+  except Exception as error:  # Orbax raises whatever a reader met.
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    if _DENIED.search(str(error)) or (isinstance(error, OSError) and not missing):
+      raise OSError(
+        f'{path}: the checkpoint cannot be read ({checks.reason(error)}); mount its volume or '
+        'correct its permissions, and run the same command again'
+      ) from error
+    older = [other for other in steps if str(other) != path.name]
+    raise DamagedError(
+      f'{path}: the checkpoint is damaged ({checks.reason(error)})'
+      + (f'; put back a copy of it, or ask for step={older[-1]}' if older else '')
+    ) from error
+
+
+# How TensorStore, which reads the arrays, reports that it may not or cannot read.
+_DENIED = re.compile(r'PERMISSION_DENIED|UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED')
+
+
+def _read_info(path: epath.Path, steps: Sequence[int] = ()) -> dict[str, Any]:
+  with _reading(path, steps):
+    info = json.loads((path / 'info' / 'metadata').read_text('utf-8'))
+    if _digest(info['content']) != info['digest']:
+      raise ValueError('its description does not match its digest')
+    return info
 
 
 def _digest(content: Any) -> str:

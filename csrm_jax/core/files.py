@@ -258,8 +258,17 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def cut_log(path: str | os.PathLike, step: int) -> None:
-  """Drops the lines of steps after `step`, and a last line that was cut short."""
-  if pathlib.Path(path).exists():
+  """Drops the lines of steps after `step`, and a last line that was cut short.
+
+  A log of which nothing would be left is kept aside, as NAME.1 or the next number.
+  """
+  path = pathlib.Path(path)
+  if step < 0 and path.exists():
+    number = 1
+    while (aside := path.with_name(f'{path.name}.{number}')).exists():
+      number += 1
+    path.rename(aside)
+  elif path.exists():
     # A resumed run writes the dropped steps again. The other lines stay, byte for byte.
     found = _log_lines(path)
     write(

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import attention as attention_lib, products
@@ -504,7 +505,23 @@ def extend(
 
 
 def _merge(cfg: ModelConfig, params: dict) -> Transformer:
+  # NNX binds leaves by their order alone: another head would be taken for the output layer.
+  found, wanted = flatten_dict(params, sep='/'), _leaf_shapes(cfg)
+  for name in sorted(set(found) ^ set(wanted)):
+    what = 'has no' if name in wanted else 'has an unknown'
+    raise ValueError(f'params {what} leaf {name!r}; give those of this model')
+  for name, x in found.items():
+    if x.shape != wanted[name]:
+      raise ValueError(
+        f'params: leaf {name!r} is {list(x.shape)}, not {list(wanted[name])}; give those of this '
+        'model'
+      )
   return nnx.merge(make_model(cfg), nnx.State(params))
+
+
+@functools.lru_cache(maxsize=32)
+def _leaf_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+  return {name: x.shape for name, x in flatten_dict(shapes(cfg), sep='/').items()}
 
 
 def num_common(prompts: Sequence[Sequence[int]]) -> int:

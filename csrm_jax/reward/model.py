@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from csrm_jax.core import checkpoint, checks, mesh as mesh_lib, remote, tree
-from csrm_jax.models import config as model_config, hf, lora, transformer
+from csrm_jax.models import config as model_config, hf, hf_config, lora, transformer
 from csrm_jax.reward import backbone, scoring
 from csrm_jax.safety import schema, templates
 from csrm_jax.safety.templates import ORDERS, WORDS
@@ -97,6 +97,8 @@ class RewardModel:
 
   spec: Spec
   score_fn: scoring.ScoreFn  # examples -> float32 [N], log P(safe) − log P(unsafe) in nats
+  step: int | None = None  # the step of its checkpoint; None for a public model
+  digest: str = ''  # sha256 (hex) of that checkpoint's description and checksums; or ''
 
   def score(
     self,
@@ -126,6 +128,7 @@ def load(
   max_length: int = 2048,
   format: str = 'csrm',
   on_cut: str = 'window',
+  step: int | None = None,
   **options: Any,
 ) -> RewardModel:
   """Returns the reward model of a work directory, or a public model as one.
@@ -141,6 +144,8 @@ def load(
     on_cut: What becomes of a longer conversation. 'window' reads the response in parts that
       overlap, and gives the verdict on the worst; 'mark' leaves out the end of the response, as
       training does; 'error' raises a ValueError. Each verdict says what was not read.
+    step: The step of the checkpoint that is read; None for the newest. No other one is taken where
+      that is damaged.
     format: How a public model is asked, one of templates.FORMATS. 'csrm' asks an
       instruction-tuned model in our words, within its chat template.
     **options: Further arguments of `describe`.
@@ -150,20 +155,25 @@ def load(
     ValueError: The checkpoint belongs to another template, tokenizer or backbone than is found
       here, or the public model cannot be used in this format.
   """
-  spec, params, tokenizer = load_parts(source, format, **options)
-  return RewardModel(spec, spec.make_score_fn(params, tokenizer, max_length, on_cut))
+  saved = None
+  if not public_model(source):
+    saved = checkpoint.describe(_directory(source) / 'checkpoints', step)
+    step = saved.step  # a run may save another one meanwhile
+  spec, params, tokenizer = load_parts(source, format, step, **options)
+  score_fn = spec.make_score_fn(params, tokenizer, max_length, on_cut)
+  return RewardModel(spec, score_fn, *((saved.step, saved.digest) if saved else ()))
 
 
 def load_parts(
-  source: str | pathlib.Path, format: str = 'csrm', **options: Any
+  source: str | pathlib.Path, format: str = 'csrm', step: int | None = None, **options: Any
 ) -> tuple[Spec, Any, tokenizer_lib.Tokenizer]:
   """Returns the spec, parameters and tokenizer of what `load` loads, with its errors."""
   public = public_model(source)
-  spec, tokenizer = describe(public or source, format, **options)
+  spec, tokenizer = describe(public or source, format, step=step, **options)
   if public:
     params = hf.load_params(public, spec.model, _shardings(transformer.shapes(spec.model)))
   else:
-    params = restore_params(source, spec)
+    params = restore_params(source, spec, step)
   return spec, params, tokenizer
 
 
@@ -189,6 +199,7 @@ def describe(
   format: str = 'csrm',
   words: tuple[str, str] = WORDS,
   order: str = '',
+  step: int | None = None,
   **overrides: Any,
 ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
   """Returns the spec and tokenizer of what `load` loads, without reading weights.
@@ -211,12 +222,14 @@ def describe(
       f'{source}: a trained reward model knows its format, words and order; leave all settings but '
       f'{" and ".join(_NUMERICS)} as they are'
     )
-  spec, tokenizer = _describe_run(_directory(source))
+  spec, tokenizer = _describe_run(_directory(source), step)
   return dataclasses.replace(spec, model=dataclasses.replace(spec.model, **overrides)), tokenizer
 
 
-def _describe_run(directory: pathlib.Path) -> tuple[Spec, tokenizer_lib.Tokenizer]:
-  meta = checkpoint.read_meta(directory / 'checkpoints')
+def _describe_run(
+  directory: pathlib.Path, step: int | None
+) -> tuple[Spec, tokenizer_lib.Tokenizer]:
+  meta = checkpoint.describe(directory / 'checkpoints', step).meta
   try:
     spec = Spec.from_dict(meta)
   except ValueError as error:
@@ -245,25 +258,24 @@ def _describe_run(directory: pathlib.Path) -> tuple[Spec, tokenizer_lib.Tokenize
   return spec, tokenizer
 
 
-def restore_params(source: str | pathlib.Path, spec: Spec) -> Any:
+def restore_params(source: str | pathlib.Path, spec: Spec, step: int | None = None) -> Any:
   """Returns all parameters of a training run; adapters come together with their base.
 
   They are in spec.model.param_dtype, whatever they were trained in, and lie on the mesh that
   jax.set_mesh has set, if any. A base whose weights have changed since raises ValueError.
   """
-  directory = _directory(source)
-  trained = Spec.from_dict(checkpoint.read_meta(directory / 'checkpoints')).model
+  directory = _directory(source) / 'checkpoints'
+  described = checkpoint.describe(directory, step)
+  trained = Spec.from_dict(described.meta).model
   mesh, shapes = jax.sharding.get_mesh(), transformer.shapes(trained)
   # A checkpoint of adapters does not hold their base: it is read from where it came.
   stored, base = lora.split(shapes) if spec.base else (shapes, {})
   stored = {'params': stored}
   # Partial, because the optimizer's state is stored beside the parameters.
-  with checkpoint.Checkpoints(directory / 'checkpoints') as saved:
-    restored = saved.restore_latest(
-      stored if mesh.empty else mesh_lib.abstract(stored, mesh), partial=True
+  with checkpoint.Checkpoints(directory) as saved:
+    restored = saved.restore(
+      described.step, stored if mesh.empty else mesh_lib.abstract(stored, mesh), partial=True
     )
-  if restored is None:
-    raise FileNotFoundError(f'{directory}: no intact checkpoint there')
   wanted = transformer.shapes(spec.model)
   wanted = lora.split(wanted)[0] if spec.base else wanted
   params = jax.tree.map(lambda x, to: x.astype(to.dtype), restored.state['params'], wanted)
@@ -300,6 +312,11 @@ def _describe_public(
     safe_words, unsafe_words = templates.pair_spellings(tokenizer, words)
   templates.check_marks(tokenizer, layout)
   cfg = hf.load_config(source, **overrides)
+  if hf_config.form(source.spec, source.where) == 'sequence_classification':
+    raise ValueError(
+      f'{source.name}: it is a sequence classifier, whose verdict is that of its own head '
+      '(score.weight); verdicts are words here, so give a model saved as ForCausalLM'
+    )
   spec = Spec(
     model=cfg,
     layout=layout,

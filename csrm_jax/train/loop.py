@@ -164,6 +164,8 @@ def train(
       start, state, carried = restored
       # The loop's own entry: the work gets back only what it gave.
       window = carried.pop('window', None)
+    else:
+      _check_new(config, workdir)
     work.begin(state, start, carried)
     # A run that stopped early has nothing left to do when it is started again.
     num_steps = start if work.stopped else config.num_steps
@@ -215,6 +217,18 @@ def train(
   if work.stopped:
     print(f'stopped early: {work.stopped}', file=sys.stderr)
   return state
+
+
+def _check_new(config: Any, workdir: pathlib.Path) -> None:
+  """Checks that no checkpoint is missing from a run that has none."""
+  rows = files.read_log(workdir / 'metrics.jsonl')
+  last = max((row['step'] for row in rows if isinstance(row.get('step'), int)), default=0)
+  # One checkpoint is on the disk before the next one is begun.
+  if last > 2 * config.checkpoint_every:
+    raise ValueError(
+      f'{workdir}: metrics.jsonl reaches step {last}, but there is no checkpoint in checkpoints/; '
+      'mount it or put it back, or move metrics.jsonl away to begin again with step 0'
+    )
 
 
 def check_finite(workdir: pathlib.Path, step: int, updates: Sequence[Update]) -> None:

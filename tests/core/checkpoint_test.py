@@ -69,7 +69,7 @@ def test_round_trip_is_bit_exact(tmp_path):
   assert isinstance(result, _State)
   assert jax.tree.structure(result) == jax.tree.structure(state)
   assert _bits(result) == _bits(state)
-  assert checkpoint.read_meta(tmp_path) == {'model': {'num_layers': 2}}
+  assert checkpoint.describe(tmp_path).meta == {'model': {'num_layers': 2}}
 
 
 def test_a_missing_folder_is_no_checkpoint(tmp_path):
@@ -77,7 +77,7 @@ def test_a_missing_folder_is_no_checkpoint(tmp_path):
   assert checkpoint.Checkpoints(path).restore_latest(_state()) is None
   assert not path.exists()
   with pytest.raises(FileNotFoundError, match='no readable checkpoint'):
-    checkpoint.read_meta(path)
+    checkpoint.describe(path)
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -135,7 +135,10 @@ def test_a_damaged_description_falls_back(tmp_path, damage, caplog):
   damage(tmp_path / '2' / 'info' / 'metadata')
   assert checkpoints.restore_latest(_state()).step == 1
   assert str(tmp_path / '2') in caplog.text
-  assert checkpoint.read_meta(tmp_path) == {}
+  # Whoever does not train is not given an older one.
+  with pytest.raises(ValueError, match=r'is damaged .*ask for step=1'):
+    checkpoint.describe(tmp_path)
+  assert checkpoint.describe(tmp_path, 1).step == 1
 
 
 @pytest.mark.parametrize('part', ['state', 'info', 'state/d'])
@@ -173,6 +176,28 @@ def test_saving_goes_on_past_a_damaged_checkpoint(tmp_path):
     assert checkpoints.restore_latest(_state()).step == 2
   assert (tmp_path / 'damaged-2').is_dir()
   assert (tmp_path / 'damaged-3').is_dir()
+
+
+def test_damage_to_all_checkpoints_is_no_new_beginning(tmp_path):
+  checkpoints = _save(tmp_path, [1, 2])
+  for step in (1, 2):
+    _truncate(_arrays(tmp_path, step)[0])
+  message = small.error_of(checkpoints.restore_latest, _state())
+  assert 'all checkpoints there are damaged (1, 2; ' in message and 'begin again' in message
+  with pytest.raises(checkpoint.DamagedError, match='ask for step=1'):
+    checkpoints.restore(2, _state())
+
+
+def test_what_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
+  checkpoints = _save(tmp_path, [1, 2])
+
+  def fail(*args):
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(checkpoint.Checkpoints, '_read_state', fail)
+  with pytest.raises(OSError, match=r'2: the checkpoint cannot be read .*Permission') as error:
+    checkpoints.restore_latest(_state())
+  assert '\n' not in str(error.value) and not isinstance(error.value, ValueError)
 
 
 def test_a_save_that_was_interrupted_leaves_nothing(tmp_path):

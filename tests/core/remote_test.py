@@ -89,7 +89,7 @@ def test_checkpoints_of_a_copy_lie_in_the_bucket(tmp_path):
         found = saved.restore_latest(state)
         assert (found.step if found else 0) == step - 1
         saved.save(step, state, {'next': step}, {'kind': 'test'})
-      assert checkpoint.read_meta(path / 'checkpoints') == {'kind': 'test'}
+      assert checkpoint.describe(path / 'checkpoints').meta == {'kind': 'test'}
       assert not (path / 'checkpoints').exists()
   with checkpoint.Checkpoints(tmp_path / 'run' / 'checkpoints') as saved:
     assert saved.steps() == [1, 2]

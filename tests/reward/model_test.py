@@ -16,6 +16,7 @@ from csrm_jax.ruleworld import examples
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import step as training
+from tests import small
 
 PATH = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
 TOKENIZER = tokenizer_lib.load_tokenizer(PATH)
@@ -135,6 +136,22 @@ def test_a_model_is_scored_in_another_dtype_than_trained_in(tmp_path):
 def test_what_training_has_fixed_is_refused(tmp_path, option):
   with pytest.raises(ValueError, match='leave all settings but dtype and param_dtype'):
     reward_model.load(_save(tmp_path), **option)
+
+
+def test_scoring_does_not_fall_back_to_an_older_checkpoint(tmp_path):
+  _save(tmp_path, seed=0, step=3)
+  intact = reward_model.load(_save(tmp_path, seed=1, step=5))
+  assert intact.step == 5 and len(intact.digest) == 64
+  for file in (tmp_path / 'checkpoints/5/state').rglob('d/*'):
+    file.write_bytes(file.read_bytes()[:-99])
+  message = small.error_of(reward_model.load, tmp_path)
+  assert 'checkpoints/5: the checkpoint is damaged' in message and 'step=3' in message
+  older = reward_model.load(tmp_path, step=3)
+  assert older.step == 3 and older.digest != intact.digest
+  example = examples.test_example(0, 0, 'seen')
+  np.testing.assert_array_equal(
+    older.score_fn([example]), SPEC.make_score_fn(_params(0), TOKENIZER)([example])
+  )
 
 
 def test_a_conversation_must_end_with_the_agent(tmp_path):

@@ -265,7 +265,7 @@ def test_lora_trains_and_saves_adapters_only(tmp_path):
   workdir = tmp_path / 'rm'
   main.run(config, workdir)
 
-  meta = checkpoint.read_meta(workdir / 'checkpoints')
+  meta = checkpoint.describe(workdir / 'checkpoints').meta
   spec = reward_model.Spec.from_dict(meta)
   adapters = lora.init(spec.model, config.seed)
   with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:

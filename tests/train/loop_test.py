@@ -259,6 +259,16 @@ def test_old_lines_of_a_run_without_checkpoint_are_dropped(tmp_path):
   assert [line['step'] for line in _lines(tmp_path)] == [2]
   _train(tmp_path, num_steps=4)
   assert [line['step'] for line in _lines(tmp_path)] == [2, 4]
+  assert '"step": 2' in (tmp_path / 'metrics.jsonl.1').read_text()
+
+
+def test_checkpoints_that_are_gone_are_no_new_beginning(tmp_path):
+  _train(tmp_path, num_steps=12)
+  (tmp_path / 'checkpoints').rename(tmp_path / 'elsewhere')
+  before = (tmp_path / 'metrics.jsonl').read_bytes()
+  with pytest.raises(ValueError, match='reaches step 12, but there is no checkpoint'):
+    _train(tmp_path, num_steps=14)
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == before
 
 
 @pytest.mark.parametrize(
