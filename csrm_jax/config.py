@@ -229,13 +229,23 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
         f'{path} is of a run with another config: {"; ".join(lines)} '
         '(give the same config to resume it, or another --workdir)'
       )
+  if not path.exists() and (workdir / 'manifest.json').exists() and _has_results(workdir):
+    manifest = files.read_json(workdir / 'manifest.json')
+    made_with = manifest.get('config_digest') if isinstance(manifest, dict) else ''
+    if made_with != digest(config):
+      raise ValueError(
+        f'{path} is gone, and the run there had another config; put it back to resume the run, or '
+        'use another --workdir'
+      )
   files.write(path, to_json(config))
   return workdir
 
 
 def _has_results(workdir: pathlib.Path) -> bool:
   ours = ('config.json', 'manifest.json')
-  return any(path.name not in ours for path in workdir.iterdir())
+  # What a killed process was writing is no result.
+  names = (path.name for path in workdir.iterdir())
+  return any(name not in ours and not re.fullmatch(r'\..*\.tmp', name) for name in names)
 
 
 def discard_workdir(workdir: pathlib.Path) -> None:

@@ -1,3 +1,5 @@
+import json
+
 import ml_collections
 import pytest
 from hypothesis import given, strategies as st
@@ -233,3 +235,18 @@ def test_an_argument_with_sections_and_braces():
   }
   with pytest.raises(ValueError, match=r"'columns\.lable' is unknown"):
     config_lib.parse_arg('columns.lable=x', **spec)
+
+
+def test_a_run_whose_config_is_gone_takes_no_other_one(tmp_path):
+  config, other = ml_collections.ConfigDict({'lr': 1.0}), ml_collections.ConfigDict({'lr': 2.0})
+  config_lib.prepare_workdir(tmp_path, config)
+  (tmp_path / 'manifest.json').write_text(json.dumps({'config_digest': config_lib.digest(config)}))
+  # What a killed process was writing is no result.
+  (tmp_path / '.config.json.0a1b.tmp').write_text('{')
+  config_lib.prepare_workdir(tmp_path, other)
+  (tmp_path / 'metrics.jsonl').write_text('{}\n')
+  (tmp_path / 'config.json').unlink()
+  with pytest.raises(ValueError, match='config.json is gone'):
+    config_lib.prepare_workdir(tmp_path, other)
+  config_lib.prepare_workdir(tmp_path, config)
+  assert (tmp_path / 'config.json').is_file()

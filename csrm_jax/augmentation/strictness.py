@@ -20,7 +20,7 @@ import scipy.stats
 
 from csrm_jax.augmentation import proposers, requests
 from csrm_jax.augmentation.proposers import Judge, NoReplyError, Proposer
-from csrm_jax.core import journal as journal_lib
+from csrm_jax.core import checks, journal as journal_lib
 from csrm_jax.safety import augment
 from csrm_jax.safety.schema import Category, Example, Pair
 
@@ -197,7 +197,14 @@ def _remember(judge: Judge, journal: journal_lib.Journal) -> Judge:
     with lock:
       if key not in journal:
         journal.put(key, ''.join('01'[bool(fires)] for fires in judge(talks, rules)))
-      return [c == '1' for c in journal[key]]
+      found = journal[key]
+      # Anything else would read as "does not violate".
+      if len(found) != len(talks) or set(found) - {'0', '1'}:
+        raise ValueError(
+          f'the verdicts on {len(talks)} conversations are {checks.show(found)}; there must be one '
+          'digit, 0 or 1, for each'
+        )
+      return [c == '1' for c in found]
 
   return remembering
 

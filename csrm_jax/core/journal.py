@@ -36,8 +36,15 @@ def key(content: Any) -> str:
   return files.digest(content, default=dataclasses.asdict, separators=(',', ':'))
 
 
+_BEFORE_CHECKSUM = b', "sha256": "'
+
+
+def _checksum(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()[:16]
+
+
 class Journal:
-  """A file of {"key", "value"} lines that only grows; threads of one process share it."""
+  """A file of {"key", "value", "sha256"} lines that only grows; threads of a process share it."""
 
   def __init__(self, path: str | os.PathLike):
     """Opens the file, reads its lines, and drops a last line that was cut short."""
@@ -69,8 +76,11 @@ class Journal:
     for number, line in enumerate(data[:whole].splitlines(), start=1):
       try:
         entry = json.loads(line)
+        # Of what stands before it: a changed byte may leave another value that is as good JSON.
+        if entry['sha256'] != _checksum(line[: line.rindex(_BEFORE_CHECKSUM)]):
+          raise ValueError
         values[entry['key']] = entry['value']
-      except (ValueError, KeyError, TypeError):
+      except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
           f'{self._path}:{number}: not a line of a journal; remove that line'
           ' and run the same command again: what it held is done anew'
@@ -90,8 +100,8 @@ class Journal:
   def put(self, key: str, value: Any) -> None:
     """Adds a JSON value. If this fails, with an OSError, the file is as before."""
     # The operating system has the line when this returns: a killed process does not lose it.
-    line = json.dumps({'key': key, 'value': value}, ensure_ascii=False)
-    data = (line + '\n').encode()
+    content = json.dumps({'key': key, 'value': value}, ensure_ascii=False)[:-1].encode()
+    data = content + _BEFORE_CHECKSUM + _checksum(content).encode() + b'"}\n'
     with self._lock, writing(self._path):
       try:
         rest = data

@@ -63,20 +63,22 @@ def sample(
   policy.encode_all(prompts, sampling.max_completion_length)
   num_parallel, num_samples = config.pairs.num_parallel, config.pairs.num_samples
   bar = tqdm.tqdm(total=len(prompts), desc='sample', unit='prompt', mininterval=loop.BAR_INTERVAL_S)
+  # By content, too: the completions of a prompt that has changed are not those of its name.
+  keys = {p.id: f'{p.id} {journal.key([p.messages, p.safety.digest()])[:16]}' for p in prompts}
   with journal.Journal(path) as kept, bar:
     for start in range(0, len(prompts), num_parallel):
       group = prompts[start : start + num_parallel]
-      if not all(prompt.id in kept for prompt in group):
+      if not all(keys[prompt.id] in kept for prompt in group):
         # The whole group is drawn again, from a seed of its own: where a run was interrupted
         # does not change what is drawn.
         seed = int(np.random.default_rng((config.seed, start)).integers(2**32))
         samples, rows = online.rollout(policy, params, group, sampling, num_samples, seed)
         found = _described(samples, rows, reward_fn)
         for i, prompt in enumerate(group):
-          if prompt.id not in kept:
-            kept.put(prompt.id, found[i * num_samples : (i + 1) * num_samples])
+          if keys[prompt.id] not in kept:
+            kept.put(keys[prompt.id], found[i * num_samples : (i + 1) * num_samples])
       bar.update(len(group))
-    return {prompt.id: kept[prompt.id] for prompt in prompts}
+    return {prompt.id: kept[keys[prompt.id]] for prompt in prompts}
 
 
 def _described(

@@ -12,6 +12,7 @@ import http.client
 import importlib
 import json
 import math
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import scipy.special
 
-from csrm_jax.core import checks, retry
+from csrm_jax.core import checks, files, retry
 from csrm_jax.evals import bootstrap
 from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.rl import verifiers
@@ -181,12 +182,24 @@ class HttpScorer:
   def _read(self, text: bytes, samples: Sequence[Sample]) -> list[Any]:
     must = 'it must reply {"rewards": [...]}'
     try:
-      reply = json.loads(text)
-    except ValueError:
+      reply = json.loads(text, object_pairs_hook=files.unique_keys(self.url))
+    except (ValueError, RecursionError):
       raise ValueError(
         f'the scorer at {self.url} replied what is not JSON to {samples[0].id}; {must}'
       ) from None
-    values = reply.get('rewards') if isinstance(reply, dict) else None
+    reply = reply if isinstance(reply, dict) else {}
+    for name in ('error', 'errors'):
+      if reply.get(name):
+        raise ValueError(
+          f'the scorer at {self.url} replied to {samples[0].id} with {name}: '
+          f'{checks.show(reply[name])}; what cannot be scored has no reward'
+        )
+    values, ids = reply.get('rewards'), reply.get('ids')
+    if ids is not None and ids != [s.id for s in samples]:
+      raise ValueError(
+        f'the scorer at {self.url} replied to {samples[0].id} with other "ids" than it was sent; '
+        'it must keep their order'
+      )
     if not isinstance(values, list):
       raise ValueError(
         f'the scorer at {self.url} replied to {samples[0].id} without a list of "rewards"; {must}'
@@ -212,8 +225,22 @@ class HttpScorer:
     request = urllib.request.Request(self.url, content, {'Content-Type': 'application/json'})
 
     def send(number: int) -> bytes:
-      with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-        return response.read()
+      end = time.monotonic() + self.timeout_s
+      with _OPENER.open(request, timeout=self.timeout_s) as response:
+        body = bytearray()
+        # read1 returns what has come: a body that drips or never ends is left in time.
+        while part := response.read1(2**16):
+          body += part
+          if len(body) > _MAX_REPLY_BYTES:
+            raise _RefusedError(
+              f'the scorer at {self.url} replied with more than {_MAX_REPLY_BYTES:,} bytes; it '
+              'must reply {"rewards": [...]}'
+            )
+          if time.monotonic() > end:
+            raise TimeoutError(f'its reply took more than {self.timeout_s} s')
+        if response.length:  # read1 does not notice a connection that was cut
+          raise http.client.IncompleteRead(bytes(body), response.length)
+        return bytes(body)
 
     try:
       errors = (OSError, http.client.HTTPException)
@@ -231,12 +258,27 @@ class HttpScorer:
     with error:
       said = ' '.join(error.read(500).decode(errors='replace').split())
     # Time-outs, conflicts, "too early" and "too many requests" may pass, as a server's faults may.
+    if 300 <= error.code < 400:
+      raise _RefusedError(
+        f'the scorer at {self.url} redirects (status {error.code}); give the URL that answers'
+      ) from error
     if error.code < 500 and error.code not in (408, 409, 425, 429):
       raise _RefusedError(
         f'the scorer at {self.url} refuses the request (status {error.code}: {said[:200]}); check '
         'the URL and what it expects'
       ) from error
     return f'status {error.code}'
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+  """Makes an error of a redirect, whose page would be taken for the scorer's reply."""
+
+  def redirect_request(self, *args: Any) -> None:
+    return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+_MAX_REPLY_BYTES = 2**26
 
 
 class _RefusedError(ValueError):
@@ -249,7 +291,8 @@ def from_http(scorer: HttpScorer) -> RewardFn:
     scorer.post(())
   except _RefusedError as error:
     # Another refusal may only mean that the scorer does not take an empty list.
-    if error.__cause__.code in (401, 403, 404, 405):
+    code = getattr(error.__cause__, 'code', 0)
+    if code in (401, 403, 404, 405) or 300 <= code < 400:
       raise
   return from_callable(scorer, scorer.url)
 
@@ -318,6 +361,8 @@ def check_rewards(values: Any, samples: Sequence[Sample], name: str) -> np.ndarr
   Raises:
     ValueError: There are not as many as samples, or one is missing (None) or not finite.
   """
+  if np.ma.is_masked(values):
+    raise ValueError(f'reward {name} gives a masked array; what cannot be scored has no reward')
   if hasattr(values, '__array__'):
     values = np.asarray(values).tolist()
   if isinstance(values, (str, Mapping)) or not isinstance(values, Sequence):
@@ -330,7 +375,9 @@ def check_rewards(values: Any, samples: Sequence[Sample], name: str) -> np.ndarr
       f'{samples[0].id if samples else "none"}); return one for each, in their order'
     )
   for value, sample in zip(values, samples, strict=True):
-    is_number = isinstance(value, (int, float, np.number))
+    # True and complex numbers are none.
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and value is not True
+    is_number = is_number and value is not False
     # The comparison is false for NaN too.
     if not (is_number and abs(value) <= _HUGE):
       raise ValueError(

@@ -32,9 +32,25 @@ def test_a_line_cut_short_is_done_anew(tmp_path, cut):
 
 def test_a_damaged_line_is_named(tmp_path):
   path = tmp_path / 'journal.jsonl'
-  path.write_text('{"key": "a", "value": 1}\nhello\n')
+  with journal.Journal(path) as j:
+    j.put('a', 1)
+  path.write_text(path.read_text() + 'hello\n')
   with pytest.raises(ValueError, match=r'journal.jsonl:2: .*remove that line'):
     journal.Journal(path)
+
+
+def test_every_changed_byte_of_a_line_is_noticed(tmp_path):
+  path = tmp_path / 'journal.jsonl'
+  with journal.Journal(path) as j:
+    j.put('verdicts', '0110é')
+  good = path.read_bytes()
+  for place in range(len(good) - 1):
+    path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+    with pytest.raises(ValueError, match=r'journal.jsonl:1: .*remove that line'):
+      journal.Journal(path)
+  path.write_bytes(good)
+  with journal.Journal(path) as j:
+    assert j['verdicts'] == '0110é'
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -26,7 +26,7 @@ GOOD = '{"rewards": [0.25, -1.5, 2], "extra_logs": {}}'
 def serve(*answers):
   """Yields (URL, bodies); gives these answers in turn, the last for ever.
 
-  An answer is text, (status, text), 'hangup', 'cut' or 'stall'.
+  An answer is text, (status, text), 'hangup', 'cut', 'stall', 'drip' or 'endless'.
   """
   bodies = []
 
@@ -41,9 +41,19 @@ def serve(*answers):
       if answer == 'stall':
         time.sleep(0.5)
         return
+      if answer in ('drip', 'endless'):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+          while True:
+            self.wfile.write(b' ' * (2**20 if answer == 'endless' else 1))
+            time.sleep(0 if answer == 'endless' else 0.05)
+        return
       status, text = answer if isinstance(answer, tuple) else (200, answer)
       data = (GOOD if text == 'cut' else text).encode()
       self.send_response(status)
+      if status == 302:
+        self.send_header('Location', '/elsewhere')
       self.send_header('Content-Length', len(data))
       self.end_headers()
       self.wfile.write(data[:9] if text == 'cut' else data)
@@ -105,12 +115,20 @@ def test_a_fault_on_the_way_is_tried_again(fault):
     ('{"rewards": [1, null, 3]}', 'p#1: reward http.* is None', 1),
     ('{"rewards": [1, 2, NaN]}', 'p#2: reward http.* is nan', 1),
     ('{"rewards": [-Infinity, 2, 3]}', 'p#0: reward http.* is -inf', 1),
+    ('{"rewards": [1, true, 3]}', 'p#1: reward http.* is True', 1),
+    ('{"rewards": [1, 2, 3], "error": "out of memory"}', "with error: 'out of memory'", 1),
+    ('{"rewards": [1, 2, 3], "ids": ["p#1", "p#0", "p#2"]}', 'other "ids"', 1),
+    ('{"rewards": [9, 9, 9], "rewards": [1, 2, 3]}', 'not JSON to p#0', 1),
+    ('[' * 200_000, 'not JSON to p#0', 1),
+    ((302, ''), 'redirects .status 302', 1),
+    ('drip', r'does not answer \(its reply took more than 0.2 s; 3 tries\)', 3),
+    ('endless', 'replied with more than 67,108,864 bytes', 1),
   ],
   ids=str,
 )
 def test_what_stops_it(answer, says, num_requests):
   with serve('{"rewards": []}', answer) as (url, bodies):
-    reward = rewards.from_http(settings(url, timeout_s=0.2))
+    reward = rewards.from_http(settings(url, timeout_s=0.2 if answer != 'endless' else 9))
     with pytest.raises(ValueError, match=says) as error:
       reward(SAMPLES)
   assert '\n' not in str(error.value) and url in str(error.value)

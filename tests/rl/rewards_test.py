@@ -16,6 +16,7 @@ from csrm_jax.rl import rewards, verifiers
 from csrm_jax.ruleworld import policy as world
 from csrm_jax.safety import augment, schema
 from csrm_jax.safety.schema import Prompt, Sample
+from tests import small
 
 ROOT = pathlib.Path(__file__).parents[2]
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
@@ -68,6 +69,23 @@ def test_a_reward_comes_with_the_share_that_was_not_read(monkeypatch):
   rewards._load_score_fn.cache_clear()
   assert parts['unread'].tolist() == [0.5, 0.5] and num_asked == 1
   np.testing.assert_allclose(total, parts['safety'] * parts['helpfulness'], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'values',
+  [
+    [True, 0.5],
+    np.array([True, False]),
+    [0.5, np.bool_(True)],
+    np.ma.masked_array([0.5, 1.0], [True, False]),
+    np.array([0.5, 1j]),
+    [np.complex64(1), 0.5],
+    [[0.5], [1.0]],
+    ['1', '2'],
+  ],
+)
+def test_what_is_no_number_is_no_reward(values):
+  small.error_of(rewards.check_rewards, values, make_samples(2), 'mine')
 
 
 def test_the_log_of_a_reward_is_finite_however_low_the_score():
