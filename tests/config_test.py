@@ -246,7 +246,7 @@ def test_a_run_whose_config_is_gone_takes_no_other_one(tmp_path):
   config_lib.prepare_workdir(tmp_path, other)
   (tmp_path / 'metrics.jsonl').write_text('{}\n')
   (tmp_path / 'config.json').unlink()
-  with pytest.raises(ValueError, match='config.json is gone'):
+  with pytest.raises(ValueError, match=r'config\.json is gone'):
     config_lib.prepare_workdir(tmp_path, other)
   config_lib.prepare_workdir(tmp_path, config)
   assert (tmp_path / 'config.json').is_file()
