@@ -129,8 +129,8 @@ def _score_categories(
   with _progress_bar('categories', len(parts)) as bar:
     starts = range(0, len(parts), _ROWS_AT_ONCE)
     scores = [score_fn(parts[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
-  found = iter(scoring.verdicts(np.concatenate(scores)))
-  return [{name: next(found).p_unsafe for name in example.safety.names} for example in examples]
+  found = iter(scoring.probabilities(np.concatenate(scores))[0].tolist())
+  return [{name: next(found) for name in example.safety.names} for example in examples]
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
