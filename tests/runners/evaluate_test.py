@@ -1,11 +1,15 @@
 import json
+import pathlib
 import types
 
 import numpy as np
 import pytest
 
+from csrm_jax import config as config_lib
 from csrm_jax.reward import scoring
 from csrm_jax.runners import evaluate
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _config(tmp_path):
@@ -15,9 +19,9 @@ def _config(tmp_path):
   }
   path = tmp_path / 'rows.jsonl'
   path.write_text(''.join(json.dumps({'id': str(i)} | row) + '\n' for i in range(8)))
-  return types.SimpleNamespace(
-    runner='evaluate', checkpoint='rm', conversations=str(path), safety=''
-  )
+  config = config_lib.load_module(ROOT / 'configs' / 'eval.py').get_config()
+  config.checkpoint, config.conversations = 'rm', str(path)
+  return config
 
 
 def test_scoring_a_file_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
