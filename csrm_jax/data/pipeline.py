@@ -21,6 +21,8 @@ from csrm_jax.safety import augment as augment_lib, schema
 
 # Atoms dropped in a row, with none kept, before the stream is given up.
 MAX_DROPPED_IN_A_ROW = 10_000
+# Items looked at for each place in a group, of which those under the same rules are taken.
+GROUP_TRIES = 8
 
 
 # --- Sources -----------------------------------------------------------------------------
@@ -265,18 +267,23 @@ class _Encode:
     if self.encoder.layout.order == 'conversation_first':
       others = [self.augment(item, rng) for _ in range(self.group_size - 1)]
     else:
-      others = list(self._draw_under(first.safety, item.safety, rng))
+      others = list(self._draw_under(first.safety, item, rng))
     return features.encode_group([first, *others], self.encoder)
 
-  def _draw_under(self, new_safety, old_safety, rng):
-    """Yields other examples of the same rules, under new ones that are made of these."""
-    for i in rng.integers(len(self.items), size=self.group_size - 1):
+  def _draw_under(self, new_safety, item, rng):
+    """Yields other examples of the item's rules, under new ones that are made of these."""
+    seen = {item.id}
+    for i in rng.integers(len(self.items), size=GROUP_TRIES * (self.group_size - 1)):
       other = self.items[int(i)]
-      if isinstance(other, schema.Example) and other.safety == old_safety:
-        other = augment_lib.relabel(other, new_safety)
-        # None: the new rules have a category under which this one was never judged.
-        if other.label is not None:
-          yield other
+      if len(seen) == self.group_size:
+        return
+      if not isinstance(other, schema.Example) or other.safety != item.safety:
+        continue
+      other = augment_lib.relabel(other, new_safety)
+      # None: the new rules have a category under which this one was never judged.
+      if other.label is not None and other.id not in seen:
+        seen.add(other.id)
+        yield other
 
 
 class _PackDataset(grain.IterDataset):
