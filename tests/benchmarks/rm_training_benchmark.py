@@ -12,6 +12,7 @@ it knows no other loss. One run is one update: our packed rows, the peer's padde
 
 import dataclasses
 import itertools
+import pathlib
 
 import numpy as np
 import pairs
@@ -205,4 +206,5 @@ if __name__ == '__main__':
   parser.add_argument('--unroll', type=int, default=1)
   args = parser.parse_args()
   cases, work = make_cases(args)
+  args.hh = pathlib.Path(args.hh).name  # results say nothing of where things lie
   pairs.compare('rm_training', [make_ours, make_trl], cases, args, work)
