@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import resource
 import sys
 import time
@@ -30,6 +31,9 @@ from csrm_jax.train import loop as loop_lib, step as training
 
 # More passes over the same rows teach a model to know them by heart.
 MAX_PASSES = 10
+# The share of words of several tokens above which data is foreign to a tokenizer made for other
+# text: RuleWorld's own has 3 %, everyday English in its tokenizer about 50 %.
+MAX_UNKNOWN = 0.2
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -48,6 +52,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   if config.model.overrides.dtype == 'auto':
     print(f'dtype=auto: {spec.model.dtype} is the faster one here', file=sys.stderr)
   parts, held_out = _read_data(config)
+  if config.tokenizer:
+    _say_unknown_words(parts, tokenizer)
   todo = evaluate.benchmarks(config.eval, held_out)
   evaluate.check_lengths(held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
   batches = _make_batches(config, _make_encoder(config.data, tokenizer, spec.layout), parts)
@@ -172,6 +178,24 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[
       if not isinstance(items, sources.Generated) and (num := sources.num_shared(test, items)):
         note(f'{num} of {len(test)} texts of {config.eval.path} are in the data {name!r} too')
   return parts, {name: items for name, items in held_out.items() if items}
+
+
+def _say_unknown_words(parts: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer) -> None:
+  """Says where a tokenizer that was made for other text spells many words of the data."""
+  for name, items in parts.items():
+    if isinstance(items, sources.Generated):
+      continue
+    sides = [getattr(item, 'safer', item) for item in sources.spread(items, 200)]
+    texts = [m.content for side in sides for m in side.conversation]
+    texts += [rule.guideline for rule in {r for side in sides for r in side.safety.categories}]
+    words = [word for text in texts for word in re.findall(r'[^\W\d_]+', text.lower())]
+    unknown = sum(len(tokenizer.encode(f' {word}')) > 1 for word in words) / max(len(words), 1)
+    if unknown > MAX_UNKNOWN:
+      note(
+        f'{unknown:.0%} of the words of {name!r} are unknown to the tokenizer of this model, which'
+        ' learns little from words that it spells; name a backbone that knows them, as in'
+        ' model=smollm2_135m,lora=16'
+      )
 
 
 def _atoms_per_step(batches: pipeline.BatchIterator, num: int = 4) -> float:
