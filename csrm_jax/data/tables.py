@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from csrm_jax.core import files
-from csrm_jax.core.checks import hint, show
+from csrm_jax.core.checks import hint, note, show
 from csrm_jax.data.sources import Rows
 
 T = TypeVar('T')
@@ -403,7 +403,10 @@ def locate(path: Path, split: str = 'train') -> list[pathlib.Path]:
     by_split[names[0] if names else ''].append(file)
   named = {name: files_ for name, files_ in by_split.items() if name}
   if named:
-    found = named[_choose_split(path, named, split)]
+    name, total = _choose_split(path, named, split), len(found)
+    found = named[name]
+    if len(found) < total:
+      note(f'{path}: read are its files of {name!r}, {len(found)} of {total}')
   kinds = {next(s for s in reversed(SUFFIXES) if file.name.endswith(s)) for file in found}
   if len(kinds) > 1:
     raise ValueError(
