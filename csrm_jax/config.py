@@ -242,7 +242,7 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
 
 
 def _has_results(workdir: pathlib.Path) -> bool:
-  ours = ('config.json', 'manifest.json')
+  ours = ('config.json', 'manifest.json', 'lease.json')
   # What a killed process was writing is no result.
   names = (path.name for path in workdir.iterdir())
   return any(name not in ours and not re.fullmatch(r'\..*\.tmp', name) for name in names)

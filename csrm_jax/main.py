@@ -28,7 +28,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from csrm_jax import config as config_lib
-from csrm_jax.core import distributed, preemption, profiling, remote, writer
+from csrm_jax.core import distributed, lease, preemption, profiling, remote, writer
 from csrm_jax.train import step as training
 
 # config.runner -> the module whose run(config, workdir) does the work. Modules are named and not
@@ -100,19 +100,28 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike | None) ->
     path = path.expanduser()
     # Asked before the directory is prepared: only one that was missing or empty may be removed.
     is_new = not path.is_dir() or not any(path.iterdir())
-    path = config_lib.prepare_workdir(path, config)
-    try:
-      made_of = {'config_digest': config_lib.digest(config), 'runner': config.runner}
-      writer.update_manifest(path, writer.make_manifest() | made_of)
-      runner.run(config, path)
-    except jax.errors.JaxRuntimeError as error:
-      if not profiling.is_out_of_memory(error):
-        raise
-      raise ValueError(profiling.explain(error, config_lib.flatten(config), path)) from error
-    except _INPUT_ERRORS:
-      if is_new and jax.process_index() == 0:
-        config_lib.discard_workdir(path)
+    if path.is_file():
+      raise ValueError(f'--workdir={path} is a file: give a directory')
+    with lease.held(remote.home(path)):
+      _run(runner, config, path, is_new)
+
+
+def _run(
+  runner: types.ModuleType, config: ml_collections.ConfigDict, path: pathlib.Path, is_new: bool
+) -> None:
+  path = config_lib.prepare_workdir(path, config)
+  try:
+    made_of = {'config_digest': config_lib.digest(config), 'runner': config.runner}
+    writer.update_manifest(path, writer.make_manifest() | made_of)
+    runner.run(config, path)
+  except jax.errors.JaxRuntimeError as error:
+    if not profiling.is_out_of_memory(error):
       raise
+    raise ValueError(profiling.explain(error, config_lib.flatten(config), path)) from error
+  except _INPUT_ERRORS:
+    if is_new and jax.process_index() == 0:
+      config_lib.discard_workdir(path)
+    raise
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:

@@ -1,0 +1,130 @@
+"""A lease of a work directory, so that two runs never write into one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from csrm_jax.core import files
+
+NAME = 'lease.json'
+# The holder renews its lease so often; one that is older than EXPIRES_S is nobody's.
+RENEW_S = 30.0
+EXPIRES_S = 180.0
+
+
+@contextlib.contextmanager
+def held(home: str | os.PathLike) -> Iterator[None]:
+  """Holds the lease of a folder of this machine or of a bucket (gs://…).
+
+  A lease outlives a holder that was killed. It is taken over at once if the holder was a process
+  of this host that is no more, and after EXPIRES_S if it was on another host. Of several processes
+  of one run the first holds it.
+
+  Raises:
+    ValueError: Another process holds it.
+  """
+  if jax.process_index() != 0:
+    yield
+    return
+  path, mine = epath.Path(home) / NAME, secrets.token_hex(8)
+  _take(path, mine)
+  done = threading.Event()
+  thread = threading.Thread(target=_renew, args=(path, mine, done), name='lease', daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
+    # Not that of whoever has taken it over from a process that slept too long.
+    if _read(path).get('token') == mine:
+      path.unlink(missing_ok=True)
+
+
+def _take(path: epath.Path, mine: str) -> None:
+  found = _read(path)
+  if found and not _is_stale(found):
+    raise ValueError(
+      f'{path.parent}: another process works there (host {found["host"]}, process {found["pid"]}, '
+      f'last seen {max(0, time.time() - found["time"]):.0f} s ago); wait for its end, or give '
+      'another --workdir'
+    )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.unlink(missing_ok=True)
+  content = _content(mine)
+  if isinstance(path, pathlib.Path):
+    try:
+      with open(path, 'x', encoding='utf-8') as file:
+        file.write(content)
+    except FileExistsError:
+      pass
+  else:  # a bucket has no such mode: the last of two writers at once is the holder
+    path.write_text(content)
+    time.sleep(1)
+  if _read(path).get('token') != mine:
+    raise ValueError(
+      f'{path.parent}: another process began to work there at the same moment; give another '
+      '--workdir'
+    )
+
+
+def _content(token: str) -> str:
+  fields = {'host': socket.gethostname(), 'pid': os.getpid(), 'born': _born(os.getpid())}
+  return json.dumps({'token': token, 'time': time.time(), **fields})
+
+
+def _read(path: epath.Path) -> dict:
+  """Returns the lease, or {} where there is none or what is left of one."""
+  try:
+    lease = json.loads(path.read_text('utf-8'))
+    return lease if {'token', 'time', 'host', 'pid', 'born'} <= set(lease) else {}
+  except (FileNotFoundError, ValueError, TypeError):
+    return {}
+
+
+def _is_stale(lease: dict) -> bool:
+  if lease['host'] != socket.gethostname():
+    # A clock that jumped back must not lock the folder for ever.
+    return abs(time.time() - lease['time']) > EXPIRES_S
+  # Process ids are given again: one that was born at another time is another process.
+  return _born(lease['pid']) != lease['born']
+
+
+def _born(pid: int) -> str:
+  """Returns when a process of this machine began, or '' if there is none."""
+  try:
+    # The state stands first behind the name, which may hold anything; a zombie is no process.
+    state, *fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    return '' if state in 'ZX' else fields[18]
+  except OSError:
+    pass
+  if pathlib.Path('/proc/self/stat').exists():
+    return ''
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return ''
+  except PermissionError:
+    pass
+  return 'alive'
+
+
+def _renew(path: epath.Path, mine: str, done: threading.Event) -> None:
+  while not done.wait(RENEW_S):
+    with contextlib.suppress(Exception):  # Whoever cannot write finds out at the next checkpoint.
+      if _read(path).get('token') == mine:
+        if isinstance(path, pathlib.Path):
+          files.write(path, _content(mine))
+        else:
+          path.write_text(_content(mine))

@@ -1,0 +1,73 @@
+"""Leases: one holder at a time, and none that is dead."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from csrm_jax.core import lease
+from tests import small
+
+_HOLD = """
+import sys, time
+from csrm_jax.core import lease
+with lease.held(sys.argv[1]):
+  print('held', flush=True)
+  time.sleep(60)
+"""
+
+
+def _take(folder):
+  with lease.held(folder):
+    return json.loads((folder / lease.NAME).read_text())
+
+
+def test_one_holder_at_a_time_and_none_that_was_killed(tmp_path):
+  command = [sys.executable, '-c', _HOLD, str(tmp_path)]
+  holder = subprocess.Popen(command, env=small.env(), stdout=subprocess.PIPE, text=True)
+  assert holder.stdout.readline() == 'held\n'
+  said = small.error_of(_take, tmp_path)
+  assert f'process {holder.pid}, last seen' in said and 'another --workdir' in said
+  holder.send_signal(signal.SIGKILL)
+  holder.wait()
+  holder.stdout.close()
+  assert _take(tmp_path)['pid'] == os.getpid()
+  assert not (tmp_path / lease.NAME).exists()
+
+
+@pytest.mark.parametrize(('age', 'is_taken'), [(10, False), (1000, True), (-10_000, True)])
+def test_a_lease_of_another_host_ends(tmp_path, age, is_taken):
+  other = {'token': 'a', 'host': 'elsewhere', 'pid': 1, 'born': '5', 'time': time.time() - age}
+  (tmp_path / lease.NAME).write_text(json.dumps(other))
+  if is_taken:
+    assert _take(tmp_path)['token'] != 'a'
+  else:
+    assert 'host elsewhere, process 1' in small.error_of(_take, tmp_path)
+
+
+def test_a_process_with_the_number_of_a_dead_one_holds_nothing(tmp_path):
+  with lease.held(tmp_path):
+    mine = json.loads((tmp_path / lease.NAME).read_text())
+  (tmp_path / lease.NAME).write_text(json.dumps(mine | {'born': '1'}))
+  assert _take(tmp_path)['born'] == mine['born']
+
+
+@pytest.mark.parametrize('left', ['', '{', '[]', '5', '{"token": "a"}'])
+def test_what_is_left_of_a_lease_is_none(tmp_path, left):
+  (tmp_path / lease.NAME).write_text(left)
+  assert _take(tmp_path)['pid'] == os.getpid()
+
+
+def test_a_lease_is_renewed_and_not_taken_back(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, 'RENEW_S', 0.01)
+  path = tmp_path / lease.NAME
+  with lease.held(tmp_path):
+    before = json.loads(path.read_text())['time']
+    give_up = time.monotonic() + 20
+    while json.loads(path.read_text())['time'] == before and time.monotonic() < give_up:
+      time.sleep(0.01)
+    assert json.loads(path.read_text())['time'] > before
