@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse
 from scipy.sparse import csgraph
 
 from csrm_jax.evals.metrics import check_same_length
@@ -148,6 +148,8 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
 
   Source: Student's t-interval, for few numbers such as one a seed.
   """
+  from scipy import stats  # it takes a second, and few runs need it
+
   mean = math.fsum(values) / len(values)
   if len(values) < 2:
     return mean, math.nan

@@ -21,7 +21,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from sklearn.metrics import precision_recall_curve
 
 from csrm_jax.core.markdown import is_number, short
 from csrm_jax.evals.results import Metric, Result, title_of
@@ -91,6 +90,8 @@ def draw_precision_recall(
   path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.ndarray, probability: np.ndarray | None
 ) -> None:
   """Writes precision over recall, beside the best reachable where it is known."""
+  from sklearn.metrics import precision_recall_curve
+
   figure, ax = axes(5, 5)
   curves = [('this model', p_unsafe, UNSAFE, '-', 2.0)]
   if probability is not None:

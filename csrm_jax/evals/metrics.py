@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from scipy import optimize
 from scipy.special import expit
-from sklearn.metrics import average_precision_score
 
 from csrm_jax.safety.schema import Example
 
@@ -78,7 +77,12 @@ def _f1_threshold(gain: np.ndarray, values: np.ndarray) -> float:
 
 def auprc(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns the average precision, the area under precision over recall; nan with one class."""
-  return math.nan if _one_class(labels) else float(average_precision_score(labels, p_unsafe))
+  if _one_class(labels):
+    return math.nan
+  # Imported here, as in figures: scikit-learn takes half of the time that a run needs to start.
+  from sklearn.metrics import average_precision_score
+
+  return float(average_precision_score(labels, p_unsafe))
 
 
 def fpr_at_recall(labels: np.ndarray, p_unsafe: np.ndarray, recall: float = 0.95) -> float:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from csrm_jax.core.markdown import is_number, short
 from csrm_jax.evals import bootstrap, figures, metrics
@@ -380,6 +379,8 @@ def _over_seeds(values: Sequence[float]) -> Metric:
 
 def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
   """Returns the table of the differences between the reference and each other policy."""
+  from scipy import stats  # see bootstrap
+
   metric = 'true_cosa' if all('true_cosa' in run.policies[_END] for run in runs) else 'cosa'
 
   def values(method: str, policy: str) -> dict[tuple[str, int], float]:

@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from csrm_jax.data.benchmark import TIES, Benchmark, Choice
 from csrm_jax.evals import bootstrap, figures, metrics
@@ -518,6 +517,8 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
   # Undefined for constants, and without meaning for two rows.
   if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
     return math.nan
+  from scipy import stats  # see bootstrap
+
   return float(stats.spearmanr(a, b).statistic)
 
 
