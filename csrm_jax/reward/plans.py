@@ -56,6 +56,7 @@ class Part:
   rows: list[list[int]]  # the prompts of each row
   shape: Shape  # of a full call
   num_shared: int = 0  # tokens that are read before all rows
+  last_rows: int = 0  # rows of the last call, if that is not a full one
 
   @property
   def prompts(self) -> list[int]:
@@ -66,8 +67,8 @@ class Part:
     most, length, before = self.shape
     for start in range(0, len(self.rows), most):
       rows = self.rows[start : start + most]
-      # The last call has as many rows as the next power of two: few shapes, few empty rows.
-      yield rows, (1 << (len(rows) - 1).bit_length(), length, before)
+      num_rows = most if len(rows) == most else self.last_rows or most
+      yield rows, (num_rows, length, before)
 
   @property
   def num_places(self) -> int:
@@ -213,10 +214,16 @@ class _Planner:
       return times * cost + len(new) * self.costs.program
 
     def part(length, num):
-      shape = most_rows(self.costs.call_tokens, length), length, before
+      most = most_rows(self.costs.call_tokens, length)
       ways = _fill_rows(sizes[:num], common[:num], length), _fill_longest(sizes[:num], length)
       rows = min(ways, key=len)
-      return Part([[places[i] for i in row] for row in rows], shape, num_shared)
+      # The last call has as many rows as the next power of two, if that is worth a program.
+      last = 1 << (len(rows) % most - 1).bit_length() if len(rows) % most else most
+      is_ready = len(rows) >= most or (most, length, before) in self.known
+      if is_ready and (last, length, before) not in self.known:
+        last = last if (most - last) * length > self.costs.program else most
+      rows = [[places[i] for i in row] for row in rows]
+      return Part(rows, (most, length, before), num_shared, last)
 
     num = min(_SAMPLE, len(places))
     length = min(sorted(lengths), key=lambda n: cost(part(n, num), len(places) / num))
