@@ -252,7 +252,7 @@ def test_no_gradient_crosses_packed_prompts():
   @jax.jit
   def gradients(inputs):
     def score(inputs, slot):
-      params = _params() | {'embed': {'embedding': inputs}, 'lm_head': {'kernel': table.T}}
+      params = _params() | {'embed': {'embedding': inputs}, 'lm_head': {'kernel': table[:length].T}}
       safe, unsafe = scoring.verdict_logprobs(cfg, params, places, VERBALIZERS)
       return (safe - unsafe)[0, slot]
 
