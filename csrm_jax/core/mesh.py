@@ -25,8 +25,8 @@ AXES = ('data', 'fsdp', 'tensor')
 ROWS = ('data', 'fsdp')
 # The vocabulary is cut over these.
 VOCAB = ('fsdp', 'tensor')
-# The layout of a cache: keys [L,B,K,H,S] and values [L,B,K,S,H].
-CACHE = (None, ROWS, 'tensor')
+# The layout of a layer's cache: keys [B,K,H,S] and values [B,K,S,H].
+CACHE = (ROWS, 'tensor')
 
 # The first match wins. A pattern is matched at the end of the leaf's name, so that 'params/...' and
 # the optimizer's 'opt_state/0/mu/...' fall under one rule. Every leaf must match a rule: a silently

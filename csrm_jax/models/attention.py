@@ -127,6 +127,16 @@ def make_shared_mask(
   return mask
 
 
+def make_cached_mask(positions: jax.Array, key_positions: jax.Array, window: int = 0) -> jax.Array:
+  """Returns what make_mask does, for positions int32 [B,T] of queries and [B,S] of a cache's keys.
+
+  They are of one segment, in any order.
+  """
+  distance = positions[:, :, None] - key_positions[:, None, :]
+  near = distance >= 0
+  return near & (distance < window) if window else near
+
+
 def softcap(x: jax.Array, cap: float) -> jax.Array:
   """Returns cap·tanh(x/cap), or x itself where cap is 0.
 

@@ -1,9 +1,11 @@
 """Completions from a decoder, and the log-probabilities of tokens.
 
 `generate` fills a key-value cache with the prompts of a batch at once, padded on the left, and then
-adds one token to each row in a step. What prompts share is computed once: a prompt that is given
-several times, and the tokens that all prompts begin with. Shapes come from a few buckets, so that
-nothing is compiled after the first calls.
+adds one token to each row in a step, on the device, until some rows are done. Then others take
+their places: prompts that wait are read into the cache, or the rows that are left go on as a
+smaller batch. What prompts share is computed once: a prompt that is given several times, and the
+tokens that all prompts begin with. Shapes come from a few sizes, so that nothing is compiled after
+the first calls.
 
 Axes: B rows, U distinct prompts of a batch, P tokens that all prompts begin with, T tokens of the
 longest prompt, C tokens of a completion, D embed, V vocab.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +31,19 @@ PROMPT_BUCKETS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 PROMPT_BUCKETS += (1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # A shared prefix is cut to a multiple of this many tokens, so that few lengths are compiled.
 PREFIX_STEP = 32
+# The least slots of a cache that grows; it doubles where rows need more.
+CACHE_LENGTH = 256
+# Prompts are drawn from together where the slots that they need differ by no more than this factor.
+CACHE_SPREAD = 1.5
+# This share of a batch's rows must be done before prompts that wait take their places.
+REFILL = 8
+# Where no prompt waits, a batch whose rows are done but for one in so many goes on with these, at
+# least so many, below which fewer rows are not faster.
+SHRINK, MIN_ROWS = 4, 16
 # How many tokens' logits hidden_logprobs holds at once.
 LOGPROB_CHUNK = 2048
+# A cache of its full size never is full: it is a ring.
+NEVER = 2**31 - 1
 # A row's probabilities are summed in blocks of this many, see _invert.
 _BLOCK = 256
 
@@ -105,6 +118,11 @@ def generate(
   """
   lengths = np.array([len(prompt) for prompt in prompts], np.int64)
   _check_prompts(cfg, prompts, lengths, sampling)
+  prompts = [tuple(prompt) for prompt in prompts]
+  # By length, for little padding; equal prompts side by side, so that a batch reads them once.
+  number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+  order = np.lexsort(([number[prompt] for prompt in prompts], lengths))
+  num_shared = _num_shared(cfg, list(number), sampling)
   shape = (len(prompts), sampling.max_completion_length)
   result = Completions(
     tokens=np.zeros(shape, np.int32),
@@ -112,35 +130,109 @@ def generate(
     lengths=np.zeros(len(prompts), np.int32),
     stopped=np.zeros(len(prompts), bool),
   )
-  rows = num_rows(len(prompts), batch_size)
-  prompts = [tuple(prompt) for prompt in prompts]
-  # By length, for little padding; equal prompts side by side, so that a batch reads them once.
-  number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-  order = np.lexsort(([number[prompt] for prompt in prompts], lengths))
-  num_shared = _num_shared(cfg, list(number), sampling)
-  start, go_on = compiled(cfg, sampling)
   with mesh_lib.of(params):
     prefix = None
     if num_shared:
       shared = np.array(prompts[0][:num_shared], np.int32)[None]
       prefix = transformer.make_prefix_reader(cfg)(params, shared, np.ones_like(shared))
-    for first in range(0, len(prompts), rows):
-      chosen = order[first : first + rows]
-      batch = pad_prompts([prompts[i] for i in chosen], rows, num_shared, cfg)
-      index = np.zeros(rows, np.uint32)
-      index[: len(chosen)] = chosen if draws is None else [draws[i] for i in chosen]
-      cache, state = start(params, batch, prefix)
-      # The cache that comes back is dropped at once: the next batch needs the memory.
-      drawn = go_on(params, cache, state, index, jnp.uint32(seed))[0]
-      for name, values in jax.device_get(drawn).items():
-        getattr(result, name)[chosen] = values[: len(chosen)]
-      progress(len(chosen))
+    start, go_on = compiled(cfg, sampling)
+    apart = transformer.unstack(params)
+    seed = jnp.uint32(seed)
+
+    def read(some, num):
+      batch = pad_prompts([prompts[i] for i in some], num, num_shared, cfg)
+      batch['draw'] = np.zeros(num, np.uint32)
+      batch['draw'][: len(some)] = some if draws is None else [draws[i] for i in some]
+      return start(params, batch, prefix, seed)
+
+    def run(cache, state, *limits):
+      return go_on(apart, cache, state, seed, *map(np.int32, limits))
+
+    rows = num_rows(len(prompts), batch_size)
+    for group in _groups(cfg, lengths, order, rows, sampling):
+      most = _num_slots(cfg, lengths[group[-1]], sampling)
+      for places, drawn in _draw(run, read, group, rows, most):
+        for name, values in drawn.items():
+          getattr(result, name)[places] = values
+        progress(len(places))
   for i in np.flatnonzero(~np.isfinite(result.logprobs).all(axis=1))[:1]:
     raise ValueError(
       f'prompt {i}: a token of its completion has a log-probability that is '
       'not finite; look for weights of the model that are not finite.'
     )
   return result
+
+
+def _groups(
+  cfg: ModelConfig, lengths: np.ndarray, order: np.ndarray, rows: int, sampling: Sampling
+) -> Iterator[list[int]]:
+  """Yields runs of prompts, by length, that go through one cache; all but the last fill a batch."""
+  group: list[int] = []
+  for i in order.tolist():
+    slots = _num_slots(cfg, lengths[i], sampling)
+    is_full = len(group) >= rows
+    if is_full and slots > CACHE_SPREAD * _num_slots(cfg, lengths[group[0]], sampling):
+      yield group
+      group = []
+    group.append(i)
+  if group:
+    yield group
+
+
+def _num_slots(cfg: ModelConfig, length: int, sampling: Sampling) -> int:
+  """Returns the slots of a cache for a prompt of that length and its completion."""
+  # One less: nothing ever attends to the last token.
+  return prompt_bucket(cfg, length) + sampling.max_completion_length - 1
+
+
+def _first_slots(length: int, most: int) -> int:
+  """Returns the slots that a cache of prompts of that length begins with; it grows to `most`."""
+  slots = CACHE_LENGTH
+  while slots < length + CACHE_LENGTH // 4:
+    slots *= 2
+  return most if 4 * most <= 5 * slots else slots
+
+
+def _draw(run, read, waiting, rows, most):
+  """Yields (prompts, the fields of their Completions) as prompts are done.
+
+  `run` continues the rows of (cache, state); read(prompts, rows) begins them. There are `rows`
+  rows at most, and `most` slots. Only here does the host wait for the device.
+  """
+  num_new = max(rows // REFILL, 1)
+  while waiting:
+    some, waiting = waiting[:rows], waiting[rows:]
+    cache, state = read(some, rows)
+    # Where rows come in, the cache is a ring from the start.
+    slots = most if waiting else _first_slots(cache['positions'].shape[1], most)
+    cache = _grow(cache, slots)
+    owner = np.full(rows, -1)
+    owner[: len(some)] = some
+    while len(owner):
+      num = len(owner)
+      small = num // SHRINK if num // SHRINK >= MIN_ROWS else 0
+      cache, state, drawn = run(
+        cache, state, num - num_new if waiting else small, slots if slots < most else NEVER
+      )
+      drawn = jax.device_get(drawn)
+      active = drawn.pop('active')
+      done = np.flatnonzero(~active & (owner >= 0))
+      yield owner[done], {name: x[done] for name, x in drawn.items()}
+      owner[done] = -1
+      free = np.flatnonzero(owner < 0)
+      if len(free) == num:
+        break
+      if len(free) >= num_new and waiting:
+        free, some, waiting = free[:num_new], waiting[:num_new], waiting[num_new:]
+        cache, state = _put(cache, state, *read(some, num_new), free)
+        owner[free[: len(some)]] = some
+      elif num - len(free) <= small:
+        kept = np.argsort(owner < 0, kind='stable')[:small]
+        cache, state = _take(cache, state, kept)
+        owner = owner[kept]
+      else:
+        slots = min(2 * slots, most)
+        cache = _grow(cache, slots)
 
 
 def num_rows(num_prompts: int, batch_size: int) -> int:
@@ -216,8 +308,6 @@ def pad_prompts(
 @functools.lru_cache(maxsize=32)
 def compiled(cfg: ModelConfig, sampling: Sampling):
   """Returns _start and _go_on, jitted; the second reuses the cache's memory."""
-  # They are apart so that batches of few and of many distinct prompts share the second, which takes
-  # longer to compile.
 
   def start(*args):
     return _start(cfg, sampling, *args)
@@ -225,75 +315,109 @@ def compiled(cfg: ModelConfig, sampling: Sampling):
   def go_on(*args):
     return _go_on(cfg, sampling, *args)
 
-  return jax.jit(start), jax.jit(go_on, donate_argnums=1)
+  return jax.jit(start), jax.jit(go_on, donate_argnums=(1, 2))
 
 
-def _start(cfg, sampling, params, batch, prefix):
-  """Reads the prompts and returns (cache, state) of the completions' rows."""
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _put(cache, state, new_cache, new_state, rows):
+  """Returns (cache, state) with new rows in place of the given ones."""
+  state = {name: x.at[rows].set(new_state[name]) for name, x in state.items()}
+  return transformer.put_rows(cache, new_cache, rows), _by_rows(state)
+
+
+@jax.jit
+def _take(cache, state, rows):
+  return transformer.take_rows(cache, rows), _by_rows({name: x[rows] for name, x in state.items()})
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _grow(cache, slots):
+  return transformer.resize(cache, slots)
+
+
+def _by_rows(state):
+  return {name: mesh_lib.constrain(x, mesh_lib.ROWS) for name, x in state.items()}
+
+
+def _start(cfg, sampling, params, batch, prefix, seed):
+  """Reads the prompts and returns (cache, state) of rows with their first token.
+
+  A state holds the fields of Completions; active bool [B]; draw uint32 [B]; token and position
+  int32 [B], those of the last token.
+  """
   num_shared = 0 if prefix is None else prefix['segment_ids'].shape[1]
   segment_ids = batch['segment_ids']
   positions = num_shared + jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-  length = num_shared + segment_ids.shape[1] + sampling.max_completion_length
-  # One slot less: nothing ever attends to the last token.
-  hidden, cache = transformer.prefill(
-    cfg, params, batch['tokens'], positions, segment_ids, length - 1, prefix
-  )
-  state = {'hidden': hidden[:, -1], 'position': positions[:, -1]}
+  hidden, cache = transformer.prefill(cfg, params, batch['tokens'], positions, segment_ids, prefix)
+  last, position = hidden[:, -1], positions[:, -1]
   if 'source' in batch:
     cache = transformer.take_rows(cache, batch['source'])
-    state = {name: x[batch['source']] for name, x in state.items()}
-  return cache, state | {'active': batch['active']}
-
-
-def _go_on(cfg, sampling, params, cache, start, index, seed):
-  """Runs the loop over tokens and returns (the fields of Completions, cache)."""
-  B, C = index.shape[0], sampling.max_completion_length
-  # A key for each row, from its index alone: batches and their order change no draw.
-  keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
-  stop_ids = jnp.asarray(sampling.stop_ids, jnp.int32)
-
-  def choose(state, last):
-    """Adds a token to each row, given the hidden state [B,D] of the last one."""
-    step, active = state['step'], state['active']
-    logits = mesh_lib.constrain(transformer.logits(cfg, params, last), mesh_lib.ROWS)
-    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(keys)
-    token = jnp.where(active, choose_tokens(logits, uniform, sampling), 0)
-    logprob = token_logprobs(logits, token, sampling.temperature)
-    stops = active & jnp.isin(token, stop_ids)
-    return state | {
-      'step': step + 1,
-      'tokens': state['tokens'].at[:, step].set(token),
-      'logprobs': state['logprobs'].at[:, step].set(jnp.where(active, logprob, 0.0)),
-      'lengths': state['lengths'] + active,
-      'active': active & ~stops,
-      'stopped': state['stopped'] | stops,
-    }
-
-  def body(state):
-    token = jax.lax.dynamic_slice_in_dim(state['tokens'], state['step'] - 1, 1, axis=1)
-    position = start['position'][:, None] + state['step']
-    segment_ids = state['active'].astype(jnp.int32)[:, None]
-    hidden, cache = transformer.extend(cfg, params, token, position, segment_ids, state['cache'])
-    return choose(state | {'cache': cache}, hidden[:, -1])
-
+    last, position = last[batch['source']], position[batch['source']]
+  B, C = batch['draw'].shape[0], sampling.max_completion_length
   state = {
-    'step': jnp.int32(0),
     'tokens': jnp.zeros((B, C), jnp.int32),
     'logprobs': jnp.zeros((B, C), jnp.float32),
     'lengths': jnp.zeros(B, jnp.int32),
-    'active': start['active'],
     'stopped': jnp.zeros(B, bool),
-    'cache': cache,
+    'active': batch['active'],
+    'draw': batch['draw'],
+    'token': jnp.zeros(B, jnp.int32),
+    'position': position,
   }
-  state = jax.lax.while_loop(
-    lambda state: (state['step'] < C) & jnp.any(state['active']),
+  return cache, _choose(cfg, sampling, params, state, last, seed)
+
+
+def _go_on(cfg, sampling, params, cache, state, seed, num_left, most):
+  """Adds tokens until at most num_left rows are active or the cache has `most` tokens.
+
+  Returns (cache, state, drawn), where drawn has the fields of Completions, and active.
+  """
+
+  def body(carry):
+    cache, state = carry
+    position = state['position'] + 1
+    hidden, cache = transformer.extend(
+      cfg, params, state['token'][:, None], position[:, None], cache
+    )
+    state = state | {'position': position}
+    return cache, _choose(cfg, sampling, params, state, hidden[:, -1], seed)
+
+  cache, state = jax.lax.while_loop(
+    lambda carry: (carry[1]['active'].sum() > num_left) & (carry[0]['length'] < most),
     body,
-    choose(state, start['hidden']),
+    (cache, state),
   )
   # Every device gets all of them, so that every process can read them.
-  return {
-    field.name: mesh_lib.constrain(state[field.name]) for field in dataclasses.fields(Completions)
-  }, state['cache']
+  names = *(field.name for field in dataclasses.fields(Completions)), 'active'
+  return cache, state, {name: mesh_lib.constrain(state[name]) for name in names}
+
+
+def _choose(cfg, sampling, params, state, last, seed):
+  """Returns the state with a token more in each row, given the hidden state [B,D] of the last."""
+  active, step = state['active'], state['lengths']
+  logits = mesh_lib.constrain(transformer.logits(cfg, params, last), mesh_lib.ROWS)
+
+  def draw(index, step):
+    # A key for each row, from its index alone: batches and their order change no draw.
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    return jax.random.uniform(jax.random.fold_in(key, step))
+
+  uniform = jax.vmap(draw)(state['draw'], step)
+  token = jnp.where(active, choose_tokens(logits, uniform, sampling), 0)
+  logprob = token_logprobs(logits, token, sampling.temperature)
+  stops = active & jnp.isin(token, jnp.asarray(sampling.stop_ids, jnp.int32))
+  here = active[:, None] & (jnp.arange(sampling.max_completion_length) == step[:, None])
+  return _by_rows(
+    state
+    | {
+      'tokens': jnp.where(here, token[:, None], state['tokens']),
+      'logprobs': jnp.where(here, logprob[:, None], state['logprobs']),
+      'lengths': step + active,
+      'stopped': state['stopped'] | stops,
+      'active': active & ~stops & (step + 1 < sampling.max_completion_length),
+      'token': token,
+    }
+  )
 
 
 def choose_tokens(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> jax.Array:

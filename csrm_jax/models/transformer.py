@@ -27,6 +27,8 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import attention as attention_lib, products
 from csrm_jax.models.config import ModelConfig
 
+# The position of a cache's slot that nothing attends to: it comes after every query.
+NOWHERE = 2**30
 ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
 
 
@@ -390,20 +392,38 @@ def logits(cfg: ModelConfig, params: dict, hidden: jax.Array) -> jax.Array:
   return mesh_lib.constrain(logits, 'data', *between, mesh_lib.VOCAB)
 
 
-def init_cache(cfg: ModelConfig, batch_size: int, length: int) -> dict:
-  """Returns an empty cache of keys and values for `length` tokens a row.
+def unstack(params: dict) -> dict:
+  """Returns parameters whose layers lie apart: params['layers'] is a tuple of each layer's own.
 
-  It holds key [L,B,K,H,S] and value [L,B,K,S,H] in cfg.dtype, segment_ids int32 [B,S] (0 where
-  nothing is to be attended to) and length int32 [], the number of slots in use. That number is
-  the same in all rows, so prompts are padded on the left.
+  They are a copy. A loop that adds a token a turn reads them where they lie; out of the stack it
+  would copy every layer in every turn.
   """
-  L, K, H = cfg.num_layers, cfg.num_kv_heads, cfg.head_dim
-  return {
-    'key': jnp.zeros((L, batch_size, K, H, length), cfg.dtype),
-    'value': jnp.zeros((L, batch_size, K, length, H), cfg.dtype),
-    'segment_ids': jnp.zeros((batch_size, length), jnp.int32),
-    'length': jnp.zeros([], jnp.int32),
-  }
+  leaves, treedef = jax.tree.flatten(params['layers'])
+  shardings = treedef.unflatten([_of_layer(x.sharding) for x in leaves])
+  cut = jax.jit(_cut_layers, out_shardings=(shardings,) * leaves[0].shape[0])
+  return params | {'layers': cut(params['layers'])}
+
+
+def unstacked_shapes(params: dict) -> dict:
+  """Returns the shapes of unstack's result with their shardings, given those of the parameters."""
+
+  def cut(x):
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=_of_layer(x.sharding))
+
+  num = jax.tree.leaves(params['layers'])[0].shape[0]
+  return params | {'layers': (jax.tree.map(cut, params['layers']),) * num}
+
+
+def _cut_layers(layers):
+  num = jax.tree.leaves(layers)[0].shape[0]
+  return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num))
+
+
+def _of_layer(sharding):
+  """Returns the sharding of one layer of a stacked array."""
+  if isinstance(sharding, jax.NamedSharding):
+    return jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))
+  return sharding
 
 
 def prefill(
@@ -412,43 +432,84 @@ def prefill(
   tokens: jax.Array,
   positions: jax.Array,
   segment_ids: jax.Array,
-  length: int,
   prefix: dict | None = None,
 ) -> tuple[jax.Array, dict]:
-  """Returns what hidden does, and a cache of `length` slots.
+  """Returns what hidden does, and a cache of P + T slots.
 
-  The cache begins with the P slots of the prefix, if there is one; T more are in use. The arguments
-  are those of hidden, with one prompt a row: segment 1, padded on the left. A window counts the
-  padding between the prefix and the rest as tokens.
+  The cache holds key, a tuple of each layer's [B,K,H,S], and value, of each layer's [B,K,S,H], in
+  cfg.dtype; positions int32 [B,S], NOWHERE where nothing is to be attended to; and length int32
+  [], the number of tokens that were put in. The arguments are those of hidden,
+  with one prompt a row: segment 1, padded on the left. A window counts the padding between the
+  prefix and the rest as tokens.
   """
-  out, (key, value) = _merge(cfg, params).hidden(tokens, positions, segment_ids, prefix, keep=True)
-  cache = init_cache(cfg, tokens.shape[0], length)
+  out, kept = _merge(cfg, params).hidden(tokens, positions, segment_ids, prefix, keep=True)
+  keys, values = (tuple(x) for x in kept)
+  places = jnp.where(segment_ids > 0, positions, NOWHERE)
   if prefix is not None:
-    cache = _write(cache, prefix, 0)
-  start = 0 if prefix is None else prefix['segment_ids'].shape[1]
-  new = {'key': key, 'value': value, 'segment_ids': segment_ids}
-  return out, _lay_out(_write(cache, new, start))
+    B, P = segment_ids.shape[0], prefix['segment_ids'].shape[1]
+    keys = _after(prefix['key'], keys, axis=3)
+    values = _after(prefix['value'], values, axis=2)
+    before = jnp.where(prefix['segment_ids'] > 0, jnp.arange(P, dtype=places.dtype), NOWHERE)
+    places = jnp.concatenate([jnp.broadcast_to(before, (B, P)), places], axis=1)
+  length = jnp.int32(places.shape[1])
+  return out, _lay_out({'key': keys, 'value': values, 'positions': places, 'length': length})
 
 
-def _write(cache: dict, part: dict, start: int) -> dict:
-  """Returns the cache with the slots of another written from `start` on."""
-  stop = start + part['segment_ids'].shape[1]
-  here = slice(start, stop)
-  return {
-    'key': cache['key'].at[..., here].set(part['key']),
-    'value': cache['value'].at[..., here, :].set(part['value']),
-    'segment_ids': cache['segment_ids'].at[:, here].set(part['segment_ids']),
-    'length': jnp.int32(stop),
-  }
+def _after(first, last, axis):
+  """Returns arrays of each layer that have those of a prefix, of one row, before them."""
+  return tuple(
+    jnp.concatenate([jnp.broadcast_to(a, (b.shape[0], *a.shape[1:])), b], axis)
+    for a, b in zip(first, last, strict=True)
+  )
+
+
+def resize(cache: dict, length: int) -> dict:
+  """Returns a cache of `length` slots, at least as many as it has."""
+  # A full cache is a ring: its next slot, the oldest, comes to lie first.
+  have = cache['positions'].shape[1]
+  shift = jnp.where(cache['length'] < have, 0, -cache['length'] % have)
+
+  def put(x, axis, fill=0):
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, length - have)
+    return jnp.pad(jnp.roll(x, shift, axis), pads, constant_values=fill)
+
+  return _lay_out(
+    {
+      'key': tuple(put(x, 3) for x in cache['key']),
+      'value': tuple(put(x, 2) for x in cache['value']),
+      'positions': put(cache['positions'], 1, NOWHERE),
+      'length': jnp.minimum(cache['length'], have),
+    }
+  )
 
 
 def take_rows(cache: dict, rows: jax.Array) -> dict:
   """Returns a cache whose row b is the given cache's row rows[b]."""
+  held = {name: x for name, x in cache.items() if name != 'length'}
+  taken = jax.tree.map(lambda x: x[rows], held)
+  return _lay_out(taken | {'length': cache['length']})
+
+
+def put_rows(cache: dict, new: dict, rows: jax.Array) -> dict:
+  """Returns the cache with another's rows in place of its rows `rows`.
+
+  The other has at most as many slots, all of them filled. Its last slots come to lie just before
+  the one that the cache fills next, so that all rows go on together.
+  """
+  have, more = cache['positions'].shape[1], new['positions'].shape[1]
+
+  def put(x, y, axis, fill=0):
+    pads = [(0, 0)] * y.ndim
+    pads[axis] = (0, have - more)
+    y = jnp.pad(y, pads, constant_values=fill)
+    return x.at[rows].set(jnp.roll(y, cache['length'] - more, axis))
+
   return _lay_out(
     {
-      'key': cache['key'][:, rows],
-      'value': cache['value'][:, rows],
-      'segment_ids': cache['segment_ids'][rows],
+      'key': tuple(put(*pair, 3) for pair in zip(cache['key'], new['key'], strict=True)),
+      'value': tuple(put(*pair, 2) for pair in zip(cache['value'], new['value'], strict=True)),
+      'positions': put(cache['positions'], new['positions'], 1, NOWHERE),
       'length': cache['length'],
     }
   )
@@ -456,55 +517,51 @@ def take_rows(cache: dict, rows: jax.Array) -> dict:
 
 def _lay_out(cache: dict) -> dict:
   """Returns the cache, cut over the mesh by rows and heads."""
-  heads = {name: mesh_lib.constrain(cache[name], *mesh_lib.CACHE) for name in ('key', 'value')}
-  used = mesh_lib.constrain(cache['segment_ids'], mesh_lib.ROWS)
-  return cache | heads | {'segment_ids': used}
+  heads = {
+    name: tuple(mesh_lib.constrain(x, *mesh_lib.CACHE) for x in cache[name])
+    for name in ('key', 'value')
+  }
+  places = mesh_lib.constrain(cache['positions'], mesh_lib.ROWS)
+  return cache | heads | {'positions': places}
 
 
 def extend(
-  cfg: ModelConfig,
-  params: dict,
-  tokens: jax.Array,
-  positions: jax.Array,
-  segment_ids: jax.Array,
-  cache: dict,
+  cfg: ModelConfig, params: dict, tokens: jax.Array, positions: jax.Array, cache: dict
 ) -> tuple[jax.Array, dict]:
   """Returns (hidden [B,T,D], cache) of T tokens after those in the cache.
 
-  The arguments are those of hidden. Mostly T is 1; segment 0 marks a row that is done. The caller
-  must see to it that T slots are free: past the end, the last ones would be overwritten.
+  The parameters are unstacked; tokens and positions are int32 [B,T]. Mostly T is 1. A position of
+  NOWHERE marks padding, which is attended to by nothing. A full cache is a ring: the T oldest slots
+  are overwritten, which must not be needed any more; the end of the ring must not lie among them.
   """
-  model, start = _merge(cfg, params), cache['length']
-  used = jax.lax.dynamic_update_slice(cache['segment_ids'], segment_ids, (0, start))
-  mask_of = _make_mask_of(
-    cfg, functools.partial(attention_lib.make_mask, segment_ids, key_segment_ids=used, start=start)
-  )
+  layers, start = params['layers'], cache['length'] % cache['positions'].shape[1]
+  model = _merge(cfg, params)
+  places = jax.lax.dynamic_update_slice(cache['positions'], positions, (0, start))
+  mask_of = _make_mask_of(cfg, functools.partial(attention_lib.make_cached_mask, positions, places))
 
-  def attend(query, key, value, has_window, layer, keys, values):
+  def attend(query, key, value, layer):
     key, value = _to_cache(key, value)
-    # The whole cache is carried through the layers, so that it is written in place.
-    keys = jax.lax.dynamic_update_slice(keys, key[None], (layer, 0, 0, 0, start))
-    values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, 0, start, 0))
-    out = attention_lib.attend_cached(
-      query, keys[layer], values[layer], mask_of(has_window), cfg.attention_softcap
-    )
+    keys = jax.lax.dynamic_update_slice(cache['key'][layer], key, (0, 0, 0, start))
+    values = jax.lax.dynamic_update_slice(cache['value'][layer], value, (0, 0, start, 0))
+    mask = mask_of(None if windows is None else windows[layer])
+    out = attention_lib.attend_cached(query, keys, values, mask, cfg.attention_softcap)
     return out, (keys, values)
 
-  def body(carry, xs):
-    x, layer, *cached = carry
-    x, cached = block(x, xs[0], lambda *heads: attend(*heads, xs[1], layer, *cached))
-    return (x, layer + 1, *cached), None
-
-  block = model.make_block(positions)
-  carry = model.embed(tokens), 0, cache['key'], cache['value']
-  (x, _, keys, values), _ = model.scan(body, carry)
+  block, windows = model.make_block(positions), _has_window(cfg)
+  x, kept = model.embed(tokens), []
+  for i, layer in enumerate(layers):
+    x, one = block(x, nnx.State(layer), functools.partial(attend, layer=i))
+    kept.append(one)
+  keys, values = zip(*kept, strict=True)
   hidden = model.final_norm(x).reshape(*tokens.shape, cfg.embed_dim)
-  return hidden, _lay_out(
-    {'key': keys, 'value': values, 'segment_ids': used, 'length': start + tokens.shape[1]}
-  )
+  length = cache['length'] + tokens.shape[1]
+  return hidden, _lay_out({'key': keys, 'value': values, 'positions': places, 'length': length})
 
 
 def _merge(cfg: ModelConfig, params: dict) -> Transformer:
+  layers = params['layers']
+  if isinstance(layers, tuple):  # any of them shows how a block is made
+    return nnx.merge(make_model(cfg), nnx.State(params | {'layers': layers[0]}))
   # NNX binds leaves by their order alone: another head would be taken for the output layer.
   found, wanted = flatten_dict(params, sep='/'), _leaf_shapes(cfg)
   for name in sorted(set(found) ^ set(wanted)):
@@ -541,7 +598,8 @@ def make_prefix_reader(cfg: ModelConfig) -> Callable[..., dict]:
   """
 
   def read(params, tokens, segment_ids):
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    return prefill(cfg, params, tokens, positions, segment_ids, length=tokens.shape[1])[1]
+    positions, model = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], _merge(cfg, params)
+    _, (key, value) = model.hidden(tokens, positions, segment_ids, keep=True)
+    return {'key': key, 'value': value, 'segment_ids': segment_ids}
 
   return jax.jit(read)

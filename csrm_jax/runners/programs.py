@@ -24,8 +24,6 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 # Any ids will do: a program's shape does not depend on which tokens they are.
 VERBALIZERS = templates.Verbalizers(safe=(1,), unsafe=(2,))
 _ROW = ('tokens', 'positions', 'segment_ids')
-# How transformer.prefill shards its cache; entries that are not here lie on all devices.
-_CACHE = {'key': mesh_lib.CACHE, 'value': mesh_lib.CACHE, 'segment_ids': (mesh_lib.ROWS,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,35 +170,52 @@ def _of_alignment(config, devices):
       name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
       for name, x in sampling_lib.pad_prompts(prompts, rows, 0, drawn).items()
     }
-    start, go_on = sampling_lib.compiled(drawn, align.make_sampling(run, (1,)))
+    batch['draw'] = jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=whole)
+    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
+    # A sampler holds the weights twice: as they are trained, and each layer's apart.
     beside = [state.opt_state, base, judge_params]
     if drawn != model or sampling_mesh != mesh:  # the draws read a copy of the weights
       beside.append(state.params)
-    fields = {'mesh': sampling_mesh, 'params': params, 'beside': beside, 'calls': -(-num // rows)}
-    return start, go_on, (params, batch, None), rows, fields
+    fields = {'mesh': sampling_mesh, 'calls': -(-num // rows)}
+    return drawn, (params, batch, None, seed), rows, beside, fields
 
   def prefill():
-    start, _, args, _, fields = drawing()
-    return Program(start, args, tokens=args[1]['tokens'].size, **fields)
+    drawn, args, _, beside, fields = drawing()
+    start, _ = sampling_lib.compiled(drawn, align.make_sampling(run, (1,)))
+    params, batch, *_ = args
+    beside = [*beside, transformer.unstacked_shapes(params)['layers']]
+    return Program(start, args, params=params, tokens=batch['tokens'].size, beside=beside, **fields)
 
   def decode():
-    start, go_on, args, rows, fields = drawing()
+    drawn, args, rows, beside, fields = drawing()
+    start, go_on = sampling_lib.compiled(drawn, align.make_sampling(run, (1,)))
     with jax.set_mesh(sampling_mesh):
-      cache, drawn = jax.eval_shape(start, *args)
+      cache, rest = jax.eval_shape(start, *args)
+      slots = cache['positions'].shape[1] + length - 1
+      cache = jax.eval_shape(lambda cache: transformer.resize(cache, slots), cache)
 
     def place(x, *spec):
       spec = mesh_lib.fit(jax.P(*spec), x.shape, sampling_mesh)
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(sampling_mesh, spec))
 
-    cache = {name: place(x, *_CACHE.get(name, ())) for name, x in cache.items()}
-    drawn = {name: place(x, mesh_lib.ROWS) for name, x in drawn.items()}
-    index, seed = (place(jax.ShapeDtypeStruct(shape, jnp.uint32)) for shape in ((rows,), ()))
+    heads = {
+      name: tuple(place(x, *mesh_lib.CACHE) for x in cache[name]) for name in ('key', 'value')
+    }
+    cache = {
+      'positions': place(cache['positions'], mesh_lib.ROWS),
+      'length': place(cache['length']),
+    } | heads
+    rest = {name: place(x, mesh_lib.ROWS) for name, x in rest.items()}
+    limit = place(jax.ShapeDtypeStruct((), jnp.int32))
+    params = transformer.unstacked_shapes(args[0])
     return Program(
       go_on,
-      (args[0], cache, drawn, index, seed),
+      (params, cache, rest, args[3], limit, limit),
+      params=params,
       tokens=rows * length,
-      cache=[cache['key'], cache['value']],
+      cache=heads,
       turns=length - 1,
+      beside=[*beside, args[0]['layers']],
       **fields,
     )
 

@@ -154,19 +154,19 @@ def test_a_completion_does_not_depend_on_its_batch():
 
 
 def _count_reads(monkeypatch):
-  """Returns the list to which the shape of each prefill will be added.
+  """Returns the list to which the shape of each reading of tokens will be added.
 
   As it is traced: compilations of other tests are not reused.
   """
-  shapes, prefill = [], transformer.prefill
+  shapes, hidden = [], transformer.Transformer.hidden
 
-  def counted(cfg, params, tokens, *args, **kwargs):
+  def counted(self, tokens, *args, **kwargs):
     shapes.append(tokens.shape)
-    return prefill(cfg, params, tokens, *args, **kwargs)
+    return hidden(self, tokens, *args, **kwargs)
 
   sampling_lib.compiled.cache_clear()
   transformer.make_prefix_reader.cache_clear()
-  monkeypatch.setattr(transformer, 'prefill', counted)
+  monkeypatch.setattr(transformer.Transformer, 'hidden', counted)
   return shapes
 
 
@@ -224,8 +224,8 @@ def test_nothing_is_compiled_after_warm_up(monkeypatch):
     return [rng.integers(0, 40, rng.integers(*lengths)).tolist() for _ in range(num)]
 
   compiled = []
-  generate(CFG, _params(), prompts(4, (1, 32)), sampling, batch_size=4)
-  generate(CFG, _params(), prompts(4, (33, 58)), sampling, batch_size=4)
+  generate(CFG, _params(), prompts(9, (1, 32)), sampling, batch_size=4)
+  generate(CFG, _params(), prompts(9, (33, 58)), sampling, batch_size=4)
   with monkeypatch.context() as patch:
     for name in ('_start', '_go_on'):
       patch.setattr(
@@ -304,9 +304,9 @@ _MESHES = """
       done = sampling.generate(cfg, copy, prompts, options, batch_size=8)
       row = {'tokens': np.array([prompts[2][:8]] * 8)}
       row['segment_ids'] = np.ones_like(row['tokens'])
-      row |= {'active': np.ones(8, bool)}
+      row |= {'active': np.ones(8, bool), 'draw': np.zeros(8, np.uint32)}
       with m.of(copy):
-        cache, _ = sampling.compiled(cfg, options)[0](copy, row, None)
+        cache, _ = sampling.compiled(cfg, options)[0](copy, row, None, 0)
     return done, cache
 
   want, _ = draw((1, 1, 1))
@@ -316,9 +316,9 @@ _MESHES = """
     np.testing.assert_array_equal(got.tokens, want.tokens, str(sizes))
     np.testing.assert_array_equal(got.stopped, want.stopped)
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
-    for name in ('key', 'value'):  # [L,B,K,...]
-      shard = cache[name].addressable_shards[0].data.shape
-      assert shard[1:3] == (8 // (sizes[0] * sizes[1]), 2 // sizes[2]), shard
+    for name in ('key', 'value'):  # each layer's [B,K,...]
+      shard = cache[name][0].addressable_shards[0].data.shape
+      assert shard[:2] == (8 // (sizes[0] * sizes[1]), 2 // sizes[2]), shard
 """
 
 
