@@ -6,7 +6,7 @@ not depend on how a batch is cut into microbatches.
 A batch of sampled completions has one in each row:
   completion_mask [B,T]: 1 on the completion's tokens, stop token included;
   old_logprobs float32 [B,T]: what the policy said at the start of the update;
-  ref_logprobs float32 [B,T]: what the reference model says;
+  ref_logprobs float32 [B,T]: what the reference model says; it may be absent where no KL counts;
   advantages float32 [B,T]; for a critic also returns, old_values float32 [B,T].
 The value at position t is about token t. Off the completion any value may stand, even NaN: it
 reaches neither a loss nor a gradient. A row without completion tokens has no weight.
@@ -128,17 +128,16 @@ def policy_loss(
 
   Metrics are token means, but for policy/loss (without the KL, as aggregated) and policy/ratio_max
   (the mean over rows of a row's largest ratio). policy/clip_frac_low and policy/clip_frac_high
-  count where the clip stops the gradient; policy/entropy is −logprobs of the drawn tokens; kl/ref
-  and kl/old are k3.
+  count where the clip stops the gradient; policy/entropy is −logprobs of the drawn tokens; kl/ref,
+  where there is a reference, and kl/old are k3.
 
   Source: PPO (arXiv 1707.06347), eq. 7; dual clip (arXiv 1912.09729), eq. 5; clip-higher (DAPO,
     arXiv 2503.14476), eq. 10; GSPO (2507.18071), eq. 5.
   """
   mask = batch['completion_mask'] > 0
   # These are cleared first: a weight of 0 keeps a NaN out of the loss, but not out of the gradient.
-  logprobs, old, ref, advantages = (
-    jnp.where(mask, _float(x), 0.0)
-    for x in (logprobs, batch['old_logprobs'], batch['ref_logprobs'], batch['advantages'])
+  logprobs, old, advantages = (
+    jnp.where(mask, _float(x), 0.0) for x in (logprobs, batch['old_logprobs'], batch['advantages'])
   )
   log_ratio = logprobs - old
   if objective.ratio == 'sequence':
@@ -147,14 +146,17 @@ def policy_loss(
   surrogate, clips = _clipped(ratio, advantages, objective)
   total, weight = _aggregate(-surrogate, mask, objective)
   metrics = {'policy/loss': (total, weight)}
-  if objective.kl_place == 'loss':
+  tokens = {}
+  if 'ref_logprobs' in batch:
+    ref = jnp.where(mask, _float(batch['ref_logprobs']), 0.0)
+    tokens['kl/ref'] = kl_estimate(logprobs, ref, 'k3')
+  if objective.kl_place == 'loss' and objective.kl_coef:
     kl = kl_estimate(logprobs, ref, objective.kl_estimator)
     total += objective.kl_coef * _aggregate(kl, mask, objective)[0]
-  tokens = {
+  tokens |= {
     **{f'policy/{name}': hits for name, hits in clips.items()},
     'policy/ratio_mean': ratio,
     'policy/entropy': -logprobs,
-    'kl/ref': kl_estimate(logprobs, ref, 'k3'),
     'kl/old': kl_estimate(logprobs, old, 'k3'),
   }
   metrics |= {name: _token_sum(x, mask) for name, x in tokens.items()}

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +35,12 @@ from csrm_jax.safety.schema import Prompt, Sample
 from csrm_jax.text.tokenizer import Tokenizer
 from csrm_jax.train import loop, step as training
 
-# The most completions that are drawn at once, which bounds the memory of the key-value cache.
+# The most completions that are drawn at once on each part that rows are cut into, which bounds the
+# memory of the key-value cache.
 MAX_ROWS = 256
+# Rows have room for this share of the longest completion that is allowed, the least that will do:
+# each is compiled once.
+SHARES = (1 / 4, 1 / 2, 1)
 # The arrays of rows that log-probabilities depend on.
 READ = ('tokens', 'positions', 'segment_ids', 'completion_mask')
 # The critic's parameters beside the decoder's: they read a value off the final hidden state.
@@ -113,14 +118,16 @@ def rollout(
 
   Rows are tokens, positions, segment_ids int32 [N,T]; completion_mask float32 [N,C], 1 on the
   completion, its stop token included; rollout_logprobs float32 [N,C], the sampler's own, equal to
-  sampling.token_logprobs. All are 0 elsewhere. C = max_completion_length.
+  sampling.token_logprobs. All are 0 elsewhere. C is one of SHARES of max_completion_length.
 
   The parameters may hold a value head. The seed lies in [0, 2**32).
   """
   encoded = policy.encode_all(prompts, sampling.max_completion_length)
   asked = [ids for ids in encoded for _ in range(num_generations)]
+  params = decoder_params(params)
+  batch_size = MAX_ROWS * mesh_lib.num_row_parts(params)
   done = sampling_lib.generate(
-    policy.model, decoder_params(params), asked, sampling, seed=seed, batch_size=MAX_ROWS
+    policy.model, params, asked, sampling, seed=seed, batch_size=batch_size
   )
   samples = [
     Sample(
@@ -139,14 +146,15 @@ def make_rows(
   policy: Policy, asked: Sequence[Sequence[int]], done: Completions
 ) -> dict[str, np.ndarray]:
   """Returns the rows that `rollout` describes, for the ids of prompts and their completions."""
-  num, C = done.tokens.shape
+  num, most = done.tokens.shape
+  C = next(C for C in (math.ceil(share * most) for share in SHARES) if done.lengths.max() <= C)
   starts = np.array([len(ids) for ids in asked], np.int64)
   # A bucket rather than the longest prompt: few shapes, so few programs to compile.
   width = sampling_lib.prompt_bucket(policy.model, starts.max())
   tokens = np.zeros((num, width + C), np.int32)
   for i, ids in enumerate(asked):
     tokens[i, width - starts[i] : width] = ids
-  tokens[:, width:] = done.tokens
+  tokens[:, width:] = done.tokens[:, :C]
   # The mask comes from lengths, not from ids: a completion may hold the padding or stop id.
   place = np.arange(width + C) - (width - starts)[:, None]
   inside = (place >= 0) & (place < (starts + done.lengths)[:, None])
@@ -155,7 +163,7 @@ def make_rows(
     'positions': np.where(inside, place, 0).astype(np.int32),
     'segment_ids': inside.astype(np.int32),
     'completion_mask': inside[:, width:].astype(np.float32),
-    'rollout_logprobs': np.where(inside[:, width:], done.logprobs, 0),
+    'rollout_logprobs': np.where(inside[:, width:], done.logprobs[:, :C], 0),
   }
 
 
@@ -276,6 +284,11 @@ def check(config: Any) -> None:
     )
 
 
+def needs_reference(config: Any) -> bool:
+  """Returns whether a step needs the reference's log-probabilities: whether a KL counts."""
+  return bool(config.loss.kl_coef) or config.stop.kl is not None
+
+
 def num_rows(config: Any) -> int:
   """Returns N, the samples of a step."""
   return config.rollout.num_prompts * config.rollout.num_generations
@@ -394,7 +407,7 @@ class Online:
   def _why_stop(self, values: Mapping[str, float]) -> str:
     """Returns why the run ends after this log line, or ''; updates best_reward."""
     stop, reward = self.config.stop, values['reward/mean']
-    kl = values.get('kl/ref', 0.0)  # absent where no completion counted
+    kl = values.get('kl/ref', 0.0)  # absent where no completion counted, or no KL
     if stop.kl is not None and kl > stop.kl:
       return f'kl/ref {kl:.4g} is above stop.kl={stop.kl}'
     best = reward if self.best_reward is None else self.best_reward
@@ -435,7 +448,9 @@ class Online:
       old = self._logprobs(self.policy.model, tree.merge(self.frozen, state.params), rows)
     else:  # the sampler has the same weights and the same function: a forward pass is saved
       old = {'logprobs': rows['rollout_logprobs']}
-    reference = self._logprobs(*self.reference, rows)['logprobs']
+    reference = {}
+    if needs_reference(config):
+      reference = {'ref_logprobs': self._logprobs(*self.reference, rows)['logprobs']}
     batch = {name: x for name, x in rows.items() if name != 'rollout_logprobs'}
     if loss.mask_truncated:
       stopped = np.array([sample.stopped for sample in samples])
@@ -443,7 +458,7 @@ class Online:
     if loss.normalise_rewards:
       totals = self.normaliser.apply(totals)
     in_reward = self.objective.kl_place == 'reward'
-    kl = old['logprobs'] - reference
+    kl = old['logprobs'] - reference.get('ref_logprobs', old['logprobs'])
     values = {'old_values': old['values']} if 'values' in old else {}
     estimate = {
       'rewards': totals,
@@ -461,7 +476,7 @@ class Online:
       # After the advantages: only the next step's samples see the new coefficient. It is measured
       # on all tokens, even where mask_truncated leaves some out of the loss.
       mask = rows['completion_mask']
-      k3 = objectives.kl_estimate(old['logprobs'], reference, 'k3')
+      k3 = objectives.kl_estimate(old['logprobs'], reference['ref_logprobs'], 'k3')
       self.kl_coef = algorithms.adaptive_kl(
         self.kl_coef,
         float((k3 * mask).sum() / mask.sum()),
@@ -469,7 +484,7 @@ class Online:
         loss.kl_horizon,
         len(samples),
       )
-    batch |= {'old_logprobs': old['logprobs'], 'ref_logprobs': reference}
+    batch |= {'old_logprobs': old['logprobs']} | reference
     return batch | {name: np.asarray(x) for name, x in found.items()} | values
 
   def _logprobs(self, model: ModelConfig, params: Any, rows) -> dict[str, np.ndarray]:

@@ -162,7 +162,8 @@ def _of_alignment(config, devices):
     """Returns (both functions of sampling, their arguments, rows drawn, fields of a Program)."""
     drawn = online.sampling_model(model, draws.dtype)
     params = mesh_lib.abstract(transformer.shapes(drawn), sampling_mesh)
-    rows = sampling_lib.num_rows(num, online.MAX_ROWS)
+    parts = math.prod(sampling_mesh.shape[name] for name in mesh_lib.ROWS)
+    rows = sampling_lib.num_rows(num, online.MAX_ROWS * parts)
     # Equal prompts are read once, so the number that differ decides the shapes.
     prompts = [(1 + i // draws.num_generations,) * config.prompt_length for i in range(rows)]
     whole = mesh_lib.replicated(sampling_mesh)
@@ -232,9 +233,9 @@ def _of_alignment(config, devices):
     fn = jax.jit(
       lambda params, rows: online.logprobs(model, params, rows, run.sampling.temperature)
     )
-    # Always for the reference. For the policy only where the sampler's own will not do: its weights
-    # are rounded, or a critic's values are needed.
-    times = 2 if draws.dtype or row.needs_values else 1
+    # For the policy only where the sampler's own will not do: its weights are rounded, or a
+    # critic's values are needed.
+    times = online.needs_reference(run) + bool(draws.dtype or row.needs_values)
     return Program(
       fn,
       (params, mesh_lib.abstract_batch(rows, mesh)),
@@ -248,7 +249,9 @@ def _of_alignment(config, devices):
   def update():
     rows = make_rows(num // loss.num_mini_batches)
     scores = rows['completion_mask']
-    batch = rows | {'old_logprobs': scores, 'ref_logprobs': scores}
+    batch = rows | {'old_logprobs': scores}
+    if online.needs_reference(run):
+      batch['ref_logprobs'] = scores
     estimate = {'rewards': scores[:, 0], 'completion_mask': scores, 'kl_penalty': scores}
     if row.needs_values:
       batch['old_values'] = estimate['old_values'] = scores

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 import textwrap
 
 import jax
@@ -151,6 +152,50 @@ def test_a_completion_does_not_depend_on_its_batch():
   assert (other.tokens != together.tokens).any(axis=1).all()
   same = generate(CFG, _params(), [PROMPTS[0]] * 4, sampling)
   assert len({tuple(row) for row in same.tokens.tolist()}) == 4
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_rows_that_are_done_make_room(name, monkeypatch):
+  """Prompts that wait come in, the cache goes round and grows, and the last rows go on alone."""
+  for constant, value in (('CACHE_LENGTH', 32), ('MIN_ROWS', 1), ('REFILL', 2)):
+    monkeypatch.setattr(sampling_lib, constant, value)
+  cfg = dataclasses.replace(CFG, **VARIANTS[name])
+  rng = np.random.default_rng(1)
+  prompts = [rng.integers(0, 40, num).tolist() for num in (3, 20, 9, 1, 14, 5, 2, 30, 11, 7)]
+  sampling = Sampling(30, temperature=2.0, stop_ids=tuple(range(3)))
+  want = generate(cfg, _params(cfg), prompts, sampling, seed=5, batch_size=1)
+  assert len(set(want.lengths)) > 5 and want.lengths.max() == 30, want.lengths
+  reads, starts = _count_reads(monkeypatch), []
+  for rows in (4, 16):
+    done = []
+    got = generate(
+      cfg, _params(cfg), prompts, sampling, seed=5, batch_size=rows, progress=done.append
+    )
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.lengths, want.lengths)
+    np.testing.assert_array_equal(got.stopped, want.stopped)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
+    assert sum(done) == len(prompts)
+    starts.append({shape[0] for shape in reads})
+    reads.clear()
+  assert starts == [{2, 4}, {16}]
+
+
+def test_a_turn_copies_neither_weights_nor_cache():
+  """What the loop's body copies on CPU is far smaller than a layer's kernel or cache."""
+  cfg = dataclasses.replace(CFG, embed_dim=64, mlp_dim=256, num_layers=2, context_length=512)
+  params = _params(cfg)
+  start, go_on = sampling_lib.compiled(cfg, Sampling(9))
+  batch = sampling_lib.pad_prompts([(1, 2, 3)] * 4, 4, 0, cfg) | {'draw': np.zeros(4, np.uint32)}
+  cache, state = start(params, batch, None, 0)
+  cache = transformer.resize(cache, 256)
+  limits = np.int32(0), np.int32(9)
+  run = go_on.lower(transformer.unstack(params), cache, state, np.uint32(0), *limits).compile()
+  text = run.as_text()
+  kernels = {x.size for x in jax.tree.leaves(transformer.unstack(params)['layers']) if x.ndim > 1}
+  least = min(min(kernels), cache['key'][0].size)
+  for shape in re.findall(r'= \w+\[([\d,]+)\]\S* (?:copy|dynamic-slice|transpose)\(', text):
+    assert np.prod([int(n) for n in shape.split(',')]) < least, shape
 
 
 def _count_reads(monkeypatch):
