@@ -27,6 +27,8 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import attention as attention_lib, products
 from csrm_jax.models.config import ModelConfig
 
+# Up to so many rows are those of a loop over tokens, see logits.
+FEW_ROWS = 64
 # The position of a cache's slot that nothing attends to: it comes after every query.
 NOWHERE = 2**30
 ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
@@ -380,13 +382,16 @@ def logits(cfg: ModelConfig, params: dict, hidden: jax.Array) -> jax.Array:
   """Returns float32 logits [...,V] of hidden [...,D], whatever the leading shape."""
   # The rows go to the devices that hold the parts of the vocabulary, not these parts to all.
   hidden, model = mesh_lib.constrain(hidden, 'data'), _merge(cfg, params)
-  kernel = model.embed.embedding[...].T if cfg.tie_embeddings else model.lm_head.kernel[...]
-  logits = jnp.einsum(
-    'RD,DV->RV',
-    hidden.reshape(-1, cfg.embed_dim),
-    kernel.astype(hidden.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  rows = hidden.reshape(-1, cfg.embed_dim)
+  kernel = model.embed.embedding[...] if cfg.tie_embeddings else model.lm_head.kernel[...]
+  kernel = kernel.astype(hidden.dtype)
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  if not cfg.tie_embeddings:
+    logits = product('RD,DV->RV', rows, kernel)
+  elif len(rows) > FEW_ROWS:
+    logits = product('RD,DV->RV', rows, kernel.T)
+  else:  # the kernel as it lies, and first: in bfloat16 on CPU that is 8 times as fast
+    logits = product('VD,RD->VR', kernel, rows).T
   logits = attention_lib.softcap(logits, cfg.final_softcap).reshape(*hidden.shape[:-1], -1)
   between = (None,) * (hidden.ndim - 2)
   return mesh_lib.constrain(logits, 'data', *between, mesh_lib.VOCAB)

@@ -32,7 +32,7 @@ def make_ours(args):
   from csrm_jax.rl import online
   from csrm_jax.runners import align
   from csrm_jax.safety import schema
-  from csrm_jax.train import loop, step as training
+  from csrm_jax.train import step as training
 
   training.keep_freed_memory()
   configs = pathlib.Path(__file__).parents[2] / 'configs'
