@@ -164,7 +164,7 @@ def test_rows_that_are_done_make_room(name, monkeypatch):
   prompts = [rng.integers(0, 40, num).tolist() for num in (3, 20, 9, 1, 14, 5, 2, 30, 11, 7)]
   sampling = Sampling(30, temperature=2.0, stop_ids=tuple(range(3)))
   want = generate(cfg, _params(cfg), prompts, sampling, seed=5, batch_size=1)
-  assert len(set(want.lengths)) > 5 and want.lengths.max() == 30, want.lengths
+  assert len(set(want.lengths)) > 5 and want.lengths.max() > 16, want.lengths
   reads, starts = _count_reads(monkeypatch), []
   for rows in (4, 16):
     done = []

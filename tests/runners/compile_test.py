@@ -7,6 +7,7 @@ import pytest
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import program, topology
+from csrm_jax.models import transformer
 from csrm_jax.runners import compile as compile_lib, programs
 
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'compile.py'
@@ -131,10 +132,13 @@ def test_all_that_an_alignment_run_holds_is_counted(monkeypatch, tmp_path):
   assert logprobs.param_bytes == decode.param_bytes == size
   assert 0 <= update.opt_state_bytes - 2 * size < 100
   # Beside the update: what the KL is measured from. Beside the others also the
-  # optimizer; without a copy to sample from the policy is not there twice.
+  # optimizer, and beside those that sample each layer's weights apart.
   assert update.beside_bytes == size
-  for result in (prefill, decode, logprobs):
-    assert result.beside_bytes == size + update.opt_state_bytes
+  assert logprobs.beside_bytes == size + update.opt_state_bytes
+  layers = transformer.shapes(programs.model_of(config))['layers']
+  layers = 4 * sum(x.size for x in jax.tree.leaves(layers))
+  for result in (prefill, decode):
+    assert result.beside_bytes == size + update.opt_state_bytes + layers
   assert all(r.held_bytes > 4 * size for r in (decode, logprobs, update))
   # Keys and values of 39 tokens: the last one's are not needed.
   model = programs.model_of(config)
@@ -158,7 +162,9 @@ def test_a_copy_to_sample_from_and_adapters_are_counted(monkeypatch):
   beside = program.local_bytes(plain['decode']().beside)
   made = copied['decode']()
   assert program.local_bytes(made.params) == size / 2
-  assert program.local_bytes(made.beside) == beside + size
+  layers = transformer.shapes(programs.model_of(_aligned()))['layers']
+  saved = 2 * sum(x.size for x in jax.tree.leaves(layers))  # they lie apart in bfloat16, too
+  assert program.local_bytes(made.beside) == beside + size - saved
   # The reference lies under the adapters: once.
   adapted = programs.named(_aligned(**{'run.policy.overrides.lora_rank': 2}), devices)['update']()
   assert program.local_bytes(adapted.beside) == 0
