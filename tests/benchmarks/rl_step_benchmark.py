@@ -146,7 +146,7 @@ def make_trl(args):
   batches = iter(_forever(trainer.get_train_dataloader))
 
   def run(_):
-    loss = trainer.training_step(trainer.model, next(batches))
+    loss = trainer.training_step(trainer.model, next(batches), None)
     torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
