@@ -331,9 +331,8 @@ def test_eval_command_and_api_agree(tiny, tmp_path):
 
   conversations = [schema.parse_conversation(row['conversation']) for row in rows]
   verdicts = csrm_jax.load(tiny).score(schema.load_safety(config.safety), conversations)
-  assert [
-    scoring.Verdict(**{k: v for k, v in row.items() if k != 'id'}) for row in scored
-  ] == verdicts
+  names = [field.name for field in dataclasses.fields(scoring.Verdict)]
+  assert [scoring.Verdict(**{k: row[k] for k in names}) for row in scored] == verdicts
 
 
 def test_eval_command_reports_on_labels(tiny, tmp_path):
