@@ -595,6 +595,14 @@ def num_common(prompts: Sequence[Sequence[int]]) -> int:
   return int(size if same.all() else same.argmin())
 
 
+def read_prefix(
+  cfg: ModelConfig, params: dict, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> dict:
+  """Returns a prefix of P tokens, as hidden takes it; int32 [1,P] each, segment 0 is padding."""
+  _, (key, value) = _merge(cfg, params).hidden(tokens, positions, segment_ids, keep=True)
+  return {'key': key, 'value': value, 'segment_ids': segment_ids}
+
+
 @functools.lru_cache(maxsize=32)
 def make_prefix_reader(cfg: ModelConfig) -> Callable[..., dict]:
   """Returns a jitted (params, tokens, segment_ids) -> prefix, as hidden takes it.
@@ -603,8 +611,7 @@ def make_prefix_reader(cfg: ModelConfig) -> Callable[..., dict]:
   """
 
   def read(params, tokens, segment_ids):
-    positions, model = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], _merge(cfg, params)
-    _, (key, value) = model.hidden(tokens, positions, segment_ids, keep=True)
-    return {'key': key, 'value': value, 'segment_ids': segment_ids}
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return read_prefix(cfg, params, tokens, positions, segment_ids)
 
   return jax.jit(read)

@@ -381,7 +381,7 @@ class Engine:
         self._warm_up()
         self._loop()
     except Exception as error:  # The loop must not end silently: /health says that it did.
-      logging.getLogger(__name__).error('the engine stopped: %s', type(error).__name__)
+      logging.getLogger(__name__).exception('the engine stopped: %s', type(error).__name__)
       with self._changed:
         self.broken = self.broken or f'{type(error).__name__}: {error}'
         self.ready = False
@@ -417,7 +417,7 @@ class Engine:
   def _compile(self, wanted: Any) -> Any:
     """Returns the program of (prefix length, row length, rows), or of a prefix length alone."""
     cfg, shape_of = self.spec.model, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    read = functools.partial(_read_prefix, cfg)
+    read = functools.partial(transformer.read_prefix, cfg)
     with mesh_lib.of(self._params):
       if isinstance(wanted, int):
         return jax.jit(read).lower(self._params, *[shape_of((1, wanted))] * 3).compile()
@@ -526,14 +526,6 @@ class Engine:
 
 
 # --- The seam to the model -------------------------------------------------------------
-
-
-def _read_prefix(cfg, params, tokens, positions, segment_ids) -> Prefix:
-  """Returns what rows continue; int32 [1,P] each, padded on the left."""
-  cache = transformer.prefill(cfg, params, tokens, positions, segment_ids, length=tokens.shape[1])[
-    1
-  ]
-  return {name: cache[name] for name in ('key', 'value', 'segment_ids')}
 
 
 def _score_rows(cfg, verbalizers, params, batch, prefixes: tuple[Prefix, ...]) -> jax.Array:
