@@ -265,7 +265,7 @@ def _of_alignment(config, devices):
       mesh,
       state.params,
       rows['tokens'].size,
-      state.opt_state,
+      opt_state=state.opt_state,
       beside=[reference, judge_params],
       calls=loss.num_iterations * loss.num_mini_batches,
     )
