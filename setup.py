@@ -73,7 +73,8 @@ setuptools.setup(
   },
   install_requires=[
     'absl-py>=2.1',
-    # No upper bounds: the tests run on the newest releases and on these floors.
+    # No upper bounds: CI runs the newest releases, with JAX 0.10 on Python 3.11 and what is newest
+    # on the newest Python.
     'jax>=0.10.2',
     'flax>=0.12.8',
     'optax>=0.2.8',

@@ -337,7 +337,9 @@ def test_rules_too_long_for_the_model(command, trained, config_file, tmp_path):
   assert ended.code == 2 and all(part in last for part in parts), ended.err
   assert not (tmp_path / 'w').exists()
   ended = command(f'--config={config_file}:data=jsonl,path=rows.jsonl', '--workdir=w')
-  _assert_refused(ended, *parts, workdir=tmp_path / 'w')
+  note, error = ended.err.splitlines(keepends=True)
+  assert note.startswith('note: ') and 'unknown to the tokenizer' in note
+  _assert_refused(dataclasses.replace(ended, err=error), *parts, workdir=tmp_path / 'w')
 
 
 def test_pairs_where_conversations_are_scored(command, tmp_path):

@@ -4,9 +4,7 @@ python tests/benchmarks/rollout_benchmark.py --model=DIR [--dtype=bfloat16] [--p
 
 Both have the same weights and as many threads as the process may use (`taskset -c 0` for one). They
 draw 32 tokens from the whole distribution, prompts of about 40 tokens included: 16 rows of 2
-prompts, as a rollout of RL does; 16 distinct prompts; and 48 prompts in 16 rows whose completions
-end after 4 to 32 tokens, where rows that are done make room for others (the peer takes three
-batches). With --greedy the tokens are compared.
+prompts, as a rollout of RL does; and 16 distinct prompts. With --greedy the tokens are compared.
 """
 
 import numpy as np
