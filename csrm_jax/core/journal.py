@@ -104,16 +104,18 @@ class Journal:
     data = content + _BEFORE_CHECKSUM + _checksum(content).encode() + b'"}\n'
     with self._lock, writing(self._path):
       try:
-        rest = data
-        while rest:
-          # An unbuffered write may take only a part.
-          rest = rest[self._file.write(rest) :]
+        self._write(data)
       except OSError:
         # A part of the line may be in the file; the next line must not follow it.
         self._file.truncate(self._end)
         raise
       self._end += len(data)
       self._values[key] = value
+
+  def _write(self, data: bytes) -> None:
+    while data:
+      # An unbuffered write may take only a part.
+      data = data[self._file.write(data) :]
 
   def close(self) -> None:
     """Closes and unlocks the file; removes it if it is empty."""
