@@ -54,14 +54,15 @@ def test_rows_are_prompt_and_completion(rolled, policy):
 
 
 def test_the_mask_comes_from_lengths_not_from_ids(policy):
+  # The second completion is as long as any: rows have room for what was drawn, and no more.
   done = Completions(
-    tokens=np.zeros((1, 3), np.int32),
-    lengths=np.array([2], np.int32),
-    logprobs=np.zeros((1, 3), np.float32),
-    stopped=np.array([False]),
+    tokens=np.zeros((2, 3), np.int32),
+    lengths=np.array([2, 3], np.int32),
+    logprobs=np.zeros((2, 3), np.float32),
+    stopped=np.array([False, False]),
   )
-  rows = online.make_rows(policy, [[7, 0]], done)
-  assert rows['completion_mask'].tolist() == [[1, 1, 0]]
+  rows = online.make_rows(policy, [[7, 0], [7, 0]], done)
+  assert rows['completion_mask'].tolist() == [[1, 1, 0], [1, 1, 1]]
   assert rows['segment_ids'][0, -6:].tolist() == [0, 1, 1, 1, 1, 0]
 
 
