@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -9,10 +10,37 @@ import sys
 import jax
 import pytest
 
+import csrm_jax
 from csrm_jax.models import config, transformer
+from csrm_jax.reward import model as reward_model
+from csrm_jax.safety import templates
+from csrm_jax.text import tokenizer as tokenizer_lib
 
 SHAPE = {'vocab_size': 40, 'num_layers': 2, 'embed_dim': 32, 'num_heads': 4, 'num_kv_heads': 2}
 SHAPE |= {'head_dim': 16, 'mlp_dim': 48}
+
+TOKENIZER_FILE = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
+TOKENIZER = tokenizer_lib.load_tokenizer(TOKENIZER_FILE)
+# A reward model of one layer that reads RuleWorld's words.
+SPEC = reward_model.Spec(
+  model=config.preset(
+    'tiny',
+    TOKENIZER.vocab_size,
+    num_layers=1,
+    embed_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_dim=16,
+    unroll=1,
+  ),
+  layout=templates.Layout(),
+  max_length=192,
+  safe_words=('safe', ' safe'),
+  unsafe_words=('unsafe', ' unsafe'),
+  template_hash=templates.template_hash(),
+  tokenizer_digest=TOKENIZER.digest,
+)
 
 
 def model(**fields) -> config.ModelConfig:

@@ -1,44 +1,21 @@
 import dataclasses
 import functools
 import json
-import pathlib
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-import csrm_jax
 from csrm_jax.core import checkpoint
-from csrm_jax.models import config, transformer
+from csrm_jax.models import transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety import schema, templates
-from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import step as training
 from tests import small
 
-PATH = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
-TOKENIZER = tokenizer_lib.load_tokenizer(PATH)
-SPEC = reward_model.Spec(
-  model=config.preset(
-    'tiny',
-    TOKENIZER.vocab_size,
-    num_layers=1,
-    embed_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=16,
-    unroll=1,
-  ),
-  layout=templates.Layout(),
-  max_length=192,
-  safe_words=('safe', ' safe'),
-  unsafe_words=('unsafe', ' unsafe'),
-  template_hash=templates.template_hash(),
-  tokenizer_digest=TOKENIZER.digest,
-)
+PATH, TOKENIZER, SPEC = small.TOKENIZER_FILE, small.TOKENIZER, small.SPEC
 
 
 @functools.cache

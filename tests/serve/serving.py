@@ -11,35 +11,12 @@ import time
 import numpy as np
 import uvicorn
 
-import csrm_jax
-from csrm_jax.models import config, transformer
-from csrm_jax.reward import model as reward_model
-from csrm_jax.safety import templates
+from csrm_jax.models import transformer
 from csrm_jax.serve import app as app_lib, engine as engine_lib, http as http_lib, wire
 from csrm_jax.serve.policies import Policies
-from csrm_jax.text import tokenizer as tokenizer_lib
+from tests import small
 
-TOKENIZER_FILE = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
-TOKENIZER = tokenizer_lib.load_tokenizer(TOKENIZER_FILE)
-SPEC = reward_model.Spec(
-  model=config.preset(
-    'tiny',
-    TOKENIZER.vocab_size,
-    num_layers=1,
-    embed_dim=16,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=16,
-    unroll=1,
-  ),
-  layout=templates.Layout(),
-  max_length=192,
-  safe_words=('safe', ' safe'),
-  unsafe_words=('unsafe', ' unsafe'),
-  template_hash=templates.template_hash(),
-  tokenizer_digest=TOKENIZER.digest,
-)
+TOKENIZER_FILE, TOKENIZER, SPEC = small.TOKENIZER_FILE, small.TOKENIZER, small.SPEC
 LENGTHS = engine_lib.Lengths(prefix=(64, 192), row=(64, 128), max_length=256, call_tokens=256)
 LIMITS = wire.Limits(body_bytes=20_000, conversations=64, messages=16, rules=6)
 FILM = """\
