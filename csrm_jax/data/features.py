@@ -611,14 +611,10 @@ def _empty_batch(shape: BatchShape) -> Batch:
 def _write_row(batch: Batch, row: int, atoms: Sequence[Atom]) -> None:
   prompts = [prompt for atom in atoms for prompt in atom.prompts]
   read = sharing.walk([prompt.tokens for prompt in prompts], share='ends' in batch)
-  here = slice(0, len(read.tokens))
-  for name in {'tokens', 'positions', 'ends'} & set(batch):
-    batch[name][row, here] = getattr(read, name)
-  # From 1, because 0 is padding.
-  batch['segment_ids'][row, here] = read.owners + 1
+  sharing.write(batch, row, read)
   if 'loss_weight' in batch:
-    batch['loss_weight'][row, here] = np.concatenate([prompt.loss_weight for prompt in prompts])
-  batch['verdict_index'][row, : len(prompts)] = read.last
+    weights = np.concatenate([prompt.loss_weight for prompt in prompts])
+    batch['loss_weight'][row, : len(read.tokens)] = weights
   slot = 0
   for atom in atoms:
     if atom.kind == 'pair':

@@ -24,8 +24,6 @@ from csrm_jax.data.sources import Rows
 from csrm_jax.safety import schema
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
 
-# The columns that a caller can name: ours -> theirs.
-COLUMNS = ('id', 'safety', 'conversation', 'prompt', 'response', 'label', 'violated')
 # What else people call them; the first that is there counts.
 _SYNONYMS = {
   'prompt': ('instruction', 'question', 'query', 'user_prompt'),
@@ -248,7 +246,7 @@ def _cell(name: str, value: Any) -> Any:
         return value
       raise ValueError(f'column {name!r} is not valid JSON ({error.msg}); correct it') from None
   if name == 'probability' and isinstance(value, str):
-    value = tables.Row({name: value}, 'row 0', 0, 0, '').amount(name)
+    value = tables.as_amount(value, name)
   return _without_nulls(value)
 
 
@@ -331,8 +329,7 @@ def _names(value: Any) -> Any:
   if isinstance(value, str):
     return [name.strip() for name in re.split('[;|]', value) if name.strip()]
   if isinstance(value, Mapping):
-    flags = tables.Row(value, 'row 0', 0, 0, '')
-    return [name for name in flags if flags.flag(name)]
+    return [name for name, flag in value.items() if tables.as_flag(flag, name)]
   return value
 
 

@@ -9,7 +9,7 @@ says all that attention has to know.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +44,22 @@ def walk(prompts: Sequence[np.ndarray], share: bool = True) -> Walk:
     last[i] = path[-1]
   ends[path] = stop
   return Walk(*map(np.concatenate, (tokens, positions)), ends[:stop], np.concatenate(owners), last)
+
+
+def write(batch: Mapping[str, np.ndarray], row: int, read: Walk, before: int = 0) -> None:
+  """Writes a walk into a row of a batch, behind `before` tokens that stand elsewhere.
+
+  The batch has tokens, positions, segment_ids and perhaps ends, int32 [B,T], and verdict_index,
+  int32 [B,S], whose first slots get the places of the prompts' last tokens.
+  """
+  here = slice(0, len(read.tokens))
+  batch['tokens'][row, here] = read.tokens
+  batch['positions'][row, here] = before + read.positions
+  # From 1, because 0 is padding.
+  batch['segment_ids'][row, here] = 1 + read.owners
+  if 'ends' in batch:
+    batch['ends'][row, here] = read.ends
+  batch['verdict_index'][row, : len(read.last)] = read.last
 
 
 def sort(prompts: Sequence[np.ndarray]) -> list[int]:

@@ -107,21 +107,29 @@ class Row(dict):
 
   def flag(self, column: str) -> bool:
     """Returns the true or false in a column; 1 and 0, and the words as text, are read too."""
-    value = self[column]
-    known = _BOOLS.get(str(value).strip().lower().removesuffix('.0'))
-    if known is None or not isinstance(value, (bool, int, float, str)):
-      raise ValueError(f'{column} is {show(value)}; it must be true or false')
-    return known
+    return as_flag(self[column], column)
 
   def amount(self, column: str) -> float:
     """Returns the number in a column."""
-    value = self[column]
-    try:
-      if isinstance(value, (bool, type(None), list, Mapping)):
-        raise ValueError
-      return float(value)
-    except (TypeError, ValueError):
-      raise ValueError(f'{column} is {show(value)}; it must be a number') from None
+    return as_amount(self[column], column)
+
+
+def as_flag(value: Any, column: str) -> bool:
+  """Returns true or false, which 1 and 0 and the words as text stand for too."""
+  known = _BOOLS.get(str(value).strip().lower().removesuffix('.0'))
+  if known is None or not isinstance(value, (bool, int, float, str)):
+    raise ValueError(f'{column} is {show(value)}; it must be true or false')
+  return known
+
+
+def as_amount(value: Any, column: str) -> float:
+  """Returns a number, or one in text, as a float."""
+  try:
+    if isinstance(value, (bool, type(None), list, Mapping)):
+      raise ValueError
+    return float(value)
+  except (TypeError, ValueError):
+    raise ValueError(f'{column} is {show(value)}; it must be a number') from None
 
 
 def as_name(value: Any, column: str) -> str:

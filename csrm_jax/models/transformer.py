@@ -443,9 +443,9 @@ def prefill(
 
   The cache holds key, a tuple of each layer's [B,K,H,S], and value, of each layer's [B,K,S,H], in
   cfg.dtype; positions int32 [B,S], NOWHERE where nothing is to be attended to; and length int32
-  [], the number of tokens that were put in. The arguments are those of hidden,
-  with one prompt a row: segment 1, padded on the left. A window counts the padding between the
-  prefix and the rest as tokens.
+  [], the number of tokens that were put in. The arguments are those of hidden, with one prompt a
+  row: segment 1, padded on the left. A window counts the padding between the prefix and the rest
+  as tokens.
   """
   out, kept = _merge(cfg, params).hidden(tokens, positions, segment_ids, prefix, keep=True)
   keys, values = (tuple(x) for x in kept)

@@ -31,8 +31,6 @@ LOOK_AHEAD = 64
 _SAMPLE = 128
 # What compiling a program costs: products of a CPU core in some two seconds, of a GPU in ten.
 _COMPILE_FLOPS = {'cpu': 2e11, 'other': 4e15}
-# Products in attention take about so many times as long as those of kernels.
-_ATTENTION_COST = 1.0
 # How many tokens a device takes at once: a core's work space should stay in its cache.
 CALL_TOKENS = {'cpu': 1024, 'other': 16384}
 LONGEST_ROW = 2048  # unless a prompt is longer
@@ -83,7 +81,7 @@ def costs_of(cfg: ModelConfig, platform: str, num_parts: int = 1) -> Costs:
   layer += 3 * cfg.embed_dim * cfg.mlp_dim
   kind = 'cpu' if platform == 'cpu' else 'other'
   return Costs(
-    keys=2 * layer / (4 * heads) / _ATTENTION_COST,
+    keys=2 * layer / (4 * heads),
     program=_COMPILE_FLOPS[kind] / (2 * layer * cfg.num_layers),
     call_tokens=CALL_TOKENS[kind] * num_parts,
   )
@@ -308,13 +306,7 @@ def make_batch(
   batch['verdict_index'] = np.zeros((num_rows, num_slots(length)), np.int32)
   num_tokens = 0
   for r, row in enumerate(rows):
-    read = sharing.walk([prompts[i][num_shared:] for i in row])
-    here = slice(0, len(read.tokens))
-    batch['tokens'][r, here] = read.tokens
-    batch['positions'][r, here] = num_shared + read.positions
-    batch['segment_ids'][r, here] = 1 + read.owners
-    batch['ends'][r, here] = read.ends
-    batch['verdict_index'][r, : len(row)] = read.last
+    sharing.write(batch, r, sharing.walk([prompts[i][num_shared:] for i in row]), num_shared)
     num_tokens += sum(len(prompts[i]) - num_shared for i in row)
   is_plain = not num_shared and num_tokens == np.count_nonzero(batch['segment_ids'])
   if is_plain and not always_ends:

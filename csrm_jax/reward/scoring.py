@@ -116,8 +116,7 @@ def verdict_logprobs(
   The batch has tokens, positions, segment_ids int32 [B,T] and verdict_index int32 [B,S], the place
   of the last token of each prompt. Slots that hold no prompt get the verdict of position 0; give
   them no weight. With ends, int32 [B,T], prompts share tokens; all rows continue the prefix, if
-  there is one, as in transformer.hidden. cfg is
-  static.
+  there is one, as in transformer.hidden. cfg is static.
   """
   rows = batch['tokens'], batch['positions'], batch['segment_ids']
   hidden = transformer.hidden(cfg, params, *rows, prefix, batch.get('ends'))

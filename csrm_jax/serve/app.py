@@ -381,9 +381,8 @@ def _scores(judged: Sequence[Judged], body: Mapping[str, Any]) -> Any:
 
 
 def _rewards(judged: Sequence[Judged], body: Mapping[str, Any]) -> Any:
-  rewards = [1.0 - one.p_unsafe for one in judged]
   # 1 - p loses digits where p is near 1; the sigmoid does not.
-  rewards = [_sigmoid(one.score) for one in judged] if judged else rewards
+  rewards = [_sigmoid(one.score) for one in judged]
   found = {
     'rewards': rewards,
     'scores': rewards,

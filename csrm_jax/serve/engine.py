@@ -29,14 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.data import features
+from csrm_jax.data import features, sharing
 from csrm_jax.models import transformer
-from csrm_jax.reward import model as reward_model, scoring
+from csrm_jax.reward import model as reward_model, plans, scoring
 from csrm_jax.safety import schema, templates
 from csrm_jax.text.tokenizer import Tokenizer
 
-# How many tokens go through the model at once: a core's work space should stay in its cache.
-CALL_TOKENS = {'cpu': 1024, 'other': 16384}
 # Rule sets whose tokens are remembered; what they take on the device is bounded in bytes.
 _MAX_RULE_SETS = 4096
 # How fast the known seconds of a row follow those of the last batch.
@@ -207,7 +205,7 @@ class Engine:
     num_compilations()  # It counts from here on.
     with mesh_lib.of(params):
       kind = 'cpu' if mesh_lib.platform() == 'cpu' else 'other'
-    call_tokens = lengths.call_tokens or CALL_TOKENS[kind]
+    call_tokens = lengths.call_tokens or plans.CALL_TOKENS[kind]
     self._rows = {length: _row_counts(call_tokens, length) for length in lengths.row}
     self._programs: dict[Any, Any] = {}  # (prefix, row, rows) or prefix -> compiled
     self._row_s = dict.fromkeys(lengths.row, 0.0)
@@ -516,11 +514,7 @@ class Engine:
     batch = {name: np.zeros((count, length), np.int32) for name in names}
     batch['verdict_index'] = np.zeros((count, 1), np.int32)
     for r, row in enumerate(rows):
-      size, before = len(row.tokens), len(row.rules.tokens)
-      batch['tokens'][r, :size] = row.tokens
-      batch['positions'][r, :size] = np.arange(before, before + size)
-      batch['segment_ids'][r, :size] = 1
-      batch['verdict_index'][r] = size - 1
+      sharing.write(batch, r, sharing.walk([row.tokens], share=False), len(row.rules.tokens))
     prefixes = [*prefixes, *[prefixes[0]] * (count - len(rows))]
     return self._programs[prefix, length, count](self._params, batch, tuple(prefixes))
 
@@ -542,7 +536,7 @@ def _score_rows(cfg, verbalizers, params, batch, prefixes: tuple[Prefix, ...]) -
 def _row_counts(call_tokens: int, length: int) -> tuple[int, ...]:
   """Returns how many rows a batch may have: 1, and a fourth of a fourth of ... a full one."""
   counts = {1}
-  most = 1 << max(call_tokens // length, 1).bit_length() - 1
+  most = plans.most_rows(call_tokens, length)
   while most > 1:
     counts.add(most)
     most //= 4
