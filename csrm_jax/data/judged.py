@@ -93,7 +93,7 @@ def rules(name: str) -> dict[str, Rule]:
   """Returns {key: rule} of the set of that name."""
   path = FOLDER / f'{name}.yaml'
   found = {}
-  for key, row in files.load_yaml(files.read_text(path), str(path))[0].items():
+  for key, row in files.load_yaml(files.read_text(path), str(path), ())[0].items():
     where = f'{path}: {key}'
     texts = {
       kind: tuple(parse_category(obj, where) for obj in row.get(kind, ()))
