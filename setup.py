@@ -66,7 +66,7 @@ setuptools.setup(
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['csrm_jax', 'csrm_jax.*']),
   package_data={
-    'csrm_jax.data': ['rules/*.yaml'],
+    'csrm_jax.data': ['rules/*.yaml', 'rules/judged/*.yaml'],
     'csrm_jax.evals': ['*.yaml'],
     'csrm_jax.serve': ['page/*'],
     'csrm_jax.ruleworld': ['*.model', 'base/*', 'policy_base/*', 'policy_structured/*'],

@@ -8,6 +8,7 @@ Rules of a set stand in rules/judged/SET.yaml:
 
   NAME:
     unseen: always              # optional, see Rule
+    within: OTHER               # optional: a rule of the set that forbids all that this one does
     wordings:                   # those that training draws from
     - {name: Apologies, guideline: The response must not apologise ...}
     held:                       # wordings that only tests use
@@ -19,16 +20,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from csrm_jax.core import files
+import numpy as np
+
+from csrm_jax.core import checks, files
 from csrm_jax.data import sources
-from csrm_jax.safety.schema import Category, Message, parse_category
+from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig, parse_category
 
 FOLDER = pathlib.Path(__file__).parent / 'rules' / 'judged'
 SIDES = ('train', 'dev', 'test')
 # The shares of the sides; a text's group decides its side.
 _SHARES = (0.75, 0.10, 0.15)
+_KEYS = ('unseen', 'within', 'wordings', 'held')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +45,15 @@ class Rule:
     held: Wordings that only tests use.
     unseen: '' for a rule that runs may train on; 'always' for one that no run trains on; '0', '1'
       or '2' for one that only the run of that fold leaves out.
+    stricter: The keys of the rules that forbid all that this one forbids, such as "no violence"
+      for "nothing graphic"; the nearest first.
   """
 
   key: str
   wordings: tuple[Category, ...]
   held: tuple[Category, ...] = ()
   unseen: str = ''
+  stricter: tuple[str, ...] = ()
 
   def is_seen(self, fold: str) -> bool:
     """Whether a run of this fold trains on it; '' is a run that leaves out no fold."""
@@ -92,12 +99,75 @@ def side(group: str) -> str:
 def rules(name: str) -> dict[str, Rule]:
   """Returns {key: rule} of the set of that name."""
   path = FOLDER / f'{name}.yaml'
+  rows = files.load_yaml(files.read_text(path), str(path), ())[0]
   found = {}
-  for key, row in files.load_yaml(files.read_text(path), str(path), ())[0].items():
+  for key, row in rows.items():
     where = f'{path}: {key}'
+    for column in row:
+      checks.one_of(f'{where}: a key', column, _KEYS)
     texts = {
       kind: tuple(parse_category(obj, where) for obj in row.get(kind, ()))
       for kind in ('wordings', 'held')
     }
-    found[f'{name}/{key}'] = Rule(f'{name}/{key}', **texts, unseen=str(row.get('unseen', '')))
+    stricter, at = [], row
+    while 'within' in at:
+      stricter.append(f'{name}/{at["within"]}')
+      if at['within'] not in rows or len(stricter) > len(rows):
+        raise ValueError(f'{where}: it is within {stricter[-1]}; name a stricter rule of the file')
+      at = rows[at['within']]
+    unseen = str(row.get('unseen', ''))
+    found[f'{name}/{key}'] = Rule(f'{name}/{key}', **texts, unseen=unseen, stricter=tuple(stricter))
   return found
+
+
+def strictness_pairs(
+  items: Iterable[Judged], known: Mapping[str, Rule], seed: int, held: bool = False
+) -> list[Pair]:
+  """Returns a pair for each text that was judged under a rule and under a stricter one.
+
+  It is of two rules that tell the text apart, which breaks only the stricter one, if there are
+  such. If not it is of any two: what a rule forbids is no less forbidden under a stricter one.
+
+  Args:
+    known: {key: rule} of the rules that may be used.
+    held: Whether the wordings are those that only tests use.
+  """
+  rng = np.random.default_rng(seed)
+  found = []
+  for item in items:
+    pairs = [
+      (key, strict)
+      for key, share in item.verdicts.items()
+      if key in known
+      for strict in known[key].stricter
+      # People do say that a text breaks a rule and not the stricter one: these are left out.
+      if strict in known and share <= item.verdicts.get(strict, -1)
+    ]
+    apart = [(a, b) for a, b in pairs if item.verdicts[a] < 0.5 <= item.verdicts[b]]
+    pairs = apart or pairs
+    if pairs:
+      lenient, strict = pairs[rng.integers(len(pairs))]
+      found.append(
+        Pair(
+          f'{item.id}/strictness',
+          _example(item, known[lenient], 'lenient', rng, held),
+          _example(item, known[strict], 'strict', rng, held),
+          'strictness',
+        )
+      )
+  return found
+
+
+def _example(item: Judged, rule: Rule, name: str, rng: np.random.Generator, held: bool) -> Example:
+  texts = rule.held if held else rule.wordings
+  safety = SafetyConfig((texts[rng.integers(len(texts))],), rule.key)
+  is_broken = item.verdicts[rule.key] >= 0.5
+  return Example(
+    f'{item.id}/{name}',
+    safety,
+    item.conversation,
+    'unsafe' if is_broken else 'safe',
+    safety.names if is_broken else (),
+    source=item.source,
+    rule_set=rule.key,
+  )

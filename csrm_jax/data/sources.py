@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from csrm_jax.safety.schema import Example, Message, Pair
+from csrm_jax.safety.schema import Example, Message
 
-Item = TypeVar('Item', Example, Pair)
+Item = TypeVar('Item')  # an example, a pair, or a text judged under many rules
 T = TypeVar('T')
 
 
@@ -72,9 +72,10 @@ def check_ids(items: Iterable[Any], where: Any) -> None:
 def split(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
   """Returns (rest, held out), with about `fraction` of the items held out.
 
-  The side follows from a hash of the seed and the conversation's text, in which letter case and
-  white space do not count. It does not depend on the item's place: no text is on both sides,
-  under whatever rules, and a data set that grows leaves older items where they were.
+  The side follows from a hash of the seed and the conversation's text (of a judged text: its
+  group), in which letter case and white space do not count. It does not depend on the item's
+  place: no text is on both sides, under whatever rules, and a data set that grows leaves older
+  items where they were.
   """
   if not 0 <= fraction <= 1:
     raise ValueError(f'fraction is {fraction}; it must be from 0 to 1')
@@ -102,7 +103,10 @@ def num_shared(items: Sequence[Item], others: Sequence[Item]) -> int:
   return sum(_split_text(item) in texts for item in items)
 
 
-def _split_text(item: Example | Pair) -> str:
+def _split_text(item: Any) -> str:
+  # What was judged under many rules says itself which rows belong together.
+  if hasattr(item, 'group'):
+    return ' '.join(item.group.casefold().split())
   if isinstance(item, Example):
     return _text(item.conversation)
   if item.safer.conversation == item.other.conversation:
