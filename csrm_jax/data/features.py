@@ -58,12 +58,14 @@ class Prompt:
     tokens: int32 [length], with one BOS in front if the tokenizer has one.
     label: 0 safe, 1 unsafe, -1 none.
     loss_weight: float32 [length], each token's weight as a target of next-token prediction.
+    offset: What the draw of the example added to the log odds of "safe", in nats.
   """
 
   tokens: np.ndarray
   label: int
   id: str
   loss_weight: np.ndarray | None = None
+  offset: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -236,10 +238,16 @@ def _num_read(prompts: Sequence[np.ndarray], encoder: Encoder) -> int:
   return sharing.num_read(prompts) if encoder.share_prefix else sum(map(len, prompts))
 
 
-def encode_group(items: Sequence[schema.Example], encoder: Encoder) -> Atom | Dropped:
-  """Returns the examples as one atom: those that fit, one after another, into pair_length."""
+def encode_group(
+  items: Sequence[schema.Example], encoder: Encoder, offsets: Sequence[float] = ()
+) -> Atom | Dropped:
+  """Returns the examples as one atom: those that fit, one after another, into pair_length.
+
+  offsets are those of the examples' prompts, by default 0.
+  """
   encoded = [encode(item, encoder) for item in items]
   atoms = [atom for atom in encoded if isinstance(atom, Atom)]
+  offsets = {item.id: offset for item, offset in zip(items, offsets, strict=False)}
   limit = encoder.pair_length
   while (
     len(atoms) > 1 and limit and _num_read([a.prompts[0].tokens for a in atoms], encoder) > limit
@@ -247,7 +255,11 @@ def encode_group(items: Sequence[schema.Example], encoder: Encoder) -> Atom | Dr
     atoms.pop()
   if not atoms:
     return encoded[0]
-  prompts = tuple(atom.prompts[0] for atom in atoms)
+  prompts = tuple(
+    dataclasses.replace(prompt, offset=offsets.get(prompt.id, 0.0))
+    for atom in atoms
+    for prompt in atom.prompts
+  )
   return Atom(prompts, 'example', sum(atom.num_shortened for atom in atoms))
 
 
@@ -441,6 +453,7 @@ class BatchShape:
     max_segments: The most prompts that a row may hold, S; a pair counts as two.
     pad_id: Fills rows up. Nothing depends on it: padding is where segment_ids is 0.
     share_prefix: Whether first tokens that prompts of a row have in common are read once.
+    has_offset: Whether batches have the prompts' offsets.
   """
 
   batch_size: int
@@ -448,6 +461,7 @@ class BatchShape:
   max_segments: int
   pad_id: int = 0
   share_prefix: bool = False
+  has_offset: bool = False
 
   def __post_init__(self):
     at_least(self, ('batch_size', 'row_length', 'max_segments'), say=_POSITIVE)
@@ -465,6 +479,7 @@ def pack_rows(atoms: Sequence[Atom], shape: BatchShape) -> tuple[Batch, list[int
     label_weight: float32 [B, S], 1 where a prompt with a label stands
     pair_weight: float32 [B, S], 1 at slot s where slots s and s + 1 hold a pair (safer, other)
     loss_weight: float32 [B, T], only if the prompts have one
+    offset: float32 [B, S], only on request: what the loss adds to the score of a labelled slot
     ends: int32 [B, T], only if prompts share tokens: the place behind the last token that continues
       a token. Then segment_ids name the prompt that a token was first read for.
   """
@@ -596,8 +611,10 @@ def _fill(room: int, slots: int, lengths: dict[int, int], sizes: dict[int, int])
 def _empty_batch(shape: BatchShape) -> Batch:
   by_token = (shape.batch_size, shape.row_length)
   by_slot = (shape.batch_size, shape.max_segments)
-  by_tokens = {'ends': np.zeros(by_token, np.int32)} if shape.share_prefix else {}
-  return by_tokens | {
+  optional = {'ends': np.zeros(by_token, np.int32)} if shape.share_prefix else {}
+  if shape.has_offset:
+    optional['offset'] = np.zeros(by_slot, np.float32)
+  return optional | {
     'tokens': np.full(by_token, shape.pad_id, np.int32),
     'segment_ids': np.zeros(by_token, np.int32),
     'positions': np.zeros(by_token, np.int32),
@@ -623,4 +640,6 @@ def _write_row(batch: Batch, row: int, atoms: Sequence[Atom]) -> None:
       batch['label'][row, slot] = prompt.label
       if prompt.label >= 0:
         batch['label_weight'][row, slot] = 1.0
+      if 'offset' in batch:
+        batch['offset'][row, slot] = prompt.offset
       slot += 1

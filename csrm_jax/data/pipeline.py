@@ -15,7 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from csrm_jax.data import catalogue, features, forms, sources, tables
+from csrm_jax.data import catalogue, draws, features, forms, sources, tables
 from csrm_jax.data.features import Atom, Batch, BatchShape, Dropped, does_not_fit, pack_rows
 from csrm_jax.safety import augment as augment_lib, schema
 
@@ -89,13 +89,17 @@ Augment = Callable[[Any, np.random.Generator], Any]
 def make_augment(
   drop_prob: float, plus_prob: float, minus_prob: float, rules_blind: bool = False
 ) -> Augment:
-  """Returns (item, rng) -> item, which applies CCA to examples; pairs keep their rules.
+  """Returns (item, rng) -> item, which applies CCA to examples; pairs and groups keep their rules.
 
   With `rules_blind` all rules are hidden after the label is made: an ablation that shows what
   can be known without reading them.
   """
 
   def apply(item: Any, rng: np.random.Generator) -> Any:
+    if isinstance(item, draws.Group):
+      if not rules_blind:
+        return item
+      return item._replace(examples=tuple(map(augment_lib.hide_rules, item.examples)))
     if isinstance(item, schema.Example):
       item = augment_lib.cca(item, rng, drop_prob, plus_prob, minus_prob, shuffle=drop_prob > 0)
     return augment_lib.hide_rules(item) if rules_blind else item
@@ -262,6 +266,8 @@ class _Encode:
     if not self.augment:
       return features.encode(item, self.encoder)
     first = self.augment(item, rng)
+    if isinstance(first, draws.Group):
+      return features.encode_group(first.examples, self.encoder, first.offsets)
     if self.group_size == 1 or isinstance(item, schema.Pair):
       return features.encode(first, self.encoder)
     if self.encoder.layout.order == 'conversation_first':
@@ -309,7 +315,8 @@ class _PackIterator(grain.DatasetIterator):
     self._dataset = dataset
     self._atoms = atoms
     self._identity = {
-      **dataclasses.asdict(dataset.shape),
+      # States of streams without offsets do not name them.
+      **{k: v for k, v in dataclasses.asdict(dataset.shape).items() if v or k != 'has_offset'},
       'pool_length': dataset.pool_length,
       'num_items': len(atoms),
       'fingerprint': dataset.fingerprint,

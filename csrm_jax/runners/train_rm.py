@@ -19,7 +19,7 @@ import ml_collections
 
 from csrm_jax.core import mesh as mesh_lib, tree
 from csrm_jax.core.checks import note
-from csrm_jax.data import features, forms, pipeline, sources
+from csrm_jax.data import catalogue, draws, features, forms, judged, pipeline, sources
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
@@ -245,7 +245,12 @@ def _make_batches(
   data, tokenizer = config.data, encoder.tokenizer
   atoms = _make_atoms(config, encoder, parts)
   shape = features.BatchShape(
-    data.batch_size, data.row_length, data.max_segments, tokenizer.pad_id, data.share_prefix
+    data.batch_size,
+    data.row_length,
+    data.max_segments,
+    tokenizer.pad_id,
+    data.share_prefix,
+    any(isinstance(getattr(items, 'make', None), draws.Draw) for items in parts.values()),
   )
   read = {name: [part.source, part.weight, len(parts[name])] for name, part in data.parts.items()}
   # A resumed run must see the same data: its position means nothing in other data.
@@ -278,7 +283,7 @@ def _make_atoms(
 
   def augment(item, rng):
     item = apply(item, rng)
-    look(item)
+    look(item.examples[0] if isinstance(item, draws.Group) else item)
     return item
 
   weights = {name: part.weight for name, part in data.parts.items()}

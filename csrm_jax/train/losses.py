@@ -56,7 +56,9 @@ def reward_model_loss(
 
   The batch has label int32 [B,S] (0 safe, 1 unsafe, -1 none), label_weight float32 [B,S], and
   pair_weight float32 [B,S], which stands on slot s if s and s + 1 are the safer and the other
-  side of a pair.
+  side of a pair. It may have offset, float32 [B,S]: the log odds, in nats, that the draw of a
+  labelled slot added to "safe". Then L_cls takes the odds of the two verdicts with it, so that the
+  score stays that of what was not drawn.
 
   Source: CSRM (arXiv 2605.30487), §3 (L_cls, L_rm), with the sign corrected.
   """
@@ -70,7 +72,13 @@ def reward_model_loss(
   log_p_safe = jnp.where(used, log_p_safe, 0.0)
   log_p_unsafe = jnp.where(used, log_p_unsafe, 0.0)
   score = log_p_safe - log_p_unsafe  # [B,S]
-  cls = -jnp.where(label == 1, log_p_unsafe, log_p_safe)
+  if 'offset' in batch:
+    drawn = score + jnp.where(label_weight > 0, batch['offset'], 0.0)
+    # P(label) = P(a verdict) · P(label | a verdict): only the second depends on the draw.
+    cls = jax.nn.softplus(jnp.where(label == 1, drawn, -drawn))
+    cls -= jnp.logaddexp(log_p_safe, log_p_unsafe)
+  else:
+    cls = -jnp.where(label == 1, log_p_unsafe, log_p_safe)
   cls = _weighted(cls, label_weight)
   gap = score - jnp.roll(score, -1, axis=-1)  # safer minus other
   pairs = _weighted(-jax.nn.log_sigmoid(gap - margin), pair_weight)
