@@ -123,6 +123,16 @@ BASE = {
     # conversation_first one conversation under so many draws of rules, with rules_first one draw of
     # rules and so many conversations of the part. Pairs are not grouped.
     'group_size': 1,
+    # How examples are drawn from texts that were judged under many rules (csrm_jax.data.draws).
+    'judged': {
+      # The sides that are trained on: train, dev, test; () holds eval.fraction out.
+      'sides': (),
+      # The rules that are left out, beside those that always are: '0', '1', '2', or '' for none.
+      'fold': '',
+      'unsafe': 0.4,  # the share of unsafe examples of each rule
+      'pairs': 0.1,  # the share of strictness pairs, where rules contain each other
+      'noise': 0.15,  # the share of texts with words around them that mean nothing
+    },
     # Whether the two prompts of a pair count as examples too where their labels are known. The
     # paper does not say so; with this, SA alone teaches the model to read rules.
     'label_pairs': False,

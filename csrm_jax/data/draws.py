@@ -2,8 +2,8 @@
 
 Real texts break few rules, and each rule has a rate of its own. Drawn as they come, the rare rules
 teach nothing; drawn evenly, the score learns a wrong rate. So each rule's texts are drawn with a
-chosen share of unsafe ones, and the loss is told by how much that moves the log odds (`offset`): the
-score stays that of the natural rate.
+chosen share of unsafe ones, and the loss is told by how much that moves the log odds (`offset`):
+the score stays that of the natural rate.
 
 Source: for the offset, Menon et al. 2021, Long-tail learning via logit adjustment (2007.07314).
 """
@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from csrm_jax.core import files
-from csrm_jax.data.judged import FOLDER, Judged, Rule
+from csrm_jax.core import checks, files
+from csrm_jax.data import judged
+from csrm_jax.data.judged import FOLDER, Judged
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 # How many rules an example has, and the probability of each.
@@ -27,6 +28,21 @@ NUM_RULES = {1: 0.5, 2: 0.15, 3: 0.15, 5: 0.1, 8: 0.06, 16: 0.04}
 # The most neutral sentences that are put around what is judged.
 MOST_NEUTRAL = 24
 TRIES = 8
+
+
+def split(items: Sequence[Any], sides: Sequence[str]) -> tuple[list[Any], list[Any]]:
+  """Returns (items on one of the sides, the others); a pair's side is that of its last request."""
+  for name in sides:
+    checks.one_of('config.data.judged.sides', name, judged.SIDES)
+  parts: tuple[list[Any], list[Any]] = ([], [])
+  for item in items:
+    if isinstance(item, Judged):
+      side = item.side
+    else:
+      talk = item.safer.conversation if isinstance(item, Pair) else item.conversation
+      side = judged.side(talk[-2].content if len(talk) > 1 else talk[-1].content)
+    parts[side not in sides].append(item)
+  return parts
 
 
 class Group(NamedTuple):
@@ -40,6 +56,8 @@ class Group(NamedTuple):
 class Options:
   """How examples are drawn; see configs/rm.py."""
 
+  sides: tuple[str, ...] = ()  # those of judged.SIDES that are trained on; () to hold a share out
+  fold: str = ''  # the rules that are left out, see judged.Rule
   order: str = 'rules_first'  # a group shares what the prompt begins with
   group_size: int = 1
   unsafe: float = 0.4  # the share of unsafe examples of each rule
@@ -56,11 +74,13 @@ class Options:
 class Draw:
   """Draws groups and strictness pairs: (seed, index) -> one of them, for `sources.Generated`."""
 
-  def __init__(self, items: Sequence[Judged], rules: Mapping[str, Rule], options: Options):
-    """Reads the judged texts; only `rules` are drawn, {key: rule with wordings}."""
+  def __init__(self, items: Sequence[Judged], options: Options):
     self.items, self.options = list(items), options
     used = {key for item in self.items for key in item.verdicts}
-    self.rules = [rule for key, rule in rules.items() if key in used]
+    known = {}
+    for name in sorted({key.partition('/')[0] for key in used}):
+      known |= judged.rules(name)
+    self.rules = [r for k, r in known.items() if k in used and r.is_seen(options.fold)]
     column = {rule.key: i for i, rule in enumerate(self.rules)}
     # [texts, rules]: whether it is broken, NaN where nobody judged.
     self.broken = np.full((len(self.items), len(self.rules)), np.nan, np.float32)

@@ -15,7 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from csrm_jax.data import catalogue, draws, features, forms, sources, tables
+from csrm_jax.data import catalogue, draws, features, forms, judged, sources, tables
 from csrm_jax.data.features import Atom, Batch, BatchShape, Dropped, does_not_fit, pack_rows
 from csrm_jax.safety import augment as augment_lib, schema
 
@@ -67,17 +67,27 @@ def read_part(
   seed: int,
   eval_fraction: float,
   generators: Mapping[str, Callable[[int, int], Any]],
+  drawn: draws.Options | None = None,
   **options: Any,
 ) -> tuple[Sequence[Any], Sequence[Any]]:
   """Returns (training items, held-out items) of one part of the training data.
 
-  The source is one of SOURCES, or a key of `generators`, which maps it to make(seed, index).
+  The source is one of SOURCES, or a key of `generators`, which maps it to make(seed, index). Of
+  judged texts the training items are what is drawn of them; `drawn` says how, and if it names
+  sides, they decide what is held out of every file.
   """
   if source in generators:
     # Nothing is held out: test sets of generated data are drawn apart.
     return sources.Generated(generators[source], seed), ()
   tables.lookup(source, dict.fromkeys([*generators, *SOURCES]), 'data source')
-  return sources.split(read_source(source, path, **options), eval_fraction, seed)
+  items = read_source(source, path, **options)
+  if drawn and drawn.sides:
+    kept, held_out = draws.split(items, drawn.sides)
+  else:
+    kept, held_out = sources.split(items, eval_fraction, seed)
+  if any(isinstance(item, judged.Judged) for item in kept):
+    kept = sources.Generated(draws.Draw(kept, drawn or draws.Options()), seed)
+  return kept, held_out
 
 
 # --- Examples to atoms -------------------------------------------------------------------

@@ -19,7 +19,7 @@ import ml_collections
 
 from csrm_jax.core import mesh as mesh_lib, tree
 from csrm_jax.core.checks import note
-from csrm_jax.data import catalogue, draws, features, forms, judged, pipeline, sources
+from csrm_jax.data import draws, features, forms, pipeline, sources
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
@@ -167,9 +167,11 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[
   """Returns (parts to train on, {name: items to test on})."""
   parts, held_out, options = {}, {}, forms.options(**config.data.own)
   fraction = 0.0 if config.eval.path else config.eval.fraction
+  data = config.data
+  drawn = draws.Options(order=config.template.order, group_size=data.group_size, **data.judged)
   for name, part in config.data.parts.items():
     parts[name], held_out[name] = pipeline.read_part(
-      part.source, part.path, config.seed, fraction, examples.TRAINING, **options
+      part.source, part.path, config.seed, fraction, examples.TRAINING, drawn, **options
     )
   if config.eval.path:
     test = forms.read(config.eval.path, require_label=True, split='test', **options)

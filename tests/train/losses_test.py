@@ -264,3 +264,20 @@ def test_verdict_score_ignores_what_both_labels_share():
     np.subtract(*losses.verdict_logprobs(jnp.asarray(x), Verbalizers())) for x in (logits, other)
   ]
   np.testing.assert_allclose(*scores, rtol=1e-5)
+
+
+def test_an_offset_moves_the_odds_of_the_two_verdicts_only():
+  log_p = jnp.log(jnp.array([[0.5, 0.2]])), jnp.log(jnp.array([[0.25, 0.6]]))
+  batch = {
+    'label': jnp.array([[1, 0]]),
+    'label_weight': jnp.ones((1, 2)),
+    'pair_weight': jnp.zeros((1, 2)),
+  }
+  plain, _, _ = losses.reward_model_loss(*log_p, batch, 0.1, 0.0)
+  same, _, _ = losses.reward_model_loss(*log_p, batch | {'offset': jnp.zeros((1, 2))}, 0.1, 0.0)
+  np.testing.assert_allclose(same, plain, rtol=1e-6)
+  moved, _, _ = losses.reward_model_loss(
+    *log_p, batch | {'offset': jnp.full((1, 2), np.log(3.0))}, 0.1, 0.0
+  )
+  # Odds of safe 2 -> 6 and 1/3 -> 1; the verdicts have the mass .75 and .8.
+  np.testing.assert_allclose(moved, -np.log(0.75 / 7) - np.log(0.8 / 2), rtol=1e-6)
