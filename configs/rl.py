@@ -108,6 +108,8 @@ def base(arg):
     'checkpoint_every': 10,  # steps; a multiple of log_every
     # The steps of a profiler trace in workdir/profile, such as '10:13'; '' for no trace.
     'profile_steps': '',
+    # Whether a run goes on although weights, prompts or rewards have changed since its checkpoint.
+    'accept_changes': False,
     'policy': {
       # The weights: a folder with safetensors and config.json, a hub id or a .gguf file.
       'init': arg.policy_init or str(start),

@@ -90,6 +90,8 @@ BASE = {
   'checkpoint_every': 100,  # steps; a multiple of log_every
   # The steps of a profiler trace in workdir/profile, such as '10:13'; '' for no trace.
   'profile_steps': '',
+  # Whether a run goes on although its data or weights have changed since its checkpoint.
+  'accept_changes': False,
   # A SentencePiece model (.model) or a Hugging Face tokenizer.json; '' takes the tokenizer, the
   # chat template and the shape of model.init.
   'tokenizer': common.TOKENIZER,

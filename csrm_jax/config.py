@@ -206,6 +206,10 @@ def diff_config(old: ConfigDict, new: ConfigDict) -> list[str]:
   ]
 
 
+# Says how to go on, not what is run.
+_MAY_DIFFER = ('accept_changes:',)
+
+
 def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.Path:
   """Makes the work directory, writes config.json into it, and returns its path.
 
@@ -224,7 +228,8 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
       old = from_json(path.read_text('utf-8'))
     except (ValueError, TypeError) as error:
       raise ValueError(f'{path} is not a config ({error}): use another --workdir') from None
-    if lines := diff_config(old, config):
+    differ = diff_config(old, config)
+    if lines := [line for line in differ if not line.startswith(_MAY_DIFFER)]:
       raise ValueError(
         f'{path} is of a run with another config: {"; ".join(lines)} '
         '(give the same config to resume it, or another --workdir)'

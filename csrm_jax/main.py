@@ -112,7 +112,7 @@ def _run(
   path = config_lib.prepare_workdir(path, config)
   try:
     made_of = {'config_digest': config_lib.digest(config), 'runner': config.runner}
-    writer.update_manifest(path, writer.make_manifest() | made_of)
+    writer.add_start(path, made_of)
     runner.run(config, path)
   except jax.errors.JaxRuntimeError as error:
     if not profiling.is_out_of_memory(error):

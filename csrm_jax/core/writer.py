@@ -8,12 +8,14 @@ import math
 import os
 import pathlib
 import platform
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from csrm_jax.core import files
+from csrm_jax.core.checks import show
 
 # The packages whose versions can change a number or a file format.
 PACKAGES = (
@@ -43,13 +45,37 @@ def make_manifest() -> dict[str, Any]:
   }
 
 
-def update_manifest(workdir: str | os.PathLike, extra: Mapping[str, Any]) -> None:
-  """Adds `extra` (JSON values) to the work directory's manifest.json."""
-  if jax.process_index() != 0:
-    return
+def read_manifest(workdir: str | os.PathLike) -> dict[str, Any]:
+  """Returns the work directory's manifest: of the newest start, and `starts`, the list of all."""
   path = pathlib.Path(workdir) / 'manifest.json'
   manifest = files.read_json(path) if path.exists() else {}
-  files.write_json(path, manifest | dict(extra), sort_keys=True)
+  if not isinstance(manifest, dict) or not isinstance(manifest.get('starts', []), list):
+    raise ValueError(
+      f'{path}: it holds {show(manifest)}, which is no manifest; move it away, and the same '
+      'command goes on without it'
+    )
+  return manifest
+
+
+def add_start(workdir: str | os.PathLike, extra: Mapping[str, Any]) -> None:
+  """Adds a start of the run to its manifest: its time, `make_manifest()` and `extra`."""
+  if jax.process_index() != 0:
+    return
+  manifest = read_manifest(workdir)
+  now = {'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), **make_manifest(), **extra}
+  starts = [*manifest.get('starts', []), now]
+  path = pathlib.Path(workdir) / 'manifest.json'
+  files.write_json(path, manifest | now | {'starts': starts}, sort_keys=True)
+
+
+def update_manifest(workdir: str | os.PathLike, extra: Mapping[str, Any]) -> None:
+  """Adds `extra` (JSON values) to what the manifest says about the newest start."""
+  if jax.process_index() != 0:
+    return
+  manifest = read_manifest(workdir) | dict(extra)
+  for start in manifest.get('starts', [])[-1:]:
+    start |= extra
+  files.write_json(pathlib.Path(workdir) / 'manifest.json', manifest, sort_keys=True)
 
 
 class MetricsWriter:

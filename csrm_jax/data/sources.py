@@ -66,6 +66,14 @@ def check_ids(items: Iterable[Any], where: Any) -> None:
     seen.add(item.id)
 
 
+def digest(items: Iterable[Example | Pair]) -> str:
+  """Returns the sha256 (hex) of all that items hold, in their order."""
+  content = hashlib.sha256()
+  for item in items:
+    content.update(json.dumps(item.to_dict()).encode())
+  return content.hexdigest()
+
+
 # --- Parts of a data set -----------------------------------------------------------------
 
 

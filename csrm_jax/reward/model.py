@@ -164,6 +164,16 @@ def load(
   return RewardModel(spec, score_fn, *((saved.step, saved.digest) if saved else ()))
 
 
+def digest(source: str | pathlib.Path) -> str:
+  """Returns the sha256 (hex) of what `load` reads: a run's newest checkpoint, or public weights.
+
+  That of a checkpoint stands in it; for that of a public model all its weights are read.
+  """
+  if public := public_model(source):
+    return hf.digest(public)
+  return checkpoint.describe(_directory(source) / 'checkpoints').digest
+
+
 def load_parts(
   source: str | pathlib.Path, format: str = 'csrm', step: int | None = None, **options: Any
 ) -> tuple[Spec, Any, tokenizer_lib.Tokenizer]:

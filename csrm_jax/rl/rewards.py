@@ -568,6 +568,17 @@ def make_scorers(config: Any) -> Scorers:
   return Scorers(total, judge, helpfulness or _nothing)
 
 
+def digests(reward: Any) -> dict[str, str]:
+  """Returns {model that config.reward names: its digest}."""
+  named = {
+    'reward model': reward.checkpoint if reward.name == 'csrm' else '',
+    'helpfulness model': '' if reward.helpfulness in (*_NOBODY, 'oracle') else reward.helpfulness,
+  }
+  if reward.name == 'alphaalign' and reward.refusal not in ('oracle', *verifiers.REFUSALS):
+    named['refusal model'] = reward.refusal
+  return {f'{what} {name}': reward_model.digest(name) for what, name in named.items() if name}
+
+
 def _make_safety(reward: Any, knows_truth: bool) -> RewardFn:
   match reward.name:
     case 'csrm':

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from csrm_jax.core import files, mesh as mesh_lib, tree
+from csrm_jax.core import files, journal, mesh as mesh_lib, tree
 from csrm_jax.data import public, sources, tables
 from csrm_jax.evals import policy as policy_eval, report
 from csrm_jax.models import hf, lora, transformer
@@ -225,13 +225,20 @@ def _train(
     'tokenizer_digest': setup.policy.tokenizer.digest,
     'init': str(setup.config.policy.init),
   }
+  config, prompts = setup.config, [*setup.train, *setup.test]
+  inputs = {
+    f'weights {config.policy.init}': hf.digest(setup.source),
+    f'prompts {config.data.path or config.data.source}': journal.key(prompts),
+    **rewards.digests(config.reward),
+  }
   return loop_lib.train(
     work,
     state,
-    setup.config,
+    config,
     mesh=setup.mesh,
     workdir=workdir,
     meta=meta,
+    inputs=inputs,
     setup_s=setup.setup_s,
     name=name,
   )

@@ -24,7 +24,7 @@ import numpy as np
 import tqdm
 
 from csrm_jax import config as config_lib
-from csrm_jax.core import files
+from csrm_jax.core import files, writer
 from csrm_jax.data import benchmark, catalogue, features, forms, sources, tables
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import compare, metrics, policy, report, suites
@@ -72,7 +72,7 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
   examples = _read_examples(config)
   rm = load_model(config)
   kept = workdir / 'scores'
-  score_fn = keep_scores(rm.score_fn, kept)
+  score_fn = keep_scores(rm.score_fn, kept, rm.digest or reward_model.digest(config.checkpoint))
   with _progress_bar('score', len(examples)) as bar:
     starts = range(0, len(examples), _ROWS_AT_ONCE)
     parts = [score_fn.judge(examples[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
@@ -175,7 +175,8 @@ def _run_benchmarks(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
   start = time.monotonic()
   todo = _all_benchmarks(config.benchmarks)
   rm = load_model(config)
-  score_fn = keep_scores(rm.score_fn, workdir / 'scores')
+  weights = rm.digest or reward_model.digest(config.checkpoint)
+  score_fn = keep_scores(rm.score_fn, workdir / 'scores', weights)
   results = test(score_fn, todo, _calibration(config.checkpoint))
   name = rm.spec.layout.format
   summary = report.summarise(results) | {
@@ -338,15 +339,14 @@ def benchmarks(
   return suites.prepare(todo)
 
 
-def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path) -> scoring.ScoreFn:
+def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path, weights: str) -> scoring.ScoreFn:
   """Returns a score function that keeps its answers in files of `folder`, and reads them there.
 
-  A resumed run needs them: it no longer has the untrained model.
+  `weights` is the digest of the model: another one in its place begins anew.
   """
 
   def judge(examples, progress=lambda num: None):
-    # The file's name depends on the examples alone, so a folder belongs to one model.
-    content = json.dumps([list(_DTYPES), *(example.to_dict() for example in examples)])
+    content = json.dumps([weights, list(_DTYPES), *(example.to_dict() for example in examples)])
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = folder / f'{digest}.json'
     if path.is_file():
@@ -500,6 +500,19 @@ def show_finished(workdir: pathlib.Path) -> bool:
   return True
 
 
+def _made_of(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the manifest of the newest start, and the versions that earlier starts had."""
+  manifest = writer.read_manifest(workdir)
+  starts = manifest.pop('starts', [])
+  earlier = {
+    f'{name} {version}'
+    for start in starts
+    for name, version in start['packages'].items()
+    if version != manifest['packages'].get(name)
+  }
+  return manifest | {'num_starts': len(starts), 'other_versions_before': sorted(earlier)}
+
+
 def write(
   workdir: pathlib.Path, results: report.Results, summary: Mapping[str, Any], title: str
 ) -> None:
@@ -508,14 +521,13 @@ def write(
   Raises:
     ValueError: A suite failed; the report is written all the same.
   """
-  manifest = json.loads((workdir / 'manifest.json').read_text())
   print('writing the report', file=sys.stderr)
   path = report.write_report(
     workdir / 'report',
     results,
     title=title,
     summary=summary,
-    manifest=manifest,
+    manifest=_made_of(workdir),
     history=workdir / 'metrics.jsonl',
   )
   talk = results.get('one_conversation')

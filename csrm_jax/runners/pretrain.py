@@ -115,6 +115,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     mesh=mesh,
     workdir=workdir,
     meta={'model': dataclasses.asdict(cfg)},
+    inputs={f'weights {model.weights}': hf.digest(model.weights)} if model.weights else {},
     setup_s=time.monotonic() - began,
   )
   params = jax.tree.map(lambda x: x.astype(model.saved_dtype), state.params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -17,7 +18,7 @@ import grain
 import jax
 import ml_collections
 
-from csrm_jax.core import mesh as mesh_lib, tree
+from csrm_jax.core import files, mesh as mesh_lib, tree
 from csrm_jax.core.checks import note
 from csrm_jax.data import draws, features, forms, pipeline, sources
 from csrm_jax.evals import report
@@ -59,6 +60,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   batches = _make_batches(config, _make_encoder(config.data, tokenizer, spec.layout), parts)
   # Data of which nothing fits ends here, before anything is written.
   config = _count_epochs(config, parts, _atoms_per_step(batches))
+  inputs = _inputs(config, spec, source, parts, held_out)
   params, frozen = _init_params(config, spec, source, mesh)
   backbone.save_tokenizer(config.tokenizer or source, workdir)
 
@@ -67,9 +69,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
 
   blind, before = config.data.rules_blind, {}
   if config.eval.zero_shot:
-    before = evaluate.test(
-      evaluate.keep_scores(score_fn(params), workdir / 'zero_shot'), todo, rules_blind=blind
-    )
+    kept = evaluate.keep_scores(score_fn(params), workdir / 'zero_shot', files.digest(inputs))
+    before = evaluate.test(kept, todo, rules_blind=blind)
   step_fn, state = make_step(config, spec.model, spec.verbalizers(tokenizer), params, mesh)
   state = loop_lib.train(
     loop_lib.Supervised(step_fn, batches, mesh, frozen),
@@ -78,6 +79,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
     mesh=mesh,
     workdir=workdir,
     meta=dataclasses.asdict(spec),
+    inputs=inputs,
     setup_s=time.monotonic() - start,
   )
   num_examples = batches.num_atoms
@@ -180,6 +182,26 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[
       if not isinstance(items, sources.Generated) and (num := sources.num_shared(test, items)):
         note(f'{num} of {len(test)} texts of {config.eval.path} are in the data {name!r} too')
   return parts, {name: items for name, items in held_out.items() if items}
+
+
+def _inputs(
+  config: ml_collections.ConfigDict,
+  spec: reward_model.Spec,
+  source: hf.Source,
+  parts: dict[str, Any],
+  held_out: dict[str, Any],
+) -> dict[str, str]:
+  """Returns {what the run reads: its digest}."""
+  inputs = {}
+  for name, part in config.data.parts.items():
+    if not isinstance(parts[name], sources.Generated):
+      items = itertools.chain(parts[name], held_out.get(name, ()))
+      inputs[f'data {part.path or part.source}'] = sources.digest(items)
+  if config.eval.path:
+    inputs[f'test data {config.eval.path}'] = sources.digest(held_out['test'])
+  if config.model.init:
+    inputs[f'weights {config.model.init}'] = spec.base_digest or hf.digest(source)
+  return inputs
 
 
 def _say_unknown_words(parts: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer) -> None:

@@ -140,6 +140,7 @@ def train(
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
   meta: Mapping[str, Any],
+  inputs: Mapping[str, str] | None = None,
   setup_s: float = 0.0,
   name: str = 'train',
 ) -> training.TrainState:
@@ -147,25 +148,30 @@ def train(
 
   `state` is that of a fresh run, on the mesh. The newest intact checkpoint in workdir/checkpoints
   takes its place, together with the state of the work. The last step is saved, and after SIGTERM
-  the step that is being done. `meta` is JSON that describes the model, stored with each checkpoint;
-  setup_s are the seconds that reading data and weights has taken.
+  the step that is being done. `meta` is JSON that describes the model, stored with each checkpoint,
+  as `inputs` are: {what the run reads: its digest}. setup_s are the seconds that reading data and
+  weights has taken.
 
   Raises:
     ValueError: A loss or gradient is not finite; the message names the step and the file with
-      its batch. That step is not applied.
+      its batch. That step is not applied. Or an input has changed since the checkpoint, and
+      config.accept_changes is False.
     preemption.Stopped: SIGTERM came, and the state is saved.
   """
   check_lengths(config)
   began, earlier_s, start = time.perf_counter(), elapsed_s(workdir), 0
-  carried, window = None, None
+  carried, window, inputs = None, None, dict(inputs or {})
   with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
     restored = saved.restore_latest(mesh_lib.abstract(state, mesh))
     if restored is not None:
       start, state, carried = restored
-      # The loop's own entry: the work gets back only what it gave.
+      # The loop's own entries: the work gets back only what it gave.
       window = carried.pop('window', None)
+      _check_inputs(config, workdir, carried.pop('inputs', {}), inputs)
     else:
       _check_new(config, workdir)
+    if inputs:
+      writer_lib.update_manifest(workdir, {'inputs': inputs})
     work.begin(state, start, carried)
     # A run that stopped early has nothing left to do when it is started again.
     num_steps = start if work.stopped else config.num_steps
@@ -209,7 +215,8 @@ def train(
             # Metrics first: after a kill, metrics.jsonl must reach at least to the checkpoint.
             writer.flush()
             remote.push(workdir)
-            saved.save(step, state, work.get_state() | {'window': log.get_state()}, meta)
+            own = {'window': log.get_state(), 'inputs': inputs}
+            saved.save(step, state, work.get_state() | own, meta)
         if stop:
           raise preemption.Stopped(step)
         if last:
@@ -229,6 +236,22 @@ def _check_new(config: Any, workdir: pathlib.Path) -> None:
       f'{workdir}: metrics.jsonl reaches step {last}, but there is no checkpoint in checkpoints/; '
       'mount it or put it back, or move metrics.jsonl away to begin again with step 0'
     )
+
+
+def _check_inputs(
+  config: Any, workdir: pathlib.Path, before: Mapping[str, str], now: Mapping[str, str]
+) -> None:
+  """Checks that what the run reads is what it has read until its checkpoint."""
+  changed = [name for name in now if name in before and before[name] != now[name]]
+  if not changed:
+    return
+  what = '; '.join(f'{name}: {before[name][:12]} -> {now[name][:12]}' for name in changed)
+  if not config.accept_changes:
+    raise ValueError(
+      f'{workdir}: what this run reads has changed since its checkpoint ({what}); put it back, '
+      'give another --workdir, or go on with what is there now with --config.accept_changes=True'
+    )
+  checks.note(f'going on with what has changed: {what}')
 
 
 def check_finite(workdir: pathlib.Path, step: int, updates: Sequence[Update]) -> None:

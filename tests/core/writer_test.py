@@ -66,9 +66,19 @@ def test_tensorboard_files_are_written(tmp_path):
 
 
 def test_manifest_is_json_and_grows(tmp_path):
-  writer.update_manifest(tmp_path, writer.make_manifest())
+  writer.add_start(tmp_path, {'runner': 'first'})
+  writer.add_start(tmp_path, {'runner': 'second'})
   writer.update_manifest(tmp_path, {'template_hash': 'x'})
   manifest = json.loads((tmp_path / 'manifest.json').read_text())
   assert manifest['packages']['jax']
   assert manifest['num_devices'] >= 1
   assert manifest['template_hash'] == 'x'
+  first, second = manifest['starts']
+  assert first['runner'] == 'first' and 'template_hash' not in first
+  assert second.items() <= manifest.items() and second['template_hash'] == 'x'
+
+
+def test_a_manifest_that_is_none_is_one_line(tmp_path):
+  (tmp_path / 'manifest.json').write_text('[]')
+  with pytest.raises(ValueError, match=r'manifest\.json: it holds a list of 0, .* move it away'):
+    writer.add_start(tmp_path, {})

@@ -39,13 +39,20 @@ def test_scoring_a_file_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
   score_fn = scoring.ScoreFn(judge)
 
   monkeypatch.setattr(
-    evaluate, 'load_model', lambda _: types.SimpleNamespace(score_fn=score_fn, spec=None)
+    evaluate,
+    'load_model',
+    lambda _: types.SimpleNamespace(score_fn=score_fn, spec=None, digest=digest),
   )
+  digest = 'weights'
   config = _config(tmp_path)
   with pytest.raises(KeyboardInterrupt):
     evaluate.run(config, tmp_path)
   assert not (tmp_path / 'scored.jsonl').exists()
-  asked = [['before']]
+  # Scores that other weights gave are not taken for theirs.
+  digest, asked = 'others', [['before'], ['before']]
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.run(config, tmp_path)
+  digest, asked = 'weights', [['before']]
   evaluate.run(config, tmp_path)
   assert asked == [['before'], ['6', '7']]
   rows = [json.loads(line) for line in (tmp_path / 'scored.jsonl').read_text().splitlines()]

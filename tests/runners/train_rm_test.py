@@ -107,10 +107,37 @@ def test_a_lora_run_looks_for_its_base_once_and_hashes_it_once(
   ).read_bytes()
 
 
-def test_a_run_of_all_weights_hashes_nothing(calls, tmp_path, monkeypatch):
+def test_a_run_of_all_weights_hashes_them_once(calls, tmp_path, monkeypatch):
   _, params = _start(0, tmp_path, monkeypatch)
   assert 'embed' in params
-  assert sorted(calls) == ['open_folder', 'read', 'snapshot_download']
+  assert sorted(calls) == ['digest', 'open_folder', 'read', 'snapshot_download']
+
+
+def test_labels_that_change_are_an_input_that_changes(tmp_path, monkeypatch):
+  path = tmp_path / 'rows.jsonl'
+  row = {
+    'safety': {'categories': [{'name': 'Gifts', 'guideline': 'Nobody gives anything.'}]},
+    'conversation': [{'role': 'agent', 'content': 'Take this.'}],
+  }
+  config = config_lib.load_module(ROOT / 'configs' / 'rm.py').get_config(
+    f'data=jsonl,path={path},smoke'
+  )
+
+  def train(*args, inputs: dict, **unused):
+    seen.append(inputs)
+    raise Stop
+
+  seen = []
+  monkeypatch.setattr(train_rm.loop_lib, 'train', train)
+  for label in ('safe', 'safe', 'unsafe'):
+    rows = [{'id': str(i), 'label': label} | row for i in range(8)]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    with pytest.raises(Stop):
+      train_rm.run(config, tmp_path)
+  same, again, changed = seen
+  assert same == again
+  assert {name for name in same if same[name] != changed[name]} == {f'data {path}'}
+  assert any(name.startswith('weights ') for name in same)
 
 
 def test_a_public_model_is_looked_for_once(calls):

@@ -77,7 +77,16 @@ def _config(num_steps, log_every, checkpoint_every):
   )
 
 
-def _train(workdir, num_steps, log_every=2, checkpoint_every=4, poisoned=None, step_fn=None):
+def _train(
+  workdir,
+  num_steps,
+  log_every=2,
+  checkpoint_every=4,
+  poisoned=None,
+  step_fn=None,
+  inputs=None,
+  config=None,
+):
   """Returns (last state, step function) of a run in a new set of objects."""
   own_step_fn, state, mesh = _setup()
   step_fn = step_fn or own_step_fn
@@ -86,10 +95,11 @@ def _train(workdir, num_steps, log_every=2, checkpoint_every=4, poisoned=None, s
     state = loop_lib.train(
       loop_lib.Supervised(step_fn, batches, mesh),
       state,
-      _config(num_steps, log_every, checkpoint_every),
+      _config(num_steps, log_every, checkpoint_every) if config is None else config,
       mesh=mesh,
       workdir=workdir,
       meta={'name': 'bigram'},
+      inputs=inputs,
     )
   finally:
     batches.close()
@@ -260,6 +270,22 @@ def test_old_lines_of_a_run_without_checkpoint_are_dropped(tmp_path):
   _train(tmp_path, num_steps=4)
   assert [line['step'] for line in _lines(tmp_path)] == [2, 4]
   assert '"step": 2' in (tmp_path / 'metrics.jsonl.1').read_text()
+
+
+def test_inputs_that_have_changed_are_named(tmp_path):
+  _train(tmp_path, num_steps=4, inputs={'data a.jsonl': 'a' * 64, 'weights base': 'b' * 64})
+  # What is new here, as an old checkpoint's inputs are, is nothing to compare.
+  _train(tmp_path, num_steps=6, inputs={'data a.jsonl': 'a' * 64, 'test data': 'c' * 64})
+  lines, changed = _lines(tmp_path), {'data a.jsonl': 'd' * 64}
+  with pytest.raises(ValueError, match=r'a\.jsonl: a{12} -> d{12}.*--config\.accept_changes=True$'):
+    config = _config(8, 2, 4)
+    config.accept_changes = False
+    _train(tmp_path, num_steps=8, inputs=changed, config=config)
+  assert _lines(tmp_path) == lines
+  config.accept_changes = True
+  _train(tmp_path, num_steps=8, inputs=changed, config=config)
+  _train(tmp_path, num_steps=10, inputs=changed)
+  assert json.loads((tmp_path / 'manifest.json').read_text())['inputs'] == changed
 
 
 def test_checkpoints_that_are_gone_are_no_new_beginning(tmp_path):
