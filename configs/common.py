@@ -30,6 +30,7 @@ OVERRIDES = {
   'dtype': 'float32',  # the dtype of activations; bfloat16; or auto, what is faster here
   'param_dtype': 'float32',  # the dtype of parameters; or bfloat16
   'remat': 'none',  # what the backward pass recomputes to save memory: none, dots, full
+  'attention': 'auto',  # kernel (an accelerator's flash attention), xla, or auto, what is there
   'unroll': 4,  # layers in one step of the scan over depth; more is faster on CPUs
   'lora_rank': 0,  # the rank of the adapters that are trained; 0 for no adapters
   'lora_alpha': 16.0,  # adapters are scaled by alpha / rank

@@ -29,12 +29,16 @@ SPLASH_BLOCKS = (1024, 512, 256, 128)
 SPLASH_BLOCK_SIZE = 1024 * 128
 # A TPU's vector unit has so many lanes: rows and heads are padded to a multiple of them.
 LANES = 128
-# The widest head that cuDNN's kernel takes.
+# The widest head that cuDNN's kernel takes, and of what its size must be a multiple.
 CUDNN_HEAD_DIM = 128
+CUDNN_HEAD_STEP = 8
+# Rows are padded to a multiple of it: cuDNN has no gradient where they are odd.
+CUDNN_STEP = 8
 
 # An accelerator's kernel computes what attend does from a scaled query [B,T,N,H], key and value
 # [B,T,K,H] and segment_ids [B,T], without [T,S] scores in memory. Where prompts share tokens it
-# also takes the mask [B,T,T], in place of causality and window.
+# also takes the mask [B,T,T], in place of causality and window. cuDNN's takes key and value
+# [B,S,K,H] with a mask [B,T,S] too.
 Kernel = Callable[..., jax.Array]
 
 
@@ -298,33 +302,46 @@ def make_cudnn(window: int = 0, cap: float = 0.0, implementation: str = 'cudnn')
     # The scores are never in memory, but the mask [B,T,S] is.
     if mask is None:
       mask = make_mask(segment_ids, window)
+    _, T, S = mask.shape
+    rows, keys = (0, -T % CUDNN_STEP), (0, -S % CUDNN_STEP)
+    query = jnp.pad(query, [(0, 0), rows, (0, 0), (0, 0)])
+    key, value = (jnp.pad(x, [(0, 0), keys, (0, 0), (0, 0)]) for x in (key, value))
+    mask = jnp.pad(mask, [(0, 0), rows, keys])
     out = jax.nn.dot_product_attention(
       query, key, value, scale=1.0, implementation=implementation, mask=mask[:, None]
     )
     # Where a query may attend to nothing, cuDNN returns an average.
-    return jnp.where((segment_ids > 0)[..., None, None], out, 0)
+    return jnp.where((segment_ids > 0)[..., None, None], out[:, :T], 0)
 
   return attend
 
 
-def make_kernel(cfg: ModelConfig) -> Kernel | None:
+def make_kernel(cfg: ModelConfig, has_prefix: bool = False) -> Kernel | None:
   """Returns the platform's kernel for the layers of a model, or None where attend is to be used.
 
   It takes (query, key, value, segment_ids, has_window[, mask]); has_window is a traced bool where
-  layers differ, else None.
+  layers differ, else None. has_prefix says that there are more keys than queries, and a mask.
   """
   # The platform of the mesh that is set, not of this machine: the programs of a pod are compiled
   # without the pod.
   platform = mesh_lib.platform()
-  if platform == 'tpu':
+  if cfg.attention == 'xla':
+    return None
+  if platform == 'tpu' and not has_prefix:
     make = make_splash
   elif (
     platform in ('gpu', 'cuda')
     and cfg.dtype == 'bfloat16'
     and cfg.head_dim <= CUDNN_HEAD_DIM
+    and cfg.head_dim % CUDNN_HEAD_STEP == 0
     and not cfg.attention_softcap
   ):
     make = make_cudnn
+  elif cfg.attention == 'kernel' and not has_prefix:
+    raise ValueError(
+      f'attention=kernel: on {platform} there is none for this model (TPUs have one; GPUs have one '
+      f'for bfloat16, heads of up to {CUDNN_HEAD_DIM} and no soft cap); set attention=auto'
+    )
   else:
     return None
   local = make(cfg.sliding_window, cap=cfg.attention_softcap)

@@ -10,6 +10,7 @@ from csrm_jax.core import checks
 
 DTYPES = ('float32', 'bfloat16')
 REMAT = ('none', 'full', 'dots')
+ATTENTION = ('auto', 'kernel', 'xla')
 FAMILIES = ('llama', 'mistral', 'qwen3', 'gemma2')
 ACTIVATIONS = ('silu', 'gelu_tanh')
 # The dense products of a block, each of which may have a LoRA adapter.
@@ -20,12 +21,13 @@ _CHOICES = {
   'dtype': DTYPES,
   'param_dtype': DTYPES,
   'remat': REMAT,
+  'attention': ATTENTION,
 }
 _MAY_BE_ZERO = ('vocab_size', 'query_scale', 'attention_softcap', 'final_softcap')
 _MAY_BE_ZERO += ('sliding_window', 'lora_rank')
 # Fields that say how a model is computed, not which weights it has.
 RUN_TIME_FIELDS = (
-  *('dtype', 'param_dtype', 'remat', 'match_init', 'unroll'),
+  *('dtype', 'param_dtype', 'remat', 'attention', 'match_init', 'unroll'),
   *('lora_rank', 'lora_alpha', 'lora_targets'),
 )
 
@@ -80,6 +82,9 @@ class ModelConfig:
   # What the backward pass recomputes in each block: 'none' keeps all activations,
   # 'dots' the results of the dense products only, 'full' the block's input only.
   remat: str = 'none'
+  # What attends: 'kernel' the platform's flash attention, 'xla' plain products, 'auto' the kernel
+  # where there is one for this model.
+  attention: str = 'auto'
   # The first query head of each kv head starts equal to the key head, so that a token attends to
   # its like from the start: a small model then learns much sooner to look things up in a list
   # (after the mimetic initialisation of Trockman & Kolter 2023).
@@ -123,6 +128,7 @@ class ModelConfig:
 
     Fields that are missing or unknown raise ValueError.
     """
+    obj = {'attention': 'auto', **obj}  # models saved before there was the field
     checks.check_fields(cls, obj, 'model config: the field {name} is {what}.')
     scaling = obj['rope_scaling'] and RopeScaling(**obj['rope_scaling'])
     return cls(**{**obj, 'rope_scaling': scaling, 'lora_targets': tuple(obj['lora_targets'])})

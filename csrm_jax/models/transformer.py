@@ -209,16 +209,15 @@ class Transformer(nnx.Module):
     mask_of = _make_mask_of(cfg, _make_mask_fn(segment_ids, prefix, ends, positions))
     # Where prompts share tokens, keys within the window may lie farther away in the row.
     uniform = cfg.sliding_window if cfg.window_period == 1 and ends is None else 0
-    # Kernels take the same segment_ids for queries and keys; a prefix has keys and no queries.
-    kernel = None if prefix else attention_lib.make_kernel(cfg)
+    kernel = attention_lib.make_kernel(cfg, has_prefix=prefix is not None)
 
     def attend(query, key, value, has_window, before):
       kept = _to_cache(key, value) if keep else None
-      if kernel:
-        mask = None if ends is None else mask_of(has_window)
-        return kernel(query, key, value, segment_ids, has_window, mask), kept
       if before:
         key, value = _put_before(key, value, *before)
+      if kernel:
+        mask = None if ends is None and not before else mask_of(has_window)
+        return kernel(query, key, value, segment_ids, has_window, mask), kept
       out = attention_lib.attend(
         query, key, value, mask_of(has_window), cap=cfg.attention_softcap, window=uniform
       )
