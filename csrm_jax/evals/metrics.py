@@ -79,10 +79,23 @@ def auprc(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   """Returns the average precision, the area under precision over recall; nan with one class."""
   if _one_class(labels):
     return math.nan
-  # Imported here, as in figures: scikit-learn takes half of the time that a run needs to start.
-  from sklearn.metrics import average_precision_score
+  order = np.argsort(-p_unsafe, kind='stable')
+  hits = np.cumsum(labels[order])
+  # A threshold cannot split rows of equal value: only the last of a run counts.
+  ends = np.flatnonzero(np.append(np.diff(p_unsafe[order]) != 0, True))
+  recalled = np.diff(hits[ends] / hits[-1], prepend=0)
+  precision = hits[ends] / (ends + 1)
+  # Summed as scikit-learn does, which takes ten times as long; a report measures many small sets.
+  return float(np.sum((recalled * precision)[::-1]))
 
-  return float(average_precision_score(labels, p_unsafe))
+
+def auroc(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
+  """Returns how often an unsafe row is above a safe one, a tie being half; nan with one class."""
+  if _one_class(labels):
+    return math.nan
+  safe, unsafe = np.sort(p_unsafe[labels == 0]), p_unsafe[labels == 1]
+  below = np.searchsorted(safe, unsafe, 'left') + np.searchsorted(safe, unsafe, 'right')
+  return float(below.sum() / (2 * len(safe) * len(unsafe)))
 
 
 def fpr_at_recall(labels: np.ndarray, p_unsafe: np.ndarray, recall: float = 0.95) -> float:
