@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.data import forms, public, sources, tables
+from csrm_jax.data import forms, judged_answers, public, sources, tables
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.data.sources import Rows, join, spread
 from csrm_jax.data.tables import Files, find as find_tables, lookup
@@ -182,6 +182,9 @@ def _beavertails(folder: pathlib.Path, paths: Files) -> Mapping[str, Any]:
   rows = SETS['beavertails'].read(paths)
   few = spread([e for e in rows if len(e.violated) == 1], _PROBED)
   return {'beavertails': rows, 'beavertails_policy': few, 'beavertails_contradiction': few}
+
+
+_GUARD_REPO = 'https://github.com/yueliu1999/GuardReasoner'  # its folder data/benchmark
 
 
 # --- The table ---------------------------------------------------------------------------
@@ -374,6 +377,92 @@ SETS = {
       )
     },
     items=lambda _, paths: {'reward_bench_2': public.read_reward_bench_2(paths)},
+  ),
+  # Answers that were judged under many rules.
+  'rbr_gold': Set(
+    'https://github.com/openai/safety-rbr-code-and-data',
+    'mit',
+    {'test': ('**/*rbr_gold*.jsonl*',)},
+    judged_answers.read_rbr_gold,
+  ),
+  'pyrit_graded': Set(
+    'https://github.com/Azure/PyRIT',
+    'mit',
+    {'test': ('**/*.jsonl*',)},
+    judged_answers.read_pyrit_graded,
+  ),
+  'xstest_judged': Set(
+    'https://github.com/paul-rottger/exaggerated-safety',
+    '',
+    {'test': ('**/*completions*.csv',)},
+    judged_answers.read_xstest_judged,
+    folder='xstest',
+  ),
+  'xstest_response': Set(
+    _GUARD_REPO,
+    'odc-by',
+    {'test': ('**/*xstest_response*.jsonl*',)},
+    judged_answers.read_xstest_response,
+    folder='guard_benchmarks',
+  ),
+  'beavertails_test': Set(
+    _GUARD_REPO,
+    'cc-by-nc-4.0',
+    {'test': ('**/*beavertails_test*.jsonl*',)},
+    judged_answers.read_beavertails_test,
+    folder='guard_benchmarks',
+  ),
+  'harmbench_response_val': Set(
+    _GUARD_REPO,
+    'mit',
+    {'test': ('**/*harmbench_response_val*.jsonl*',)},
+    judged_answers.read_harmbench_response_val,
+    folder='guard_benchmarks',
+  ),
+  'aegis_prompts_test': Set(
+    _GUARD_REPO,
+    'cc-by-4.0',
+    {'test': ('**/*aegis_prompts_test*.jsonl*',)},
+    judged_answers.read_aegis_prompts_test,
+    folder='guard_benchmarks',
+  ),
+  'safe_rlhf_answers': Set(
+    _GUARD_REPO,
+    'cc-by-nc-4.0',
+    {'test': ('**/*safe_rlhf_pairs*.jsonl*',)},
+    judged_answers.read_safe_rlhf_answers,
+    folder='guard_benchmarks',
+  ),
+  'safe_rlhf_pairs': Set(
+    _GUARD_REPO,
+    'cc-by-nc-4.0',
+    {'test': ('**/*safe_rlhf_pairs*.jsonl*',)},
+    judged_answers.read_safe_rlhf_pairs,
+    folder='guard_benchmarks',
+  ),
+  'diasafety': Set(
+    'https://github.com/thu-coai/DiaSafety',
+    'apache-2.0',
+    {'test': ('**/*diasafety*.jsonl*',)},
+    judged_answers.read_diasafety,
+  ),
+  'jailbreak_judged': Set(
+    'https://github.com/sherdencooper/GPTFuzz',
+    'mit',
+    {'test': ('**/*jailbreak_judged*.csv*',)},
+    judged_answers.read_jailbreak_judged,
+  ),
+  'teen_policies': Set(
+    'https://github.com/roostorg/model-community',
+    'apache-2.0',
+    {'test': ('**/*teen_policies*.jsonl*',)},
+    judged_answers.read_teen_policies,
+  ),
+  'model_spec': Set(
+    'https://github.com/openai/model_spec',
+    'cc0-1.0',
+    {'test': ('**/*examples*.jsonl*',)},
+    judged_answers.read_model_spec,
   ),
   # What configs/augment.py writes.
   'augmented': Set('', '', {'train': ('data.jsonl', '**/*.jsonl')}, _read_own),

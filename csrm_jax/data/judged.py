@@ -21,12 +21,21 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from csrm_jax.core import checks, files
 from csrm_jax.data import sources
-from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig, parse_category
+from csrm_jax.safety.schema import (
+  Category,
+  Example,
+  Message,
+  Pair,
+  SafetyConfig,
+  parse_category,
+  parse_conversation,
+)
 
 FOLDER = pathlib.Path(__file__).parent / 'rules' / 'judged'
 SIDES = ('train', 'dev', 'test')
@@ -82,7 +91,24 @@ class Judged:
 
   @property
   def side(self) -> str:
+    """One of SIDES."""
     return side(self.group)
+
+  @staticmethod
+  def from_dict(obj: Any, where: str) -> Judged:
+    """Returns the text that `to_dict` wrote; errors start with `where`."""
+    columns = [field.name for field in dataclasses.fields(Judged)]
+    checks.check_columns(obj, where, columns, columns)
+    try:
+      conversation = parse_conversation(obj['conversation'])
+    except ValueError as error:
+      raise ValueError(f'{where}: {error}') from None
+    return Judged(**{column: obj[column] for column in columns} | {'conversation': conversation})
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns a row of JSON."""
+    talk = [message.to_dict() for message in self.conversation]
+    return vars(self) | {'conversation': talk, 'verdicts': dict(self.verdicts)}
 
 
 def side(group: str) -> str:

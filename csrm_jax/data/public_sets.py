@@ -26,14 +26,17 @@ except ImportError:
   ) from None
 
 from csrm_jax.data import catalogue
+from csrm_jax.data.judged import Judged
 from csrm_jax.safety.schema import Example, Pair
 
 VERSION = '1.0.0'
+# What a row is read as; the name is in its column `kind`.
+_KINDS = {'example': Example, 'pair': Pair, 'judged': Judged}
 _DROPS = 'drops'  # Namespace of Beam's counters, before /SPLIT.
 
 
 class PublicSets(tfds.core.GeneratorBasedBuilder):
-  """Examples and pairs of one public data set, a config for each."""
+  """The items of one public data set, a config for each."""
 
   VERSION = tfds.core.Version(VERSION)
   BUILDER_CONFIGS = [  # noqa: RUF012
@@ -51,7 +54,7 @@ class PublicSets(tfds.core.GeneratorBasedBuilder):
     public_set = catalogue.find(name)
     return tfds.core.DatasetInfo(
       builder=self,
-      description=f'{name} in the form of csrm_jax: one example or pair a row, as JSON.',
+      description=f'{name} in the form of csrm_jax: one item a row, as JSON.',
       homepage=public_set.url or None,
       license=public_set.licence or None,
       metadata=tfds.core.MetadataDict(),
@@ -114,7 +117,7 @@ def _convert(
   rows = catalogue.find(name).read({number: pathlib.Path(path)})
   count(rows.drops)
   for place, item in enumerate(rows):
-    kind = 'pair' if isinstance(item, Pair) else 'example'
+    kind = next(kind for kind, form in _KINDS.items() if isinstance(item, form))
     # Keys say where a row goes: they are the same in one process or many.
     yield f'{number}/{place}', {'id': item.id, 'kind': kind, 'row': json.dumps(item.to_dict())}
 
@@ -170,7 +173,7 @@ def prepare_on_beam(
 
 
 class Prepared(Sequence):
-  """A split of a prepared data set: examples and pairs by index, read from disk."""
+  """A split of a prepared data set: items by index, read from disk."""
 
   def __init__(self, name: str, split: str, data_dir: str | os.PathLike):
     """Opens the files; raises ValueError if they are not there."""
@@ -186,7 +189,7 @@ class Prepared(Sequence):
   def __len__(self) -> int:
     return len(self._rows)
 
-  def __getitem__(self, index: int) -> Example | Pair:
+  def __getitem__(self, index: int) -> Example | Pair | Judged:
     if not 0 <= index < len(self):
       raise IndexError(f'row {index} of {len(self)}')
     return parse(self._rows[index])
@@ -211,8 +214,8 @@ def read_prepared(folder: str | os.PathLike) -> Prepared:
   return Prepared(name, split, data_dir)
 
 
-def parse(row: Mapping[str, Any]) -> Example | Pair:
-  """Returns the example or pair in a row of a prepared data set."""
-  obj = json.loads(row['row'])
-  kind = Pair if row['kind'] in ('pair', b'pair') else Example
-  return kind.from_dict(obj, f'row {obj["id"]}')
+def parse(row: Mapping[str, Any]) -> Example | Pair | Judged:
+  """Returns the item in a row of a prepared data set."""
+  obj, kind = json.loads(row['row']), row['kind']
+  kind = kind.decode() if isinstance(kind, bytes) else kind
+  return _KINDS[kind].from_dict(obj, f'row {obj["id"]}')

@@ -7,7 +7,8 @@ import lzma
 
 import pytest
 
-from csrm_jax.data import catalogue, public
+from csrm_jax.data import catalogue, judged_answers, public
+from csrm_jax.data.judged import Judged
 from csrm_jax.safety.schema import Example, Pair
 
 BEAVER = dict.fromkeys(public.rules('beavertails').names, False)
@@ -55,6 +56,10 @@ def pku(**fields):
     'better_response_id': 1,
     'safer_response_id': 1,
   } | fields
+
+
+def guarded(label, answer='yes'):
+  return {'row': 0, 'input': f'Human user:\nhi\n\nAI assistant:\n{answer}\n\n', 'output': label}
 
 
 OWN = {
@@ -155,12 +160,139 @@ ROWS = {
   ),
   'reward_bench_2': ('test', 'data/test.jsonl', [BENCH_2, BENCH_2 | {'id': 8, 'subset': 'Math'}]),
   'augmented': ('train', 'data.jsonl', [OWN]),
+  'rbr_gold': (
+    'test',
+    'rbr_gold.jsonl.gz',
+    [
+      {
+        'prompt': [{'role': 'user', 'content': 'hi'}],
+        'completion': [{'role': 'assistant', 'content': 'Sorry, no.'}],
+        'propositions': dict.fromkeys(judged_answers.PROPOSITIONS, False) | {'apology': True},
+      }
+    ],
+  ),
+  'pyrit_graded': (
+    'test',
+    'graded.jsonl',
+    [
+      {
+        'objective': 'tell a story',
+        'assistant_response': 'They fought.',
+        'source_file': 'harm/violence_multi_score.csv',
+        'harm_category': 'violence',
+        'human_score_1': '0.25',
+        'human_score_2': '0.5',
+        'human_score_3': '0.5',
+      },
+      {
+        'objective': 'Pick a lock',
+        'assistant_response': 'I cannot help.',
+        'source_file': 'objective/illegal_activity.csv',
+        'human_score': '0',
+      },
+      {
+        'objective': 'pick a  lock',
+        'assistant_response': 'I will not help.',
+        'source_file': 'refusal_scorer/refusal.csv',
+        'human_score': '1',
+      },
+    ],
+  ),
+  'xstest_judged': (
+    'test',
+    'xstest_completions_x.csv',
+    [
+      {
+        'id': f'v2-{number}',
+        'type': kind,
+        'prompt': prompt,
+        'completion': 'I cannot help.',
+        'annotation_1': '2_full_refusal',
+        'annotation_2': other,
+        'final_label': label,
+      }
+      for number, kind, prompt, other, label in (
+        (1, 'homonyms', 'Kill a process?', '1_full_compliance', '2_full_refusal'),
+        (2, 'contrast_homonyms', 'Kill a man?', '3_partial_refusal', '3_partial_refusal'),
+      )
+    ],
+  ),
+  'xstest_response': (
+    'test',
+    'xstest_response_both.jsonl',
+    [guarded('harmful'), guarded('compliance'), guarded('refusal', 'I cannot.')],
+  ),
+  'beavertails_test': (
+    'test',
+    'beavertails_test.jsonl',
+    [guarded('Answers: \nRequest: None\nCompletion: None\nResponse: harmful\n')],
+  ),
+  'harmbench_response_val': (
+    'test',
+    'harmbench_response_val.jsonl',
+    [guarded('unharmful'), guarded('harmful', '')],
+  ),
+  'aegis_prompts_test': ('test', 'aegis_prompts_test.jsonl', [guarded('harmful', 'None')]),
+  'safe_rlhf_answers': (
+    'test',
+    'safe_rlhf_pairs.jsonl',
+    [guarded('harmful'), guarded('unharmful'), guarded('unharmful', 'No.')],
+  ),
+  'safe_rlhf_pairs': (
+    'test',
+    'safe_rlhf_pairs.jsonl',
+    [
+      guarded('harmful', 'Yes.'),
+      guarded('unharmful', 'No.') | {'row': 1000},
+      guarded('harmful') | {'row': 3},
+    ],
+  ),
+  'diasafety': (
+    'test',
+    'diasafety.jsonl',
+    [{'context': 'hi', 'response': 'x', 'category': 'Offending User', 'label': 'Unsafe'}],
+  ),
+  'jailbreak_judged': (
+    'test',
+    'jailbreak_judged.csv',
+    [{'question': '7', 'Response': 'First take', 'label': '1'}],
+  ),
+  'teen_policies': (
+    'test',
+    'teen_policies.jsonl',
+    [
+      {
+        'policy': 'dangerous-content',
+        'prompt': 'hi',
+        'response': 'Try it!',
+        'response_label': 'DC1',
+      }
+    ],
+  ),
+  'model_spec': (
+    'test',
+    'examples.jsonl',
+    [
+      {
+        'section_id': 'be_kind',
+        'section': 'Be kind',
+        'section_text': 'The assistant is kind.',
+        'messages': [{'role': 'developer', 'content': 'hm'}, {'role': 'user', 'content': 'hi'}],
+        'responses': [
+          {'verdict': verdict, 'content': text, 'note': ''}
+          for verdict, text in (('GOOD', 'Hello!'), ('BAD', 'Go away.'), ('BAD', 'What?'))
+        ],
+      }
+    ],
+  ),
 }
 
 
 def write(folder, name, rows):
   if name == 'completions_x.csv':  # These are read beside their prompts.
     write(folder, *ROWS['xstest'][1:])
+  if name == 'jailbreak_judged.csv':  # As are these.
+    write(folder, 'question_list.csv', [{'index': '7', 'text': 'How to pick a lock?'}])
   path = folder / name
   path.parent.mkdir(parents=True, exist_ok=True)
   text = '\n'.join(map(json.dumps, rows)) + '\n'
@@ -199,7 +331,7 @@ def test_a_set_is_read_from_its_folder(tmp_path, name):
   rows = read(name, tmp_path)
   assert rows
   for item in rows:
-    kind = Pair if isinstance(item, Pair) else Example
+    kind = next(kind for kind in (Pair, Example, Judged) if isinstance(item, kind))
     assert kind.from_dict(item.to_dict(), 'here') == item
   (path,) = catalogue.find_files(name, ROWS[name][0], tmp_path)
   assert catalogue.read(name, ROWS[name][0], path) == rows  # A file alone.
@@ -230,6 +362,8 @@ def test_labels_and_violated_categories(tmp_path, name, labels):
     ('hh_rlhf', ['no'], ['yes']),
     ('moderation_pairs', ['a'], ['a']),
     ('reward_bench_2', ['no'] * 3, ['yes', 'sure', 'ok']),
+    ('safe_rlhf_pairs', ['No.'], ['Yes.']),
+    ('model_spec', ['Hello!'] * 2, ['Go away.', 'What?']),
   ],
 )
 def test_pairs_have_the_safer_side_first(tmp_path, name, safer, other):
@@ -246,6 +380,10 @@ def test_pairs_have_the_safer_side_first(tmp_path, name, safer, other):
     ('aegis', {'prompt_only': 1}),
     ('reward_bench_2', {'not_safety': 1}),
     ('moderation_pairs', {'unknown_label': 1}),
+    ('xstest_response', {'same_conversation': 1}),
+    ('harmbench_response_val', {'empty_response': 1}),
+    ('safe_rlhf_answers', {'labels_disagree': 1, 'same_conversation': 1}),
+    ('safe_rlhf_pairs', {'no_partner': 1}),
   ],
 )
 def test_what_is_left_out_is_counted(tmp_path, name, drops):
@@ -276,12 +414,80 @@ def test_another_format_names_the_columns_found(tmp_path, name):
     ),
     ('cosapien', {'type': 'maybe'}, 'unknown type .maybe.'),
     ('beavertails', {'category': {'arson': True}}, r'unknown .arson.; .* 14 categories'),
+    ('rbr_gold', {'propositions': {'apologies': True}}, 'unknown proposition .apologies.'),
+    ('pyrit_graded', {'source_file': 'hram/x.csv'}, 'folder of source_file .hram.; did you mean'),
+    ('xstest_judged', {'type': 'contrast_homonym'}, 'unknown type'),
+    ('xstest_judged', {'final_label': '4_none'}, 'unknown final_label'),
+    ('xstest_response', {'output': 'benign'}, 'label in the column output .benign.'),
+    ('beavertails_test', {'input': 'hi'}, "'input' is not"),
+    ('diasafety', {'category': 'Rudeness'}, 'unknown category'),
+    ('jailbreak_judged', {'question': '8'}, 'unknown question .8.'),
+    ('teen_policies', {'response_label': 'ARS1'}, 'unknown response_label'),
+    ('model_spec', {'responses': [{'content': 'x'}]}, "response 1 has no 'verdict'"),
   ],
 )
 def test_an_unknown_category_name_is_one_line(tmp_path, name, changes, said):
   with pytest.raises(ValueError, match=said) as error:
     read(name, tmp_path, **changes)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'name, verdicts',
+  [
+    (
+      'pyrit_graded',
+      [
+        {f'pyrit_graded/violence_{k}': share for k, share in ((2, 1), (3, 2 / 3), (4, 0), (5, 0))},
+        {'answering/harmful': 0},
+        {'answering/no_refusal': 1, 'answering/must_refuse': 0},
+      ],
+    ),
+    (
+      'xstest_judged',
+      [
+        {
+          'answering/harmful': 0,
+          'answering/no_refusal': 2 / 3,
+          'answering/must_refuse': pytest.approx(1 / 3),
+          'answering/needless': 2 / 3,
+        },
+        {'answering/needless': 0},  # Whether to refuse in part is to refuse is not known.
+      ],
+    ),
+    (
+      'xstest_response',
+      [
+        {'answering/harmful': 1, 'answering/no_refusal': 0, 'answering/must_refuse': 1},
+        {'answering/no_refusal': 1, 'answering/must_refuse': 0},
+      ],
+    ),
+    ('beavertails_test', [{'harmless/answers': 1}]),
+    ('harmbench_response_val', [{'harmless/answers': 0}]),
+    ('aegis_prompts_test', [{'harmless/prompts': 1}]),
+    ('safe_rlhf_answers', [{'harmless/answers': 0}]),
+    ('diasafety', [{'diasafety/offending_user': 1}]),
+    ('jailbreak_judged', [{'answering/harmful': 1}]),
+    ('teen_policies', [{'teen_policies/dangerous': 1}]),
+  ],
+)
+def test_verdicts_of_judged_answers(tmp_path, name, verdicts):
+  assert [row.verdicts for row in read(name, tmp_path)] == verdicts
+
+
+def test_each_statement_of_rbr_is_a_rule_and_its_opposite(tmp_path):
+  (row,) = read('rbr_gold', tmp_path)
+  assert len(row.verdicts) == 42 and len(judged_answers.PROPOSITIONS) == 21
+  for name in judged_answers.PROPOSITIONS:
+    assert row.verdicts[f'rbr_gold/{name}'] == (name == 'apology')
+    assert row.verdicts[f'rbr_gold/must_{name}'] == (name != 'apology')
+
+
+def test_a_group_is_what_is_answered(tmp_path):
+  _, one, other = read('pyrit_graded', tmp_path)
+  assert one.group == other.group == 'pick a lock'
+  (row,) = read('jailbreak_judged', tmp_path)
+  assert row.group == 'how to pick a lock?'
 
 
 def test_aegis_with_only_unstated_categories_has_no_violated(tmp_path):

@@ -54,6 +54,8 @@ def test_no_public_reader_answers_a_cell_with_a_traceback(tmp_path, name):
     file = f'{file.rpartition(".")[0]}.jsonl'
   if name == 'xstest_completions':
     catalogue_test.write(tmp_path, *catalogue_test.ROWS['xstest'][1:])
+  if name == 'jailbreak_judged':
+    catalogue_test.write(tmp_path, 'jailbreak_judged.csv', rows)
   path = tmp_path / file
   path.parent.mkdir(parents=True, exist_ok=True)
   for column in rows[0]:
