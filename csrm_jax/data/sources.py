@@ -66,7 +66,7 @@ def check_ids(items: Iterable[Any], where: Any) -> None:
     seen.add(item.id)
 
 
-def digest(items: Iterable[Example | Pair]) -> str:
+def digest(items: Iterable[Any]) -> str:
   """Returns the sha256 (hex) of all that items hold, in their order."""
   content = hashlib.sha256()
   for item in items:

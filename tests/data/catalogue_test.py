@@ -539,7 +539,8 @@ COMPLIANCE_DIGEST = '730e212ac6a9ca68e9057d2f929f62d90a1fd735e76e8a0a2a777ac6ee7
 
 
 def test_the_rules_of_public_sets_are_what_models_were_trained_under():
-  files = public.RULES_FOLDER.glob('*.yaml')
+  # noise.yaml holds no rules.
+  files = set(public.RULES_FOLDER.glob('*.yaml')) - {public.RULES_FOLDER / 'noise.yaml'}
   assert {file.stem: public.rules(file.stem).digest() for file in files} == DIGESTS
   assert public.COMPLIANCE.digest() == COMPLIANCE_DIGEST
   assert [c.name for c in public.MODERATION_RULES.values()] == [
