@@ -222,6 +222,8 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
   workdir = pathlib.Path(workdir).expanduser().absolute()
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'--workdir={workdir} is a file: give a directory')
+  if workdir.is_dir():
+    files.remove_partial(workdir)
   path = workdir / 'config.json'
   if path.exists() and _has_results(workdir):
     try:
@@ -248,9 +250,7 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
 
 def _has_results(workdir: pathlib.Path) -> bool:
   ours = ('config.json', 'manifest.json', 'lease.json')
-  # What a killed process was writing is no result.
-  names = (path.name for path in workdir.iterdir())
-  return any(name not in ours and not re.fullmatch(r'\..*\.tmp', name) for name in names)
+  return any(path.name not in ours for path in workdir.iterdir())
 
 
 def discard_workdir(workdir: pathlib.Path) -> None:

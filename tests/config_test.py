@@ -242,8 +242,9 @@ def test_a_run_whose_config_is_gone_takes_no_other_one(tmp_path):
   config_lib.prepare_workdir(tmp_path, config)
   (tmp_path / 'manifest.json').write_text(json.dumps({'config_digest': config_lib.digest(config)}))
   # What a killed process was writing is no result.
-  (tmp_path / '.config.json.0a1b.tmp').write_text('{')
+  (tmp_path / '.config.json.0a1b2c3d.tmp').write_text('{')
   config_lib.prepare_workdir(tmp_path, other)
+  assert not list(tmp_path.glob('.*'))
   (tmp_path / 'metrics.jsonl').write_text('{}\n')
   (tmp_path / 'config.json').unlink()
   with pytest.raises(ValueError, match=r'config\.json is gone'):

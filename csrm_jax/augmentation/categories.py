@@ -68,19 +68,26 @@ def propose_all(
   keys = _keys(examples)
   done = {key: Checked.from_dict(journal[key]) for key in keys if key in journal}
   todo = [(key, e) for key, e in zip(keys, examples, strict=True) if key not in done]
-  progress(len(done), ())
+  # Those of an earlier start too: it may have been killed between its journal and its log.
+  progress(len(done), _events(examples, [done.get(key) for key in keys]))
   pieces = [todo[i : i + size] for i in range(0, len(todo), size)]
   results = map_fn(work, [[e for _, e in piece] for piece in pieces])
   for piece, checked in zip(pieces, results, strict=True):
-    events = []
-    for (key, example), item in zip(piece, checked, strict=True):
+    for (key, _), item in zip(piece, checked, strict=True):
       done[key] = item
       # What failed for a passing reason is not written down: the next run tries it again.
       if not item.is_transient:
         journal.put(key, dataclasses.asdict(item))
-      events += [{'event': 'dropped', 'id': example.id, 'reason': reason} for reason in item.drops]
-    progress(len(piece), events)
+    progress(len(piece), _events([e for _, e in piece], checked))
   return [done[key] for key in keys]
+
+
+def _events(examples: Sequence[Example], checked: Sequence[Checked | None]) -> list[dict[str, str]]:
+  return [
+    {'event': 'dropped', 'id': example.id, 'reason': reason}
+    for example, item in zip(examples, checked, strict=True)
+    for reason in (item.drops if item else ())
+  ]
 
 
 def _keys(examples: Sequence[Example]) -> list[str]:

@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import pathlib
 import random
 import threading
 import time
@@ -196,6 +197,8 @@ class Endpoint:
   concurrency: int
   price_in: float
   price_out: float
+  # A file that gets a line for each reply: what was paid for stands there whatever comes after.
+  paid: pathlib.Path | None = None
 
   def __post_init__(self):
     for name in ('base_url', 'model'):
@@ -281,11 +284,16 @@ class Endpoint:
         **self._format(request),
       )
     # A reply without choices or text, or one that breaks the protocol, is as unusable as prose.
-    usage = getattr(reply, 'usage', None)
+    usage, tokens = getattr(reply, 'usage', None), {}
     if usage is not None:
-      self._counts.add(
-        prompt_tokens=usage.prompt_tokens or 0, reply_tokens=usage.completion_tokens or 0
-      )
+      tokens = {
+        'prompt_tokens': usage.prompt_tokens or 0,
+        'reply_tokens': usage.completion_tokens or 0,
+      }
+      self._counts.add(**tokens)
+    if self.paid:
+      with self._lock:
+        files.append_log(self.paid, [{'requests': 1, **tokens}])
     choices = getattr(reply, 'choices', None)
     if not choices:
       return ''

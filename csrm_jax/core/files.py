@@ -13,9 +13,9 @@ import json
 import lzma
 import os
 import pathlib
+import re
 import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,6 +23,9 @@ from typing import Any
 import yaml
 
 from csrm_jax.core.checks import show
+
+# The names of what is being written.
+_PARTIAL = re.compile(r'\..*\.[0-9a-f]{8}\.tmp')
 
 # --- Writing ---------------------------------------------------------------------------
 
@@ -36,7 +39,7 @@ def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # In the same folder, so that os.replace never crosses a file system.
-  partial = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+  partial = _partial(path)
   try:
     partial.touch()
     mode = partial.stat().st_mode  # of new files here; some libraries write with a narrower one
@@ -59,7 +62,8 @@ def whole_folder(path: str | os.PathLike, last: str) -> Iterator[pathlib.Path]:
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
+  temporary = _partial(path)
+  temporary.mkdir()
   try:
     yield temporary
     path.mkdir(exist_ok=True)
@@ -67,6 +71,10 @@ def whole_folder(path: str | os.PathLike, last: str) -> Iterator[pathlib.Path]:
       os.replace(file, path / file.name)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _partial(path: pathlib.Path) -> pathlib.Path:
+  return path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
@@ -257,6 +265,26 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
   return [row for _, row in _log_lines(path)]
 
 
+def append_log(path: str | os.PathLike, rows: Sequence[Any]) -> None:
+  """Adds lines to a log; what a kill has left of its last line is dropped first."""
+  with open(path, 'ab+') as file:
+    end = file.seek(0, os.SEEK_END)
+    if end and file.seek(end - 1) == end - 1 and file.read(1) != b'\n':
+      file.seek(0)
+      file.truncate(file.read().rfind(b'\n') + 1)
+    file.write(b''.join(json.dumps(row).encode() + b'\n' for row in rows))
+
+
+def remove_partial(folder: str | os.PathLike) -> None:
+  """Removes what killed processes have left of the files and folders that they were writing."""
+  for path in list(pathlib.Path(folder).rglob('.*.tmp')):
+    if _PARTIAL.fullmatch(path.name):
+      if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+      else:
+        path.unlink(missing_ok=True)
+
+
 def cut_log(path: str | os.PathLike, step: int) -> None:
   """Drops the lines of steps after `step`, and a last line that was cut short.
 
@@ -270,20 +298,20 @@ def cut_log(path: str | os.PathLike, step: int) -> None:
     path.rename(aside)
   elif path.exists():
     # A resumed run writes the dropped steps again. The other lines stay, byte for byte.
-    found = _log_lines(path)
-    write(
-      path,
-      b''.join(
-        line for line, row in found if line.endswith(b'\n') and row.get('step', step + 1) <= step
-      ),
-    )
+    kept = [line for line, row in _log_lines(path) if line.endswith(b'\n') and _step(row) <= step]
+    write(path, b''.join(kept))
+
+
+def _step(row: dict[str, Any]) -> float:
+  step = row.get('step')
+  return step if isinstance(step, int) and not isinstance(step, bool) else float('inf')
 
 
 def _log_lines(path: str | os.PathLike) -> Iterator[tuple[bytes, dict[str, Any]]]:
   path = pathlib.Path(path)
   for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
     # A kill may have cut a line short anywhere; such a line is skipped.
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
       row = json.loads(line)
       if isinstance(row, dict):
         yield line, row

@@ -52,11 +52,12 @@ def sample(
   reward_fn: rewards.TotalFn,
   sampling: Sampling,
   path: pathlib.Path,
+  inputs: Mapping[str, str],
 ) -> dict[str, list[dict[str, Any]]]:
   """Returns {prompt id: its completions} with their rewards, drawn from the reference policy.
 
   A completion is {'tokens', 'text', 'stopped', 'reward', 'parts'}. Prompts that the journal at
-  `path` holds are not sampled again.
+  `path` holds for the same `inputs` ({weights and rewards: digest}) are not sampled again.
   """
   if len({prompt.id for prompt in prompts}) < len(prompts):
     raise ValueError('two prompts share an id; give each its own')
@@ -64,7 +65,8 @@ def sample(
   num_parallel, num_samples = config.pairs.num_parallel, config.pairs.num_samples
   bar = tqdm.tqdm(total=len(prompts), desc='sample', unit='prompt', mininterval=loop.BAR_INTERVAL_S)
   # By content, too: the completions of a prompt that has changed are not those of its name.
-  keys = {p.id: f'{p.id} {journal.key([p.messages, p.safety.digest()])[:16]}' for p in prompts}
+  content = {p.id: [p.messages, p.safety.digest(), dict(inputs)] for p in prompts}
+  keys = {p.id: f'{p.id} {journal.key(content[p.id])[:16]}' for p in prompts}
   with journal.Journal(path) as kept, bar:
     for start in range(0, len(prompts), num_parallel):
       group = prompts[start : start + num_parallel]

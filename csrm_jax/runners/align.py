@@ -47,6 +47,7 @@ class Setup:
   sampling: Sampling
   mesh: jax.sharding.Mesh  # training and rewards run on it
   sampling_mesh: jax.sharding.Mesh  # completions are drawn on it; it has the same devices
+  inputs: dict[str, str]  # {weights and reward models: digest}
   setup_s: float  # the seconds that reading all this has taken
 
 
@@ -103,9 +104,20 @@ def _set_up(config: ml_collections.ConfigDict) -> Setup:
   model = dataclasses.replace(policy.model, lora_rank=0)
   shardings = mesh_lib.shardings(transformer.shapes(model), mesh)
   reference = model, hf.load_params(source, model, shardings)
-  setup_s = time.monotonic() - began
+  inputs = {f'weights {config.policy.init}': hf.digest(source), **rewards.digests(config.reward)}
   return Setup(
-    config, source, policy, reference, train, test, scorers, sampling, mesh, sampling_mesh, setup_s
+    config,
+    source,
+    policy,
+    reference,
+    train,
+    test,
+    scorers,
+    sampling,
+    mesh,
+    sampling_mesh,
+    inputs,
+    setup_s=time.monotonic() - began,
   )
 
 
@@ -201,6 +213,7 @@ def _train_offline(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, 
     setup.scorers.total,
     setup.sampling,
     workdir / 'completions.jsonl',
+    setup.inputs,
   )
   pairs = offline.make_pairs(config, reference, base, prompts, completions, setup.mesh)
   if config.algorithm == 'distillation' and pairs['reward'].min() <= 0:
@@ -226,11 +239,8 @@ def _train(
     'init': str(setup.config.policy.init),
   }
   config, prompts = setup.config, [*setup.train, *setup.test]
-  inputs = {
-    f'weights {config.policy.init}': hf.digest(setup.source),
-    f'prompts {config.data.path or config.data.source}': journal.key(prompts),
-    **rewards.digests(config.reward),
-  }
+  name_of = config.data.path or config.data.source
+  inputs = setup.inputs | {f'prompts {name_of}': journal.key(prompts)}
   return loop_lib.train(
     work,
     state,

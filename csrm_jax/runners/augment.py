@@ -36,6 +36,8 @@ from csrm_jax.train import loop
 # The journal is written after so many conversations for each request that runs at once. A run that
 # is killed loses no more than these.
 _PIECE = 8
+# Has a line for each reply of an endpoint.
+_PAID = 'paid.jsonl'
 PROPOSERS = ('oracle', 'endpoint', 'model')
 
 
@@ -48,7 +50,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   judge = _make_judge(config)
   made, outcomes, pairs, num_pairs = examples, [], (), 0
   usage = collections.Counter()  # Beam's workers have proposers of their own, which report here.
-  log = functools.partial(_log, workdir / 'log.jsonl')
+  log = _make_log(workdir / 'log.jsonl')
   with (
     journal_lib.Journal(workdir / 'journal_categories.jsonl') as done,
     journal_lib.Journal(workdir / 'journal_strictness.jsonl') as ordered,
@@ -81,6 +83,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     card = _make_card(config, proposer.name, drops, usage) | {
       'digest': digest,
       'counts': _count(made, outcomes, num_pairs),
+      'paid': _sum_paid(config, workdir / _PAID),
     }
     with journal_lib.writing(workdir / 'card.json'):
       files.write_json(workdir / 'card.json', card, indent=1)
@@ -161,7 +164,7 @@ def _make_proposer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
     return proposers.Oracle(config.seed, **config.oracle)
   cache = journal_lib.Cache(config.cache or workdir / 'cache')
   if config.proposer == 'endpoint':
-    return proposers.Endpoint(cache, **config.endpoint)
+    return proposers.Endpoint(cache, **config.endpoint, paid=workdir / _PAID)
   if config.proposer == 'model':
     return proposers.LocalModel(cache, config.seed, **config.model)
   raise ValueError(f'config.proposer is {config.proposer!r}; use one of {", ".join(PROPOSERS)}')
@@ -266,6 +269,16 @@ def _make_card(
   }
 
 
+def _sum_paid(config: ml_collections.ConfigDict, path: pathlib.Path) -> dict[str, float]:
+  """Returns the replies and tokens of all starts of the run, and their cost."""
+  total = collections.Counter()
+  for row in files.read_log(path):
+    total.update({name: num for name, num in row.items() if isinstance(num, int)})
+  price = total['prompt_tokens'] * config.endpoint.price_in
+  price += total['reply_tokens'] * config.endpoint.price_out
+  return {**total, 'cost': price / 1e6} if total['requests'] else {}
+
+
 def _render_card(card: Mapping[str, Any]) -> str:
   facts = {key: value for key, value in card.items() if not isinstance(value, Mapping)}
   lines = ['# Data card', '']
@@ -303,13 +316,21 @@ def _prepare(workdir: pathlib.Path, path: pathlib.Path, section: ml_collections.
     public_sets.make_builder('augmented', folder, path).download_and_prepare()
 
 
-def _log(path: pathlib.Path, events: Sequence[Mapping[str, Any]]) -> None:
-  """Appends events to a JSONL file, which the first event creates."""
-  if events:
+def _make_log(path: pathlib.Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
+  """Returns what appends events to a JSONL file; those that an earlier start wrote are there."""
+
+  def name(event: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in event.items() if key != 'time'})
+
+  earlier = set(map(name, files.read_log(path)))
+
+  def log(events: Sequence[Mapping[str, Any]]) -> None:
     now = round(time.time(), 3)
-    lines = [json.dumps({'time': now, **event}) for event in events]
-    with journal_lib.writing(path), open(path, 'a', encoding='utf-8') as file:
-      file.write('\n'.join(lines) + '\n')
+    if new := [{'time': now, **event} for event in events if name(event) not in earlier]:
+      with journal_lib.writing(path):
+        files.append_log(path, new)
+
+  return log
 
 
 @contextlib.contextmanager

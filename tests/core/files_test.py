@@ -43,6 +43,16 @@ def test_whole_folder_moves_all_files_or_none(tmp_path):
   assert sorted(os.listdir(path)) == ['a', 'b', 'notes']
 
 
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+  context = [files.whole(tmp_path / 'a' / 'b.json'), files.whole_folder(tmp_path / 'c', 'x')]
+  for one in context:
+    one.__enter__()
+  (tmp_path / '.mine.tmp').write_text('')
+  assert len(list(tmp_path.rglob('*.tmp'))) == 3
+  files.remove_partial(tmp_path)
+  assert [path.name for path in tmp_path.rglob('*.tmp')] == ['.mine.tmp']
+
+
 def test_a_log_is_read_without_what_a_kill_left(tmp_path):
   path = tmp_path / 'log.jsonl'
   assert files.read_log(path) == []
@@ -54,3 +64,8 @@ def test_a_log_is_read_without_what_a_kill_left(tmp_path):
   assert path.read_text() == '{"step": 1}\n{"step": 2,  "a": 1}\n{"step": 2}\n'
   files.cut_log(path, 1)
   assert path.read_text() == '{"step": 1}\n'
+  path.write_text('5\n{"step": "1"}\n{"step": null}\n{"step": 1}\n' + '[' * 9000 + '\n{"cut')
+  files.append_log(path, [{'step': 2}])
+  assert path.read_text().endswith('[[\n{"step": 2}\n')
+  files.cut_log(path, 2)
+  assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -32,8 +32,9 @@ def _length_reward(samples):
   return totals, {'length': totals}
 
 
-def _sample(config, policy, params, prompts, reward_fn, path):
-  return offline.sample(config, policy, params, prompts, reward_fn, SAMPLING, path)
+def _sample(config, policy, params, prompts, reward_fn, path, weights=''):
+  inputs = {'weights': weights}
+  return offline.sample(config, policy, params, prompts, reward_fn, SAMPLING, path, inputs)
 
 
 def _never(samples):
@@ -56,6 +57,9 @@ def test_what_is_in_the_journal_is_not_sampled_again(config, policy, params, pro
   assert [len(some) for some in found.values()] == [6, 6, 6]
   again = _sample(config, policy, params, prompts, _never, path)
   assert again == found
+  # Another policy's completions are not those of its prompts.
+  with pytest.raises(AssertionError, match='sampled again'):
+    _sample(config, policy, params, prompts, _never, path, 'others')
 
 
 def test_a_run_that_was_killed_loses_nothing(

@@ -206,6 +206,10 @@ def test_corrupt_cache_entries_are_asked_for_again(conversations, tmp_path, undi
       path.write_bytes(path.read_bytes()[:40])
     _, card = run(c, tmp_path / 'b')
     assert server.num_requests == 23
+    assert card['paid']['requests'] == 3
+    # What earlier starts of a run have paid for stays in its card.
+    _, again = run(c, tmp_path / 'b')
+    assert server.num_requests == 23 and again['paid'] == card['paid']
   assert card['usage_of_last_run']['corrupt_cache'] == 3
   assert (tmp_path / 'b' / 'data.jsonl').read_bytes() == undisturbed
 

@@ -93,6 +93,10 @@ def test_a_killed_run_goes_on_where_it_was(finished, tmp_path, monkeypatch, num_
   run(config(), tmp_path)
   workdir = finished[0]
   assert (tmp_path / 'data.jsonl').read_bytes() == (workdir / 'data.jsonl').read_bytes()
+  events, whole = (
+    [e | {'time': 0, 'time_s': 0} for e in read(d / 'log.jsonl')] for d in (tmp_path, workdir)
+  )
+  assert sorted(map(str, events)) == sorted(map(str, whole))
   for name in ('journal_categories.jsonl', 'journal_strictness.jsonl'):
     keys = [entry['key'] for entry in read(tmp_path / name)]
     assert len(keys) == len(set(keys)) == len(read(workdir / name))
