@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.data import forms, judged_answers, public, sources, tables
+from csrm_jax.data import forms, judged_answers, judged_texts, public, sources, tables
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.data.sources import Rows, join, spread
 from csrm_jax.data.tables import Files, find as find_tables, lookup
@@ -463,6 +463,64 @@ SETS = {
     'cc0-1.0',
     {'test': ('**/*examples*.jsonl*',)},
     judged_answers.read_model_spec,
+  ),
+  # Texts and prompts that were judged in many ways: their rows are `judged.Judged`. A licence that
+  # forbids commercial use, or that passes on, is for evaluation only.
+  'moderation_judged': Set(
+    'https://github.com/openai/moderation-api-release',
+    'mit',
+    {'test': ('**/*.jsonl.gz', '**/*.jsonl')},
+    judged_texts.read_moderation,
+    folder='moderation',
+  ),
+  'hatecheck': Set(
+    'https://github.com/paul-rottger/hatecheck-data',
+    'cc-by-4.0',
+    {'test': ('**/hatecheck.csv*', '**/test_suite_cases.csv*')},
+    judged_texts.read_hatecheck,
+  ),
+  'hatemoji': Set(
+    'https://github.com/HannahKirk/Hatemoji',
+    'cc-by-4.0',
+    {'test': ('**/hatemoji*.csv*', '**/Hatemoji*/*.csv*')},
+    judged_texts.read_hatemoji,
+  ),
+  'edos': Set(
+    'https://github.com/rewire-online/edos',
+    'cc0-1.0',
+    {'test': ('**/edos_labelled_aggregated.csv*', '**/edos.csv*')},
+    judged_texts.read_edos,
+  ),
+  'toxigen_human': Set(
+    'https://github.com/microsoft/SafeNLP',
+    'mit',
+    {'test': ('**/toxigen_human.jsonl*', '**/toxiGen.json*')},
+    judged_texts.read_toxigen,
+  ),
+  'ethos': Set(
+    'https://github.com/intelligence-csd-auth-gr/Ethos-Hate-Speech-Dataset',
+    'gpl-3.0',
+    {'test': ('**/ethos_*.csv*', '**/Ethos_Dataset_*.csv*')},
+    judged_texts.read_ethos,
+  ),
+  'context_toxicity': Set(
+    'https://github.com/ipavlopoulos/context_toxicity',
+    'apache-2.0',
+    {'test': ('**/cat_small.csv*',)},
+    judged_texts.read_context_toxicity,
+  ),
+  # AILuminate's, HarmBench's (MIT) and StrongREJECT's (MIT) files in one folder.
+  'hazard_prompts': Set(
+    'https://github.com/mlcommons/ailuminate',
+    'cc-by-4.0',
+    {'test': ('**/*.csv*',)},
+    judged_texts.read_hazard_prompts,
+  ),
+  'cosa': Set(
+    'https://github.com/microsoft/controllable-safety-alignment',
+    'cc-by-nc-4.0',
+    {'test': ('**/cosalign_prompts_by_rule_set.csv*',)},
+    judged_texts.read_cosa,
   ),
   # What configs/augment.py writes.
   'augmented': Set('', '', {'train': ('data.jsonl', '**/*.jsonl')}, _read_own),

@@ -13,6 +13,18 @@ Rules of a set stand in rules/judged/SET.yaml:
     - {name: Apologies, guideline: The response must not apologise ...}
     held:                       # wordings that only tests use
     - {name: No sorry, guideline: ...}
+
+Rules that differ in one thing alone are written once, as a pattern over what they are about:
+
+  hate_{key}:
+    each:                       # or a list of keys of groups.yaml, which several sets share
+      women: {names: [women, female people], held: [members of the female sex], unseen: always}
+    wordings:                   # each of them is filled with each of the names
+    - {name: 'Hate: {name}', guideline: 'No hate against {what}. ...'}
+    held: [...]                 # these are filled with what stands under `held`
+
+A name is a text, or [a short one for {name}, a long one for {what}]; a capital letter in the
+pattern makes one. Whoever is left out of runs is so in every set that lists it from groups.yaml.
 """
 
 from __future__ import annotations
@@ -20,13 +32,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from csrm_jax.core import checks, files
-from csrm_jax.data import sources
+from csrm_jax.data import sources, tables
 from csrm_jax.safety.schema import (
   Category,
   Example,
@@ -41,7 +53,8 @@ FOLDER = pathlib.Path(__file__).parent / 'rules' / 'judged'
 SIDES = ('train', 'dev', 'test')
 # The shares of the sides; a text's group decides its side.
 _SHARES = (0.75, 0.10, 0.15)
-_KEYS = ('unseen', 'within', 'wordings', 'held')
+_KEYS = ('unseen', 'within', 'each', 'wordings', 'held')
+_PART_KEYS = ('unseen', 'within', 'names', 'held')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +138,14 @@ def side(group: str) -> str:
 def rules(name: str) -> dict[str, Rule]:
   """Returns {key: rule} of the set of that name."""
   path = FOLDER / f'{name}.yaml'
-  rows = files.load_yaml(files.read_text(path), str(path), ())[0]
+  rows = {}
+  for key, row in _load(path).items():
+    for column in row:
+      checks.one_of(f'{path}: {key}: a key', column, _KEYS)
+    rows |= _expand(key, row) if 'each' in row else {key: row}
   found = {}
   for key, row in rows.items():
     where = f'{path}: {key}'
-    for column in row:
-      checks.one_of(f'{where}: a key', column, _KEYS)
     texts = {
       kind: tuple(parse_category(obj, where) for obj in row.get(kind, ()))
       for kind in ('wordings', 'held')
@@ -144,6 +159,36 @@ def rules(name: str) -> dict[str, Rule]:
     unseen = str(row.get('unseen', ''))
     found[f'{name}/{key}'] = Rule(f'{name}/{key}', **texts, unseen=unseen, stricter=tuple(stricter))
   return found
+
+
+def _load(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+  return files.load_yaml(files.read_text(path), str(path), ())[0]
+
+
+def _expand(key: str, row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns the rules that a pattern stands for."""
+  each = row['each']
+  if isinstance(each, list):
+    groups = _load(FOLDER / 'groups.yaml')
+    each = {part: tables.lookup(part, groups, f'group in {key}') for part in each}
+  found = {}
+  for part, about in each.items():
+    for column in about:
+      checks.one_of(f'{key}: {part}: a key', column, _PART_KEYS)
+    shared = {k: value for k, value in {**row, **about}.items() if k in ('unseen', 'within')}
+    texts = {
+      kind: [_fill(text, name) for name in about[names] for text in row[kind]]
+      for kind, names in (('wordings', 'names'), ('held', 'held'))
+    }
+    found[key.replace('{key}', part)] = shared | texts
+  return found
+
+
+def _fill(text: Mapping[str, str], name: str | Sequence[str]) -> dict[str, str]:
+  short, what = (name, name) if isinstance(name, str) else name
+  words = {'name': short, 'what': what}
+  words |= {key.capitalize(): word[:1].upper() + word[1:] for key, word in words.items()}
+  return {key: pattern.format_map(words) for key, pattern in text.items()}
 
 
 def strictness_pairs(

@@ -10,6 +10,7 @@ import pytest
 from csrm_jax.data import catalogue, judged_answers, public
 from csrm_jax.data.judged import Judged
 from csrm_jax.safety.schema import Example, Pair
+from tests.data import judged_texts_test
 
 BEAVER = dict.fromkeys(public.rules('beavertails').names, False)
 MODERATION = ('H', 'H2', 'V', 'V2', 'HR', 'SH')
@@ -285,6 +286,7 @@ ROWS = {
       }
     ],
   ),
+  **judged_texts_test.ROWS,
 }
 
 
