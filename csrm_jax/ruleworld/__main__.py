@@ -1,12 +1,18 @@
-"""Looks at RuleWorld: python -m csrm_jax.ruleworld --print=3 --kind=unseen."""
+"""Looks at RuleWorld, or at what reading no rules is worth in it.
+
+python -m csrm_jax.ruleworld --print=3 --kind=unseen
+python -m csrm_jax.ruleworld --shortcuts=shortcuts.json
+"""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 from collections.abc import Iterator
 
-from csrm_jax.ruleworld import corpus, examples, lexicon
+from csrm_jax.core import files
+from csrm_jax.ruleworld import corpus, examples, lexicon, shortcuts
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -66,11 +72,22 @@ def _print(kind: str, seed: int, index: int) -> None:
 
 
 def main() -> None:
-  """Prints examples, or trains the tokenizer that the package ships."""
-  parser = argparse.ArgumentParser(description=__doc__)
+  """Prints examples or what shortcuts reach, or trains the tokenizer that the package ships."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--print', type=int, default=3, metavar='N', help='how many to show')
   parser.add_argument('--kind', default='unseen', choices=tuple(_MAKE))
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+    '--shortcuts',
+    nargs='?',
+    const='',
+    metavar='PATH',
+    help='print what judges reach that do not read the rules, as Markdown, and as JSON to the file'
+    ' or below',
+  )
+  parser.add_argument('--num_rows', type=int, default=2000, help='of each tier of --shortcuts')
   parser.add_argument(
     '--train_tokenizer', metavar='PATH', help='write the SentencePiece model there instead'
   )
@@ -79,6 +96,14 @@ def main() -> None:
     tokenizer_lib.train_sentencepiece(
       sentences(), args.train_tokenizer, VOCAB_SIZE, templates.CONTROL_LINES
     )
+    return
+  if args.shortcuts is not None:
+    found = shortcuts.measure(num_rows=args.num_rows)
+    print(shortcuts.to_markdown(found))
+    if args.shortcuts:
+      files.write_json(args.shortcuts, found)
+    else:
+      print('\n' + json.dumps(found, indent=2))
     return
   for index in range(args.print):
     print(f'=== {args.kind} {index}')

@@ -15,6 +15,8 @@ Rules = tuple[rules_lib.Rule, ...]
 SPLITS = {  # split -> (topics, wordings)
   'seen': (lexicon.SEEN, rules_lib.SEEN_WORDINGS),
   'unseen': (lexicon.UNSEEN, rules_lib.UNSEEN_WORDINGS),
+  'new_topics': (lexicon.UNSEEN, rules_lib.SEEN_WORDINGS),
+  'new_wordings': (lexicon.SEEN, rules_lib.UNSEEN_WORDINGS),
 }
 _MAX_TRIES = 200
 
