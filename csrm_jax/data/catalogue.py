@@ -412,32 +412,32 @@ SETS = {
     judged_answers.read_beavertails_test,
     folder='guard_benchmarks',
   ),
-  'harmbench_response_val': Set(
+  'harmbench': Set(
     _GUARD_REPO,
     'mit',
     {'test': ('**/*harmbench_response_val*.jsonl*',)},
-    judged_answers.read_harmbench_response_val,
+    judged_answers.read_harmbench,
     folder='guard_benchmarks',
   ),
-  'aegis_prompts_test': Set(
+  'aegis_prompts': Set(
     _GUARD_REPO,
     'cc-by-4.0',
     {'test': ('**/*aegis_prompts_test*.jsonl*',)},
-    judged_answers.read_aegis_prompts_test,
+    judged_answers.read_aegis_prompts,
     folder='guard_benchmarks',
   ),
-  'safe_rlhf_answers': Set(
+  'safe_rlhf': Set(
     _GUARD_REPO,
     'cc-by-nc-4.0',
     {'test': ('**/*safe_rlhf_pairs*.jsonl*',)},
-    judged_answers.read_safe_rlhf_answers,
+    judged_answers.read_safe_rlhf,
     folder='guard_benchmarks',
   ),
-  'safe_rlhf_pairs': Set(
+  'safe_rlhf_judged_pairs': Set(
     _GUARD_REPO,
     'cc-by-nc-4.0',
     {'test': ('**/*safe_rlhf_pairs*.jsonl*',)},
-    judged_answers.read_safe_rlhf_pairs,
+    judged_answers.read_safe_rlhf_judged_pairs,
     folder='guard_benchmarks',
   ),
   'diasafety': Set(
