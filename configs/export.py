@@ -24,6 +24,13 @@ def get_config(arg=None):
   # verdict token for each label.
   # peft writes the adapters alone, for the weights that they were trained on.
   c.form = arg.form
+  c.dtype = ''  # of the written weights: float32 or bfloat16; '' is that of the run
+  # Rules that judge where a caller of the chat template gives none: a file; '' for none, which is
+  # an error of the caller's then.
+  c.safety = ''
+  c.threshold = 0.5  # P(unsafe) from which on readers of config.json flag a response
+  c.hub = ''  # org/name on the Hugging Face hub to upload to, as you are logged in; '' for none
+  c.hub_private = True  # whether a repository that is new there is private
   c.max_shard_bytes = 5_000_000_000  # the largest file; a larger model is written as several
   c.seed = 0  # draws the tokens on which the written model is checked
   return c

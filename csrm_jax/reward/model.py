@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from csrm_jax.core import checkpoint, checks, mesh as mesh_lib, remote, tree
 from csrm_jax.models import config as model_config, hf, hf_config, lora, transformer
-from csrm_jax.reward import backbone, scoring
+from csrm_jax.reward import backbone, exported, scoring
 from csrm_jax.safety import schema, templates
 from csrm_jax.safety.templates import ORDERS, WORDS
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -181,7 +182,7 @@ def load_parts(
   public = public_model(source)
   spec, tokenizer = describe(public or source, format, step=step, **options)
   if public:
-    params = hf.load_params(public, spec.model, _shardings(transformer.shapes(spec.model)))
+    params = _public_params(public, spec, tokenizer)
   else:
     params = restore_params(source, spec, step)
   return spec, params, tokenizer
@@ -196,7 +197,8 @@ def public_model(source: str | pathlib.Path | hf.Source) -> hf.Source | None:
     return hf.Source(source)
   if path.exists():
     is_ours = any((path / name).exists() for name in ('checkpoints', 'manifest.json'))
-    is_run = is_ours or not (path / 'config.json').is_file()
+    is_model = (path / hf_config.CONFIG_FILE).is_file() or exported.is_adapter(path)
+    is_run = is_ours or not is_model
   else:
     # "org/name" is an id on the hub; anything else is a folder that is missing.
     name = str(source)
@@ -291,14 +293,19 @@ def restore_params(source: str | pathlib.Path, spec: Spec, step: int | None = No
   params = jax.tree.map(lambda x, to: x.astype(to.dtype), restored.state['params'], wanted)
   if not spec.base:
     return params
+  return tree.merge(_base_params(spec, _shardings(base)), params)
+
+
+def _base_params(spec: Spec, shardings: Any) -> Any:
+  """Returns the weights that a spec's adapters belong to."""
   weights = hf.Source(spec.base)
-  digest = hf.digest(weights)
+  digest = hf.digest(weights) if spec.base_digest else ''
   if digest != spec.base_digest:
     raise ValueError(
       f'{spec.base}: the weights have digest {digest[:12]}, the adapters were trained on '
       f'{spec.base_digest[:12]}; give the weights they were trained on'
     )
-  return tree.merge(hf.load_params(weights, spec.model, _shardings(base)), params)
+  return hf.load_params(weights, spec.model, shardings)
 
 
 def _shardings(shapes: Any) -> Any:
@@ -310,6 +317,14 @@ def _shardings(shapes: Any) -> Any:
 def _describe_public(
   source: hf.Source, format: str, words: tuple[str, str], order: str, overrides: Mapping[str, Any]
 ) -> tuple[Spec, tokenizer_lib.Tokenizer]:
+  saved = exported.read(source)
+  if saved is not None:
+    if (format, words, order) != ('csrm', WORDS, ''):
+      raise ValueError(
+        f'{source.name}: an exported reward model knows its format, words and order; leave these '
+        'settings as they are'
+      )
+    return _describe_exported(source, saved, overrides)
   guard = templates.GUARDS.get(format)
   tokenizer = backbone.load_tokenizer(source)
   if guard:
@@ -321,11 +336,16 @@ def _describe_public(
     layout = templates.Layout(format, order or ORDERS[0], words, prefix, suffix)
     safe_words, unsafe_words = templates.pair_spellings(tokenizer, words)
   templates.check_marks(tokenizer, layout)
+  if exported.is_adapter(source.path):
+    raise ValueError(
+      f'{source.name}: adapters that csrm_jax did not export; merge them into their model, and '
+      'give that'
+    )
   cfg = hf.load_config(source, **overrides)
   if hf_config.form(source.spec, source.where) == 'sequence_classification':
     raise ValueError(
-      f'{source.name}: it is a sequence classifier, whose verdict is that of its own head '
-      '(score.weight); verdicts are words here, so give a model saved as ForCausalLM'
+      f'{source.name}: a sequence classifier that csrm_jax did not export, whose head nobody here '
+      'can read; verdicts are words here, so give a model saved as ForCausalLM'
     )
   spec = Spec(
     model=cfg,
@@ -339,6 +359,53 @@ def _describe_public(
   # Words that this tokenizer cannot say are an error here, before any weights are read.
   spec.verbalizers(tokenizer)
   return spec, tokenizer
+
+
+def _describe_exported(
+  source: hf.Source, saved: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[Spec, tokenizer_lib.Tokenizer]:
+  """Returns the spec and tokenizer of what configs/export.py wrote."""
+  try:
+    spec = Spec.from_dict(saved['spec'])
+  except (ValueError, LookupError, TypeError) as error:
+    raise ValueError(f'{source.where}: {error}') from None
+  tokenizer = backbone.load_tokenizer(source)
+  found = {'template': (spec.template_hash, templates.template_hash(spec.layout))}
+  if not source.is_gguf:  # which holds the tokenizer in another form
+    found['tokenizer'] = spec.tokenizer_digest, tokenizer.digest
+  for what, (then, now) in found.items():
+    if then != now:
+      raise ValueError(
+        f'{source.name}: it was exported with {what} {then[:12]}, here it is {now[:12]}; export it '
+        'again with this version'
+      )
+  if exported.is_adapter(source.path):
+    cfg = hf.load_config(spec.base, **lora.read_peft(source.path) | overrides)
+    return dataclasses.replace(spec, model=cfg), tokenizer
+  cfg = hf.load_config(source, **overrides)
+  if hf_config.form(source.spec, source.where) == 'sequence_classification':
+    cfg = dataclasses.replace(cfg, tie_embeddings=False)  # see _public_params
+  return dataclasses.replace(spec, model=cfg, base='', base_digest=''), tokenizer
+
+
+def _public_params(source: hf.Source, spec: Spec, tokenizer: tokenizer_lib.Tokenizer) -> Any:
+  """Returns the parameters of a public model, on the mesh that is set, if any."""
+  shardings = _shardings(transformer.shapes(spec.model))
+  if exported.is_adapter(source.path):
+    adapters = lora.load_peft(source.path, spec.model, shardings)
+    return tree.merge(_base_params(spec, shardings), adapters)
+  if hf_config.form(source.spec, source.where) == 'causal_lm':
+    return hf.load_params(source, spec.model, shardings)
+  tied = hf.load_config(source).tie_embeddings
+  params = hf.load_params(source, dataclasses.replace(spec.model, tie_embeddings=tied), shardings)
+  # The head is the difference of two rows of an output layer: here the row of "safe" is all of it
+  # and every other is 0, so that the verdict's score is the classifier's.
+  column = params.pop('score')['kernel']  # [D,1]
+  (safe,) = spec.verbalizers(tokenizer).safe
+  shape = len(column), spec.model.vocab_size
+  place = None if shardings is None else shardings['lm_head']['kernel']
+  kernel = jnp.zeros(shape, column.dtype, device=place).at[:, safe].set(column[:, 0])
+  return params | {'lm_head': {'kernel': kernel}}
 
 
 def _directory(source: str | pathlib.Path) -> pathlib.Path:

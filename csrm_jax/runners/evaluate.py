@@ -177,7 +177,7 @@ def _run_benchmarks(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
   rm = load_model(config)
   weights = rm.digest or reward_model.digest(config.checkpoint)
   score_fn = keep_scores(rm.score_fn, workdir / 'scores', weights)
-  results = test(score_fn, todo, _calibration(config.checkpoint))
+  results = test(score_fn, todo, calibration(config.checkpoint))
   name = rm.spec.layout.format
   summary = report.summarise(results) | {
     'format': name,
@@ -200,7 +200,7 @@ def _all_benchmarks(config: ml_collections.ConfigDict) -> list[Benchmark]:
   return suites.prepare(benchmark.limited(item, config.max_items) for item in todo)
 
 
-def _calibration(checkpoint: str) -> Calibration | None:
+def calibration(checkpoint: str | pathlib.Path) -> Calibration | None:
   """Returns the calibration that training has fitted, or None."""
   path = pathlib.Path(checkpoint).expanduser() / 'calibration.json'
   if not path.is_file():

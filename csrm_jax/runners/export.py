@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import pathlib
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from csrm_jax.core import tree
+from csrm_jax.core import checks, files, tree
 from csrm_jax.models import hf, hf_config, lora, shards, transformer
-from csrm_jax.models.config import ModelConfig
-from csrm_jax.reward import backbone, model as reward_model
+from csrm_jax.models.config import DTYPES, ModelConfig
+from csrm_jax.reward import backbone, exported, model as reward_model
+from csrm_jax.runners import evaluate
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -33,30 +35,23 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     raise ValueError(f'config.form is {config.form!r}: choose one of {", ".join(FORMS)}')
   if not config.checkpoint:
     raise ValueError('config.checkpoint is empty: give --config=configs/export.py:checkpoint=DIR')
+  if config.dtype and config.dtype not in DTYPES:
+    raise ValueError(f"config.dtype={config.dtype!r} must be '' or one of {', '.join(DTYPES)}")
+  if config.dtype and config.form == 'peft':
+    raise ValueError(f'config.dtype={config.dtype!r}: adapters stay float32; leave it empty')
   source = pathlib.Path(config.checkpoint).expanduser().absolute()
   spec, tokenizer = reward_model.describe(source)
+  export = _describe(config, source, spec, tokenizer)
   params = reward_model.restore_params(source, spec)
   folder = workdir / ('adapter' if config.form == 'peft' else 'model')
-  _write(config, spec, tokenizer, params, folder)
-  backbone.save_tokenizer(source, folder)
-  if isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer):
-    # A .model file says nothing about how transformers should use it.
-    ids = _special_ids(tokenizer)
-    settings = {
-      'tokenizer_class': 'LlamaTokenizer',
-      'legacy': False,
-      'add_bos_token': tokenizer.bos_id is not None,
-      'add_eos_token': False,
-      'add_prefix_space': tokenizer.opens_with_space,
-      **{f'{name}_token': tokenizer.piece(i) for name, i in ids.items() if i is not None},
-    }
-    shards.write_json(folder / 'tokenizer_config.json', settings)
+  _write(config, export, spec, params, folder)
+  _write_tokenizer(source, export, folder)
   tokens = np.random.default_rng(config.seed).integers(
     tokenizer.vocab_size, size=(_ROWS, _LENGTH), dtype=np.int32
   )
   head = transformer.logits
   if config.form == 'sequence_classification':
-    safe, unsafe = _verdict_tokens(spec, tokenizer)
+    safe, unsafe = _verdict_tokens(export)
 
     def head(*args):
       logits = transformer.logits(*args)
@@ -73,22 +68,51 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     f'largest difference of {outputs.size} outputs from those of the '
     f'trained model: {difference:.3g} (largest output {largest:.3g})'
   )
-  if not difference <= _TOLERANCE[spec.model.param_dtype] * largest:
+  if not difference <= _TOLERANCE[config.dtype or spec.model.param_dtype] * largest:
     raise ValueError(
       f'{folder}: what was written computes other outputs than the trained '
       'model; do not use it, and report this'
     )
+  architecture = ''
+  if config.form != 'peft':
+    architecture = hf_config.read(folder)['architectures'][0]
+  name = config.hub or folder.name
+  files.write(folder / 'README.md', exported.card(export, config.form, name, architecture))
+  if not spec.base and (license_ := _license()):
+    files.write(folder / 'LICENSE', license_)
+  if config.hub:
+    _push(folder, config.hub, config.hub_private)
+
+
+def _describe(
+  config: ml_collections.ConfigDict,
+  source: pathlib.Path,
+  spec: reward_model.Spec,
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> exported.Export:
+  """Returns what travels with the weights."""
+  if not 0 < config.threshold < 1:
+    raise ValueError(f'config.threshold is {config.threshold}; it is a P(unsafe) between 0 and 1')
+  return exported.Export(
+    spec=dataclasses.asdict(spec),
+    tokenizer=tokenizer,
+    layout=spec.layout,
+    verbalizers=spec.verbalizers(tokenizer),
+    threshold=config.threshold,
+    calibration=evaluate.calibration(source),
+    rules=schema.load_safety(config.safety) if config.safety else None,
+  )
 
 
 def _write(
   config: ml_collections.ConfigDict,
+  export: exported.Export,
   spec: reward_model.Spec,
-  tokenizer: tokenizer_lib.Tokenizer,
   params: Any,
   folder: pathlib.Path,
 ) -> None:
   # How prompts must be written goes with the weights.
-  metadata = {'csrm_jax': json.dumps(dataclasses.asdict(spec), sort_keys=True)}
+  metadata = {'csrm_jax': json.dumps(export.spec, sort_keys=True)}
   if config.form == 'peft':
     if not spec.base:
       raise ValueError(
@@ -96,25 +120,75 @@ def _write(
         'is 0); choose another form'
       )
     lora.save_peft(folder, spec.model, lora.split(params)[0], spec.base, metadata)
+    shards.write_json(folder / exported.FILE, export.fields())
     return
   cfg = dataclasses.replace(spec.model, lora_rank=0)
   if spec.model.lora_rank:
     params = lora.merge(spec.model, params)
+  extra = {f'{name}_token_id': i for name, i in _special_ids(export.tokenizer).items()}
+  extra |= {exported.KEY: export.fields()}
   if config.form == 'sequence_classification':
-    params = _classifier(spec, tokenizer, params)
-  ids = {f'{name}_token_id': i for name, i in _special_ids(tokenizer).items()}
-  hf.save(folder, cfg, params, metadata, extra=ids, max_shard_bytes=config.max_shard_bytes)
+    params = _classifier(spec, export, params)
+  else:
+    extra |= export.classifier_fields()
+  if config.dtype:
+    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+  hf.save(folder, cfg, params, metadata, extra=extra, max_shard_bytes=config.max_shard_bytes)
+
+
+def _write_tokenizer(source: pathlib.Path, export: exported.Export, folder: pathlib.Path) -> None:
+  """Writes the tokenizer, with the chat template of our prompt in place of its own."""
+  backbone.save_tokenizer(source, folder)
+  tokenizer, path = export.tokenizer, folder / 'tokenizer_config.json'
+  settings = {}
+  if isinstance(tokenizer, tokenizer_lib.SentencePieceTokenizer):
+    # A .model file says nothing about how transformers should use it.
+    ids = _special_ids(tokenizer)
+    settings = {
+      'tokenizer_class': 'LlamaTokenizer',
+      'legacy': False,
+      'add_bos_token': tokenizer.bos_id is not None,
+      'add_eos_token': False,
+      'add_prefix_space': tokenizer.opens_with_space,
+      **{f'{name}_token': tokenizer.piece(i) for name, i in ids.items() if i is not None},
+    }
+  elif path.is_file():
+    settings = {k: v for k, v in files.read_json(path).items() if k != 'chat_template'}
+  shards.write_json(path, settings)
+  template = export.chat_template(backbone.find_tokenizer(folder))
+  files.write(folder / exported.TEMPLATE_FILE, template)
+
+
+def _license() -> str | None:
+  """Returns the text of this package's license, which holds for weights that it trained alone."""
+  path = pathlib.Path(__file__).parents[2] / 'LICENSE'
+  if path.is_file():
+    return path.read_text(encoding='utf-8')
+  return importlib.metadata.distribution('csrm_jax').read_text('licenses/LICENSE')
+
+
+def _push(folder: pathlib.Path, name: str, private: bool) -> None:
+  """Uploads the folder to the hub, as its user is logged in there."""
+  api = checks.require('huggingface_hub', 'config.hub').HfApi()
+  try:
+    api.create_repo(name, private=private, exist_ok=True)
+    api.upload_folder(repo_id=name, folder_path=folder, commit_message='Export of csrm_jax')
+  except Exception as error:  # Whatever the network or the hub says.
+    raise ValueError(
+      f'config.hub={name!r}: cannot be uploaded ({checks.reason(error)}); {folder} is complete, so '
+      f'log in (hf auth login) and give the same command again, or upload it by hand'
+    ) from None
+  print(f'uploaded: https://huggingface.co/{name}')
 
 
 def _special_ids(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, int | None]:
   return {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id, 'pad': tokenizer.pad_id}
 
 
-def _classifier(
-  spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer, params: Any
-) -> dict[str, Any]:
+def _classifier(spec: reward_model.Spec, export: exported.Export, params: Any) -> dict[str, Any]:
   """Returns params with score/kernel [D, 1] in place of the output layer."""
-  safe, unsafe = _verdict_tokens(spec, tokenizer)
+  safe, unsafe = _verdict_tokens(export)
+  tokenizer = export.tokenizer
   if spec.model.final_softcap:
     raise ValueError(
       f'final_softcap={spec.model.final_softcap} is not linear, so that no '
@@ -139,18 +213,17 @@ def _classifier(
   return body | {'score': {'kernel': kernel}}
 
 
-def _verdict_tokens(spec: reward_model.Spec, tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, int]:
-  verbalizers = spec.verbalizers(tokenizer)
-  for label in ('safe', 'unsafe'):
-    ids = getattr(verbalizers, label)
+def _verdict_tokens(export: exported.Export) -> tuple[int, int]:
+  for label in schema.LABELS:
+    ids = getattr(export.verbalizers, label)
     if len(ids) != 1:
-      words = [tokenizer.decode([i]) for i in ids]
+      words = [export.tokenizer.decode([i]) for i in ids]
       raise ValueError(
         f'{len(ids)} tokens say "{label}" ({words}), but one logit is the '
         'score only if one token does; export with form=causal_lm, or train '
         f'with one of them as config.template.{label}_words'
       )
-  return verbalizers.safe[0], verbalizers.unsafe[0]
+  return export.verbalizers.safe[0], export.verbalizers.unsafe[0]
 
 
 def _read_back(

@@ -40,7 +40,7 @@ from csrm_jax.core.checks import show
 LABELS = ('safe', 'unsafe')
 ROLES = ('system', 'user', 'agent', 'tool')
 # What others call the roles.
-_ROLE_WORDS = {
+ROLE_WORDS = {
   **{role: role for role in ROLES},
   **dict.fromkeys(('human', 'prompter'), 'user'),
   **dict.fromkeys(('assistant', 'gpt', 'chatgpt', 'model', 'bot', 'ai'), 'agent'),
@@ -376,7 +376,7 @@ def role_of(conversation: Any) -> Any:
   """Returns the role of the first message, in our words where they are known."""
   item = conversation[0] if conversation else None
   role = item.get('role', item.get('from')) if isinstance(item, Mapping) else None
-  return _ROLE_WORDS.get(role.lower(), role) if isinstance(role, str) else role
+  return ROLE_WORDS.get(role.lower(), role) if isinstance(role, str) else role
 
 
 def _content(item: Any) -> Any:

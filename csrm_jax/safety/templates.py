@@ -166,7 +166,7 @@ ANSWER = 'Answer:'
 CONTROL_LINES = (
   *(PREAMBLE, RULES, END_RULES, HISTORY, END_HISTORY, RESPONSE, END_RESPONSE, QUESTION, ANSWER),
 )
-_SPEAKERS = {'system': 'System: ', 'user': 'User: ', 'agent': 'Agent: ', 'tool': 'Tool: '}
+SPEAKERS = {'system': 'System: ', 'user': 'User: ', 'agent': 'Agent: ', 'tool': 'Tool: '}
 _INDENT = '\n  '
 
 
@@ -204,7 +204,7 @@ def _render_csrm(
 def _turn_lines(message: Message) -> str:
   # As in rules: only the template can start a line at the margin.
   content = _INDENT.join(message.content.splitlines())
-  return f'{_SPEAKERS[message.role]}{content}\n'
+  return f'{SPEAKERS[message.role]}{content}\n'
 
 
 # --- Formats of guard models -----------------------------------------------------------

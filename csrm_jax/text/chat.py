@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from csrm_jax.core import checks
 from csrm_jax.text import tokenizer
@@ -28,7 +29,14 @@ def wrap(template: str, special_tokens: Mapping[str, str], bos: str | None) -> t
   texts of 'bos_token', 'eos_token', ... for the template. `bos` is the token that the encoder
   puts before every prompt, or None; it is removed if the template writes it too.
   """
-  text = _render(template, special_tokens)
+  message = {'role': 'user', 'content': _MARKER}
+  try:
+    text = render(template, [message], add_generation_prompt=True, **special_tokens)
+  except Exception as error:  # A template may raise anything.
+    raise ValueError(
+      f'the chat template cannot be rendered ({checks.reason(error)}); use the template of an '
+      'instruction-tuned model, or none'
+    ) from None
   if text.count(_MARKER) != 1:
     raise ValueError(
       f'the chat template renders a user message {text.count(_MARKER)} times as it is, it must do'
@@ -80,7 +88,8 @@ def read(folder: str | os.PathLike) -> tuple[str | None, dict[str, str]]:
   return template, special
 
 
-def _render(template: str, special_tokens: Mapping[str, str]) -> str:
+def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+  """Returns what a chat template makes of messages; it may raise any exception."""
   checks.require('jinja2', 'a chat template')
   from jinja2 import sandbox
 
@@ -97,18 +106,6 @@ def _render(template: str, special_tokens: Mapping[str, str]) -> str:
     value, ensure_ascii=False, indent=indent
   )
   environment.globals['raise_exception'] = raise_exception
-  try:
-    return environment.from_string(template).render(
-      messages=[{'role': 'user', 'content': _MARKER}],
-      add_generation_prompt=True,
-      # The first token must be the verdict; templates without thinking ignore this.
-      enable_thinking=False,
-      tools=None,
-      documents=None,
-      **special_tokens,
-    )
-  except Exception as error:  # A template may raise anything.
-    raise ValueError(
-      f'the chat template cannot be rendered ({checks.reason(error)}); use the template of an '
-      'instruction-tuned model, or none'
-    ) from None
+  # The first token must be the verdict; templates without thinking ignore this.
+  defaults = {'enable_thinking': False, 'tools': None, 'documents': None}
+  return environment.from_string(template).render(messages=messages, **defaults | variables)

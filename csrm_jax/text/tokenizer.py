@@ -49,6 +49,8 @@ class Tokenizer(Protocol):
   # Whether the model was trained on prompts whose first plain text has an extra space in front.
   # `encode` never adds it; the writer of the beginning of a prompt does.
   opens_with_space: bool
+  # What other programs, which parse control tokens from any text, read otherwise in plain text.
+  control_texts: tuple[str, ...]
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of plain text, never a control id."""
@@ -83,6 +85,7 @@ class _WithControl:
     """Keeps the model file and the ids of its control tokens."""
     self._data, self.digest = data, hashlib.sha256(data).hexdigest()
     self._control, self._pattern = control, _alternatives(control)
+    self.control_texts = tuple(control)
     # The template has only a few control texts, and writes them in every prompt.
     self._memo = functools.lru_cache(1024)(self._encode_control)
     # The template separates its blocks by line breaks.
@@ -142,6 +145,7 @@ class SentencePieceTokenizer(_WithControl):
     self._mark_ids = [sp.piece_to_id(f'<0x{byte:02X}>') for byte in _WORD_MARK.encode()]
     self._has_bytes = all(sp.is_byte(i) for i in self._mark_ids)
     self._keep(data, control | tags, where)
+    self.control_texts += (_WORD_MARK,)
 
   def __reduce__(self):
     return type(self), (self._data,)
@@ -244,6 +248,12 @@ class HFTokenizer(_WithControl):
 
   def piece(self, token: int) -> str:
     return self._tok.id_to_token(int(token))
+
+
+def parse_all(path: str | os.PathLike, text: str) -> list[int]:
+  """Returns the ids that other programs read in a text by a tokenizer.json, control tokens too."""
+  package = checks.require('tokenizers', f'{os.fspath(path)}: a Hugging Face tokenizer.json')
+  return package.Tokenizer.from_file(os.fspath(path)).encode(text, add_special_tokens=False).ids
 
 
 def _read(model: str | os.PathLike | bytes) -> tuple[bytes, str]:

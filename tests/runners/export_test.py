@@ -6,7 +6,6 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 import safetensors
@@ -19,8 +18,8 @@ from csrm_jax.models import hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model
 from csrm_jax.ruleworld import examples as examples_lib
 from csrm_jax.runners import export
-from csrm_jax.safety import templates
-from csrm_jax.text import tokenizer as tokenizer_lib
+from csrm_jax.safety import schema, templates
+from csrm_jax.text import chat, tokenizer as tokenizer_lib
 from tests import small
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -154,6 +153,9 @@ def test_transformers_encodes_prompts_alike(make_run, tmp_path):
   for row, tokens in zip(*_prompts(run), strict=True):
     text = templates.render_text(templates.render(row.safety, row.conversation, templates.Layout()))
     assert theirs(text).input_ids == tokens.tolist()
+    messages = [message.to_dict() for message in row.conversation]
+    ids = theirs.apply_chat_template(messages, safety=row.safety.to_dict(), return_dict=True)
+    assert ids['input_ids'] == tokens.tolist()
 
 
 def test_adapter(make_run, tmp_path, capsys):
@@ -184,14 +186,13 @@ def test_bfloat16_weights_stay_so(make_run, tmp_path, capsys):
       {},
       'final_softcap=9.0 is not linear',
     ),
-    ('gguf', CFG, {}, "config.form is 'gguf': choose one of causal_lm"),
+    ('onnx', CFG, {}, "config.form is 'onnx': choose one of causal_lm"),
   ],
 )
 def test_what_has_no_such_form(form, cfg, fields, message, make_run, tmp_path):
   run = make_run(cfg, **fields)
-  c = ml_collections.ConfigDict(
-    {'checkpoint': str(run), 'form': form, 'seed': 0, 'max_shard_bytes': 10**9}
-  )
+  c = config_lib.load_module(ROOT / 'configs/export.py').get_config(f'checkpoint={run}')
+  c.form = form
   with pytest.raises(ValueError, match=message):
     export.run(c, tmp_path / 'out')
   assert not list(tmp_path.glob('out/*/model*'))
@@ -215,3 +216,73 @@ def test_no_checkpoint(tmp_path):
     _export('', tmp_path, 'causal_lm')
   with pytest.raises(FileNotFoundError, match='no readable checkpoint'):
     _export(tmp_path / 'nowhere', tmp_path, 'causal_lm')
+
+
+@pytest.mark.parametrize('form', ['causal_lm', 'sequence_classification', 'peft'])
+def test_what_was_written_is_read_back(form, make_run, tmp_path):
+  run = make_run(LORA)
+  folder = _export(run, tmp_path, form)
+  rows, _ = _prompts(run, 4)
+  rm = csrm_jax.load(folder)
+  np.testing.assert_allclose(rm.score_fn(rows), csrm_jax.load(run).score_fn(rows), atol=1e-4)
+  assert (rm.spec.max_length, rm.spec.safe_words) == (256, (' safe',))
+  assert 'knows its format' in small.error_of(csrm_jax.load, folder, words=('Yes', 'No'))
+
+
+def test_bfloat16_of_a_float32_run(make_run, tmp_path):
+  run = make_run()
+  folder = _export(run, tmp_path, 'causal_lm', dtype='bfloat16')
+  assert hf.load_config(folder).param_dtype == 'bfloat16'
+  rows, _ = _prompts(run, 4)
+  ours = csrm_jax.load(run).score_fn(rows)
+  assert np.abs(csrm_jax.load(folder, dtype='float32').score_fn(rows) - ours).max() < 0.1
+
+
+def test_config_card_and_license(make_run, tmp_path):
+  run = make_run()
+  fitted = {'temperature': 2.0, 'bias': 0.5}
+  (run / 'calibration.json').write_text(json.dumps(fitted))
+  folder = _export(
+    run, tmp_path, 'causal_lm', threshold=0.4, safety=str(ROOT / 'configs/safety/hospital.yaml')
+  )
+  spec = json.loads((folder / 'config.json').read_text())
+  saved = spec['csrm_jax']
+  assert saved['threshold'] == 0.4 and saved['spec']['layout']['order'] == 'rules_first'
+  assert fitted.items() <= saved['calibration'].items()
+  (safe,), (unsafe,) = (saved['verdict'][label]['token_ids'] for label in ('safe', 'unsafe'))
+  # vLLM reads the two from the names of their tokens, "safe" last.
+  assert (spec['method'], spec['id2label']) == ('from_2_way_softmax', {'0': 'safe'})
+  _, tokenizer = reward_model.describe(run)
+  assert spec['classifier_from_token'] == [tokenizer.piece(unsafe), tokenizer.piece(safe)]
+  card = (folder / 'README.md').read_text()
+  assert 'default rules judge: ' in card and f'log_p[[{safe}]]' in card and '@' not in card
+  assert (folder / 'LICENSE').read_text() == (ROOT / 'LICENSE').read_text()
+  # The default rules stand in the template.
+  template = (folder / 'chat_template.jinja').read_text()
+  talk = (schema.Message('agent', 'Hello.'),)
+  rules = schema.load_safety(ROOT / 'configs/safety/hospital.yaml')
+  want = templates.render_text(templates.render(rules, talk, templates.Layout()))
+  assert chat.render(template, [talk[0].to_dict()]) == f'<s>{want}'
+
+
+def test_upload(make_run, tmp_path, monkeypatch, capsys):
+  hub = pytest.importorskip('huggingface_hub')
+  calls = []
+
+  class Api:
+    def create_repo(self, name, private, exist_ok):
+      calls.append((name, private))
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+      calls.append(sorted(path.name for path in folder_path.iterdir()))
+      if len(calls) > 2:
+        raise OSError('401: not logged in')
+
+  monkeypatch.setattr(hub, 'HfApi', Api)
+  run = make_run()
+  _export(run, tmp_path, 'causal_lm', hub='me/rm')
+  assert calls[0] == ('me/rm', True)
+  assert {'README.md', 'LICENSE', 'config.json', 'model.safetensors'} <= set(calls[1])
+  assert 'https://huggingface.co/me/rm' in capsys.readouterr().out
+  with pytest.raises(ValueError, match='401: not logged in'):
+    _export(run, tmp_path, 'causal_lm', hub='me/rm')

@@ -8,15 +8,17 @@ them, where the order of segments must not change a single token.
 
 import json
 import os
+import pathlib
 import unicodedata
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from csrm_jax.data import features
-from csrm_jax.reward import backbone
-from csrm_jax.safety import templates
+from csrm_jax.reward import backbone, exported
+from csrm_jax.safety import schema, templates
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
 
 transformers = pytest.importorskip('transformers')
@@ -398,3 +400,38 @@ def test_begin_of_text_is_that_of_transformers(ours, theirs):
   first = theirs.encode('a')[0]
   added = first in theirs.all_special_ids
   assert ours.bos_id == (first if added else None)
+
+
+def test_our_chat_template(folder, ours, theirs):
+  """200 conversations under 5 rule sets, rendered and read by transformers."""
+  prefix, suffix = backbone.chat_marks(folder, ours)
+  layout = templates.Layout(chat_prefix=prefix, chat_suffix=suffix)
+  verbalizers = templates.Verbalizers((0,), (1,))
+  export = exported.Export({}, ours, layout, verbalizers, 0.5, None, None)
+  template = export.chat_template(pathlib.Path(folder) / 'tokenizer.json')
+  rng = np.random.default_rng(0)
+  marks = ours.control_texts
+  texts = [t for t in NASTY if len(t) < 100 and not any(mark in t for mark in marks)]
+
+  def draw():
+    return ''.join(rng.choice([*texts, ' and ', 'The cat sat on', '. ']) for _ in range(8))
+
+  sets = [
+    SafetyConfig(tuple(Category(f'{draw()} {i}', f'No. {draw()}') for i in range(size)))
+    for size in (1, 2, 3, 5, 8)
+  ]
+  for n in range(200):
+    messages = [
+      {'role': role, 'content': draw()}
+      for role in ('system', 'user', 'assistant', 'tool', 'user', 'assistant')[-1 - n % 6 :]
+    ]
+    for rules in sets:
+      segments = templates.render(rules, schema.parse_conversation(messages), layout)
+      got, _ = features.encode_prompt(segments, ours, 100_000)
+      want = theirs.apply_chat_template(
+        messages, chat_template=template, safety=rules.to_dict(), return_dict=True
+      )
+      assert list(want['input_ids']) == got.tolist()
+  messages[-1]['content'] += marks[0]
+  with pytest.raises(Exception, match='a control token of this tokenizer'):
+    theirs.apply_chat_template(messages, chat_template=template, safety=rules.to_dict())
