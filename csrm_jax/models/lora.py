@@ -153,6 +153,11 @@ def load_peft(folder: str | os.PathLike, cfg: ModelConfig, shardings: Any = None
   return hf.fill(hf.lora_slots(cfg), tensors, str(path), jnp.dtype(jnp.float32), shardings)
 
 
+def digest(folder: str | os.PathLike) -> str:
+  """Returns the sha256 (hex) of the adapters that PEFT or save_peft wrote; see shards.digest."""
+  return shards.digest(shards.open_file(pathlib.Path(folder) / WEIGHTS_FILE))
+
+
 def _check_has_adapters(cfg: ModelConfig) -> None:
   if not cfg.lora_rank:
     raise ValueError('lora_rank=0: the model has no adapters; set a rank.')

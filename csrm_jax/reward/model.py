@@ -171,6 +171,8 @@ def digest(source: str | pathlib.Path) -> str:
   That of a checkpoint stands in it; for that of a public model all its weights are read.
   """
   if public := public_model(source):
+    if exported.is_adapter(public.path):
+      return lora.digest(public.path)
     return hf.digest(public)
   return checkpoint.describe(_directory(source) / 'checkpoints').digest
 

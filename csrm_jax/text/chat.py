@@ -32,6 +32,8 @@ def wrap(template: str, special_tokens: Mapping[str, str], bos: str | None) -> t
   message = {'role': 'user', 'content': _MARKER}
   try:
     text = render(template, [message], add_generation_prompt=True, **special_tokens)
+  except ImportError:
+    raise
   except Exception as error:  # A template may raise anything.
     raise ValueError(
       f'the chat template cannot be rendered ({checks.reason(error)}); use the template of an '
