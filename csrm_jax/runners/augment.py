@@ -28,6 +28,7 @@ from csrm_jax import config as config_lib
 from csrm_jax.augmentation import beam, categories, proposers, report, requests, strictness
 from csrm_jax.core import files, journal as journal_lib
 from csrm_jax.data import catalogue, forms, pipeline
+from csrm_jax.data.judged import Judged
 from csrm_jax.reward import model as reward_model
 from csrm_jax.ruleworld import examples as ruleworld_examples, proposer as world
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
@@ -143,6 +144,8 @@ def _read(
   for item in rows:
     if isinstance(item, Pair):
       drops['is_pair'] += 1
+    elif isinstance(item, Judged):
+      drops['has_no_rules_of_its_own'] += 1
     elif item.label is None:
       drops['no_label'] += 1
     else:

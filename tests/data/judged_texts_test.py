@@ -106,7 +106,10 @@ def test_rules_have_many_wordings(name):
 
 
 # What rules are about that no run reads: a word that gives them away.
-_LEFT_OUT = ('disab', 'handicap', 'impair', 'harass', 'bully', 'stereotyp', 'copyright', 'defam')
+_LEFT_OUT = (
+  *('disab', 'handicap', 'impair', 'harass', 'bully', 'stereotyp', 'copyright', 'defam'),
+  *('self-harm', 'suicid', 'self-injur', 'malware', 'hack'),
+)
 
 
 def test_no_run_reads_a_rule_that_is_left_out_under_another_name():
