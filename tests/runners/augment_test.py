@@ -208,6 +208,13 @@ def test_some_of_a_file_are_drawn_at_random(tmp_path):
   assert augment._read(c.source, 0)[0] == items
 
 
+def test_judged_texts_have_no_rules_to_augment(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  path.write_text('{"comment": "Words.", "isHate": 0.5}\n')
+  with pytest.raises(ValueError, match="'has_no_rules_of_its_own': 1"):
+    augment._read(config(f'data=ethos,path={path}').source, 0)
+
+
 @pytest.mark.parametrize(
   'changes, said',
   [
