@@ -121,6 +121,12 @@ def _talk(prompt: str, answer: str) -> tuple[Message, Message]:
 
 
 def _rbr(row: Row) -> Parsed:
+  """Reads all statements as they are published.
+
+  Some were not asked about every kind of answer, and then stand as false: what is said of
+  suggestions, of firm advice and of solutions outside safe refusals, of apologies within them,
+  and of further content outside hard refusals.
+  """
   said, verdicts = row.object('propositions'), {}
   for name in said:
     lookup(name, dict.fromkeys((*PROPOSITIONS, *_TOO_RARE)), 'proposition')
