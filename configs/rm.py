@@ -8,6 +8,7 @@ python -m csrm_jax.main --config=configs/rm.py:data=augmented,path=AUG \
   --workdir=...
 python -m csrm_jax.main --config=configs/rm.py:model=smollm2_135m,lora=16,\
 data=public,data_dir=DIR --workdir=...
+python -m csrm_jax.main --config=configs/rm.py:recipe=real,data_dir=DIR --workdir=...
 python -m csrm_jax.main --config=configs/rm.py:model=llama3_8b,mesh=v5e-64,\
 path=AUG --workdir=gs://...
 python launch/sweep.py --config=configs/rm.py --seeds=0,1,2 --workdir=...
@@ -27,7 +28,9 @@ BACKBONES = common.BACKBONES
 def get_config(arg=None):
   """Returns the config.
 
-  arg: ablation=full|no_cca|no_sa|no_aug|rules_blind; data=ruleworld, public (a mixture of three
+  arg: recipe=real (SmolLM2-135M learns from texts that people judged under many rules, the sets of
+  REAL in data_dir; real_nc has the sets too that may not be used commercially);
+  ablation=full|no_cca|no_sa|no_aug|rules_blind; data=ruleworld, public (a mixture of three
   sets in data_dir), paper (the paper's mixture, from the hub; the default of a backbone on a
   slice), auto (files of your own in any form, with path, safety=RULES, columns.label=NAME and so
   on, labels={...}: see common.OWN), or a source of csrm_jax.data.catalogue with its path:
@@ -39,6 +42,7 @@ def get_config(arg=None):
   """
   arg = config_lib.parse_arg(
     arg,
+    recipe=('', 'real', 'real_nc'),
     ablation=tuple(ABLATIONS),
     data='',
     data_dir='',
@@ -52,6 +56,9 @@ def get_config(arg=None):
     epochs=0.0,
     smoke=False,
   )
+  if arg.recipe:
+    arg.model = 'smollm2_135m' if arg.model == 'tiny' else arg.model
+    arg.lora = arg.lora or 16
   is_public = arg.model != 'tiny'
   source = arg.data or ('paper' if is_public and arg.mesh else 'ruleworld')
   data = data_part(source, arg.path, pathlib.Path(arg.data_dir))
@@ -62,6 +69,7 @@ def get_config(arg=None):
     backbone_part(arg) if is_public else {},
     SLICE | common.on_slice('model', arg.mesh) if arg.mesh else {},
     PAPER if source == 'paper' else {},
+    real_part(arg.recipe, pathlib.Path(arg.data_dir)) if arg.recipe else {},
     # Only RuleWorld has a part `strictness` whose weight an ablation could set.
     {
       key: value
@@ -251,6 +259,56 @@ PAPER = {
   'eval.fraction': 0.02,
   'eval.max_examples': 2000,
 }
+
+# Sets of judged texts -> (folder, weight in the mixture of groups). All may be used commercially.
+REAL = {
+  'rbr_gold': ('rbr_gold', 14.0),
+  'pyrit_graded': ('pyrit_graded', 8.0),
+  'xstest_response': ('guard_benchmarks', 5.0),
+  'harmbench_response_val': ('guard_benchmarks', 2.0),
+  'aegis_prompts_test': ('guard_benchmarks', 1.0),
+  'diasafety': ('diasafety', 12.0),
+  'jailbreak_judged': ('jailbreak_judged', 6.0),
+  'moderation_judged': ('moderation', 8.0),
+  'hatecheck': ('hatecheck', 8.0),
+  'hatemoji': ('hatemoji', 8.0),
+  'edos': ('edos', 12.0),
+  'toxigen_human': ('toxigen_human', 10.0),
+  'context_toxicity': ('context_toxicity', 2.0),
+  'hazard_prompts': ('hazard_prompts', 4.0),
+  'hh_rlhf': ('hh_rlhf/harmless-base-test-first1500.jsonl.gz', 4.0),
+}
+# These may not.
+REAL_NC = {
+  'xstest_judged': ('xstest', 5.0),
+  'beavertails_test': ('guard_benchmarks', 5.0),
+  'safe_rlhf_answers': ('guard_benchmarks', 4.0),
+  'safe_rlhf_pairs': ('guard_benchmarks', 4.0),
+}
+
+
+def real_part(recipe, folder):
+  """Returns the part of a recipe for judged texts."""
+  sets = REAL | (REAL_NC if recipe == 'real_nc' else {})
+  return {
+    'title': 'Reward model of judged texts',
+    'num_steps': 1200,
+    'log_every': 20,
+    'checkpoint_every': 200,
+    'data.parts': {name: _part(name, w, folder / sub) for name, (sub, w) in sets.items()},
+    'data.judged.sides': ('train',),
+    'data.group_size': 4,
+    'data.batch_size': 16,
+    'data.row_length': 1024,
+    'data.max_length': 768,
+    'data.max_segments': 48,
+    'optim.lr': 1e-3,
+    'optim.warmup_steps': 40,
+    'loss.gamma': 0.3,
+    'eval.zero_shot': False,
+    'eval.ruleworld_examples': 0,
+  }
+
 
 # The paper's ablations; 'no_aug' is its row "-SA", which has neither SA nor CCA.
 _NO_CCA = {'data.drop_prob': 0.0, 'data.plus_prob': 0.0, 'data.minus_prob': 0.0}
