@@ -172,7 +172,7 @@ def flips_of(asked: Sequence[Question]) -> Flips:
 
 
 def balanced_flip(wins: np.ndarray, texts: np.ndarray, sets: np.ndarray) -> float:
-  """Returns how often P(unsafe) is higher under a rule that the text breaks than under one it keeps.
+  """Returns how often P(unsafe) is higher under the rule that a text breaks than under a kept one.
 
   Of each pair of rules both directions count the same, so that a judge that knows the rules and
   not the text has exactly one half; pairs with one direction only are left out. The mean over
