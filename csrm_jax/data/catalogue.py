@@ -412,32 +412,32 @@ SETS = {
     judged_answers.read_beavertails_test,
     folder='guard_benchmarks',
   ),
-  'harmbench': Set(
+  'harmbench_response_val': Set(
     _GUARD_REPO,
     'mit',
     {'test': ('**/*harmbench_response_val*.jsonl*',)},
-    judged_answers.read_harmbench,
+    judged_answers.read_harmbench_response_val,
     folder='guard_benchmarks',
   ),
-  'aegis_prompts': Set(
+  'aegis_prompts_test': Set(
     _GUARD_REPO,
     'cc-by-4.0',
     {'test': ('**/*aegis_prompts_test*.jsonl*',)},
-    judged_answers.read_aegis_prompts,
+    judged_answers.read_aegis_prompts_test,
     folder='guard_benchmarks',
   ),
-  'safe_rlhf': Set(
+  'safe_rlhf_answers': Set(
     _GUARD_REPO,
     'cc-by-nc-4.0',
     {'test': ('**/*safe_rlhf_pairs*.jsonl*',)},
-    judged_answers.read_safe_rlhf,
+    judged_answers.read_safe_rlhf_answers,
     folder='guard_benchmarks',
   ),
-  'safe_rlhf_judged_pairs': Set(
+  'safe_rlhf_pairs': Set(
     _GUARD_REPO,
     'cc-by-nc-4.0',
     {'test': ('**/*safe_rlhf_pairs*.jsonl*',)},
-    judged_answers.read_safe_rlhf_judged_pairs,
+    judged_answers.read_safe_rlhf_pairs,
     folder='guard_benchmarks',
   ),
   'diasafety': Set(

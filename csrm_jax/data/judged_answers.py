@@ -265,15 +265,15 @@ read_xstest_response = _reader(
   'xstest_response', _GUARD_COLUMNS, lambda row: _guarded(row, _RESPONSE_LABELS)
 )
 read_beavertails_test = _guard('beavertails_test', ANSWERS)
-read_harmbench = _guard('harmbench', ANSWERS)
-read_safe_rlhf = _guard('safe_rlhf', ANSWERS)
-read_aegis_prompts = _reader('aegis_prompts', _GUARD_COLUMNS, _aegis)
+read_harmbench_response_val = _guard('harmbench_response_val', ANSWERS)
+read_safe_rlhf_answers = _guard('safe_rlhf_answers', ANSWERS)
+read_aegis_prompts_test = _reader('aegis_prompts_test', _GUARD_COLUMNS, _aegis)
 
 
 # --- Pairs -----------------------------------------------------------------------------------
 
 
-def read_safe_rlhf_judged_pairs(paths: Files) -> Rows:
+def read_safe_rlhf_pairs(paths: Files) -> Rows:
   """Returns the two answers to each prompt of which one is safe: rows k and k + 1000."""
   safety = SafetyConfig((rules('harmless')[ANSWERS].wordings[0],), ANSWERS)
   labels = {'harmful': {ANSWERS: 1.0}, 'unharmful': {ANSWERS: 0.0}}
@@ -283,9 +283,9 @@ def read_safe_rlhf_judged_pairs(paths: Files) -> Rows:
     talk, verdicts = _guarded(row, labels)
     label = 'unsafe' if verdicts[ANSWERS] else 'safe'
     violated = safety.names if verdicts[ANSWERS] else ()
-    name = f'safe_rlhf_judged_pairs/{row.name("row")}'
+    name = f'safe_rlhf_pairs/{row.name("row")}'
     rows[int(row.amount('row'))] = Example(
-      name, safety, talk, label, violated, source='safe_rlhf_judged_pairs', rule_set=ANSWERS
+      name, safety, talk, label, violated, source='safe_rlhf_pairs', rule_set=ANSWERS
     )
     return ()
 
@@ -301,7 +301,7 @@ def read_safe_rlhf_judged_pairs(paths: Files) -> Rows:
       found.drop('same_safety')
     else:
       safer, other = sorted((first, second), key=lambda e: e.label)
-      found.append(Pair(f'safe_rlhf_judged_pairs/{k}', safer, other, 'preference'))
+      found.append(Pair(f'safe_rlhf_pairs/{k}', safer, other, 'preference'))
   return found
 
 

@@ -63,7 +63,7 @@ HEADLINE = (
   Row('EDOS, macro AUPRC', 'edos', 'seen', 'auprc', above=0.05),
   Row('DiaSafety, macro F1', 'diasafety', 'seen', 'f1', 0.78),
   Row('DiaSafety, macro AUPRC', 'diasafety', 'seen', 'auprc', 0.82),
-  Row('Safe-RLHF, pair accuracy', 'safe_rlhf_judged_pairs', 'pairs', 'accuracy', 0.72),
+  Row('Safe-RLHF, pair accuracy', 'safe_rlhf_pairs', 'pairs', 'accuracy', 0.72),
   Row('balanced flip, unseen rules', ALL, 'unseen', 'flip', 0.70),
   Row('balanced flip, a seen and an unseen rule', ALL, 'mixed', 'flip'),
   Row('balanced flip, seen rules', ALL, 'seen', 'flip'),

@@ -228,18 +228,18 @@ ROWS = {
     'beavertails_test.jsonl',
     [guarded('Answers: \nRequest: None\nCompletion: None\nResponse: harmful\n')],
   ),
-  'harmbench': (
+  'harmbench_response_val': (
     'test',
     'harmbench_response_val.jsonl',
     [guarded('unharmful'), guarded('harmful', '')],
   ),
-  'aegis_prompts': ('test', 'aegis_prompts_test.jsonl', [guarded('harmful', 'None')]),
-  'safe_rlhf': (
+  'aegis_prompts_test': ('test', 'aegis_prompts_test.jsonl', [guarded('harmful', 'None')]),
+  'safe_rlhf_answers': (
     'test',
     'safe_rlhf_pairs.jsonl',
     [guarded('harmful'), guarded('unharmful'), guarded('unharmful', 'No.')],
   ),
-  'safe_rlhf_judged_pairs': (
+  'safe_rlhf_pairs': (
     'test',
     'safe_rlhf_pairs.jsonl',
     [
@@ -364,7 +364,7 @@ def test_labels_and_violated_categories(tmp_path, name, labels):
     ('hh_rlhf', ['no'], ['yes']),
     ('moderation_pairs', ['a'], ['a']),
     ('reward_bench_2', ['no'] * 3, ['yes', 'sure', 'ok']),
-    ('safe_rlhf_judged_pairs', ['No.'], ['Yes.']),
+    ('safe_rlhf_pairs', ['No.'], ['Yes.']),
     ('model_spec', ['Hello!'] * 2, ['Go away.', 'What?']),
   ],
 )
@@ -383,9 +383,9 @@ def test_pairs_have_the_safer_side_first(tmp_path, name, safer, other):
     ('reward_bench_2', {'not_safety': 1}),
     ('moderation_pairs', {'unknown_label': 1}),
     ('xstest_response', {'same_conversation': 1}),
-    ('harmbench', {'empty_response': 1}),
-    ('safe_rlhf', {'labels_disagree': 1, 'same_conversation': 1}),
-    ('safe_rlhf_judged_pairs', {'no_partner': 1}),
+    ('harmbench_response_val', {'empty_response': 1}),
+    ('safe_rlhf_answers', {'labels_disagree': 1, 'same_conversation': 1}),
+    ('safe_rlhf_pairs', {'no_partner': 1}),
   ],
 )
 def test_what_is_left_out_is_counted(tmp_path, name, drops):
@@ -465,9 +465,9 @@ def test_an_unknown_category_name_is_one_line(tmp_path, name, changes, said):
       ],
     ),
     ('beavertails_test', [{'harmless/answers': 1}]),
-    ('harmbench', [{'harmless/answers': 0}]),
-    ('aegis_prompts', [{'harmless/prompts': 1}]),
-    ('safe_rlhf', [{'harmless/answers': 0}]),
+    ('harmbench_response_val', [{'harmless/answers': 0}]),
+    ('aegis_prompts_test', [{'harmless/prompts': 1}]),
+    ('safe_rlhf_answers', [{'harmless/answers': 0}]),
     ('diasafety', [{'diasafety/offending_user': 1}]),
     ('jailbreak_judged', [{'answering/harmful': 1}]),
     ('teen_policies', [{'teen_policies/dangerous': 1}]),

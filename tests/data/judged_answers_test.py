@@ -68,7 +68,7 @@ def test_each_level_of_severity_is_within_the_milder_ones():
 @pytest.mark.parametrize('name', SETS)
 def test_the_published_files_are_read(name):
   rows = catalogue.read(name, 'test', pathlib.Path(DATA) / SETS[name])
-  if name in ('model_spec', 'safe_rlhf_judged_pairs'):
+  if name in ('model_spec', 'safe_rlhf_pairs'):
     assert {(p.safer.label, p.other.label) for p in rows} == {('safe', 'unsafe')}
     return
   sides = {}
