@@ -15,6 +15,13 @@ python -m csrm_jax.main --config=configs/eval.py:benchmarks \\
 python -m csrm_jax.main --config=configs/eval.py:compare --workdir=/tmp/both \\
   --config.compare="('/tmp/full', '/tmp/no_cca')"
 
+Against people's verdicts on real texts, rule by rule, and beside judges that read no rules
+(checkpoint='' measures these alone); choose by the dev side, and look at the test side once:
+
+python -m csrm_jax.main --workdir=/tmp/real \\
+  --config=configs/eval.py:real,checkpoint=/tmp/rm,data_dir=DATA,side=dev
+python -m csrm_jax.evals.judged RUN1 RUN2 RUN3  # the mean over seeds or folds
+
 How often the verifier of refusals is right, by people's labels of XSTest's completions:
 
 python -m csrm_jax.main --config=configs/eval.py:refusals --workdir=/tmp/refusals \\
@@ -31,8 +38,23 @@ common = config_lib.load_module(pathlib.Path(__file__).with_name('common.py'))
 
 
 def get_config(arg=None):
-  """Returns the config; arg: benchmarks, compare, refusals, or nothing for a file."""
-  arg = config_lib.parse_arg(arg, benchmarks=False, compare=False, refusals=False)
+  """Returns the config; arg: benchmarks, real, compare, refusals, or nothing for a file.
+
+  With `real` come checkpoint, data_dir, side and fold.
+  """
+  arg = config_lib.parse_arg(
+    arg,
+    benchmarks=False,
+    compare=False,
+    refusals=False,
+    real=False,
+    checkpoint='',
+    data_dir='',
+    side=('dev', 'test'),
+    fold='',
+  )
+  if not arg.real and (arg.data_dir or arg.fold or arg.side != 'dev'):
+    raise ValueError('data_dir, side and fold go with `real`: write configs/eval.py:real,…')
   c = ml_collections.ConfigDict()
   if arg.compare:
     c.runner = 'compare'
@@ -53,10 +75,10 @@ def get_config(arg=None):
     c.safety = ''
     c.words = ('safe', 'unsafe')  # what a public model says for "safe" and "unsafe"
     return c
-  c.runner = 'benchmark' if arg.benchmarks else 'evaluate'
+  c.runner = 'benchmark' if arg.benchmarks else 'real' if arg.real else 'evaluate'
   # The work directory of a training run; or a public model: a Hugging Face folder, a hub id
   # (org/name) or a .gguf file.
-  c.checkpoint = ''
+  c.checkpoint = arg.checkpoint
   # The next three are for public models only: a trained one has them with its weights.
   # How prompts are written: csrm, llama_guard_3, llama_guard_3_user (judges the last user
   # message), shield_gemma, shield_gemma_user.
@@ -79,6 +101,17 @@ def get_config(arg=None):
   # What becomes of longer conversations: 'window' reads the response in parts and takes the worst
   # verdict; 'mark' leaves out its end; 'error' stops. Each verdict says what was not read.
   c.on_cut = 'window'
+  if arg.real:
+    c.data_dir = arg.data_dir  # has a folder for each set, see csrm_jax.data.catalogue
+    c.names = ()  # the sets, see csrm_jax.runners.real; () for all that are there
+    c.side = arg.side  # dev or test; training never sees either
+    # The rules that training left out, as in configs/rm.py; '' is what the checkpoint says.
+    c.fold = arg.fold
+    c.max_rows = -1  # the texts asked of each rule; 0 for all, -1 for 100 (dev) or 150 (test)
+    c.num_samples = 200  # draws of prompts for an interval
+    c.with_words = True  # also fit the judges that read no rules
+    c.dev = ''  # a work directory of the dev side, whose thresholds `F1 tuned` takes; '' for none
+    return c
   if arg.benchmarks:
     c.title = ''  # the report's title; '' names the model
     c.benchmarks = ml_collections.ConfigDict(

@@ -40,6 +40,7 @@ RUNNERS = {
   'benchmark': 'csrm_jax.runners.evaluate',
   'compare': 'csrm_jax.runners.evaluate',
   'refusals': 'csrm_jax.runners.evaluate',
+  'real': 'csrm_jax.runners.real',
   'augment': 'csrm_jax.runners.augment',
   'export': 'csrm_jax.runners.export',
   'align': 'csrm_jax.runners.align',
@@ -49,7 +50,7 @@ RUNNERS = {
 # These write nothing into a work directory, and need none.
 _WITHOUT_WORKDIR = ('serve',)
 # These have no prompts to show, though another runner of their module has.
-_WITHOUT_PROMPTS = ('benchmark', 'compare', 'refusals')
+_WITHOUT_PROMPTS = ('benchmark', 'compare', 'refusals', 'real')
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(

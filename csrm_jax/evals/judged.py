@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,14 +25,16 @@ from csrm_jax.data import judged
 from csrm_jax.data.judged import Judged, Rule
 from csrm_jax.evals import bootstrap, metrics, questions, words
 from csrm_jax.evals.bootstrap import Measure
-from csrm_jax.evals.questions import OTHER, SAFER, SINGLE, UNION, Question
+from csrm_jax.evals.questions import OTHER, SAFER, SINGLE, UNION, Item, Question
 from csrm_jax.evals.results import Metric
-from csrm_jax.safety.schema import Pair
 
 MODEL = 'model'
 ALL = 'all'  # all sets together
 # Rules with fewer texts of a class have no AUROC, AUPRC or F1 of their own.
 FEWEST = 5
+# The texts that are asked of each rule, and of each union: about 6,000 and 14,000 questions in all.
+MAX_ROWS = {'dev': 40, 'test': 100}
+_UNION_TEXTS = {'dev': 1, 'test': 3}
 # smECE is slow, and its interval is rough whatever the number of draws.
 _SMECE_SAMPLES = 40
 
@@ -50,8 +52,8 @@ class Row(NamedTuple):
 
 
 HEADLINE = (
-  Row('rbr_gold, seen rules, macro AUROC', 'rbr_gold', 'seen', 'auroc', 0.92),
-  Row('rbr_gold, seen rules, macro AUPRC', 'rbr_gold', 'seen', 'auprc', 0.75),
+  Row('rbr_gold, seen rules, macro AUROC', 'rbr_gold', 'seen, must not', 'auroc', 0.92),
+  Row('rbr_gold, seen rules, macro AUPRC', 'rbr_gold', 'seen, must not', 'auprc', 0.75),
   Row('rbr_gold, unseen rules, macro AUROC', 'rbr_gold', 'unseen', 'auroc', 0.70),
   Row('rbr_gold, unions, AUPRC', 'rbr_gold', 'unions', 'auprc'),
   Row('xstest_response, macro AUPRC', 'xstest_response', 'seen', 'auprc', 0.92),
@@ -140,8 +142,8 @@ class Flips(NamedTuple):
 
 def flips_of(asked: Sequence[Question]) -> Flips:
   """Returns the flips among single questions."""
-  rows: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-  kinds, sets, groups = {}, {}, {}
+  rows: dict[tuple[str, int, int], list[tuple[int, int, int]]] = {}
+  kinds, groups = {}, {}
   by_text = bootstrap.rows_by(q.text for q in asked if q.part == SINGLE)
   singles = [i for i, q in enumerate(asked) if q.part == SINGLE]
   keys = {key: i for i, key in enumerate(sorted({asked[i].rules[0] for i in singles}))}
@@ -152,21 +154,20 @@ def flips_of(asked: Sequence[Question]) -> Flips:
         if asked[i].example.label == 'safe' or asked[j].example.label == 'unsafe':
           continue
         a, b = keys[asked[i].rules[0]], keys[asked[j].rules[0]]
-        pair = min(a, b), max(a, b)
+        pair = asked[i].example.source, min(a, b), max(a, b)
         group = groups.setdefault(asked[i].group, len(groups))
         rows.setdefault(pair, []).append((i, j, group))
         kinds[pair] = (not asked[i].is_seen) + (not asked[j].is_seen)
-        sets.setdefault(pair, asked[i].example.source)
   found = [
-    (i, j, group, 2 * k + (keys[asked[i].rules[0]] != pair[0]))
+    (i, j, group, 2 * k + (keys[asked[i].rules[0]] != pair[1]))
     for k, (pair, some) in enumerate(rows.items())
     for i, j, group in some
   ]
-  names = {name: i for i, name in enumerate(dict.fromkeys(sets.values()))}
+  names = {name: i for i, name in enumerate(dict.fromkeys(name for name, *_ in rows))}
   columns = np.array(found, np.int64).reshape(-1, 4).T
   return Flips(
     *columns,
-    np.array([names[sets[pair]] for pair in rows], np.int64),
+    np.array([names[name] for name, *_ in rows], np.int64),
     np.array([kinds[pair] for pair in rows], np.int64),
   )
 
@@ -232,11 +233,13 @@ def splits(asked: Sequence[Question]) -> dict[str, np.ndarray]:
   part = np.array([q.part for q in asked], np.str_)
   seen, held = (np.array([getattr(q, n) for q in asked], bool) for n in ('is_seen', 'is_held'))
   levels = np.array([q.level >= 0 for q in asked], bool)
+  duty = np.array([questions.is_duty(q.rules[0]) for q in asked], bool)
   single, union = part == SINGLE, part == UNION
   masks = {
     'seen': single & seen,
     'seen, known words': single & seen & ~held,
     'seen, held words': single & seen & held,
+    'seen, must not': single & seen & ~duty & duty.any(),
     'unseen': single & ~seen,
     'levels': single & seen & levels,
     'unseen levels': single & ~seen & levels,
@@ -369,12 +372,13 @@ def own_or(asked: Sequence[Question], p: np.ndarray) -> np.ndarray:
 
 def evaluate_judged(
   score_fn: Callable[..., np.ndarray] | None,
-  sets: Mapping[str, Sequence[Judged | Pair]],
+  sets: Mapping[str, Sequence[Item]],
   side: str = 'dev',
   fold: str = '',
   out_dir: str | os.PathLike | None = None,
   *,
-  known: Callable[[str], Mapping[str, Rule]] = judged.rules,
+  trained: Collection[str] | None = None,
+  known: Callable[[str], Mapping[str, Rule]] | None = None,
   order: str = 'rules_first',
   max_rows: int | None = None,
   num_samples: int = 200,
@@ -391,9 +395,11 @@ def evaluate_judged(
     sets: {name: texts and pairs} of all sides; judges that count words are fitted on 'train'.
     side: 'dev' or 'test'.
     fold: The rules that training left out; see `judged.Rule`.
-    known: Returns {key: rule} of a file of rules by its name, the first part of keys.
+    trained: The sets that the model was trained on; None for all. Others may share their rules.
+    known: Returns {key: rule} of a file of rules by its name, the first part of keys; None for
+      judged.rules.
     order: What the scorer's prompts begin with: 'rules_first' or 'conversation_first'.
-    max_rows: The texts that are asked of each rule; 0 for all, None for questions.MAX_ROWS.
+    max_rows: The texts that are asked of each rule; 0 for all, None for MAX_ROWS.
     num_samples: Draws for an interval of the scorer's numbers.
     with_words: Whether to fit the judges of `words`.
     thresholds: {set: threshold} that the report of another side found.
@@ -404,11 +410,20 @@ def evaluate_judged(
   """
   checks.one_of('side', side, judged.SIDES[1:])
   if max_rows is None:
-    max_rows = questions.MAX_ROWS[side]
-  rules = {name: questions.rules_of(items, known) for name, items in sets.items()}
+    max_rows = MAX_ROWS[side]
+  rules = {name: questions.rules_of(items, known or judged.rules) for name, items in sets.items()}
+  may_train = {k for of in rules.values() for k, rule in of.items() if rule.is_seen(fold)}
+  seen = may_train & {
+    k for name in rules if trained is None or name in trained for k in rules[name]
+  }
   asked = {
     name: questions.ask(
-      name, questions.on_side(items, rules[name], side), rules[name], fold=fold, max_rows=max_rows
+      name,
+      questions.on_side(items, rules[name], side),
+      rules[name],
+      seen=seen,
+      max_rows=max_rows,
+      union_texts=_UNION_TEXTS[side],
     )
     for name, items in sets.items()
   }
@@ -427,15 +442,16 @@ def evaluate_judged(
     for name, p in zip(asked, np.split(p_unsafe, ends), strict=True):
       judges[name] = {MODEL: p, 'own_or': own_or(asked[name], p)}
   if with_words:
-    overall = _overall_rate(train, rules, fold)
+    overall = _overall_rate(train, may_train)
     for name, some in asked.items():
-      judges[name] |= words.judge(some, train[name], rules[name], fold, overall)
+      judges[name] |= words.judge(some, train[name], may_train & set(rules[name]), overall)
   found = _numbers(asked, judges, num_samples, thresholds or {})
   everything = [item for items in train.values() for item in items]
   out = {
     **(about or {}),
     'side': side,
     'fold': fold,
+    'trained': None if trained is None else sorted(trained),
     'max_rows': max_rows,
     'num_questions': len(flat),
     'num_texts': len({q.text for q in flat}),
@@ -450,15 +466,9 @@ def evaluate_judged(
   return out
 
 
-def _overall_rate(train, rules, fold: str) -> float:
-  broken = [
-    share >= 0.5
-    for name, items in train.items()
-    for item in items
-    if isinstance(item, Judged)
-    for key, share in item.verdicts.items()
-    if rules[name][key].is_seen(fold)
-  ]
+def _overall_rate(train: Mapping[str, Sequence[Item]], keys: Collection[str]) -> float:
+  texts = [item for items in train.values() for item in items if isinstance(item, Judged)]
+  broken = [share >= 0.5 for t in texts for key, share in t.verdicts.items() if key in keys]
   return float(np.mean(broken)) if broken else math.nan
 
 
@@ -593,7 +603,8 @@ def to_markdown(out: Mapping[str, Any]) -> str:
   parts = [
     f'# Suite real, {out["side"]} side',
     f'{out["num_questions"]:,} questions; at most {out["max_rows"] or "all"} texts a rule. '
-    f'Rules left out of training: fold {out["fold"]!r} and those that no run trains on. '
+    f'Rules left out of training: fold {out["fold"]!r}, those that no run trains on, and those of '
+    'sets that this one was not trained on. '
     f'Intervals are 95 % bootstrap intervals over prompts. Of {out["num_texts"]:,} texts '
     f'{shared} have their text or prompt on the training side of some set.',
     headline_table(out),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,11 +17,15 @@ from csrm_jax.data.judged import Judged, Rule, side
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 Rules = Mapping[str, Rule]
-# The sets of which unions of rules are asked too, and how many unions of how many texts each.
+# A text or pair under rules that have keys, or an example under rules of its own.
+Item = Judged | Pair | Example
+# The sets of which unions of rules are asked too: how many, of how many rules.
 UNIONS = ('rbr_gold', 'moderation_judged')
-NUM_UNIONS, UNION_TEXTS, UNION_SIZES = 200, 3, (2, 3, 4)
-# Rows of one rule that are asked; sets with fewer are asked in full.
-MAX_ROWS = {'dev': 100, 'test': 150}
+NUM_UNIONS, UNION_SIZES = 200, (2, 3, 4)
+# Sets of fewer rules are asked more of each.
+_FEW_RULES = 6
+# A prompt before texts of more groups is a form that says nothing of them.
+_FORM = 5
 SINGLE, UNION, SAFER, OTHER = 'single', 'union', 'safer', 'other'
 
 
@@ -37,7 +41,7 @@ class Question:
     share: The share of people who say that the rule is broken; nan for a union or a pair.
     part: SINGLE, UNION, or the side of a pair, whose other side is the question beside it.
     is_held: Whether it is in words that no run trains on.
-    is_seen: Whether runs of this fold train on all of its rules.
+    is_seen: Whether the model was trained on all of its rules, in whatever words.
     stricter: The keys of the rules that forbid all that this one forbids.
     level: How many they are; -1 where neither it has such rules nor another has it as such.
   """
@@ -54,53 +58,60 @@ class Question:
   level: int = -1
 
 
-def group_of(item: Judged | Pair) -> str:
-  """Returns the group of a text, or of a pair: its prompt."""
+def group_of(item: Item) -> str:
+  """Returns the group of a text, or of a pair or example: its prompt."""
   if isinstance(item, Judged):
     return item.group
-  talk = item.safer.conversation  # As in draws.split.
+  talk = _texts_in(item)[0]  # As in draws.split.
   return talk[-2].content if len(talk) > 1 else talk[-1].content
 
 
-def is_never_trained(items: Iterable[Judged | Pair], known: Rules) -> bool:
-  """Returns whether no run trains on the set: all of its rules are unseen."""
-  used = {key for item in items for key in keys_of(item)} & set(known)
-  return bool(used) and all(known[key].unseen == 'always' for key in used)
+def keys_of(item: Item) -> tuple[str, ...]:
+  """Returns the keys of the rules that an item was judged under; those of its own have none."""
+  if isinstance(item, Judged):
+    return tuple(item.verdicts)
+  return (item.safer.rule_set,) if isinstance(item, Pair) else ()
 
 
-def keys_of(item: Judged | Pair) -> tuple[str, ...]:
-  """Returns the keys of the rules that a text, or a pair, was judged under."""
-  return tuple(item.verdicts) if isinstance(item, Judged) else (item.safer.rule_set,)
+def is_never_trained(known: Rules) -> bool:
+  """Returns whether no run trains on the set: all of its rules are unseen, or each row's own."""
+  return all(rule.unseen == 'always' for rule in known.values())
+
+
+def _texts_in(item: Item) -> list[tuple[Message, ...]]:
+  sides = (item.safer, item.other) if isinstance(item, Pair) else (item,)
+  return [side.conversation for side in sides]
 
 
 def rules_of(
-  items: Iterable[Judged | Pair], known: Callable[[str], Rules] = judged.rules
+  items: Iterable[Item], known: Callable[[str], Rules] = judged.rules
 ) -> dict[str, Rule]:
   """Returns {key: rule} of the rules that the items were judged under.
 
   Args:
     known: Returns {key: rule} of a file of rules by its name, the first part of keys.
   """
-  used = {key for item in items for key in keys_of(item) if key}
+  used = {key for item in items for key in keys_of(item)}
   files = sorted({key.partition('/')[0] for key in used})
   return {key: rule for name in files for key, rule in known(name).items() if key in used}
 
 
-def on_side(items: Sequence[Judged | Pair], known: Rules, which: str) -> list[Judged | Pair]:
+def on_side(items: Sequence[Item], known: Rules, which: str) -> list[Item]:
   """Returns the items of a side; those of a set that no run trains on are all 'dev' or 'test'."""
   sides = {which}
-  if is_never_trained(items, known):
+  if is_never_trained(known):
     sides = {'train': set(), 'dev': {'dev'}, 'test': {'train', 'test'}}[which]
   return [item for item in items if side(group_of(item)) in sides]
 
 
 def ask(
   name: str,
-  items: Sequence[Judged | Pair],
+  items: Sequence[Item],
   known: Rules,
   *,
-  fold: str = '',
+  seen: Collection[str] | None = None,
   max_rows: int = 0,
+  union_texts: int = 1,
   num_unions: int | None = None,
 ) -> list[Question]:
   """Returns the questions about items of one set, those about one text beside each other.
@@ -108,30 +119,35 @@ def ask(
   Args:
     items: Those of one side; see `on_side`.
     known: {key: rule} of the set.
-    fold: See `Rule`.
-    max_rows: How many texts are asked of each rule; 0 for all. All rules take the texts in one
-      order, which a hash gives, so that each keeps its natural rate and shares texts with others.
+    seen: The keys of the rules that the model was trained on; None for all.
+    max_rows: How many texts are asked of each rule, or more in sets of few rules, up to six times
+      as many; 0 for all. All rules take the texts in one order, which a hash gives, so that each
+      keeps its natural rate and shares texts with others.
+    union_texts: How many texts are asked of each union.
     num_unions: How many unions of rules; by default NUM_UNIONS for the sets of UNIONS.
 
   Raises:
     ValueError: A text was judged under a rule that is not known, or that has no wording.
   """
   items = sorted(items, key=lambda item: (sources.hash_unit(f'{name}\n{item.id}'), item.id))
+  seen = set(known) if seen is None else seen
   texts = [item for item in items if isinstance(item, Judged)]
   _check(name, texts, known)
+  max_rows = max(max_rows, _FEW_RULES * max_rows // max(len(known), 1))
   nested = {strict for rule in known.values() for strict in rule.stricter}
   asked, taken = [], dict.fromkeys(known, 0)
   for item in texts:
     for key in item.verdicts:
       if not max_rows or taken[key] < max_rows:
         taken[key] += 1
-        asked.append(_single(name, item, known[key], fold, nested))
+        asked.append(_single(name, item, known[key], key in seen, nested))
   pairs = [item for item in items if isinstance(item, Pair)]
   for pair in pairs[: max_rows or None]:
-    asked += _sides(name, pair, known, fold)
+    asked += _sides(name, pair, any(key in seen for key in known))
+  asked += _own(name, [item for item in items if isinstance(item, Example)], max_rows)
   if num_unions is None:
     num_unions = NUM_UNIONS if name in UNIONS else 0
-  return asked + _unions(name, texts, known, fold, num_unions)
+  return asked + _unions(name, texts, known, seen, num_unions, union_texts)
 
 
 def _check(name: str, texts: Sequence[Judged], known: Rules) -> None:
@@ -143,7 +159,12 @@ def _check(name: str, texts: Sequence[Judged], known: Rules) -> None:
         raise ValueError(f'{name}: rule {key} has no wording; write one')
 
 
-def _single(name: str, item: Judged, rule: Rule, fold: str, nested: set[str]) -> Question:
+def is_duty(key: str) -> bool:
+  """Returns whether the rule of that key demands something, where most forbid something."""
+  return key.partition('/')[2].startswith('must_')
+
+
+def _single(name: str, item: Judged, rule: Rule, is_seen: bool, nested: set[str]) -> Question:
   # Rules that lie within each other are asked about a text in words of one kind.
   chain = rule.stricter[-1] if rule.stricter else rule.key
   place = sources.hash_unit(f'wording\n{name}\n{item.id}\n{chain}')
@@ -159,7 +180,7 @@ def _single(name: str, item: Judged, rule: Rule, fold: str, nested: set[str]) ->
     share,
     SINGLE,
     is_held,
-    rule.is_seen(fold),
+    is_seen,
     rule.stricter,
     len(rule.stricter) if rule.stricter or rule.key in nested else -1,
   )
@@ -193,18 +214,14 @@ def _example(
   )
 
 
-def _sides(name: str, pair: Pair, known: Rules, fold: str) -> list[Question]:
-  key = pair.safer.rule_set
+def _sides(name: str, pair: Pair, is_seen: bool) -> list[Question]:
   # Pairs bring their rules in words of their own.
-  rules = [known[key]] if key in known else list(known.values())
-  is_seen = not rules or any(rule.is_seen(fold) for rule in rules)
-  group = f'{name}/{group_of(pair)}'
   return [
     Question(
       dataclasses.replace(example, id=f'{name}/{pair.id}/{part}', source=name),
-      (key or name,),
+      (example.rule_set or name,),
       f'{name}/{pair.id}/{part}',
-      group,
+      f'{name}/{group_of(pair)}',
       math.nan,
       part,
       False,
@@ -214,11 +231,27 @@ def _sides(name: str, pair: Pair, known: Rules, fold: str) -> list[Question]:
   ]
 
 
+def _own(name: str, items: Sequence[Example], max_rows: int) -> list[Question]:
+  """Returns the questions of examples that bring their own rules, which no run trains on."""
+  taken: dict[str, int] = {}
+  asked = []
+  for item in items:
+    taken[item.rule_set] = taken.get(item.rule_set, 0) + 1
+    if not max_rows or taken[item.rule_set] <= max_rows:
+      example = dataclasses.replace(item, id=f'{name}/{item.id}', source=name)
+      group = f'{name}/{group_of(item)}'
+      share = float(item.label == 'unsafe')
+      keys = (f'{name}/{item.rule_set}',)
+      asked.append(Question(example, keys, example.id, group, share, SINGLE, False, False))
+  return asked
+
+
 def _unions(
-  name: str, texts: Sequence[Judged], known: Rules, fold: str, num: int
+  name: str, texts: Sequence[Judged], known: Rules, seen: Collection[str], num: int, num_texts: int
 ) -> list[Question]:
   asked = []
-  keys = sorted({key for item in texts for key in item.verdicts})
+  # What must be done is what else must not, and mostly broken.
+  keys = sorted({key for item in texts for key in item.verdicts if not is_duty(key)})
   for i in range(num if len(keys) >= max(UNION_SIZES) else 0):
     rng = np.random.default_rng([i, 0])
     drawn = [keys[j] for j in rng.permutation(len(keys))[: rng.choice(UNION_SIZES)]]
@@ -230,7 +263,7 @@ def _unions(
     # Two rules of one name make no rule set.
     if len(names) < len(drawn) or not judged:
       continue
-    for j in rng.permutation(len(judged))[:UNION_TEXTS]:
+    for j in rng.permutation(len(judged))[:num_texts]:
       item = judged[j]
       is_unsafe = any(item.verdicts[key] >= 0.5 for key in drawn)
       asked.append(
@@ -249,19 +282,24 @@ def _unions(
           math.nan,
           UNION,
           any(is_held for _, is_held in worded),
-          all(known[key].is_seen(fold) for key in drawn),
+          all(key in seen for key in drawn),
         )
       )
   return asked
 
 
-def num_shared(asked: Sequence[Question], train: Iterable[Judged | Pair]) -> int:
-  """Returns how many of the texts asked about have their text, or their prompt, in training."""
-  known: set[tuple[str, ...]] = set()
+def num_shared(asked: Sequence[Question], train: Iterable[Item]) -> int:
+  """Returns how many of the texts asked about have their text, or their prompt, in training.
+
+  A prompt that stands before texts of many groups, such as "Write a comment.", is none.
+  """
+  known: dict[tuple[str, ...], set[str]] = {}
   for item in train:
-    sides = [item] if isinstance(item, Judged) else [item.safer, item.other]
-    known.update(text for one in sides for text in _texts(one.conversation))
-  found = {q.text: any(text in known for text in _texts(q.example.conversation)) for q in asked}
+    for talk in _texts_in(item):
+      for text in _texts(talk):
+        known.setdefault(text, set()).add(group_of(item))
+  shared = {text for text, groups in known.items() if len(groups) <= _FORM}
+  found = {q.text: not shared.isdisjoint(_texts(q.example.conversation)) for q in asked}
   return sum(found.values())
 
 

@@ -8,13 +8,13 @@ They are fitted on the training side of the same sets. `base_rate` says how ofte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from csrm_jax.data.judged import Judged, Rule
-from csrm_jax.evals.questions import OTHER, SAFER, UNION, Question
+from csrm_jax.data.judged import Judged
+from csrm_jax.evals.questions import OTHER, SAFER, UNION, Item, Question
 from csrm_jax.safety.schema import Message, Pair
 
 JUDGES = ('tfidf', 'rule_blind', 'text_blind', 'base_rate')
@@ -24,25 +24,20 @@ _MAX_FEATURES = 30_000  # of words, and as many of characters
 
 
 def judge(
-  asked: Sequence[Question],
-  train: Sequence[Judged | Pair],
-  known: Mapping[str, Rule],
-  fold: str = '',
-  overall: float = math.nan,
+  asked: Sequence[Question], train: Sequence[Item], seen: Collection[str], overall: float = math.nan
 ) -> dict[str, np.ndarray]:
   """Returns {judge: P(unsafe), float64 [N]} of the questions of one set; nan where it has none.
 
   Args:
     train: The texts of the set that may be fitted on.
-    known: {key: rule} of the set.
-    fold: See `Rule`; rules that this fold does not train on are fitted on by no judge.
-    overall: The rate of unseen rules where the set has no seen ones.
+    seen: The keys of the rules that may be fitted on.
+    overall: The rate of other rules where the set has none that may be fitted on.
   """
   texts = [item for item in train if isinstance(item, Judged)]
   pairs = [item for item in train if isinstance(item, Pair)]
-  seen = [key for key, rule in known.items() if rule.is_seen(fold)]
   broken = {
-    key: [(i, t.verdicts[key]) for i, t in enumerate(texts) if key in t.verdicts] for key in seen
+    key: [(i, t.verdicts[key]) for i, t in enumerate(texts) if key in t.verdicts]
+    for key in sorted(seen)
   }
   shares = [share >= 0.5 for rows in broken.values() for _, share in rows]
   base = float(np.mean(shares)) if shares else overall
@@ -55,7 +50,7 @@ def judge(
       found['text_blind'][i] = _any_of([rates.get(key, base) for key in question.rules])
   if texts and shares:
     _read_texts(found, asked, texts, broken, rates)
-  if pairs and is_pair.any() and any(q.is_seen for q in asked if q.part == SAFER):
+  if pairs and is_pair.any():
     _read_pairs(found, asked, np.flatnonzero(is_pair), pairs)
   return found
 

@@ -433,6 +433,20 @@ class _Read:
     )
 
 
+def with_progress(score_fn: scoring.ScoreFn) -> Callable[..., np.ndarray]:
+  """Returns a function: examples -> scores, float32 [N] in nats, which shows a progress bar."""
+
+  def score(examples):
+    with _progress_bar('evaluate', len(examples)) as bar:
+      judged = score_fn.judge(examples, bar.update)
+    read = _Read.of(judged)
+    if read.num_cut:
+      print(read.sentence(), file=sys.stderr)
+    return judged.score
+
+  return score
+
+
 def _score_once(
   score_fn: scoring.ScoreFn,
   progress: Callable[[int], Any],

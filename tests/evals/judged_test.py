@@ -45,11 +45,16 @@ def make_items(num=300, seed=0):
 
 
 def make_pairs(num=200):
-  safety = SafetyConfig((Category('Red', 'Nothing red is said.'),))
+  safety = SafetyConfig((Category('Red', 'Nothing red is said.'),), 'made/red')
   pairs = []
   for i in range(num):
     sides = [
-      Example(f'{i}/{kind}', safety, (Message('user', f'pair {i}'), Message('agent', text)))
+      Example(
+        f'{i}/{kind}',
+        safety,
+        (Message('user', f'pair {i}'), Message('agent', text)),
+        rule_set='made/red',
+      )
       for kind, text in (('safer', 'calm words'), ('other', 'red words'))
     ]
     pairs.append(Pair(f'p{i}', *sides, 'preference'))
@@ -169,6 +174,8 @@ def test_sides_share_no_prompt_and_folds_only_move_rules():
     plain['sets']['made']['counts']['seen']['rules'],
     fold['sets']['made']['counts']['seen']['rules'],
   ) == (5, 3)
+  others = run(truth, trained=())['sets']['made']
+  assert 'seen' not in others['counts'] and others['counts']['unseen']['rules'] == len(RULES)
   # Texts of sets that no run trains on are all for tests.
   never = {key: rule for key, rule in RULES.items() if rule.unseen == 'always'}
   items = [
@@ -179,9 +186,9 @@ def test_sides_share_no_prompt_and_folds_only_move_rules():
 
 
 def test_unions_are_unsafe_where_one_rule_is_broken():
-  asked = questions.ask('made', ITEMS, RULES, num_unions=30)
+  asked = questions.ask('made', ITEMS, RULES, num_unions=30, union_texts=3)
   unions = [q for q in asked if q.part == questions.UNION]
-  assert len(unions) == 30 * questions.UNION_TEXTS
+  assert len(unions) == 30 * 3
   by_id = {f'made/{item.id}': item for item in ITEMS}
   for q in unions:
     assert len(q.example.safety.categories) == len(q.rules) in questions.UNION_SIZES
@@ -273,11 +280,12 @@ def test_bad_input_is_one_line():
 
 def test_judges_of_words_are_fitted_on_training_texts_only():
   train = questions.on_side(ITEMS, RULES, 'train')
-  asked = questions.ask('made', questions.on_side(ITEMS, RULES, 'test'), RULES, fold='0')
-  found = words.judge(asked, train, RULES, '0')
+  seen = {key for key, rule in RULES.items() if rule.is_seen('0')}
+  asked = questions.ask('made', questions.on_side(ITEMS, RULES, 'test'), RULES, seen=seen)
+  found = words.judge(asked, train, seen)
   assert set(found) == set(words.JUDGES)
-  seen = np.array([q.is_seen for q in asked])
-  assert np.isnan(found['tfidf'][~seen]).all() and not np.isnan(found['tfidf'][seen]).any()
+  known = np.array([q.is_seen for q in asked])
+  assert np.isnan(found['tfidf'][~known]).all() and not np.isnan(found['tfidf'][known]).any()
   for q, p in zip(asked, found['text_blind'], strict=True):
     if q.rules == ('made/red',):
       assert p == pytest.approx(np.mean([item.verdicts['made/red'] for item in train]))
