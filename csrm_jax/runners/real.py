@@ -25,8 +25,9 @@ from csrm_jax.runners import evaluate
 SETS = (
   *('rbr_gold', 'xstest_response', 'xstest_judged', 'pyrit_graded', 'moderation_judged'),
   *('hatecheck', 'hatemoji', 'toxigen_human', 'edos', 'ethos', 'hazard_prompts', 'cosa'),
-  *('context_toxicity', 'diasafety', 'beavertails_test', 'safe_rlhf', 'safe_rlhf_judged_pairs'),
-  *('harmbench', 'aegis_prompts', 'jailbreak_judged', 'teen_policies', 'model_spec'),
+  *('context_toxicity', 'diasafety', 'beavertails_test', 'safe_rlhf_answers', 'safe_rlhf_pairs'),
+  *('harmbench_response_val', 'aegis_prompts_test', 'jailbreak_judged', 'teen_policies'),
+  'model_spec',
 )
 # Where each test is noted, beside the checkpoint that was tested.
 _TESTS = 'test_side.jsonl'
