@@ -13,6 +13,7 @@ token.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import functools
 import re
@@ -40,6 +41,10 @@ CUT_MIDDLE = ' ... '
 CUT_TAIL = ' ...'
 _LINE_BREAKS = re.compile(r'\n{0,2}\Z')
 _SPACES = re.compile(r'\s\s\Z')
+
+# Segments whose tokens are kept, and the characters of the longest of these: up to 100 MB.
+NUM_KEPT = 2**15
+LONGEST_KEPT = 2000
 
 LABEL_IDS = {None: -1, **{name: i for i, name in enumerate(schema.LABELS)}}
 _POSITIVE = '{name} is {value}; it must be positive'
@@ -298,26 +303,28 @@ def _encode_whole(
 
 
 def _join(parts: Sequence[Sequence[int]]) -> np.ndarray:
-  return np.array([token for part in parts for token in part], np.int32)
+  return np.concatenate([np.asarray(part, np.int32) for part in parts])
 
 
 def _encode_segment(segment: templates.Segment, tokenizer: Tokenizer) -> Sequence[int]:
-  if segment.kind == 'control':
-    return _encode_control(tokenizer, segment.text)
-  if _SPACES.search(segment.text):
+  encode = _encode_kept if len(segment.text) <= LONGEST_KEPT else _encode_kept.__wrapped__
+  return encode(tokenizer, segment.text, segment.kind == 'control')
+
+
+# The same rules are read with many texts, the same texts under many rules and in each epoch: this
+# takes most of the time of making batches.
+@functools.lru_cache(maxsize=NUM_KEPT)
+def _encode_kept(tokenizer: Tokenizer, text: str, is_control: bool) -> Sequence[int]:
+  """Returns the tokens of a segment, as an array: a list of integers takes eight times as much."""
+  if is_control:
+    return array.array('i', tokenizer.encode_control(text))
+  if _SPACES.search(text):
     # Some tokenizers cut white space by what follows it, and no segment starts with any: this
     # way the tokens are those of the prompt as one text.
-    *ids, last = tokenizer.encode(f'{segment.text}x')
-    if [last] == tokenizer.encode('x'):
-      return ids
-  return tokenizer.encode(segment.text)
-
-
-# The template writes a handful of different control segments; all other text differs from
-# prompt to prompt.
-@functools.lru_cache(maxsize=256)
-def _encode_control(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-  return tuple(tokenizer.encode_control(text))
+    *ids, last = tokenizer.encode(f'{text}x')
+    if (last,) == _encode_marker(tokenizer, 'x'):
+      return array.array('i', ids)
+  return array.array('i', tokenizer.encode(text))
 
 
 @functools.lru_cache(maxsize=16)

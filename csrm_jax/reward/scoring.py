@@ -267,8 +267,9 @@ def make_prompt_scorer(
             prefix = prefix_of(prompts[part.rows[0][0]][: part.num_shared], part.shape[2])
           for rows, shape in part.calls():
             known.add(shape)
+            # Only a TPU's kernel is faster without them; elsewhere one program does for all.
             batch = plans.make_batch(
-              prompts, rows, shape, part.num_shared, always_ends=platform == 'cpu'
+              prompts, rows, shape, part.num_shared, always_ends=platform != 'tpu'
             )
             pending.append((done[-1], rows, compute(params, batch, prefix)))
             if len(pending) > _MAX_PENDING:
