@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from csrm_jax.data import sources
-from csrm_jax.safety.schema import Example
+from csrm_jax.safety.schema import Example, Pair
 
 TIES = 'Ties'  # the subset of RewardBench 2 that is scored by its own rules
 
@@ -114,9 +114,10 @@ def _spread(items: Sequence[Any], groups: Sequence[str], max_items: int) -> list
   if not max_items or len(items) <= max_items:
     return list(range(len(items)))
   sets: dict[Any, list[int]] = {}
-  for i, item in enumerate(items):
-    alone = item.conversation if isinstance(item, Example) else i
-    sets.setdefault((groups and groups[i]) or alone, []).append(i)
+  plain = isinstance(items[0], (Example, Pair))
+  alone = sources.conversation_keys(items) if plain else range(len(items))
+  for i, key in enumerate(alone):
+    sets.setdefault((groups and groups[i]) or key, []).append(i)
   # Whole sets are chosen: as many as hold `max_items` at their mean size.
   num = max(max_items * len(sets) // len(items), 1)
   chosen = sources.spread(list(sets.values()), num)

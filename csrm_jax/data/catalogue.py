@@ -636,9 +636,9 @@ def _benchmarks_of(public_set: Set, folder: pathlib.Path) -> list[Benchmark]:
 def _with_validation(benchmark: Benchmark) -> Benchmark:
   """Returns the benchmark with about a fifth of its rows for validation."""
   items = benchmark.items
-  # All rows of one text or group are on one side, which follows from a hash and not from the
-  # place.
-  keys = benchmark.groups or [repr([(m.role, m.content) for m in e.conversation]) for e in items]
+  # All rows of one conversation or group are on one side, which follows from a hash and not from
+  # the place.
+  keys = benchmark.groups or sources.conversation_keys(items)
   held = [sources.hash_unit(key) < _VALIDATION for key in keys]
   return benchmark.take(
     [i for i, out in enumerate(held) if not out],

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from csrm_jax.safety.schema import Example, Message
+from csrm_jax.safety.schema import Example, Message, Pair
 
 Item = TypeVar('Item')  # an example, a pair, or a text judged under many rules
 T = TypeVar('T')
@@ -80,16 +80,15 @@ def digest(items: Iterable[Any]) -> str:
 def split(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
   """Returns (rest, held out), with about `fraction` of the items held out.
 
-  The side follows from a hash of the seed and the conversation's text (of a judged text: its
-  group), in which letter case and white space do not count. It does not depend on the item's
-  place: no text is on both sides, under whatever rules, and a data set that grows leaves older
-  items where they were.
+  The side follows from a hash of the seed and of what `conversation_keys` says, and not from the
+  item's place: no conversation is on both sides, whatever its responses and rules, and a data set
+  that grows leaves older items where they were.
   """
   if not 0 <= fraction <= 1:
     raise ValueError(f'fraction is {fraction}; it must be from 0 to 1')
   halves: tuple[list[Item], list[Item]] = ([], [])
-  for item in items:
-    halves[hash_unit(f'{seed}\n{_split_text(item)}') < fraction].append(item)
+  for item, key in zip(items, conversation_keys(items), strict=True):
+    halves[hash_unit(f'{seed}\n{key}') < fraction].append(item)
   return halves
 
 
@@ -106,21 +105,39 @@ def spread(items: Sequence[T], num: int) -> list[T]:
 
 
 def num_shared(items: Sequence[Item], others: Sequence[Item]) -> int:
-  """Returns how many of the items have a text that is among the others, as `split` sees it."""
-  texts = {_split_text(item) for item in others}
-  return sum(_split_text(item) in texts for item in items)
+  """Returns how many of the items have a conversation that is among the others."""
+  keys = conversation_keys([*items, *others])
+  known = set(keys[len(items) :])
+  return sum(key in known for key in keys[: len(items)])
 
 
-def _split_text(item: Any) -> str:
-  # What was judged under many rules says itself which rows belong together.
+def conversation_keys(items: Sequence[Any]) -> list[str]:
+  """Returns the name of each item's conversation; rows of one are split, and drawn, together.
+
+  Items are examples, pairs and texts judged under many rules, which name their own `group`. A
+  conversation is what stands before the judged response, in which letter case and white space do
+  not count: answers to one prompt depend on each other. It is the whole text where nothing stands
+  before it, or the same before every item, as a form does.
+  """
+  keys = [_before(item) for item in items]
+  if len(set(keys)) > 1:
+    return [key or _whole(item) for key, item in zip(keys, items, strict=True)]
+  return [_whole(item) for item in items]
+
+
+def _before(item: Any) -> str:
   if hasattr(item, 'group'):
     return ' '.join(item.group.casefold().split())
-  if isinstance(item, Example):
-    return _text(item.conversation)
-  if item.safer.conversation == item.other.conversation:
-    return _text(item.safer.conversation)
-  # Two responses: without them, all pairs of one prompt are on one side.
-  return _text(item.safer.conversation[:-1])
+  messages = _conversation(item)[:-1]
+  return _text(messages) if any(message.content.strip() for message in messages) else ''
+
+
+def _whole(item: Any) -> str:
+  return _before(item) if hasattr(item, 'group') else _text(_conversation(item))
+
+
+def _conversation(item: Example | Pair) -> Sequence[Message]:
+  return item.conversation if isinstance(item, Example) else item.safer.conversation
 
 
 def _text(conversation: Sequence[Message]) -> str:

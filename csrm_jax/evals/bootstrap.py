@@ -1,8 +1,9 @@
 """Bootstrap intervals and paired differences, over conversations.
 
 Rows are not independent where one conversation stands in several of them (under several rule
-sets, as both sides of a pair, turn by turn). Such a set of rows is a *unit*: it is drawn, or not
-drawn, as a whole.
+sets, with several responses, as both sides of a pair). Such a set of rows is a *unit*: it is drawn,
+or not drawn, as a whole. What one conversation is, `data.sources.conversation_keys` says: the same
+rows stay together here and in a split.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
+from csrm_jax.data import sources
 from csrm_jax.evals.metrics import check_same_length
 from csrm_jax.evals.results import Metric
 from csrm_jax.safety.schema import Example
@@ -63,7 +65,7 @@ def units_of(examples: Sequence[Example], groups: Sequence[str] | None = None) -
 
   Rows belong to one unit if they have the same conversation, or the same group id that is not
   empty, or if a chain of such rows links them. Groups link rows that depend on each other although
-  their text differs, such as several answers to one prompt.
+  their text differs, such as requests in two wordings.
   """
   if groups is not None:
     check_same_length(examples, groups)
@@ -71,8 +73,10 @@ def units_of(examples: Sequence[Example], groups: Sequence[str] | None = None) -
   # at once, is a unit.
   nodes: dict[object, int] = {}
   links = []
-  for row, example in enumerate(examples):
-    keys = [example.conversation, *([groups[row]] if groups is not None and groups[row] else ())]
+  for row, conversation in enumerate(sources.conversation_keys(examples)):
+    keys = [('conversation', conversation)]
+    if groups is not None and groups[row]:
+      keys.append(('group', groups[row]))
     links += [(row, len(examples) + nodes.setdefault(key, len(nodes))) for key in keys]
   size = len(examples) + len(nodes)
   rows, others = zip(*links, strict=True) if links else ((), ())

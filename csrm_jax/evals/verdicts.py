@@ -32,7 +32,7 @@ from csrm_jax.evals.results import (
   in_row,
   value,
 )
-from csrm_jax.safety.schema import Example, Pair
+from csrm_jax.safety.schema import Example
 
 Scores = Sequence[np.ndarray]
 
@@ -390,9 +390,7 @@ def pairs(b: Benchmark, scores: Scores, m: Measure) -> Result:
     # would tie the surest ones.
     order, odds = [-p for p in true], [metrics.log_odds_safe(p) for p in true]
     known = {'accuracy': order, 'tie_rate': order, 'score_gap': odds}
-  m = m.over(
-    bootstrap.units_of([pair.safer for pair in b.items], [_prompt_of(pair) for pair in b.items])
-  )
+  m = m.over(bootstrap.units_of([pair.safer for pair in b.items]))
 
   def part(rows):
     found = {}
@@ -447,14 +445,6 @@ def pairs(b: Benchmark, scores: Scores, m: Measure) -> Result:
 def _columns(scores: Scores, num: int) -> np.ndarray:
   """Returns the scores of items with `num` examples each, [num, N]."""
   return np.array(scores, np.float64).reshape(len(scores), num).T
-
-
-def _prompt_of(pair: Pair) -> str:
-  """Returns what preferences of one prompt share, the text before the response, or ''."""
-  # Two rule sets for one conversation need no key: `bootstrap.units_of` sees that it is the same.
-  if pair.kind != 'preference' or len(pair.safer.conversation) < 2:
-    return ''
-  return repr([(message.role, message.content) for message in pair.safer.conversation[:-1]])
 
 
 def flips(b: Benchmark, scores: Scores, m: Measure) -> Result:

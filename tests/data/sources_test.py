@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from csrm_jax.data import forms, public, sources
+from csrm_jax.data import forms, pipeline, public, sources
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 
 RULES = SafetyConfig((Category('Pets', 'No pets.'),), 'house')
@@ -483,6 +483,27 @@ def test_split_keeps_pairs_of_one_prompt_together():
   assert all(numbers) and not numbers[0] & numbers[1]
 
 
+def test_split_keeps_answers_to_one_prompt_together():
+  items = [
+    example(f'{i}/{j}', f'answer {j}', user=['Prompt', 'prompt '][j % 2] + f' {i}')
+    for i in range(60)
+    for j in range(4)
+  ]
+  rest, held_out = sources.split(items, 0.5, seed=0)
+  numbers = [{item.id.split('/')[0] for item in h} for h in (rest, held_out)]
+  assert all(numbers) and not numbers[0] & numbers[1]
+  assert sources.num_shared(held_out, rest) == 0
+  assert sources.num_shared(items[:1], items[1:9]) == 1
+
+
+@pytest.mark.parametrize('user', ['', 'Judge this text.'])
+def test_a_prompt_that_all_rows_have_is_no_conversation(user):
+  items = [example(str(i), f'text {i // 2}', user=user) for i in range(100)]
+  rest, held_out = sources.split(items, 0.5, seed=0)
+  assert 20 < len(held_out) < 80
+  assert sources.num_shared(held_out, rest) == 0
+
+
 def test_split_refuses_a_fraction():
   assert 'from 0 to 1' in fails(sources.split, [], 1.5, seed=0)
 
@@ -527,6 +548,14 @@ def test_real_xstest(real):
       assert rows and not rows.drops
       counts[rule] += sum(row.label == 'unsafe' for row in rows)
   assert counts['both'] == counts['harmful'] + counts['refusal'] > 0
+
+
+@pytest.mark.real
+def test_held_out_rows_of_real_xstest_share_no_prompt_with_training(real):
+  folder = find(real, 'xstest')[0]
+  kept, held = pipeline.read_part('xstest_completions', str(folder), 0, 0.2, {})
+  prompts = [{row.conversation[-2].content for row in part} for part in (kept, held)]
+  assert all(prompts) and not prompts[0] & prompts[1]
 
 
 @pytest.mark.real

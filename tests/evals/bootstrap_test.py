@@ -1,5 +1,6 @@
 """Intervals and differences resample conversations, not rows."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -71,6 +72,14 @@ def test_units_are_conversations_groups_and_chains_of_both():
   assert bootstrap.units_of(rows, ['', 'x', '', '', 'x']).tolist() == [0, 1, 0, 2, 1]
   # a's second row ties c to a's first one.
   assert bootstrap.units_of(rows, ['', '', 'y', 'y', '']).tolist() == [0, 1, 0, 0, 2]
+
+
+def test_answers_to_one_prompt_are_one_unit():
+  rows = [
+    dataclasses.replace(_example('x'), conversation=(Message('user', ask), Message('agent', text)))
+    for ask, text in [('A?', 'a'), ('B?', 'b'), ('a?', 'c'), ('B?', 'd'), ('C?', 'a')]
+  ]
+  assert bootstrap.units_of(rows).tolist() == [0, 1, 0, 1, 2]
 
 
 def test_a_unit_is_drawn_as_a_whole():
