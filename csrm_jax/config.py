@@ -227,8 +227,8 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
   path = workdir / 'config.json'
   if path.exists() and _has_results(workdir):
     try:
-      old = from_json(path.read_text('utf-8'))
-    except (ValueError, TypeError) as error:
+      old = from_json(files.read_text(path))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
       raise ValueError(f'{path} is not a config ({error}): use another --workdir') from None
     differ = diff_config(old, config)
     if lines := [line for line in differ if not line.startswith(_MAY_DIFFER)]:
@@ -236,13 +236,16 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
         f'{path} is of a run with another config: {"; ".join(lines)} '
         '(give the same config to resume it, or another --workdir)'
       )
-  if not path.exists() and (workdir / 'manifest.json').exists() and _has_results(workdir):
-    manifest = files.read_json(workdir / 'manifest.json')
-    made_with = manifest.get('config_digest') if isinstance(manifest, dict) else ''
-    if made_with != digest(config):
+  kept = any(
+    (workdir / name).exists() for name in ('manifest.json', 'metrics.jsonl', 'checkpoints')
+  )
+  if kept and not path.exists() and _has_results(workdir):
+    manifest = workdir / 'manifest.json'
+    made_of = files.read_json(manifest, dict) if manifest.exists() else {}
+    if made_of.get('config_digest') != digest(config):
       raise ValueError(
-        f'{path} is gone, and the run there had another config; put it back to resume the run, or '
-        'use another --workdir'
+        f'{path} is gone, and nothing says that the run there had this config; put it back to '
+        'resume the run, or use another --workdir'
       )
   files.write(path, to_json(config))
   return workdir

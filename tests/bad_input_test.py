@@ -293,7 +293,7 @@ def test_resuming_with_another_backbone(command, trained, config_file, tmp_path)
   _assert_refused(ended, 'config.json is gone', 'another --workdir')
   (workdir / 'manifest.json').unlink()
   ended = command(f'--config={config_file}:wide', '--workdir=w')
-  _assert_refused(ended, 'checkpoints/1: checkpoint of another model', 'another workdir')
+  _assert_refused(ended, 'config.json is gone', 'another --workdir')
   assert _content(workdir / 'checkpoints') == before
 
 

@@ -251,3 +251,11 @@ def test_a_run_whose_config_is_gone_takes_no_other_one(tmp_path):
     config_lib.prepare_workdir(tmp_path, other)
   config_lib.prepare_workdir(tmp_path, config)
   assert (tmp_path / 'config.json').is_file()
+  (tmp_path / 'config.json').unlink()
+  (tmp_path / 'manifest.json').unlink()
+  with pytest.raises(ValueError, match=r'config\.json is gone'):
+    config_lib.prepare_workdir(tmp_path, config)
+  for text in ('[1]', '[' * 9000, ''):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(ValueError, match=r'config\.json is not a config'):
+      config_lib.prepare_workdir(tmp_path, config)

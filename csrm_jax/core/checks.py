@@ -8,6 +8,7 @@ import functools
 import importlib
 import sys
 import types
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -69,8 +70,9 @@ def check_text(value: Any, what: str, *, empty_ok: bool = False) -> str:
   """
   if not isinstance(value, str):
     raise ValueError(f'{what} is {show(value)}, not text; put it in quotes')
-  if not empty_ok and not value.strip():
-    raise ValueError(f'{what} is empty; write it or remove the entry')
+  if not empty_ok and is_blank(value):
+    blank = f'{show(value)}, which nobody sees' if value.strip() else 'empty'
+    raise ValueError(f'{what} is {blank}; write it or remove the entry')
   # Most text is ASCII, and then needs no second copy to be checked.
   if not value.isascii():
     try:
@@ -81,6 +83,21 @@ def check_text(value: Any, what: str, *, empty_ok: bool = False) -> str:
         f' {error.start}; replace it with a whole character'
       ) from None
   return value
+
+
+def is_blank(text: str) -> bool:
+  """Returns whether nobody would see the text."""
+  return not any(map(_is_visible, text))
+
+
+def _is_visible(character: str) -> bool:
+  # Spaces, and characters of no width: controls, formats, and marks on others.
+  kind = unicodedata.category(character)
+  return character not in _UNSEEN and kind not in ('Cc', 'Cf') and kind[0] not in 'MZ'
+
+
+# Hangul fillers and the blank of Braille are letters and symbols by their category.
+_UNSEEN = '\u115f\u1160\u3164\uffa0\u2800'
 
 
 def check_columns(obj: Any, where: str, known: Sequence[str], required: Sequence[str]) -> None:

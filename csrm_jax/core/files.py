@@ -16,6 +16,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,11 @@ import yaml
 
 from csrm_jax.core.checks import show
 
+# A packed file may grow by so much: text does so by 3 to 30 times, what is made to fill memory by
+# 1000. Smaller ones may grow to the least in any case.
+_UNPACKED_RATIO, _UNPACKED_LEAST = 100, 1 << 26
+# The YAML parser reads about 100 KB a second; rules are far smaller.
+_MAX_YAML = 1 << 20
 # The names of what is being written.
 _PARTIAL = re.compile(r'\..*\.[0-9a-f]{8}\.tmp')
 
@@ -91,14 +97,26 @@ def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2, **op
 # --- Text, JSON and YAML ---------------------------------------------------------------
 
 
-def read_text(path: str | os.PathLike) -> str:
-  """Returns the text of a UTF-8 file (plain, .gz or .xz), without a byte order mark."""
+def read_bytes(path: str | os.PathLike) -> bytes:
+  """Returns the content of a file (plain, .gz or .xz); only of a regular one."""
+  path = pathlib.Path(path)
   try:
-    data = pathlib.Path(path).read_bytes()
-    if pathlib.Path(path).suffix == '.gz':
-      data = gzip.decompress(data)
-    elif pathlib.Path(path).suffix == '.xz':
-      data = lzma.decompress(data)
+    status = path.stat()
+    # Others have no end (/dev/zero), or none before somebody else writes (a pipe).
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+      raise ValueError(f'{path}: is no regular file; give one')
+    unpack = {'.gz': gzip.open, '.xz': lzma.open}.get(path.suffix)
+    if unpack is None:
+      return path.read_bytes()
+    limit = max(_UNPACKED_LEAST, _UNPACKED_RATIO * status.st_size)
+    with unpack(path) as file:
+      data = file.read(limit + 1)
+    if len(data) > limit:
+      raise ValueError(
+        f'{path}: unpacks to more than {limit:,} bytes, {_UNPACKED_RATIO} times its size; if it is '
+        'what it should be, unpack it first'
+      )
+    return data
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise ValueError(
       f'{path}: not a complete gzip file ({error}); fetch or write it again'
@@ -107,6 +125,11 @@ def read_text(path: str | os.PathLike) -> str:
     raise ValueError(f'{path}: not a complete xz file ({error}); fetch it again') from None
   except OSError as error:
     raise ValueError(f'{path}: cannot be read ({error.strerror}); check the path') from None
+
+
+def read_text(path: str | os.PathLike) -> str:
+  """Returns the text of a UTF-8 file (plain, .gz or .xz), without a byte order mark."""
+  data = read_bytes(path)
   try:
     return data.decode().removeprefix('\ufeff')
   except UnicodeDecodeError as error:
@@ -126,18 +149,38 @@ def constant(name: str) -> float | None:
   return None if name == 'NaN' else float(name)
 
 
-def read_json(path: str | os.PathLike, **options: Any) -> Any:
-  """Returns the value in a JSON file, with json.loads's options; a repeated key is an error."""
+def parse_json(text: str, where: str, **options: Any) -> Any:
+  """Returns the value in a JSON text, with json.loads's options; a repeated key is an error.
+
+  What cannot be read is a json.JSONDecodeError, or a ValueError that names the place.
+  """
+  try:
+    return json.loads(text, object_pairs_hook=unique_keys(where), **options)
+  except RecursionError:
+    raise ValueError(f'{where}: nested too deeply; flatten it') from None
+  except json.JSONDecodeError:
+    raise
+  except ValueError as error:
+    if str(error).startswith(f'{where}: '):
+      raise
+    # Python reads no number of more than 4300 digits.
+    raise ValueError(f'{where}: a number has too many digits; correct it') from None
+
+
+def read_json(path: str | os.PathLike, kind: type = object, **options: Any) -> Any:
+  """Returns the value in a JSON file, which is of that kind; see `parse_json`."""
   where = os.fspath(path)
   try:
-    return json.loads(read_text(path), object_pairs_hook=unique_keys(where), **options)
+    value = parse_json(read_text(path), where, **options)
   except json.JSONDecodeError as error:
     raise ValueError(
       f'{where}:{error.lineno}: not valid JSON ({error.msg} at column'
       f' {error.colno}); correct or complete it'
     ) from None
-  except RecursionError:
-    raise ValueError(f'{where}: nested too deeply; flatten it') from None
+  if not isinstance(value, kind):
+    what = {dict: 'an object', list: 'a list'}[kind]
+    raise ValueError(f'{where}: it holds {show(value)} and not {what}; correct it')
+  return value
 
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
@@ -151,7 +194,7 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     is_empty = False
     where = f'{path}:{number}'
     try:
-      value = json.loads(line, object_pairs_hook=unique_keys(where), parse_constant=constant)
+      value = parse_json(line, where, parse_constant=constant)
     except json.JSONDecodeError as error:
       if number == len(lines):
         raise ValueError(
@@ -162,8 +205,6 @@ def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, Any]]:
         f'{where}: not valid JSON ({error.msg} at column {error.colno});'
         ' write one JSON object a line'
       ) from None
-    except RecursionError:
-      raise ValueError(f'{where}: nested too deeply; flatten it') from None
     yield where, value
   if is_empty:
     raise ValueError(f'{path}: no rows; give a file with one object a line')
@@ -191,6 +232,11 @@ def load_yaml(text: str, where: str, items: Sequence[str]) -> tuple[Any, list[in
 
   Of a value that is a list, or a mapping with none of these keys, it is the lines of its entries.
   """
+  if len(text) > _MAX_YAML:
+    raise ValueError(
+      f'{where}: {len(text):,} characters of YAML, of which at most {_MAX_YAML:,} are read; '
+      'shorten it, or write it as JSON'
+    )
   try:
     loader = yaml.SafeLoader(text)
     node = loader.get_single_node()

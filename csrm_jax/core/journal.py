@@ -148,7 +148,7 @@ class Cache:
       text = entry['text']
       if entry['key'] == key and entry['sha256'] == _sha256(text):
         return text
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
       pass
     # A damaged entry is counted and then treated as missing.
     self.num_corrupt += 1

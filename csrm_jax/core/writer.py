@@ -49,7 +49,8 @@ def read_manifest(workdir: str | os.PathLike) -> dict[str, Any]:
   """Returns the work directory's manifest: of the newest start, and `starts`, the list of all."""
   path = pathlib.Path(workdir) / 'manifest.json'
   manifest = files.read_json(path) if path.exists() else {}
-  if not isinstance(manifest, dict) or not isinstance(manifest.get('starts', []), list):
+  starts = manifest.get('starts', []) if isinstance(manifest, dict) else None
+  if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
     raise ValueError(
       f'{path}: it holds {show(manifest)}, which is no manifest; move it away, and the same '
       'command goes on without it'

@@ -126,8 +126,8 @@ def read(
 ) -> Rows:
   """Returns the examples, or the pairs, of files in any of the FORMS.
 
-  A path given as a row's `safety` is relative to its file's folder. A row without an id has
-  'file:row'. Where the form is not our own, a line on stderr says which it is.
+  A path given as a row's `safety` is relative to its file's folder, and within it. A row
+  without an id has 'file:row'. Where the form is not our own, a line on stderr says which it is.
 
   Args:
     path: A file in any format of `tables`, a folder, a `datasets` folder or a hub id.

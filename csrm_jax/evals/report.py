@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -144,7 +145,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Result]:
   """
   path = pathlib.Path(path)
   try:
-    stored = json.loads((path / 'metrics.json').read_text())['suites']
+    stored = files.read_json(path / 'metrics.json', dict)['suites']
     arrays: dict[str, dict[str, np.ndarray]] = {name: {} for name in stored}
     with np.load(path / 'arrays.npz') as found:
       for key in found.files:
@@ -152,7 +153,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Result]:
         name, _, array = key.rpartition('/')
         arrays[name][array] = found[key]
     return {name: Result.from_json(obj, arrays[name]) for name, obj in stored.items()}
-  except (OSError, KeyError, ValueError) as error:
+  except (OSError, KeyError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
     raise ValueError(
       f'{path} holds no report to compare ({error}); evaluate the scorer '
       'again and give the folder that its report.md is in'

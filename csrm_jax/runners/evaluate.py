@@ -205,7 +205,11 @@ def calibration(checkpoint: str | pathlib.Path) -> Calibration | None:
   path = pathlib.Path(checkpoint).expanduser() / 'calibration.json'
   if not path.is_file():
     return None
-  return Calibration.from_dict(json.loads(path.read_text()))
+  try:
+    return Calibration.from_dict(files.read_json(path, dict))
+  except (ValueError, TypeError) as error:
+    where = '' if str(error).startswith(str(path)) else f'{path}: '
+    raise ValueError(f'{where}{error}; remove it, or put back what training wrote') from None
 
 
 # --- Reports side by side ----------------------------------------------------------------
@@ -265,7 +269,7 @@ def _find(pattern: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_run(folder: pathlib.Path, results: report.Results) -> policy.Run:
-  made = config_lib.from_json((folder / 'config.json').read_text('utf-8'))
+  made = config_lib.from_json(files.read_text(folder / 'config.json'))
   reward = made.reward
   name = reward.name
   if name == 'csrm':  # reward models that differ in their seed count as one reward
@@ -506,7 +510,7 @@ def show_finished(workdir: pathlib.Path) -> bool:
   if not (folder / 'summary.json').is_file():
     return False
   summary, metrics = (
-    json.loads((folder / name).read_text()) for name in ('summary.json', 'metrics.json')
+    files.read_json(folder / name, dict) for name in ('summary.json', 'metrics.json')
   )
   print(report.terminal_table(summary, metrics['suites'].get('one_conversation')))
   print(f'{workdir} is finished; remove its report/ to evaluate again')

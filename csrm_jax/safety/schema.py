@@ -559,6 +559,12 @@ class Pair:
 
 def _parse_rules(obj: Any, default: SafetyConfig | None, root: str | os.PathLike) -> SafetyConfig:
   if isinstance(obj, str):
+    # Data of others must not make a reader open other files.
+    if os.path.isabs(obj) or '..' in pathlib.PurePath(obj).parts:
+      raise ValueError(
+        f'safety: {show(obj)} leads out of the folder of the data; put the rules there, write them '
+        'into the row, or give rules for all rows with the setting "safety"'
+      )
     path = pathlib.Path(root) / obj
     try:
       return _load_cached(os.fspath(path), path.stat().st_mtime_ns)

@@ -270,8 +270,9 @@ def check_finite(workdir: pathlib.Path, step: int, updates: Sequence[Update]) ->
 
 def elapsed_s(workdir: pathlib.Path) -> float:
   """Returns the seconds of training so far, over all starts of the run."""
-  rows = files.read_log(workdir / 'metrics.jsonl')
-  return next((row[key] for row in reversed(rows) if (key := 'time/elapsed_s') in row), 0.0)
+  rows = reversed(files.read_log(workdir / 'metrics.jsonl'))
+  seconds = (row.get('time/elapsed_s') for row in rows)
+  return next((s for s in seconds if isinstance(s, (int, float))), 0.0)
 
 
 class Window:

@@ -1,3 +1,5 @@
+import gzip
+import lzma
 import os
 
 import pytest
@@ -51,6 +53,47 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
   assert len(list(tmp_path.rglob('*.tmp'))) == 3
   files.remove_partial(tmp_path)
   assert [path.name for path in tmp_path.rglob('*.tmp')] == ['.mine.tmp']
+
+
+def test_only_regular_files_are_read(tmp_path):
+  os.mkfifo(tmp_path / 'pipe.yaml')
+  (tmp_path / 'zero.yaml').symlink_to('/dev/zero')
+  for name in ('pipe.yaml', 'zero.yaml'):
+    with pytest.raises(ValueError, match=rf'{name}: is no regular file'):
+      files.read_text(tmp_path / name)
+
+
+@pytest.mark.parametrize(('suffix', 'pack'), [('gz', gzip.compress), ('xz', lzma.compress)])
+def test_a_file_unpacks_to_so_much_only(tmp_path, monkeypatch, suffix, pack):
+  monkeypatch.setattr(files, '_UNPACKED_LEAST', 1000)
+  path = tmp_path / f'a.jsonl.{suffix}'
+  path.write_bytes(pack(b' ' * 500_000))
+  with pytest.raises(ValueError, match=r'unpacks to more than .* unpack it first'):
+    files.read_text(path)
+  path.write_bytes(pack(b' ' * 1000))
+  assert files.read_text(path) == ' ' * 1000
+
+
+@pytest.mark.parametrize(
+  ('text', 'said'),
+  [
+    ('[' * 9000, 'nested too deeply'),
+    ('{"a": 1, "a": 2}', "the key 'a' is given twice"),
+    ('9' * 5000, 'too many digits'),
+    ('[1]', 'it holds a list of 1 and not an object'),
+    ('{"a"', 'not valid JSON'),
+  ],
+)
+def test_json_of_any_file_has_one_set_of_errors(tmp_path, text, said):
+  path = tmp_path / 'a.json'
+  path.write_text(text)
+  with pytest.raises(ValueError, match=rf'^{path}:.*{said}'):
+    files.read_json(path, dict)
+
+
+def test_yaml_of_megabytes_is_refused_at_once():
+  with pytest.raises(ValueError, match='characters of YAML'):
+    files.load_yaml('- a\n' * 300_000, 'a.yaml', ())
 
 
 def test_a_log_is_read_without_what_a_kill_left(tmp_path):

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import yaml
 
+from csrm_jax.core import checks
 from csrm_jax.safety import schema
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig
 from tests.small import error_of
@@ -22,7 +23,7 @@ ROW = {'id': '1', 'safety': RULES, 'conversation': TALK, 'label': 'safe'}
 
 # Text that can be written as UTF-8 (no lone surrogates).
 TEXT = st.text(st.characters(codec='utf-8'))
-SOLID = TEXT.filter(str.strip)
+SOLID = TEXT.filter(lambda text: not checks.is_blank(text))
 
 
 def safety_configs():
@@ -251,10 +252,19 @@ def test_rules_come_from_the_row_its_file_or_the_caller(tmp_path):
   assert Example.from_dict(ROW, 'a:1', safety=other).safety != other
   message = error_of(Example.from_dict, row, 'a:1', root=tmp_path / 'no')
   assert message.startswith('a:1: ') and 'other.yaml' in message
+  for path in ('../rules.yaml', 'a/../../b.yaml', str(tmp_path / 'other.yaml')):
+    message = error_of(Example.from_dict, ROW | {'safety': path}, 'a:1', root=tmp_path)
+    assert 'leads out of the folder of the data' in message
   # An edited file is read again.
   newer = SafetyConfig((Category('Newer', 'x'),))
   write(tmp_path / 'other.yaml', yaml.safe_dump(newer.to_dict()))
   assert Example.from_dict(row, 'a:1', root=tmp_path).safety == newer
+
+
+@pytest.mark.parametrize('name', ['\u200b', ' \u2060\u00ad', '\u3164', '\ufe0f', '\u2028'])
+def test_names_that_nobody_sees_are_refused(name):
+  with pytest.raises(ValueError, match=r'category name is .*(nobody sees|empty); write it'):
+    Category(name, 'x')
 
 
 def test_pairs_round_trip_and_name_the_side_in_errors():
