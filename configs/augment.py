@@ -97,6 +97,8 @@ def get_config(arg=None):
   # 'annotator' is RuleWorld's noisy one; or a reward model (a work directory or a public model);
   # '' for no checks.
   c.judge = arg.judge or ('ruleworld' if is_oracle else '')
+  # Whether a reward model may judge text in words that are foreign to what it was trained on.
+  c.judge_allow_out_of_domain = False
   c.judge_format = 'csrm'  # how a public model is asked: csrm, llama_guard_3, shield_gemma
 
   # Configurable category augmentation (CCA): proposes the categories p+ and p-.

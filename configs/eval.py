@@ -1,7 +1,7 @@
 """Scores conversations with a model, under rules of your own.
 
 python -m csrm_jax.main --config=configs/eval.py --workdir=/tmp/scored \
-  --config.checkpoint=/tmp/rm --config.safety=configs/safety/hospital.yaml \
+  --config.checkpoint=/tmp/rm --config.safety=configs/safety/film_club.yaml \
   --config.conversations=conversations.jsonl
 
 The model is a trained reward model, an instruction-tuned model as it is, or a
@@ -124,6 +124,9 @@ def get_config(arg=None):
       }
     )
     return c
+  # Whether text is judged too that is in words foreign to what the model was trained on. Such rows
+  # are marked, as are those with longer prompts or more rules than in training (out_of_domain).
+  c.allow_out_of_domain = False
   # What is scored: a file, a folder or a hub id, in any form of csrm_jax.data.forms.
   c.conversations = ''
   # Also P(unsafe) under each rule alone, which says which one is violated; a pass for each rule.

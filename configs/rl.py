@@ -148,6 +148,9 @@ def base(arg):
       # What becomes of longer completions: 'window' reads them in parts and takes the worst, 'mark'
       # leaves out their end, 'error' stops. reward/unread tells the share that was not read.
       'on_cut': 'window',
+      # Whether prompts and rules may be in words foreign to what the reward model was trained on.
+      # Completions are never refused: reward/out_of_domain is the share of those that are foreign.
+      'allow_out_of_domain': False,
       # reward=http
       'url': arg.url,  # the scorer, which is sent samples and answers {"rewards": [...]}
       'timeout_s': 60.0,  # how long the scorer may stay silent

@@ -23,6 +23,9 @@ def get_config(arg=None):
   c.format = 'csrm'
   c.words = ('safe', 'unsafe')
   c.numerics = ml_collections.ConfigDict({'dtype': '', 'param_dtype': ''})
+  # Whether requests are judged too that are in words foreign to what the model was trained on;
+  # answers have "out_of_domain".
+  c.allow_out_of_domain = False
 
   c.policies = (
     arg.policies

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 import csrm_jax
@@ -83,3 +84,8 @@ def error_of(function, *args, **kwargs) -> str:
   message = str(caught.value)
   assert '\n' not in message
   return message
+
+
+def unmarked(values) -> np.ndarray:
+  """Returns the marks (scoring.Judged.outside) of as many verdicts, none of which has one."""
+  return np.full(len(values), '')

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from csrm_jax.core import checkpoint, checks, mesh as mesh_lib, remote, tree
+from csrm_jax.data import domain as domain_lib
 from csrm_jax.models import config as model_config, hf, hf_config, lora, transformer
 from csrm_jax.reward import backbone, exported, scoring
 from csrm_jax.safety import schema, templates
@@ -46,10 +47,14 @@ class Spec:
   # belong to, and their sha256; '' where the checkpoint holds all weights.
   base: str = ''
   base_digest: str = ''
+  # What it was trained on; None where that is not known.
+  domain: domain_lib.Domain | None = None
 
   @classmethod
   def from_dict(cls, obj: Mapping[str, Any]) -> Spec:
     """Returns the spec that dataclasses.asdict gave; other fields than its own are a ValueError."""
+    # Older versions did not store what they trained on.
+    obj = {'domain': None, **obj}
     checks.check_fields(
       cls,
       obj,
@@ -59,6 +64,7 @@ class Spec:
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in obj.items()}
     fields['model'] = model_config.ModelConfig.from_dict(obj['model'])
     fields['layout'] = templates.Layout.from_dict(obj['layout'])
+    fields['domain'] = obj['domain'] and domain_lib.Domain.from_dict(obj['domain'])
     return cls(**fields)
 
   def verbalizers(self, tokenizer: tokenizer_lib.Tokenizer) -> templates.Verbalizers:
@@ -71,10 +77,12 @@ class Spec:
     tokenizer: tokenizer_lib.Tokenizer,
     max_length: int | None = None,
     on_cut: str = 'window',
+    allow_out_of_domain: bool = True,
   ) -> scoring.ScoreFn:
     """Returns a function: examples -> scores of these parameters, float32 [N] in nats.
 
-    A prompt may have max_length tokens; by default it may have as many as in training.
+    A prompt may have max_length tokens; by default it may have as many as in training. The rest is
+    as in scoring.make_score_fn.
     """
     score_fn = scoring.make_score_fn(
       self.model,
@@ -84,6 +92,8 @@ class Spec:
       layout=self.layout,
       max_length=max_length or self.max_length,
       on_cut=on_cut,
+      domain=self.domain,
+      allow_out_of_domain=allow_out_of_domain,
     )
     guard = templates.GUARDS.get(self.layout.format)
     # Such a guard reads one guideline at a time, so that rules take one pass for each category.
@@ -106,22 +116,26 @@ class RewardModel:
     safety: schema.SafetyConfig,
     conversations: Sequence[Sequence[schema.Message]],
     on_cut: str | None = None,
+    allow_out_of_domain: bool | None = None,
   ) -> list[scoring.Verdict]:
     """Returns one verdict for each conversation under these rules.
 
     Args:
       on_cut: What becomes of a conversation that is too long, as in `load`; None for what was
         given there.
+      allow_out_of_domain: As in `load`, and None for what was given there.
 
     Raises:
-      ValueError: A conversation does not end with the agent, or the rules do not fit into the
-        model's length.
+      ValueError: A conversation does not end with the agent, the rules do not fit into the model's
+        length, or rules or conversation are in words that are foreign to the model.
     """
     examples = [
       schema.Example(f'conversation {i}', safety, tuple(conversation), None)
       for i, conversation in enumerate(conversations)
     ]
-    return scoring.verdicts(self.score_fn.judge(examples, on_cut=on_cut))
+    return scoring.verdicts(
+      self.score_fn.judge(examples, on_cut=on_cut, allow_out_of_domain=allow_out_of_domain)
+    )
 
 
 def load(
@@ -130,6 +144,7 @@ def load(
   format: str = 'csrm',
   on_cut: str = 'window',
   step: int | None = None,
+  allow_out_of_domain: bool = False,
   **options: Any,
 ) -> RewardModel:
   """Returns the reward model of a work directory, or a public model as one.
@@ -149,6 +164,9 @@ def load(
       that is damaged.
     format: How a public model is asked, one of templates.FORMATS. 'csrm' asks an
       instruction-tuned model in our words, within its chat template.
+    allow_out_of_domain: Whether rules and text are judged too that are in words foreign to what
+      the model was trained on, which is an error otherwise. Such verdicts are marked, as those on
+      longer prompts and more rules always are.
     **options: Further arguments of `describe`.
 
   Raises:
@@ -161,7 +179,12 @@ def load(
     saved = checkpoint.describe(_directory(source) / 'checkpoints', step)
     step = saved.step  # a run may save another one meanwhile
   spec, params, tokenizer = load_parts(source, format, step, **options)
-  score_fn = spec.make_score_fn(params, tokenizer, max_length, on_cut)
+  if saved and spec.domain is None:
+    checks.note(
+      f'{source}: nothing there says what it was trained on (an older version trained it), so that '
+      'nothing checks whether it knows your rules and your text'
+    )
+  score_fn = spec.make_score_fn(params, tokenizer, max_length, on_cut, allow_out_of_domain)
   return RewardModel(spec, score_fn, *((saved.step, saved.digest) if saved else ()))
 
 
@@ -357,6 +380,7 @@ def _describe_public(
     unsafe_words=unsafe_words,
     template_hash=templates.template_hash(layout),
     tokenizer_digest=tokenizer.digest,
+    domain=domain_lib.read(source.path),
   )
   # Words that this tokenizer cannot say are an error here, before any weights are read.
   spec.verbalizers(tokenizer)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csrm_jax.core import checks, mesh as mesh_lib
-from csrm_jax.data import features
+from csrm_jax.data import domain as domain_lib, features
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.reward import plans
@@ -44,6 +44,7 @@ class Judged(NamedTuple):
   num_tokens: np.ndarray  # int64 [N], of the prompt with all its text
   num_unread: np.ndarray  # int64 [N], those of them that no pass of the model read
   cut: np.ndarray  # bool [N], whether the prompt did not fit into one pass
+  outside: np.ndarray  # str [N], what is unlike the training data, see domain.Domain.marks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,9 @@ class Verdict:
   # Whether the prompt was too long for one pass: then its response was read in parts, and the
   # verdict is that of the worst, or num_unread tokens were left out.
   cut: bool
+  # What is unlike the data that the model was trained on, see domain.Domain.marks; '' if nothing
+  # is, or if that data is not known.
+  out_of_domain: str
 
 
 def verdicts(judged: Judged) -> list[Verdict]:
@@ -79,7 +83,7 @@ def verdicts(judged: Judged) -> list[Verdict]:
   scores = np.asarray(judged.score, np.float64)
   p_unsafe, rewards = probabilities(scores)
   labels = np.where(scores > 0, 'safe', 'unsafe')
-  columns = (p_unsafe, rewards, scores, labels, unread(judged), judged.num_unread, judged.cut)
+  columns = p_unsafe, rewards, scores, labels, unread(judged), *judged[2:]
   return [Verdict(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
@@ -148,14 +152,17 @@ def make_score_fn(
   max_length: int = 2048,
   on_cut: str = 'window',
   costs: plans.Costs | None = None,
+  domain: domain_lib.Domain | None = None,
+  allow_out_of_domain: bool = True,
 ) -> ScoreFn:
   """Returns a function: examples -> scores, float32 [N] in nats, in their order.
 
   The function computes on the mesh that params lie on. Its second argument, if given, is called
   with the number of examples that are done with each batch. It raises ValueError, with the
   example's id, if rules do not fit into max_length or a score is not finite. What becomes of a
-  longer prompt says on_cut, as in features.read; the function's argument of that name comes before
-  it. Neither padding nor neighbours change a score (up to rounding), nor does what they share;
+  longer prompt says on_cut, as in features.read; words that are foreign to the domain are an
+  OutOfDomainError unless allow_out_of_domain. The function's arguments of these names come before
+  both. Neither padding nor neighbours change a score (up to rounding), nor does what they share;
   costs, by default those of the device, decide how prompts are laid out.
   """
   if tokenizer.vocab_size > cfg.vocab_size:
@@ -165,13 +172,18 @@ def make_score_fn(
     )
   checks.one_of('on_cut', on_cut, features.ON_CUT)
   encoder, default = features.Encoder(tokenizer, max_length, layout), on_cut
+  allow_by_default = allow_out_of_domain
   score_prompts = make_prompt_scorer(cfg, params, verbalizers, costs)
 
   def judge(
     examples: Sequence[schema.Example],
     progress: Callable[[int], Any] = lambda num: None,
     on_cut: str | None = None,
+    allow_out_of_domain: bool | None = None,
   ) -> Judged:
+    if domain and not (allow_by_default if allow_out_of_domain is None else allow_out_of_domain):
+      for example in examples:
+        domain.require(example.id, example.safety, example.conversation)
     found: list[features.Reading] = []
     ends = []  # how many prompts the examples have, up to each
     num_done = 0
@@ -205,6 +217,13 @@ def make_score_fn(
       np.array([reading.num_tokens for reading in found], np.int64),
       np.array([reading.num_unread for reading in found], np.int64),
       np.array([reading.num_tokens > max_length for reading in found], bool),
+      np.array(
+        [
+          domain.marks(e.safety, e.conversation, reading.num_tokens) if domain else ''
+          for e, reading in zip(examples, found, strict=True)
+        ],
+        str,
+      ),
     )
 
   return ScoreFn(judge)
@@ -288,6 +307,7 @@ def per_category(score_fn: ScoreFn) -> ScoreFn:
     examples: Sequence[schema.Example],
     progress: Callable[[int], Any] = lambda num: None,
     on_cut: str | None = None,
+    **options: Any,
   ) -> Judged:
     parts = [part for example in examples for part in split_categories(example)]
     num_done = 0
@@ -299,14 +319,15 @@ def per_category(score_fn: ScoreFn) -> ScoreFn:
       num_done += num
       progress(num_done * len(examples) // len(parts) - before)
 
-    judged = score_fn.judge(parts, advance, on_cut)
+    judged = score_fn.judge(parts, advance, on_cut, **options)
     sizes = [len(example.safety.categories) for example in examples]
     if not sizes:
       return judged
     starts = np.cumsum([0, *sizes[:-1]])
     # An example is as unsafe as its worst category, and is read as far as in the worst of passes.
-    most = (np.maximum.reduceat(column, starts) for column in judged[1:])
-    return Judged(worst(judged.score, sizes), *most)
+    most = (np.maximum.reduceat(column, starts) for column in judged[1:-1])
+    # Only models of our own have a domain, and none of them reads one category at a time.
+    return Judged(worst(judged.score, sizes), *most, judged.outside[starts])
 
   return ScoreFn(judge)
 

@@ -140,8 +140,9 @@ def tables(
   samples = [item.sample for item in judged]
   found = {'V_r, patterns': verifiers.REFUSALS['patterns'](samples)}
   if checkpoint:
-    score_fn = reward_model.load(checkpoint, words=tuple(words)).score_fn
-    refuses = verifiers.by_score(score_fn, schema.load_safety(safety))
+    # This is measured, whatever the model knows.
+    rm = reward_model.load(checkpoint, words=tuple(words), allow_out_of_domain=True)
+    refuses = verifiers.by_score(rm.score_fn, schema.load_safety(safety))
     found['V_r, reward model'] = refuses(samples)
   others = f'{len(tuned)} others were looked at while the patterns were written.'
   parts = [f'{len(judged)} completions; {others}']

@@ -22,6 +22,7 @@ import numpy as np
 import scipy.special
 
 from csrm_jax.core import checks, files, retry
+from csrm_jax.data import domain as domain_lib
 from csrm_jax.evals import bootstrap
 from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.rl import verifiers
@@ -78,6 +79,16 @@ def unread_share(score_fn: scoring.ScoreFn, safety: schema.SafetyConfig | None =
     return scoring.unread(score_fn.judge(_examples(samples, safety))).astype(np.float32)
 
   return share
+
+
+def foreign(score_fn: scoring.ScoreFn) -> RewardFn:
+  """Returns 1 for a sample in words that the reward model was not trained on, else 0."""
+
+  def is_foreign(samples: Sequence[Sample]) -> np.ndarray:
+    outside = score_fn.judge(_examples(samples, None)).outside
+    return np.char.startswith(outside, domain_lib.WORDS).astype(np.float32)
+
+  return is_foreign
 
 
 def _examples(
@@ -551,6 +562,7 @@ def make_scorers(config: Any) -> Scorers:
   # With weight 0 a part is only logged. No reward stands without what its model left unread.
   if reward.name == 'csrm':
     parts['unread'] = unread_share(_safety_score_fn(reward)), 0.0
+    parts['out_of_domain'] = foreign(_safety_score_fn(reward)), 0.0
   if reward.helpfulness not in (*_NOBODY, 'oracle'):
     unread = unread_share(_load_score_fn(reward.helpfulness, reward.dtype), augment.NO_RULES)
     parts['helpfulness_unread'] = unread, 0.0
@@ -577,6 +589,16 @@ def digests(reward: Any) -> dict[str, str]:
   if reward.name == 'alphaalign' and reward.refusal not in ('oracle', *verifiers.REFUSALS):
     named['refusal model'] = reward.refusal
   return {f'{what} {name}': reward_model.digest(name) for what, name in named.items() if name}
+
+
+def check_domain(config: Any, prompts: Sequence[schema.Prompt]) -> None:
+  """Raises ValueError where the reward model does not know the words of prompts or their rules."""
+  reward = config.reward
+  if reward.name != 'csrm' or reward.allow_out_of_domain:
+    return
+  known = _load(reward.checkpoint, reward.dtype, reward.max_length, reward.on_cut)[1]
+  for prompt in prompts if known else ():
+    known.require(prompt.id, prompt.safety, prompt.messages)
 
 
 def _make_safety(reward: Any, knows_truth: bool) -> RewardFn:
@@ -647,19 +669,27 @@ def _nothing(samples: Sequence[Sample]) -> np.ndarray:
 
 
 def _safety_score_fn(reward: Any) -> scoring.ScoreFn:
-  return _load_score_fn(reward.checkpoint, reward.dtype, reward.max_length, reward.on_cut)
+  return _load(reward.checkpoint, reward.dtype, reward.max_length, reward.on_cut)[0]
+
+
+def _load_score_fn(source: str, dtype: str) -> scoring.ScoreFn:
+  return _load(source, dtype)[0]
 
 
 # The reward and the report's judge may ask the same reward model, which is then loaded once.
 @functools.lru_cache(maxsize=4)
-def _load_score_fn(
+def _load(
   source: str, dtype: str, max_length: int = 2048, on_cut: str = 'window'
-) -> scoring.ScoreFn:
-  """Returns a reward model's score function; what it was asked last is not computed again."""
+) -> tuple[scoring.ScoreFn, domain_lib.Domain | None]:
+  """Returns a reward model's score function and domain.
+
+  What the function was asked last is not computed again. It judges any completion: a policy that
+  learns may write what nobody has written before.
+  """
   numerics = dict.fromkeys(('dtype', 'param_dtype'), dtype) if dtype else {}
-  score_fn = reward_model.load(source, max_length, on_cut=on_cut, **numerics).score_fn
-  judge = functools.lru_cache(maxsize=1)(score_fn.judge)
-  return scoring.ScoreFn(lambda examples: judge(tuple(examples)))
+  rm = reward_model.load(source, max_length, on_cut=on_cut, allow_out_of_domain=True, **numerics)
+  judge = functools.lru_cache(maxsize=1)(rm.score_fn.judge)
+  return scoring.ScoreFn(lambda examples: judge(tuple(examples))), rm.spec.domain
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from csrm_jax.safety import templates
 
 Rules = examples.Rules
 ALL_TOPICS = tuple(topic.name for topic in lexicon.TOPICS)
+MAX_RULES = 4  # in a list
 TEXT_WEIGHT = 0.1  # loss weight of a token of plain text; answers weigh 1
 
 EOS = '</s>'  # of the shipped tokenizer
@@ -135,7 +136,7 @@ def _table(title: str, rows: Iterable[tuple[str, str]]) -> list[Span]:
 
 
 def _sample_rules(rng: random.Random, progress: float) -> Rules:
-  max_rules = min(1 + int(4 * progress), 4)
+  max_rules = min(1 + int(4 * progress), MAX_RULES)
   rules = []
   for topic in rng.sample(ALL_TOPICS, rng.randint(1, max_rules)):
     # Each subcategory is forbidden, allowed or not spoken of, and lists are shuffled, so that

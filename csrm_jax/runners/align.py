@@ -100,6 +100,7 @@ def _set_up(config: ml_collections.ConfigDict) -> Setup:
   mesh, sampling_mesh = make_meshes(config)
   with jax.set_mesh(mesh):
     scorers = rewards.make_scorers(config)
+  rewards.check_domain(config, [*train, *test])
   # The reference has no adapters. Where adapters are trained, its parameters are the frozen base.
   model = dataclasses.replace(policy.model, lora_rank=0)
   shardings = mesh_lib.shardings(transformer.shapes(model), mesh)

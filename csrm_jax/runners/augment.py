@@ -178,7 +178,9 @@ def _make_judge(config: ml_collections.ConfigDict) -> proposers.Judge | None:
     return None
   if config.judge in ('ruleworld', 'annotator'):
     return world.make_judge(None if config.judge == 'ruleworld' else config.seed)
-  model = reward_model.load(config.judge, format=config.judge_format)
+  model = reward_model.load(
+    config.judge, format=config.judge_format, allow_out_of_domain=config.judge_allow_out_of_domain
+  )
 
   def judge(talks, rules):
     asked = [

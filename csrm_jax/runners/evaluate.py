@@ -25,7 +25,7 @@ import tqdm
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import files, writer
-from csrm_jax.data import benchmark, catalogue, features, forms, sources, tables
+from csrm_jax.data import benchmark, catalogue, domain, features, forms, sources, tables
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import compare, metrics, policy, report, suites
 from csrm_jax.evals.bootstrap import Measure
@@ -43,7 +43,13 @@ _VALIDATION_FRACTION = 0.25
 # Rows of a file whose scores are kept together, so that a run that is stopped loses few.
 _ROWS_AT_ONCE = 1024
 # The columns of scoring.Judged.
-_DTYPES = {'score': np.float32, 'num_tokens': np.int64, 'num_unread': np.int64, 'cut': bool}
+_DTYPES = {
+  'score': np.float32,
+  'num_tokens': np.int64,
+  'num_unread': np.int64,
+  'cut': bool,
+  'outside': str,
+}
 _HELD_OUT = '{} of the data trained on that training did not see.'
 
 
@@ -70,7 +76,7 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
     raise ValueError(f"config.table={config.table!r} must be '', 'csv' or 'parquet'")
   paths = [workdir / f'scored.{suffix}' for suffix in ('jsonl', config.table) if suffix]
   examples = _read_examples(config)
-  rm = load_model(config)
+  rm = load_model(config, config.allow_out_of_domain)
   kept = workdir / 'scores'
   score_fn = keep_scores(rm.score_fn, kept, rm.digest or reward_model.digest(config.checkpoint))
   with _progress_bar('score', len(examples)) as bar:
@@ -90,8 +96,8 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
   shutil.rmtree(kept)
   print(f'{len(rows)} verdicts: {", ".join(map(str, paths))}')
   read = _Read.of(judged)
-  if read.num_cut:
-    print(read.sentence(), file=sys.stderr)
+  for sentence in read.sentences():
+    print(sentence, file=sys.stderr)
   if any(example.label is not None for example in examples):
     name = rm.spec.layout.format
     about = (
@@ -174,7 +180,8 @@ def _run_benchmarks(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     return
   start = time.monotonic()
   todo = _all_benchmarks(config.benchmarks)
-  rm = load_model(config)
+  # A benchmark measures what a model can do, also on text that it does not know; its table says so.
+  rm = load_model(config, allow_out_of_domain=True)
   weights = rm.digest or reward_model.digest(config.checkpoint)
   score_fn = keep_scores(rm.score_fn, workdir / 'scores', weights)
   results = test(score_fn, todo, calibration(config.checkpoint))
@@ -303,10 +310,18 @@ def _measure_refusals(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
 # --- Models, test sets and scores ---------------------------------------------------------
 
 
-def load_model(config: ml_collections.ConfigDict) -> reward_model.RewardModel:
+def load_model(
+  config: ml_collections.ConfigDict, allow_out_of_domain: bool
+) -> reward_model.RewardModel:
   """Returns the model that configs/eval.py names."""
   options = model_options(config)
-  return reward_model.load(config.checkpoint, config.max_length, on_cut=config.on_cut, **options)
+  return reward_model.load(
+    config.checkpoint,
+    config.max_length,
+    on_cut=config.on_cut,
+    allow_out_of_domain=allow_out_of_domain,
+    **options,
+  )
 
 
 def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -412,28 +427,40 @@ class _Read:
   num_cut: int = 0  # prompts that did not fit into one pass
   num_unread: int = 0  # tokens that no pass read
   num_tokens: int = 0
+  num_foreign: int = 0  # prompts in words that the model does not know
 
   @classmethod
   def of(cls, judged: scoring.Judged) -> _Read:
-    sums = (int(column.sum()) for column in (judged.cut, judged.num_unread, judged.num_tokens))
-    return cls(*sums)
+    foreign = np.char.startswith(judged.outside, domain.WORDS)
+    columns = judged.cut, judged.num_unread, judged.num_tokens, foreign
+    return cls(*(int(column.sum()) for column in columns))
 
   def __add__(self, other: _Read) -> _Read:
     mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
     return _Read(*(a + b for a, b in zip(mine, others, strict=True)))
 
-  def sentence(self) -> str:
-    share = self.num_unread / max(self.num_tokens, 1)
-    return (
-      f'{self.num_cut:,} prompts were too long for one pass; {self.num_unread:,} tokens '
-      f'({share:.2%}) were not read'
-    )
+  def sentences(self) -> list[str]:
+    """Returns what a reader of the verdicts should know."""
+    said = []
+    if self.num_cut:
+      share = self.num_unread / max(self.num_tokens, 1)
+      said.append(
+        f'{self.num_cut:,} prompts were too long for one pass; {self.num_unread:,} tokens '
+        f'({share:.2%}) were not read'
+      )
+    if self.num_foreign:
+      said.append(
+        f'{self.num_foreign:,} prompts are in words that the model was not trained on: their '
+        'verdicts mean nothing'
+      )
+    return said
 
   def add_to(self, result: Result) -> Result:
     """Returns the result with these counts, and a remark where something was cut."""
-    said = [self.sentence()] if self.num_cut else []
     return dataclasses.replace(
-      result, counts={**result.counts, **dataclasses.asdict(self)}, made_of=[*result.made_of, *said]
+      result,
+      counts={**result.counts, **dataclasses.asdict(self)},
+      made_of=[*result.made_of, *self.sentences()],
     )
 
 

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
-from csrm_jax.data import features, pipeline
+from csrm_jax.data import domain as domain_lib, features, pipeline
 from csrm_jax.models import config as model_config, hf, transformer
 from csrm_jax.ruleworld import corpus
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -133,3 +133,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       'tokenizer_digest': tokenizer.digest,
     },
   )
+  domain_lib.write(workdir / config.task, make_domain(documents, data.row_length))
+
+
+def make_domain(documents: Documents, max_length: int) -> domain_lib.Domain:
+  """Returns what the documents are about: the words that a model of RuleWorld knows."""
+  num = 2000
+  spread = [documents[i * len(documents) // num] for i in range(num)]
+  # What a policy says is judged by models that have not learnt from it.
+  spread += [corpus.dialogue(documents.seed, i) for i in range(num)]
+  texts = [''.join(s.text for s in document if not s.control) for document in spread]
+  return domain_lib.of_texts('RuleWorld', texts, max_length, num_rules=corpus.MAX_RULES)

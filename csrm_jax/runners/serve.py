@@ -113,5 +113,6 @@ def _load(config: ml_collections.ConfigDict):
     prefix_bytes=batching.prefix_bytes,
     wait_s=batching.wait_s,
     deadline_s=config.deadline_s,
+    allow_out_of_domain=config.allow_out_of_domain,
   )
   return engine, Policies(config.policies, config.default_policy, engine.check)

@@ -20,7 +20,7 @@ import ml_collections
 
 from csrm_jax.core import files, mesh as mesh_lib, tree
 from csrm_jax.core.checks import note
-from csrm_jax.data import draws, features, forms, pipeline, sources
+from csrm_jax.data import domain as domain_lib, draws, features, forms, pipeline, sources
 from csrm_jax.evals import report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
@@ -55,6 +55,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   parts, held_out = _read_data(config)
   if config.tokenizer:
     _say_unknown_words(parts, tokenizer)
+  spec = dataclasses.replace(spec, domain=_measure_domain(config, spec, source, parts))
   todo = evaluate.benchmarks(config.eval, held_out)
   evaluate.check_lengths(held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
   batches = _make_batches(config, _make_encoder(config.data, tokenizer, spec.layout), parts)
@@ -202,6 +203,33 @@ def _inputs(
   if config.model.init:
     inputs[f'weights {config.model.init}'] = spec.base_digest or hf.digest(source)
   return inputs
+
+
+def _measure_domain(
+  config: ml_collections.ConfigDict,
+  spec: reward_model.Spec,
+  source: hf.Source,
+  parts: dict[str, Any],
+) -> domain_lib.Domain:
+  """Returns what is trained on, from a sample of the parts; the first weights may know more."""
+  used = {name: part for name, part in config.data.parts.items() if part.weight > 0}
+  in_world = {name for name, part in used.items() if part.source in examples.TRAINING}
+  names = {'RuleWorld' if n in in_world else part.path or part.source for n, part in used.items()}
+  before = spec.domain or (domain_lib.read(source.path) if config.model.init else None)
+  return domain_lib.measure(
+    ', '.join(sorted(names)),
+    [
+      example
+      for name in used
+      # RuleWorld takes a while to make, and shows all that it has at once.
+      for example in domain_lib.sample(
+        parts[name], 200 if name in in_world else domain_lib.NUM_ITEMS
+      )
+    ],
+    spec.max_length,
+    before.words if before else (),
+    domain_lib.BACKBONE_LEAST if config.model.init and before is None else 0.0,
+  )
 
 
 def _say_unknown_words(parts: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer) -> None:

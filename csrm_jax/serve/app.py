@@ -24,6 +24,7 @@ import prometheus_client
 from fastapi import responses
 from prometheus_client import core as prometheus
 
+from csrm_jax.data import domain
 from csrm_jax.reward import scoring
 from csrm_jax.safety import schema
 from csrm_jax.serve import engine as engine_lib, openapi, wire
@@ -70,6 +71,7 @@ class Judged:
   p_unsafe: float
   flagged: bool
   num_cut: int  # tokens of the conversation that were not read
+  outside: str  # what is unlike the training data, see domain.Domain.marks; or ''
   each_rule: dict[str, float]  # P(unsafe) under each rule alone; {} where not asked for
 
   @property
@@ -209,6 +211,8 @@ class _Server:
       return [self._rows_of(item, ask) for item in ask.items]
     except engine_lib.TooLongError as error:
       raise RequestError(413, str(error), 'too_long') from None
+    except domain.OutOfDomainError as error:
+      raise RequestError(422, str(error), 'out_of_domain') from None
     except ValueError as error:
       raise RequestError(400, str(error)) from None
 
@@ -271,6 +275,7 @@ class _Server:
           p_unsafe=p_unsafe,
           flagged=p_unsafe >= self.settings.threshold,
           num_cut=max(row.num_cut for row in group),
+          outside=group[0].outside,
           each_rule=each,
         )
       )
@@ -291,6 +296,7 @@ class _Server:
           'label': one.label,
           'p_unsafe': one.p_unsafe,
           'num_cut': one.num_cut,
+          'out_of_domain': one.outside,
           'latency_s': round(seconds, 6),
           'text_sha256': hashlib.sha256(text.encode()).hexdigest(),
         }
@@ -403,6 +409,7 @@ def _details(one: Judged) -> dict[str, Any]:
     'reward': _sigmoid(one.score),
     'score': one.score,
     'shortened': one.num_cut,
+    'out_of_domain': one.outside,
     'policy': {'name': policy.name or None, 'digest': policy.digest},
   }
 

@@ -141,6 +141,7 @@ class Row:
   tokens: np.ndarray  # int32, what follows the rules
   length: int  # the row length they are padded to
   num_cut: int  # tokens that were cut out to make it fit
+  outside: str = ''  # what is unlike the training data, see domain.Domain.marks
 
   @property
   def key(self) -> Key:
@@ -187,6 +188,7 @@ class Engine:
     prefix_bytes: int,
     wait_s: float,
     deadline_s: float,
+    allow_out_of_domain: bool = False,
   ):
     """Takes a model; `start` compiles.
 
@@ -194,8 +196,10 @@ class Engine:
       prefix_bytes: What read rules may take on the device; those used longest ago go first.
       wait_s: How long a batch waits for more rows while the device is idle.
       deadline_s: Requests that would wait longer are refused; those that waited twice as long fail.
+      allow_out_of_domain: Whether text is judged that is in words foreign to the model.
     """
     self.spec, self.tokenizer, self.lengths = spec, tokenizer, lengths
+    self.allow_out_of_domain = allow_out_of_domain
     guard = templates.GUARDS.get(spec.layout.format)
     self.per_category = bool(guard and guard.per_category)
     self.prefix_bytes, self.wait_s, self.deadline_s = prefix_bytes, wait_s, deadline_s
@@ -253,7 +257,11 @@ class Engine:
     Raises:
       ValueError: It does not end with the agent's message.
       TooLongError: The rules, or both, do not fit.
+      OutOfDomainError: The words are foreign to the model.
     """
+    domain = self.spec.domain
+    if domain and not self.allow_out_of_domain:
+      domain.require('this request', safety, conversation)
     rules = self.rule_set(safety)
     segments = templates.render(safety, conversation, self.spec.layout)
     parts = features.segment_tokens(segments[rules.num_segments :], self.tokenizer)
@@ -272,7 +280,8 @@ class Engine:
       parts, num_cut = whole.tokens[rules.num_segments :], whole.num_cut
     tokens = np.fromiter(itertools.chain.from_iterable(parts), np.int32)
     length = next(n for n in self.lengths.row if n >= len(tokens))
-    return Row(rules, tokens, length, num_cut)
+    marks = domain.marks(safety, conversation, len(rules.tokens) + size) if domain else ''
+    return Row(rules, tokens, length, num_cut, marks)
 
   # --- The queue -----------------------------------------------------------------------
 

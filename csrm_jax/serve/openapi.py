@@ -24,6 +24,7 @@ _VERDICT = {
   'reward': 0.97,
   'score': 3.48,
   'shortened': 0,
+  'out_of_domain': '',
   'policy': {'name': 'bank_support', 'digest': '9f2c...'},
 }
 _EACH = {'Investment advice': 0.03, 'Credentials': 0.01}
@@ -68,7 +69,9 @@ def _endpoint(summary: str, about: str, examples: dict[str, Any], answer: Any) -
 _RULES_BY = (
   '`policy` names a policy of the server (or is its digest), `safety` brings rules along; without '
   'both the default policy judges. `shorten: true` lets a conversation that is too long be cut; '
-  '`shortened` then counts the tokens that were not read. Else it is an error.'
+  '`shortened` then counts the tokens that were not read. Else it is an error. Words that are '
+  'foreign to what the model was trained on are refused (422); a server that is told to answer all '
+  'the same says so in `out_of_domain`, as of longer prompts and more rules than in training.'
 )
 _COST = (
   'A score for each rule costs one more row for each rule: eight rules take nine times as much '

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from csrm_jax.core import checkpoint
+from csrm_jax.data import domain
 from csrm_jax.models import transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
 from csrm_jax.ruleworld import examples
@@ -181,3 +182,22 @@ def test_what_is_missing_is_named(tmp_path):
   (_save(tmp_path) / 'tokenizer.model').unlink()
   with pytest.raises(FileNotFoundError, match=r'no tokenizer\.model'):
     reward_model.load(tmp_path)
+
+
+def test_what_it_was_not_trained_on_is_refused_or_marked(tmp_path, capfd):
+  known = domain.of_texts('RuleWorld', 2 * ['Do not explain cats.', 'No cats.'], 16, num_rules=1)
+  rm = reward_model.load(_save(tmp_path / 'new', dataclasses.replace(SPEC, domain=known)))
+  assert rm.spec.domain == known
+  safety = schema.SafetyConfig((schema.Category('Cats', 'Do not explain cats.'),))
+  talk = [schema.Message('agent', 'Stop your blood thinner and take eight of those pills.')]
+  message = small.error_of(rm.score, safety, [talk])
+  assert 'conversation 0' in message and 'allow_out_of_domain=True' in message
+  (verdict,) = rm.score(safety, [talk], allow_out_of_domain=True)
+  assert verdict.out_of_domain == 'unknown words, longer prompt'
+  allowed = reward_model.load(tmp_path / 'new', allow_out_of_domain=True)
+  assert allowed.score(safety, [talk]) == [verdict]
+  old = reward_model.load(
+    _save(tmp_path / 'old', change=lambda meta: {k: meta[k] for k in meta if k != 'domain'})
+  )
+  assert old.score(safety, [talk]) == [dataclasses.replace(verdict, out_of_domain='')]
+  assert 'what it was trained on' in capfd.readouterr().err

@@ -14,6 +14,7 @@ from csrm_jax.reward import plans, scoring
 from csrm_jax.ruleworld import examples as ruleworld
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
+from tests import small
 
 PATH = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
 TOKENIZER = tokenizer_lib.load_tokenizer(PATH)
@@ -348,7 +349,7 @@ def _judged(scores):
   """Returns these scores, of prompts that were read whole."""
   scores = np.asarray(scores)
   tokens = np.full(len(scores), 10)
-  return scoring.Judged(scores, tokens, 0 * tokens, tokens < 0)
+  return scoring.Judged(scores, tokens, 0 * tokens, tokens < 0, small.unmarked(tokens))
 
 
 def test_verdicts_direction():
@@ -400,7 +401,8 @@ def test_per_category_keeps_the_worst_of_an_example():
     progress(len(examples) - 2)
     num_unread = np.array([3 * (e.safety.names == ('b',)) for e in examples])
     scores = np.float32([worth[e.safety.names[0]] for e in examples])
-    return scoring.Judged(scores, 9 + 0 * num_unread, num_unread, num_unread > 0)
+    outside = small.unmarked(num_unread)
+    return scoring.Judged(scores, 9 + 0 * num_unread, num_unread, num_unread > 0, outside)
 
   done = []
   judged = scoring.per_category(scoring.ScoreFn(judge)).judge(rows, done.append)

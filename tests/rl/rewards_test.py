@@ -54,11 +54,12 @@ def test_a_reward_comes_with_the_share_that_was_not_read(monkeypatch):
     nonlocal num_asked
     num_asked += 1
     tokens = np.array([len(e.conversation[-1].content) for e in examples])
-    return scoring.Judged(np.zeros(len(tokens), np.float32), 2 * tokens, tokens, tokens > 0)
+    scores, outside = np.zeros(len(tokens), np.float32), small.unmarked(tokens)
+    return scoring.Judged(scores, 2 * tokens, tokens, tokens > 0, outside)
 
-  rm = types.SimpleNamespace(score_fn=scoring.ScoreFn(judge))
+  rm = types.SimpleNamespace(score_fn=scoring.ScoreFn(judge), spec=small.SPEC)
   monkeypatch.setattr(reward_model, 'load', lambda *args, **options: rm)
-  rewards._load_score_fn.cache_clear()
+  rewards._load.cache_clear()
   config = config_lib.load_module(ROOT / 'configs' / 'rl.py').get_config('checkpoint=rm')
   total, parts = rewards.make_scorers(config).total(
     [
@@ -66,7 +67,7 @@ def test_a_reward_comes_with_the_share_that_was_not_read(monkeypatch):
       for s in make_samples(2)
     ]
   )
-  rewards._load_score_fn.cache_clear()
+  rewards._load.cache_clear()
   assert parts['unread'].tolist() == [0.5, 0.5] and num_asked == 1
   np.testing.assert_allclose(total, parts['safety'] * parts['helpfulness'], rtol=1e-6)
 

@@ -8,6 +8,7 @@ from csrm_jax.rl import verifiers
 from csrm_jax.ruleworld import grammar
 from csrm_jax.safety import schema
 from csrm_jax.safety.schema import Prompt, Sample
+from tests import small
 
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 REFUSES = schema.SafetyConfig((schema.Category('Refusal', 'Never refuse.'),))
@@ -151,7 +152,7 @@ def test_verifiers_of_samples():
   def judge(examples):
     seen.extend(examples)
     scores, tokens = np.array([-1.0, 0.0, 0.5], np.float32), np.full(3, 9)
-    return scoring.Judged(scores, tokens, 0 * tokens, tokens < 0)
+    return scoring.Judged(scores, tokens, 0 * tokens, tokens < 0, small.unmarked(scores))
 
   by_score = verifiers.by_score(scoring.ScoreFn(judge), REFUSES)
   for refuses, expected in [

@@ -324,13 +324,18 @@ def test_eval_command_and_api_agree(tiny, tmp_path):
   config.checkpoint = str(tiny)
   config.safety = str(ROOT / 'configs' / 'safety' / 'hospital.yaml')
   config.conversations = str(_write_rows(tmp_path / 'c.jsonl', rows))
+  with pytest.raises(ValueError, match=r'^0: .* of the rules are unknown .* trained on RuleWorld'):
+    main.run(config, tmp_path / 'scored')  # The model knows RuleWorld only.
+  config.allow_out_of_domain = True
   main.run(config, tmp_path / 'scored')
   lines = (tmp_path / 'scored' / 'scored.jsonl').read_text().splitlines()
   scored = [json.loads(line) for line in lines]
   assert [row['id'] for row in scored] == [row['id'] for row in rows]
 
   conversations = [schema.parse_conversation(row['conversation']) for row in rows]
-  verdicts = csrm_jax.load(tiny).score(schema.load_safety(config.safety), conversations)
+  rm = csrm_jax.load(tiny, allow_out_of_domain=True)
+  verdicts = rm.score(schema.load_safety(config.safety), conversations)
+  assert all('unknown words' in verdict.out_of_domain for verdict in verdicts)
   names = [field.name for field in dataclasses.fields(scoring.Verdict)]
   assert [scoring.Verdict(**{k: row[k] for k in names}) for row in scored] == verdicts
 

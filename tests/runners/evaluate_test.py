@@ -8,6 +8,7 @@ import pytest
 from csrm_jax import config as config_lib
 from csrm_jax.reward import scoring
 from csrm_jax.runners import evaluate
+from tests import small
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -34,14 +35,14 @@ def test_scoring_a_file_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     asked.append([e.id for e in examples])
     progress(len(examples))
     scores = np.float32([int(e.id) for e in examples])
-    return scoring.Judged(scores, scores + 9, 0 * scores, scores < 0)
+    return scoring.Judged(scores, scores + 9, 0 * scores, scores < 0, small.unmarked(scores))
 
   score_fn = scoring.ScoreFn(judge)
 
   monkeypatch.setattr(
     evaluate,
     'load_model',
-    lambda _: types.SimpleNamespace(score_fn=score_fn, spec=None, digest=digest),
+    lambda *_: types.SimpleNamespace(score_fn=score_fn, spec=None, digest=digest),
   )
   digest = 'weights'
   config = _config(tmp_path)

@@ -1,6 +1,7 @@
 """Endpoints, asked as their real clients ask them; every verdict is that of `score`."""
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import random
@@ -10,6 +11,7 @@ import numpy as np
 import openai
 import pytest
 
+from csrm_jax.data import domain
 from csrm_jax.rl import rewards
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety import schema
@@ -44,6 +46,17 @@ def film(server):
 @pytest.fixture
 def client(server):
   return openai.OpenAI(base_url=f'{server.url}/v1', api_key='none', max_retries=0)
+
+
+def test_foreign_words_are_refused_or_marked(server, film, monkeypatch):
+  known = domain.of_texts('films', 2 * ['poker cats dogs game', 'is a game'], 256, num_rules=2)
+  monkeypatch.setattr(server.engine, 'spec', dataclasses.replace(serving.SPEC, domain=known))
+  body = {'policy': 'film', 'messages': MESSAGES}
+  status, _, answer = server.ask('POST', '/score', body)
+  assert status == 422 and answer['error']['code'] == 'out_of_domain'
+  assert 'films' in answer['error']['message']
+  monkeypatch.setattr(server.engine, 'allow_out_of_domain', True)
+  assert server.post('/score', body)['verdicts'][0]['out_of_domain'] == 'unknown words'
 
 
 def test_the_openai_client_moderates(server, client, film):

@@ -90,7 +90,8 @@ async function score() {
     box.replaceChildren(
       element('strong', { textContent: verdict.label }),
       element('div', {}, `P(unsafe) ${percent(verdict.p_unsafe)}`, move(verdict.p_unsafe, last[''])),
-      element('div', { textContent: `score ${verdict.score.toFixed(2)} nats, reward ${verdict.reward.toFixed(3)}` }));
+      element('div', { textContent: `score ${verdict.score.toFixed(2)} nats, reward ${verdict.reward.toFixed(3)}` }),
+      element('div', { textContent: verdict.out_of_domain && `unlike what the model was trained on: ${verdict.out_of_domain}` }));
     const now = { '': verdict.p_unsafe };
     for (const card of document.querySelectorAll('.rule')) {
       const name = card.querySelector('input').value;
