@@ -24,7 +24,6 @@ from csrm_jax.safety import schema
 FILE = 'domain.json'  # beside weights in Hugging Face's form
 # What a mark says, see Domain.marks.
 WORDS, LENGTH, RULES = 'unknown words', 'longer prompt', 'more rules'
-NUM_ITEMS = 2000  # that are looked at, of each part of the data
 # A word is known that so many different texts have: names and typing errors are not.
 _MIN_TEXTS = 2
 # The most words that are kept, the most frequent ones.
@@ -154,8 +153,8 @@ def of_texts(
   )
 
 
-def sample(items: Sequence[Any], num: int = NUM_ITEMS) -> list[schema.Example]:
-  """Returns examples of evenly spread items of training data: of pairs and groups all of them."""
+def sample(items: Sequence[Any], num: int) -> list[schema.Example]:
+  """Returns examples of `num` evenly spread items of training data, all of pairs and groups."""
   found = []
   for item in sources.spread(items, num):
     if isinstance(item, schema.Pair):

@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from csrm_jax.core import checks, files, tree
+from csrm_jax.data import domain
 from csrm_jax.models import hf, hf_config, lora, shards, transformer
 from csrm_jax.models.config import DTYPES, ModelConfig
 from csrm_jax.reward import backbone, exported, model as reward_model
@@ -94,7 +95,8 @@ def _describe(
   if not 0 < config.threshold < 1:
     raise ValueError(f'config.threshold is {config.threshold}; it is a P(unsafe) between 0 and 1')
   return exported.Export(
-    spec=dataclasses.asdict(spec),
+    # What it was trained on is a file of its own.
+    spec=dataclasses.asdict(dataclasses.replace(spec, domain=None)),
     tokenizer=tokenizer,
     layout=spec.layout,
     verbalizers=spec.verbalizers(tokenizer),
@@ -113,6 +115,7 @@ def _write(
 ) -> None:
   # How prompts must be written goes with the weights.
   metadata = {'csrm_jax': json.dumps(export.spec, sort_keys=True)}
+  domain.write(folder, spec.domain)
   if config.form == 'peft':
     if not spec.base:
       raise ValueError(
