@@ -159,9 +159,11 @@ def _check(name: str, texts: Sequence[Judged], known: Rules) -> None:
         raise ValueError(f'{name}: rule {key} has no wording; write one')
 
 
-def is_duty(key: str) -> bool:
-  """Returns whether the rule of that key demands something, where most forbid something."""
-  return key.partition('/')[2].startswith('must_')
+def negated(keys: Iterable[str]) -> dict[str, str]:
+  """Returns {SET/must_X: SET/X} of rules that demand what another one forbids."""
+  known = set(keys)
+  plain = {key: key.replace('/must_', '/', 1) for key in known}
+  return {key: other for key, other in plain.items() if other != key and other in known}
 
 
 def _single(name: str, item: Judged, rule: Rule, is_seen: bool, nested: set[str]) -> Question:
@@ -251,7 +253,8 @@ def _unions(
 ) -> list[Question]:
   asked = []
   # What must be done is what else must not, and mostly broken.
-  keys = sorted({key for item in texts for key in item.verdicts if not is_duty(key)})
+  keys = {key for item in texts for key in item.verdicts}
+  keys = sorted(keys - set(negated(keys)))
   for i in range(num if len(keys) >= max(UNION_SIZES) else 0):
     rng = np.random.default_rng([i, 0])
     drawn = [keys[j] for j in rng.permutation(len(keys))[: rng.choice(UNION_SIZES)]]
