@@ -21,6 +21,9 @@ from csrm_jax.evals.metrics import check_same_length
 from csrm_jax.evals.results import Metric
 from csrm_jax.safety.schema import Example
 
+# Said of intervals without width.
+NO_SPREAD, ONE_UNIT = 'no draw differs', 'one conversation only'
+
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
@@ -45,7 +48,12 @@ class Measure:
       units = None if units is None else units[rows]
     if num := self.num_samples if num_samples is None else num_samples:
       low, high = interval(fn, arrays, units, num_samples=num, centred=centred)
-    return {'value': fn(*arrays), 'low': low, 'high': high, 'best': best}
+    # An interval without width looks like certainty, and is none.
+    note = {}
+    if low is not None and low == high:
+      is_one = len(arrays[0]) == 1 or (units is not None and len(np.unique(units)) == 1)
+      note = {'note': ONE_UNIT if is_one else NO_SPREAD}
+    return {'value': fn(*arrays), 'low': low, 'high': high, 'best': best, **note}
 
   def over(self, units: np.ndarray) -> Measure:
     """Returns the same measure over other units."""

@@ -23,6 +23,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from csrm_jax.core.markdown import is_number, short
+from csrm_jax.evals import metrics
 from csrm_jax.evals.results import Metric, Result, title_of
 
 SAFE, UNSAFE, BEST = '#0072B2', '#D55E00', '#000000'
@@ -39,7 +40,7 @@ _LEGEND_LETTERS = 90  # how many fit beside each other in the narrowest figure
 
 
 def draw_reliability(path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.ndarray) -> None:
-  """Writes the smoothed reliability diagram with its smECE.
+  """Writes the smoothed reliability diagram with its smECE, and that of the verdicts alone.
 
   The line is the share of unsafe labels near each predicted P(unsafe), thick where there are
   many predictions. The grey band is its 95% bootstrap interval. The ticks below are up to 100
@@ -65,6 +66,12 @@ def draw_reliability(path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.n
   ax.tick_params(axis='x', pad=9)  # Clear of the ticks that relplot draws there.
   box = {'facecolor': 'white', 'edgecolor': 'none', 'alpha': 0.8}
   ax.text(0.04, 0.95, f'smECE {smece:.3f}', va='top', fontsize=13, zorder=1000, bbox=box)
+  # What calibration is worth without degrees.
+  controls = (
+    f'0.97 or 0.03: {metrics.smece_constants(labels, p_unsafe):.3f}\n'
+    f'1 or 0: {metrics.smece_hard(labels, p_unsafe):.3f}'
+  )
+  ax.text(0.04, 0.88, controls, va='top', fontsize=9, zorder=1000, bbox=box)
   save(figure, path)
 
 

@@ -29,6 +29,8 @@ from csrm_jax.safety.schema import Example
 _PROBABILITY_FLOOR = 1e-15
 # True probabilities are clipped this far from 0 and 1, which have no finite log odds.
 _LOG_ODDS_FLOOR = 1e-6
+# What a judge says that has two answers only; chosen for no data.
+CONSTANTS = (0.03, 0.97)
 # The rows of a threshold table.
 THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -128,6 +130,21 @@ def smece(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
   import relplot
 
   return float(relplot.smECE(p_unsafe, labels.astype(np.float64)))
+
+
+def as_constants(p_unsafe: np.ndarray, low: float, high: float) -> np.ndarray:
+  """Returns the verdicts as two constants: `high` where unsafe, `low` where safe."""
+  return np.where(p_unsafe >= 0.5, high, low)
+
+
+def smece_constants(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
+  """Returns the smECE of the same verdicts said with CONSTANTS, which know no degrees."""
+  return smece(labels, as_constants(p_unsafe, *CONSTANTS))
+
+
+def smece_hard(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
+  """Returns the smECE of the same verdicts said as 0 and 1."""
+  return smece(labels, as_constants(p_unsafe, 0.0, 1.0))
 
 
 def reliability_bins(

@@ -47,13 +47,25 @@ PAPER = yaml.safe_load(pathlib.Path(__file__).with_name('paper.yaml').read_text(
 _TERMINAL_ROWS = (
   ('F1, seen rules', 'seen/f1'),
   ('F1, unseen rules', 'unseen/f1'),
+  ('F1, unseen, tuned', 'unseen/f1_tuned'),
   ('AUPRC, seen rules', 'seen/auprc'),
   ('AUPRC, unseen rules', 'unseen/auprc'),
   ('smECE, seen rules', 'seen/smece'),
   ('smECE, unseen rules', 'unseen/smece'),
+  ('  of 0.97/0.03, seen', 'seen/smece_constants'),
+  ('  of 0.97/0.03, unseen', 'unseen/smece_constants'),
   ('pair accuracy', 'pairs/accuracy'),
   ('mean score gap, nats', 'pairs/score_gap'),
   ('flip consistency', 'flip/consistency'),
+)
+# What stands for each other benchmark of a run without RuleWorld's.
+_OTHER_ROWS = (
+  ('F1', 'f1'),
+  ('F1, tuned', 'f1_tuned'),
+  ('AUPRC', 'auprc'),
+  ('smECE', 'smece'),
+  ('  of 0.97/0.03', 'smece_constants'),
+  ('pair accuracy', 'accuracy'),
 )
 # For these metrics a share of the best means something.
 _SHARES = ('f1', 'auprc', 'accuracy')
@@ -213,13 +225,13 @@ def summarise(results: Results) -> dict[str, float | None]:
 
 
 def flatten(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-  """Returns {'group/metric': value}, with `_best`, `_low` and `_high` where they are known."""
+  """Returns {'group/metric': value}, with `_best`, `_low`, `_high` and `_note` where known."""
   flat = {}
   for group, found in groups.items():
     for name, metric in found.items():
       flat[f'{group}/{name}'] = metric['value']
-      for part in ('best', 'low', 'high'):
-        if metric[part] is not None:
+      for part in ('best', 'low', 'high', 'note'):
+        if metric.get(part) is not None:
           flat[f'{group}/{name}_{part}'] = metric[part]
   return flat
 
@@ -232,16 +244,29 @@ def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | No
   """
   if any(key.startswith('aligned/') for key in summary):
     return _policies_table(summary)
-  lines = [f'{"":22}{"value":>8}  {"95% interval":17}{"best":>7}{"of best":>9}']
-  for title, key in _TERMINAL_ROWS:
-    if key not in summary:
-      continue
-    value, best = summary[key], summary.get(f'{key}_best')
+  shown = [(title, key) for title, key in _TERMINAL_ROWS if key in summary]
+  if not shown:
+    names = dict.fromkeys(
+      key.rpartition('/')[0] for key in summary if key.endswith(('/f1', '/accuracy'))
+    )
+    shown = [
+      (f'{title}, {short(name, 24)}', f'{name}/{metric}')
+      for name in names
+      if not name.endswith('_without_rules')
+      for title, metric in _OTHER_ROWS
+      if f'{name}/{metric}' in summary
+    ]
+  width = max([22, *(len(title) for title, _ in shown)])
+  lines = [f'{"":{width}}{"value":>8}  {"95% interval":19}{"best":>6}{"of best":>9}']
+  for title, key in shown:
+    value, best, note = summary[key], summary.get(f'{key}_best'), summary.get(f'{key}_note', '')
     low, high = (summary.get(f'{key}_{side}') for side in ('low', 'high'))
-    within = '' if not is_number(low) else f'[{low:.3f}, {high:.3f}]'
+    within = f'[{low:.3f}, {high:.3f}]' if is_number(low) and low != high else ''
+    if not within:  # The note says why.
+      within, note = note, ''
     shared = key.rpartition('/')[2] in _SHARES and is_number(value)
-    share = f'{value / best:.1%}' if shared and is_number(best) and best else ''
-    line = f'{title:22}{number(value):>8}  {within:17}{number(best):>7}{share:>9}'
+    share = f'{value / best:.1%}' if shared and is_number(best) and best else note
+    line = f'{title:{width}}{number(value):>8}  {within:19}{number(best):>6}  {share:>7}'
     lines.append(line.rstrip())
   if not rule_sets:
     return '\n'.join(lines)
@@ -261,7 +286,7 @@ def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | No
 
 def _policies_table(summary: Mapping[str, Any]) -> str:
   """Returns an alignment's table: metrics as rows, policies as columns."""
-  bounds = ('_low', '_high')
+  bounds = ('_low', '_high', '_note')
   names = [
     key.removeprefix('aligned/')
     for key in summary
@@ -466,10 +491,11 @@ def images(drawn: Pictures) -> list[str]:
 
 def _cell(value: Any) -> str:
   """Returns a metric, count, number or text as a table shows it."""
-  if isinstance(value, Mapping):  # '0.912 [0.901, 0.925]', or the value alone
+  if isinstance(value, Mapping):  # '0.912 [0.901, 0.925]', or the value alone; with its note
     text = number(value['value'])
-    known = is_number(value['low'])
-    return f'{text} [{value["low"]:.3f}, {value["high"]:.3f}]' if known else text
+    if is_number(value['low']) and value['low'] != value['high']:
+      text = f'{text} [{value["low"]:.3f}, {value["high"]:.3f}]'
+    return f'{text} ({value["note"]})' if value.get('note') else text
   if isinstance(value, str):
     return value if isinstance(value, Markdown) else escape(value)
   if isinstance(value, int) and not isinstance(value, bool):

@@ -14,7 +14,8 @@ from csrm_jax.core.markdown import NONE, Markdown, is_number, number
 
 # {value, low, high, best}: low and high are the 95% bootstrap interval (None where there is none),
 # best is what a judge that knows the true P(unsafe) reaches on the same rows (None if unknown).
-Metric = dict[str, float | None]
+# Some have a note too, words that belong to the number.
+Metric = dict[str, Any]
 
 # name -> {title, text}, in the order of a report. Titles say which direction is better.
 METRICS = yaml.safe_load(pathlib.Path(__file__).with_name('metrics.yaml').read_text('utf-8'))

@@ -59,7 +59,7 @@ _PAIRS = {
 }
 # The columns of the tables that results of judged suites share.
 _VERDICTS = ('f1', 'f1_tuned', 'auprc', 'fpr_at_recall')
-_PROBABILITIES = ('smece', 'ece', 'brier', 'nll', 'prob_error')
+_PROBABILITIES = ('smece', 'smece_constants', 'smece_hard', 'ece', 'brier', 'nll', 'prob_error')
 _FITTED = """\
 Fitted by NLL on validation rows, none of them counted here. The order of scores, and with it \
 AUPRC, stays."""
@@ -108,6 +108,9 @@ def classification(
   m = m.over(bootstrap.units_of(rows, [b.groups[i] for i in kept] if b.groups else None))
   num, num_units = len(rows), int(m.units.max() + 1) if rows else 0
   found = verdict_metrics(labels, p_unsafe, probability, m, threshold)
+  # The same verdicts without degrees: a calibration error that is no lower shows none.
+  for name in ('smece_constants', 'smece_hard'):
+    found[name] = value(getattr(metrics, name)(labels, p_unsafe))
   fitted = None
   if calibration:
     moved = metrics.p_unsafe_from_scores(calibration.apply(scores))
@@ -187,6 +190,11 @@ def verdict_metrics(
     # The best judge has a threshold of its own, so its F1 stays the same.
     f1 = functools.partial(metrics.f1, threshold=threshold)
     found['f1_tuned'] = m(f1, labels, p_unsafe, best=found['f1']['best'])
+    found['f1_tuned']['note'] = f'threshold {threshold:.3f}'
+  for name, at in (('f1', 0.5), ('f1_tuned', threshold)):
+    if name in found and labels.size and not np.any(p_unsafe >= at):
+      where = '' if name == 'f1' else f' at {at:.3f}'
+      found[name]['note'] = f'nothing was flagged{where}'
   return found
 
 
@@ -283,7 +291,8 @@ def _figures(labels, p_unsafe, probability, scores, sets) -> list[Figure]:
         figures.draw_reliability,
         (labels, p_unsafe),
         'Reliability: share of unsafe labels near each predicted P(unsafe), with its 95% band. On '
-        'the diagonal a prediction is a probability; the line is thick where there are many.',
+        'the diagonal a prediction is a probability; the line is thick where there are many. Below '
+        'smECE stands that of the same verdicts without degrees, as 0.97 or 0.03 and as 1 or 0.',
         '_reliability',
       ),
       Figure(

@@ -36,9 +36,6 @@ GATED_TIER = 'both'
 MAX_SHARE = 0.7  # of the oracle's F1 that a shortcut may reach
 MAX_LIFT = 0.05  # of AUPRC over the base rate that a judge may have from whom rules are hidden
 
-# A judge of two answers, which is as sure as RuleWorld's labels mostly are.
-_TWO_CONSTANTS = (0.03, 0.97)
-
 
 def _all_unsafe(train: Sequence[Example]) -> Judge:
   return lambda rows: np.ones(len(rows))
@@ -46,7 +43,7 @@ def _all_unsafe(train: Sequence[Example]) -> Judge:
 
 def _two_constants(train: Sequence[Example]) -> Judge:
   look_up = _lookup(train)
-  return lambda rows: np.array(_TWO_CONSTANTS)[look_up(rows).astype(int)]
+  return lambda rows: metrics.as_constants(look_up(rows), *metrics.CONSTANTS)
 
 
 def _name_and_severity(train: Sequence[Example]) -> Judge:

@@ -20,7 +20,7 @@ def _example(name, label, probability, rules='No dogs.', **fields):
   return Example(
     id=name,
     safety=SafetyConfig((Category('Pets', rules),)),
-    conversation=(Message('user', _HOSTILE), Message('agent', _HOSTILE)),
+    conversation=(Message('user', f'{name[1:]} {_HOSTILE}'), Message('agent', _HOSTILE)),
     label=label,
     probability=probability,
     **fields,
@@ -216,6 +216,33 @@ def test_terminal_table(results):
   for word in ('F1, seen', 'pair accuracy', 'mean score gap', 'lenient'):
     assert word in text
   assert report.terminal_table({}).splitlines()[1:] == []
+
+
+def test_terminal_table_says_thresholds_and_what_was_not_flagged():
+  summary = report.flatten(
+    {
+      'own': {
+        'f1': {'value': 0.0, 'low': 0.0, 'high': 0.0, 'best': None, 'note': 'nothing was flagged'},
+        'f1_tuned': {
+          'value': 0.2,
+          'low': 0.1,
+          'high': 0.3,
+          'best': None,
+          'note': 'threshold 0.123',
+        },
+        'smece': {'value': 0.1, 'low': 0.1, 'high': 0.2, 'best': None},
+        'smece_constants': {'value': 0.05, 'low': None, 'high': None, 'best': None},
+      }
+    }
+  )
+  lines = report.terminal_table(summary).splitlines()
+  assert max(map(len, lines)) <= 80
+  assert [' '.join(line.split()) for line in lines[1:]] == [
+    'F1, own 0.000 nothing was flagged –',
+    'F1, tuned, own 0.200 [0.100, 0.300] – threshold 0.123',
+    'smECE, own 0.100 [0.100, 0.200] –',
+    'of 0.97/0.03, own 0.050 –',
+  ]
 
 
 def test_escape():

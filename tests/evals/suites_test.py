@@ -69,14 +69,40 @@ def test_classification_metrics_counts_and_groups():
   assert result['num_unsafe'] == labels.sum()
   assert result['metrics']['f1']['value'] == metrics.f1(labels, p)
   assert result['metrics']['f1_tuned']['value'] == metrics.f1(labels, p, 0.3)
-  for metric in result['metrics'].values():
-    assert metric['low'] <= metric['value'] <= metric['high']
+  for name, metric in result['metrics'].items():
+    if name not in ('smece_constants', 'smece_hard'):  # Controls have no intervals.
+      assert metric['low'] <= metric['value'] <= metric['high']
   sets, sources = (result['breakdowns'][k] for k in ('rule set', 'source'))
   assert list(sets) == ['rules 0', 'rules 1', 'rules 2']
   assert sum(g['num_examples'] for g in sources.values()) == 60
   group = sets['rules 1']['metrics']
   assert group['f1']['value'] == metrics.f1(labels[1::3], p[1::3])
   assert group['auprc']['best'] is not None
+
+
+def test_where_nothing_is_flagged_the_report_says_so_and_names_the_threshold():
+  rows = _set(80)[0]
+  scores = [np.array([4.0 + i / 80]) for i in range(80)]
+  b = Benchmark('b', 'classification', rows)
+  found = verdicts.classification(b, scores, Measure(num_samples=20), threshold=0.0175).metrics
+  assert found['f1']['note'] == 'nothing was flagged'
+  assert found['f1_tuned']['note'] == 'threshold 0.018'
+  found = verdicts.classification(b, scores, Measure(num_samples=20), threshold=0.5).metrics
+  assert found['f1_tuned']['note'] == 'nothing was flagged at 0.500'
+
+
+def test_verdicts_without_degrees_stand_beside_the_calibration_error():
+  rows = _set(80)[0]
+  scores = np.linspace(-3, 3, 80)
+  result = verdicts.classification(
+    Benchmark('b', 'classification', rows), [np.array([s]) for s in scores], Measure(num_samples=0)
+  )
+  labels, flagged = metrics.labels_of(rows), scores <= 0
+  for name, constants in (('smece_constants', (0.03, 0.97)), ('smece_hard', (0.0, 1.0))):
+    p = np.where(flagged, constants[1], constants[0])
+    assert result.metrics[name]['value'] == metrics.smece(labels, p)
+  (table,) = [t for t in result.tables if t.title == 'Probabilities']
+  assert list(table.header[1:4]) == ['smECE ↓', 'smECE of 0.97 or 0.03', 'smECE of 1 or 0']
 
 
 def test_unlabelled_examples_are_counted_and_left_out():
@@ -169,7 +195,10 @@ def test_calibrated_metrics_stand_apart():
   both = judged(examples, scores, fitted=found, num_samples=3)
   assert both['metrics'] == plain['metrics'] and plain['calibrated'] is None
   moved = judged(examples, found.apply(scores.astype(float)), num_samples=3)
-  assert both['calibrated']['metrics'] == moved['metrics']
+  controls = ('smece_constants', 'smece_hard')
+  assert both['calibrated']['metrics'] == {
+    name: metric for name, metric in moved['metrics'].items() if name not in controls
+  }
   assert both['calibrated']['calibration']['temperature'] == 2.0
   same = [both['calibrated']['metrics'][k]['value'] for k in ('auprc', 'nll')]
   assert same[0] == pytest.approx(plain['metrics']['auprc']['value'])
@@ -221,7 +250,10 @@ def test_best_pair_order_sees_the_surest_probabilities():
 
 def test_pairs_without_probabilities_without_pairs_and_with_nan():
   result = plain(run('pairs', [_pair('p', None, 0.5)], sides([1.0], [0.0])))
-  assert result['metrics']['accuracy'] == {'value': 1.0, 'low': 1.0, 'high': 1.0, 'best': None}
+  assert result['metrics']['accuracy'] == {
+    **{'value': 1.0, 'low': 1.0, 'high': 1.0, 'best': None},
+    'note': 'one conversation only',
+  }
   result = plain(run('pairs', [], []))
   assert math.isnan(result['metrics']['accuracy']['value'])
   with pytest.raises(ValueError, match=r"nan at row 0 \(id 'p-b'\)"):
