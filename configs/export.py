@@ -14,7 +14,7 @@ from csrm_jax import config as config_lib
 def get_config(arg=None):
   """Returns the config; arg: checkpoint, form."""
   arg = config_lib.parse_arg(
-    arg, checkpoint='', form=('causal_lm', 'sequence_classification', 'peft')
+    arg, checkpoint='', form=('causal_lm', 'sequence_classification', 'peft', 'gguf')
   )
   c = ml_collections.ConfigDict()
   c.runner = 'export'
@@ -23,8 +23,11 @@ def get_config(arg=None):
   # sequence_classification has one logit, the score, at the last token of the prompt; it needs one
   # verdict token for each label.
   # peft writes the adapters alone, for the weights that they were trained on.
+  # gguf writes model/model.gguf, adapters merged, for llama.cpp (families llama, mistral, qwen3).
   c.form = arg.form
-  c.dtype = ''  # of the written weights: float32 or bfloat16; '' is that of the run
+  c.dtype = (
+    ''  # of the written weights: float32, bfloat16; with gguf float16; '' is that of the run
+  )
   # Rules that judge where a caller of the chat template gives none: a file; '' for none, which is
   # an error of the caller's then.
   c.safety = ''

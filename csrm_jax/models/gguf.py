@@ -1,6 +1,6 @@
-"""GGUF files, read as what they were made from: a Hugging Face folder.
+"""GGUF files, read as what they were made from, a Hugging Face folder, and written from one.
 
-A .gguf file holds config, weights and tokenizer. Here each becomes what the folder has: the
+A .gguf file holds config, weights and tokenizer. Read, each becomes what the folder has: the
 content of config.json, the tokenizer's files, and tensors under Hugging Face names. Quantised
 tensors become float32; the rows of query and key return to the order that llama.cpp changed.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from csrm_jax.core import checks
+from csrm_jax.core import checks, files
 from csrm_jax.models import shards
 
 # The types of tensors that are read; the values of all become float32.
@@ -73,8 +74,14 @@ _PRE = {
   # Like Llama 3, but digits stand alone.
   'qwen2': _Pre(_LLAMA3.replace('{1,3}', ''), normalizer='NFC'),
 }
-# Values of tokenizer.ggml.token_type.
-_CONTROL, _USER_DEFINED = 3, 4
+# Values of tokenizer.ggml.token_type, which are SentencePiece's.
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+# What csrm_jax wrote: a reward model's description, and the rope scaling that stands in the file
+# only as a tensor of factors.
+_OWN = 'csrm_jax'
+_ROPE_KEY, _ROPE_FACTORS = 'csrm_jax.rope_scaling', 'rope_freqs.weight'
+# The types that are written, by the names of dtypes; vectors stay float32.
+WRITTEN = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}
 
 
 class _File(NamedTuple):
@@ -96,7 +103,8 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   names = {tensor.name: tensor for tensor in file.tensors}
   bad = [f'{arch}.{key}' for key in _UNSUPPORTED if own.get(key)]
   # Llama 3.1's rope scaling comes as a tensor of factors, from which its settings are not read.
-  bad += ['rope_freqs.weight'] if 'rope_freqs.weight' in names else []
+  scaling = json.loads(file.metadata.get(_ROPE_KEY, 'null'))
+  bad += [_ROPE_FACTORS] if _ROPE_FACTORS in names and scaling is None else []
   if bad:
     raise ValueError(
       f'{path}: has {bad[0]}, which is not supported in a GGUF file; use '
@@ -115,7 +123,10 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
       f'{path}: {arch}.rope.dimension_count is {own["rope.dimension_count"]}, only the whole head '
       f'({spec["head_dim"]}) is supported; choose another model.'
     )
+  if own_spec := file.metadata.get(_OWN):
+    spec[_OWN] = json.loads(own_spec)
   return spec | {
+    'rope_scaling': scaling,
     'architectures': [_ARCHITECTURES[arch][0]],
     'model_type': arch,
     'num_key_value_heads': own.get('attention.head_count_kv', heads),
@@ -137,6 +148,8 @@ def open_tensors(path: pathlib.Path, names: Mapping[str, str]) -> dict[str, shar
   if _ARCHITECTURES[spec['model_type']][1]:
     heads = {'q_proj': spec['num_attention_heads'], 'k_proj': spec['num_key_value_heads']}
   for tensor in _read(path).tensors:
+    if tensor.name == _ROPE_FACTORS:
+      continue
     kind = tensor.tensor_type.name
     if kind not in TYPES:
       raise ValueError(
@@ -173,10 +186,16 @@ def tokenizer_files(path: pathlib.Path) -> dict[str, bytes]:
   """Returns the content of tokenizer.json and of tokenizer_config.json with the chat template."""
   metadata = _read(path).metadata
   kind = metadata.get('tokenizer.ggml.model')
+  if kind == 'llama':
+    return {'tokenizer.model': _sentencepiece(path, metadata)} | _settings(
+      metadata, token_ids(path)
+    )
   pre = metadata.get('tokenizer.ggml.pre', 'gpt-2')
   if kind != 'gpt2' or pre not in _PRE:
     name, value = ('pre', pre) if kind == 'gpt2' else ('model', kind)
-    known = ', '.join(_PRE if kind == 'gpt2' else ['gpt2 (byte-level BPE)'])
+    known = ', '.join(
+      _PRE if kind == 'gpt2' else ['gpt2 (byte-level BPE)', 'llama (SentencePiece)']
+    )
     raise ValueError(
       f'{path}: tokenizer.ggml.{name} is {value!r}, only {known} is '
       'supported; give the tokenizer.json of the model.'
@@ -188,18 +207,50 @@ def tokenizer_files(path: pathlib.Path) -> dict[str, bytes]:
   )
   if metadata.get('tokenizer.ggml.add_bos_token') and 'bos' in ids:
     spec['post_processor'] = _prepend(tokens[ids['bos']], ids['bos'])
+  return {'tokenizer.json': json.dumps(spec, ensure_ascii=False).encode()} | _settings(
+    metadata, ids
+  )
+
+
+def _settings(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, bytes]:
+  """Returns the content of tokenizer_config.json."""
+  tokens = metadata['tokenizer.ggml.tokens']
+  is_bytes = metadata['tokenizer.ggml.model'] == 'gpt2'
   settings = {
-    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'tokenizer_class': 'PreTrainedTokenizerFast' if is_bytes else 'LlamaTokenizer',
     'clean_up_tokenization_spaces': False,
     **{f'{name}_token': tokens[i] for name, i in ids.items()},
   }
   template = metadata.get('tokenizer.chat_template')
   if template is not None:
     settings['chat_template'] = template
-  return {
-    'tokenizer.json': json.dumps(spec, ensure_ascii=False).encode(),
-    'tokenizer_config.json': json.dumps(settings, ensure_ascii=False, indent=2).encode(),
-  }
+  return {'tokenizer_config.json': json.dumps(settings, ensure_ascii=False, indent=2).encode()}
+
+
+def _sentencepiece(path: pathlib.Path, metadata: Mapping[str, Any]) -> bytes:
+  """Returns the SentencePiece model (BPE) of a file."""
+  from sentencepiece import sentencepiece_model_pb2
+
+  names = 'tokens', 'scores', 'token_type'
+  columns = [metadata.get(f'tokenizer.ggml.{name}') for name in names]
+  if None in columns:
+    missing = names[columns.index(None)]
+    raise ValueError(
+      f'{path}: has no tokenizer.ggml.{missing}; give the tokenizer.model of the model.'
+    )
+  model = sentencepiece_model_pb2.ModelProto()
+  for piece, score, kind in zip(*columns, strict=True):
+    model.pieces.add(piece=piece, score=float(score), type=int(kind))
+  model.trainer_spec.model_type = model.trainer_spec.BPE
+  model.trainer_spec.byte_fallback = True
+  model.trainer_spec.vocab_size = len(columns[0])
+  for name, i in token_ids(path).items():
+    setattr(model.trainer_spec, f'{name}_piece', columns[0][i])
+  normalizer = model.normalizer_spec
+  normalizer.name = 'identity'
+  normalizer.add_dummy_prefix = bool(metadata.get('tokenizer.ggml.add_space_prefix', True))
+  normalizer.remove_extra_whitespaces = False
+  return model.SerializeToString()
 
 
 def _tokenizer_json(
@@ -264,6 +315,212 @@ def _dequantize(tensor: Any, num_heads: int | None) -> np.ndarray:
     pairs = values.reshape(num_heads, -1, 2, values.shape[-1])
     values = pairs.swapaxes(1, 2).reshape(values.shape)
   return values
+
+
+# --- Writing ---------------------------------------------------------------------------
+
+
+def write(
+  path: pathlib.Path,
+  spec: Mapping[str, Any],
+  tensors: Mapping[str, shards.Tensor],
+  names: Mapping[str, str],
+  tokenizer: Mapping[str, Any],
+  *,
+  dtype: str,
+  description: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a model as one .gguf file, which appears whole; one tensor at a time is in memory.
+
+  Args:
+    spec: The content of config.json.
+    tensors: The weights, under their Hugging Face names.
+    names: As in open_tensors.
+    tokenizer: What tokenizer_fields returns, and perhaps chat_template.
+    dtype: One of WRITTEN.
+    description: What reward.exported has to say about a reward model.
+
+  Raises:
+    ValueError: llama.cpp has another architecture for this family than is written here.
+  """
+  package = checks.require('gguf', f'{path}: a .gguf file')
+  known = {'llama': 'llama', 'mistral': 'llama', 'qwen3': 'qwen3'}
+  arch = known.get(spec['model_type'])
+  if arch is None or (spec.get('sliding_window') and arch != 'llama'):
+    raise ValueError(
+      f'{path}: a model of the family {spec["model_type"]!r} (with windows) is not written as '
+      f'GGUF, only {", ".join(known)}; export form=causal_lm, and convert that with llama.cpp'
+    )
+  # Up to its length a window changes nothing.
+  window = spec.get('sliding_window') or spec['max_position_embeddings']
+  spec = {**spec, 'max_position_embeddings': min(window, spec['max_position_embeddings'])}
+  fields: dict[str, Any] = {
+    'general.name': path.stem,
+    **{f'{arch}.{key}': spec[theirs] for key, theirs in _FIELDS.items()},
+    f'{arch}.attention.head_count_kv': spec['num_key_value_heads'],
+    f'{arch}.attention.key_length': spec['head_dim'],
+    f'{arch}.attention.value_length': spec['head_dim'],
+    f'{arch}.rope.dimension_count': spec['head_dim'],
+    f'{arch}.rope.freq_base': float(spec['rope_theta']),
+    f'{arch}.vocab_size': spec['vocab_size'],
+    **{f'tokenizer.{key}': value for key, value in tokenizer.items()},
+  }
+  if description is not None:
+    fields[_OWN] = json.dumps(description)
+  heads = {}
+  if _ARCHITECTURES[arch][1]:
+    heads = {'q_proj': spec['num_attention_heads'], 'k_proj': spec['num_key_value_heads']}
+  ours = {theirs: name for name, theirs in names.items()}
+  parts: dict[str, tuple[tuple[int, ...], Any]] = {}
+  for name, tensor in tensors.items():
+    layer = re.search(r'\.(\d+)\.', name)
+    prefix = f'blk.{layer[1]}.' if layer else ''
+    stem = ours[name.replace(f'.{layer[1]}.', '.{}.', 1) if layer else name]
+    read = functools.partial(_permuted, tensor, heads.get(name.split('.')[-2]))
+    parts[f'{prefix}{stem}.weight'] = tensor.shape, read
+  if spec.get('rope_scaling'):
+    fields[_ROPE_KEY] = json.dumps(spec['rope_scaling'])
+    factors = _rope_factors(spec)
+    parts[_ROPE_FACTORS] = factors.shape, lambda: factors
+  _write_file(package, path, arch, fields, parts, WRITTEN[dtype])
+
+
+def _write_file(
+  package: Any,
+  path: pathlib.Path,
+  arch: str,
+  fields: Mapping[str, Any],
+  parts: Mapping[str, tuple[tuple[int, ...], Any]],
+  kind: str,
+) -> None:
+  types, made = package.GGMLQuantizationType, []
+  with files.whole(path) as partial:
+    writer = package.GGUFWriter(partial, arch)
+    try:
+      for key, value in fields.items():
+        _add(package, writer, key, value)
+      for name, (shape, _) in parts.items():
+        made.append(types[kind if len(shape) > 1 else 'F32'])
+        size = 4 if made[-1] == types.F32 else 2
+        # In bytes, as the package wants shapes of types that numpy does not have.
+        in_bytes = (*shape[:-1], shape[-1] * size)
+        writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), math.prod(in_bytes), made[-1])
+      writer.write_header_to_file()
+      writer.write_kv_data_to_file()
+      writer.write_ti_data_to_file()
+      for (_, read), number in zip(parts.values(), made, strict=True):
+        writer.write_tensor_data(package.quants.quantize(read(), number))
+    finally:
+      writer.close()
+
+
+def _add(package: Any, writer: Any, key: str, value: Any) -> None:
+  """Adds a field; integers are unsigned, as llama.cpp reads sizes and ids."""
+  kinds = package.GGUFValueType
+  if isinstance(value, int) and not isinstance(value, bool):
+    writer.add_key_value(key, value, kinds.UINT32)
+  elif isinstance(value, list):
+    writer.add_array(key, value)
+  else:
+    writer.add_key_value(key, value, kinds.get_type(value))
+
+
+def tokenizer_fields(
+  path: pathlib.Path, ids: Mapping[str, int | None], size: int
+) -> dict[str, Any]:
+  """Returns the fields, without "tokenizer.", of a .model (BPE) or tokenizer.json file.
+
+  `ids` has those of 'bos', 'eos' and 'pad'; places up to `size` are filled with unused tokens.
+
+  Raises:
+    ValueError: The tokenizer is of a kind that is not read here either.
+  """
+  make = _fields_of_model if path.suffix == '.model' else _fields_of_json
+  fields = make(path)
+  for i in range(len(fields['ggml.tokens']), size):
+    fields['ggml.tokens'].append(f'[UNUSED{i}]')
+    fields['ggml.token_type'].append(_UNUSED)
+    if 'ggml.scores' in fields:
+      fields['ggml.scores'].append(-1e4)
+  keys = {'bos': 'bos', 'eos': 'eos', 'pad': 'padding'}
+  fields |= {f'ggml.{keys[name]}_token_id': i for name, i in ids.items() if i is not None}
+  return fields | {'ggml.add_bos_token': ids['bos'] is not None, 'ggml.add_eos_token': False}
+
+
+def _fields_of_model(path: pathlib.Path) -> dict[str, Any]:
+  from sentencepiece import sentencepiece_model_pb2
+
+  model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+  if model.trainer_spec.model_type != model.trainer_spec.BPE:
+    raise ValueError(f'{path}: a SentencePiece model that is no BPE; llama.cpp reads no other.')
+  return {
+    'ggml.model': 'llama',
+    'ggml.pre': 'default',
+    'ggml.tokens': [piece.piece for piece in model.pieces],
+    'ggml.scores': [float(piece.score) for piece in model.pieces],
+    'ggml.token_type': [int(piece.type) for piece in model.pieces],
+    'ggml.add_space_prefix': bool(model.normalizer_spec.add_dummy_prefix),
+  }
+
+
+def _fields_of_json(path: pathlib.Path) -> dict[str, Any]:
+  spec = json.loads(path.read_bytes())
+  pre = spec.get('pre_tokenizer') or {}
+  steps = pre.get('pretokenizers', [pre])
+  pattern = next((step['pattern'].get('Regex') for step in steps if 'pattern' in step), None)
+  found = _Pre(
+    pattern or (_GPT2 if any(step.get('use_regex') for step in steps) else ''),
+    any(step.get('individual_digits') for step in steps),
+    (spec.get('normalizer') or {}).get('type'),
+    bool(spec['model'].get('ignore_merges')),
+  )
+  name = next((name for name, known in _PRE.items() if known == found), None)
+  if spec['model'].get('type', 'BPE') != 'BPE' or name is None:
+    raise ValueError(
+      f'{path}: text is cut in a way that is not known here under a name of llama.cpp, only those '
+      f'of {", ".join(_PRE)} are; export form=causal_lm, and convert that with llama.cpp'
+    )
+  added = {token['content']: token for token in spec.get('added_tokens') or ()}
+  ids = spec['model']['vocab'] | {content: token['id'] for content, token in added.items()}
+  tokens = [f'[UNUSED{i}]' for i in range(max(ids.values()) + 1)]
+  kinds = [_UNUSED] * len(tokens)
+  for content, i in ids.items():
+    is_control = content in added and added[content]['special']
+    tokens[i] = content
+    kinds[i] = _CONTROL if is_control else _USER_DEFINED if content in added else _NORMAL
+  merges = spec['model']['merges']
+  return {
+    'ggml.model': 'gpt2',
+    'ggml.pre': name,
+    'ggml.tokens': tokens,
+    'ggml.token_type': kinds,
+    'ggml.merges': [merge if isinstance(merge, str) else ' '.join(merge) for merge in merges],
+  }
+
+
+def _permuted(tensor: shards.Tensor, num_heads: int | None) -> np.ndarray:
+  """Returns float32 values; given num_heads, the rows are put in llama.cpp's order."""
+  values = np.asarray(tensor.read(), np.float32)
+  if num_heads:
+    halves = values.reshape(num_heads, 2, -1, values.shape[-1])
+    values = halves.swapaxes(1, 2).reshape(values.shape)
+  return np.ascontiguousarray(values)
+
+
+def _rope_factors(spec: Mapping[str, Any]) -> np.ndarray:
+  """Returns what llama.cpp divides frequencies by, float32 [H/2].
+
+  Source: Llama 3.1's reference code (apply_scaling).
+  """
+  scaling, half = spec['rope_scaling'], np.arange(0, spec['head_dim'], 2, dtype=np.float64)
+  length, factor = scaling['original_max_position_embeddings'], scaling['factor']
+  low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+  turns = length / (2 * np.pi * spec['rope_theta'] ** (half / spec['head_dim']))
+  smooth = np.clip((turns - low) / (high - low), 0, 1)
+  return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+# --- Parsing ---------------------------------------------------------------------------
 
 
 def _decimal(value: float) -> float:

@@ -94,7 +94,7 @@ class Source:
     """The tensors under their Hugging Face names; none is read yet."""
     if not self.is_gguf:
       return shards.open_folder(self.path)
-    return gguf.open_tensors(self.path, {entry.gguf: entry.theirs for entry in TABLE if entry.gguf})
+    return gguf.open_tensors(self.path, _gguf_names())
 
 
 def open_source(source: str | os.PathLike | Source) -> Source:
@@ -255,6 +255,26 @@ def save(
   shards.write(folder, tensors, metadata or {}, max_shard_bytes)
   # Last, because a folder with a config.json is taken for a model.
   shards.write_json(folder / hf_config.CONFIG_FILE, spec | dict(extra or {}))
+
+
+def save_gguf(
+  path: str | os.PathLike,
+  cfg: ModelConfig,
+  params: Mapping[str, Any],
+  tokenizer: Mapping[str, Any],
+  *,
+  dtype: str,
+  description: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes one .gguf file of a model, without adapters; see gguf.write for arguments and errors."""
+  tensors = to_theirs(flatten_dict(params, sep='/'), slots(cfg), 'params')
+  spec = hf_config.to_hf(cfg, 'float32')
+  options = {'dtype': dtype, 'description': description}
+  gguf.write(pathlib.Path(path), spec, tensors, _gguf_names(), tokenizer, **options)
+
+
+def _gguf_names() -> dict[str, str]:
+  return {entry.gguf: entry.theirs for entry in TABLE if entry.gguf}
 
 
 # --- The one table of weight names -----------------------------------------------------

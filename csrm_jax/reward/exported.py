@@ -72,8 +72,8 @@ class Export(NamedTuple):
       'label2id': {label: i for i, label in enumerate(labels)},
     }
 
-  def chat_template(self, tokenizer_file: pathlib.Path | None = None) -> str:
-    """Returns the chat template, whose tokens are those of the encoder.
+  def chat_template(self, tokenizer_file: pathlib.Path, for_llama_cpp: bool = False) -> str:
+    """Returns the chat template, whose tokens are those of the encoder; see safety.jinja.
 
     Raises:
       ValueError: The tokenizer reads a rendered prompt otherwise than it was trained on.
@@ -84,8 +84,10 @@ class Export(NamedTuple):
     segments = templates.render(_RULES, talk, self.layout)
     want = features.encode_prompt(segments, self.tokenizer, 1_000_000)[0].tolist()
     for opening in openings:
-      template = jinja.chat_template(self.layout, self.tokenizer, self.rules, opening)
-      if tokenizer_file is None or tokenizer_file.suffix != '.json':
+      template = jinja.chat_template(
+        self.layout, self.tokenizer, self.rules, opening, for_llama_cpp
+      )
+      if tokenizer_file.suffix != '.json':
         return template
       text = chat.render(template, _MESSAGES, safety=_RULES.to_dict())
       if tokenizer_lib.parse_all(tokenizer_file, text) == want:
@@ -215,12 +217,14 @@ score = log_p[@safe@].logsumexp(0) - log_p[@unsafe@].logsumexp(0)
 ## llama.cpp
 
 ```
-llama-server -m model.gguf --jinja
+llama-server -m model.gguf --jinja --skip-chat-parsing --no-prefill-assistant
 curl localhost:8080/v1/chat/completions -d '{"messages": [...], "max_tokens": 1, "logprobs": true,
   "top_logprobs": 20, "chat_template_kwargs": {"safety": {"categories": [...]}}}'
 ```
 
-The first token is the verdict: P(safe) is what @words@ have of the probability of all of these.
+The template refuses what is no prompt of ours, but for a chat without rules that ends with a user,
+which llama.cpp renders when it starts: its prompt is empty, and no answer to it is a verdict. The
+first token is the verdict: P(safe) is what @words@ have of the probability of all of these.
 """,
 }
 _TRL = """

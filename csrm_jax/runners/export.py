@@ -16,17 +16,17 @@ import numpy as np
 
 from csrm_jax.core import checks, files, tree
 from csrm_jax.data import domain
-from csrm_jax.models import hf, hf_config, lora, shards, transformer
+from csrm_jax.models import gguf, hf, hf_config, lora, shards, transformer
 from csrm_jax.models.config import DTYPES, ModelConfig
 from csrm_jax.reward import backbone, exported, model as reward_model
 from csrm_jax.runners import evaluate
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
-FORMS = ('causal_lm', 'sequence_classification', 'peft')
+FORMS = ('causal_lm', 'sequence_classification', 'peft', 'gguf')
 # The largest difference of an output from the trained model's that is let pass, as a fraction of
 # the largest output. Merged adapters are rounded to the dtype of the kernels.
-_TOLERANCE = {'float32': 1e-4, 'bfloat16': 5e-2}
+_TOLERANCE = {'float32': 1e-4, 'float16': 1e-2, 'bfloat16': 5e-2}
 _ROWS, _LENGTH = 2, 64  # the shape of the tokens for the check
 
 
@@ -36,8 +36,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     raise ValueError(f'config.form is {config.form!r}: choose one of {", ".join(FORMS)}')
   if not config.checkpoint:
     raise ValueError('config.checkpoint is empty: give --config=configs/export.py:checkpoint=DIR')
-  if config.dtype and config.dtype not in DTYPES:
-    raise ValueError(f"config.dtype={config.dtype!r} must be '' or one of {', '.join(DTYPES)}")
+  dtypes = tuple(gguf.WRITTEN) if config.form == 'gguf' else DTYPES
+  if config.dtype and config.dtype not in dtypes:
+    raise ValueError(f"config.dtype={config.dtype!r} must be '' or one of {', '.join(dtypes)}")
   if config.dtype and config.form == 'peft':
     raise ValueError(f'config.dtype={config.dtype!r}: adapters stay float32; leave it empty')
   source = pathlib.Path(config.checkpoint).expanduser().absolute()
@@ -45,8 +46,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   export = _describe(config, source, spec, tokenizer)
   params = reward_model.restore_params(source, spec)
   folder = workdir / ('adapter' if config.form == 'peft' else 'model')
-  _write(config, export, spec, params, folder)
-  _write_tokenizer(source, export, folder)
+  if config.form == 'gguf':
+    _write_gguf(config, export, spec, params, source, folder / 'model.gguf')
+  else:
+    _write(config, export, spec, params, folder)
+    _write_tokenizer(source, export, folder)
   tokens = np.random.default_rng(config.seed).integers(
     tokenizer.vocab_size, size=(_ROWS, _LENGTH), dtype=np.int32
   )
@@ -75,7 +79,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       'model; do not use it, and report this'
     )
   architecture = ''
-  if config.form != 'peft':
+  if config.form in hf_config.FORMS:
     architecture = hf_config.read(folder)['architectures'][0]
   name = config.hub or folder.name
   files.write(folder / 'README.md', exported.card(export, config.form, name, architecture))
@@ -137,6 +141,25 @@ def _write(
   if config.dtype:
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)
   hf.save(folder, cfg, params, metadata, extra=extra, max_shard_bytes=config.max_shard_bytes)
+
+
+def _write_gguf(
+  config: ml_collections.ConfigDict,
+  export: exported.Export,
+  spec: reward_model.Spec,
+  params: Any,
+  source: pathlib.Path,
+  path: pathlib.Path,
+) -> None:
+  cfg = dataclasses.replace(spec.model, lora_rank=0)
+  if spec.model.lora_rank:
+    params = lora.merge(spec.model, params)
+  file = backbone.find_tokenizer(source)
+  ids = _special_ids(export.tokenizer)
+  tokenizer = gguf.tokenizer_fields(file, ids, cfg.vocab_size)
+  tokenizer |= {'chat_template': export.chat_template(file, for_llama_cpp=True)}
+  options = {'dtype': config.dtype or cfg.param_dtype, 'description': export.fields()}
+  hf.save_gguf(path, cfg, params, tokenizer, **options)
 
 
 def _write_tokenizer(source: pathlib.Path, export: exported.Export, folder: pathlib.Path) -> None:
@@ -237,10 +260,9 @@ def _read_back(
     cfg = dataclasses.replace(spec.model, **lora.read_peft(folder))
     params = tree.merge(base, lora.load_peft(folder, cfg))
     return _compute(cfg, transformer.logits, params, tokens)
-  source = hf.Source(folder)
+  source = hf.Source(folder / 'model.gguf' if form == 'gguf' else folder)
   cfg, params = hf.load(source)
-  assert hf_config.form(source.spec, source.where) == form
-  if form == 'causal_lm':
+  if form != 'sequence_classification':
     return _compute(cfg, transformer.logits, params, tokens)
   kernel = params.pop('score')['kernel']
   # The folder has no output layer, and a model with tied embeddings needs none.

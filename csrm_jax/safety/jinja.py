@@ -10,6 +10,7 @@ place in a prompt: no text is ever judged under another prompt than it would be 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ _TEMPLATE = r"""
 {#- The prompt of csrm_jax. Rules: safety={"categories": [{"name", "guideline"}, ...]}, or
     categories=[...]; the last message, the assistant's, is judged. -#}
 {%- set marks = @marks@ -%}
+{%- set line_ends = @line_ends@ -%}
+{%- set spaces = @spaces@ -%}
 {%- set speakers = @speakers@ -%}
 {%- set rules = @rules@ -%}
 {%- if safety is defined and safety is not none -%}{%- set rules = safety -%}
@@ -28,7 +31,7 @@ _TEMPLATE = r"""
 {%- if rules is mapping and 'categories' in rules -%}
   {%- set rules = rules['categories'] -%}
 {%- endif -%}
-{%- if not rules -%}
+@probe@{%- if not rules -%}
   {{- raise_exception('no rules: give safety={"categories": [{"name": ..., "guideline": ...}]}') -}}
 {%- endif -%}
 {%- if rules is mapping or rules is string -%}
@@ -43,18 +46,29 @@ _TEMPLATE = r"""
   {%- endfor -%}
   {{- text -}}
 {%- endmacro -%}
-{%- set ns = namespace(rules='', turns='', last='', text='', names=[]) -%}
+{%- set ns = namespace(rules='', turns='', last='', text='', line='', names=[]) -%}
+{%- macro one_line(text) -%}
+  {%- set ns.text = text -%}
+  {%- for space in spaces -%}
+    {%- set ns.text = ns.text.replace(space, ' ') -%}
+  {%- endfor -%}
+  {%- set ns.line = '' -%}
+  {%- for word in ns.text.split(' ') -%}
+    {%- if word -%}{%- set ns.line = ns.line ~ (' ' if ns.line else '') ~ word -%}{%- endif -%}
+  {%- endfor -%}
+  {{- ns.line -}}
+{%- endmacro -%}
 {%- for rule in rules -%}
   {%- if rule is not mapping or rule.name is not string or rule.guideline is not string
-      or not rule.name.strip() or not rule.guideline.strip() -%}
+      or not one_line(rule.name) or not one_line(rule.guideline) -%}
     {{- raise_exception('rule ' ~ loop.index ~ ' must have texts as "name" and "guideline"') -}}
   {%- endif -%}
-  {%- set name = rule.name.split() | join(' ') -%}
+  {%- set name = one_line(rule.name) -%}
   {%- if name.lower() in ns.names -%}
     {{- raise_exception('the rule ' ~ (name | tojson) ~ ' is given twice') -}}
   {%- endif -%}
   {%- set ns.names = ns.names + [name.lower()] -%}
-  {%- set line = 'S' ~ loop.index ~ ': ' ~ name ~ '. ' ~ (rule.guideline.split() | join(' ')) -%}
+  {%- set line = 'S' ~ loop.index ~ ': ' ~ name ~ '. ' ~ one_line(rule.guideline) -%}
   {%- set ns.rules = ns.rules ~ plain(line ~ '\n') -%}
 {%- endfor -%}
 {%- for message in messages -%}
@@ -86,7 +100,11 @@ _TEMPLATE = r"""
     {%- set ns.text = ns.text ~ '\n' ~ words if ns.text else words -%}
   {%- endfor -%}
   {%- set ns.turns = ns.turns ~ ns.last -%}
-  {%- set ns.last = plain(speaker ~ (ns.text.splitlines() | join('\n  ')) ~ '\n') -%}
+  {%- for mark in line_ends -%}
+    {%- set ns.text = ns.text.replace(mark, '\n') -%}
+  {%- endfor -%}
+  {%- if ns.text.endswith('\n') -%}{%- set ns.text = ns.text[:-1] -%}{%- endif -%}
+  {%- set ns.last = plain(speaker ~ ns.text.replace('\n', '\n  ') ~ '\n') -%}
   {%- if loop.last and speaker != @agent@ -%}
     {{- raise_exception('the last message must be the one that is judged, the assistant\'s') -}}
   {%- endif -%}
@@ -96,6 +114,15 @@ _TEMPLATE = r"""
 {%- set turns = @open_history@ ~ ns.turns ~ @between@ ~ ns.last ~ @close_response@ -%}
 {{- @head@ ~ @body@ ~ @tail@ -}}
 """
+# What str.splitlines splits at besides a line break, which not every Jinja knows; the pair first.
+_LINE_ENDS = ('\r\n', *'\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029')
+# llama.cpp opens a model only if its template renders some chat that ends with a user and brings no
+# rules: this, and nothing else, gives an empty prompt there.
+_PROBE = """{%- if (safety is not defined or safety is none)
+    and (categories is not defined or categories is none)
+    and messages and messages[-1].role == 'user' -%}
+{%- else -%}
+"""
 
 
 def chat_template(
@@ -103,6 +130,7 @@ def chat_template(
   tokenizer: Tokenizer,
   default_rules: schema.SafetyConfig | None = None,
   opening: str = '',
+  for_llama_cpp: bool = False,
 ) -> str:
   """Returns the Jinja template of a layout in our format.
 
@@ -111,6 +139,8 @@ def chat_template(
     default_rules: What judges where a caller gives no rules; None refuses.
     opening: What the tokenizer of other programs puts in front of the first plain text by itself;
       the template leaves it out.
+    for_llama_cpp: Whether a chat that ends with a user and brings no rules renders to nothing and
+      is not refused: llama.cpp opens no model without.
   """
   if layout.format != 'csrm':
     raise ValueError(
@@ -122,6 +152,8 @@ def chat_template(
   head, *_ = blocks = [segment.text for segment in segments if segment.kind == 'control']
   bos = '' if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id)
   values: Mapping[str, Any] = {
+    'line_ends': _LINE_ENDS,
+    'spaces': [c for c in map(chr, range(0x3001)) if c.isspace() and c != ' '],
     'marks': tokenizer.control_texts,
     'speakers': {w: templates.SPEAKERS[role] for w, role in schema.ROLE_WORDS.items()},
     'agent': templates.SPEAKERS['agent'],
@@ -137,11 +169,13 @@ def chat_template(
   template = _TEMPLATE.replace(
     '@body@', 'rules ~ turns' if layout.order == 'rules_first' else 'turns ~ rules'
   )
-  for name, value in values.items():
-    template = template.replace(f'@{name}@', _literal(value))
+  template = template.replace('@probe@', _PROBE if for_llama_cpp else '')
+  template += '{%- endif -%}\n' if for_llama_cpp else ''
+  template = re.sub(r'@(\w+)@', lambda match: _literal(values[match[1]]), template)
   return template.strip() + '\n'
 
 
 def _literal(value: Any) -> str:
-  # JSON is a literal of Jinja, too. Not ASCII: Jinja reads each half of a pair as a character.
-  return json.dumps(value, ensure_ascii=False)
+  # JSON is a literal of Jinja, too; but every Jinja reads characters, and not every one \\u000b.
+  text = json.dumps(value, ensure_ascii=False)
+  return re.sub(r'(?<!\\)((?:\\\\)*)\\u(00[0-9a-f]{2})', lambda m: m[1] + chr(int(m[2], 16)), text)

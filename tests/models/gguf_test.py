@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -315,3 +316,53 @@ def test_conversion_leaves_other_weights_alone(model, tmp_path):
   with pytest.raises(ValueError, match='other weights are there already'):
     fetch_smollm2.convert(tmp_path / 'm.gguf', tmp_path / 'there')
   assert shards.INDEX_FILE in {p.name for p in (tmp_path / 'there').iterdir()}
+
+
+@pytest.mark.parametrize('family', ['llama', 'llama3', 'mistral', 'qwen3'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_what_is_written_is_read(family, dtype, family_cfgs, make_params, tmp_path):
+  cfg = dataclasses.replace(family_cfgs[family], vocab_size=64)
+  params, path = make_params(cfg), tmp_path / 'model.gguf'
+  (tmp_path / 'tokenizer.json').write_bytes(_tokenizer_json())
+  fields = gguf.tokenizer_fields(
+    tmp_path / 'tokenizer.json', {'bos': 1, 'eos': 0, 'pad': None}, cfg.vocab_size
+  )
+  hf.save_gguf(path, cfg, params, fields, dtype=dtype, description={'a': [1]})
+  spec = hf.Source(path).spec
+  assert spec['csrm_jax'] == {'a': [1]}
+  loaded, again = hf.load(path)
+  assert loaded.rope_scaling == cfg.rope_scaling
+  # A window changes nothing up to its length, which is what the file promises.
+  assert loaded.context_length == (7 if family == 'mistral' else cfg.context_length)
+  kind = {'float16': np.float16}.get(dtype, jnp.dtype(dtype))
+
+  def check(name, want, got):
+    rounded = want if 'norm' in jax.tree_util.keystr(name) else np.asarray(want).astype(kind)
+    np.testing.assert_array_equal(np.asarray(rounded, np.float32), got)
+
+  jax.tree_util.tree_map_with_path(check, params, again)
+
+
+def test_tokenizers_come_back(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  path.write_bytes(_tokenizer_json())
+  fields = gguf.tokenizer_fields(path, {'bos': None, 'eos': 0, 'pad': None}, 110)
+  assert fields['ggml.pre'] == 'smollm' and len(fields['ggml.tokens']) == 110
+  assert fields['ggml.merges'] == MERGES and fields['ggml.token_type'][:3] == [3, 4, 1]
+  spec = json.loads(_tokenizer_json())
+  spec['pre_tokenizer'] = {'type': 'Whitespace'}
+  path.write_text(json.dumps(spec))
+  assert 'is not known here' in small.error_of(gguf.tokenizer_fields, path, {}, 110)
+
+
+def test_gemma_is_not_written(family_cfgs, make_params, tmp_path):
+  cfg = family_cfgs['gemma2']
+  message = small.error_of(
+    hf.save_gguf, tmp_path / 'a.gguf', cfg, make_params(cfg), {}, dtype='float32'
+  )
+  assert "'gemma2'" in message and not list(tmp_path.iterdir())
+
+
+def _tokenizer_json():
+  kinds = [3, 4] + [1] * (len(TOKENS) - 2)
+  return json.dumps(gguf._tokenizer_json(TOKENS, MERGES, kinds, gguf._PRE['smollm'])).encode()

@@ -218,10 +218,12 @@ def test_no_checkpoint(tmp_path):
     _export(tmp_path / 'nowhere', tmp_path, 'causal_lm')
 
 
-@pytest.mark.parametrize('form', ['causal_lm', 'sequence_classification', 'peft'])
+@pytest.mark.parametrize('form', export.FORMS)
 def test_what_was_written_is_read_back(form, make_run, tmp_path):
   run = make_run(LORA)
   folder = _export(run, tmp_path, form)
+  if form == 'gguf':
+    folder /= 'model.gguf'
   rows, _ = _prompts(run, 4)
   rm = csrm_jax.load(folder)
   np.testing.assert_allclose(rm.score_fn(rows), csrm_jax.load(run).score_fn(rows), atol=1e-4)
