@@ -171,6 +171,14 @@ BASE = {
     'path': '',
     'fraction': 0.2,  # the share of each file part that a hash of the text holds out
     'max_examples': 0,  # how many of each held-out part, a fixed sample; 0 for all
+    # The suite `real`, see configs/eval.py:real.
+    'real': {
+      'data_dir': '',  # has a folder for each set; '' leaves the suite out
+      'side': 'dev',  # dev or test
+      'max_rows': -1,  # the texts asked of each rule; 0 for all, -1 for 100 (dev) or 150 (test)
+      'num_samples': 200,  # draws of prompts for an interval; 0 for none
+      'with_words': True,  # also fits judges that count words, which takes minutes
+    },
     'zero_shot': False,  # also evaluates before training
     'ruleworld_examples': 2000,  # the size of RuleWorld's test sets; 0 for none
     # Decides the test sets. It is not the run's seed, so that runs with other seeds are tested on
@@ -307,6 +315,7 @@ def real_part(recipe, folder):
     'loss.gamma': 0.3,
     'eval.zero_shot': False,
     'eval.ruleworld_examples': 0,
+    'eval.real.data_dir': str(folder),
   }
 
 

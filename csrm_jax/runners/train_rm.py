@@ -20,12 +20,12 @@ import ml_collections
 
 from csrm_jax.core import files, mesh as mesh_lib, tree
 from csrm_jax.core.checks import note
-from csrm_jax.data import domain as domain_lib, draws, features, forms, pipeline, sources
-from csrm_jax.evals import report
+from csrm_jax.data import domain as domain_lib, draws, features, forms, judged, pipeline, sources
+from csrm_jax.evals import judged as evals_judged, report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
 from csrm_jax.ruleworld import examples
-from csrm_jax.runners import evaluate, show_tokens as show_tokens_lib
+from csrm_jax.runners import evaluate, real, show_tokens as show_tokens_lib
 from csrm_jax.safety import templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, step as training
@@ -95,16 +95,48 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
     )
     for name, result in before.items()
   }
-  summary = report.summarise(results) | {
-    'time_s': trained_s + time.monotonic() - start,
-    'time_train_s': trained_s,
-    'peak_memory_bytes': _peak_memory_bytes(),
-    'num_examples': num_examples,
-    'num_params': tree.num_params(frozen) + tree.num_params(state.params),
-    'num_trained_params': tree.num_params(state.params),
-    'num_steps': config.num_steps,
-  }
+  about_real = _evaluate_real(config, spec, score, workdir)
+  summary = (
+    report.summarise(results)
+    | about_real
+    | {
+      'time_s': trained_s + time.monotonic() - start,
+      'time_train_s': trained_s,
+      'peak_memory_bytes': _peak_memory_bytes(),
+      'num_examples': num_examples,
+      'num_params': tree.num_params(frozen) + tree.num_params(state.params),
+      'num_trained_params': tree.num_params(state.params),
+      'num_steps': config.num_steps,
+    }
+  )
   evaluate.write(workdir, results, summary, config.title)
+
+
+def _evaluate_real(
+  config: ml_collections.ConfigDict,
+  spec: reward_model.Spec,
+  score_fn: scoring.ScoreFn,
+  workdir: pathlib.Path,
+) -> dict[str, float]:
+  """Writes workdir/real where config.eval.real has data; returns its headline for the summary."""
+  settings = config.eval.real
+  if not settings.data_dir:
+    return {}
+  out = evals_judged.evaluate_judged(
+    evaluate.with_progress(score_fn),
+    real.read_sets(settings.data_dir)[0],
+    settings.side,
+    config.data.judged.fold,
+    workdir / 'real',
+    order=spec.layout.order,
+    trained=sorted({part.source for part in config.data.parts.values()}),
+    max_rows=None if settings.max_rows < 0 else settings.max_rows,
+    num_samples=settings.num_samples,
+    with_words=settings.with_words,
+  )
+  print(evals_judged.headline_table(out))
+  rows = {row['title']: row[evals_judged.MODEL]['value'] for row in out['headline']}
+  return {f'real/{title}': value for title, value in rows.items()}
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
@@ -173,9 +205,11 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[
   data = config.data
   drawn = draws.Options(order=config.template.order, group_size=data.group_size, **data.judged)
   for name, part in config.data.parts.items():
-    parts[name], held_out[name] = pipeline.read_part(
+    parts[name], rest = pipeline.read_part(
       part.source, part.path, config.seed, fraction, examples.TRAINING, drawn, **options
     )
+    # The suite `real` asks about judged texts.
+    held_out[name] = [item for item in rest if not isinstance(item, judged.Judged)]
   if config.eval.path:
     test = forms.read(config.eval.path, require_label=True, split='test', **options)
     held_out['test'] = test
