@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -166,6 +167,21 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
   if len(values) < 2:
     return mean, math.nan
   return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, ddof=1))
+
+
+def mean_difference(gaps: Sequence[float]) -> dict[str, float]:
+  """Returns {value, low, high, p_value} of paired differences, one for each unit, such as a seed.
+
+  Source: the paired t-test; interval and p-value are nan below two units.
+  """
+  from scipy import stats  # see mean_and_interval
+
+  mean, half = mean_and_interval(gaps)
+  # Equal gaps leave no variance to test with: p is then 0, or nan where they are all 0.
+  with np.errstate(all='ignore'), warnings.catch_warnings():
+    warnings.simplefilter('ignore', RuntimeWarning)
+    p_value = stats.ttest_1samp(gaps, 0.0).pvalue if len(gaps) > 1 else math.nan
+  return {'value': mean, 'low': mean - half, 'high': mean + half, 'p_value': float(p_value)}
 
 
 def _draws(fn, arrays, units, num_samples: int, seed: int) -> np.ndarray:

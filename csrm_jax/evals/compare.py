@@ -1,14 +1,18 @@
 """Several scorers on the same benchmarks: side by side, and their differences.
 
-Differences are tested by a paired bootstrap over conversations. Every draw takes the same ones
-from both scorers, so that what makes a conversation hard for both cancels.
+Runs that differ in their seed alone, as launch/sweep.py names them (full-seed0, full-seed1), are
+one scorer, and the seed is the unit: differences are tested by a paired t-test over seeds. Single
+runs are tested by a paired bootstrap over conversations. Every draw takes the same ones from both
+scorers, so that what makes a conversation hard for both cancels; how far another seed would have
+come, it cannot say.
 """
 
 from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +21,7 @@ from csrm_jax.core import files
 from csrm_jax.core.markdown import NONE, Markdown, escape, is_number
 from csrm_jax.evals import bootstrap, figures, report
 from csrm_jax.evals.report import Results
-from csrm_jax.evals.results import Table, by_metric, title_of
+from csrm_jax.evals.results import Result, Table, by_metric, title_of
 from csrm_jax.evals.suites import SUITES
 
 # Each of these metrics has a figure: {metric: its caption}.
@@ -34,40 +38,81 @@ def differences(
 ) -> list[dict[str, Any]]:
   """Returns the difference of each scorer to the reference, metric by metric.
 
-  Each is {benchmark, metric, scorer, reference, value, low, high, p_value}; `value` is the
-  scorer's minus the reference's. Benchmarks that one of the two lacks, skipped or failed are
-  left out.
+  Each is {benchmark, metric, scorer, reference, value, low, high, p_value, num_seeds}; `value` is
+  the scorer's minus the reference's. Runs of several seeds are compared seed by seed, where both
+  have it. Benchmarks that one of the two lacks, skipped or failed are left out.
 
   Raises:
     ValueError: No scorer has this name, or the two were scored on different rows.
   """
-  reference = reference or next(iter(scorers))
-  if reference not in scorers:
-    raise ValueError(f'no scorer is called {reference!r}; use one of {", ".join(scorers)}')
-  rows = []
-  for benchmark, base in scorers[reference].items():
-    suite = SUITES.get(base.suite)
-    for scorer, results in scorers.items():
-      result = results.get(benchmark)
-      if scorer == reference or result is None or result.suite != base.suite:
+  groups = _by_seed(scorers)
+  reference = reference or next(iter(groups))
+  if reference not in groups:
+    # The name of one run stands for all of its seeds.
+    reference = _run_of(reference) if reference in scorers else reference
+  if reference not in groups:
+    raise ValueError(f'no scorer is called {reference!r}; use one of {", ".join(groups)}')
+  rows, base = [], groups[reference]
+  for benchmark in dict.fromkeys(name for results in base.values() for name in results):
+    for scorer, runs in groups.items():
+      if scorer == reference:
         continue
-      if not (suite and suite.paired):
-        continue
-      a, b = result.arrays, base.arrays
-      # Paired draws of different rows would raise no error, and mean nothing.
-      if not np.array_equal(a['ids'], b['ids']):
-        raise ValueError(
-          f'{benchmark}: {scorer!r} and {reference!r} were scored on different rows '
-          f'({len(a["ids"])} and {len(b["ids"])}); evaluate both on the same test sets'
-        )
-      about = {'scorer': scorer, 'reference': reference}
-      for metric, (fn, names) in suite.paired.items():
-        # smECE is slow, and its interval is rough whatever the number of draws.
-        num = min(num_samples, 200) if metric == 'smece' else num_samples
-        arrays = ([of[name] for name in names] for of in (a, b))
-        found = bootstrap.difference(fn, *arrays, b['units'], num_samples=num)
-        rows.append({'benchmark': benchmark, 'metric': metric, **about, **found})
+      if len(base) == len(runs) == 1:
+        cells = [(next(iter(runs.values())), next(iter(base.values())))]
+      else:
+        cells = [(runs[seed], base[seed]) for seed in base if seed in runs]
+      pairs = [(a[benchmark], b[benchmark]) for a, b in cells if benchmark in a and benchmark in b]
+      pairs = [(a, b) for a, b in pairs if a.suite == b.suite and _paired(a)]
+      names = {'scorer': scorer, 'reference': reference}
+      for a, b in pairs:
+        _check_rows(benchmark, a.arrays['ids'], b.arrays['ids'], **names)
+      for metric, found in _differences_of(pairs, num_samples):
+        rows.append({'benchmark': benchmark, 'metric': metric, **names, **found})
   return rows
+
+
+def _by_seed(scorers: Mapping[str, Results]) -> dict[str, dict[str, Results]]:
+  """Returns {scorer: {seed: results}}; a run alone keeps its name."""
+  groups: dict[str, dict[str, Results]] = {}
+  for name, results in scorers.items():
+    groups.setdefault(_run_of(name), {})[name.removeprefix(_run_of(name))] = results
+  return {
+    next(n for n in scorers if _run_of(n) == run) if len(seeds) == 1 else run: seeds
+    for run, seeds in groups.items()
+  }
+
+
+def _run_of(name: str) -> str:
+  return re.sub(r'-seed\d+$', '', name)
+
+
+def _paired(result: Result) -> Mapping[str, Any]:
+  return SUITES[result.suite].paired if result.suite in SUITES else {}
+
+
+def _check_rows(benchmark: str, a: np.ndarray, b: np.ndarray, scorer: str, reference: str) -> None:
+  # Paired draws of different rows would raise no error, and mean nothing.
+  if not np.array_equal(a, b):
+    raise ValueError(
+      f'{benchmark}: {scorer!r} and {reference!r} were scored on different rows '
+      f'({len(a)} and {len(b)}); evaluate both on the same test sets'
+    )
+
+
+def _differences_of(
+  pairs: Sequence[tuple[Result, Result]], num_samples: int
+) -> Iterator[tuple[str, dict[str, float]]]:
+  """Yields (metric, its difference) of pairs of results, one for each seed."""
+  for metric, (fn, names) in _paired(pairs[0][0]).items() if pairs else ():
+    arrays = [[[of.arrays[name] for name in names] for of in pair] for pair in pairs]
+    if len(pairs) > 1:
+      found = bootstrap.mean_difference([fn(*a) - fn(*b) for a, b in arrays])
+    else:
+      # smECE is slow, and its interval is rough whatever the number of draws.
+      num = min(num_samples, 200) if metric == 'smece' else num_samples
+      units = pairs[0][1].arrays['units']
+      found = bootstrap.difference(fn, *arrays[0], units, num_samples=num)
+    yield metric, {**found, 'num_seeds': len(pairs)}
 
 
 def write_comparison(
@@ -134,12 +179,14 @@ def _difference_table(found: Sequence[Mapping[str, Any]]) -> Table:
     value = Markdown(f'**{value}**' if d['p_value'] < 0.05 else value)
     within = f'[{d["low"]:+.3f}, {d["high"]:+.3f}]' if is_number(d['low']) else NONE
     name = title_of(d['metric'])
-    rows.append([d['benchmark'], d['scorer'], name, value, Markdown(within), d['p_value']])
+    cells = [value, Markdown(within), d['p_value'], d['num_seeds']]
+    rows.append([d['benchmark'], d['scorer'], name, *cells])
   return Table(
     f'Differences to {found[0]["reference"]}',
-    ('benchmark', 'scorer', 'metric', 'difference', '95% interval', 'p'),
+    ('benchmark', 'scorer', 'metric', 'difference', '95% interval', 'p', 'seeds'),
     rows,
     level=2,
-    intro='Paired bootstrap over conversations, the same ones drawn for both; bold '
+    intro='Over several seeds: paired t-test, the seed is the unit. Of one seed: paired bootstrap '
+    'over conversations, the same ones drawn for both, which says nothing of other seeds. Bold '
     'where p is below 0.05. With many rows some are below it by chance.',
   )

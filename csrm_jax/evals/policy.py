@@ -309,7 +309,8 @@ def compare_runs(runs: Sequence[Run], reference: str = '') -> dict[str, Result]:
   'alignment' has the runs with a = 1 and b = 0, if there are any, or all runs where all have the
   same a and b. A row is the policy they started from, the best of its samples by a reward, or a
   method; runs that differ only in the seed share it, with intervals over seeds. Paired differences
-  to the reference, a method ('' takes the first), are between runs with the same rules and seed.
+  to the reference, a method ('' takes the first), are between runs with the same rules and seed;
+  the seed is their unit.
 
   Raises:
     ValueError: No run has this method, or two runs differ in nothing but their numbers.
@@ -379,8 +380,6 @@ def _over_seeds(values: Sequence[float]) -> Metric:
 
 def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
   """Returns the table of the differences between the reference and each other policy."""
-  from scipy import stats  # see bootstrap
-
   metric = 'true_cosa' if all('true_cosa' in run.policies[_END] for run in runs) else 'cosa'
 
   def values(method: str, policy: str) -> dict[tuple[str, int], float]:
@@ -391,19 +390,20 @@ def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
   ours, others = aligned.pop(reference), {_START: values(reference, _START), **aligned}
   rows = []
   for name, theirs in others.items():
-    gaps = [ours[cell] - theirs[cell] for cell in ours if cell in theirs]
+    gaps = {cell: ours[cell] - theirs[cell] for cell in ours if cell in theirs}
     if not gaps:
       continue
-    mean, half = bootstrap.mean_and_interval(gaps)
-    difference = {'value': mean, 'low': mean - half, 'high': mean + half}
-    # A t-test, as intervals over few runs are: see `bootstrap.mean_and_interval`.
-    p = stats.ttest_1samp(gaps, 0.0).pvalue if len(gaps) > 1 else float('nan')
-    rows.append([name, len(gaps), sum(gap > 0 for gap in gaps), difference, float(p)])
+    # Runs of one seed share their reward model: they are one unit, whatever their rules.
+    seeds = bootstrap.rows_by(str(seed) for _, seed in gaps)
+    values = np.array(list(gaps.values()))
+    found = bootstrap.mean_difference([float(values[rows].mean()) for rows in seeds.values()])
+    higher = f'{np.sum(values > 0)} of {len(values)}'
+    rows.append([name, len(seeds), higher, found, found['p_value']])
   note = (
-    'A pair of runs has the same rules and seed; intervals and p are of the paired t-test over'
-    ' these pairs.'
+    'Pairs of runs have the same rules and seed. The unit is the seed, with the mean over its'
+    ' rules; intervals and p are of the paired t-test over seeds.'
   )
-  header = ['policy', 'pairs of runs', 'of them higher', 'difference', 'p']
+  header = ['policy', 'seeds', 'pairs of runs higher', 'difference', 'p']
   title = f'{title_of(metric)}: {reference} minus …'
   return [Table(title, header, rows, note)] if rows else []
 

@@ -53,6 +53,36 @@ def test_differences_are_scorer_minus_reference():
   assert turned[0]['value'] == pytest.approx(-rows[0]['value'])
 
 
+def test_where_there_are_seeds_the_seed_is_the_unit(tmp_path):
+  truth = np.where(np.arange(40) % 2, -1.0, 1.0)
+  noise = np.random.default_rng(1).normal(0, 1, (2, 4, 40))
+  runs = {
+    f'{name}-seed{seed}': _results(truth * scale + noise[i, seed])
+    for i, (name, scale) in enumerate([('full', 1.5), ('no_cca', 0.5)])
+    for seed in range(4 - i)  # One has a seed more.
+  }
+  rows = compare.differences(runs, 'full')
+  assert {(r['scorer'], r['reference'], r['num_seeds']) for r in rows} == {('no_cca', 'full', 3)}
+  (nll,) = [r for r in rows if r['metric'] == 'nll']
+  values = {name: results['rows'].metrics['nll']['value'] for name, results in runs.items()}
+  gaps = [values[f'no_cca-seed{seed}'] - values[f'full-seed{seed}'] for seed in range(3)]
+  assert nll['value'] == pytest.approx(np.mean(gaps))
+  half = 4.302653 * np.std(gaps, ddof=1) / 3**0.5  # Student's t with 2 degrees of freedom
+  assert (nll['low'], nll['high']) == pytest.approx((nll['value'] - half, nll['value'] + half))
+  assert compare.differences(runs, 'full-seed1') == rows
+  for results in runs.values():
+    del results['gone']
+  text = compare.write_comparison(tmp_path / 'report', runs, title='T').read_text()
+  assert 'paired t-test, the seed is the unit' in text
+
+
+def test_one_seed_of_each_is_compared_over_conversations():
+  one, other = _results(np.linspace(-1, 1, 40)), _results(np.linspace(1, -1, 40))
+  found = compare.differences({'a-seed0': one, 'b-seed1': other}, num_samples=5)
+  assert {(r['scorer'], r['num_seeds']) for r in found} == {('b-seed1', 1)}
+  assert all(r['low'] <= r['value'] <= r['high'] for r in found if r['metric'] == 'f1')
+
+
 def test_other_rows_are_refused():
   one = _results(np.linspace(-1, 1, 40))
   other = _results(np.linspace(-1, 1, 40))
