@@ -106,7 +106,13 @@ def _print(result):
 
 
 def _commit():
-  run = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+  # A copy of the tree without its history may be told what it is.
+  if commit := os.environ.get('CSRM_COMMIT'):
+    return commit
+  try:
+    run = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+  except OSError:
+    return ''
   return run.stdout.strip()
 
 
