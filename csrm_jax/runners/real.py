@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   options: dict[str, Any] = {}
   fold, score, about = config.fold, None, {'checkpoint': config.checkpoint}
   if config.checkpoint:
-    rm = evaluate.load_model(config)
+    rm = evaluate.load_model(config, allow_out_of_domain=True)
     about |= {'step': rm.step, 'format': rm.spec.layout.format}
     options['order'] = rm.spec.layout.order
     weights = rm.digest or reward_model.digest(config.checkpoint)

@@ -33,7 +33,7 @@ def test_a_run_scores_once_and_notes_that_it_saw_the_test_side(tmp_path, monkeyp
   model = types.SimpleNamespace(
     score_fn=scoring.ScoreFn(judge), spec=spec, step=3, digest='weights'
   )
-  monkeypatch.setattr(evaluate, 'load_model', lambda _: model)
+  monkeypatch.setattr(evaluate, 'load_model', lambda config, allow_out_of_domain: model)
   monkeypatch.setattr(real, 'read_sets', lambda *_: ({'made': judged_test.ITEMS}, ['other']))
   monkeypatch.setattr(real.judged.judged, 'rules', lambda _: judged_test.RULES)
   rm = tmp_path / 'rm'
