@@ -27,7 +27,7 @@ def test_a_run_scores_once_and_notes_that_it_saw_the_test_side(tmp_path, monkeyp
     calls.append(len(examples))
     progress(len(examples))
     scores = np.float32(judged_test.truth(examples))
-    return scoring.Judged(scores, 9 + 0 * scores, 0 * scores, scores > 9)
+    return scoring.Judged(scores, 9 + 0 * scores, 0 * scores, scores > 9, 0 * scores)
 
   spec = types.SimpleNamespace(layout=templates.Layout(order='conversation_first'))
   model = types.SimpleNamespace(
