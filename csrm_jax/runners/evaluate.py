@@ -470,9 +470,8 @@ def with_progress(score_fn: scoring.ScoreFn) -> Callable[..., np.ndarray]:
   def score(examples):
     with _progress_bar('evaluate', len(examples)) as bar:
       judged = score_fn.judge(examples, bar.update)
-    read = _Read.of(judged)
-    if read.num_cut:
-      print(read.sentence(), file=sys.stderr)
+    for sentence in _Read.of(judged).sentences():
+      print(sentence, file=sys.stderr)
     return judged.score
 
   return score
