@@ -27,6 +27,7 @@ EXTRAS = {
     'uvicorn>=0.54,<1',
     'httptools>=0.9',
     'prometheus_client>=0.26,<1',
+    'httpx2>=2.16',
   ],
   # What the tests compare with, or talk to; without it those tests skip.
   'parity': ['torch>=2.15', 'transformers>=5.23', 'peft>=0.21', 'xllamacpp>=2026.10'],
@@ -38,6 +39,8 @@ EXTRAS = {
   'openai': ['openai>=3.52'],
   # Public data sets; TensorFlow itself is not needed.
   'tfds': ['tensorflow-datasets>=4.9.10', 'importlib_resources>=6.4', 'array-record>=0.8'],
+  # Rewards and verdicts from a server.
+  'http': ['httpx2>=2.16'],
   # The server.
   'serve': [
     'fastapi>=0.165,<1',

@@ -153,10 +153,15 @@ def base(arg):
       'allow_out_of_domain': False,
       # reward=http
       'url': arg.url,  # the scorer, which is sent samples and answers {"rewards": [...]}
-      'timeout_s': 60.0,  # how long the scorer may stay silent
+      'form': 'csrm',  # what it is asked in: csrm, openrlhf or openai (moderation, no prompt)
+      'policy': '',  # its name for the rules, or its model; '' sends the prompts' own rules
+      'timeout_s': 60.0,  # how long a reply may take
       'num_tries': 3,  # how often a request is sent that fails on the way
       'backoff_s': 1.0,  # the wait before the second try; it doubles with each further one
       'batch_size': 64,  # samples in a request
+      'connections': 1,  # requests at once
+      'key_variable': '',  # the environment variable with its bearer token; '' sends none
+      'ca_file': '',  # PEM certificates to trust in place of the system's
       # reward=python
       'function': arg.function,  # module:name of a function: samples -> numbers
       # reward=alphaalign

@@ -43,14 +43,14 @@ def check_fields(kind: type, obj: Mapping[str, Any], say: str) -> None:
     raise ValueError(say.format(name=repr(name), what=what))
 
 
-def require(package: str, what: str) -> types.ModuleType:
-  """Returns an optional package, which the extra "hf" installs and `what` needs."""
+def require(package: str, what: str, extra: str = 'hf') -> types.ModuleType:
+  """Returns an optional package, which the extra installs and `what` needs."""
   try:
     return importlib.import_module(package)
   except ImportError:
     raise ImportError(
       f'{what} needs the package {package}; run "pip install {package}", or install csrm_jax with '
-      'its extra "hf"'
+      f'its extra "{extra}"'
     ) from None
 
 

@@ -6,22 +6,19 @@ wrong number of values, is an error that names the sample: what cannot be scored
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
-import http.client
 import importlib
-import json
+import itertools
 import math
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.special
 
-from csrm_jax.core import checks, files, retry
+from csrm_jax.core import checks, client as client_lib
 from csrm_jax.data import domain as domain_lib
 from csrm_jax.evals import bootstrap
 from csrm_jax.reward import model as reward_model, scoring
@@ -154,156 +151,123 @@ def from_each(fn: Callable[[Sample], float], name: str) -> RewardFn:
   return from_callable(lambda samples: [fn(s) for s in samples], name)
 
 
+# What a scorer is asked in, and how its reply is read: 'csrm' is this project's own form;
+# 'openrlhf' the one of remote reward models; 'openai' that of moderation endpoints.
+HTTP_FORMS = ('csrm', 'openrlhf', 'openai')
+
+
 @dataclasses.dataclass(frozen=True)
 class HttpScorer:
   """A scorer behind HTTP, to which samples are posted and which replies with as many numbers.
 
-  Request: {"samples": [{"id", "conversation": [{"role", "content"}, ...],
-  "safety": {"categories": [{"name", "guideline"}, ...]}}, ...]}
-  Reply: {"rewards": [0.7, ...]}, in the order of the samples; other keys are ignored.
+  Form 'csrm' sends {"samples": [{"id", "conversation": [{"role", "content"}, ...], "safety":
+  {"categories": [{"name", "guideline"}, ...]}}, ...]} (without "safety" if a policy is named) and
+  reads {"rewards": [0.7, ...]}. Form 'openrlhf' sends {"query", "prompts", "labels"}, texts as
+  "Human: ..." and "Assistant: ...", and reads the same. Form 'openai' sends {"input": [completion,
+  ...], "model"}, so that the scorer sees no prompt, and the reward is 1 - the largest of
+  "category_scores". Replies are in the order of the samples; other keys are ignored.
   """
 
   url: str  # such as http://localhost:5000/get_reward
-  timeout_s: float  # how long the scorer may stay silent
+  timeout_s: float  # how long a reply may take
   num_tries: int  # how often a request is sent that fails on the way
   backoff_s: float  # the wait before the second try; it doubles with each further one
   batch_size: int  # samples in a request
+  form: str = HTTP_FORMS[0]  # one of HTTP_FORMS
+  policy: str = ''  # the scorer's name for the rules (of a model, with form 'openai')
+  connections: int = 1  # requests at once
+  key_variable: str = ''  # the environment variable with the bearer token; '' sends none
+  ca_file: str = ''  # PEM certificates to trust in place of the system's
 
   def __post_init__(self):
-    if not self.url.startswith(('http://', 'https://')):
-      raise ValueError(
-        f'the URL of the scorer is {self.url!r}; it must begin with http:// or https://'
-      )
     say = '{name} of the scorer is {value}; it must be >= {least}'
-    checks.at_least(self, ('num_tries', 'batch_size'), say=say)
-    if not (self.timeout_s > 0 and self.backoff_s >= 0):
-      raise ValueError(
-        f'timeout_s of the scorer is {self.timeout_s}, backoff_s '
-        f'{self.backoff_s}; the first must be above 0, the other not below'
-      )
+    checks.at_least(self, ('batch_size',), say=say)
+    checks.one_of('form of the scorer', self.form, HTTP_FORMS)
+    _ = self._client
+
+  @functools.cached_property
+  def _client(self) -> client_lib.Client:
+    names = [field.name for field in dataclasses.fields(client_lib.Client)]
+    return client_lib.Client(
+      what='scorer', **{name: getattr(self, name) for name in names if name != 'what'}
+    )
 
   def __call__(self, samples: Sequence[Sample]) -> list[Any]:
     """Returns the scorer's values, one for each sample; whether they are finite is not checked."""
-    values = []
-    for start in range(0, len(samples), self.batch_size):
-      chunk = samples[start : start + self.batch_size]
-      values += self._read(self.post(chunk), chunk)
-    return values
+    starts = range(0, len(samples), self.batch_size)
+    chunks = [samples[start : start + self.batch_size] for start in starts]
+    with concurrent.futures.ThreadPoolExecutor(self.connections) as pool:
+      replies = pool.map(lambda chunk: self._read(self.post(chunk), chunk), chunks)
+      return list(itertools.chain.from_iterable(replies))
+
+  def post(self, samples: Sequence[Sample]) -> bytes:
+    """Returns the body of the reply; tries again after errors that may pass."""
+    return self._client.post(self._request([s.example() for s in samples]))
+
+  def _request(self, examples: Sequence[schema.Example]) -> dict[str, Any]:
+    if self.form == 'openai':
+      texts = [example.conversation[-1].content for example in examples]
+      return {'input': texts} | ({'model': self.policy} if self.policy else {})
+    policy = {'policy': self.policy} if self.policy else {}
+    if self.form == 'csrm':
+      described = [
+        {'id': example.id, 'conversation': [m.to_dict() for m in example.conversation]}
+        | ({} if policy else {'safety': example.safety.to_dict()})
+        for example in examples
+      ]
+      return {'samples': described} | policy
+    prompts = [_as_text(example.conversation[:-1]) for example in examples]
+    replies = [example.conversation[-1].content for example in examples]
+    texts = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
+    return {'query': texts, 'prompts': prompts, 'labels': [''] * len(texts)} | policy
 
   def _read(self, text: bytes, samples: Sequence[Sample]) -> list[Any]:
-    must = 'it must reply {"rewards": [...]}'
-    try:
-      reply = json.loads(text, object_pairs_hook=files.unique_keys(self.url))
-    except (ValueError, RecursionError):
-      raise ValueError(
-        f'the scorer at {self.url} replied what is not JSON to {samples[0].id}; {must}'
-      ) from None
-    reply = reply if isinstance(reply, dict) else {}
-    for name in ('error', 'errors'):
-      if reply.get(name):
-        raise ValueError(
-          f'the scorer at {self.url} replied to {samples[0].id} with {name}: '
-          f'{checks.show(reply[name])}; what cannot be scored has no reward'
-        )
-    values, ids = reply.get('rewards'), reply.get('ids')
+    reply = self._client.parse(text, samples[0].id)
+    ids = reply.get('ids')
     if ids is not None and ids != [s.id for s in samples]:
       raise ValueError(
         f'the scorer at {self.url} replied to {samples[0].id} with other "ids" than it was sent; '
         'it must keep their order'
       )
+    name = 'results' if self.form == 'openai' else 'rewards'
+    values = reply.get(name)
     if not isinstance(values, list):
       raise ValueError(
-        f'the scorer at {self.url} replied to {samples[0].id} without a list of "rewards"; {must}'
+        f'the scorer at {self.url} replied to {samples[0].id} without a list of "{name}"; it must '
+        f'reply {{"{name}": [...]}}'
       )
     if len(values) != len(samples):
       raise ValueError(
-        f'the scorer at {self.url} gave {len(values)} rewards for {len(samples)} '
+        f'the scorer at {self.url} gave {len(values)} {name} for {len(samples)} '
         f'samples, {samples[0].id} to {samples[-1].id}; it must give one each'
       )
-    return values
-
-  def post(self, samples: Sequence[Sample]) -> bytes:
-    """Returns the body of the reply; tries again after errors that may pass."""
-    described = [
-      {
-        'id': example.id,
-        'conversation': [m.to_dict() for m in example.conversation],
-        'safety': example.safety.to_dict(),
-      }
-      for example in (s.example() for s in samples)
-    ]
-    content = json.dumps({'samples': described}).encode()
-    request = urllib.request.Request(self.url, content, {'Content-Type': 'application/json'})
-
-    def send(number: int) -> bytes:
-      end = time.monotonic() + self.timeout_s
-      with _OPENER.open(request, timeout=self.timeout_s) as response:
-        body = bytearray()
-        # read1 returns what has come: a body that drips or never ends is left in time.
-        while part := response.read1(2**16):
-          body += part
-          if len(body) > _MAX_REPLY_BYTES:
-            raise _RefusedError(
-              f'the scorer at {self.url} replied with more than {_MAX_REPLY_BYTES:,} bytes; it '
-              'must reply {"rewards": [...]}'
-            )
-          if time.monotonic() > end:
-            raise TimeoutError(f'its reply took more than {self.timeout_s} s')
-        if response.length:  # read1 does not notice a connection that was cut
-          raise http.client.IncompleteRead(bytes(body), response.length)
-        return bytes(body)
-
-    try:
-      errors = (OSError, http.client.HTTPException)
-      return retry.call(send, self.num_tries, self.backoff_s, errors, self._reason)
-    except retry.GaveUpError as error:
-      raise ValueError(
-        f'the scorer at {self.url} does not answer ({error}; '
-        f'{self.num_tries} tries); start it or correct the URL'
-      ) from None
-
-  def _reason(self, error: Exception) -> str:
-    """Returns why to try again; raises where the request is refused."""
-    if not isinstance(error, urllib.error.HTTPError):
-      return str(getattr(error, 'reason', error)) or type(error).__name__
-    with error:
-      said = ' '.join(error.read(500).decode(errors='replace').split())
-    # Time-outs, conflicts, "too early" and "too many requests" may pass, as a server's faults may.
-    if 300 <= error.code < 400:
-      raise _RefusedError(
-        f'the scorer at {self.url} redirects (status {error.code}); give the URL that answers'
-      ) from error
-    if error.code < 500 and error.code not in (408, 409, 425, 429):
-      raise _RefusedError(
-        f'the scorer at {self.url} refuses the request (status {error.code}: {said[:200]}); check '
-        'the URL and what it expects'
-      ) from error
-    return f'status {error.code}'
+    return list(map(_not_flagged, values)) if self.form == 'openai' else values
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-  """Makes an error of a redirect, whose page would be taken for the scorer's reply."""
-
-  def redirect_request(self, *args: Any) -> None:
+def _not_flagged(result: Any) -> float | None:
+  """Returns 1 - the largest score of a moderation's result; None where it has none."""
+  scores = result.get('category_scores') if isinstance(result, Mapping) else None
+  numbers = list(scores.values()) if isinstance(scores, Mapping) else []
+  # What is unknown or no number is no reward, whatever the others are.
+  if not numbers or not all(type(n) in (int, float) and 0 <= n <= 1 for n in numbers):
     return None
+  return 1.0 - max(numbers)
 
 
-_OPENER = urllib.request.build_opener(_NoRedirects)
-_MAX_REPLY_BYTES = 2**26
-
-
-class _RefusedError(ValueError):
-  """The scorer's status is one that another try would not change; the cause has it as code."""
+def _as_text(conversation: Sequence[schema.Message]) -> str:
+  """Returns a prompt as OpenRLHF's own plain template has it."""
+  names = {'agent': 'Assistant', 'user': 'Human', 'system': 'System', 'tool': 'Tool'}
+  turns = [f'{names[message.role]}: {message.content}\n\n' for message in conversation]
+  return f'{"".join(turns)}Assistant: '
 
 
 def from_http(scorer: HttpScorer) -> RewardFn:
   """Returns a reward from a scorer behind HTTP, which must answer now."""
   try:
     scorer.post(())
-  except _RefusedError as error:
+  except client_lib.RefusedError as error:
     # Another refusal may only mean that the scorer does not take an empty list.
-    code = getattr(error.__cause__, 'code', 0)
-    if code in (401, 403, 404, 405) or 300 <= code < 400:
+    if error.status in (0, 401, 403, 404, 405) or 300 <= error.status < 400:
       raise
   return from_callable(scorer, scorer.url)
 

@@ -3,7 +3,10 @@
 import contextlib
 import http.server
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -13,6 +16,7 @@ import pytest
 from csrm_jax.rl import rewards
 from csrm_jax.safety import schema
 from csrm_jax.safety.schema import Prompt, Sample
+from tests import small
 
 RULES = schema.SafetyConfig((schema.Category('Cats', 'No cats.'),))
 SAMPLES = [
@@ -23,7 +27,7 @@ GOOD = '{"rewards": [0.25, -1.5, 2], "extra_logs": {}}'
 
 
 @contextlib.contextmanager
-def serve(*answers):
+def serve(*answers, wrap=None):
   """Yields (URL, bodies); gives these answers in turn, the last for ever.
 
   An answer is text, (status, text), 'hangup', 'cut', 'stall', 'drip' or 'endless'.
@@ -62,14 +66,111 @@ def serve(*answers):
       del args
 
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+  if wrap:
+    server.socket = wrap.wrap_socket(server.socket, server_side=True)
   thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
   thread.start()
   try:
-    yield f'http://127.0.0.1:{server.server_port}/get_reward', bodies
+    scheme = 'https' if wrap else 'http'
+    yield f'{scheme}://127.0.0.1:{server.server_port}/get_reward', bodies
   finally:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.mark.parametrize(
+  'form, answer, want, sent',
+  [
+    ('csrm', GOOD, [0.25, -1.5, 2.0], {'samples', 'policy'}),
+    ('openrlhf', GOOD, [0.25, -1.5, 2.0], {'query', 'prompts', 'labels', 'policy'}),
+    (
+      'openai',
+      '{"results": [{"category_scores": {"a": 0.25, "b": 0}}, {"category_scores": {"a": 1}}, '
+      '{"category_scores": {"a": 0.5}}]}',
+      [0.75, 0.0, 0.5],
+      {'input', 'model'},
+    ),
+  ],
+)
+def test_forms_of_other_servers(form, answer, want, sent):
+  with serve(answer) as (url, bodies):
+    scorer = settings(url, form=form, policy='pets')
+    assert scorer(SAMPLES) == want
+  assert set(bodies[0]) == sent
+  if form == 'openrlhf':
+    assert bodies[0]['prompts'][1] == 'Human: Hi.\n\nAssistant: '
+    assert bodies[0]['query'][2] == 'Human: Hi.\n\nAssistant: xx'
+  if form == 'openai':
+    assert bodies[0] == {'input': ['', 'x', 'xx'], 'model': 'pets'}
+
+
+@pytest.mark.parametrize(
+  'scores', ['{}', '{"a": null}', '{"a": true}', '{"a": NaN}', '{"a": 1.5}', '{"a": "0.1"}', '[]']
+)
+def test_a_moderation_without_scores_is_no_reward(scores):
+  good = '{"category_scores": {"a": 0.5}}'
+  answer = f'{{"results": [{good}, {{"category_scores": {scores}}}, {good}]}}'
+  with serve(answer) as (url, _):
+    reward = rewards.from_callable(settings(url, form='openai'), 'http')
+    assert 'p#1: reward http is None' in small.error_of(reward, SAMPLES)
+
+
+def test_requests_go_side_by_side_in_order():
+  answers = [f'{{"rewards": [{i}]}}' for i in range(3)]
+  with serve(*answers) as (url, bodies):
+    values = settings(url, batch_size=1, connections=3)(SAMPLES)
+  assert sorted(values) == [0, 1, 2] and len(bodies) == 3
+
+
+def test_a_token_is_sent_and_must_be_there(monkeypatch):
+  monkeypatch.setenv('SCORER_KEY', 'sesame')
+  seen = []
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+      seen.append((self.headers['Authorization'], self.client_address))
+      self.rfile.read(int(self.headers['Content-Length']))
+      self.send_response(200)
+      self.send_header('Content-Length', str(len(GOOD)))
+      self.end_headers()
+      self.wfile.write(GOOD.encode())
+
+    protocol_version = 'HTTP/1.1'
+
+    def log_message(self, *args):
+      del args
+
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+  thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
+  thread.start()
+  try:
+    scorer = settings(f'http://127.0.0.1:{server.server_port}', key_variable='SCORER_KEY')
+    assert scorer(SAMPLES) == scorer(SAMPLES) == [0.25, -1.5, 2]
+  finally:
+    server.shutdown()
+    server.server_close()
+  assert [key for key, _ in seen] == ['Bearer sesame'] * 2
+  assert seen[0][1] == seen[1][1]  # one connection
+  monkeypatch.delenv('SCORER_KEY')
+  assert 'SCORER_KEY is empty' in small.error_of(settings, 'http://x', key_variable='SCORER_KEY')
+
+
+def test_only_known_certificates(tmp_path):
+  if not shutil.which('openssl'):
+    pytest.skip('no openssl')
+  key, cert = tmp_path / 'key.pem', tmp_path / 'cert.pem'
+  options = '-x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost'
+  names = ['-addext', 'subjectAltName=IP:127.0.0.1']
+  command = ['openssl', 'req', *options.split(), *names, '-keyout', key, '-out', cert]
+  subprocess.run(command, check=True, capture_output=True)
+  context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+  context.load_cert_chain(cert, key)
+  with serve(GOOD, wrap=context) as (url, _):
+    assert settings(url, ca_file=str(cert))(SAMPLES) == [0.25, -1.5, 2]
+    with pytest.raises(ValueError, match=r'does not answer .*certificate'):
+      settings(url, num_tries=1)(SAMPLES)
+  assert 'no certificates' in small.error_of(settings('https://x', ca_file='/none'), SAMPLES)
 
 
 def settings(url, **kwargs):
