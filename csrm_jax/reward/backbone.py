@@ -21,7 +21,7 @@ Name = str | os.PathLike | hf.Source
 
 _MODELS = ('tokenizer.json', 'tokenizer.model')
 # What stands beside a tokenizer.json and says how it is used.
-_SETTINGS = ('tokenizer_config.json', 'chat_template.jinja')
+_SETTINGS = ('tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
 
 
 def load_tokenizer(source: Name) -> tokenizer_lib.Tokenizer:
@@ -39,6 +39,8 @@ def chat_marks(source: Name, tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, s
   """Returns the text before and after a user's turn; ('', '') where there is no chat template."""
   with _tokenizer_file(source) as path:
     template, special_tokens = chat.read(path.parent)
+    more = path.with_name('added_tokens.json')
+    added = files.read_json(more, dict) if more.is_file() else {}
   if template is None:
     return '', ''
   bos = tokenizer.bos_id
@@ -48,6 +50,12 @@ def chat_marks(source: Name, tokenizer: tokenizer_lib.Tokenizer) -> tuple[str, s
     )
   except ValueError as error:
     raise ValueError(f'{hf.open_source(source).name}: {error}') from None
+  for name, number in added.items():
+    if name in prefix + suffix and tokenizer.encode_control(name) != [number]:
+      raise ValueError(
+        f'{hf.open_source(source).name}: added_tokens.json makes {name} of the chat template the '
+        f'token {number}, which the tokenizer does not know; give the tokenizer.json of the model'
+      )
   # The model was trained on prompts whose first plain text has a space in front.
   first = tokenizer.encode_control(prefix)[:1]
   # The id of a control token decodes to nothing, that of plain text to some text.

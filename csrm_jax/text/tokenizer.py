@@ -16,7 +16,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import sentencepiece
@@ -81,10 +82,16 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 class _WithControl:
   """The handling of control tokens, which both kinds of tokenizers share."""
 
-  def _keep(self, data: bytes, control: Mapping[str, int], where: str) -> None:
-    """Keeps the model file and the ids of its control tokens."""
+  def _keep(
+    self,
+    data: bytes,
+    control: Mapping[str, int],
+    where: str,
+    eats: Mapping[str, tuple[bool, bool]] = types.MappingProxyType({}),
+  ) -> None:
+    """Keeps the model file and the ids of its control tokens; `eats` is that of _eats_space."""
     self._data, self.digest = data, hashlib.sha256(data).hexdigest()
-    self._control, self._pattern = control, _alternatives(control)
+    self._control, self._pattern = control, _alternatives(control, eats)
     self.control_texts = tuple(control)
     # The template has only a few control texts, and writes them in every prompt.
     self._memo = functools.lru_cache(1024)(self._encode_control)
@@ -102,7 +109,8 @@ class _WithControl:
     ids, end = [], 0
     for match in self._pattern.finditer(text) if self._pattern else ():
       ids += self.encode(text[end : match.start()])
-      ids.append(self._control[match.group()])
+      token = match.group()
+      ids.append(self._control[token if token in self._control else token.strip()])
       end = match.end()
     return ids + self.encode(text[end:])
 
@@ -171,7 +179,8 @@ class HFTokenizer(_WithControl):
   """A tokenizer from a Hugging Face tokenizer.json (its path or its bytes).
 
   Control tokens are the special tokens, and added tokens that look like tags. The begin of text
-  is the token that the file's post-processor puts in front. End and padding are the arguments,
+  is the token that the file's post-processor puts in front. What the vocabulary has no token for,
+  and would leave out, is written as U+FFFD. End and padding are the arguments,
   or else the tokens that tokenizer_config.json names, or else the first of a list of usual
   names.
   """
@@ -188,7 +197,7 @@ class HFTokenizer(_WithControl):
     package = checks.require('tokenizers', f'{where}: a Hugging Face tokenizer.json')
     try:
       spec = json.loads(data)
-      control = _mark_control(spec)
+      control, eats = _mark_control(spec), _eats_space(spec)
       self.opens_with_space = _encode_as_continuation(spec)
       tok = package.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # The Rust library raises plain Exception.
@@ -205,7 +214,10 @@ class HFTokenizer(_WithControl):
     settings = {} if isinstance(model, bytes) else read_settings(model)
     eos = eos or named(settings, 'eos_token') or _first(_EOS, control)
     if eos is None:
-      raise ValueError(f'{where}: no end-of-text token is known; name it with eos=...')
+      raise ValueError(
+        f'{where}: no end-of-text token is known; write its text as "eos_token" into '
+        'tokenizer_config.json beside that file'
+      )
     pad = pad or named(settings, 'pad_token') or _first(_PAD, control) or eos
     bos = bos or _opening_token(tok, settings)
     self._names = {'bos': bos, 'eos': eos, 'pad': pad}
@@ -213,21 +225,24 @@ class HFTokenizer(_WithControl):
     for key, name in self._names.items():
       if name is not None and ids[key] is None:
         raise ValueError(
-          f'{where}: the token {name!r} is not in the vocabulary; name one that is, with {key}=...'
+          f'{where}: the token {name!r} is not in the vocabulary; name one that is as '
+          f'"{key}_token" in tokenizer_config.json beside that file'
         )
     control |= {self._names[key]: i for key, i in ids.items() if i is not None}
-    self._tok = tok
+    self._tok, self._visible = tok, _find_lost(spec, tok)
     self.bos_id, self.eos_id, self.pad_id = ids['bos'], ids['eos'], ids['pad']
     # Ids may have gaps, so the number of tokens would be too small.
     self.vocab_size = max(tok.get_vocab(with_added_tokens=True).values()) + 1
     self._control_ids = frozenset(control.values())
-    self._keep(data, control, where)
+    self._keep(data, control, where, eats)
 
   def __reduce__(self):
     # A tokenizer from bytes has no tokenizer_config.json beside it, so the names travel too.
     return functools.partial(type(self), self._data, **self._names), ()
 
   def encode(self, text: str) -> list[int]:
+    if self._visible is not None:
+      text = text.translate(self._visible)
     encoding = self._tok.encode(text, add_special_tokens=False)
     ids = encoding.ids
     if self._control_ids.isdisjoint(ids):
@@ -267,11 +282,19 @@ def _read(model: str | os.PathLike | bytes) -> tuple[bytes, str]:
     raise ValueError(f'{where}: cannot be read ({error.strerror}); check the path') from None
 
 
-def _alternatives(words: Mapping[str, int]) -> re.Pattern[str] | None:
+def _alternatives(
+  words: Mapping[str, int], eats: Mapping[str, tuple[bool, bool]] = types.MappingProxyType({})
+) -> re.Pattern[str] | None:
+  """Returns a pattern of the words, some with the white space beside them."""
+
+  def pattern(word: str) -> str:
+    before, after = eats.get(word, (False, False))
+    return r'\s*' * before + re.escape(word) + r'\s*' * after
+
   # An alternation takes the first word that matches, so a prefix of another word must come after
   # it.
   longest_first = sorted(words, key=len, reverse=True)
-  return re.compile('|'.join(map(re.escape, longest_first))) if words else None
+  return re.compile('|'.join(map(pattern, longest_first))) if words else None
 
 
 def _split_at(text: str, cuts: Sequence[int]) -> list[str]:
@@ -283,24 +306,24 @@ def _split_at(text: str, cuts: Sequence[int]) -> list[str]:
 
 
 def read_settings(path: str | os.PathLike) -> Mapping[str, Any]:
-  """Returns the tokenizer_config.json beside `path`, or {} if there is none."""
-  settings = pathlib.Path(path).with_name('tokenizer_config.json')
-  if not settings.is_file():
-    return {}
-  try:
-    obj = json.loads(settings.read_bytes())
-  except ValueError:
-    raise ValueError(
-      f'{settings}: not valid JSON; restore it, or remove it and name the tokens with eos=...,'
-      ' pad=...'
-    ) from None
-  return obj if isinstance(obj, Mapping) else {}
+  """Returns what special_tokens_map.json and tokenizer_config.json say beside `path`."""
+  found = {}
+  for name in ('special_tokens_map.json', 'tokenizer_config.json'):
+    file = pathlib.Path(path).with_name(name)
+    if file.is_file():
+      found |= {k: v for k, v in files.read_json(file, dict).items() if v is not None}
+  return found
 
 
 def named(settings: Mapping[str, Any], key: str) -> str | None:
   """Returns the text of a token that is given as text or as an object."""
   value = settings.get(key)
-  return value.get('content') if isinstance(value, Mapping) else value
+  value = value.get('content') if isinstance(value, Mapping) else value
+  if not isinstance(value, (str, type(None))):
+    raise ValueError(
+      f'tokenizer_config.json: {key} is {checks.show(value)}, not the text of a token; correct it'
+    )
+  return value
 
 
 def _first(names: Iterable[str], control: Mapping[str, int]) -> str | None:
@@ -330,6 +353,65 @@ def _mark_control(spec: dict[str, Any]) -> dict[str, int]:
       if content != unknown:
         control[content] = token['id']
   return control
+
+
+def _eats_space(spec: Mapping[str, Any]) -> dict[str, tuple[bool, bool]]:
+  """Returns {added token: whether white space before it, and behind it, belongs to it}."""
+  return {
+    token['content']: (bool(token.get('lstrip')), bool(token.get('rstrip')))
+    for token in spec.get('added_tokens') or ()
+  }
+
+
+class _Visible(dict):
+  """A table for str.translate: characters that a vocabulary cannot write become another one."""
+
+  def __init__(self, is_lost: Callable[[str], bool]):
+    super().__init__()
+    self._is_lost = is_lost
+    self._mark = next((mark for mark in '\ufffd?' if not is_lost(mark)), None)
+
+  def __missing__(self, code: int) -> int | str:
+    self[code] = code
+    if self._is_lost(chr(code)):
+      if self._mark is None:
+        raise ValueError(f'the tokenizer has no token for {chr(code)!r}; remove it from the text')
+      self[code] = self._mark
+    return self[code]
+
+
+def _find_lost(spec: Mapping[str, Any], tok: tokenizers.Tokenizer) -> _Visible | None:
+  """Returns what replaces characters that would vanish; None where none can."""
+  model = spec['model']
+  # BPE leaves out what it has no token for. Other kinds have one for what is unknown.
+  if model.get('type', 'BPE') != 'BPE' or model.get('unk_token'):
+    return None
+  byte_level = 'ByteLevel' in json.dumps([spec.get('pre_tokenizer'), spec.get('normalizer')])
+  if not byte_level and not model.get('byte_fallback'):
+    return _Visible(
+      lambda text: not text.isspace() and not tok.encode(text, add_special_tokens=False).ids
+    )
+  names = _BYTE_LEVEL if byte_level else {byte: f'<0x{byte:02X}>' for byte in range(256)}
+  lacking = {byte for byte in _UTF8_BYTES if names[byte] not in model['vocab']}
+  if not byte_level:  # Characters of the vocabulary need no bytes.
+    return (
+      _Visible(lambda text: text not in model['vocab'] and not lacking.isdisjoint(text.encode()))
+      if lacking
+      else None
+    )
+  return _Visible(lambda text: not lacking.isdisjoint(text.encode())) if lacking else None
+
+
+def _byte_level() -> dict[int, str]:
+  """Returns the characters that stand for bytes in byte-level vocabularies (GPT-2's table)."""
+  shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in shown]
+  return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level()
+# The bytes that UTF-8 has.
+_UTF8_BYTES = (*range(0x00, 0xC0), *range(0xC2, 0xF5))
 
 
 def _encode_as_continuation(spec: dict[str, Any]) -> bool:

@@ -307,3 +307,20 @@ def test_smollm2_reads_what_transformers_reads():
 def test_guards_name_words_of_their_own():
   for guard in templates.GUARDS.values():
     assert set(guard.safe_words).isdisjoint(guard.unsafe_words)
+
+
+def test_a_mark_that_the_tokenizer_does_not_know_is_named(tmp_path):
+  _write_tokenizer(tmp_path)
+  hf.save(
+    tmp_path, config.preset('tiny', 400), transformer.init_params(config.preset('tiny', 400), 0)
+  )
+  settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  template = '<|im_start|>{{ messages[0].content }}<|im_end|> A:'
+  (tmp_path / 'tokenizer_config.json').write_text(
+    json.dumps(settings | {'chat_template': template})
+  )
+  (tmp_path / 'added_tokens.json').write_text('{"<|im_start|>": 380, "<unused>": 381}')
+  with pytest.raises(
+    ValueError, match=r'added_tokens\.json makes <\|im_start\|> .* tokenizer\.json of'
+  ):
+    backbone.chat_marks(tmp_path, backbone.load_tokenizer(tmp_path))

@@ -157,6 +157,50 @@ def test_bad_templates_are_one_line(template, message):
   assert '\n' not in str(error.value)
 
 
+def test_what_transformers_adds_to_jinja_is_known():
+  plain = '{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>'
+  marked = plain.replace('{{', '{%- generation -%}{{').replace('}}', '}}{%-endgeneration %}')
+  assert chat.wrap(marked, {}, None) == chat.wrap(plain, {}, None) == ('<u>', '<a>')
+  # A template that needs the date gets a fixed one; one that asks for it writes its own.
+  dated = '{{ strftime_now("%d %b %Y") }} ' + plain
+  assert chat.wrap(dated, {}, None) == ('26 Jul 2024 <u>', '<a>')
+  asks = '{% if strftime_now is defined %}now{% else %}then{% endif %}' + plain
+  assert chat.wrap(asks, {}, None) == ('then<u>', '<a>')
+
+
+@pytest.mark.parametrize(
+  ('suffix', 'closed'),
+  [
+    ('<a><think>\n', '<a><think>\n\n</think>\n\n'),
+    ('<a><think>\n\n</think>\n\n\n', '<a><think>\n\n</think>\n\n'),
+    ('<a><seed:think>', '<a><seed:think>\n\n</seed:think>\n\n'),
+  ],
+)
+def test_a_thought_that_the_template_opens_is_closed(suffix, closed):
+  assert chat.wrap(f'U: {USER}{suffix}', {}, None) == ('U: ', closed)
+
+
+@pytest.mark.parametrize(
+  'bomb',
+  [
+    '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}',
+    '{% set a = "x" * 3000000000 %}',
+    '{{ "x".center(2000000) }}',
+  ],
+)
+def test_templates_have_limits(bomb):
+  with pytest.raises(ValueError, match='cannot be rendered') as error:
+    chat.wrap(f'{bomb}U: {USER} A:', {}, None)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('template', [[{'template': 'x'}], ['x'], 5, {'a': 'b'}])
+def test_templates_that_are_none_are_one_line(tmp_path, template):
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'chat_template': template}))
+  with pytest.raises(ValueError, match=r'chat template.* write'):
+    chat.read(tmp_path)
+
+
 def test_reading_a_folder(tmp_path):
   assert chat.read(tmp_path) == (None, {})
   settings = {

@@ -222,6 +222,43 @@ def test_who_opens_with_a_space(sp, hf, tmp_path):
   assert HFTokenizer(save(tok, tmp_path)).opens_with_space
 
 
+def test_marks_take_the_space_beside_them_as_the_model_does(tmp_path):
+  tok = build_bpe()
+  tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tok.post_processor = None
+  marks = [('<|user|>', False, True), ('<|end|>', True, False), ('<|both|>', True, True)]
+  tok.add_special_tokens(
+    [tokenizers.AddedToken(name, lstrip=before, rstrip=after) for name, before, after in marks]
+  )
+  tok.no_truncation()
+  tok.no_padding()
+  hf = HFTokenizer(save(tok, tmp_path))
+  for text in ('<|user|>\nab <|end|>\n', 'a \n<|both|> \n b', ' <|user|><|end|> ', '<|end|>\n\n'):
+    assert hf.encode_control(text) == tok.encode(text, add_special_tokens=False).ids
+
+
+def test_what_a_vocabulary_lacks_does_not_vanish(tmp_path):
+  tok = build_bpe()
+  path = save(tok, tmp_path)
+  spec = json.loads(path.read_text())
+  # Bytes 0x04 and 0xf1, as in SmolLM2.
+  lost = {'\u0104', 'ñ'}
+  spec['model']['vocab'] = {k: v for k, v in spec['model']['vocab'].items() if k not in lost}
+  path.write_text(json.dumps(spec))
+  hf = HFTokenizer(path)
+  assert hf.decode(hf.encode('a\x04b\U00040000c')) == 'a\ufffdb\ufffdc'
+  assert hf.encode_control('\x04') == hf.encode('\ufffd') != []
+  assert pickle.loads(pickle.dumps(hf)).encode('\x04') == hf.encode('\ufffd')
+  # Without bytes: what replaces a character is itself one that the vocabulary has, or it is named.
+  few = tokenizers.Tokenizer(models.BPE({'a': 0, '?': 1, '\n': 2, '</s>': 3}, []))
+  few.add_special_tokens(['</s>'])
+  assert HFTokenizer(save(few, tmp_path)).encode('aña') == [0, 1, 0]
+  few = tokenizers.Tokenizer(models.BPE({'a': 0, 'b': 1, ' ': 4, '\n': 2, '</s>': 3}, []))
+  few.add_special_tokens(['</s>'])
+  with pytest.raises(ValueError, match="no token for 'ñ'"):
+    HFTokenizer(save(few, tmp_path)).encode('aña')
+
+
 def test_pickle(any_tokenizer, tmp_path):
   text = ''.join(HOSTILE) + ' safe'
   any_tokenizer.encode_control('Answer:')
@@ -285,7 +322,7 @@ def test_names_of_end_and_padding(tmp_path):
   hf = HFTokenizer(path, eos='<|im_end|>', pad='<pad>')
   assert (hf.eos_id, hf.pad_id) == (1, 2)
   message = error_of(HFTokenizer, path, eos='<none>')
-  assert "'<none>'" in message and 'eos=' in message
+  assert "'<none>'" in message and '"eos_token" in tokenizer_config.json' in message
   (tmp_path / 'tokenizer_config.json').write_text('{')
   assert 'tokenizer_config.json' in error_of(HFTokenizer, path)
 
@@ -306,7 +343,7 @@ def test_begin_of_text_is_what_the_model_was_trained_with(tmp_path):
 def test_without_an_end_token_the_error_says_how_to_name_one(tmp_path):
   tok = tokenizers.Tokenizer(models.WordLevel({'a': 0, '\n': 1, '[X]': 2}))
   path = save(tok, tmp_path)
-  assert 'eos=' in error_of(HFTokenizer, path)
+  assert 'as "eos_token" into tokenizer_config.json' in error_of(HFTokenizer, path)
 
 
 def test_words_that_were_added_stay_plain_text(hf):
