@@ -12,15 +12,17 @@ from __future__ import annotations
 import functools
 import json
 import math
+import mmap
 import pathlib
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from csrm_jax.core import checks, files
-from csrm_jax.models import shards
+from csrm_jax.models import hf_config, shards
 
 # The types of tensors that are read; the values of all become float32.
 TYPES = ('F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K')
@@ -82,6 +84,18 @@ _OWN = 'csrm_jax'
 _ROPE_KEY, _ROPE_FACTORS = 'csrm_jax.rope_scaling', 'rope_freqs.weight'
 # The types that are written, by the names of dtypes; vectors stay float32.
 WRITTEN = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}
+# How each pair's wavelength is stretched, and what Llama 3.1 to 3.3 share of the reasons.
+_LLAMA3_ROPE = {
+  'rope_type': 'llama3',
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 8192,
+}
+# Bytes of the values in the metadata, by type; texts and lists have lengths of their own.
+_VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_TEXT, _LIST = 8, 9
+# The largest vocabularies have some 300,000 tokens and 600,000 merges.
+_MAX_ITEMS = 2**21
 
 
 class _File(NamedTuple):
@@ -101,11 +115,13 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
   prefix = f'{arch}.'
   own = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
   names = {tensor.name: tensor for tensor in file.tensors}
-  bad = [f'{arch}.{key}' for key in _UNSUPPORTED if own.get(key)]
-  # Llama 3.1's rope scaling comes as a tensor of factors, from which its settings are not read.
-  scaling = json.loads(file.metadata.get(_ROPE_KEY, 'null'))
-  bad += [_ROPE_FACTORS] if _ROPE_FACTORS in names and scaling is None else []
-  if bad:
+  if (parts := file.metadata.get('split.count', 0)) and parts != 1:
+    raise ValueError(
+      f'{path}: is one of the {parts} files of a split GGUF; merge them with llama-gguf-split '
+      '--merge, and give that file.'
+    )
+  scaling = _own_json(file, _ROPE_KEY, path)
+  if bad := [f'{arch}.{key}' for key in _UNSUPPORTED if own.get(key)]:
     raise ValueError(
       f'{path}: has {bad[0]}, which is not supported in a GGUF file; use '
       'the safetensors of the model.'
@@ -115,6 +131,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     what = f'{arch}.{missing[0]}' if missing else 'token_embd.weight'
     raise ValueError(f'{path}: has no {what} or one for each layer; use another file.')
   spec = {theirs: own[key] for key, theirs in _FIELDS.items()}
+  hf_config.check_types(spec, str(path))
   spec['rms_norm_eps'] = _decimal(spec['rms_norm_eps'])
   heads = spec['num_attention_heads']
   spec['head_dim'] = own.get('attention.key_length', spec['hidden_size'] // heads)
@@ -123,19 +140,51 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
       f'{path}: {arch}.rope.dimension_count is {own["rope.dimension_count"]}, only the whole head '
       f'({spec["head_dim"]}) is supported; choose another model.'
     )
-  if own_spec := file.metadata.get(_OWN):
-    spec[_OWN] = json.loads(own_spec)
+  if own_spec := _own_json(file, _OWN, path):
+    spec[_OWN] = own_spec
+  theta = _decimal(own.get('rope.freq_base', 10_000.0))
+  if scaling is None and _ROPE_FACTORS in names:
+    factors = _dequantize(names[_ROPE_FACTORS], None)
+    scaling = _rope_scaling(factors, theta, spec['head_dim'], path)
   return spec | {
     'rope_scaling': scaling,
     'architectures': [_ARCHITECTURES[arch][0]],
     'model_type': arch,
     'num_key_value_heads': own.get('attention.head_count_kv', heads),
-    'rope_theta': _decimal(own.get('rope.freq_base', 10_000.0)),
+    'rope_theta': theta,
     'tie_word_embeddings': 'output.weight' not in names,
     'torch_dtype': 'float32',  # what open_tensors returns
     'vocab_size': int(names['token_embd.weight'].shape[-1]),
     **{f'{name}_token_id': i for name, i in token_ids(path).items()},
   }
+
+
+def _own_json(file: _File, key: str, path: pathlib.Path) -> Any:
+  """Returns the JSON that csrm_jax wrote into the metadata, or None."""
+  try:
+    return files.parse_json(file.metadata.get(key, 'null'), f'{path}: {key}')
+  except (TypeError, json.JSONDecodeError) as error:
+    raise ValueError(f'{path}: {key} is not valid JSON ({error}); copy the file again.') from None
+
+
+def _rope_scaling(
+  factors: np.ndarray, theta: float, head_dim: int, path: pathlib.Path
+) -> dict[str, Any] | None:
+  """Returns config.json's rope_scaling, of which llama.cpp stores what it makes of each pair."""
+  if np.all(factors == 1):
+    return None
+  scaling = _LLAMA3_ROPE | {'factor': float(factors.max())}
+  low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+  frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+  turns = scaling['original_max_position_embeddings'] * frequency / (2 * np.pi)
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  expected = 1 / (kept + (1 - kept) / max(scaling['factor'], 1e-9))
+  if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+    raise ValueError(
+      f'{path}: has {_ROPE_FACTORS}, whose factors are not those of Llama 3, which is not '
+      'supported in a GGUF file; use the safetensors of the model.'
+    )
+  return scaling
 
 
 def open_tensors(path: pathlib.Path, names: Mapping[str, str]) -> dict[str, shards.Tensor]:
@@ -149,7 +198,7 @@ def open_tensors(path: pathlib.Path, names: Mapping[str, str]) -> dict[str, shar
     heads = {'q_proj': spec['num_attention_heads'], 'k_proj': spec['num_key_value_heads']}
   for tensor in _read(path).tensors:
     if tensor.name == _ROPE_FACTORS:
-      continue
+      continue  # read_config has read it
     kind = tensor.tensor_type.name
     if kind not in TYPES:
       raise ValueError(
@@ -536,12 +585,54 @@ def _read(path: pathlib.Path) -> _File:
   return _parse(path, stat.st_size, stat.st_mtime_ns)
 
 
+def _check_header(path: pathlib.Path) -> None:
+  """Checks that what the header counts is there: the parser allocates for it, or loops."""
+  size = path.stat().st_size
+  if size < 24:
+    raise ValueError('it has no header')
+  with path.open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    order = '<' if data[4:6] != b'\0\0' else '>'
+
+    def take(form: str, at: int) -> int:
+      if at + struct.calcsize(form) > size:
+        raise ValueError('it ends within its metadata')
+      return struct.unpack_from(order + form, data, at)[0]
+
+    def skip(kind: int, at: int) -> int:
+      """Returns where a value ends."""
+      if kind in _VALUE_BYTES:
+        return at + _VALUE_BYTES[kind]
+      if kind == _TEXT:
+        return at + 8 + take('Q', at)
+      if kind != _LIST:
+        raise ValueError(f'a value of its metadata has the type {kind}, which there is not')
+      item, num = take('I', at), take('Q', at + 4)
+      if item == _LIST:
+        raise ValueError('a list of its metadata holds lists')
+      if num > min(_MAX_ITEMS, size):
+        raise ValueError(f'a list of its metadata has {num:,} items')
+      at += 12
+      if item in _VALUE_BYTES:
+        return at + num * _VALUE_BYTES[item]
+      for _ in range(num):
+        at = skip(item, at)
+      return at
+
+    num_tensors, num_values, at = take('Q', 8), take('Q', 16), 24
+    if 24 * num_tensors + 13 * num_values > size:
+      raise ValueError(f'it is too short for {num_tensors:,} tensors and {num_values:,} values')
+    for _ in range(num_values):
+      at = skip(_TEXT, at)
+      at = skip(take('I', at), at + 4)
+
+
 @functools.lru_cache(maxsize=4)
 def _parse(path: pathlib.Path, size: int, mtime_ns: int) -> _File:
   """Returns the parsed file, parsed once; size and time tell when it has changed."""
   del size, mtime_ns
   package = checks.require('gguf', f'{path}: a .gguf file')
   try:
+    _check_header(path)
     reader = package.GGUFReader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
   except Exception as error:  # The parser trips over a damaged file in any way.

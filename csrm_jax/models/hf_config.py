@@ -7,11 +7,11 @@ ModelConfig; when one is written, it says which models the architecture can expr
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from csrm_jax.core import checks, files
 from csrm_jax.models.config import RUN_TIME_FIELDS, ModelConfig, RopeScaling, resolve
 
 CONFIG_FILE = 'config.json'
@@ -101,6 +101,33 @@ _ROPE_SCALING = {
   'high_freq_factor': 'high_freq_factor',
   'original_max_position_embeddings': 'original_length',
 }
+# The types of foreign JSON, all in one place: (in words, whether a value has it).
+_KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+  'int': ('a whole number', lambda x: isinstance(x, int) and not isinstance(x, bool)),
+  'number': (
+    'a finite number',
+    lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < float('inf'),
+  ),
+  'bool': ('true or false', lambda x: isinstance(x, bool)),
+  'text': ('text', lambda x: isinstance(x, str)),
+  'texts': (
+    'a list of texts',
+    lambda x: isinstance(x, list) and x != [] and all(isinstance(item, str) for item in x),
+  ),
+  'object': ('an object', lambda x: isinstance(x, Mapping)),
+}
+_SIZES = ('vocab_size', 'num_hidden_layers', 'hidden_size', 'num_attention_heads')
+_SIZES += ('num_key_value_heads', 'head_dim', 'intermediate_size', 'max_position_embeddings')
+_LEAST = dict.fromkeys(_SIZES, 1) | {'sliding_window': 0, 'max_window_layers': 0}
+_MOST = {'num_hidden_layers': 4096}
+_TYPES = {
+  **dict.fromkeys(_LEAST, 'int'),
+  **dict.fromkeys(('rms_norm_eps', 'rope_theta', *_OPTIONAL), 'number'),
+  **dict.fromkeys(('tie_word_embeddings', 'use_sliding_window'), 'bool'),
+  **dict.fromkeys(('model_type', 'hidden_act', 'hidden_activation'), 'text'),
+  **dict.fromkeys(('architectures', 'layer_types'), 'texts'),
+  **dict.fromkeys(('rope_scaling', 'rope_parameters'), 'object'),
+}
 # Stored dtype -> param_dtype. float32 holds every float16; bfloat16 would lose digits of it.
 _DTYPES = {'float32': 'float32', 'bfloat16': 'bfloat16', 'float16': 'float32'}
 
@@ -109,19 +136,32 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the content of a folder's config.json."""
   path = folder / CONFIG_FILE
   try:
-    spec = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f'{path}: cannot be read as JSON ({error}); give a folder that '
-      'save_pretrained or csrm_jax wrote.'
-    ) from None
-  if not isinstance(spec, dict):
-    raise ValueError(f'{path}: not a JSON object; copy the file again.')
-  return spec
+    return files.read_json(path, dict)
+  except ValueError as error:
+    raise ValueError(f'{error}; give a folder that save_pretrained or csrm_jax wrote.') from None
+
+
+def check_types(spec: Mapping[str, Any], where: str) -> None:
+  """Checks the types of the fields of a config.json that are read, and that sizes are sizes."""
+  for name, kind in _TYPES.items():
+    value = spec.get(name)
+    if value is None:
+      continue
+    what, is_right = _KINDS[kind]
+    if not is_right(value):
+      raise ValueError(
+        f'{where}: {name} is {checks.show(value)}, it must be {what}; copy the file again.'
+      )
+    if name in _LEAST and not _LEAST[name] <= value <= _MOST.get(name, 2**32):
+      raise ValueError(
+        f'{where}: {name} is {value}, no model has that; it must be from {_LEAST[name]} to '
+        f'{_MOST.get(name, 2**32)}: copy the file again.'
+      )
 
 
 def form(spec: Mapping[str, Any], where: str) -> str:
   """Returns which of FORMS a config.json describes."""
+  check_types(spec, where)
   names = spec.get('architectures') or [FORMS['causal_lm']]
   for name, suffix in FORMS.items():
     if names[0].endswith(suffix):
@@ -145,11 +185,12 @@ def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfi
         f'{where}: {name!r} is a property of the weights and cannot be '
         f'overridden; only {", ".join(RUN_TIME_FIELDS)} can.'
       )
+  check_types(spec, where)
   family_name = spec.get('model_type')
   if family_name not in FAMILIES:
     raise _unsupported(where, 'model_type', family_name, FAMILIES)
   family = FAMILIES[family_name]
-  form(spec, where)  # validates
+  form(spec, where)  # also checks
   # Mostly null means that the family's default holds; in these fields it means none.
   may_be_null = ('sliding_window', *_OPTIONAL)
   said = {name: v for name, v in spec.items() if v is not None or name in may_be_null}
@@ -170,7 +211,10 @@ def from_hf(spec: Mapping[str, Any], where: str, **overrides: Any) -> ModelConfi
     raise _unsupported(where, 'dtype', dtype, _DTYPES)
   fields |= {'family': family_name, 'param_dtype': _DTYPES[dtype]}
   fields |= _read_rope(spec, where) | _read_window(spec, family, where)
-  return ModelConfig(**fields | resolve(overrides))
+  try:
+    return ModelConfig(**fields | resolve(overrides))
+  except ValueError as error:
+    raise ValueError(f'{where}: {error}') from None
 
 
 def to_hf(cfg: ModelConfig, dtype: str, form: str = 'causal_lm') -> dict[str, Any]:
@@ -260,6 +304,10 @@ def _read_rope(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {'rope_theta': float(theta), 'rope_scaling': None}
   if kind != 'llama3':
     raise _unsupported(where, 'rope_type', kind, ['default', 'llama3'])
+  rope_numbers = {name: rope[name] for name in (*_ROPE_SCALING, 'rope_theta') if name in rope}
+  for name, value in rope_numbers.items():
+    if not _KINDS['number'][1](value) or value <= 0:
+      raise _unsupported(where, name, value, ['a number above 0'])
   missing = [name for name in _ROPE_SCALING if name not in rope]
   if missing:
     raise ValueError(f'{where}: the rope scaling has no {missing[0]!r}; copy the file again.')

@@ -5,7 +5,6 @@ Source: Hu et al. 2021, LoRA (arXiv 2106.09685).
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from csrm_jax.core import files
 from csrm_jax.models import hf, shards, transformer
 from csrm_jax.models.config import LORA_TARGETS, ModelConfig
 
@@ -99,10 +99,13 @@ def read_peft(folder: str | os.PathLike) -> dict[str, Any]:
   """Returns the fields lora_rank, lora_alpha and lora_targets of ModelConfig."""
   path = pathlib.Path(folder) / CONFIG_FILE
   try:
-    spec = json.loads(path.read_text(encoding='utf-8'))
+    spec = files.read_json(path, dict)
     kind, modules = spec['peft_type'], spec['target_modules']
     rank, alpha = int(spec['r']), float(spec['lora_alpha'])
-  except (OSError, ValueError, LookupError, TypeError) as error:
+    modules = [modules] if isinstance(modules, str) else modules
+    if rank != spec['r'] or not all(isinstance(module, str) for module in modules):
+      raise ValueError('r is no whole number, or target_modules no list of texts')
+  except (ValueError, LookupError, TypeError, OverflowError) as error:
     raise ValueError(
       f'{path}: cannot be read as the config of a LoRA adapter ({error}); '
       'give a folder that PEFT or csrm_jax wrote.'
@@ -118,8 +121,6 @@ def read_peft(folder: str | os.PathLike) -> dict[str, Any]:
       raise ValueError(
         f'{path}: {name} is {spec[name]!r}, which is not supported; give another adapter.'
       )
-  if isinstance(modules, str):
-    modules = [modules]
   for module in modules:
     if module not in _MODULES:
       raise ValueError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -54,9 +53,9 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
       'folder that save_pretrained or csrm_jax wrote.'
     )
   try:
-    weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+    weight_map = files.read_json(index, dict)['weight_map']
     named = {name: str(file) for name, file in weight_map.items()}
-  except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+  except (LookupError, TypeError, AttributeError) as error:
     raise _unreadable(index, error) from None
   tensors = {}
   for file in sorted(set(named.values())):

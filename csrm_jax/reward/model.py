@@ -350,6 +350,11 @@ def _describe_public(
         'settings as they are'
       )
     return _describe_exported(source, saved, overrides)
+  if exported.is_adapter(source.path):
+    raise ValueError(
+      f'{source.name}: PEFT adapters that csrm_jax did not export; merge them into their model '
+      '(merge_and_unload), and give that'
+    )
   guard = templates.GUARDS.get(format)
   tokenizer = backbone.load_tokenizer(source)
   if guard:
@@ -361,11 +366,6 @@ def _describe_public(
     layout = templates.Layout(format, order or ORDERS[0], words, prefix, suffix)
     safe_words, unsafe_words = templates.pair_spellings(tokenizer, words)
   templates.check_marks(tokenizer, layout)
-  if exported.is_adapter(source.path):
-    raise ValueError(
-      f'{source.name}: adapters that csrm_jax did not export; merge them into their model, and '
-      'give that'
-    )
   cfg = hf.load_config(source, **overrides)
   if hf_config.form(source.spec, source.where) == 'sequence_classification':
     raise ValueError(

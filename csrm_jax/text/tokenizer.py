@@ -311,19 +311,20 @@ def read_settings(path: str | os.PathLike) -> Mapping[str, Any]:
   for name in ('special_tokens_map.json', 'tokenizer_config.json'):
     file = pathlib.Path(path).with_name(name)
     if file.is_file():
-      found |= {k: v for k, v in files.read_json(file, dict).items() if v is not None}
+      said = {k: v for k, v in files.read_json(file, dict).items() if v is not None}
+      for key in ('bos_token', 'eos_token', 'pad_token', 'unk_token'):
+        if not isinstance(named(said, key), (str, type(None))):
+          raise ValueError(
+            f'{file}: {key} is {checks.show(said[key])}, not the text of a token; correct it'
+          )
+      found |= said
   return found
 
 
 def named(settings: Mapping[str, Any], key: str) -> str | None:
   """Returns the text of a token that is given as text or as an object."""
   value = settings.get(key)
-  value = value.get('content') if isinstance(value, Mapping) else value
-  if not isinstance(value, (str, type(None))):
-    raise ValueError(
-      f'tokenizer_config.json: {key} is {checks.show(value)}, not the text of a token; correct it'
-    )
-  return value
+  return value.get('content') if isinstance(value, Mapping) else value
 
 
 def _first(names: Iterable[str], control: Mapping[str, int]) -> str | None:

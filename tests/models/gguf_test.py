@@ -3,13 +3,14 @@ import json
 import os
 import pathlib
 import re
+import struct
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.models import gguf, hf, shards
+from csrm_jax.models import attention, config, gguf, hf, shards
 from csrm_jax.text import tokenizer as tokenizer_lib
 from tests import fetch_smollm2, small
 
@@ -271,6 +272,51 @@ def test_unknown_tensors(model, tmp_path):
   _write(tmp_path / 'c.gguf', cfg, tensors)
   with pytest.raises(ValueError, match=r'1\.mlp\.up_proj\.weight is mis'):
     hf.load(tmp_path / 'c.gguf')
+
+
+def test_the_factors_of_llama_3_are_read(model, tmp_path):
+  cfg, _, tensors = model()
+  _write(tmp_path / 'a.gguf', cfg, tensors | {'rope_freqs.weight': np.ones(4, np.float32)})
+  _write(tmp_path / 'b.gguf', cfg, tensors)
+  assert hf.load_config(tmp_path / 'a.gguf') == hf.load_config(tmp_path / 'b.gguf')
+  scaling = config.RopeScaling(32.0, 1.0, 4.0, 8192)
+  exponent = np.arange(0, cfg.head_dim, 2) / cfg.head_dim
+  frequency = cfg.rope_theta**-exponent
+  factors = frequency / np.asarray(attention._scale_frequency(frequency, scaling))
+  _write(tmp_path / 'c.gguf', cfg, tensors | {'rope_freqs.weight': np.float32(factors)})
+  assert hf.load(tmp_path / 'c.gguf')[0].rope_scaling == scaling
+
+
+def test_a_part_of_a_split_file_is_named(model, tmp_path):
+  cfg, _, tensors = model()
+  _write(tmp_path / 'm.gguf', cfg, tensors, **{'split__count': 2})
+  with pytest.raises(ValueError, match=r'm\.gguf: is one of the 2 files of a split GGUF; merge'):
+    hf.load(tmp_path / 'm.gguf')
+
+
+def _header(num_tensors, num_values, values=b''):
+  return b'GGUF' + struct.pack('<IQQ', 3, num_tensors, num_values) + values
+
+
+_KEY = struct.pack('<Q', 1) + b'a'
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (_header(2**60, 0), 'too short for 1,152,921,504,606,846,976 tensors'),
+    (_header(0, 2**40), 'too short'),
+    (_header(0, 1, struct.pack('<Q', 2**62) + b'abc' * 9), 'ends within its metadata'),
+    (_header(0, 1, _KEY + struct.pack('<IIQ', 9, 0, 2**40)), '1,099,511,627,776 items'),
+    (_header(0, 1, _KEY + struct.pack('<IIQ', 9, 9, 1) * 9), 'holds lists'),
+    (_header(0, 1, _KEY + struct.pack('<I', 99) + bytes(9)), 'the type 99'),
+    (_header(0, 1, _KEY + struct.pack('<IIQ', 9, 8, 30) + bytes(99)), 'ends within'),
+  ],
+)
+def test_what_a_header_counts_is_there(content, message, tmp_path):
+  (tmp_path / 'm.gguf').write_bytes(content)
+  with pytest.raises(ValueError, match=rf'm\.gguf: cannot be read as GGUF .*{message}'):
+    hf.load(tmp_path / 'm.gguf')
 
 
 def test_unsupported_type(model, tmp_path):
