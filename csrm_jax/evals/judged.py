@@ -218,7 +218,11 @@ def balanced_flip(wins: np.ndarray, texts: np.ndarray, sets: np.ndarray) -> floa
 
 
 def measure(
-  asked: Sequence[Question], p: np.ndarray, num_samples: int = 0, threshold: float | None = None
+  asked: Sequence[Question],
+  p: np.ndarray,
+  num_samples: int = 0,
+  threshold: float | None = None,
+  flips: Flips | None = None,
 ) -> dict[str, dict[str, Metric]]:
   """Returns {split: {metric: {value, low, high}}} of one judge on one set, or on all.
 
@@ -226,6 +230,7 @@ def measure(
     p: P(unsafe) of the questions, [N]; a split with nan is left out.
     num_samples: Draws of groups for an interval; 0 for none.
     threshold: On P(unsafe), fitted on other rows, for `f1_tuned`.
+    flips: Those of the questions, where they are known already.
   """
   found: dict[str, dict[str, Metric]] = {}
   units = _numbered(q.group for q in asked)
@@ -235,7 +240,7 @@ def measure(
       some = [asked[i] for i in rows]
       of_split = _MEASURES.get(name, _of_singles)
       found[name] = of_split(some, p[rows], m.over(units[rows]), threshold)
-  all_flips = flips_of(asked)
+  all_flips = flips or flips_of(asked)
   for kind, (name, metric) in _FLIPS.items():
     flips = all_flips.of_kind(kind)
     if len(flips.sets) and not np.isnan(p[np.r_[flips.broken, flips.kept]]).any():
@@ -510,10 +515,11 @@ def _numbers(asked, judges, num_samples: int, thresholds: Mapping[str, float]) -
   found, fitted = {}, {}
   for name, some in everything.items():
     numbers: dict[str, dict[str, Any]] = {}
+    flips = flips_of(some)
     for judge, p in judges[name].items():
       num = num_samples if judge == MODEL else 0
       threshold = thresholds.get(name) if judge == MODEL else None
-      for split, cells in measure(some, p, num, threshold).items():
+      for split, cells in measure(some, p, num, threshold, flips).items():
         numbers.setdefault(split, {})[judge] = cells
     found[name] = {'counts': counts(some), 'numbers': numbers}
     if MODEL in judges[name]:
