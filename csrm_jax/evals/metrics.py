@@ -343,6 +343,9 @@ class Calibration:
   # Mean of -log P(label) on those rows, nats.
   nll_before: float | None = None
   nll_after: float | None = None
+  applied: bool = False  # whether the scores that a loaded model gives are changed by it
+  reason: str = ''  # why it is applied, or is not
+  step: int | None = None  # of the checkpoint whose scores it was fitted on
 
   def __post_init__(self):
     if not (math.isfinite(self.temperature) and self.temperature > 0):

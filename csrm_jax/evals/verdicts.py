@@ -261,7 +261,9 @@ def _shared_tables(found, fitted) -> list[Table]:
     c, names = fitted['calibration'], ('f1', *_PROBABILITIES)
     name = f'{NAME} (score / {c["temperature"]:.2f} {c["bias"]:+.2f})'
     title = 'After temperature and bias'
-    tables.append(in_row(title, name, fitted['metrics'], names, intro=_FITTED, level=3))
+    use = 'Scores of the loaded model are' if c['applied'] else 'Scores of the loaded model are not'
+    intro = f'{_FITTED} {use} changed by it: {c["reason"]}.' if c['reason'] else _FITTED
+    tables.append(in_row(title, name, fitted['metrics'], names, intro=intro, level=3))
   return tables
 
 

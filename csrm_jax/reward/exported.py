@@ -269,7 +269,7 @@ def card(export: Export, form: str, name: str, architecture: str = '') -> str:
     else f'P(safe) is the sum of the first {len(verbalizers.safe)} probabilities.',
     'max_length': export.spec['max_length'],
     'calibration': f' Calibrated scores are score / {fitted.temperature:.4g} + {fitted.bias:.4g}.'
-    if fitted
+    if fitted and fitted.applied
     else '',
   }
   for key, value in values.items():

@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from csrm_jax.core import checkpoint, checks, mesh as mesh_lib, remote, tree
+from csrm_jax.core import checkpoint, checks, files, mesh as mesh_lib, remote, tree
 from csrm_jax.data import domain as domain_lib
+from csrm_jax.evals.metrics import Calibration
 from csrm_jax.models import config as model_config, hf, hf_config, lora, transformer
 from csrm_jax.reward import backbone, exported, scoring
 from csrm_jax.safety import schema, templates
@@ -110,6 +111,7 @@ class RewardModel:
   score_fn: scoring.ScoreFn  # examples -> float32 [N], log P(safe) − log P(unsafe) in nats
   step: int | None = None  # the step of its checkpoint; None for a public model
   digest: str = ''  # sha256 (hex) of that checkpoint's description and checksums; or ''
+  calibration: Calibration | None = None  # what its scores were changed by
 
   def score(
     self,
@@ -145,6 +147,7 @@ def load(
   on_cut: str = 'window',
   step: int | None = None,
   allow_out_of_domain: bool = False,
+  calibrated: bool = True,
   **options: Any,
 ) -> RewardModel:
   """Returns the reward model of a work directory, or a public model as one.
@@ -167,6 +170,8 @@ def load(
     allow_out_of_domain: Whether rules and text are judged too that are in words foreign to what
       the model was trained on, which is an error otherwise. Such verdicts are marked, as those on
       longer prompts and more rules always are.
+    calibrated: Whether its scores are changed by the calibration that training has fitted, if that
+      helped on development rows; see `applied_calibration`.
     **options: Further arguments of `describe`.
 
   Raises:
@@ -185,7 +190,37 @@ def load(
       'nothing checks whether it knows your rules and your text'
     )
   score_fn = spec.make_score_fn(params, tokenizer, max_length, on_cut, allow_out_of_domain)
-  return RewardModel(spec, score_fn, *((saved.step, saved.digest) if saved else ()))
+  fitted = applied_calibration(source, step) if calibrated else None
+  if fitted:
+    checks.note(
+      f'{source}: scores are calibrated, score / {fitted.temperature:.3g} {fitted.bias:+.3g};'
+      f' {fitted.reason}'
+    )
+    score_fn = scoring.calibrated(score_fn, fitted)
+  about = (saved.step, saved.digest) if saved else (None, '')
+  return RewardModel(spec, score_fn, *about, fitted)
+
+
+def calibration(source: str | pathlib.Path) -> Calibration | None:
+  """Returns what training has fitted, in a work directory or an exported model, or None."""
+  public = public_model(source)
+  path = _directory(source) / 'calibration.json'
+  if public:
+    saved = exported.read(public)
+    found, path = saved and saved.get('calibration'), public.name
+  else:
+    found = files.read_json(path, dict) if path.is_file() else None
+  try:
+    return Calibration.from_dict(found) if found else None
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{path}: {error}; remove it, or put back what training wrote') from None
+
+
+def applied_calibration(source: str | pathlib.Path, step: int | None = None) -> Calibration | None:
+  """Returns the calibration if it is to be applied and belongs to the step, or None."""
+  found = calibration(source)
+  belongs = found and (found.step is None or step is None or found.step == step)
+  return found if belongs and found.applied else None
 
 
 def digest(source: str | pathlib.Path) -> str:

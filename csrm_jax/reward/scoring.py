@@ -21,6 +21,7 @@ import numpy as np
 
 from csrm_jax.core import checks, mesh as mesh_lib
 from csrm_jax.data import domain as domain_lib, features
+from csrm_jax.evals.metrics import Calibration
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
 from csrm_jax.reward import plans
@@ -58,6 +59,16 @@ class ScoreFn:
 
   def __call__(self, examples: Sequence[schema.Example], *args: Any, **kwargs: Any) -> np.ndarray:
     return self.judge(examples, *args, **kwargs).score
+
+
+def calibrated(score_fn: ScoreFn, calibration: Calibration) -> ScoreFn:
+  """Returns the score function with its scores changed by the calibration; their order stays."""
+
+  def judge(*args: Any, **kwargs: Any) -> Judged:
+    judged = score_fn.judge(*args, **kwargs)
+    return judged._replace(score=calibration.apply(judged.score))
+
+  return ScoreFn(judge)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -271,7 +271,13 @@ def _benchmark(name: str, items: list[Any], fitted_on: list[Any], **fields: Any)
   suite, description = _SUITES[name]
   is_fitted = suite in ('classification', 'over_refusal')
   return Benchmark(
-    name, suite, items, description, validation=fitted_on if is_fitted else (), **fields
+    name,
+    suite,
+    items,
+    description,
+    validation=fitted_on if is_fitted else (),
+    new_rules=not name.startswith('seen'),
+    **fields,
   )
 
 

@@ -27,7 +27,7 @@ from csrm_jax import config as config_lib
 from csrm_jax.core import files, writer
 from csrm_jax.data import benchmark, catalogue, domain, features, forms, sources, tables
 from csrm_jax.data.benchmark import Benchmark
-from csrm_jax.evals import compare, metrics, policy, report, suites
+from csrm_jax.evals import bootstrap, compare, metrics, policy, report, suites
 from csrm_jax.evals.bootstrap import Measure
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import Result
@@ -181,10 +181,10 @@ def _run_benchmarks(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
   start = time.monotonic()
   todo = _all_benchmarks(config.benchmarks)
   # A benchmark measures what a model can do, also on text that it does not know; its table says so.
-  rm = load_model(config, allow_out_of_domain=True)
+  rm = load_model(config, allow_out_of_domain=True, calibrated=False)
   weights = rm.digest or reward_model.digest(config.checkpoint)
   score_fn = keep_scores(rm.score_fn, workdir / 'scores', weights)
-  results = test(score_fn, todo, calibration(config.checkpoint))
+  results = test(score_fn, todo, reward_model.calibration(config.checkpoint))
   name = rm.spec.layout.format
   summary = report.summarise(results) | {
     'format': name,
@@ -205,18 +205,6 @@ def _all_benchmarks(config: ml_collections.ConfigDict) -> list[Benchmark]:
       'nothing to evaluate: give --config.benchmarks.data_dir=FOLDER, or ruleworld_examples above 0'
     )
   return suites.prepare(benchmark.limited(item, config.max_items) for item in todo)
-
-
-def calibration(checkpoint: str | pathlib.Path) -> Calibration | None:
-  """Returns the calibration that training has fitted, or None."""
-  path = pathlib.Path(checkpoint).expanduser() / 'calibration.json'
-  if not path.is_file():
-    return None
-  try:
-    return Calibration.from_dict(files.read_json(path, dict))
-  except (ValueError, TypeError) as error:
-    where = '' if str(error).startswith(str(path)) else f'{path}: '
-    raise ValueError(f'{where}{error}; remove it, or put back what training wrote') from None
 
 
 # --- Reports side by side ----------------------------------------------------------------
@@ -311,7 +299,7 @@ def _measure_refusals(config: ml_collections.ConfigDict, workdir: pathlib.Path) 
 
 
 def load_model(
-  config: ml_collections.ConfigDict, allow_out_of_domain: bool
+  config: ml_collections.ConfigDict, allow_out_of_domain: bool, calibrated: bool = True
 ) -> reward_model.RewardModel:
   """Returns the model that configs/eval.py names."""
   options = model_options(config)
@@ -320,6 +308,7 @@ def load_model(
     config.max_length,
     on_cut=config.on_cut,
     allow_out_of_domain=allow_out_of_domain,
+    calibrated=calibrated,
     **options,
   )
 
@@ -507,11 +496,13 @@ def fit_calibration(
   score_fn: scoring.ScoreFn,
   todo: Sequence[Benchmark],
   workdir: pathlib.Path,
+  step: int,
   rules_blind: bool = False,
 ) -> Calibration | None:
-  """Returns the calibration fitted on validation rows, and writes workdir/calibration.json.
+  """Returns the calibration fitted on development rows, and writes workdir/calibration.json.
 
-  Without rows of both labels it is None.
+  It says whether loaded models apply it: only if it helps on other development rows. Without rows
+  of both labels it is None.
   """
   rows = list(dict.fromkeys(row for b in todo for row in b.validation if row.label is not None))
   labels = metrics.labels_of(rows)
@@ -520,8 +511,37 @@ def fit_calibration(
   with _progress_bar('calibrate', len(rows)) as bar:
     scores = suites.score(_score_once(score_fn, bar.update, rules_blind), rows)
   fitted = metrics.fit_calibration(labels, scores)
-  files.write(workdir / 'calibration.json', json.dumps(fitted.to_dict()))
+  if names := [b.name for b in todo if b.new_rules]:
+    applied, reason = False, f'no development rows stand under such rules as {", ".join(names)}'
+  else:
+    applied, reason = calibration_helps(rows, scores)
+  fitted = dataclasses.replace(fitted, applied=applied, reason=reason, step=step)
+  files.write_json(workdir / 'calibration.json', fitted.to_dict())
   return fitted
+
+
+def calibration_helps(rows: Sequence[schema.Example], scores: np.ndarray) -> tuple[bool, str]:
+  """Returns whether a fit on half of the conversations lowers NLL on the others, and in words.
+
+  The interval of the difference, over conversations, must lie below 0.
+  """
+  labels, places = metrics.labels_of(rows), {row: i for i, row in enumerate(rows)}
+  fitted_on, others = (
+    np.array([places[row] for row in half], int) for half in sources.split(rows, 0.5, seed=2)
+  )
+  if any(not 0 < labels[half].sum() < len(half) for half in (fitted_on, others)):
+    return False, f'{len(rows)} development rows are too few to check it on'
+  part = metrics.fit_calibration(labels[fitted_on], scores[fitted_on])
+  labels, scores = labels[others], scores[others]
+  after, before = (
+    metrics.row_nll(labels, metrics.p_unsafe_from_scores(s)) for s in (part.apply(scores), scores)
+  )
+  units = bootstrap.units_of([rows[i] for i in others])
+  d = bootstrap.difference(metrics.mean, (after,), (before,), units)
+  return d['high'] < 0, (
+    f'fitted on half of the {len(rows)} development rows, it changes NLL on the others by'
+    f' {d["value"]:+.3f} [{d["low"]:+.3f}, {d["high"]:+.3f}] nats'
+  )
 
 
 def _progress_bar(name: str, total: int) -> tqdm.tqdm:

@@ -19,7 +19,6 @@ from csrm_jax.data import domain
 from csrm_jax.models import gguf, hf, hf_config, lora, shards, transformer
 from csrm_jax.models.config import DTYPES, ModelConfig
 from csrm_jax.reward import backbone, exported, model as reward_model
-from csrm_jax.runners import evaluate
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -105,7 +104,7 @@ def _describe(
     layout=spec.layout,
     verbalizers=spec.verbalizers(tokenizer),
     threshold=config.threshold,
-    calibration=evaluate.calibration(source),
+    calibration=reward_model.calibration(source),
     rules=schema.load_safety(config.safety) if config.safety else None,
   )
 

@@ -114,5 +114,6 @@ def _load(config: ml_collections.ConfigDict):
     wait_s=batching.wait_s,
     deadline_s=config.deadline_s,
     allow_out_of_domain=config.allow_out_of_domain,
+    calibration=reward_model.applied_calibration(config.checkpoint),
   )
   return engine, Policies(config.policies, config.default_policy, engine.check)

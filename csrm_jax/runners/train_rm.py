@@ -88,7 +88,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   start = time.monotonic()
   trained_s = loop_lib.elapsed_s(workdir)
   score = score_fn(state.params)
-  calibration = evaluate.fit_calibration(score, todo, workdir, blind)
+  calibration = evaluate.fit_calibration(score, todo, workdir, config.num_steps, blind)
   results = evaluate.test(score, todo, calibration, blind) | {
     f'{name}_zero_shot': dataclasses.replace(
       result, description='The same examples before training.'

@@ -30,6 +30,7 @@ import numpy as np
 
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features, sharing
+from csrm_jax.evals.metrics import Calibration
 from csrm_jax.models import transformer
 from csrm_jax.reward import model as reward_model, plans, scoring
 from csrm_jax.safety import schema, templates
@@ -189,6 +190,7 @@ class Engine:
     wait_s: float,
     deadline_s: float,
     allow_out_of_domain: bool = False,
+    calibration: Calibration | None = None,
   ):
     """Takes a model; `start` compiles.
 
@@ -197,9 +199,10 @@ class Engine:
       wait_s: How long a batch waits for more rows while the device is idle.
       deadline_s: Requests that would wait longer are refused; those that waited twice as long fail.
       allow_out_of_domain: Whether text is judged that is in words foreign to the model.
+      calibration: What all scores are changed by.
     """
     self.spec, self.tokenizer, self.lengths = spec, tokenizer, lengths
-    self.allow_out_of_domain = allow_out_of_domain
+    self.allow_out_of_domain, self.calibration = allow_out_of_domain, calibration
     guard = templates.GUARDS.get(spec.layout.format)
     self.per_category = bool(guard and guard.per_category)
     self.prefix_bytes, self.wait_s, self.deadline_s = prefix_bytes, wait_s, deadline_s
@@ -486,7 +489,8 @@ class Engine:
       job.num_left -= 1
       if not job.num_left:
         with contextlib.suppress(concurrent.futures.InvalidStateError):  # It was cancelled.
-          job.future.set_result(job.scores)
+          fitted = self.calibration
+          job.future.set_result(fitted.apply(job.scores) if fitted else job.scores)
 
   def _prefix(self, rules: RuleSet) -> Prefix:
     """Returns the keys and values of rules; those used last are kept."""

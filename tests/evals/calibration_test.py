@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from csrm_jax.core import files
+from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import metrics
+from csrm_jax.reward import scoring
+from csrm_jax.ruleworld import probes
+from csrm_jax.runners import evaluate
+from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
+from tests import small
 
 
 def _rows(num_rows=4000, temperature=1.0, bias=0.0, seed=0):
@@ -82,3 +89,45 @@ def test_dict_round_trip_and_bad_input():
     metrics.fit_calibration([0, 0], [1.0, 2.0])
   with pytest.raises(ValueError, match='row 1'):
     metrics.fit_calibration([0, 1], [1.0, math.nan])
+
+
+def _examples(labels, rules='No dogs.'):
+  safety = SafetyConfig((Category('Pets', rules),))
+  return [
+    Example(f'r{i}', safety, (Message('agent', f'Text {i}'),), ('safe', 'unsafe')[label])
+    for i, label in enumerate(labels)
+  ]
+
+
+def test_it_is_applied_only_where_it_helps_on_other_rows():
+  labels, scores = _rows(400, temperature=5.0)
+  helps, reason = evaluate.calibration_helps(_examples(labels), scores)
+  assert helps and 'half of the 400 development rows' in reason
+  # Nothing is to be gained here; on the rows of a fit it always looks as if there were.
+  labels, scores = _rows(400)
+  assert not evaluate.calibration_helps(_examples(labels), scores)[0]
+  labels, scores = _rows(3, temperature=5.0)
+  helps, reason = evaluate.calibration_helps(_examples(labels), scores)
+  assert not helps and 'too few' in reason
+
+
+@pytest.mark.parametrize('new_rules', [False, True])
+def test_tests_under_new_rules_keep_it_from_being_applied(tmp_path, new_rules):
+  labels, scores = _rows(200, temperature=5.0)
+  rows = _examples(labels)
+  score_of = dict(zip(rows, scores, strict=True))
+
+  def judge(examples, progress):
+    found = np.float32([score_of[e] for e in examples])
+    return scoring.Judged(found, found, 0 * found, found < -99, small.unmarked(found))
+
+  todo = [Benchmark('own', 'classification', rows[:2], validation=rows, new_rules=new_rules)]
+  found = evaluate.fit_calibration(scoring.ScoreFn(judge), todo, tmp_path, 30)
+  assert (found.applied, found.step) == (not new_rules, 30)
+  assert ('such rules as own' in found.reason) == new_rules
+  assert metrics.Calibration.from_dict(files.read_json(tmp_path / 'calibration.json')) == found
+
+
+def test_the_world_of_today_has_no_development_rows_under_unseen_rules():
+  for b in probes.basic_benchmarks(0, 4):
+    assert b.new_rules == (not b.name.startswith('seen'))

@@ -9,6 +9,7 @@ import pytest
 
 from csrm_jax.core import checkpoint
 from csrm_jax.data import domain
+from csrm_jax.evals.metrics import Calibration
 from csrm_jax.models import transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
 from csrm_jax.ruleworld import examples
@@ -86,6 +87,26 @@ def test_a_loaded_model_scores_as_its_parameters_do(tmp_path):
   assert [v.score for v in verdicts] == pytest.approx(
     [rm.score(rules, [e.conversation])[0].score for e in found], abs=1e-5
   )
+
+
+def test_a_calibration_that_helped_changes_the_scores_of_its_checkpoint(tmp_path, capfd):
+  folder, rows = _save(tmp_path / 'rm'), [examples.test_example(0, i, 'seen') for i in range(3)]
+  raw = reward_model.load(folder).score_fn(rows)
+  fitted = Calibration(2.0, 0.5, applied=True, reason='it helped', step=3)
+
+  def scores(calibration, **options):
+    (folder / 'calibration.json').write_text(json.dumps(calibration.to_dict()))
+    return reward_model.load(folder, **options).score_fn(rows)
+
+  np.testing.assert_allclose(scores(fitted), raw / 2 + 0.5, rtol=1e-6)
+  assert 'scores are calibrated, score / 2 +0.5; it helped' in capfd.readouterr().err
+  np.testing.assert_array_equal(scores(fitted, calibrated=False), raw)
+  np.testing.assert_array_equal(scores(dataclasses.replace(fitted, applied=False)), raw)
+  np.testing.assert_array_equal(scores(dataclasses.replace(fitted, step=2)), raw)
+  assert reward_model.calibration(folder).temperature == 2.0
+  (folder / 'calibration.json').write_text('{"temperature": 0}')
+  with pytest.raises(ValueError, match=r'calibration\.json: .*; remove it'):
+    reward_model.load(folder)
 
 
 def test_the_newest_checkpoint_is_loaded(tmp_path):

@@ -243,7 +243,7 @@ def test_bfloat16_of_a_float32_run(make_run, tmp_path):
 
 def test_config_card_and_license(make_run, tmp_path):
   run = make_run()
-  fitted = {'temperature': 2.0, 'bias': 0.5}
+  fitted = {'temperature': 2.0, 'bias': 0.5, 'applied': True}
   (run / 'calibration.json').write_text(json.dumps(fitted))
   folder = _export(
     run, tmp_path, 'causal_lm', threshold=0.4, safety=str(ROOT / 'configs/safety/hospital.yaml')
@@ -257,7 +257,13 @@ def test_config_card_and_license(make_run, tmp_path):
   assert (spec['method'], spec['id2label']) == ('from_2_way_softmax', {'0': 'safe'})
   _, tokenizer = reward_model.describe(run)
   assert spec['classifier_from_token'] == [tokenizer.piece(unsafe), tokenizer.piece(safe)]
+  rows, _ = _prompts(run, 2)
+  scores = [csrm_jax.load(at).score_fn(rows) for at in (run, folder)]
+  np.testing.assert_allclose(*scores, atol=1e-4)
+  raw = csrm_jax.load(folder, calibrated=False).score_fn(rows)
+  np.testing.assert_allclose(scores[0], raw / 2 + 0.5, atol=1e-4)
   card = (folder / 'README.md').read_text()
+  assert 'Calibrated scores are score / 2 + 0.5.' in card
   assert 'default rules judge: ' in card and f'log_p[[{safe}]]' in card and '@' not in card
   assert (folder / 'LICENSE').read_text() == (ROOT / 'LICENSE').read_text()
   # The default rules stand in the template.
