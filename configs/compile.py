@@ -29,7 +29,7 @@ def get_config(arg=None):
   arg = config_lib.parse_arg(own, topology='v5e-64', target='configs/rm.py', reward_model='')
   c = ml_collections.ConfigDict()
   c.runner = 'compile'
-  c.topology = arg.topology
+  c.topology = arg.topology  # a slice as it is rented, such as v5e-64
   # How many layers the compiled model has; 0 for all. All layers are one loop, so few layers
   # compile to the same program, but the memory shown is then that of few layers.
   c.num_layers = 0

@@ -102,7 +102,7 @@ def base(arg):
     'runner': 'align',
     'title': 'Aligned policy',  # the report's title
     'seed': 0,  # decides prompts, draws, mini batches and adapters
-    'algorithm': arg.algorithm,
+    'algorithm': arg.algorithm,  # a name of csrm_jax.rl.algorithms
     'num_steps': 60,  # rollouts; with an offline algorithm updates
     'log_every': 1,  # steps that one line of metrics.jsonl sums up
     'checkpoint_every': 10,  # steps; a multiple of log_every
@@ -137,7 +137,7 @@ def base(arg):
       'eval_fraction': 0.2,  # the share of a file that a hash of the prompt holds out
     },
     'reward': {
-      'name': arg.reward,
+      'name': arg.reward,  # csrm, oracle, http, python, alphaalign
       # What reward models compute in and are held in: float32 or bfloat16; '' as they are stored.
       'dtype': '',
       # reward=csrm: R = sigmoid(a * score + b).

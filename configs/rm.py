@@ -115,6 +115,7 @@ BASE = {
     'words': ('safe', 'unsafe'),  # the words that the question names as answers
     # The words that count as a verdict; only those that are one token do.
     'safe_words': ('safe', ' safe', 'Safe', ' Safe'),
+    # Likewise.
     'unsafe_words': ('unsafe', ' unsafe', 'Unsafe', ' Unsafe'),
   },
   'data': {

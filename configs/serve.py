@@ -21,8 +21,13 @@ def get_config(arg=None):
   c.checkpoint = arg.checkpoint
   # The next three are for public models only, as in configs/eval.py.
   c.format = 'csrm'
-  c.words = ('safe', 'unsafe')
-  c.numerics = ml_collections.ConfigDict({'dtype': '', 'param_dtype': ''})
+  c.words = ('safe', 'unsafe')  # what the model says for "safe" and "unsafe"
+  c.numerics = ml_collections.ConfigDict(
+    {
+      'dtype': '',  # of activations: float32 or bfloat16; '' is the model's own, else float32
+      'param_dtype': '',  # of parameters; '' keeps what is stored
+    }
+  )
   # Whether requests are judged too that are in words foreign to what the model was trained on;
   # answers have "out_of_domain".
   c.allow_out_of_domain = False
@@ -36,7 +41,7 @@ def get_config(arg=None):
 
   # Anything but 127.0.0.1 needs a token, which clients send as "Authorization: Bearer TOKEN".
   c.host = '127.0.0.1'
-  c.port = arg.port
+  c.port = arg.port  # 0 takes a free one
   c.token_env = 'CSRM_JAX_TOKEN'  # the environment variable that holds it
   c.allowed_hosts = ()  # names of this machine beside localhost that requests without token may use
   # A JSON line for each verdict: time, policy digest, label, latency, sha256 of the text, but no
@@ -51,7 +56,7 @@ def get_config(arg=None):
       # Tokens of rules, and of what follows them: each is padded to the next length. There is a
       # program for every pair, compiled before the server is ready.
       'rules_lengths': (128, 256, 512, 1024),
-      'row_lengths': (64, 128, 256, 512, 1024),
+      'row_lengths': (64, 128, 256, 512, 1024),  # likewise
       'call_tokens': 0,  # about how many go through the model at once; 0: 1024 on CPUs, else 16384
       'wait_s': 0.002,  # how long a batch waits for more while the device is idle
       'prefix_bytes': 1_000_000_000,  # device memory for rules that have been read
@@ -59,7 +64,7 @@ def get_config(arg=None):
   )
   c.limits = ml_collections.ConfigDict(
     {
-      'body_bytes': 1_000_000,
+      'body_bytes': 1_000_000,  # of a request
       'body_timeout_s': 10.0,  # for a request to arrive
       'conversations': 256,  # in one request
       'messages': 256,  # in one conversation

@@ -27,6 +27,41 @@ from csrm_jax.core import files
 
 ConfigDict = ml_collections.ConfigDict
 
+_HERE = pathlib.Path(__file__).parent
+# The folder of config files: of a wheel, or at the top of the repository.
+CONFIGS = next(
+  (folder for folder in (_HERE / 'configs', _HERE.parent / 'configs') if folder.is_dir()),
+  _HERE / 'configs',
+)
+
+# What other programs call a setting -> what it is called here.
+SYNONYMS = {
+  synonym: name
+  for name, synonyms in {
+    'optim.lr': 'learning_rate learning-rate peak_lr',
+    'batch_size': 'per_device_train_batch_size train_batch_size global_batch_size bs',
+    'epochs': 'num_epochs num_train_epochs n_epochs max_epochs',
+    'num_steps': 'steps max_steps train_steps num_train_steps total_steps',
+    'warmup_steps': 'warmup num_warmup_steps lr_warmup_steps warmup_ratio',
+    'num_microbatches': 'gradient_accumulation_steps accumulation_steps grad_accum',
+    'clip_norm': 'max_grad_norm grad_clip gradient_clipping gradient_clip_val',
+    'b1': 'beta1 adam_beta1',
+    'b2': 'beta2 adam_beta2',
+    'max_length': 'max_seq_length max_seq_len seq_len sequence_length max_len',
+    'log_every': 'logging_steps log_interval log_every_n_steps',
+    'checkpoint_every': 'save_steps save_every save_interval',
+    'lora_rank': 'lora_r rank',
+    'init': 'model_name model_name_or_path pretrained base_model',
+    'dtype': 'bf16 fp16 precision torch_dtype',
+    'seed': 'random_seed rng_seed',
+    'num_generations': 'group_size_rl n_samples rollout_n',
+    'kl_coef': 'beta_kl kl_penalty init_kl_coef',
+    'remat': 'gradient_checkpointing activation_checkpointing',
+    'path': 'train_file data_path dataset dataset_name',
+  }.items()
+  for synonym in synonyms.split()
+}
+
 _TRUE = ('1', 'true', 'yes', 'on')
 _FALSE = ('0', 'false', 'no', 'off')
 
@@ -119,6 +154,14 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   return flat
 
 
+def find_key(config: ConfigDict, key: str) -> list[str]:
+  """Returns the keys of the config, three at most, that are called so elsewhere."""
+  last = key.rpartition('.')[2]
+  names = {last, SYNONYMS.get(last.lower(), last)}
+  # A right name in the wrong section counts, too.
+  return [name for name in flatten(config) if {name, name.rpartition('.')[2]} & names][:3]
+
+
 def check_key(config: ConfigDict, key: str) -> None:
   """Checks that a dotted key names a value of the config; the error suggests others."""
   known = flatten(config)
@@ -126,10 +169,8 @@ def check_key(config: ConfigDict, key: str) -> None:
     return
   if any(name.startswith(f'{key}.') for name in known):
     raise ValueError(f'config key {key!r} is a section: set a key inside it')
-  last = key.rpartition('.')[2]
-  # A right name in the wrong section comes before names that only look alike.
-  same = [name for name in known if name.rpartition('.')[2] == last]
-  hint = f' (did you mean {" or ".join(same[:3])}?)' if same else ''
+  same = find_key(config, key)
+  hint = f' (did you mean {" or ".join(same)}?)' if same else ''
   raise ValueError(f'config key {key!r} does not exist{hint or _close(key, known)}')
 
 
@@ -148,6 +189,16 @@ def set_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
       section[last] = value
     except TypeError as error:
       raise ValueError(f'config key {key}={value!r}: {error}') from None
+
+
+def find_file(name: str | os.PathLike) -> pathlib.Path:
+  """Returns the config file of that name: a path, or 'rm' or configs/rm.py for one of CONFIGS."""
+  path = pathlib.Path(name)
+  if path.is_file() or path.is_absolute():
+    return path
+  own = CONFIGS / f'{path.name.removesuffix(".py")}.py'
+  is_ours = str(path) == path.stem or str(path.parent) == 'configs'
+  return own if is_ours and own.is_file() else path
 
 
 def load_module(path: str | os.PathLike) -> types.ModuleType:

@@ -2,6 +2,10 @@
 
 python -m csrm_jax.main --config=configs/rm.py:model=tiny --workdir=DIR \\
   --config.optim.lr=1e-3
+csrm_jax rm:model=tiny --workdir=DIR --config.optim.lr=1e-3
+csrm_jax rm --help; csrm_jax doctor
+
+A config that is not a file here is one of the package's: rm, or configs/rm.py.
 
 Flags --config.KEY=VALUE override what the config file sets. The same command again resumes the
 run in its work directory.
@@ -22,14 +26,14 @@ import sys
 import types
 from collections.abc import Sequence
 
-import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from csrm_jax import config as config_lib
-from csrm_jax.core import distributed, lease, preemption, profiling, remote, writer
-from csrm_jax.train import step as training
+# JAX and all that needs it is imported in the functions below: help and errors in the flags must
+# not wait for it.
+from csrm_jax import config as config_lib, usage
+from csrm_jax.core import checks
 
 # config.runner -> the module whose run(config, workdir) does the work. Modules are named and not
 # imported, so that a run loads only what it needs.
@@ -49,6 +53,8 @@ RUNNERS = {
 }
 # These write nothing into a work directory, and need none.
 _WITHOUT_WORKDIR = ('serve',)
+# What other programs call the work directory.
+_WORKDIR_NAMES = ('output_dir', 'out_dir', 'out', 'output', 'save_dir', 'log_dir', 'dir')
 # These have no prompts to show, though another runner of their module has.
 _WITHOUT_PROMPTS = ('benchmark', 'compare', 'refusals', 'real')
 
@@ -67,6 +73,9 @@ _SHOW_TOKENS = flags.DEFINE_bool(
   'Print what the model sees of the first example, segment by segment, and exit; needs no'
   ' --workdir.',
 )  # fmt: skip
+_PRINT_CONFIG = flags.DEFINE_bool(
+  'print_config', False, 'Print the config that the run would have, and exit; needs no --workdir.'
+)
 _MULTIHOST = flags.DEFINE_bool(
   'multihost', False,
   'This is one of several processes; the cluster (TPU slice, Slurm, MPI, Kubernetes) says which.',
@@ -97,6 +106,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike | None) ->
   if config.runner in _WITHOUT_WORKDIR:
     runner.run(config)
     return
+  from csrm_jax.core import lease, remote
+
   with remote.local(workdir) as path:
     path = path.expanduser()
     # Asked before the directory is prepared: only one that was missing or empty may be removed.
@@ -110,6 +121,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike | None) ->
 def _run(
   runner: types.ModuleType, config: ml_collections.ConfigDict, path: pathlib.Path, is_new: bool
 ) -> None:
+  import jax
+
+  from csrm_jax.core import profiling, writer
+
   path = config_lib.prepare_workdir(path, config)
   try:
     made_of = {'config_digest': config_lib.digest(config), 'runner': config.runner}
@@ -136,10 +151,14 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
   runner.show_tokens(config)
 
 
-def _find_runner(config: ml_collections.ConfigDict) -> types.ModuleType:
-  name = config.get('runner')
+def _check_runner(name: str | None) -> None:
   if name not in RUNNERS:
     raise ValueError(f'config.runner is {name!r}: choose one of {", ".join(RUNNERS)}')
+
+
+def _find_runner(config: ml_collections.ConfigDict) -> types.ModuleType:
+  name = config.get('runner')
+  _check_runner(name)
   return importlib.import_module(RUNNERS[name])
 
 
@@ -148,6 +167,8 @@ def use_compilation_cache() -> None:
 
   $JAX_COMPILATION_CACHE_DIR names another folder; if it is empty, there is no cache.
   """
+  import jax
+
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     folder = pathlib.Path('~/.cache/csrm_jax').expanduser()
     try:
@@ -169,9 +190,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if FLAGS['config'].value is None:
       raise ValueError('--config is required, as in --config=...')
     runner = FLAGS.config.get('runner')  # It raises if the file is missing.
-    needs_none = _SHOW_TOKENS.value or runner in _WITHOUT_WORKDIR
+    needs_none = _SHOW_TOKENS.value or _PRINT_CONFIG.value or runner in _WITHOUT_WORKDIR
     if FLAGS['workdir'].value is None and not needs_none:
       raise ValueError('--workdir is required, as in --workdir=...')
+    _check_runner(runner)
     return rest
   except _FLAG_ERRORS as error:
     if '--debug' in argv:
@@ -194,13 +216,35 @@ def _diagnose(argv: Sequence[str]) -> None:
   if not match:
     return
   path, colon, arg = match[1].partition(':')
-  config = config_lib.load_module(path).get_config(*([arg] if colon else []))
+  get_config = config_lib.load_module(path).get_config
+  try:
+    config = get_config(*([arg] if colon else []))
+  except ValueError as error:
+    # What is no argument may be a knob.
+    unknown = re.match(r"config argument '([\w.]+)' is unknown", str(error))
+    if unknown and (meant := config_lib.find_key(get_config(), unknown[1])):
+      raise ValueError(
+        f'config argument {unknown[1]!r} is unknown (did you mean the flag '
+        f'{" or ".join(f"--config.{key}=..." for key in meant)}?)'
+      ) from None
+    raise
   for key in re.findall(r'^--?(?:no)?config\.([^=\n]+)', text, re.MULTILINE):
     config_lib.check_key(config, key)
+  for name in re.findall(r'^--?(?!config\b)([\w.]+)', text, re.MULTILINE):
+    if name in FLAGS or name.removeprefix('no') in FLAGS:
+      continue
+    meant = [f'--config.{key}=...' for key in config_lib.find_key(config, name)]
+    meant += ['--workdir=...'] * (name in _WORKDIR_NAMES)
+    if meant:
+      raise ValueError(f'--{name} is not a flag (did you mean {" or ".join(meant)}?)')
 
 
 def _exit(error: BaseException) -> None:
-  print('error:', remote.named(' '.join(str(error).split())), file=sys.stderr)
+  text = ' '.join(str(error).split())
+  # Only a run that has begun has copies of buckets.
+  if remote := sys.modules.get('csrm_jax.core.remote'):
+    text = remote.named(text)
+  print('error:', text, file=sys.stderr)
   sys.exit(2)
 
 
@@ -209,6 +253,8 @@ def _join() -> None:
   alone = _PROCESS_ID.value is None and _NUM_PROCESSES.value is None
   if not _MULTIHOST.value and not _COORDINATOR.value and alone:
     return
+  from csrm_jax.core import distributed
+
   distributed.start(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _START_TIMEOUT_S.value
   )
@@ -219,6 +265,14 @@ def _join() -> None:
 
 def _main(argv: Sequence[str]) -> None:
   del argv
+  if _PRINT_CONFIG.value:
+    print(config_lib.to_json(_CONFIG.value), end='')
+    return
+  import jax
+
+  from csrm_jax.core import distributed, preemption
+  from csrm_jax.train import step as training
+
   # Warnings only: at INFO, libraries report every file that they write.
   if not FLAGS['verbosity'].present and not _DEBUG.value:
     logging.set_verbosity(logging.WARNING)
@@ -243,8 +297,48 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
-  """Runs the command line of `python -m csrm_jax.main`."""
-  app.run(_main, flags_parser=_parse_flags)
+  """Runs the command line of `csrm_jax` and `python -m csrm_jax.main`."""
+  try:
+    argv = _with_config(sys.argv)
+    if argv is None:
+      return
+  except _INPUT_ERRORS as error:
+    _exit(error)
+  app.run(_main, argv=argv, flags_parser=_parse_flags)
+
+
+def _with_config(argv: Sequence[str]) -> list[str] | None:
+  """Returns the arguments with the path of their config file, or None where help was printed."""
+  program, *rest = argv
+  first = rest[0] if rest else '--help'
+  if first == usage.DOCTOR:
+    from csrm_jax import doctor
+
+    print(doctor.report())
+    return None
+  if not first.startswith('-') and first != 'help':
+    name = first.partition(':')[0]
+    if not config_lib.find_file(name).is_file():
+      raise ValueError(
+        f'{name!r} is no job{checks.hint(name, [*usage.jobs(), usage.DOCTOR])}; choose one of '
+        f'{", ".join([*usage.jobs(), usage.DOCTOR])}, or give a config file'
+      )
+    rest[0] = f'--config={first}'
+  config = None
+  for i, text in enumerate(rest):
+    match = re.fullmatch(r'--?config(?:=(.+))?', text, re.DOTALL)
+    if match is None:
+      continue
+    place = i if match[1] else i + 1
+    given = match[1] or (rest[place] if place < len(rest) else '')
+    path, colon, arg = given.partition(':')
+    config = config_lib.find_file(path), arg if colon else None
+    rest[place] = f'{"--config=" if match[1] else ""}{config[0]}{colon}{arg}'
+    break
+  if {'help', '-h', '-help', '--help'} & {first, *rest}:
+    print(usage.job(*config) if config else usage.overview())
+    return None
+  return [program, *rest]
 
 
 if __name__ == '__main__':

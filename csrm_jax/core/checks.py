@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import pathlib
 import sys
 import types
 import unicodedata
@@ -44,14 +45,20 @@ def check_fields(kind: type, obj: Mapping[str, Any], say: str) -> None:
 
 
 def require(package: str, what: str, extra: str = 'hf') -> types.ModuleType:
-  """Returns an optional package, which the extra installs and `what` needs."""
+  """Returns an optional package, which an extra installs and `what` needs."""
   try:
     return importlib.import_module(package)
   except ImportError:
-    raise ImportError(
-      f'{what} needs the package {package}; run "pip install {package}", or install csrm_jax with '
-      f'its extra "{extra}"'
-    ) from None
+    raise ImportError(f'{what} needs the package {package}; {install(extra)}') from None
+
+
+def install(extra: str) -> str:
+  """Returns how to install an extra of this checkout, or of the wheel that this came from."""
+  # No index has this package: its name alone would be somebody else's.
+  root = pathlib.Path(__file__).parents[2]
+  if (root / 'setup.py').is_file():
+    return f"run: pip install -e '{root}[{extra}]'"
+  return f"run: pip install 'WHEEL[{extra}]', with the csrm_jax wheel that is installed here"
 
 
 def hint(word: Any, known: Sequence[str]) -> str:

@@ -1,0 +1,1 @@
+"""The run configs, one file a job, and what they share; installed as csrm_jax.configs."""
