@@ -1,5 +1,7 @@
 """Installs csrm_jax and nothing else."""
 
+import pathlib
+
 import setuptools
 
 EXTRAS = {
@@ -53,6 +55,8 @@ EXTRAS = {
   # Work directories in buckets, gs://….
   'gcs': ['gcsfs>=2025.3'],
   'parquet': ['pyarrow>=18'],
+  # Trackers of experiments, for config.loggers.
+  'loggers': ['wandb>=0.19', 'trackio>=0.2', 'mlflow-skinny>=2.20'],
   # Accelerators. Plain `jax` is the CPU version, and no extra changes what is
   # already installed for another backend.
   'tpu': ['jax[tpu]>=0.10.2'],
@@ -64,12 +68,36 @@ setuptools.setup(
   name='csrm_jax',
   version='0.1.0',
   description='Configurable safety reward models in JAX',
+  long_description=(pathlib.Path(__file__).parent / 'README.md').read_text('utf-8'),
+  long_description_content_type='text/markdown',
+  project_urls={'Paper': 'https://arxiv.org/abs/2605.30487'},
+  classifiers=[
+    'Development Status :: 4 - Beta',
+    'Intended Audience :: Science/Research',
+    'Operating System :: OS Independent',
+    'Programming Language :: Python :: 3',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    'Typing :: Typed',
+  ],
   license='Apache-2.0',
   license_files=['LICENSE'],
   python_requires='>=3.11',
-  packages=setuptools.find_packages(include=['csrm_jax', 'csrm_jax.*']),
+  packages=[
+    *setuptools.find_packages(include=['csrm_jax', 'csrm_jax.*']),
+    'csrm_jax.configs',
+    'csrm_jax.launch',
+  ],
+  # They stand at the top of the repository, where people look for them.
+  package_dir={'csrm_jax.configs': 'configs', 'csrm_jax.launch': 'launch'},
+  entry_points={'console_scripts': ['csrm_jax = csrm_jax.main:main']},
   package_data={
-    'csrm_jax.data': ['rules/*.yaml', 'rules/judged/*.yaml'],
+    'csrm_jax': ['py.typed'],
+    'csrm_jax.configs': ['safety/*'],
+    'csrm_jax.launch': ['*'],
+    'csrm_jax.data': ['rules/**/*.yaml'],
     'csrm_jax.evals': ['*.yaml'],
     'csrm_jax.serve': ['page/*'],
     'csrm_jax.ruleworld': ['*.model', 'base/*', 'policy_base/*', 'policy_structured/*'],

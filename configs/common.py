@@ -3,17 +3,14 @@
 The files beside this one load it by its path, so that a config works from any folder.
 """
 
-import pathlib
-
 import ml_collections
 
-import csrm_jax
 from csrm_jax import config as config_lib
 from csrm_jax.core import topology
 
-# The folder of the weights and the tokenizer that the package ships.
-RULEWORLD = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld'
-TOKENIZER = str(RULEWORLD / 'tokenizer.model')
+# The weights and the tokenizer that the package ships, wherever it lies.
+RULEWORLD = 'builtin:ruleworld'
+TOKENIZER = f'{RULEWORLD}/tokenizer.model'
 
 # Public instruction-tuned models -> their weights on the hub.
 BACKBONES = {

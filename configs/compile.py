@@ -6,7 +6,7 @@ python -m csrm_jax.main --workdir=/tmp/compiled \
   --config=configs/compile.py:target=configs/rl.py,topology=v5e-64,\
 policy=llama3_8b,reward_model=llama3_8b
 
-It needs the package libtpu (pip install "csrm_jax[tpu]"), but no TPU and no weights. Arguments that
+It needs the package libtpu (pip install -e ".[tpu]"), but no TPU and no weights. Arguments that
 this file does not have go to the target. The same run on that slice is
 
 python -m csrm_jax.main --workdir=gs://... \

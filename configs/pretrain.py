@@ -68,7 +68,6 @@ _POLICY = {
 }
 TASKS = {
   'base': {},
-  'policy': _POLICY | {'num_steps': 1000, 'model.weights': str(common.RULEWORLD / 'base')},
-  'structured': _POLICY
-  | {'num_steps': 500, 'model.weights': str(common.RULEWORLD / 'policy_base')},
+  'policy': _POLICY | {'num_steps': 1000, 'model.weights': f'{common.RULEWORLD}/base'},
+  'structured': _POLICY | {'num_steps': 500, 'model.weights': f'{common.RULEWORLD}/policy_base'},
 }

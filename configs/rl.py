@@ -97,7 +97,7 @@ def get_config(arg=None):
 def base(arg):
   """Returns all keys, set for an online run in RuleWorld on a laptop."""
   in_world, alphaalign = arg.data == 'ruleworld', arg.reward == 'alphaalign'
-  start = common.RULEWORLD / ('policy_structured' if alphaalign else 'policy_base')
+  start = f'{common.RULEWORLD}/{"policy_structured" if alphaalign else "policy_base"}'
   return {
     'runner': 'align',
     'title': 'Aligned policy',  # the report's title
@@ -112,7 +112,7 @@ def base(arg):
     'accept_changes': False,
     'policy': {
       # The weights: a folder with safetensors and config.json, a hub id or a .gguf file.
-      'init': arg.policy_init or str(start),
+      'init': arg.policy_init or start,
       # A SentencePiece model (.model) or a tokenizer.json; '' takes the tokenizer of `init`.
       'tokenizer': common.TOKENIZER,
       # The text around a user's turn: RuleWorld's policy knows 'plain' and 'structured'; 'chat'
@@ -172,7 +172,7 @@ def base(arg):
       # within \boxed{} only), or a reward model, given as its work directory.
       'refusal': arg.checkpoint or ('oracle' if in_world else 'patterns'),
       # The rules that such a reward model judges by: they forbid to refuse.
-      'refusal_rules': str(pathlib.Path(__file__).parent / 'safety' / 'refusal.yaml'),
+      'refusal_rules': 'builtin:configs/safety/refusal.yaml',
       # Who rates how helpful an answer is, from 1 to 5: oracle (RuleWorld's), none, or a reward
       # model that was trained on preference pairs without rules, given as its work directory.
       'helpfulness': 'oracle' if in_world else 'none',

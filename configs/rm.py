@@ -108,7 +108,7 @@ BASE = {
     'overrides': common.OVERRIDES,
     # The weights to start from: a folder with safetensors and config.json, a hub id or a .gguf
     # file; '' for random ones.
-    'init': str(common.RULEWORLD / 'base'),
+    'init': f'{common.RULEWORLD}/base',
   },
   'template': {
     'order': 'rules_first',  # what a prompt begins with; or 'conversation_first'

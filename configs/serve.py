@@ -13,7 +13,7 @@ from csrm_jax import config as config_lib
 
 def get_config(arg=None):
   """Returns the config; arg: checkpoint, policies, port."""
-  arg = config_lib.parse_arg(arg, checkpoint='', policies='configs/safety', port=8000)
+  arg = config_lib.parse_arg(arg, checkpoint='', policies='builtin:configs/safety', port=8000)
   c = ml_collections.ConfigDict()
   c.runner = 'serve'
   # The work directory of a training run; or a public model: a Hugging Face folder, a hub id

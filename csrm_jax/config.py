@@ -202,7 +202,8 @@ def find_file(name: str | os.PathLike) -> pathlib.Path:
 
 
 def load_module(path: str | os.PathLike) -> types.ModuleType:
-  """Returns the module of a config file."""
+  """Returns the module of a config file, see `find_file`."""
+  path = find_file(path)
   if not pathlib.Path(path).is_file():
     raise FileNotFoundError(f'config file {path} does not exist')
   spec = importlib.util.spec_from_file_location('_csrm_jax_config', path)
@@ -243,11 +244,17 @@ def digest(config: ConfigDict) -> str:
   return hashlib.sha256(to_json(config).encode()).hexdigest()
 
 
+def _portable(text: str) -> str:
+  """Returns a JSON value with files of the package named as such: older versions gave paths."""
+  text = re.sub(r'"[^"]*/csrm_jax/(ruleworld/[^"]+)"', r'"builtin:\1"', text)
+  return re.sub(r'"[^"]*/(configs/safety/refusal\.yaml)"', r'"builtin:\1"', text)
+
+
 def diff_config(old: ConfigDict, new: ConfigDict) -> list[str]:
   """Returns one 'key: old -> new' for each difference, sorted; [] if equal."""
   # Through JSON, so that a tuple equals the list that a file gives back.
   before, after = (
-    {key: json.dumps(value) for key, value in flatten(json.loads(to_json(config))).items()}
+    {key: _portable(json.dumps(v)) for key, v in flatten(json.loads(to_json(config))).items()}
     for config in (old, new)
   )
   return [

@@ -82,7 +82,9 @@ def _requirements(extra: str) -> list[str]:
   except importlib.metadata.PackageNotFoundError:
     return ['csrm_jax']
   of_extra = re.compile(rf'extra\s*==\s*[\'"]{extra}[\'"]')
-  return [re.split(r'[\s<>=!~;\[]', text, maxsplit=1)[0] for text in wanted if of_extra.search(text)]
+  return [
+    re.split(r'[\s<>=!~;\[]', text, maxsplit=1)[0] for text in wanted if of_extra.search(text)
+  ]
 
 
 def _disk() -> list[str]:

@@ -112,9 +112,7 @@ def _of(node: ast.AST, named: dict[str, ast.expr]) -> Iterator[tuple[str, str]]:
         yield from _inside(inner.value, '', named)
 
 
-def _inside(
-  node: ast.expr, prefix: str, named: dict[str, ast.expr]
-) -> Iterator[tuple[str, str]]:
+def _inside(node: ast.expr, prefix: str, named: dict[str, ast.expr]) -> Iterator[tuple[str, str]]:
   """Yields the keys of what a value is made of: dicts, their unions, names and copies of dicts."""
   if isinstance(node, ast.Dict):
     for key, value in zip(node.keys, node.values, strict=True):

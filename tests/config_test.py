@@ -259,3 +259,18 @@ def test_a_run_whose_config_is_gone_takes_no_other_one(tmp_path):
     (tmp_path / 'config.json').write_text(text)
     with pytest.raises(ValueError, match=r'config\.json is not a config'):
       config_lib.prepare_workdir(tmp_path, config)
+
+
+def test_a_run_of_another_clone_has_the_same_config():
+  old, new = (
+    config_lib.ConfigDict(
+      {'model': {'init': init}, 'words': ('a',), 'reward': {'refusal_rules': rules}}
+    )
+    for init, rules in (
+      ('/old/clone/csrm_jax/ruleworld/base', '/old/clone/configs/safety/refusal.yaml'),
+      ('builtin:ruleworld/base', 'builtin:configs/safety/refusal.yaml'),
+    )
+  )
+  assert config_lib.diff_config(old, new) == []
+  old.model.init = '/data/base'
+  assert len(config_lib.diff_config(old, new)) == 1

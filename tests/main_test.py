@@ -1,4 +1,7 @@
+import importlib
 import json
+import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -7,7 +10,7 @@ import types
 import ml_collections
 import pytest
 
-from csrm_jax import main
+from csrm_jax import config as config_lib, doctor, main, usage
 from tests import small
 
 _CONFIG = """
@@ -175,3 +178,81 @@ def test_a_bug_is_no_input_error(monkeypatch, tmp_path):
   with pytest.raises(RuntimeError, match='bug'):
     _run_with(monkeypatch, tmp_path / 'w', fail)
   assert (tmp_path / 'w' / 'config.json').exists()
+
+
+def _cli(*args, cwd=None):
+  """Runs the command csrm_jax; returns (exit code, out, err, whether it has imported JAX)."""
+  program = (
+    'import atexit, sys; from csrm_jax import main; sys.argv[0] = "csrm_jax";'
+    'atexit.register(lambda: print("jax" in sys.modules)); main.main()'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', program, *args], cwd=cwd, env=small.env(), capture_output=True, text=True
+  )
+  *out, has_jax = result.stdout.splitlines()
+  return result.returncode, '\n'.join(out), result.stderr, has_jax == 'True'
+
+
+def test_help_names_jobs_arguments_and_every_knob(tmp_path):
+  code, out, err, has_jax = _cli(cwd=tmp_path)
+  assert (code, err, has_jax) == (0, '', False)
+  assert all(f'\n  {name}' in out for name in ('rm', 'eval', 'rl', 'serve', 'doctor'))
+  code, out, _, has_jax = _cli('rm:num_steps=7', '--help', cwd=tmp_path)
+  assert code == 0 and not has_jax
+  assert '  --config.num_steps=7 ' in out and 'ablation=full|no_cca' in out
+  assert re.search(r'--config\.optim\.lr=0\.001 +the peak, which a warm-up reaches', out)
+
+
+@pytest.mark.parametrize('name', [name for name in usage.jobs() if name != 'rl_table'])
+def test_every_knob_has_a_comment(name):
+  path = config_lib.CONFIGS / f'{name}.py'
+  known = usage.comments(path)
+  keys = config_lib.flatten(config_lib.load_module(path).get_config())
+  bare = [key for key in keys if not (known.get(key) or known.get(key.removeprefix('run.')))]
+  # A part of the data is explained as a whole, and the runner belongs to the file.
+  others = ('runner', 'parts.', 'branch_length', 'programs')
+  assert not [key for key in bare if not any(word in key for word in others)]
+
+
+@pytest.mark.parametrize(
+  ('args', 'said'),
+  [
+    (['rm', '--workdir=w', '--config.learning_rate=1'], 'did you mean optim.lr?'),
+    (['rm', '--workdir=w', '--config.epoch=1'], 'did you mean epochs'),
+    (['rm:learning_rate=1', '--workdir=w'], 'did you mean the flag --config.optim.lr=...?'),
+    (['rm', '--batch_size=8'], 'did you mean --config.data.batch_size=...?'),
+    (['rm', '--output_dir=w'], 'did you mean --workdir=...?'),
+    (['rmm'], "'rmm' is no job; did you mean 'rm'?"),
+    (['--config=configs/rm.py'], '--workdir is required'),
+  ],
+)
+def test_errors_of_the_command_line_name_the_fix_at_once(tmp_path, args, said):
+  code, out, err, has_jax = _cli(*args, cwd=tmp_path)
+  assert (code, out, has_jax) == (2, '', False)
+  assert err.startswith('error: ') and err.count('\n') == 1 and said in err
+  assert not any(tmp_path.iterdir())
+
+
+def test_a_config_is_found_and_printed_without_paths_of_this_machine(tmp_path):
+  for name in ('rm:num_steps=7', 'rl'):
+    code, out, err, _ = _cli(name, '--print_config', '--config.seed=3', cwd=tmp_path)
+    config = json.loads(out)
+    assert code == 0 and config['seed'] == 3, err
+    paths = [v for v in config_lib.flatten(config).values() if str(v).startswith('/')]
+    assert not paths and 'builtin:ruleworld/tokenizer.model' in out
+  assert importlib.import_module('csrm_jax.configs.rm').get_config('num_steps=7').num_steps == 7
+
+
+def test_the_doctor_says_what_is_missing(monkeypatch):
+  monkeypatch.setattr(doctor, '_requirements', lambda extra: ['no-such-package'])
+  text = doctor.report()
+  assert 'jax ' in text and 'device(s)' in text and 'GiB free' in text
+  assert re.search(r"serve .*missing no-such-package: run: pip install .*\[serve\]'", text)
+
+
+def test_no_module_needs_posix_or_names_a_package_that_is_not_ours():
+  package = pathlib.Path(main.__file__).parent
+  for path in package.rglob('*.py'):
+    text = path.read_text('utf-8')
+    assert not re.search(r'^import (fcntl|resource|termios|pwd|grp)\b', text, re.MULTILINE), path
+    assert not re.search(r'pip install "?csrm_jax', text), path

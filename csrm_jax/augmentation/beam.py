@@ -16,6 +16,7 @@ from typing import Any
 
 from csrm_jax.augmentation import categories
 from csrm_jax.augmentation.proposers import Judge, Proposer
+from csrm_jax.core import checks
 from csrm_jax.safety.schema import Example
 
 _lock = threading.Lock()
@@ -112,6 +113,6 @@ def _import_beam() -> Any:
     import apache_beam
   except ImportError:
     raise ImportError(
-      'config.beam.enabled needs Apache Beam; run pip install "csrm_jax[beam]", or set it to false'
+      f'config.beam.enabled needs Apache Beam; {checks.install("beam")}, or set it to false'
     ) from None
   return apache_beam

@@ -214,7 +214,7 @@ class Endpoint:
       import openai
     except ImportError:
       raise ImportError(
-        'an endpoint needs the client "openai"; run pip install "csrm_jax[openai]"'
+        f'an endpoint needs the client "openai"; {checks.install("openai")}'
       ) from None
     self.name = self.model
     self._openai = openai

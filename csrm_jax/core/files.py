@@ -33,6 +33,30 @@ _MAX_YAML = 1 << 20
 # The names of what is being written.
 _PARTIAL = re.compile(r'\..*\.[0-9a-f]{8}\.tmp')
 
+# --- Files of the package --------------------------------------------------------------
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+_BUILTIN = 'builtin:'
+
+
+def locate(name: str | os.PathLike) -> pathlib.Path:
+  """Returns the path of a file, or of what the package ships: builtin:ruleworld/base, for example.
+
+  Such a name stands in configs, so that a run does not depend on where the package lies.
+  builtin:configs is the folder of run configs.
+  """
+  text = os.fspath(name)
+  if not text.startswith(_BUILTIN):
+    return pathlib.Path(text).expanduser()
+  path = _PACKAGE / text.removeprefix(_BUILTIN)
+  if path.is_relative_to(_PACKAGE / 'configs') and not path.exists():
+    # In a checkout it stands at the top.
+    path = _PACKAGE.parent / path.relative_to(_PACKAGE)
+  if not path.exists() or '..' in path.parts:
+    raise ValueError(f'{text}: the package has no such file; give a path')
+  return path
+
+
 # --- Writing ---------------------------------------------------------------------------
 
 

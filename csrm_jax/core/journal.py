@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
+import importlib
 import json
 import os
 import pathlib
@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from csrm_jax.core import files
+from csrm_jax.core import checks, files
 
 _RESUME = 'free some space and run the same command again; nothing is lost'
 
@@ -62,7 +62,12 @@ class Journal:
   def _read(self) -> dict[str, Any]:
     try:
       # A lock and not a lock file: the system frees it when the process dies.
+      fcntl = importlib.import_module('fcntl')
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+      checks.note(
+        'this system has no locks of files: never run two processes in one work directory'
+      )
     except OSError:
       raise ValueError(
         f'{self._path}: another process writes to it; wait for its end, or give another --workdir'

@@ -155,7 +155,7 @@ def _readable(address: str) -> pathlib.Path:
 def _cannot(do: str, what: str, error: Exception) -> str:
   fix = 'check the name of the bucket, and log in with gcloud auth application-default login'
   if isinstance(error, ImportError):
-    fix = 'pip install "csrm_jax[gcs]"'
+    fix = checks.install('gcs')
   return f'cannot {do} {what} ({checks.reason(error)}); {fix}'
 
 

@@ -15,6 +15,8 @@ import os
 import re
 from typing import Any
 
+from csrm_jax.core import checks
+
 GIB = 2**30
 
 
@@ -146,7 +148,7 @@ def devices(target: Slice) -> list[Any]:
   """Returns descriptions of the slice's devices, to compile for; needs the package libtpu."""
   if importlib.util.find_spec('libtpu') is None:
     raise ImportError(
-      'compiling for TPUs needs the package libtpu (no TPU): pip install "csrm_jax[tpu]"'
+      f'compiling for TPUs needs the package libtpu (no TPU); {checks.install("tpu")}'
     )
   # Else libtpu asks the cloud's metadata server what machine this is, and there may be none.
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')

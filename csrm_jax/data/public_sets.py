@@ -18,11 +18,13 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from csrm_jax.core import checks
+
 try:
   import tensorflow_datasets as tfds
 except ImportError:
   raise ImportError(
-    'ArrayRecord files need tensorflow_datasets; run pip install "csrm_jax[tfds]"'
+    f'ArrayRecord files need tensorflow_datasets; {checks.install("tfds")}'
   ) from None
 
 from csrm_jax.data import catalogue
@@ -162,9 +164,7 @@ def prepare_on_beam(
   try:
     from apache_beam.options import pipeline_options
   except ImportError:
-    raise ImportError(
-      'converting on Apache Beam needs it; run pip install "csrm_jax[beam]"'
-    ) from None
+    raise ImportError(f'converting on Apache Beam needs it; {checks.install("beam")}') from None
   make_builder(name, data_dir, path, on_beam=True).download_and_prepare(
     download_config=tfds.download.DownloadConfig(
       beam_options=pipeline_options.PipelineOptions(list(options))

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from csrm_jax.core import files
+from csrm_jax.core import checks, files
 from csrm_jax.core.checks import hint, note, show
 from csrm_jax.data.sources import Rows
 
@@ -283,7 +283,9 @@ def _pyarrow(path: Path, what: str) -> Any:
   try:
     import pyarrow
   except ImportError:
-    raise ImportError(f'{path}: reading {what} needs pyarrow; run "pip install pyarrow"') from None
+    raise ImportError(
+      f'{path}: reading {what} needs pyarrow; {checks.install("parquet")}'
+    ) from None
   return pyarrow
 
 
@@ -483,8 +485,8 @@ def fetch(repo: str, patterns: Sequence[str], name: str = '', terms: str = '') -
     from huggingface_hub import errors
   except ImportError:
     raise ImportError(
-      f"fetching {what} needs the hub's client; run pip install"
-      ' "csrm_jax[hf]", or give path= of files that you have'
+      f"fetching {what} needs the hub's client; {checks.install('hf')}; or give path= of files that"
+      ' you have'
     ) from None
   try:
     return pathlib.Path(

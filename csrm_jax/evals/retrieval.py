@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from csrm_jax.core import checks
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure
@@ -173,7 +174,7 @@ def _import_bm25s():
   try:
     import bm25s
   except ImportError:
-    raise ImportError('choosing rules needs bm25s; run "pip install csrm_jax[evals]"') from None
+    raise ImportError(f'choosing rules needs bm25s; {checks.install("evals")}') from None
   # It logs every index that it builds.
   logging.getLogger('bm25s').setLevel(logging.WARNING)
   return bm25s

@@ -25,7 +25,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from csrm_jax.core import checks
+from csrm_jax.core import checks, files
 from csrm_jax.models import gguf, hf_config, shards, transformer
 from csrm_jax.models.config import ModelConfig
 
@@ -49,7 +49,7 @@ class Source:
   def path(self) -> pathlib.Path:
     """The local path; a hub id is downloaded if needed, with the package huggingface_hub."""
     text = os.fspath(self.name)
-    path = pathlib.Path(text).expanduser()
+    path = files.locate(text)
     if path.exists():
       return path
     if not _HUB_ID.fullmatch(text):

@@ -80,7 +80,7 @@ def save_tokenizer(source: Name, directory: str | os.PathLike) -> None:
 def _tokenizer_file(source: Name) -> Iterator[pathlib.Path]:
   """Yields the tokenizer's model file, among its settings."""
   source = hf.open_source(source)
-  path = pathlib.Path(source.name).expanduser()
+  path = files.locate(source.name)
   # A tokenizer file is no source: one that is missing must not be looked for on the hub.
   if path.suffix in ('.json', '.model'):
     yield path

@@ -430,6 +430,7 @@ def _describe_exported(
     spec = Spec.from_dict(saved['spec'])
   except (ValueError, LookupError, TypeError) as error:
     raise ValueError(f'{source.where}: {error}') from None
+  spec = dataclasses.replace(spec, domain=domain_lib.read(source.path))
   tokenizer = backbone.load_tokenizer(source)
   found = {'template': (spec.template_hash, templates.template_hash(spec.layout))}
   if not source.is_gguf:  # which holds the tokenizer in another form
@@ -470,4 +471,4 @@ def _public_params(source: hf.Source, spec: Spec, tokenizer: tokenizer_lib.Token
 
 
 def _directory(source: str | pathlib.Path) -> pathlib.Path:
-  return pathlib.Path(remote.readable(source)).expanduser().absolute()
+  return files.locate(remote.readable(source)).absolute()

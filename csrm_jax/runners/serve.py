@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import ml_collections
 
+from csrm_jax.core import checks
 from csrm_jax.reward import model as reward_model
 
 _LOCAL = ('127.0.0.1', 'localhost', '::1')
@@ -28,7 +29,7 @@ def make_server(config: ml_collections.ConfigDict):
     from csrm_jax.serve import app as app_lib, http
   except ImportError as error:
     raise ImportError(
-      f'serving needs the package {error.name}; install csrm_jax with its extra "serve"'
+      f'serving needs the package {error.name}; {checks.install("serve")}'
     ) from None
   if not config.checkpoint:
     raise ValueError('config.checkpoint is empty: give --config=configs/serve.py:checkpoint=DIR')

@@ -8,7 +8,6 @@ import json
 import math
 import pathlib
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -395,5 +394,9 @@ def _peak_memory_bytes() -> int:
   stats = jax.local_devices()[0].memory_stats()
   if stats and 'peak_bytes_in_use' in stats:
     return stats['peak_bytes_in_use']
+  try:
+    import resource
+  except ImportError:  # Windows does not say.
+    return 0
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else peak * 1024  # Linux: KiB

@@ -124,8 +124,8 @@ def load_safety(path: str | os.PathLike) -> SafetyConfig:
   Raises:
     ValueError: One line with the file, the line where it is known, the value and the fix.
   """
-  where = os.fspath(path)
-  suffix = pathlib.Path(path).suffix.lower()
+  where, path = os.fspath(path), files.locate(path)
+  suffix = path.suffix.lower()
   if suffix == '.json':
     return parse_safety(files.read_json(path), where)
   if suffix in ('.md', '.markdown'):

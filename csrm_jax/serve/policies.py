@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from csrm_jax.core import checks
+from csrm_jax.core import checks, files
 from csrm_jax.safety import schema
 
 _SUFFIXES = ('.yaml', '.yml', '.json')
@@ -61,7 +61,7 @@ class Policies:
       default: The policy of requests that name none; '' takes the only one, if there is only one.
       check: Raises ValueError for rules that the model cannot read.
     """
-    self._folder = pathlib.Path(folder).expanduser() if folder else None
+    self._folder = files.locate(folder) if folder else None
     self._check = check
     self._stamps: dict[pathlib.Path, Any] = {}
     self._by_name: dict[str, Policy] = {}

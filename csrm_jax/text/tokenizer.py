@@ -68,7 +68,8 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   """Returns the tokenizer in a .model (SentencePiece) or tokenizer.json file."""
-  suffix = pathlib.Path(path).suffix
+  path = files.locate(path)
+  suffix = path.suffix
   if suffix == '.model':
     return SentencePieceTokenizer(path)
   if suffix == '.json':

@@ -13,7 +13,7 @@ from csrm_jax.evals.results import Result
 from csrm_jax.ruleworld import probes
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 
-pytest.importorskip('bm25s', reason='needs bm25s: pip install csrm_jax[evals]')
+pytest.importorskip('bm25s', reason='needs bm25s: pip install -e .[evals]')
 
 
 def _oracle(noise=0.0, seed=0):
@@ -242,11 +242,11 @@ def test_a_metric_that_no_scorer_has_is_not_drawn(tmp_path):
 
 def test_a_missing_package_fails_its_suite_only(benchmarks, monkeypatch):
   def missing():
-    raise ImportError('run "pip install csrm_jax[evals]"')
+    raise ImportError('run "pip install -e .[evals]"')
 
   monkeypatch.setattr(retrieval, '_import_bm25s', missing)
   todo = [b for b in benchmarks if b.name in ('long_rules', 'flip')]
   found = suites.run(_oracle(), todo, num_samples=2)
   assert found['flip'].suite == 'flips'
   (failure,) = suites.failures(found)
-  assert failure == 'long_rules: run "pip install csrm_jax[evals]"'
+  assert failure == 'long_rules: run "pip install -e .[evals]"'

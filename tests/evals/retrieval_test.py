@@ -9,7 +9,7 @@ from csrm_jax.evals import metrics, retrieval
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 from tests.evals.helpers import plain, run
 
-pytest.importorskip('bm25s', reason='needs bm25s: pip install csrm_jax[evals]')
+pytest.importorskip('bm25s', reason='needs bm25s: pip install -e .[evals]')
 
 WORDS = ('apple', 'bread', 'cider', 'dates', 'eggs', 'figs', 'grapes', 'honey')
 

@@ -28,7 +28,7 @@ def test_shellcheck_finds_nothing(name):
   folder = sysconfig.get_path('scripts')
   tool = shutil.which('shellcheck') or shutil.which('shellcheck', path=folder)
   if tool is None:
-    pytest.skip('needs shellcheck: pip install "csrm_jax[test]"')
+    pytest.skip('needs shellcheck: pip install -e ".[test]"')
   result = subprocess.run([tool, LAUNCH / name], capture_output=True, text=True, check=False)
   assert not result.stdout + result.stderr
 

@@ -14,7 +14,7 @@ CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'compile.py'
 TARGET = f'target={CONFIG.with_name("rm.py")}'
 RL = f'target={CONFIG.with_name("rl.py")},reward=oracle'
 needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None, reason='needs libtpu: pip install "csrm_jax[tpu]"'
+  importlib.util.find_spec('libtpu') is None, reason='needs libtpu: pip install -e ".[tpu]"'
 )
 
 

@@ -421,4 +421,4 @@ def test_the_package_tokenizers_is_an_extra(tmp_path, monkeypatch):
     tokenizer_lib.load_tokenizer(path)
   message = str(raised.value)
   assert message.startswith(f'{path}: ') and '\n' not in message
-  assert 'pip install tokenizers' in message
+  assert "[hf]'" in message
