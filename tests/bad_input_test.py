@@ -332,6 +332,7 @@ def test_rules_too_long_for_the_model(command, trained, config_file, tmp_path):
     '--workdir=w',
     '--config.conversations=rows.jsonl',
     '--config.max_length=256',
+    '--config.allow_out_of_domain=True',
   )
   last = ended.err.splitlines()[-1]  # below the progress bar
   assert ended.code == 2 and all(part in last for part in parts), ended.err
@@ -424,6 +425,7 @@ def test_a_table_of_anothers_form_is_trained_on_and_scored(command, trained, con
     "--config.labels={'0': 'safe', '1': 'unsafe'}",
     '--config.categories=True',
     '--config.table=csv',
+    '--config.allow_out_of_domain=True',
     '--workdir=scored',
   )
   assert ended.code == 0, ended.err

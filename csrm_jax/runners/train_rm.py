@@ -49,7 +49,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   start = time.monotonic()
   loop_lib.check_lengths(config)
   spec, tokenizer, source = _describe(config)
-  if 'auto' in config.model.overrides.values():
+  if config.model.overrides.dtype == 'auto':
     print(f'dtype=auto: {spec.model.dtype} is the faster one here', file=sys.stderr)
   parts, held_out = _read_data(config)
   if config.tokenizer:

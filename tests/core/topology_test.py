@@ -55,5 +55,5 @@ def test_a_side_that_is_no_ring_carries_half():
 
 def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
   monkeypatch.setattr(topology.importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(ImportError, match=r'csrm_jax\[tpu\]'):
+  with pytest.raises(ImportError, match=r'libtpu.*\[tpu\]'):
     topology.devices(topology.parse('v5e-16'))
