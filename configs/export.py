@@ -25,9 +25,8 @@ def get_config(arg=None):
   # peft writes the adapters alone, for the weights that they were trained on.
   # gguf writes model/model.gguf, adapters merged, for llama.cpp (families llama, mistral, qwen3).
   c.form = arg.form
-  c.dtype = (
-    ''  # of the written weights: float32, bfloat16; with gguf float16; '' is that of the run
-  )
+  # Of the written weights: float32, bfloat16; with gguf float16; '' is that of the run.
+  c.dtype = ''
   # Rules that judge where a caller of the chat template gives none: a file; '' for none, which is
   # an error of the caller's then.
   c.safety = ''
