@@ -23,7 +23,7 @@ from typing import Any
 
 import ml_collections
 
-from csrm_jax.core import files
+from csrm_jax.core import checks, files
 
 ConfigDict = ml_collections.ConfigDict
 
@@ -262,6 +262,14 @@ def diff_config(old: ConfigDict, new: ConfigDict) -> list[str]:
     for key in sorted(before | after)
     if before.get(key) != after.get(key)
   ]
+
+
+def check_no_secrets(config: ConfigDict) -> None:
+  """Checks that no value looks like a password or a token: config.json would hold it."""
+  for key, value in flatten(config).items():
+    for text in value if isinstance(value, (tuple, list)) else (value,):
+      if isinstance(text, str):
+        checks.no_secret(f'config.{key}', text)
 
 
 # Says how to go on, not what is run.

@@ -103,6 +103,7 @@ _FLAG_ERRORS = (flags.Error, LookupError, AttributeError, TypeError, *_INPUT_ERR
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike | None) -> None:
   """Prepares the work directory, or gs://BUCKET/FOLDER, and runs config.runner in it."""
   runner = _find_runner(config)
+  config_lib.check_no_secrets(config)
   if config.runner in _WITHOUT_WORKDIR:
     runner.run(config)
     return
@@ -244,7 +245,7 @@ def _exit(error: BaseException) -> None:
   # Only a run that has begun has copies of buckets.
   if remote := sys.modules.get('csrm_jax.core.remote'):
     text = remote.named(text)
-  print('error:', text, file=sys.stderr)
+  print('error:', checks.redact(text), file=sys.stderr)
   sys.exit(2)
 
 

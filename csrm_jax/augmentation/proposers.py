@@ -206,6 +206,7 @@ class Endpoint:
         raise ValueError(
           f"the endpoint's {name} is empty; set it, as in --config.endpoint.{name}=..."
         )
+    checks.no_secret("the endpoint's base_url", self.base_url)
     if self.json_mode not in JSON_MODES:
       raise ValueError(f'json_mode is {self.json_mode!r}; use one of {", ".join(JSON_MODES)}')
     counts = ('num_tries', 'num_unparsable', 'concurrency', 'max_tokens')
@@ -325,7 +326,9 @@ class Endpoint:
     if status in (408, 409) or status >= 500:
       return 'server_error'
     place = f'{self.base_url} (model {self.model!r})'
-    said = ' '.join(str(error).split())[:200]
+    # Services repeat keys that they refuse.
+    key = os.environ.get(self.key_variable) or '***'
+    said = checks.redact(' '.join(str(error).split()).replace(key, '***'))[:200]
     if status in (401, 403):
       self._stop(
         f'{place} refuses the key in ${self.key_variable} (status'

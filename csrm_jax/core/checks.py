@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib
 import pathlib
+import re
 import sys
 import types
 import unicodedata
@@ -30,7 +31,41 @@ def reason(error: Exception) -> str:
 @functools.lru_cache(maxsize=1024)
 def note(text: str) -> None:
   """Prints what a user should know, once, on stderr."""
-  print(f'note: {text}', file=sys.stderr)
+  print(f'note: {redact(text)}', file=sys.stderr)
+
+
+# Passwords of URLs, keys among their parameters, headers, and the usual forms of tokens.
+_SECRETS = (
+  (re.compile(r'(\w://)[^/\s@\'"]+@'), r'\1***@'),
+  (
+    re.compile(
+      r'([?&;][\w-]*(?:token|key|secret|passw|signature|sig|auth)[\w-]*=)[^&\s\'"#]+', re.I
+    ),
+    r'\1***',
+  ),
+  (re.compile(r'(\bBearer\s+)[\w.~+/=-]{8,}', re.I), r'\1***'),
+  (
+    re.compile(r'\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abpr]-|AKIA|AIza)[\w-]{16,}'),
+    '***',
+  ),
+)
+
+
+def redact(text: str) -> str:
+  """Returns the text with *** in place of what looks like a password or a token."""
+  for pattern, shown in _SECRETS:
+    text = pattern.sub(shown, text)
+  return text
+
+
+def no_secret(what: str, text: str) -> None:
+  """Checks that a setting, which files and messages repeat, holds no password or token."""
+  if redact(text) != text:
+    raise ValueError(
+      f'{what} holds what looks like a password or a token ({redact(text)}), and settings are '
+      'written to files and messages; put it into an environment variable, and name that as '
+      'key_variable'
+    )
 
 
 def check_fields(kind: type, obj: Mapping[str, Any], say: str) -> None:

@@ -48,6 +48,7 @@ class Client:
   ca_file: str = ''  # PEM certificates to trust in place of the system's
 
   def __post_init__(self):
+    checks.no_secret(f'the URL of the {self.what}', self.url)
     if not self.url.startswith(('http://', 'https://')):
       raise ValueError(
         f'the URL of the {self.what} is {self.url!r}; it must begin with http:// or https://'
@@ -132,7 +133,7 @@ class Client:
       )
     # Time-outs, conflicts, "too early" and "too many requests" may pass, as a server's faults may.
     if code < 500 and code not in (408, 409, 425, 429):
-      said = ' '.join(body[:500].decode(errors='replace').split())
+      said = self._without_key(' '.join(body[:500].decode(errors='replace').split()))
       raise RefusedError(
         f'the {self.what} at {self.url} refuses the request (status {code}: {said[:200]}); check '
         'the URL and what it expects',
@@ -153,6 +154,11 @@ class Client:
       if reply.get(name):
         raise ValueError(
           f'the {self.what} at {self.url} replied to {sent} with {name}: '
-          f'{checks.show(reply[name])}; what cannot be scored has no reward'
+          f'{self._without_key(checks.show(reply[name]))}; what cannot be scored has no reward'
         )
     return reply
+
+  def _without_key(self, said: str) -> str:
+    """Returns what a service says without the key that it may repeat."""
+    key = os.environ.get(self.key_variable) if self.key_variable else ''
+    return checks.redact(said.replace(key, '***') if key else said)
