@@ -1,0 +1,194 @@
+"""Writes the README's tables of results from tests/results/*.json.
+
+python tests/readme_tables.py              # writes the tables into README.md
+python tests/readme_tables.py --new=NAME   # makes tests/results/NAME.json of a table without one
+
+A file holds one table, found in the README by its header, and how its numbers were made: command,
+seeds, commit, machine. To change a number change the file, and write. A cell is a number, [value,
+low, high], [low, high], {mean, half} or text; `digits` and `forms` (such as "{}%") are those of the
+columns, or of the rows where these differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[1]
+README, RESULTS = ROOT / 'README.md', ROOT / 'tests' / 'results'
+# What is to be known of how a table's numbers were made; 'unknown' is said as such.
+MADE = ('command', 'seeds', 'commit', 'machine', 'source')
+_TABLE = re.compile(r'(?:^\|.*\|\n)+', re.MULTILINE)
+_NUMBER = r'[-−]?\d+(?:\.\d+)?'
+_FORMS = ('{}', '{}%', '{} %')
+
+
+def render(table: dict[str, Any]) -> str:
+  """Returns the table in Markdown."""
+  lines = [table['header'], None]
+  for i, row in enumerate(table['rows']):
+    by_row = table.get('by_row', False)
+    places = [i if by_row else j for j in range(len(row))]
+    lines.append(
+      [
+        cell_text(c, table['digits'][k], table['forms'][k])
+        for c, k in zip(row, places, strict=True)
+      ]
+    )
+  rule = '|' + '---|' * len(table['header'])
+  text = [rule if line is None else f'| {" | ".join(line)} |' for line in lines]
+  return '\n'.join(line.replace('|  |', '| |').replace('|  |', '| |') for line in text) + '\n'
+
+
+def cell_text(cell: Any, digits: int, form: str = '{}') -> str:
+  """Returns a cell as the README shows it."""
+  if cell is None or isinstance(cell, str):
+    return cell or ''
+
+  def text(x):
+    return f'{x:.{digits}f}'.replace('-', '−')
+
+  if isinstance(cell, dict):
+    return f'{text(cell["mean"])} ± {text(cell["half"])}'
+  if isinstance(cell, list):
+    *value, low, high = map(text, cell)
+    return f'{form.format(value[0])} [{low}, {high}]' if value else f'{low}–{high}'
+  return form.format(text(cell))
+
+
+def parse_cell(text: str) -> Any:
+  """Returns the cell, its digits and its form; text without a number of ours stays text."""
+  for form in _FORMS:
+    value = re.escape(form).replace(r'\{\}', f'({_NUMBER})')
+    for pattern in (value, rf'{value} \[({_NUMBER}), ({_NUMBER})\]'):
+      if match := re.fullmatch(pattern, text):
+        numbers = [_parse(x) for x in match.groups()]
+        return numbers if len(numbers) > 1 else numbers[0], _digits(match[1]), form
+  if match := re.fullmatch(rf'({_NUMBER}) ± ({_NUMBER})', text):
+    return {'mean': _parse(match[1]), 'half': _parse(match[2])}, _digits(match[1]), '{}'
+  if match := re.fullmatch(rf'({_NUMBER})–({_NUMBER})', text):
+    return [_parse(match[1]), _parse(match[2])], _digits(match[1]), '{}'
+  return text or None, None, '{}'
+
+
+def _parse(text: str) -> float:
+  return float(text.replace('−', '-')) if '.' in text else int(text.replace('−', '-'))
+
+
+def _digits(text: str) -> int:
+  return len(text.partition('.')[2])
+
+
+def read_tables(readme: str) -> dict[str, str]:
+  """Returns {header line: table} of the README."""
+  tables = [match[0] for match in _TABLE.finditer(readme)]
+  return {table.partition('\n')[0]: table for table in tables}
+
+
+def holds_results(table: str) -> bool:
+  """Returns whether most rows of a table have a number of ours."""
+  rows = [_cells(line)[1:] for line in table.splitlines()[2:]]
+  return sum(any(re.match(_NUMBER, cell) for cell in row) for row in rows) > len(rows) / 2
+
+
+def _cells(line: str) -> list[str]:
+  return [cell.strip() for cell in line.strip()[1:-1].split('|')]
+
+
+def parse(table: str) -> dict[str, Any]:
+  """Returns the table that `render` gives back."""
+  header, _, *lines = map(_cells, table.splitlines())
+  parsed = [[parse_cell(cell) for cell in line] for line in lines]
+  columns = list(zip(*parsed, strict=True))
+  by_row = not _agree(columns) and _agree(parsed)
+  shared = [_commonest(part) for part in (parsed if by_row else columns)]
+  rows = []
+  for i, (row, texts) in enumerate(zip(parsed, lines, strict=True)):
+    fits = [how == shared[i if by_row else j] for j, (_, *how) in enumerate(row)]
+    # What is written otherwise than the rest stays text.
+    rows.append([c if fit else x or None for (c, *_), fit, x in zip(row, fits, texts, strict=True)])
+  digits, forms = zip(*shared, strict=True)
+  return {
+    'header': header,
+    'by_row': by_row,
+    'digits': [x or 0 for x in digits],
+    'forms': list(forms),
+    'rows': rows,
+  }
+
+
+def _agree(parts: Sequence[Sequence[tuple]]) -> bool:
+  return all(len({tuple(how) for _, *how in part if how[0] is not None}) < 2 for part in parts)
+
+
+def _commonest(part: Sequence[tuple]) -> list:
+  found = [tuple(how) for _, *how in part if how[0] is not None]
+  return list(max(found, key=found.count)) if found else [None, '{}']
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+  """Returns {name: what tests/results/NAME.json holds}."""
+  return {path.stem: json.loads(path.read_text('utf-8')) for path in sorted(RESULTS.glob('*.json'))}
+
+
+def header_of(table: dict[str, Any]) -> str:
+  """Returns the header line by which a table is found."""
+  return render(table).partition('\n')[0]
+
+
+def written(readme: str) -> str:
+  """Returns the README with all tables as the files have them; a table it lacks is a ValueError."""
+  for name, result in read_results().items():
+    table, there = render(result['table']), read_tables(readme)
+    header = table.partition('\n')[0]
+    if header not in there:
+      raise ValueError(f'README.md has no table with the header of tests/results/{name}.json')
+    readme = readme.replace(there[header], table)
+  return readme
+
+
+def missing(readme: str) -> list[str]:
+  """Returns the headers of tables of results that no file of tests/results makes."""
+  known = {header_of(result['table']) for result in read_results().values()}
+  tables = read_tables(readme).items()
+  return [header for header, table in tables if header not in known and holds_results(table)]
+
+
+def dump(result: dict[str, Any]) -> str:
+  """Returns the JSON of a file, a row of the table on each line."""
+  text, rows = json.dumps(result, indent=2, ensure_ascii=False), result['table']['rows']
+  shown = ',\n'.join('      ' + json.dumps(row, ensure_ascii=False) for row in rows)
+  start = text.index('"rows": [') + len('"rows": [')
+  # The rows are the last field of the table.
+  end = text.index('\n    ]\n  }', start)
+  return text[:start] + '\n' + shown + text[end:] + '\n'
+
+
+def main() -> int:
+  """Returns the exit code."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--new', metavar='NAME', default='', help='of a table without a file')
+  args = parser.parse_args()
+  readme = README.read_text('utf-8')
+  if not args.new:
+    README.write_text(written(readme), 'utf-8')
+    return 0
+  if not (found := missing(readme)):
+    print('every table of results has its file', file=sys.stderr)
+    return 2
+  made = dict.fromkeys(MADE, '')
+  table = parse(read_tables(readme)[found[0]])
+  (RESULTS / f'{args.new}.json').write_text(dump({'made': made, 'table': table}), 'utf-8')
+  print(f'{RESULTS / args.new}.json: {found[0]}; say there how its numbers were made')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

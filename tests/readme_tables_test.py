@@ -1,0 +1,57 @@
+"""The README's tables of results are those of tests/results."""
+
+import json
+
+import pytest
+
+from tests import readme_tables
+
+
+def test_the_readme_has_the_numbers_of_the_files():
+  readme = readme_tables.README.read_text('utf-8')
+  assert readme_tables.written(readme) == readme, 'run python tests/readme_tables.py'
+
+
+def test_every_table_of_results_has_a_file():
+  missing = readme_tables.missing(readme_tables.README.read_text('utf-8'))
+  assert not missing, f'run python tests/readme_tables.py --new=NAME for {missing}'
+
+
+@pytest.mark.parametrize('name', readme_tables.read_results())
+def test_files_say_how_their_numbers_were_made(name):
+  result = readme_tables.read_results()[name]
+  assert all(result['made'][field] for field in readme_tables.MADE)
+  text = (readme_tables.RESULTS / f'{name}.json').read_text('utf-8')
+  assert text == readme_tables.dump(json.loads(text))
+  rendered = readme_tables.render(result['table'])
+  assert readme_tables.parse(rendered) == result['table']
+
+
+def test_a_number_that_was_changed_by_hand_is_seen():
+  table = '| run | F1 | gap |\n|---|---|---|\n| a | 0.950 | 1.2 |\n'
+  assert readme_tables.missing(f'# T\n\n{table}\n') == ['| run | F1 | gap |']
+  readme = readme_tables.README.read_text('utf-8')
+  assert '| F1, unseen rules | 0.950 |' in readme
+  changed = readme.replace('| F1, unseen rules | 0.950 |', '| F1, unseen rules | 0.951 |')
+  assert readme_tables.written(changed) == readme
+  with pytest.raises(ValueError, match=r'no table with the header of tests/results/default\.json'):
+    readme_tables.written(readme.replace('95% interval | best', '95% | best'))
+
+
+@pytest.mark.parametrize(
+  ('text', 'cell'),
+  [
+    ('0.950', (0.95, 3, '{}')),
+    ('96.1%', (96.1, 1, '{}%')),
+    ('−0.35 [−1.00, 0.46]', ([-0.35, -1.0, 0.46], 2, '{}')),
+    ('2.5 % [0.0, 5.8]', ([2.5, 0.0, 5.8], 1, '{} %')),
+    ('0.911–0.940', ([0.911, 0.94], 3, '{}')),
+    ('0.622 ± 0.185', ({'mean': 0.622, 'half': 0.185}, 3, '{}')),
+    ('1.43e16', ('1.43e16', None, '{}')),
+    ('', (None, None, '{}')),
+  ],
+)
+def test_cells_are_numbers_and_come_back(text, cell):
+  assert readme_tables.parse_cell(text) == cell
+  value, digits, form = cell
+  assert readme_tables.cell_text(value, digits or 0, form) == text
