@@ -32,7 +32,15 @@ EXTRAS = {
     'httpx2>=2.16',
   ],
   # What the tests compare with, or talk to; without it those tests skip.
-  'parity': ['torch>=2.15', 'transformers>=5.23', 'peft>=0.21', 'xllamacpp>=2026.10'],
+  'parity': [
+    'torch>=2.15',
+    'transformers>=5.23',
+    'peft>=0.21',
+    'trl>=1.16',
+    'xllamacpp>=2026.10',
+    'any-guardrail>=0.7.7',
+    'inspect-ai>=0.3.285',
+  ],
   # Tokenizers, chat templates and weights of public models.
   'hf': ['tokenizers>=0.21', 'huggingface_hub>=0.27', 'jinja2>=3.1', 'gguf>=0.19'],
   # Rule retrieval of the DynaBench protocol.

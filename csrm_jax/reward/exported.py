@@ -228,11 +228,11 @@ first token is the verdict: P(safe) is what @words@ have of the probability of a
 """,
 }
 _TRL = """
-## Reward of a trainer (TRL, OpenRLHF, Tunix)
+## Reward of a trainer (TRL, Tunix; OpenRLHF and others are beside)
 
 ```python
-from csrm_jax.integrations import trl
-reward = trl.reward_func(trl.local("@name@", rules))  # or trl.remote(URL), of a server
+from csrm_jax.integrations import judges, rewards
+reward = rewards.make(judges.local("@name@", rules))  # or judges.remote(URL), of a server
 GRPOTrainer(model=..., reward_funcs=reward, ...)
 ```
 """

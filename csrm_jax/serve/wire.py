@@ -306,9 +306,9 @@ class Reader:
     for i, (text, prompt, label) in enumerate(zip(texts, prompts, labels, strict=True)):
       policy = self._policy(body, query_policy) if named else self._label(label, i)
       if forms[0] in ('query', 'queries'):
-        messages = _split_query(text, prompt, f'{forms[0]} {i + 1}')
+        messages = split_query(text, prompt, f'{forms[0]} {i + 1}')
       else:
-        messages = [*_history(prompt, i), {'role': 'agent', 'content': _without_end(text)}]
+        messages = [*history(prompt, i), {'role': 'agent', 'content': without_end(text)}]
       items.append(Item(policy, self._conversation(messages, f'{forms[0]} {i + 1}')))
     return Ask(tuple(items), False, _flag(body, 'shorten', False))
 
@@ -372,7 +372,7 @@ _END = re.compile(
 )
 
 
-def _without_end(text: str) -> str:
+def without_end(text: str) -> str:
   """Returns the text without end and padding tokens behind it."""
   # Not str.strip(token), which takes letters off the text.
   return _END.sub('', text)
@@ -392,7 +392,7 @@ def _turns(text: str) -> list[dict[str, str]]:
   ]
 
 
-def _history(prompt: Any, i: int) -> list[Any]:
+def history(prompt: Any, i: int) -> list[Any]:
   """Returns the messages of a prompt: text, perhaps of a chat template, or messages."""
   if prompt is None:
     return []
@@ -407,21 +407,21 @@ def _history(prompt: Any, i: int) -> list[Any]:
   return turns or [{'role': 'user', 'content': prompt}]
 
 
-def _split_query(text: str, prompt: Any, where: str) -> list[Any]:
+def split_query(text: str, prompt: Any, where: str) -> list[Any]:
   """Returns the messages of prompt and response in one text."""
   if prompt is None:
     turns = _turns(text)
     if schema.role_of(turns[-1:]) == 'agent':
-      return [*turns[:-1], {'role': 'agent', 'content': _without_end(turns[-1]['content'])}]
+      return [*turns[:-1], {'role': 'agent', 'content': without_end(turns[-1]['content'])}]
     # Without marks nobody can tell where the response begins: all of it is judged.
-    return [{'role': 'agent', 'content': _without_end(text)}]
+    return [{'role': 'agent', 'content': without_end(text)}]
   if not isinstance(prompt, str) or not text.startswith(prompt):
     raise RequestError(
       400, f'{where} does not begin with its prompt; send the text that the policy continued'
     )
   # What follows the prompt is judged whole: marks of turns that a policy writes end nothing.
-  response = _without_end(text[len(prompt) :])
-  return [*_history(prompt, 0), {'role': 'agent', 'content': response}]
+  response = without_end(text[len(prompt) :])
+  return [*history(prompt, 0), {'role': 'agent', 'content': response}]
 
 
 def _prompts(body: Mapping[str, Any]) -> Any:

@@ -1,0 +1,47 @@
+"""The reward function that OpenRLHF loads from a file.
+
+CSRM_JAX_SOURCE=DIR CSRM_JAX_RULES=rules.yaml python -m openrlhf.cli.train_ppo_ray \\
+  --remote_rm_url $(python -c "import csrm_jax.integrations.openrlhf as m; print(m.__file__)") ...
+
+CSRM_JAX_SOURCE is a work directory, an exported folder, or the URL of a server (configs/serve.py);
+a server may be given to --remote_rm_url itself, too, as URL/get_reward?policy=NAME. CSRM_JAX_RULES
+are rules, or a policy of the server; CSRM_JAX_KEY_VARIABLE names the variable of its token. Labels
+of the data set are not read.
+
+OpenRLHF logs an error of a reward and goes on without that sample's reward: look at its log.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from csrm_jax.integrations import judges, rewards
+
+
+@functools.cache
+def _judge() -> judges.Judge:
+  source = os.environ.get('CSRM_JAX_SOURCE', '')
+  rules = os.environ.get('CSRM_JAX_RULES') or None
+  if not source:
+    raise ValueError('CSRM_JAX_SOURCE is empty: set it to a work directory or the URL of a server')
+  if source.startswith(('http://', 'https://')):
+    key = os.environ.get('CSRM_JAX_KEY_VARIABLE', '')
+    return judges.remote(source, rules, key_variable=key)
+  return judges.local(source, rules)
+
+
+def reward_func(
+  queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **kwargs: Any
+) -> dict[str, Any]:
+  """Returns "rewards" and "scores", torch float [N] in [0, 1], and "extra_logs"."""
+  del labels, kwargs
+  import torch
+
+  talks = [rewards.split(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
+  verdicts = _judge()(talks)
+  found = torch.tensor([verdict.reward for verdict in verdicts])
+  nats = torch.tensor([verdict.score for verdict in verdicts])
+  return {'rewards': found, 'scores': found, 'extra_logs': {'score_nats': nats}}

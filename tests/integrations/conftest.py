@@ -1,0 +1,1 @@
+from tests.serve.conftest import server, weights  # noqa: F401  fixtures
