@@ -30,7 +30,8 @@ def get_config(arg=None):
 
   arg: recipe=real (SmolLM2-135M learns from texts that people judged under many rules, the sets of
   REAL in data_dir; real_nc has the sets too that may not be used commercially);
-  ablation=full|no_cca|no_sa|no_aug|rules_blind; data=ruleworld, public (a mixture of three
+  ablation=full|no_cca|no_sa|no_aug|rules_blind, or a row of the paper (ROWS); fixed_labels (without
+  SA as many labelled examples are seen as with it); data=ruleworld, public (a mixture of three
   sets in data_dir), paper (the paper's mixture, from the hub; the default of a backbone on a
   slice), auto (files of your own in any form, with path, safety=RULES, columns.label=NAME and so
   on, labels={...}: see common.OWN), or a source of csrm_jax.data.catalogue with its path:
@@ -43,7 +44,8 @@ def get_config(arg=None):
   arg = config_lib.parse_arg(
     arg,
     recipe=('', 'real', 'real_nc'),
-    ablation=tuple(ABLATIONS),
+    ablation=(*ABLATIONS, *ROWS),
+    fixed_labels=False,
     data='',
     data_dir='',
     path='',
@@ -59,6 +61,9 @@ def get_config(arg=None):
   if arg.recipe:
     arg.model = 'smollm2_135m' if arg.model == 'tiny' else arg.model
     arg.lora = arg.lora or 16
+  ablation = ABLATIONS[ROWS.get(arg.ablation, arg.ablation)]
+  if arg.fixed_labels and _NO_SA.items() <= ablation.items():
+    ablation = {key: value for key, value in ablation.items() if key not in _NO_SA} | _MUTED_SA
   is_public = arg.model != 'tiny'
   source = arg.data or ('paper' if is_public and arg.mesh else 'ruleworld')
   data = data_part(source, arg.path, pathlib.Path(arg.data_dir))
@@ -73,7 +78,7 @@ def get_config(arg=None):
     # Only RuleWorld has a part `strictness` whose weight an ablation could set.
     {
       key: value
-      for key, value in ABLATIONS[arg.ablation].items()
+      for key, value in ablation.items()
       if source == 'ruleworld' or 'strictness' not in key
     },
     SMOKE if arg.smoke else {},
@@ -147,6 +152,9 @@ BASE = {
     # Whether the two prompts of a pair count as examples too where their labels are known. The
     # paper does not say so; with this, SA alone teaches the model to read rules.
     'label_pairs': False,
+    # Kinds of pairs (strictness, preference) that are read but have no loss: steps, tokens and
+    # labelled examples stay those of a run that learns from them.
+    'muted_pairs': (),
     'rules_blind': False,  # hides the rules, to show what can be known without them
     'own': common.OWN,
     # Named parts, each with a source, a path (for files), and a weight in the mixture of atoms.
@@ -320,7 +328,7 @@ def real_part(recipe, folder):
   }
 
 
-# The paper's ablations; 'no_aug' is its row "-SA", which has neither SA nor CCA.
+# The paper's ablations; ROWS has its names for them.
 _NO_CCA = {'data.drop_prob': 0.0, 'data.plus_prob': 0.0, 'data.minus_prob': 0.0}
 _NO_SA = {'data.parts.strictness.weight': 0.0}
 ABLATIONS = {
@@ -330,6 +338,12 @@ ABLATIONS = {
   'no_aug': _NO_CCA | _NO_SA,
   'rules_blind': {'data.rules_blind': True},
 }
+# Without the pairs of SA a run of the same steps sees 1.67 times the labelled examples; with them
+# muted it sees as many.
+_MUTED_SA = {'data.muted_pairs': ('strictness',)}
+# A row of the paper -> the ablation that is this row. Its "−CCA" still has SA, alone; its "−SA" has
+# neither SA nor CCA, so that it is what either alone is to be compared with.
+ROWS = {'minus_cca': 'no_cca', 'minus_sa': 'no_aug', 'sa_alone': 'no_cca', 'cca_alone': 'no_sa'}
 
 SMOKE = {
   'num_steps': 20,

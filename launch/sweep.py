@@ -50,6 +50,8 @@ KEYS = (
   'aligned/true_cosa',
   'time_s',
 )
+# The key that says which side of a split a run measures.
+_SIDE = 'eval.real.side'
 # The scripts of this folder that run a job elsewhere.
 LAUNCHERS = ('local', 'slurm', 'xpk', 'sky')
 
@@ -78,8 +80,11 @@ def make_jobs(
   workdir: pathlib.Path | epath.Path,
   seeds: Sequence[int] = (),
   only: Sequence[str] = (),
+  split: str = 'dev',
 ) -> list[Job]:
   """Returns the jobs of `config`, a path or path:argument, with the seeds innermost.
+
+  Runs that measure one side of a split measure `split`, dev or test.
 
   A file without sweep() and an unknown name or config key are a ValueError, a missing file is a
   FileNotFoundError.
@@ -105,6 +110,9 @@ def make_jobs(
         name = f'{run.name}-seed{seed}'
       resolved = module.get_config(arg or None)
       config_lib.set_overrides(resolved, overrides)
+      if (side := _side(resolved)) is not None and side != split:
+        overrides[_SIDE] = split
+        config_lib.set_overrides(resolved, {_SIDE: split})
       jobs.append(
         Job(
           name=name,
@@ -120,6 +128,12 @@ def make_jobs(
         )
       )
   return jobs
+
+
+def _side(config: config_lib.ConfigDict) -> str | None:
+  """Returns the side that a run measures, or None where it measures no split."""
+  flat = config_lib.flatten(config)
+  return flat.get(_SIDE) if flat.get('eval.real.data_dir') else None
 
 
 def run_job(job: Job) -> str | None:
@@ -245,6 +259,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--parallel', type=int, default=1, help='runs at a time')
   add('--seeds', type=integers, default=[], help='as in 0,1,2')
   add('--only', type=strings, default=[], help='names of runs, as in full')
+  add('--split', choices=('dev', 'test'), default='dev', help='what runs measure; choose by dev')
   add('--keys', type=strings, default=list(KEYS), help='columns of the table')
   add('--launcher', choices=LAUNCHERS, default='local', help='where it runs')
   add('--launcher_flags', type=shlex.split, default=[], help='of that script')
@@ -267,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if '://' not in args.workdir:
     workdir = pathlib.Path(workdir).absolute()
   try:
-    jobs = make_jobs(args.config, workdir, args.seeds, args.only)
+    jobs = make_jobs(args.config, workdir, args.seeds, args.only, args.split)
   except (ValueError, FileNotFoundError) as error:
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return 2
@@ -313,10 +328,13 @@ def _report(
   ]
   table = make_table(summaries, keys)
   text = format_table(table, keys)
-  content = {'table': table, 'failures': dict(failures)}
+  sides = sorted({side for job in jobs if (side := _side(job.config))})
+  content = {'table': table, 'failures': dict(failures), 'splits': sides}
   (workdir / 'table.md').write_text(text)
   (workdir / 'table.json').write_text(json.dumps(content, indent=2) + '\n')
   print(text)
+  if not sides:
+    print('these runs have test rows only: choose nothing by this table', file=sys.stderr)
   for job in jobs:
     if job.name in failures:
       print(f'{job.name} failed: {failures[job.name]}', file=sys.stderr)

@@ -73,6 +73,36 @@ def test_parts_are_merged_in_order_and_set_known_keys_only():
     COMMON.merge(base, {'b.x': 1})
 
 
+def test_the_papers_rows_are_ablations():
+  for row, name in RM.ROWS.items():
+    assert RM.get_config(f'ablation={row}') == RM.get_config(f'ablation={name}')
+
+  def has(row):
+    data = RM.get_config(f'ablation={row}').data
+    return data.plus_prob > 0, data.parts.strictness.weight > 0
+
+  assert {row: has(row) for row in ('full', *RM.ROWS)} == {
+    'full': (True, True),  # has CCA, has SA
+    'minus_cca': (False, True),
+    'minus_sa': (False, False),
+    'sa_alone': (False, True),
+    'cca_alone': (True, False),
+  }
+  # A sweep runs each once.
+  assert [run['name'] for run in RM.sweep()] == list(RM.ABLATIONS)
+
+
+def test_with_fixed_labels_runs_without_sa_read_what_the_full_one_reads():
+  for row, base in (('cca_alone', 'full'), ('minus_sa', 'no_cca')):
+    one, other = (
+      config_lib.flatten(RM.get_config(arg))
+      for arg in (f'ablation={row},fixed_labels', f'ablation={base}')
+    )
+    differing = {key for key in one if one[key] != other[key]}
+    assert differing == {'data.muted_pairs'} and one['data.muted_pairs'] == ('strictness',)
+  assert RM.get_config('fixed_labels') == RM.get_config()
+
+
 _SLICES = ('v5e-64', 'v5e-256', '2xv5e-256', 'v5p-16', 'h100-8', 'h100-16')
 
 

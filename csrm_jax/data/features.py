@@ -76,7 +76,8 @@ class Prompt:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Atom:
   """What packing never splits: the two sides (safer, other) of a 'pair', or of kind 'example' one
-  example or several that share their conversation or their rules.
+  example or several that share their conversation or their rules. A 'muted' pair is read, but has
+  no loss.
 
   `num_shortened` counts the tokens that were cut out of the prompts to make them fit.
   """
@@ -129,6 +130,7 @@ class Encoder:
       sets no limit but each prompt's own. The length of a packed row makes every pair fit into one.
     share_prefix: Whether tokens that both sides of a pair begin with count once for pair_length.
     label_pairs: Whether the prompts of a pair keep their labels, and so count as examples too.
+    muted_pairs: The kinds of pairs that have no loss, but keep their places.
   """
 
   tokenizer: Tokenizer
@@ -137,6 +139,7 @@ class Encoder:
   pair_length: int | None = None
   label_pairs: bool = False
   share_prefix: bool = False
+  muted_pairs: tuple[str, ...] = ()
 
   def __post_init__(self):
     at_least(self, ('max_length',), say=_POSITIVE)
@@ -231,12 +234,14 @@ def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropp
       return one
   if is_pair and np.array_equal(encoded[0][0], encoded[1][0]):
     return Dropped('identical_pair', f'{item.id}: both sides are one prompt')
-  has_labels = encoder.label_pairs or not is_pair
+  is_muted = is_pair and item.kind in encoder.muted_pairs
+  has_labels = (encoder.label_pairs and not is_muted) or not is_pair
   prompts = tuple(
     Prompt(tokens, LABEL_IDS[side.label if has_labels else None], side.id)
     for side, (tokens, _) in zip(sides, encoded, strict=True)
   )
-  return Atom(prompts, 'pair' if is_pair else 'example', sum(cut for _, cut in encoded))
+  kind = 'muted' if is_muted else 'pair' if is_pair else 'example'
+  return Atom(prompts, kind, sum(cut for _, cut in encoded))
 
 
 def _num_read(prompts: Sequence[np.ndarray], encoder: Encoder) -> int:

@@ -17,15 +17,14 @@ import grain
 import jax
 import ml_collections
 
-from csrm_jax.core import files, mesh as mesh_lib, tree
-from csrm_jax.core.checks import note
+from csrm_jax.core import checks, files, mesh as mesh_lib, tree
 from csrm_jax.data import domain as domain_lib, draws, features, forms, judged, pipeline, sources
 from csrm_jax.evals import judged as evals_judged, report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
 from csrm_jax.ruleworld import examples
 from csrm_jax.runners import evaluate, real, show_tokens as show_tokens_lib
-from csrm_jax.safety import templates
+from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, step as training
 
@@ -214,7 +213,9 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[
     held_out['test'] = test
     for name, items in parts.items():
       if not isinstance(items, sources.Generated) and (num := sources.num_shared(test, items)):
-        note(f'{num} of {len(test)} texts of {config.eval.path} are in the data {name!r} too')
+        checks.note(
+          f'{num} of {len(test)} texts of {config.eval.path} are in the data {name!r} too'
+        )
   return parts, {name: items for name, items in held_out.items() if items}
 
 
@@ -270,7 +271,7 @@ def _say_unknown_words(parts: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer
     words = [word for text in texts for word in re.findall(r'[^\W\d_]+', text.lower())]
     unknown = sum(len(tokenizer.encode(f' {word}')) > 1 for word in words) / max(len(words), 1)
     if unknown > MAX_UNKNOWN:
-      note(
+      checks.note(
         f'{unknown:.0%} of the words of {name!r} are unknown to the tokenizer of this model, which'
         ' learns little from words that it spells; name a backbone that knows them, as in'
         ' model=smollm2_135m,lora=16'
@@ -308,10 +309,10 @@ def _count_epochs(
     with config.unlocked():
       config.num_steps = max(math.ceil(config.epochs * max(steps.values())), 1)
       config.optim.warmup_steps = min(config.optim.warmup_steps, config.num_steps // 10)
-    note(f'epochs={config.epochs:g}: {config.num_steps} steps')
+    checks.note(f'epochs={config.epochs:g}: {config.num_steps} steps')
   for name, one in steps.items():
     if config.num_steps > MAX_PASSES * one:
-      note(
+      checks.note(
         f'{config.num_steps} steps pass the {len(parts[name])} rows of {name!r}'
         f' {config.num_steps / one:.0f} times; epochs=3 takes {math.ceil(3 * one)} steps'
       )
@@ -345,8 +346,12 @@ def _make_batches(
 def _make_encoder(
   data: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer, layout: templates.Layout
 ) -> features.Encoder:
+  muted = tuple(data.muted_pairs)
+  for kind in muted:
+    checks.one_of('config.data.muted_pairs', kind, schema.PAIR_KINDS)
   return features.Encoder(
-    tokenizer, data.max_length, layout, data.row_length, data.label_pairs, data.share_prefix
+    *(tokenizer, data.max_length, layout, data.row_length, data.label_pairs, data.share_prefix),
+    muted_pairs=muted,
   )
 
 

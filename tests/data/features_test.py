@@ -234,6 +234,21 @@ def test_pair_is_one_atom_safer_first(tokenizer):
   assert [p.label for p in labelled.prompts] == [-1, 1]
 
 
+def test_a_muted_pair_is_read_and_teaches_nothing(tokenizer):
+  sides = example(['hi'], 'good'), example(['hi'], 'bad', label='unsafe')
+  atoms = [
+    encode(item, tokenizer, label_pairs=True, muted_pairs=('strictness',))
+    for item in (pair(*sides, 'strictness'), pair(*sides), sides[1])
+  ]
+  assert [atom.kind for atom in atoms] == ['muted', 'pair', 'example']
+  shape = features.BatchShape(1, 400, 12, tokenizer.pad_id)
+  batches = [features.pack_rows([atom], shape)[0] for atom in atoms]
+  assert [b['pair_weight'].sum() for b in batches] == [0, 1, 0]
+  assert [b['label_weight'].sum() for b in batches] == [0, 1, 1]
+  # It takes the same room as if it taught something.
+  np.testing.assert_array_equal(batches[0]['tokens'], batches[1]['tokens'])
+
+
 def test_pair_that_became_identical_is_dropped(tokenizer):
   same = words('r', 100)
   item = pair(example(['hi'], same + ' good'), example(['hi'], same + ' bad'))

@@ -156,6 +156,23 @@ def test_sweep_then_resume(config, tmp_path, capsys, fake_runs):
   assert '| – |' in no_cca
 
 
+def test_sweeps_measure_the_development_side_unless_test_is_asked_for(tmp_path):
+  arg = f'configs/rm.py:recipe=real,data_dir={tmp_path}'
+  (dev,) = sweep.make_jobs(arg, tmp_path, only=['full'])
+  (test,) = sweep.make_jobs(arg, tmp_path, only=['full'], split='test')
+  assert [job.config.eval.real.side for job in (dev, test)] == ['dev', 'test']
+  assert '--config.eval.real.side=test' in test.command
+  # RuleWorld of today has no development topics.
+  (plain,) = sweep.make_jobs('configs/rm.py', tmp_path, only=['full'], split='test')
+  assert not any('side' in part for part in plain.command)
+
+
+def test_a_sweep_without_a_development_side_says_so(config, tmp_path, capsys, fake_runs):
+  assert sweep.main([f'--config={config}', f'--workdir={tmp_path}/w', '--only=full']) == 0
+  assert 'test rows only: choose nothing by this table' in capsys.readouterr().err
+  assert json.loads((tmp_path / 'w' / 'table.json').read_text())['splits'] == []
+
+
 def test_a_run_done_with_another_config_is_a_failure(config, tmp_path, capsys, fake_runs):
   args = [f'--config={config}', f'--workdir={tmp_path}/w', '--only=full']
   assert sweep.main(args) == 0
