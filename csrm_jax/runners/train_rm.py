@@ -247,13 +247,17 @@ def _measure_domain(
 ) -> domain_lib.Domain:
   """Returns what is trained on, from a sample of the parts; the first weights may know more."""
   used = {name: part for name, part in config.data.parts.items() if part.weight > 0}
-  # RuleWorld takes a while to make, and shows soon all that it has.
+  # What is generated takes a while to make, and shows soon all that it has.
   in_world = {name for name, part in used.items() if part.source in examples.TRAINING}
   names = {'RuleWorld' if n in in_world else part.path or part.source for n, part in used.items()}
   before = spec.domain or (domain_lib.read(source.path) if config.model.init else None)
   return domain_lib.measure(
     ', '.join(sorted(names)),
-    [e for n in used for e in domain_lib.sample(parts[n], 200 if n in in_world else 2000)],
+    [
+      e
+      for n in used
+      for e in domain_lib.sample(parts[n], 200 if isinstance(parts[n], sources.Generated) else 2000)
+    ],
     spec.max_length,
     before.words if before else (),
     domain_lib.BACKBONE_LEAST if config.model.init and before is None else 0.0,
