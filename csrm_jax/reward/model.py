@@ -180,7 +180,8 @@ def load(
       here, or the public model cannot be used in this format.
   """
   saved = None
-  if not public_model(source):
+  source = public_model(source) or source  # a public model is looked for once
+  if not isinstance(source, hf.Source):
     saved = checkpoint.describe(_directory(source) / 'checkpoints', step)
     step = saved.step  # a run may save another one meanwhile
   spec, params, tokenizer = load_parts(source, format, step, **options)
@@ -192,23 +193,22 @@ def load(
   score_fn = spec.make_score_fn(params, tokenizer, max_length, on_cut, allow_out_of_domain)
   fitted = applied_calibration(source, step) if calibrated else None
   if fitted:
-    checks.note(
-      f'{source}: scores are calibrated, score / {fitted.temperature:.3g} {fitted.bias:+.3g};'
-      f' {fitted.reason}'
-    )
+    name = source.name if isinstance(source, hf.Source) else source
+    how = f'score / {fitted.temperature:.3g} {fitted.bias:+.3g}'
+    checks.note(f'{name}: scores are calibrated, {how}; {fitted.reason}')
     score_fn = scoring.calibrated(score_fn, fitted)
   about = (saved.step, saved.digest) if saved else (None, '')
   return RewardModel(spec, score_fn, *about, fitted)
 
 
-def calibration(source: str | pathlib.Path) -> Calibration | None:
+def calibration(source: str | pathlib.Path | hf.Source) -> Calibration | None:
   """Returns what training has fitted, in a work directory or an exported model, or None."""
   public = public_model(source)
-  path = _directory(source) / 'calibration.json'
   if public:
-    saved = exported.read(public)
-    found, path = saved and saved.get('calibration'), public.name
+    saved, path = exported.read(public), public.name
+    found = saved and saved.get('calibration')
   else:
+    path = _directory(source) / 'calibration.json'
     found = files.read_json(path, dict) if path.is_file() else None
   try:
     return Calibration.from_dict(found) if found else None
@@ -216,7 +216,9 @@ def calibration(source: str | pathlib.Path) -> Calibration | None:
     raise ValueError(f'{path}: {error}; remove it, or put back what training wrote') from None
 
 
-def applied_calibration(source: str | pathlib.Path, step: int | None = None) -> Calibration | None:
+def applied_calibration(
+  source: str | pathlib.Path | hf.Source, step: int | None = None
+) -> Calibration | None:
   """Returns the calibration if it is to be applied and belongs to the step, or None."""
   found = calibration(source)
   belongs = found and (found.step is None or step is None or found.step == step)

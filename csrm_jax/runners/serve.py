@@ -96,10 +96,11 @@ def _load(config: ml_collections.ConfigDict):
   from csrm_jax.serve.policies import Policies
 
   options = {}
-  if reward_model.public_model(config.checkpoint):
+  source = reward_model.public_model(config.checkpoint) or config.checkpoint
+  if source is not config.checkpoint:
     numerics = {name: value for name, value in config.numerics.items() if value}
     options = {'format': config.format, 'words': tuple(config.words), **numerics}
-  spec, params, tokenizer = reward_model.load_parts(config.checkpoint, **options)
+  spec, params, tokenizer = reward_model.load_parts(source, **options)
   batching = config.batching
   engine = engine_lib.Engine(
     spec,
@@ -115,6 +116,6 @@ def _load(config: ml_collections.ConfigDict):
     wait_s=batching.wait_s,
     deadline_s=config.deadline_s,
     allow_out_of_domain=config.allow_out_of_domain,
-    calibration=reward_model.applied_calibration(config.checkpoint),
+    calibration=reward_model.applied_calibration(source),
   )
   return engine, Policies(config.policies, config.default_policy, engine.check)
