@@ -65,6 +65,7 @@ class Options:
   noise: float = 0.0  # the share of texts with something around them that means nothing
 
   def __post_init__(self):
+    checks.one_of('config.data.judged.fold', self.fold, ('', *judged.FOLDS))
     for name in ('unsafe', 'pairs', 'noise'):
       value = getattr(self, name)
       if not 0 <= value < 1 or (name == 'unsafe' and not value):

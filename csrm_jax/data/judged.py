@@ -51,6 +51,7 @@ from csrm_jax.safety.schema import (
 
 FOLDER = pathlib.Path(__file__).parent / 'rules' / 'judged'
 SIDES = ('train', 'dev', 'test')
+FOLDS = ('0', '1', '2')
 # The shares of the sides; a text's group decides its side.
 _SHARES = (0.75, 0.10, 0.15)
 _KEYS = ('unseen', 'within', 'each', 'wordings', 'held')

@@ -138,3 +138,8 @@ def test_sides_split_by_the_last_request(items):
   kept, rest = draws.split(items, ('train', 'dev'))
   assert {item.side for item in kept} == {'train', 'dev'}
   assert {item.side for item in rest} == {'test'}
+
+
+def test_an_unknown_fold_is_refused():
+  with pytest.raises(ValueError, match='config.data.judged.fold'):
+    draws.Options(fold="'0'")
