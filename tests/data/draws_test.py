@@ -141,5 +141,5 @@ def test_sides_split_by_the_last_request(items):
 
 
 def test_an_unknown_fold_is_refused():
-  with pytest.raises(ValueError, match='config.data.judged.fold'):
+  with pytest.raises(ValueError, match=r'judged\.fold'):
     draws.Options(fold="'0'")
