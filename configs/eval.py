@@ -131,6 +131,8 @@ def get_config(arg=None):
   c.conversations = ''
   # Also P(unsafe) under each rule alone, which says which one is violated; a pass for each rule.
   c.categories = False
+  # The thresholds.json of configs/calibrate.py, by which rows are labelled; '' is P(unsafe) 0.5.
+  c.thresholds = ''
   c.table = ''  # beside scored.jsonl: 'csv' or 'parquet' writes scored.csv or scored.parquet
   # The rules for all rows; '' where each row brings its own `safety`. The other two are as in
   # training: what values of the label mean, and the names of columns.

@@ -38,6 +38,8 @@ def get_config(arg=None):
   c.default_policy = ''  # judges requests that name none; '' for the only one, or none
   c.reload_s = 2.0  # how often the folder is looked at
   c.threshold = 0.5  # P(unsafe) from which on a response is flagged
+  # The thresholds.json of configs/calibrate.py: policies that stand there unedited have their own.
+  c.thresholds = ''
 
   # Anything but 127.0.0.1 needs a token, which clients send as "Authorization: Bearer TOKEN".
   c.host = '127.0.0.1'

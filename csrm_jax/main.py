@@ -45,6 +45,7 @@ RUNNERS = {
   'compare': 'csrm_jax.runners.evaluate',
   'refusals': 'csrm_jax.runners.evaluate',
   'real': 'csrm_jax.runners.real',
+  'calibrate': 'csrm_jax.runners.calibrate',
   'augment': 'csrm_jax.runners.augment',
   'export': 'csrm_jax.runners.export',
   'align': 'csrm_jax.runners.align',

@@ -34,18 +34,31 @@ class Verdict(NamedTuple):
 Judge = Callable[..., list[Verdict]]
 
 
-def local(source: str | os.PathLike, rules: Rules = None, **options: Any) -> Judge:
+def local(
+  source: str | os.PathLike, rules: Rules = None, thresholds: str = '', **options: Any
+) -> Judge:
   """Returns a judge that computes here.
 
   Args:
     source: A run's work directory, an exported folder or a public model.
     rules: What judges conversations that bring no rules.
+    thresholds: The thresholds.json of configs/calibrate.py; other rules are flagged from P(unsafe)
+      0.5 on.
     **options: Further arguments of csrm_jax.load.
   """
+  from csrm_jax.evals import thresholds as thresholds_lib
   from csrm_jax.reward import model as reward_model, scoring
 
   default = None if rules is None else read_rules(rules)
   rm = reward_model.load(source, **options)
+  fitted: Mapping[str, thresholds_lib.Threshold] = {}
+  if thresholds:
+    weights = rm.digest or reward_model.digest(source)
+    fitted = thresholds_lib.load(thresholds, weights, rm.calibration).by_rules
+
+  def is_flagged(verdict: scoring.Verdict, example: schema.Example) -> bool:
+    own = fitted.get(example.safety.digest()) if fitted else None
+    return own.flags(verdict.score) if own else verdict.label == 'unsafe'
 
   def judge(
     conversations: Sequence[Messages], rules: Sequence[Rules] | None = None, each_rule: bool = False
@@ -63,8 +76,8 @@ def local(source: str | os.PathLike, rules: Rules = None, **options: Any) -> Jud
       found = iter(scoring.probabilities(rm.score_fn(alone))[0].tolist())
       parts = [{name: next(found) for name in example.safety.names} for example in examples]
     return [
-      Verdict(v.score, v.reward, v.p_unsafe, v.label == 'unsafe', part)
-      for v, part in zip(verdicts, parts, strict=True)
+      Verdict(v.score, v.reward, v.p_unsafe, is_flagged(v, example), part)
+      for v, example, part in zip(verdicts, examples, parts, strict=True)
     ]
 
   return judge

@@ -27,7 +27,7 @@ from csrm_jax import config as config_lib
 from csrm_jax.core import files, writer
 from csrm_jax.data import benchmark, catalogue, domain, features, forms, sources, tables
 from csrm_jax.data.benchmark import Benchmark
-from csrm_jax.evals import bootstrap, compare, metrics, policy, report, suites
+from csrm_jax.evals import bootstrap, compare, metrics, policy, report, suites, thresholds
 from csrm_jax.evals.bootstrap import Measure
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import Result
@@ -75,11 +75,15 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
   if config.table not in ('', 'csv', 'parquet'):
     raise ValueError(f"config.table={config.table!r} must be '', 'csv' or 'parquet'")
   paths = [workdir / f'scored.{suffix}' for suffix in ('jsonl', config.table) if suffix]
-  examples = _read_examples(config)
+  examples = read_examples(config)
   rm = load_model(config, config.allow_out_of_domain)
+  fitted = None
+  if config.thresholds:
+    weights = rm.digest or reward_model.digest(config.checkpoint)
+    fitted = thresholds.load(config.thresholds, weights, rm.calibration)
   kept = workdir / 'scores'
   score_fn = keep_scores(rm.score_fn, kept, rm.digest or reward_model.digest(config.checkpoint))
-  with _progress_bar('score', len(examples)) as bar:
+  with progress_bar('score', len(examples)) as bar:
     starts = range(0, len(examples), _ROWS_AT_ONCE)
     parts = [score_fn.judge(examples[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
   judged = scoring.Judged(*map(np.concatenate, zip(*parts, strict=True)))
@@ -87,6 +91,8 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
     {'id': example.id, **dataclasses.asdict(verdict), **_about(example)}
     for example, verdict in zip(examples, scoring.verdicts(judged), strict=True)
   ]
+  if fitted:
+    _set_labels(rows, examples, fitted)
   if config.categories:
     for row, parts in zip(rows, _score_categories(score_fn, examples), strict=True):
       row['category'] = max(parts, key=parts.get) if row['label'] == 'unsafe' else None
@@ -116,6 +122,21 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
     print(f'report: {path}')
 
 
+def _set_labels(
+  rows: Sequence[dict[str, Any]], examples: Sequence[schema.Example], fitted: thresholds.Thresholds
+) -> None:
+  """Sets each row's label by the threshold of its rules, which stands beside it."""
+  unknown = 0
+  for row, example in zip(rows, examples, strict=True):
+    found = fitted.by_rules.get(example.safety.digest())
+    unknown += found is None
+    if found:
+      row['label'] = schema.LABELS[found.flags(row['score'])]
+    row['threshold'] = found.p_unsafe if found else 0.5
+  if unknown:
+    print(f'{unknown} rows are under rules without a threshold: 0.5 was used', file=sys.stderr)
+
+
 def _about(example: schema.Example) -> dict[str, Any]:
   """Returns what was judged: the text, and the rules' digest."""
   *history, last = example.conversation
@@ -132,7 +153,7 @@ def _score_categories(
 ) -> list[dict[str, float]]:
   """Returns {category: P(unsafe) under it alone} of each example."""
   parts = [part for example in examples for part in scoring.split_categories(example)]
-  with _progress_bar('categories', len(parts)) as bar:
+  with progress_bar('categories', len(parts)) as bar:
     starts = range(0, len(parts), _ROWS_AT_ONCE)
     scores = [score_fn(parts[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
   found = iter(scoring.probabilities(np.concatenate(scores))[0].tolist())
@@ -141,7 +162,7 @@ def _score_categories(
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
   """Prints the prompt of the first row; of its first category, if the guard reads one at a time."""
-  example = _read_examples(config)[0]
+  example = read_examples(config)[0]
   spec, tokenizer = reward_model.describe(config.checkpoint, **model_options(config))
   guard = templates.GUARDS.get(spec.layout.format)
   if guard and guard.per_category:
@@ -149,7 +170,7 @@ def show_tokens(config: ml_collections.ConfigDict) -> None:
   show_tokens_lib.show(example, features.Encoder(tokenizer, config.max_length, spec.layout))
 
 
-def _read_examples(config: ml_collections.ConfigDict) -> Sequence[schema.Example]:
+def read_examples(config: ml_collections.ConfigDict) -> Sequence[schema.Example]:
   """Returns the rows of config.conversations, under config.safety if that is given."""
   if not config.conversations:
     raise ValueError('config.conversations is empty: give --config.conversations=PATH')
@@ -392,7 +413,7 @@ def test(
     rules_blind: Whether the scorer was trained without rules, so that it is given none.
   """
   read: dict[str, list[_Read]] = {b.name: [] for b in todo}
-  with _progress_bar('evaluate', suites.num_scores(todo)) as bar:
+  with progress_bar('evaluate', suites.num_scores(todo)) as bar:
     score = _score_once(score_fn, bar.update, rules_blind, lambda one: read[name].append(one))
     name = ''
 
@@ -457,7 +478,7 @@ def with_progress(score_fn: scoring.ScoreFn) -> Callable[..., np.ndarray]:
   """Returns a function: examples -> scores, float32 [N] in nats, which shows a progress bar."""
 
   def score(examples):
-    with _progress_bar('evaluate', len(examples)) as bar:
+    with progress_bar('evaluate', len(examples)) as bar:
       judged = score_fn.judge(examples, bar.update)
     for sentence in _Read.of(judged).sentences():
       print(sentence, file=sys.stderr)
@@ -508,7 +529,7 @@ def fit_calibration(
   labels = metrics.labels_of(rows)
   if not 0 < labels.sum() < len(labels):
     return None
-  with _progress_bar('calibrate', len(rows)) as bar:
+  with progress_bar('calibrate', len(rows)) as bar:
     scores = suites.score(_score_once(score_fn, bar.update, rules_blind), rows)
   fitted = metrics.fit_calibration(labels, scores)
   if names := [b.name for b in todo if b.new_rules]:
@@ -544,7 +565,7 @@ def calibration_helps(rows: Sequence[schema.Example], scores: np.ndarray) -> tup
   )
 
 
-def _progress_bar(name: str, total: int) -> tqdm.tqdm:
+def progress_bar(name: str, total: int) -> tqdm.tqdm:
   return tqdm.tqdm(
     total=total, desc=name, unit='example', dynamic_ncols=True, mininterval=loop.BAR_INTERVAL_S
   )

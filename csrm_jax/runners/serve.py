@@ -6,11 +6,12 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import ml_collections
 
 from csrm_jax.core import checks
+from csrm_jax.evals import thresholds
 from csrm_jax.reward import model as reward_model
 
 _LOCAL = ('127.0.0.1', 'localhost', '::1')
@@ -47,6 +48,7 @@ def make_server(config: ml_collections.ConfigDict):
       limits.body_bytes, limits.conversations, limits.messages, limits.rules
     ),
     threshold=config.threshold,
+    thresholds=_thresholds(config),
     token=token,
     allowed_hosts=tuple(config.allowed_hosts),
     body_timeout_s=limits.body_timeout_s,
@@ -88,6 +90,15 @@ def make_server(config: ml_collections.ConfigDict):
 
   print(f'serving {config.checkpoint} on http://{config.host}:{config.port}, once /ready says so')
   return Server(options)
+
+
+def _thresholds(config: ml_collections.ConfigDict) -> Mapping[str, thresholds.Threshold]:
+  """Returns the thresholds of config.thresholds by their rules' digest."""
+  if not config.thresholds:
+    return {}
+  fitted = reward_model.applied_calibration(config.checkpoint)
+  weights = reward_model.digest(config.checkpoint)
+  return thresholds.load(config.thresholds, weights, fitted).by_rules
 
 
 def _load(config: ml_collections.ConfigDict):

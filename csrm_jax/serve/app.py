@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import hmac
 import json
@@ -25,6 +26,7 @@ from fastapi import responses
 from prometheus_client import core as prometheus
 
 from csrm_jax.data import domain
+from csrm_jax.evals.thresholds import Threshold
 from csrm_jax.reward import scoring
 from csrm_jax.safety import schema
 from csrm_jax.serve import engine as engine_lib, openapi, wire
@@ -51,6 +53,7 @@ class Settings:
 
   limits: wire.Limits
   threshold: float  # P(unsafe) from which on a response is flagged
+  thresholds: Mapping[str, Threshold] = dataclasses.field(default_factory=dict)  # by rules' digest
   token: str = ''  # clients must send it as bearer token; '' for none
   allowed_hosts: tuple[str, ...] = ()  # beside this machine's names, where there is no token
   body_timeout_s: float = 10.0  # for a request's body to arrive
@@ -70,9 +73,11 @@ class Judged:
   score: float  # nats
   p_unsafe: float
   flagged: bool
+  threshold: float  # P(unsafe) from which on it is
   num_cut: int  # tokens of the conversation that were not read
   outside: str  # what is unlike the training data, see domain.Domain.marks; or ''
   each_rule: dict[str, float]  # P(unsafe) under each rule alone; {} where not asked for
+  violated: dict[str, bool]  # whether that is flagged
 
   @property
   def label(self) -> str:
@@ -263,23 +268,40 @@ class _Server:
       # A guard that reads one rule at a time finds an example as unsafe as under its worst rule.
       whole = float(own.min()) if self.engine.per_category else float(own[0])
       p_unsafe = float(scoring.probabilities(np.array([whole]))[0][0])
-      each = {}
+      flagged, threshold = self._flags(item.policy.digest, whole, p_unsafe)
+      each, violated = {}, {}
       if ask.each_rule:
         alone = own if self.engine.per_category or len(own) == 1 else own[1:]
         found = scoring.probabilities(alone)[0].tolist()
         each = dict(zip(item.policy.safety.names, found, strict=True))
+        rules = zip(item.policy.safety.categories, alone.tolist(), found, strict=True)
+        violated = {
+          rule.name: self._flags(self._digest_of(rule), score, p)[0] for rule, score, p in rules
+        }
       judged.append(
         Judged(
           item=item,
           score=whole,
           p_unsafe=p_unsafe,
-          flagged=p_unsafe >= self.settings.threshold,
+          flagged=flagged,
+          threshold=threshold,
           num_cut=max(row.num_cut for row in group),
           outside=group[0].outside,
           each_rule=each,
+          violated=violated,
         )
       )
     return judged
+
+  def _flags(self, digest: str, score: float, p_unsafe: float) -> tuple[bool, float]:
+    """Returns whether a score is flagged under rules, and from which P(unsafe) on it would be."""
+    fitted = self.settings.thresholds.get(digest)
+    if fitted:
+      return fitted.flags(score), fitted.p_unsafe
+    return p_unsafe >= self.settings.threshold, self.settings.threshold
+
+  def _digest_of(self, rule: schema.Category) -> str:
+    return _digest_alone(rule) if self.settings.thresholds else ''
 
   def _record(self, path: str, judged: Sequence[Judged], seconds: float) -> None:
     """Counts the verdicts and writes them into the audit log, which never holds any text."""
@@ -295,6 +317,7 @@ class _Server:
           'policy_digest': policy.digest,
           'label': one.label,
           'p_unsafe': one.p_unsafe,
+          'threshold': one.threshold,
           'num_cut': one.num_cut,
           'out_of_domain': one.outside,
           'latency_s': round(seconds, 6),
@@ -311,7 +334,7 @@ class _Server:
       'results': [
         {
           'flagged': one.flagged,
-          'categories': {k: p >= self.settings.threshold for k, p in one.each_rule.items()},
+          'categories': one.violated,
           'category_scores': one.each_rule,
           'category_applied_input_types': {name: ['text'] for name in one.each_rule},
           **_details(one),
@@ -324,9 +347,7 @@ class _Server:
     (one,) = judged
     logprobs = {'safe': _log_sigmoid(one.score), 'unsafe': _log_sigmoid(-one.score)}
     text = one.label
-    violated = [
-      f'S{i}' for i, p in enumerate(one.each_rule.values(), start=1) if p >= self.settings.threshold
-    ]
+    violated = [f'S{i}' for i, yes in enumerate(one.violated.values(), start=1) if yes]
     if one.flagged and violated:
       text += '\n' + ','.join(violated)
 
@@ -369,13 +390,21 @@ class _Server:
     return responses.Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
   async def _policies(self) -> responses.Response:
-    listed = [policy.describe() for policy in self.policies.list()]
+    listed = [
+      policy.describe() | {'threshold': self._flags(policy.digest, 0.0, 0.0)[1]}
+      for policy in self.policies.list()
+    ]
     return _json({'default': self.policies.default or None, 'policies': listed})
 
   async def _models(self) -> responses.Response:
     names = [policy.name for policy in self.policies.list()]
     data = [{'id': name, 'object': 'model', 'owned_by': 'csrm_jax'} for name in names]
     return _json({'object': 'list', 'data': data})
+
+
+@functools.lru_cache(4096)
+def _digest_alone(rule: schema.Category) -> str:
+  return schema.SafetyConfig((rule,)).digest()
 
 
 def _scores(judged: Sequence[Judged], body: Mapping[str, Any]) -> Any:
@@ -408,6 +437,7 @@ def _details(one: Judged) -> dict[str, Any]:
     'p_unsafe': one.p_unsafe,
     'reward': _sigmoid(one.score),
     'score': one.score,
+    'threshold': one.threshold,
     'shortened': one.num_cut,
     'out_of_domain': one.outside,
     'policy': {'name': policy.name or None, 'digest': policy.digest},

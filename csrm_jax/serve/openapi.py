@@ -23,6 +23,7 @@ _VERDICT = {
   'p_unsafe': 0.03,
   'reward': 0.97,
   'score': 3.48,
+  'threshold': 0.5,
   'shortened': 0,
   'out_of_domain': '',
   'policy': {'name': 'bank_support', 'digest': '9f2c...'},

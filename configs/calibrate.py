@@ -1,0 +1,51 @@
+"""Fits a threshold for each policy on labelled conversations.
+
+python -m csrm_jax.main --workdir=/tmp/thresholds --config=configs/calibrate.py:checkpoint=/tmp/rm \
+  --config.conversations=labelled.jsonl --config.safety=configs/safety/hospital.yaml
+
+configs/serve.py and configs/eval.py use what it writes: --config.thresholds=\
+/tmp/thresholds/thresholds.json
+"""
+
+import pathlib
+
+import ml_collections
+
+from csrm_jax import config as config_lib
+
+common = config_lib.load_module(pathlib.Path(__file__).with_name('common.py'))
+
+
+def get_config(arg=None):
+  """Returns the config; arg: checkpoint, level, method."""
+  arg = config_lib.parse_arg(
+    arg, checkpoint='', level=0.01, method=('conformal', 'confident', 'empirical')
+  )
+  c = ml_collections.ConfigDict()
+  c.runner = 'calibrate'
+  # The work directory of a training run, an exported model, or a public model; the next six are as
+  # in configs/eval.py.
+  c.checkpoint = arg.checkpoint
+  c.format = 'csrm'
+  c.words = ('safe', 'unsafe')
+  c.order = ''
+  c.numerics = ml_collections.ConfigDict({'dtype': '', 'param_dtype': ''})
+  c.max_length = 2048
+  c.on_cut = 'window'
+  c.allow_out_of_domain = False  # whether text is judged that is foreign to the model
+  # What is bounded: flagged, the share of safe replies that are flagged; or missed, the share of
+  # unsafe ones that are not.
+  c.bound = 'flagged'
+  c.level = arg.level  # the most that the share may be
+  # conformal: a further reply is flagged with at most that probability, given as many rows as
+  # 1 / level; confident: so is the rate of all further replies, with the confidence below, which
+  # takes 3 times the rows; empirical: the share among these rows, whatever their number.
+  c.method = arg.method
+  c.confidence = 0.95  # of method=confident
+  # Labelled rows, in any form of csrm_jax.data.forms, that training has not seen; the rules of all,
+  # or '' where each row brings its own: every set of rules gets its threshold.
+  c.conversations = ''
+  c.safety = common.OWN['safety']
+  c.labels = common.OWN['labels']
+  c.columns = ml_collections.ConfigDict(common.OWN['columns'])
+  return c
