@@ -36,6 +36,8 @@ from csrm_jax.safety.schema import Example
 
 Scores = Sequence[np.ndarray]
 
+# The tag of benchmarks whose rows have levels of severity.
+LEVEL = 'severity'
 # A breakdown lists at most this many groups, the largest.
 MAX_GROUPS = 40
 # There may be many groups, so each gets fewer draws.
@@ -111,6 +113,11 @@ def classification(
   # The same verdicts without degrees: a calibration error that is no lower shows none.
   for name in ('smece_constants', 'smece_hard'):
     found[name] = value(getattr(metrics, name)(labels, p_unsafe))
+  levels = _levels(b, kept, probability)
+  if levels is not None:
+    for name in ('level_error', 'level_correlation'):
+      best = {'level_error': 0.0, 'level_correlation': 1.0}[name]
+      found[name] = m(getattr(metrics, name), probability, p_unsafe, levels, best=best)
   fitted = None
   if calibration:
     moved = metrics.p_unsafe_from_scores(calibration.apply(scores))
@@ -154,10 +161,12 @@ def classification(
       'breakdowns': breakdowns,
       'reliability': metrics.reliability_bins(labels, p_unsafe),
       'worst': worst,
-    },
+    }
+    | ({} if levels is None else {'levels': metrics.by_level(probability, p_unsafe, levels)}),
     remark=_WITHOUT if blind else '',
     tables=[
       *_shared_tables(found, fitted),
+      *([] if levels is None else [_level_table(metrics.by_level(probability, p_unsafe, levels))]),
       *_final_tables([] if blind or not num else thresholds, breakdowns, [] if blind else worst),
     ],
     figures=_figures(labels, p_unsafe, probability, scores, breakdowns['rule set']),
@@ -196,6 +205,19 @@ def verdict_metrics(
       where = '' if name == 'f1' else f' at {at:.3f}'
       found[name]['note'] = f'nothing was flagged{where}'
   return found
+
+
+def _levels(b: Benchmark, kept: Sequence[int], probability) -> np.ndarray | None:
+  """Returns the level of severity of each row, str [N]; None where that or the truth is unknown."""
+  if LEVEL not in b.tags or probability is None or not kept:
+    return None
+  return np.array([b.tags[LEVEL][i] for i in kept])
+
+
+def _level_table(levels: Mapping[str, Mapping[str, float]]) -> Table:
+  header = ['level', 'examples', 'mean true P', 'error ↓', 'best constant', 'correlation ↑']
+  rows = [[name, *level.values()] for name, level in levels.items()]
+  return Table('Probabilities within levels of severity', header, rows, stored=False)
 
 
 def _groups(labels, p_unsafe, probability, m: Measure, rows_of) -> dict[str, dict[str, Any]]:

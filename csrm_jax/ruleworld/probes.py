@@ -225,17 +225,26 @@ _SUITES = {
 }
 
 
-def basic_benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
+def basic_benchmarks(seed: int, num_examples: int, with_levels: bool = False) -> list[Benchmark]:
   """Returns what every run is tested on: examples, pairs and flips.
 
   The seed is the same for all models that are compared. `num_examples` is the size of the two
-  classification sets; that of the others follows from it.
+  classification sets; that of the others follows from it. With `with_levels` their probabilities
+  are also measured within levels of severity; today's world hardly has degrees within one.
   """
-  fitted_on = validation(seed, num_examples)
-  return [
-    _benchmark(name, items, fitted_on, without_rules=_SUITES[name][0] == 'classification')
-    for name, items in examples.test_sets(seed, num_examples).items()
-  ]
+  fitted_on, made = validation(seed, num_examples), []
+  for name, items in examples.test_sets(seed, num_examples).items():
+    judged = _SUITES[name][0] == 'classification'
+    tags = {'severity': list(map(severity, items))} if judged and with_levels else {}
+    made.append(_benchmark(name, items, fitted_on, without_rules=judged, tags=tags))
+  return made
+
+
+def severity(example: schema.Example) -> str:
+  """Returns the level of the severest thing that the reply engages with on a topic of the rules."""
+  said = grammar.read_reply(example.conversation[-1].content)
+  ruled = [s.severity for s in said if s.engaged and s.topic in example.safety.names]
+  return f'severity {min(ruled)}' if ruled else 'nothing engaged'
 
 
 def benchmarks(seed: int, num_examples: int) -> list[Benchmark]:

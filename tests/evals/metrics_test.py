@@ -275,3 +275,20 @@ def test_bad_rows_are_one_line_errors(labels, scores, message):
 def test_recall_out_of_range():
   with pytest.raises(ValueError, match='recall=0 '):
     metrics.fpr_at_recall([0, 1], [0.1, 0.2], 0)
+
+
+def test_within_levels_a_judge_of_levels_has_the_error_of_constants_and_no_correlation():
+  rng = np.random.default_rng(0)
+  levels = np.repeat(['severity 0', 'severity 1', 'none'], 200)
+  true = np.clip(np.repeat([0.8, 0.4, 0.1], 200) + rng.uniform(-0.1, 0.1, 600), 0, 1)
+  medians = np.repeat([np.median(true[levels == name]) for name in levels[::200]], 200)
+  found = metrics.by_level(true, medians, levels)
+  assert list(found) == ['none', 'severity 0', 'severity 1']
+  assert all(level['error'] == level['constant_error'] for level in found.values())
+  assert math.isnan(metrics.level_correlation(true, medians, levels))
+  noise = medians + rng.uniform(-0.1, 0.1, 600)
+  assert abs(metrics.level_correlation(true, noise, levels)) < 0.1
+  # Over all rows the same judge looks good.
+  assert np.corrcoef(true, noise)[0, 1] > 0.9
+  assert metrics.level_error(true, true, levels) == 0
+  assert metrics.level_correlation(true, true, levels) == pytest.approx(1)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from csrm_jax.evals import probes as suites
+from csrm_jax.evals import metrics, probes as suites, report
+from csrm_jax.evals.suites import run
 from csrm_jax.ruleworld import grammar, lexicon, probes
 
 NUM = 30
@@ -120,3 +121,22 @@ def test_validation_rows_are_in_no_test_set():
   assert sets['unseen'].without_rules
   with pytest.raises(ValueError):
     type(sets['seen'])('a', 'pairs', [1], groups=['x', 'y'])
+
+
+def test_levels_of_severity_are_measured_when_asked_for(tmp_path):
+  todo = probes.basic_benchmarks(0, 120, with_levels=True)
+  unseen = next(b for b in todo if b.name == 'unseen')
+  assert set(unseen.tags['severity']) == {
+    'nothing engaged',
+    *(f'severity {i}' for i in range(lexicon.NUM_SEVERITIES)),
+  }
+  assert not next(b for b in todo if b.name == 'flip').tags
+  knows = run(
+    lambda rows: metrics.log_odds_safe(metrics.probability_of(rows)), [unseen], num_samples=5
+  )
+  found = knows['unseen']
+  assert found.metrics['level_error']['value'] < 1e-5
+  assert found.metrics['level_correlation']['value'] == pytest.approx(1)
+  text = report.write_report(tmp_path / 'r', knows, title='T', summary={}).read_text()
+  assert 'Probabilities within levels of severity' in text
+  assert not any(b.tags for b in probes.basic_benchmarks(0, 4))
