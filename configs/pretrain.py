@@ -31,6 +31,9 @@ BASE = {
   'seed': 0,  # decides the first weights and the corpus
   'task': 'base',  # also the name of the folder that the weights are written to
   'num_steps': 6000,  # updates
+  # Where metrics go beside metrics.jsonl, which is always there: tensorboard, wandb, trackio,
+  # mlflow.
+  'loggers': ('jsonl', 'tensorboard'),
   'log_every': 100,  # steps that one line of metrics.jsonl sums up
   'checkpoint_every': 500,  # steps; a multiple of log_every
   # The steps of a profiler trace in workdir/profile, such as '10:13'; '' for no trace.

@@ -104,6 +104,9 @@ def base(arg):
     'seed': 0,  # decides prompts, draws, mini batches and adapters
     'algorithm': arg.algorithm,  # a name of csrm_jax.rl.algorithms
     'num_steps': 60,  # rollouts; with an offline algorithm updates
+    # Where metrics go beside metrics.jsonl, which is always there: tensorboard, wandb, trackio,
+    # mlflow.
+    'loggers': ('jsonl', 'tensorboard'),
     'log_every': 1,  # steps that one line of metrics.jsonl sums up
     'checkpoint_every': 10,  # steps; a multiple of log_every
     # The steps of a profiler trace in workdir/profile, such as '10:13'; '' for no trace.

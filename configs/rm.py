@@ -99,6 +99,9 @@ BASE = {
   'seed': 0,  # decides the data and, without model.init, the weights
   'num_steps': 500,  # updates
   'epochs': 0.0,  # passes over the data of files; above 0 these decide, and not num_steps
+  # Where metrics go beside metrics.jsonl, which is always there: tensorboard, wandb, trackio,
+  # mlflow.
+  'loggers': ('jsonl', 'tensorboard'),
   'log_every': 20,  # steps that one line of metrics.jsonl sums up
   'checkpoint_every': 100,  # steps; a multiple of log_every
   # The steps of a profiler trace in workdir/profile, such as '10:13'; '' for no trace.
@@ -179,6 +182,11 @@ BASE = {
     # A file of your own, in any form, whose rows are tested; '' holds rows of the data out.
     'path': '',
     'fraction': 0.2,  # the share of each file part that a hash of the text holds out
+    # Steps between measurements of the loss on validation rows (a quarter of what is held out, and
+    # of RuleWorld its own); a multiple of checkpoint_every; 0 for none.
+    'every': 0,
+    'keep_best': True,  # whether the step with the lowest such loss is what the run ends with
+    'patience': 0,  # measurements in a row without a lower loss that end the run; 0 for none
     'max_examples': 0,  # how many of each held-out part, a fixed sample; 0 for all
     # The suite `real`, see configs/eval.py:real.
     'real': {

@@ -9,12 +9,12 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from csrm_jax.core import files
+from csrm_jax.core import files, trackers
 from csrm_jax.core.checks import show
 
 # The packages whose versions can change a number or a file format.
@@ -86,8 +86,13 @@ class MetricsWriter:
   metrics of a step before its checkpoint. Only the first process of several writes.
   """
 
-  def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
-    """Opens the files, and TensorBoard's event files beside them.
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    resume_step: int | None = None,
+    loggers: Sequence[str] = ('jsonl', 'tensorboard'),
+  ):
+    """Opens the file and the other loggers, names of trackers.LOGGERS.
 
     Lines after the restored `resume_step` are dropped, because they will be written again: with
     -1 (a fresh run) all lines, with None no line.
@@ -95,9 +100,6 @@ class MetricsWriter:
     self._file = None
     if jax.process_index() != 0:
       return
-    # Imported here: it takes a while, and only training needs it.
-    import tensorboardX
-
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / 'metrics.jsonl'
@@ -105,9 +107,7 @@ class MetricsWriter:
       # Else a resumed run would have two lines for one step.
       files.cut_log(path, resume_step)
     self._file = open(path, 'a', encoding='utf-8', buffering=1)  # noqa: SIM115
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir), purge_step=None if resume_step is None else resume_step + 1
-    )
+    self._trackers = trackers.start(loggers, workdir, resume_step)
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Writes scalars (Python, NumPy or JAX) of one step; NaN and infinity become null."""
@@ -118,22 +118,24 @@ class MetricsWriter:
     # JSON has no word for NaN and infinity.
     line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
     self._file.write(json.dumps(line) + '\n')
-    for name, value in values.items():
-      self._board.add_scalar(name, value, int(step))
+    for tracker in self._trackers:
+      tracker.log(int(step), values)
 
   def flush(self) -> None:
     """Brings everything written so far to the disk."""
     if self._file is not None:
       self._file.flush()
       os.fsync(self._file.fileno())
-      self._board.flush()
+      for tracker in self._trackers:
+        tracker.flush()
 
   def close(self) -> None:
     """Flushes and closes the files."""
     if self._file is not None:
       self.flush()
       self._file.close()
-      self._board.close()
+      for tracker in self._trackers:
+        tracker.close()
       self._file = None
 
   def __enter__(self) -> MetricsWriter:

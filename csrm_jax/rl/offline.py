@@ -17,13 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
-from csrm_jax.core import checks, journal
+from csrm_jax.core import checks, journal, progress
 from csrm_jax.models.sampling import Completions, Sampling
 from csrm_jax.rl import algorithms, objectives, online, rewards
 from csrm_jax.safety.schema import Prompt, Sample
-from csrm_jax.train import loop, step as training
+from csrm_jax.train import step as training
 
 
 def check(config: Any) -> None:
@@ -63,7 +62,7 @@ def sample(
     raise ValueError('two prompts share an id; give each its own')
   policy.encode_all(prompts, sampling.max_completion_length)
   num_parallel, num_samples = config.pairs.num_parallel, config.pairs.num_samples
-  bar = tqdm.tqdm(total=len(prompts), desc='sample', unit='prompt', mininterval=loop.BAR_INTERVAL_S)
+  bar = progress.bar(len(prompts), 'sample', 'prompt')
   # By content, too: the completions of a prompt that has changed are not those of its name.
   content = {p.id: [p.messages, p.safety.digest(), dict(inputs)] for p in prompts}
   keys = {p.id: f'{p.id} {journal.key(content[p.id])[:16]}' for p in prompts}

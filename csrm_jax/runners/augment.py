@@ -22,17 +22,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
-import tqdm
 
 from csrm_jax import config as config_lib
 from csrm_jax.augmentation import beam, categories, proposers, report, requests, strictness
-from csrm_jax.core import files, journal as journal_lib
+from csrm_jax.core import files, journal as journal_lib, progress
 from csrm_jax.data import catalogue, forms, pipeline
 from csrm_jax.data.judged import Judged
 from csrm_jax.reward import model as reward_model
 from csrm_jax.ruleworld import examples as ruleworld_examples, proposer as world
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
-from csrm_jax.train import loop
 
 # The journal is written after so many conversations for each request that runs at once. A run that
 # is killed loses no more than these.
@@ -341,9 +339,7 @@ def _make_log(path: pathlib.Path) -> Callable[[Sequence[Mapping[str, Any]]], Non
 @contextlib.contextmanager
 def _progress(total: int, name: str, log: Callable[..., None]) -> Iterator[proposers.Progress]:
   """Shows a progress bar; yields a function that moves it and passes events to the log."""
-  with tqdm.tqdm(
-    total=total, desc=name, mininterval=loop.BAR_INTERVAL_S, dynamic_ncols=True
-  ) as bar:
+  with progress.bar(total, name, 'item') as bar:
 
     def update(num: int, events: Sequence[Mapping[str, Any]]) -> None:
       log(events)

@@ -24,7 +24,7 @@ import numpy as np
 import tqdm
 
 from csrm_jax import config as config_lib
-from csrm_jax.core import files, writer
+from csrm_jax.core import files, progress, writer
 from csrm_jax.data import benchmark, catalogue, domain, features, forms, sources, tables
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import bootstrap, compare, metrics, policy, report, suites, thresholds
@@ -36,7 +36,6 @@ from csrm_jax.rl import refusals
 from csrm_jax.ruleworld import probes
 from csrm_jax.runners import show_tokens as show_tokens_lib
 from csrm_jax.safety import schema, templates
-from csrm_jax.train import loop
 
 # The share of held-out rows on which thresholds and calibration are fitted.
 _VALIDATION_FRACTION = 0.25
@@ -513,6 +512,25 @@ def _score_once(
   return suites.blind(score) if rules_blind else score
 
 
+def validation_rows(todo: Sequence[Benchmark]) -> list[schema.Example]:
+  """Returns the labelled rows on which settings are chosen; no test set has them."""
+  return list(dict.fromkeys(row for b in todo for row in b.validation if row.label is not None))
+
+
+def measure_loss(
+  score_fn: scoring.ScoreFn, rows: Sequence[schema.Example], rules_blind: bool = False
+) -> dict[str, float]:
+  """Returns eval/loss, the mean of −log P(label) in nats, and eval/accuracy at 0.5."""
+  score = _score_once(score_fn, lambda num: None, rules_blind)
+  # The score is the log odds of "safe".
+  signs = np.where(metrics.labels_of(rows), -1.0, 1.0)
+  margins = signs * suites.score(score, rows)
+  return {
+    'eval/loss': float(np.logaddexp(0.0, -margins).mean()),
+    'eval/accuracy': float((margins > 0).mean()),
+  }
+
+
 def fit_calibration(
   score_fn: scoring.ScoreFn,
   todo: Sequence[Benchmark],
@@ -525,7 +543,7 @@ def fit_calibration(
   It says whether loaded models apply it: only if it helps on other development rows. Without rows
   of both labels it is None.
   """
-  rows = list(dict.fromkeys(row for b in todo for row in b.validation if row.label is not None))
+  rows = validation_rows(todo)
   labels = metrics.labels_of(rows)
   if not 0 < labels.sum() < len(labels):
     return None
@@ -565,10 +583,8 @@ def calibration_helps(rows: Sequence[schema.Example], scores: np.ndarray) -> tup
   )
 
 
-def progress_bar(name: str, total: int) -> tqdm.tqdm:
-  return tqdm.tqdm(
-    total=total, desc=name, unit='example', dynamic_ncols=True, mininterval=loop.BAR_INTERVAL_S
-  )
+def progress_bar(name: str, total: int) -> tqdm.tqdm | progress.Lines:
+  return progress.bar(total, name, 'example')
 
 
 def show_finished(workdir: pathlib.Path) -> bool:

@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -19,6 +19,7 @@ import ml_collections
 
 from csrm_jax.core import checks, files, mesh as mesh_lib, tree
 from csrm_jax.data import domain as domain_lib, draws, features, forms, judged, pipeline, sources
+from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import judged as evals_judged, report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, model as reward_model, scoring
@@ -80,6 +81,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
     meta=dataclasses.asdict(spec),
     inputs=inputs,
     setup_s=time.monotonic() - start,
+    validation=_validation(config, score_fn, todo),
   )
   num_examples = batches.num_atoms
   batches.close()
@@ -135,6 +137,29 @@ def _evaluate_real(
   print(evals_judged.headline_table(out))
   rows = {row['title']: row[evals_judged.MODEL]['value'] for row in out['headline']}
   return {f'real/{title}': value for title, value in rows.items()}
+
+
+def _validation(
+  config: ml_collections.ConfigDict,
+  score_fn: Callable[[Any], scoring.ScoreFn],
+  todo: Sequence[Benchmark],
+) -> loop_lib.Validation | None:
+  """Returns how the run is measured while it trains; score_fn makes one of parameters."""
+  if not config.eval.every:
+    return None
+  rows = evaluate.validation_rows(todo)
+  if not rows:
+    raise ValueError(
+      f'config.eval.every={config.eval.every} needs held-out rows with labels; give eval.path=FILE,'
+      ' or a larger eval.fraction'
+    )
+
+  def measure(params: Any) -> dict[str, float]:
+    return evaluate.measure_loss(score_fn(params), rows, config.data.rules_blind)
+
+  return loop_lib.Validation(
+    measure, config.eval.every, config.eval.keep_best, config.eval.patience
+  )
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:

@@ -14,12 +14,11 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-import tqdm
 
 from csrm_jax.core import (
   checkpoint,
@@ -28,13 +27,12 @@ from csrm_jax.core import (
   mesh as mesh_lib,
   preemption,
   profiling,
+  progress,
   remote,
+  trackers,
   writer as writer_lib,
 )
 from csrm_jax.train import step as training
-
-# The seconds between updates of a progress bar; a log file needs few of its lines.
-BAR_INTERVAL_S = 1.0 if sys.stderr.isatty() else 10.0
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'
 # These parts of a step are measured; the rest is its computation.
@@ -130,6 +128,26 @@ def check_lengths(config: Any) -> None:
       f'log_every={config.log_every}.'
     )
   profiling.parse_steps(config.profile_steps)
+  trackers.check(config.loggers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+  """How a run is measured on held-out rows while it trains."""
+
+  measure: Callable[[Any], Mapping[str, float]]  # params -> metrics, of which eval/loss decides
+  every: int  # steps; a multiple of checkpoint_every
+  keep_best: bool  # the last checkpoint gets the parameters that had the lowest loss
+  patience: int  # measurements in a row without a lower loss that end the run; 0 for none
+
+  def check(self, checkpoint_every: int) -> None:
+    """Checks the settings against the run's."""
+    if self.every < 1 or self.every % checkpoint_every:
+      raise ValueError(
+        f'eval.every={self.every} must be a multiple of checkpoint_every={checkpoint_every}.'
+      )
+    if self.patience < 0:
+      raise ValueError(f'eval.patience={self.patience} must be at least 0.')
 
 
 def train(
@@ -143,6 +161,7 @@ def train(
   inputs: Mapping[str, str] | None = None,
   setup_s: float = 0.0,
   name: str = 'train',
+  validation: Validation | None = None,
 ) -> training.TrainState:
   """Returns the state after config.num_steps steps, resuming if it can.
 
@@ -150,7 +169,7 @@ def train(
   takes its place, together with the state of the work. The last step is saved, and after SIGTERM
   the step that is being done. `meta` is JSON that describes the model, stored with each checkpoint,
   as `inputs` are: {what the run reads: its digest}. setup_s are the seconds that reading data and
-  weights has taken.
+  weights has taken. With a validation the last checkpoint may be that of an earlier step.
 
   Raises:
     ValueError: A loss or gradient is not finite; the message names the step and the file with
@@ -159,8 +178,12 @@ def train(
     preemption.Stopped: SIGTERM came, and the state is saved.
   """
   check_lengths(config)
+  if validation:
+    validation.check(config.checkpoint_every)
   began, earlier_s, start = time.perf_counter(), elapsed_s(workdir), 0
   carried, window, inputs = None, None, dict(inputs or {})
+  # The lowest loss so far, its step, and how many measurements followed.
+  best = {'loss': None, 'step': 0, 'num_since': 0, 'done': False}
   with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
     restored = saved.restore_latest(mesh_lib.abstract(state, mesh))
     if restored is not None:
@@ -168,26 +191,23 @@ def train(
       # The loop's own entries: the work gets back only what it gave.
       window = carried.pop('window', None)
       _check_inputs(config, workdir, carried.pop('inputs', {}), inputs)
+      best = carried.pop('best', best)
     else:
       _check_new(config, workdir)
     if inputs:
       writer_lib.update_manifest(workdir, {'inputs': inputs})
     work.begin(state, start, carried)
     # A run that stopped early has nothing left to do when it is started again.
-    num_steps = start if work.stopped else config.num_steps
+    num_steps = start if work.stopped or best['done'] else config.num_steps
     log = Window(earlier_s, setup_s + time.perf_counter() - began, window)
     with (
       preemption.watch() as asked,
       profiling.trace(profiling.parse_steps(config.profile_steps), workdir / 'profile') as done,
-      writer_lib.MetricsWriter(workdir, resume_step=start if restored else -1) as writer,
-      tqdm.tqdm(
-        total=num_steps,
-        initial=start,
-        desc=name,
-        unit='step',
-        dynamic_ncols=True,
-        mininterval=BAR_INTERVAL_S,
-      ) as bar,
+      writer_lib.MetricsWriter(
+        workdir, resume_step=start if restored else -1, loggers=config.loggers
+      ) as writer,
+      progress.bar(num_steps, name, 'step', start) as bar,
+      checkpoint.Checkpoints(workdir / 'best', keep=1) as kept,
     ):
       done(start, state)
       unchecked = ()
@@ -203,19 +223,35 @@ def train(
           unchecked = ()
           if updates:
             total, weight = jax.device_get(updates[-1][1]['train/loss'])
-            bar.set_postfix(loss=f'{total / max(weight, 1e-9):.4f}', refresh=False)
+            bar.set_postfix_str(f'loss={total / max(weight, 1e-9):.4f}', refresh=False)
         bar.update()
         done(step, state)
+        measured = {}
+        if validation and (step % validation.every == 0 or last):
+          with log.span('validate'):
+            measured = dict(validation.measure(state.params))
+            last = _compare(best, measured['eval/loss'], step, validation.patience) or last
+            if best['step'] == step and validation.keep_best:
+              _keep_best(kept, state, step)
+          is_logged = True
         if is_logged:
-          writer.write(step, work.line(log))
+          writer.write(step, work.line(log) | measured)
         # Only now: closing a line may tell the work to stop.
         last = last or bool(work.stopped)
+        if last and validation:
+          best['done'] = True
+          if validation.keep_best and 0 < best['step'] < step:
+            shapes = mesh_lib.abstract({'params': state.params}, mesh)
+            kept.wait()
+            params = kept.restore(best['step'], shapes).state['params']
+            state = dataclasses.replace(state, params=params)
+            checks.note(f'step {best["step"]} had the lowest loss on held-out rows, and is kept')
         if step % config.checkpoint_every == 0 or last or stop:
           with log.span('checkpoint'):
             # Metrics first: after a kill, metrics.jsonl must reach at least to the checkpoint.
             writer.flush()
             remote.push(workdir)
-            own = {'window': log.get_state(), 'inputs': inputs}
+            own = {'window': log.get_state(), 'inputs': inputs, 'best': best}
             saved.save(step, state, work.get_state() | own, meta)
         if stop:
           raise preemption.Stopped(step)
@@ -224,6 +260,23 @@ def train(
   if work.stopped:
     print(f'stopped early: {work.stopped}', file=sys.stderr)
   return state
+
+
+def _compare(best: dict[str, Any], loss: float, step: int, patience: int) -> bool:
+  """Updates what is known of the best step; returns whether patience is at its end."""
+  if not np.isfinite(loss):
+    raise ValueError(f'step {step}: eval/loss is {loss}; look at the held-out rows')
+  if best['loss'] is None or loss < best['loss']:
+    best |= {'loss': float(loss), 'step': step, 'num_since': 0}
+  else:
+    best['num_since'] += 1
+  return bool(patience) and best['num_since'] >= patience
+
+
+def _keep_best(kept: checkpoint.Checkpoints, state: training.TrainState, step: int) -> None:
+  # After a kill this step may be there already, as it is now bit for bit.
+  if step not in kept.steps():
+    kept.save(step, {'params': state.params}, {})
 
 
 def _check_new(config: Any, workdir: pathlib.Path) -> None:
@@ -313,7 +366,7 @@ class Window:
     try:
       yield
     finally:
-      self._spans[name] += time.perf_counter() - start
+      self._spans[name] = self._spans.get(name, 0.0) + time.perf_counter() - start
 
   def add(self, metrics: Sequence[Mapping[str, Any]], **counts: float) -> None:
     """Adds the metrics and the counts of one step."""

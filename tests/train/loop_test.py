@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -11,7 +12,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from csrm_jax.core import mesh as mesh_lib, preemption
+from csrm_jax.core import checkpoint, mesh as mesh_lib, preemption
 from csrm_jax.data import features, pipeline
 from csrm_jax.train import loop as loop_lib, losses, step as training
 
@@ -73,6 +74,7 @@ def _config(num_steps, log_every, checkpoint_every):
       'log_every': log_every,
       'checkpoint_every': checkpoint_every,
       'profile_steps': '',
+      'loggers': ('jsonl',),
     }
   )
 
@@ -86,6 +88,7 @@ def _train(
   step_fn=None,
   inputs=None,
   config=None,
+  validation=None,
 ):
   """Returns (last state, step function) of a run in a new set of objects."""
   own_step_fn, state, mesh = _setup()
@@ -100,6 +103,7 @@ def _train(
       workdir=workdir,
       meta={'name': 'bigram'},
       inputs=inputs,
+      validation=validation,
     )
   finally:
     batches.close()
@@ -387,3 +391,75 @@ def test_what_is_not_finite_is_kept_as_json():
   json.dumps(state, allow_nan=False)
   values = loop_lib.Window(state=state).close()
   assert np.isnan(values['kl']) and np.isnan(values['entropy'])
+
+
+def _validation(values, seen, **options):
+  """Returns a validation with these losses, which writes down the parameters that it is given."""
+
+  def measure(params):
+    seen.append(jax.tree.map(np.asarray, params))
+    return {'eval/loss': values[len(seen) - 1]}
+
+  return loop_lib.Validation(measure, every=4, **{'keep_best': True, 'patience': 0} | options)
+
+
+def _saved(workdir):
+  state = _setup()[1]
+  with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
+    return saved.restore_latest(state)
+
+
+def test_the_best_step_is_kept_and_patience_ends_a_run(tmp_path):
+  seen = []
+  values = [3.0, 1.0, 2.0, 2.5, 0.0]
+  state, _ = _train(tmp_path, 20, validation=_validation(values, seen, patience=2))
+  assert len(seen) == 4
+  kept = _saved(tmp_path)
+  assert kept.step == 16
+  for found in (state.params, kept.state.params):
+    jax.tree.map(np.testing.assert_array_equal, found, seen[1])
+  lines = _lines(tmp_path)
+  assert [(x['step'], x['eval/loss']) for x in lines if 'eval/loss' in x] == [
+    (4, 3.0), (8, 1.0), (12, 2.0), (16, 2.5)
+  ]  # fmt: skip
+  # It is over: the same command trains no further.
+  again, _ = _train(tmp_path, 20, validation=_validation(values, seen, patience=2))
+  jax.tree.map(np.testing.assert_array_equal, again.params, seen[1])
+  assert len(seen) == 4
+
+
+def test_the_last_step_stays_where_it_is_the_best_or_nothing_else_is_asked(tmp_path):
+  for falling, options in ((True, {}), (False, {'keep_best': False})):
+    seen, values = [], [2.0, 1.0 if falling else 3.0]
+    validation = _validation(values, seen, **options)
+    state, _ = _train(tmp_path / str(falling), 8, validation=validation)
+    jax.tree.map(np.testing.assert_array_equal, state.params, seen[-1])
+  plain, _ = _train(tmp_path / 'plain', 8)
+  jax.tree.map(np.testing.assert_array_equal, state.params, plain.params)
+
+
+def test_a_run_that_was_stopped_knows_its_best_step(tmp_path):
+  values, asked, rest = [3.0, 1.0, 2.0, 2.0], [], []
+  expected, _ = _train(tmp_path / 'whole', 16, validation=_validation(values, []))
+
+  def stop(params):
+    asked.append(params)
+    if len(asked) == 3:
+      raise KeyboardInterrupt
+    return {'eval/loss': values[len(asked) - 1]}
+
+  with pytest.raises(KeyboardInterrupt):
+    _train(tmp_path / 'cut', 16, validation=loop_lib.Validation(stop, 4, True, 0))
+  state, _ = _train(tmp_path / 'cut', 16, validation=_validation(values[2:], rest))
+  jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
+  assert len(rest) == 2
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [({'every': 6}, 'eval.every=6 must be a multiple'), ({'patience': -1}, 'eval.patience=-1')],
+)
+def test_bad_validations_are_refused(tmp_path, options, message):
+  validation = dataclasses.replace(_validation([], []), **options)
+  with pytest.raises(ValueError, match=message):
+    _train(tmp_path, 8, validation=validation)
