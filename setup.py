@@ -64,7 +64,7 @@ EXTRAS = {
   'gcs': ['gcsfs>=2025.3'],
   'parquet': ['pyarrow>=18'],
   # Trackers of experiments, for config.loggers.
-  'loggers': ['wandb>=0.19', 'trackio>=0.2', 'mlflow-skinny>=2.20'],
+  'loggers': ['wandb>=0.19', 'trackio>=0.2', 'mlflow>=2.20'],
   # Accelerators. Plain `jax` is the CPU version, and no extra changes what is
   # already installed for another backend.
   'tpu': ['jax[tpu]>=0.10.2'],

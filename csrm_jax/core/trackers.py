@@ -64,13 +64,13 @@ def _trackio(workdir: pathlib.Path, resume_step: int | None) -> Tracker:
 def _mlflow(workdir: pathlib.Path, resume_step: int | None) -> Tracker:
   mlflow = checks.require('mlflow', "loggers with 'mlflow'", 'loggers')
   if not os.environ.get('MLFLOW_TRACKING_URI'):
-    mlflow.set_tracking_uri((workdir.absolute() / 'mlruns').as_uri())
+    mlflow.set_tracking_uri(f'sqlite:///{workdir.absolute() / "mlflow.db"}')
   mlflow.set_experiment(os.environ.get('MLFLOW_EXPERIMENT_NAME', PROJECT))
   known = _read(workdir).get('mlflow')
   run = mlflow.start_run(run_id=known, run_name=None if known else workdir.name)
   if not known:
     _known(workdir, 'mlflow', lambda: run.info.run_id)
-    mlflow.log_dict(_config(workdir), 'config.json')
+    mlflow.set_tag('config', str(_config(workdir))[:5000])
   return Tracker(
     'mlflow',
     lambda step, values: mlflow.log_metrics(dict(values), step=step),

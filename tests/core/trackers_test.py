@@ -32,7 +32,7 @@ def calls(monkeypatch):
   run = types.SimpleNamespace(log=stand_in('run.log', None), finish=stand_in('run.finish', None))
   module('wandb', ['init'], run)
   module('trackio', ['init', 'log', 'finish'])
-  names = 'set_tracking_uri set_experiment start_run log_dict log_metrics end_run'
+  names = 'set_tracking_uri set_experiment start_run set_tag log_metrics end_run'
   module('mlflow', names.split(), RUN)
   return found
 
