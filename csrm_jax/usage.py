@@ -71,8 +71,9 @@ def _show(value: object) -> str:
 
 
 def comments(path: pathlib.Path) -> dict[str, str]:
-  """Returns {dotted key: its comment} of a config file and of the files that it loads."""
-  loaded = re.findall(r"'(?:configs/)?(\w+\.py)'", path.read_text('utf-8'))
+  """Returns {dotted key: its comment} of a config file and of those that it loads or speaks of."""
+  text = re.sub(r'\n\s*# ', ' ', path.read_text('utf-8'))
+  loaded = re.findall(r"(?:'|as in )(?:configs/)?(\w+\.py)", text)
   # What a loaded file loads comes first, so that it can be named there.
   files = dict.fromkeys(path.with_name(name) for name in ('common.py', *loaded, path.name))
   found: dict[str, str] = {}
