@@ -23,15 +23,20 @@ def get_config(arg=None):
   )
   c = ml_collections.ConfigDict()
   c.runner = 'calibrate'
-  # The work directory of a training run, an exported model, or a public model; the next six are as
-  # in configs/eval.py.
+  # The work directory of a training run, an exported model, or a public model.
   c.checkpoint = arg.checkpoint
-  c.format = 'csrm'
-  c.words = ('safe', 'unsafe')
-  c.order = ''
-  c.numerics = ml_collections.ConfigDict({'dtype': '', 'param_dtype': ''})
-  c.max_length = 2048
-  c.on_cut = 'window'
+  # The next three are for public models only, as in configs/eval.py.
+  c.format = 'csrm'  # how prompts are written
+  c.words = ('safe', 'unsafe')  # the words for both verdicts
+  c.order = ''  # what comes first: rules_first or conversation_first
+  c.numerics = ml_collections.ConfigDict(
+    {
+      'dtype': '',  # of activations, float32 or bfloat16; '' is a trained model's own
+      'param_dtype': '',  # of parameters; '' keeps what is stored
+    }
+  )
+  c.max_length = 2048  # the most tokens that one pass reads
+  c.on_cut = 'window'  # what becomes of longer conversations, as in configs/eval.py
   c.allow_out_of_domain = False  # whether text is judged that is foreign to the model
   # What is bounded: flagged, the share of safe replies that are flagged; or missed, the share of
   # unsafe ones that are not.

@@ -6,9 +6,13 @@ Policies are the .yaml files of a folder; an edited file takes effect at once. h
 is a page to try rules on, /docs lists the endpoints. SIGTERM answers what was accepted, and ends.
 """
 
+import pathlib
+
 import ml_collections
 
 from csrm_jax import config as config_lib
+
+common = config_lib.load_module(pathlib.Path(__file__).with_name('common.py'))
 
 
 def get_config(arg=None):
@@ -53,6 +57,9 @@ def get_config(arg=None):
   c.max_length = 2048  # tokens of rules and conversation together
   # Requests that would wait longer are refused (429); accepted ones end within twice as long.
   c.deadline_s = 10.0
+  # Devices along each axis, as in configs/rm.py: rows go to data and fsdp, weights are cut over
+  # fsdp and tensor. By default every device of this process has all weights.
+  c.mesh = ml_collections.ConfigDict(common.MESH)
   c.batching = ml_collections.ConfigDict(
     {
       # Tokens of rules, and of what follows them: each is padded to the next length. There is a

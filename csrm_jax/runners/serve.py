@@ -8,9 +8,10 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 
+import jax
 import ml_collections
 
-from csrm_jax.core import checks
+from csrm_jax.core import checks, mesh as mesh_lib
 from csrm_jax.evals import thresholds
 from csrm_jax.reward import model as reward_model
 
@@ -111,7 +112,10 @@ def _load(config: ml_collections.ConfigDict):
   if source is not config.checkpoint:
     numerics = {name: value for name, value in config.numerics.items() if value}
     options = {'format': config.format, 'words': tuple(config.words), **numerics}
-  spec, params, tokenizer = reward_model.load_parts(source, **options)
+  mesh = mesh_lib.make_mesh(**config.mesh)
+  # One device needs no mesh, and computes as a file is scored.
+  with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+    spec, params, tokenizer = reward_model.load_parts(source, **options)
   batching = config.batching
   engine = engine_lib.Engine(
     spec,

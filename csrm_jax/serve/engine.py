@@ -213,6 +213,7 @@ class Engine:
     with mesh_lib.of(params):
       kind = 'cpu' if mesh_lib.platform() == 'cpu' else 'other'
     call_tokens = lengths.call_tokens or plans.CALL_TOKENS[kind]
+    call_tokens *= mesh_lib.num_row_parts(params)
     self._rows = {length: _row_counts(call_tokens, length) for length in lengths.row}
     self._programs: dict[Any, Any] = {}  # (prefix, row, rows) or prefix -> compiled
     self._row_s = dict.fromkeys(lengths.row, 0.0)
@@ -426,13 +427,18 @@ class Engine:
 
   def _compile(self, wanted: Any) -> Any:
     """Returns the program of (prefix length, row length, rows), or of a prefix length alone."""
-    cfg, shape_of = self.spec.model, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    cfg = self.spec.model
     read = functools.partial(transformer.read_prefix, cfg)
     with mesh_lib.of(self._params):
+      # Every device of a mesh has all prefixes; rows are cut between them.
+      mesh = jax.sharding.get_mesh()
+      everywhere = None if mesh.empty else mesh_lib.replicated(mesh)
+      shape_of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=everywhere)
+      program = jax.jit(read, out_shardings=everywhere)
       if isinstance(wanted, int):
-        return jax.jit(read).lower(self._params, *[shape_of((1, wanted))] * 3).compile()
+        return program.lower(self._params, *[shape_of((1, wanted))] * 3).compile()
       prefix, length, rows = wanted
-      kept = jax.eval_shape(read, self._params, *[shape_of((1, prefix))] * 3)
+      kept = jax.eval_shape(program, self._params, *[shape_of((1, prefix))] * 3)
       names = 'tokens', 'positions', 'segment_ids'
       batch = {name: shape_of((rows, length)) for name in names}
       batch['verdict_index'] = shape_of((rows, 1))

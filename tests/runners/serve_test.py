@@ -128,3 +128,14 @@ def test_what_is_refused_before_anything_starts(run, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=says) as error:
       serve.make_server(make_config(**(given | changes)))
     assert '\n' not in str(error.value)
+
+
+def test_all_devices_by_default(run):
+  """The server's parameters lie on every device of the process."""
+  script = (
+    'from csrm_jax import config; from csrm_jax.runners import serve; '
+    f'c = config.load_module({str(ROOT / "configs/serve.py")!r}).get_config("checkpoint={run}"); '
+    f'c.policies = {str(run / "policies")!r}; engine, _ = serve._load(c); '
+    'import jax; leaf = jax.tree.leaves(engine._params)[0]; print(len(leaf.sharding.device_set))'
+  )
+  assert small.run_on_devices(3, script).split()[-1] == '3'

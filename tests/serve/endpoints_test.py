@@ -213,13 +213,14 @@ def test_what_is_too_long_is_refused_or_marked(server, film):
   assert status == 413 and 'the rules take' in answer['error']['message']
 
 
-def test_two_threads_and_mixed_requests_give_the_offline_verdicts(server, film):
+@pytest.mark.parametrize('num', [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_two_threads_and_mixed_requests_give_the_offline_verdicts(server, film, num):
   compiled = server.metric('csrm_compilations_total')
   made = [examples.test_example(0, i, 'seen') for i in range(40)]
   policies = [server.policies.get(name) for name in ('film', 'pets')]
   rng = random.Random(0)
   asks = []
-  for _ in range(300):
+  for _ in range(num):
     example, policy = rng.choice(made), rng.choice([None, *policies])
     rules = policy.safety if policy else example.safety
     talk = [m.to_dict() for m in example.conversation]
