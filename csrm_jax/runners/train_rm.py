@@ -49,7 +49,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   start = time.monotonic()
   loop_lib.check_lengths(config)
   spec, tokenizer, source = _describe(config)
-  if config.model.overrides.dtype == 'auto':
+  # A config may override other fields only.
+  if 'dtype' in config.model.overrides and config.model.overrides.dtype == 'auto':
     print(f'dtype=auto: {spec.model.dtype} is the faster one here', file=sys.stderr)
   parts, held_out = _read_data(config)
   if config.tokenizer:
@@ -88,7 +89,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   start = time.monotonic()
   trained_s = loop_lib.elapsed_s(workdir)
   score = score_fn(state.params)
-  calibration = evaluate.fit_calibration(score, todo, workdir, config.num_steps, blind)
+  calibration = evaluate.fit_calibration(score, todo, workdir, int(state.step), blind)
   results = evaluate.test(score, todo, calibration, blind) | {
     f'{name}_zero_shot': dataclasses.replace(
       result, description='The same examples before training.'
