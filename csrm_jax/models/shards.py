@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from csrm_jax.core import files
+from csrm_jax.core import checks, files
 
 WEIGHTS_FILE = 'model.safetensors'
 INDEX_FILE = 'model.safetensors.index.json'
@@ -60,8 +60,11 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   tensors = {}
   for file in sorted(set(named.values())):
     # An index must not lead a reader out of its folder.
-    if pathlib.PurePath(file).name != file:
-      raise ValueError(f'{index}: names the file {file!r} in another folder; copy the file again.')
+    if pathlib.PurePath(file).name != file or len(file) > 255 or not file.isprintable():
+      raise ValueError(
+        f'{index}: names the file {checks.show(file)}, which lies in another folder or has no '
+        'name of a file; copy the index again.'
+      )
     shard = open_file(folder / file)
     wanted = {name for name, value in named.items() if value == file}
     for name in sorted(wanted ^ set(shard)):

@@ -130,7 +130,8 @@ class SentencePieceTokenizer(_WithControl):
     try:
       sp = sentencepiece.SentencePieceProcessor()
       sp.LoadFromSerializedProto(data)
-    except RuntimeError:
+      pieces = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    except (RuntimeError, UnicodeDecodeError):
       raise ValueError(
         f'{where}: not a SentencePiece model; give the .model file that training wrote'
       ) from None
@@ -141,7 +142,6 @@ class SentencePieceTokenizer(_WithControl):
     if self.eos_id < 0:
       raise ValueError(f'{where}: has no end-of-text piece; train one with it')
     self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
-    pieces = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
     control = {piece: i for piece, i in pieces.items() if sp.is_control(i)}
     # Some models list chat markers as user-defined pieces: plain text that spells a marker would
     # become the marker.
