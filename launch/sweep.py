@@ -8,7 +8,8 @@ python launch/sweep.py --config=configs/rm.py:mesh=v5e-16,model=llama3_8b \\
 On this machine each run is a process of its own in DIR/<name>, with its output
 in DIR/logs/<name>.log. A run whose report/summary.json is there is done, and
 one that was interrupted resumes, so the same command continues a sweep. The
-table also lands in DIR/table.md and DIR/table.json.
+table also lands in DIR/table.md and DIR/table.json. Where people's verdicts are
+split, runs measure the development side; --split=test is for the last look.
 
 --launcher=slurm, xpk or sky submits one job a run, through that script of
 launch/ and with --launcher_flags, but for the runs that are done. It does not

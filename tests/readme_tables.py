@@ -2,6 +2,7 @@
 
 python tests/readme_tables.py              # writes the tables into README.md
 python tests/readme_tables.py --new=NAME   # makes tests/results/NAME.json of a table without one
+python tests/readme_tables.py --default=/tmp/rm  # takes the first table from that work directory
 
 A file holds one table, found in the README by its header, and how its numbers were made: command,
 seeds, commit, machine. To change a number change the file, and write. A cell is a number, [value,
@@ -15,6 +16,7 @@ import argparse
 import json
 import pathlib
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -169,14 +171,80 @@ def dump(result: dict[str, Any]) -> str:
   return text[:start] + '\n' + shown + text[end:] + '\n'
 
 
+# Rows of the first table -> the key of a run's summary.
+_DEFAULT = {
+  'F1, seen rules': 'seen/f1',
+  'F1, unseen rules': 'unseen/f1',
+  'AUPRC, seen rules': 'seen/auprc',
+  'AUPRC, unseen rules': 'unseen/auprc',
+  'smECE, seen rules': 'seen/smece',
+  'smECE, unseen rules': 'unseen/smece',
+  '… of 0.97 or 0.03, seen rules': 'seen/smece_constants',
+  '… of 0.97 or 0.03, unseen rules': 'unseen/smece_constants',
+  'pair accuracy, unseen rules': 'pairs/accuracy',
+  'mean score gap, nats': 'pairs/score_gap',
+  'flip consistency, unseen rules': 'flip/consistency',
+}
+_SHARES = ('f1', 'auprc', 'accuracy')
+
+
+def take_default(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns what default.json holds of a run of the default job."""
+  summary, manifest, config = (
+    json.loads((workdir / name).read_text('utf-8'))
+    for name in ('report/summary.json', 'manifest.json', 'config.json')
+  )
+  rows = []
+  for title, key in _DEFAULT.items():
+    value, low, high, best = (summary.get(f'{key}{end}') for end in ('', '_low', '_high', '_best'))
+    share = best and key.rpartition('/')[2] in _SHARES and round(100 * value / best, 1)
+    numbers = [value, None if low is None else [low, high], best]
+    if key.endswith('score_gap'):
+      rows.append([title, *(cell_text(cell, 2) for cell in numbers), None])
+    else:
+      rows.append([title, *(_rounded(cell) for cell in numbers), share or None])
+  commit = subprocess.run(
+    ['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True
+  )
+  system = manifest['platform'].split('-')[0]
+  processor = re.search(r'x86_64|aarch64|arm64|$', manifest['platform'])
+  return {
+    'made': {
+      'command': 'python -m csrm_jax.main --config=configs/rm.py --workdir=/tmp/rm',
+      'seeds': [config['seed']],
+      'commit': commit.stdout.strip() or 'unknown',
+      'machine': f'{manifest["num_cpus"]} CPUs ({system}, {processor[0]}), Python'
+      f' {manifest["python"]}, JAX {manifest["packages"]["jax"]}',
+      'source': 'report/summary.json of the run',
+    },
+    'table': {
+      'header': ['', 'value', '95% interval', 'best', 'of best'],
+      'by_row': False,
+      'digits': [0, 3, 3, 3, 1],
+      'forms': ['{}', '{}', '{}', '{}', '{}%'],
+      'rows': rows,
+    },
+  }
+
+
+def _rounded(cell: Any) -> Any:
+  if cell is None:
+    return None
+  return [round(x, 3) for x in cell] if isinstance(cell, list) else round(cell, 3)
+
+
 def main() -> int:
   """Returns the exit code."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--new', metavar='NAME', default='', help='of a table without a file')
+  parser.add_argument('--default', metavar='WORKDIR', default='', help='of the default job')
   args = parser.parse_args()
   readme = README.read_text('utf-8')
+  if args.default:
+    result = take_default(pathlib.Path(args.default))
+    (RESULTS / 'default.json').write_text(dump(result), 'utf-8')
   if not args.new:
     README.write_text(written(readme), 'utf-8')
     return 0

@@ -55,3 +55,31 @@ def test_cells_are_numbers_and_come_back(text, cell):
   assert readme_tables.parse_cell(text) == cell
   value, digits, form = cell
   assert readme_tables.cell_text(value, digits or 0, form) == text
+
+
+def test_the_first_table_is_taken_from_a_run(tmp_path):
+  summary = {
+    'unseen/f1': 0.95,
+    **{'unseen/f1_low': 0.9391, 'unseen/f1_high': 0.9609, 'unseen/f1_best': 0.96},
+    **{'unseen/smece': 0.0333, 'unseen/smece_constants': 0.018, 'pairs/score_gap': 7.234},
+  }
+  manifest = {
+    'num_cpus': 2,
+    'platform': 'Linux-6.1-x86_64-with-glibc2.36',
+    'python': '3.11.7',
+    'packages': {'jax': '0.10.2'},
+  }
+  (tmp_path / 'report').mkdir()
+  for name, content in (
+    ('report/summary.json', summary),
+    ('manifest.json', manifest),
+    ('config.json', {'seed': 3}),
+  ):
+    (tmp_path / name).write_text(json.dumps(content))
+  taken = readme_tables.take_default(tmp_path)
+  text = readme_tables.render(taken['table'])
+  assert '| F1, unseen rules | 0.950 | 0.939–0.961 | 0.960 | 99.0% |' in text
+  assert '| … of 0.97 or 0.03, unseen rules | 0.018 | | | |' in text
+  assert '| mean score gap, nats | 7.23 | | | |' in text
+  assert taken['made']['machine'] == '2 CPUs (Linux, x86_64), Python 3.11.7, JAX 0.10.2'
+  assert taken['made']['seeds'] == [3] and taken['made']['commit']
