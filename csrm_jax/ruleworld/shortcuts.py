@@ -156,20 +156,23 @@ def measure(seed: int = 2000, num_rows: int = 2000, num_samples: int = 300) -> d
       'num_rows': num_rows,
       'base_rate': float(labels.mean()),
       'judges': {
-        name: {
-          metric: m(
-            functools.partial(fn, threshold=thresholds[name]),
-            *(labels, judge(rows)),
-            centred=centred,
-            # smECE is slow, and its interval is rough whatever the number of draws.
-            num_samples=min(num_samples, 100) if metric == 'smece' else num_samples,
-          )
-          for metric, (_, fn, centred) in METRICS.items()
-        }
+        name: _measure_one(m, labels, judge(rows), thresholds[name])
         for name, judge in judges.items()
       },
     }
   return {'seed': seed, 'thresholds': thresholds, 'tiers': found, 'gate': gate(found)}
+
+
+def _measure_one(
+  m: bootstrap.Measure, labels: np.ndarray, p_unsafe: np.ndarray, threshold: float
+) -> dict[str, bootstrap.Metric]:
+  found = {}
+  for name, (_, fn, centred) in METRICS.items():
+    fn = functools.partial(fn, threshold=threshold)
+    # smECE is slow, and its interval is rough whatever the number of draws.
+    num = min(m.num_samples, 100) if name == 'smece' else m.num_samples
+    found[name] = m(fn, labels, p_unsafe, centred=centred, num_samples=num)
+  return found
 
 
 def gate(tiers: dict[str, Any]) -> dict[str, str]:
