@@ -19,7 +19,7 @@ import numpy as np
 
 from csrm_jax.core import checks, files
 from csrm_jax.data import draws, sources
-from csrm_jax.safety import schema
+from csrm_jax.safety import augment, schema
 
 FILE = 'domain.json'  # beside weights in Hugging Face's form
 # What a mark says, see Domain.marks.
@@ -188,8 +188,10 @@ def _share(text: str, known: frozenset[str] | set[str]) -> float:
 
 def _texts(safety: schema.SafetyConfig, conversation: Sequence[schema.Message]) -> dict[str, str]:
   contents = [message.content for message in conversation]
+  # What stands where rules are hidden is nobody's text.
+  rules = () if safety == augment.NO_RULES else safety.categories
   return {
-    'the rules': '\n'.join(map(_rule_text, safety.categories)),
+    'the rules': '\n'.join(map(_rule_text, rules)),
     'the conversation': '\n'.join(contents),
     # Apart: a long history must not hide that it is foreign.
     'the last message': contents[-1],

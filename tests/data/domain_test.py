@@ -7,7 +7,7 @@ import pytest
 import csrm_jax
 from csrm_jax.data import domain, sources
 from csrm_jax.ruleworld import examples, probes
-from csrm_jax.safety import schema
+from csrm_jax.safety import augment, schema
 from tests import small
 
 # Ten made-up policies, each with twenty made-up replies.
@@ -62,6 +62,7 @@ def test_no_test_row_of_ruleworld_is_foreign_to_it(world):
   long, short = rows['long_rules'][0], rows['unseen'][0]
   assert world.marks(long.safety, long.conversation, 900) == 'longer prompt, more rules'
   assert world.marks(short.safety, short.conversation, 256) == ''
+  assert world.marks(augment.NO_RULES, short.conversation, 256) == ''  # as suites ask, too
 
 
 def test_a_model_of_own_rows_knows_text_like_them():
