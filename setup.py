@@ -130,6 +130,8 @@ setuptools.setup(
     'pyyaml>=6.0.2',
     'tensorboardX>=2.6.2.2',
     'tqdm>=4.67',
+    # The report in HTML; Flax brings it along.
+    'markdown-it-py>=3',
   ],
   extras_require=EXTRAS,
 )

@@ -8,6 +8,9 @@ import math
 import os
 import pathlib
 import platform
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,7 +45,26 @@ def make_manifest() -> dict[str, Any]:
     'num_devices': len(devices),
     'device_kind': devices[0].device_kind,
     'backend': jax.default_backend(),
+    'command': shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+    'commit': _commit(),
   }
+
+
+def _commit() -> str | None:
+  """Returns the commit of the checkout that this runs from, with a + where files have changed."""
+  root = pathlib.Path(__file__).parents[2]
+  if not (root / '.git').exists():
+    return None
+  found = []
+  for command in ('rev-parse HEAD', 'status --porcelain --untracked-files=no'):
+    try:
+      done = subprocess.run(
+        ['git', '-C', root, *command.split()], capture_output=True, text=True, timeout=10
+      )
+    except (OSError, subprocess.TimeoutExpired):
+      return None
+    found.append(done.stdout.strip())
+  return found[0][:12] + '+' * bool(found[1]) if found[0] else None
 
 
 def read_manifest(workdir: str | os.PathLike) -> dict[str, Any]:

@@ -23,7 +23,8 @@ import yaml
 from csrm_jax import config as config_lib
 from csrm_jax.core import files
 from csrm_jax.core.markdown import NONE, Markdown, code, escape, is_number, number, short, table
-from csrm_jax.evals import figures, verdicts
+from csrm_jax.evals import figures, findings, html, verdicts
+from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import (
   FAILED,
   METRICS,
@@ -95,6 +96,8 @@ def write_report(
   summary: Mapping[str, Any],
   manifest: Mapping[str, Any] | None = None,
   history: str | os.PathLike | None = None,
+  about: Mapping[str, Any] | None = None,
+  calibration: Calibration | None = None,
 ) -> pathlib.Path:
   """Writes the report with all its files, and returns the path of report.md.
 
@@ -105,6 +108,8 @@ def write_report(
     summary: A flat dict, which goes to summary.json as it is.
     manifest: What the run was made of: versions, digests, devices, command.
     history: The metrics.jsonl of the run, for the training curves.
+    about: {what: value} of the model and the run, which stand first.
+    calibration: What was fitted on rows of its own.
 
   Raises:
     ValueError: A value of the summary is a dict, a list or a tuple.
@@ -121,7 +126,10 @@ def write_report(
     if series := read_history(history) if history is not None else {}:
       figures.draw_training(folder / 'training.png', series)
       curves = [('training.png', 'Training curves over optimizer steps.')]
-    dump_text(folder / 'report.md', _page(results, drawn, curves, title, manifest or {}))
+    first = _first_page(results, drawn, about or {}, calibration)
+    text = _page(results, drawn, curves, title, manifest or {}, first)
+    dump_text(folder / 'report.md', text)
+    dump_text(folder / 'report.html', html.page(text, title, folder))
     stored = {name: result.to_json() for name, result in results.items()}
     dump_json(
       folder / 'metrics.json', {'title': title, 'suites': stored, 'manifest': manifest or {}}
@@ -311,8 +319,9 @@ def _page(
   curves: Pictures,
   title: str,
   manifest: Mapping[str, Any],
+  first: Sequence[str] = (),
 ) -> str:
-  parts = [f'# {escape(title)}', INTRO, *failed_part(results), *_measured(results)]
+  parts = [f'# {escape(title)}', INTRO, *first, *failed_part(results), *_measured(results)]
   parts += [*skipped_part(results), *paper_part({'this model': results}, (OURS,))]
   chapters: dict[tuple[str, str], dict[str, Result]] = {}
   for name, result in results.items():
@@ -338,6 +347,25 @@ def _page(
     ]
     parts += plain_table(Table('What the run was made of', ('', ''), rows, level=2))
   return '\n\n'.join(parts) + '\n'
+
+
+def _first_page(
+  results: Results,
+  drawn: dict[str, Pictures],
+  about: Mapping[str, Any],
+  calibration: Calibration | None,
+) -> list[str]:
+  """Returns what the model is, what was found, and one figure, which is taken out of `drawn`."""
+  rows = [(key, str(value)) for key, value in about.items()]
+  parts = plain_table(Table('What it is', ('', ''), rows, level=2)) if rows else []
+  if said := findings.sentences(results, calibration):
+    parts += ['## In short', '\n'.join(f'{i}. {escape(text)}' for i, text in enumerate(said, 1))]
+  for name, result in results.items():
+    if result.suite == 'rule_sets' and drawn[name]:
+      parts += images(drawn[name][:1])
+      drawn[name] = drawn[name][1:]
+      break
+  return parts
 
 
 def failed_part(results: Results) -> list[str]:
@@ -427,7 +455,12 @@ def definitions_part(results: Results) -> list[str]:
 
 
 def paper_part(scorers: Mapping[str, Results], models: Sequence[str]) -> list[str]:
-  """Returns the chapter of the paper's tables."""
+  """Returns the chapter of the paper's tables, on the paper's data."""
+  # Other data has its tables elsewhere: none of them is the paper's.
+  scorers = {
+    scorer: {name: r for name, r in results.items() if name in PAPER['published']}
+    for scorer, results in scorers.items()
+  }
   parts = [part for spec in paper_tables(scorers, models) for part in plain_table(spec)]
   return ['## As in the paper', *parts] if parts else []
 

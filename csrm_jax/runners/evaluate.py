@@ -614,8 +614,40 @@ def _made_of(workdir: pathlib.Path) -> dict[str, Any]:
   return manifest | {'num_starts': len(starts), 'other_versions_before': sorted(earlier)}
 
 
+def _about_run(workdir: pathlib.Path, summary: Mapping[str, Any]) -> dict[str, str]:
+  """Returns what the first page says of the model and the run; what is not known is left out."""
+  config = config_lib.flatten(files.read_json(workdir / 'config.json'))
+  manifest = writer.read_manifest(workdir)
+  found = {
+    'model': config.get('model.init') or config.get('policy.init') or config.get('checkpoint'),
+    'parameters': f'{summary["num_params"]:,}' if 'num_params' in summary else '',
+    'trained': f'{summary["num_trained_params"]:,}' if 'num_trained_params' in summary else '',
+    'data': ', '.join(
+      f'{config[f"data.parts.{name}.path"] or source} ({config[f"data.parts.{name}.weight"]:g})'
+      for key, source in config.items()
+      if (name := key.removeprefix('data.parts.').removesuffix('.source')) != key
+      and key == f'data.parts.{name}.source'
+    ),
+    'steps': summary.get('num_steps', ''),
+    'seed': config.get('seed', ''),
+    'commit': manifest.get('commit', ''),
+    'csrm_jax': manifest['packages']['csrm_jax'],
+    'device': f'{manifest["num_devices"]} × {manifest["device_kind"]}',
+    'time': f'{summary["time_s"]:,.0f} s' if 'time_s' in summary else '',
+    'peak memory': f'{summary["peak_memory_bytes"] / 2**30:.2f} GiB'
+    if summary.get('peak_memory_bytes')
+    else '',
+    'command': manifest.get('command', ''),
+  }
+  return {name: str(value) for name, value in found.items() if value not in ('', None)}
+
+
 def write(
-  workdir: pathlib.Path, results: report.Results, summary: Mapping[str, Any], title: str
+  workdir: pathlib.Path,
+  results: report.Results,
+  summary: Mapping[str, Any],
+  title: str,
+  calibration: Calibration | None = None,
 ) -> None:
   """Writes workdir/report and prints the table that a run ends with.
 
@@ -630,6 +662,8 @@ def write(
     summary=summary,
     manifest=_made_of(workdir),
     history=workdir / 'metrics.jsonl',
+    about=_about_run(workdir, summary),
+    calibration=calibration,
   )
   talk = results.get('one_conversation')
   print(report.terminal_table(summary, talk and talk.values))

@@ -89,7 +89,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   start = time.monotonic()
   trained_s = loop_lib.elapsed_s(workdir)
   score = score_fn(state.params)
-  calibration = evaluate.fit_calibration(score, todo, workdir, int(state.step), blind)
+  num_steps = int(state.step)  # fewer than asked for where patience ended
+  calibration = evaluate.fit_calibration(score, todo, workdir, num_steps, blind)
   results = evaluate.test(score, todo, calibration, blind) | {
     f'{name}_zero_shot': dataclasses.replace(
       result, description='The same examples before training.'
@@ -107,10 +108,10 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
       'num_examples': num_examples,
       'num_params': tree.num_params(frozen) + tree.num_params(state.params),
       'num_trained_params': tree.num_params(state.params),
-      'num_steps': config.num_steps,
+      'num_steps': num_steps,
     }
   )
-  evaluate.write(workdir, results, summary, config.title)
+  evaluate.write(workdir, results, summary, config.title, calibration)
 
 
 def _evaluate_real(

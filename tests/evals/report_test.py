@@ -249,3 +249,17 @@ def test_escape():
   assert markdown.escape('a|b\n\n# c') == 'a\\|b \\# c'
   assert markdown.number(None) == markdown.number(math.nan) == '–'
   assert markdown.number(0.12345) == '0.123'
+
+
+def test_the_first_page_says_what_it_is_and_the_html_is_one_file(results, tmp_path):
+  path = report.write_report(
+    tmp_path / 'report', results, title='A <b>toy</b>', summary={}, about={'seed': 3, 'data': '<i>'}
+  )
+  text, page = path.read_text(), path.with_suffix('.html').read_text()
+  first = text[: text.index('## What was measured')]
+  assert '| seed | 3 |' in first and '## In short' in first and '\n5. ' in first
+  assert first.count('.png)') == 1  # one conversation under several rules
+  assert '## As in the paper' not in text
+  assert page.count('src="data:image/png;base64,') == text.count('.png)')
+  assert '.png"' not in page and '<b>' not in page and '<i>' not in page
+  assert '<table>' in page and '<ol>' in page

@@ -152,7 +152,7 @@ def test_a_run_writes_all_it_promises(finished):
 
   assert 'F1, unseen rules' in out and 'One conversation under' in out
   assert out.endswith(f'report: {workdir}/report/report.md\n')
-  assert '100%' in err and 'evaluate' in err
+  assert 'train: 20/20 steps' in err and 'evaluate' in err
   assert not re.search(r'^[IWE]\d{4} ', err, re.MULTILINE), err
   assert all(len(line) < 120 for line in re.split('[\r\n]', err)), err
 
