@@ -142,6 +142,8 @@ BASE = {
     # conversation_first one conversation under so many draws of rules, with rules_first one draw of
     # rules and so many conversations of the part. Pairs are not grouped.
     'group_size': 1,
+    # Whether sets that are for tests only may be trained on (csrm_jax.data.catalogue names them).
+    'allow_tests': False,
     # How examples are drawn from texts that were judged under many rules (csrm_jax.data.draws).
     'judged': {
       # The sides that are trained on: train, dev, test; () holds eval.fraction out.
@@ -150,6 +152,9 @@ BASE = {
       'fold': '',
       'unsafe': 0.4,  # the share of unsafe examples of each rule
       'pairs': 0.1,  # the share of strictness pairs, where rules contain each other
+      # Whose rate of unsafe texts the score keeps, whatever the share above: 'rule', each rule's
+      # own, or 'none'.
+      'prior': 'rule',
       'noise': 0.15,  # the share of texts with words around them that mean nothing
     },
     # Whether the two prompts of a pair count as examples too where their labels are known. The

@@ -60,6 +60,7 @@ class Set:
     items: Maps (folder, *lists of those files) to {name of a benchmark: its items, or fields of
       `Benchmark`}, without those that need more files; by default all rows are items.
     folder: The subfolder in a folder of benchmarks; '' for the set's name.
+    is_for_tests: Whether training refuses the set: a benchmark, or one whose licence forbids it.
     note: The text after the command that fetches the set into that folder.
   """
 
@@ -72,6 +73,7 @@ class Set:
   test_files: Sequence[Sequence[str]] = ()
   items: Callable[..., Mapping[str, Any]] | None = None
   folder: str = ''
+  is_for_tests: bool = False
   note: str = ''
 
   @property
@@ -355,6 +357,7 @@ SETS = {
     items=lambda _, paths: {'cosapien': forms.read(paths[0], require_label=True)},
     note=' (prompts only: sample responses, label them, and write examples to'
     ' {folder}/labelled.jsonl)',
+    is_for_tests=True,
   ),
   'dynabench': Set(
     'tomg-group-umd/DynaBench',
@@ -365,6 +368,7 @@ SETS = {
     },
     public.read_dynabench,
     benchmarks={'dynabench': Bench('any_turn', 'DynaBench transcripts under long rule lists.')},
+    is_for_tests=True,
   ),
   'reward_bench_2': Set(
     'allenai/reward-bench-2',
@@ -457,12 +461,14 @@ SETS = {
     'apache-2.0',
     {'test': ('**/*teen_policies*.jsonl*',)},
     judged_answers.read_teen_policies,
+    is_for_tests=True,
   ),
   'model_spec': Set(
     'https://github.com/openai/model_spec',
     'cc0-1.0',
     {'test': ('**/*examples*.jsonl*',)},
     judged_answers.read_model_spec,
+    is_for_tests=True,
   ),
   # Texts and prompts that were judged in many ways: their rows are `judged.Judged`. A licence that
   # forbids commercial use, or that passes on, is for evaluation only.
@@ -502,6 +508,7 @@ SETS = {
     'gpl-3.0',
     {'test': ('**/ethos_*.csv*', '**/Ethos_Dataset_*.csv*')},
     judged_texts.read_ethos,
+    is_for_tests=True,
   ),
   'context_toxicity': Set(
     'https://github.com/ipavlopoulos/context_toxicity',
@@ -521,6 +528,7 @@ SETS = {
     'cc-by-nc-4.0',
     {'test': ('**/cosalign_prompts_by_rule_set.csv*',)},
     judged_texts.read_cosa,
+    is_for_tests=True,
   ),
   # What configs/augment.py writes.
   'augmented': Set('', '', {'train': ('data.jsonl', '**/*.jsonl')}, _read_own),

@@ -62,10 +62,12 @@ class Options:
   group_size: int = 1
   unsafe: float = 0.4  # the share of unsafe examples of each rule
   pairs: float = 0.0  # the share of strictness pairs, where rules contain each other
+  prior: str = 'rule'  # whose rate the score keeps: each 'rule' its own, or 'none'
   noise: float = 0.0  # the share of texts with something around them that means nothing
 
   def __post_init__(self):
     checks.one_of('config.data.judged.fold', self.fold, ('', *judged.FOLDS))
+    checks.one_of('config.data.judged.prior', self.prior, ('rule', 'none'))
     for name in ('unsafe', 'pairs', 'noise'):
       value = getattr(self, name)
       if not 0 <= value < 1 or (name == 'unsafe' and not value):
@@ -218,6 +220,8 @@ class Draw:
     return ' '.join(drawn[:before]), ' '.join(drawn[before:])
 
   def _offset(self, rules) -> float:
+    if self.options.prior == 'none':
+      return 0.0
     rate = 1 - np.prod(1 - self.rate[rules])
     rate = float(np.clip(rate, 1e-4, 1 - 1e-4))
     drawn = self.options.unsafe

@@ -68,6 +68,7 @@ def read_part(
   eval_fraction: float,
   generators: Mapping[str, Callable[[int, int], Any]],
   drawn: draws.Options | None = None,
+  allow_tests: bool = False,
   **options: Any,
 ) -> tuple[Sequence[Any], Sequence[Any]]:
   """Returns (training items, held-out items) of one part of the training data.
@@ -80,6 +81,11 @@ def read_part(
     # Nothing is held out: test sets of generated data are drawn apart.
     return sources.Generated(generators[source], seed), ()
   tables.lookup(source, dict.fromkeys([*generators, *SOURCES]), 'data source')
+  if not allow_tests and source in catalogue.SETS and catalogue.SETS[source].is_for_tests:
+    raise ValueError(
+      f'data source {source!r} is for tests only; --config.data.allow_tests=True trains on it all'
+      ' the same'
+    )
   items = read_source(source, path, **options)
   if drawn and drawn.sides:
     kept, held_out = draws.split(items, drawn.sides)

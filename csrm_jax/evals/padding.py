@@ -40,9 +40,9 @@ def variants() -> dict[str, Callable[[str], str]]:
   """Returns {name: the judged text -> the text with words that should change nothing}."""
   words = ' '.join(NEUTRAL)
   around = {
-    'before: 16 neutral sentences': lambda text: f'{words} {text}',
-    'behind: 16 neutral sentences': lambda text: f'{text} {words}',
-    'behind: 40 neutral sentences': lambda text: f'{text} {" ".join([words] * 2 + [*NEUTRAL[:8]])}',
+    '16 neutral sentences before': lambda text: f'{words} {text}',
+    '16 neutral sentences behind': lambda text: f'{text} {words}',
+    '40 neutral sentences behind': lambda text: f'{text} {" ".join([words] * 2 + [*NEUTRAL[:8]])}',
   }
   return around | {
     f'attack: {name}': (lambda text, end=end: text + end)

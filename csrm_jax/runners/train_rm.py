@@ -29,6 +29,8 @@ from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, step as training
 
+# The tokens that a prompt of the suite `real` may have.
+_REAL_LENGTH = 2048
 # More passes over the same rows teach a model to know them by heart.
 MAX_PASSES = 10
 # The share of words of several tokens above which data is foreign to a tokenizer made for other
@@ -97,7 +99,9 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
     )
     for name, result in before.items()
   }
-  about_real = _evaluate_real(config, spec, score, workdir)
+  # Some sets have rules longer than any in training.
+  longer = spec.make_score_fn(tree.merge(frozen, state.params), tokenizer, _REAL_LENGTH)
+  about_real = _evaluate_real(config, spec, longer, workdir)
   summary = (
     report.summarise(results)
     | about_real
@@ -231,7 +235,14 @@ def _read_data(config: ml_collections.ConfigDict) -> tuple[dict[str, Any], dict[
   drawn = draws.Options(order=config.template.order, group_size=data.group_size, **data.judged)
   for name, part in config.data.parts.items():
     parts[name], rest = pipeline.read_part(
-      part.source, part.path, config.seed, fraction, examples.TRAINING, drawn, **options
+      part.source,
+      part.path,
+      config.seed,
+      fraction,
+      examples.TRAINING,
+      drawn,
+      data.allow_tests,
+      **options,
     )
     # The suite `real` asks about judged texts.
     held_out[name] = [item for item in rest if not isinstance(item, judged.Judged)]

@@ -410,3 +410,11 @@ def test_closing_stops_the_thread(tokenizer):
   del unclosed
   gc.collect()
   assert not set(threading.enumerate()) - before
+
+
+def test_sets_for_tests_are_no_training_data(tmp_path):
+  with pytest.raises(ValueError, match="'teen_policies' is for tests only; --config"):
+    pipeline.read_part('teen_policies', str(tmp_path), 0, 0.0, {})
+  # On request it is read, and only then the folder matters.
+  with pytest.raises(ValueError, match='no file of teen_policies'):
+    pipeline.read_part('teen_policies', str(tmp_path), 0, 0.0, {}, allow_tests=True)

@@ -250,7 +250,7 @@ def test_a_report_is_written_and_several_are_averaged(tmp_path, capsys):
     assert (
       json.loads((tmp_path / str(seed) / 'real.json').read_text())['side'] == out['side'] == 'test'
     )
-  assert len(calls) == 3  # one call a run
+  assert len(calls) == 6  # a run asks its questions, then caught violations with words around them
   rows = [json.loads(line) for line in (tmp_path / '0' / 'scores.jsonl').read_text().splitlines()]
   assert len(rows) == out['num_questions'] == calls[0]
   assert not any('question' in row['id'] or 'conversation' in row for row in rows)

@@ -33,8 +33,8 @@ def test_who_reads_is_not_moved_and_who_looks_at_the_end_is():
   assert {row['flipped'] for row in found.values()} == {0.0}
   assert {row['num'] for row in found.values()} == {20}
   found = padding.measure(examples, _looks_at_the_end(examples), _looks_at_the_end)
-  assert padding.worst(found, 'behind') == 1.0
-  assert padding.worst(found, 'before') == 0.0
+  assert found['16 neutral sentences behind']['flipped'] == 1.0
+  assert found['16 neutral sentences before']['flipped'] == 0.0
   assert padding.worst(found, 'attack') == 1.0
 
 
