@@ -1,4 +1,4 @@
-"""The report of a run: report.md, metrics.json, summary.json, arrays.npz and figures.
+"""The report of a run: report.md and .html, metrics.json, summary.json, arrays.npz, figures, card.
 
 It is written for a reader who has neither the code nor the run. It is made of `results.Result`s
 alone: a suite brings what it wants to be shown.
@@ -23,7 +23,7 @@ import yaml
 from csrm_jax import config as config_lib
 from csrm_jax.core import files
 from csrm_jax.core.markdown import NONE, Markdown, code, escape, is_number, number, short, table
-from csrm_jax.evals import figures, findings, html, verdicts
+from csrm_jax.evals import card, figures, findings, html, verdicts
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import (
   FAILED,
@@ -130,6 +130,9 @@ def write_report(
     text = _page(results, drawn, curves, title, manifest or {}, first)
     dump_text(folder / 'report.md', text)
     dump_text(folder / 'report.html', html.page(text, title, folder))
+    if about:
+      said = findings.sentences(results, calibration)
+      dump_text(folder / card.NAME, card.text(title, results, about, said))
     stored = {name: result.to_json() for name, result in results.items()}
     dump_json(
       folder / 'metrics.json', {'title': title, 'suites': stored, 'manifest': manifest or {}}

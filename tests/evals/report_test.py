@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import huggingface_hub
 import numpy as np
 import pytest
 from matplotlib import image
@@ -263,3 +264,7 @@ def test_the_first_page_says_what_it_is_and_the_html_is_one_file(results, tmp_pa
   assert page.count('src="data:image/png;base64,') == text.count('.png)')
   assert '.png"' not in page and '<b>' not in page and '<i>' not in page
   assert '<table>' in page and '<ol>' in page
+  card = huggingface_hub.ModelCard.load(tmp_path / 'report' / 'model_card.md')
+  assert card.data.library_name == 'csrm_jax' and 'base_model' not in card.data.to_dict()
+  for part in ('## Intended use', '## Limits', '| seed | 3 |', '## Metrics', '| F1 ↑ |'):
+    assert part in card.text, part
