@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import jax
@@ -15,7 +16,7 @@ from csrm_jax import config as config_lib
 from csrm_jax.core import checkpoint
 from csrm_jax.data import features
 from csrm_jax.models import hf, lora, transformer
-from csrm_jax.reward import backbone, model as reward_model
+from csrm_jax.reward import backbone, exported, model as reward_model
 from csrm_jax.ruleworld import examples as examples_lib
 from csrm_jax.runners import export
 from csrm_jax.safety import schema, templates
@@ -295,3 +296,45 @@ def test_upload(make_run, tmp_path, monkeypatch, capsys):
   assert 'https://huggingface.co/me/rm' in capsys.readouterr().out
   with pytest.raises(ValueError, match='401: not logged in'):
     _export(run, tmp_path, 'causal_lm', hub='me/rm')
+
+
+@pytest.mark.real
+def test_a_folder_of_a_chat_backbone(make_run, tmp_path, monkeypatch):
+  """What transformers finds in the folder alone writes and reads our prompt."""
+  source = os.environ.get('CSRM_SMOLLM2_DIR')
+  transformers = pytest.importorskip('transformers')
+  if not source:
+    pytest.skip('no SmolLM2; set CSRM_SMOLLM2_DIR (tests/fetch_smollm2.py)')
+  tokenizer = backbone.load_tokenizer(source)
+  prefix, suffix = backbone.chat_marks(source, tokenizer)
+  layout = templates.Layout(chat_prefix=prefix, chat_suffix=suffix)
+  safe, unsafe = templates.pair_spellings(tokenizer)
+  monkeypatch.setitem(globals(), 'TOKENIZER', pathlib.Path(source) / 'tokenizer.json')
+  run = make_run(
+    dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size),
+    layout=layout,
+    template_hash=templates.template_hash(layout),
+    tokenizer_digest=tokenizer.digest,
+    safe_words=safe,
+    unsafe_words=unsafe,
+  )
+  folder = _export(run, tmp_path, 'causal_lm')
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  for row, tokens in zip(*_prompts(run), strict=True):
+    messages = [message.to_dict() for message in row.conversation]
+    ids = theirs.apply_chat_template(messages, safety=row.safety.to_dict(), return_dict=True)
+    assert ids['input_ids'] == tokens.tolist()
+  rows, _ = _prompts(run, 3)
+  ours = csrm_jax.load(run, allow_out_of_domain=True).score_fn(rows)
+  again = csrm_jax.load(folder, allow_out_of_domain=True).score_fn(rows)
+  np.testing.assert_allclose(again, ours, atol=1e-4)
+
+
+def test_several_tokens_for_a_label_are_classes_of_vllm():
+  tokenizer = small.TOKENIZER
+  verbalizers = templates.Verbalizers((20, 21), (22,))
+  found = exported.Export({}, tokenizer, templates.Layout(), verbalizers, 0.5, None, None)
+  fields = found.classifier_fields()
+  assert fields['method'] == 'no_post_processing'
+  assert fields['classifier_from_token'] == [tokenizer.piece(i) for i in (20, 21, 22)]
+  assert fields['id2label'] == {'0': 'safe 20', '1': 'safe 21', '2': 'unsafe 22'}
