@@ -32,22 +32,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from csrm_jax.core import checks, files
 from csrm_jax.data import sources, tables
-from csrm_jax.safety.schema import (
-  Category,
-  Example,
-  Message,
-  Pair,
-  SafetyConfig,
-  parse_category,
-  parse_conversation,
-)
+from csrm_jax.safety.schema import Category, Message, parse_category, parse_conversation
 
 FOLDER = pathlib.Path(__file__).parent / 'rules' / 'judged'
 SIDES = ('train', 'dev', 'test')
@@ -190,56 +180,3 @@ def _fill(text: Mapping[str, str], name: str | Sequence[str]) -> dict[str, str]:
   words = {'name': short, 'what': what}
   words |= {key.capitalize(): word[:1].upper() + word[1:] for key, word in words.items()}
   return {key: pattern.format_map(words) for key, pattern in text.items()}
-
-
-def strictness_pairs(
-  items: Iterable[Judged], known: Mapping[str, Rule], seed: int, held: bool = False
-) -> list[Pair]:
-  """Returns a pair for each text that was judged under a rule and under a stricter one.
-
-  It is of two rules that tell the text apart, which breaks only the stricter one, if there are
-  such. If not it is of any two: what a rule forbids is no less forbidden under a stricter one.
-
-  Args:
-    known: {key: rule} of the rules that may be used.
-    held: Whether the wordings are those that only tests use.
-  """
-  rng = np.random.default_rng(seed)
-  found = []
-  for item in items:
-    pairs = [
-      (key, strict)
-      for key, share in item.verdicts.items()
-      if key in known
-      for strict in known[key].stricter
-      # People do say that a text breaks a rule and not the stricter one: these are left out.
-      if strict in known and share <= item.verdicts.get(strict, -1)
-    ]
-    apart = [(a, b) for a, b in pairs if item.verdicts[a] < 0.5 <= item.verdicts[b]]
-    pairs = apart or pairs
-    if pairs:
-      lenient, strict = pairs[rng.integers(len(pairs))]
-      found.append(
-        Pair(
-          f'{item.id}/strictness',
-          _example(item, known[lenient], 'lenient', rng, held),
-          _example(item, known[strict], 'strict', rng, held),
-          'strictness',
-        )
-      )
-  return found
-
-
-def _example(item: Judged, rule: Rule, name: str, rng: np.random.Generator, held: bool) -> Example:
-  texts = rule.held if held else rule.wordings
-  safety = SafetyConfig((texts[rng.integers(len(texts))],), rule.key)
-  is_broken = item.verdicts[rule.key] >= 0.5
-  return Example(
-    f'{item.id}/{name}',
-    safety,
-    item.conversation,
-    'unsafe' if is_broken else 'safe',
-    safety.names if is_broken else (),
-    source=item.source,
-    rule_set=rule.key,
-  )

@@ -32,26 +32,6 @@ def test_rules_know_the_stricter_ones(known):
   assert known['fixture/any'].stricter == ()
 
 
-def test_strictness_pairs(known):
-  items = [
-    _item('apart', any=1.0, mild=0.7, grave=0.3),
-    _item('neither', any=0.0, grave=0.0),
-    _item('alone', mild=1.0),
-    _item('contradicts', any=0.0, mild=1.0),
-  ]
-  pairs = judged.strictness_pairs(items, known, 0)
-  assert [p.id for p in pairs] == ['apart/strictness', 'neither/strictness']
-  for pair in pairs:
-    assert pair.kind == 'strictness' and pair.safer.conversation == pair.other.conversation
-    assert pair.other.rule_set in known[pair.safer.rule_set].stricter
-  assert (pairs[0].safer.label, pairs[0].other.label) == ('safe', 'unsafe')
-  assert pairs[0].safer.safety.names == ('Threats',)
-  assert (pairs[1].safer.label, pairs[1].other.label) == ('safe', 'safe')
-  # Rules that a run may not use are in no pair.
-  del (few := dict(known))['fixture/any']
-  assert [p.other.rule_set for p in judged.strictness_pairs(items, few, 0)] == ['fixture/mild']
-
-
 def test_a_rule_within_no_rule_is_refused(tmp_path, known):
   for within in ('elsewhere', 'a'):
     (tmp_path / 'bad.yaml').write_text(
