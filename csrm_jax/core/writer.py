@@ -45,9 +45,15 @@ def make_manifest() -> dict[str, Any]:
     'num_devices': len(devices),
     'device_kind': devices[0].device_kind,
     'backend': jax.default_backend(),
-    'command': shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+    'command': shlex.join([*_program(), *sys.argv[1:]]),
     'commit': _commit(),
   }
+
+
+def _program() -> list[str]:
+  name = pathlib.Path(sys.argv[0]).name
+  modules = {'main.py': ['python', '-m', 'csrm_jax.main'], '__main__.py': ['csrm_jax']}
+  return modules.get(name, [name])
 
 
 def _commit() -> str | None:
