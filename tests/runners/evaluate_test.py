@@ -7,6 +7,7 @@ import pytest
 
 from csrm_jax import config as config_lib
 from csrm_jax.reward import scoring
+from csrm_jax.ruleworld import examples
 from csrm_jax.runners import evaluate
 from tests import small
 
@@ -61,3 +62,18 @@ def test_scoring_a_file_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
   assert [row['score'] for row in rows] == list(range(8))
   assert all((row['unread'], row['cut']) == (0.0, False) for row in rows)
   assert not (tmp_path / 'scores').exists()
+
+
+def test_the_loss_on_held_out_rows_is_that_of_their_labels():
+  rows = [examples.test_example(0, i, 'seen') for i in range(6)]
+  scores = np.float32([2.0, -1.0, 0.5, 3.0, -2.0, 1.0])
+
+  def judge(asked, progress):
+    assert list(asked) == rows
+    return scoring.Judged(scores, scores + 9, 0 * scores, scores < 0, small.unmarked(scores))
+
+  found = evaluate.measure_loss(scoring.ScoreFn(judge), rows)
+  p_safe = 1 / (1 + np.exp(-scores.astype(float)))
+  p_label = [p if row.label == 'safe' else 1 - p for p, row in zip(p_safe, rows, strict=True)]
+  assert found['eval/loss'] == pytest.approx(-np.log(p_label).mean())
+  assert found['eval/accuracy'] == np.mean(np.array(p_label) > 0.5)
