@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 LAUNCH = pathlib.Path(__file__).parents[2] / 'launch'
-SCRIPTS = ('tpu_vm.sh', 'xpk.sh', 'slurm.sbatch')
+SCRIPTS = ('tpu_vm.sh', 'xpk.sh', 'slurm.sbatch', 'gpu_real.sh')
 MAIN = ['--config=configs/rm.py:mesh=v5e-64,model=llama3_8b', '--workdir=/a b']
 
 
@@ -122,3 +122,23 @@ def test_the_manifest_asks_for_pages_that_the_server_has():
   mounts = {mount['mountPath'] for mount in container['volumeMounts']}
   assert {'/model', '/policies', '/cache'} <= mounts
   assert 'checkpoint=/model,policies=/policies' in dockerfile
+
+
+def test_gpu_real_trains_three_folds_and_measures_each():
+  result = _run(
+    'gpu_real.sh', '--base=/m', '--data_dir=d', '--workdir=/w', '--steps=9', '--dry_run',
+    '--', '--config.optim.lr=1e-3',
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr
+  lines = [shlex.split(line) for line in result.stdout.splitlines()]
+  assert len(lines) == 6
+  for k in range(3):
+    train, test = lines[2 * k : 2 * k + 2]
+    assert {f'--config.data.judged.fold={k}', '--config.optim.lr=1e-3'} <= set(train)
+    assert f'--workdir=/w/fold{k}/test' in test
+    # A folder is meant from where the command is given.
+    config = next(word for word in test if word.startswith('--config='))
+    assert config == f'--config=configs/eval.py:real,checkpoint=/w/fold{k},' + (
+      f'data_dir={pathlib.Path.cwd()}/d,side=test'
+    )
+  assert 'is missing' in _run('gpu_real.sh', '--base=/m').stderr
