@@ -18,7 +18,16 @@ import jax
 import ml_collections
 
 from csrm_jax.core import checks, files, mesh as mesh_lib, tree
-from csrm_jax.data import domain as domain_lib, draws, features, forms, judged, pipeline, sources
+from csrm_jax.data import (
+  catalogue,
+  domain as domain_lib,
+  draws,
+  features,
+  forms,
+  judged,
+  pipeline,
+  sources,
+)
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import judged as evals_judged, report
 from csrm_jax.models import config as model_config, hf, lora, transformer
@@ -287,7 +296,11 @@ def _measure_domain(
   used = {name: part for name, part in config.data.parts.items() if part.weight > 0}
   # What is generated takes a while to make, and shows soon all that it has.
   in_world = {name for name, part in used.items() if part.source in examples.TRAINING}
-  names = {'RuleWorld' if n in in_world else part.path or part.source for n, part in used.items()}
+  # Public sets have names, files of one's own only a path.
+  names = {
+    'RuleWorld' if n in in_world else part.source if part.source in catalogue.SETS else part.path
+    for n, part in used.items()
+  }
   before = spec.domain or (domain_lib.read(source.path) if config.model.init else None)
   return domain_lib.measure(
     ', '.join(sorted(names)),
