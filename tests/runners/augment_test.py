@@ -179,7 +179,8 @@ def test_any_guard_can_judge(tmp_path, monkeypatch, format):
       # Unsafe where the rule is about pets, whatever was said.
       return np.array([1.0 - 2.0 * ('pets' in item.safety.names[0].lower()) for item in items])
 
-  def load(path, format):
+  def load(path, format, allow_out_of_domain):
+    assert not allow_out_of_domain
     asked.append((path, format))
     return Guard()
 
