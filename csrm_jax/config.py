@@ -288,9 +288,9 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
   workdir = pathlib.Path(workdir).expanduser().absolute()
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'--workdir={workdir} is a file: give a directory')
-  if workdir.is_dir():
-    files.remove_partial(workdir)
   path = workdir / 'config.json'
+  if path.exists():  # else the folder may be anybody's
+    files.remove_partial(workdir)
   if path.exists() and _has_results(workdir):
     try:
       old = from_json(files.read_text(path))
