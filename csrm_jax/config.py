@@ -289,8 +289,9 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'--workdir={workdir} is a file: give a directory')
   path = workdir / 'config.json'
-  if path.exists():  # else the folder may be anybody's
-    files.remove_partial(workdir)
+  if workdir.is_dir():
+    # Without a config the folders in it may be anybody's.
+    files.remove_partial(workdir, deep=path.exists())
   if path.exists() and _has_results(workdir):
     try:
       old = from_json(files.read_text(path))

@@ -245,6 +245,9 @@ def test_a_run_whose_config_is_gone_takes_no_other_one(tmp_path):
   (tmp_path / '.config.json.0a1b2c3d.tmp').write_text('{')
   config_lib.prepare_workdir(tmp_path, other)
   assert not list(tmp_path.glob('.*'))
+  (tmp_path / 'config.json').rename(tmp_path / '.config.json.0a1b2c3d.tmp')
+  config_lib.prepare_workdir(tmp_path, config)
+  assert not list(tmp_path.glob('.*'))
   (tmp_path / 'metrics.jsonl').write_text('{}\n')
   (tmp_path / 'config.json').unlink()
   with pytest.raises(ValueError, match=r'config\.json is gone'):

@@ -345,9 +345,12 @@ def append_log(path: str | os.PathLike, rows: Sequence[Any]) -> None:
     file.write(b''.join(json.dumps(row).encode() + b'\n' for row in rows))
 
 
-def remove_partial(folder: str | os.PathLike) -> None:
-  """Removes what killed processes have left of the files and folders that they were writing."""
-  for path in list(pathlib.Path(folder).rglob('.*.tmp')):
+def remove_partial(folder: str | os.PathLike, deep: bool = True) -> None:
+  """Removes what killed processes have left of the files and folders that they were writing.
+
+  It looks into the folders of the folder too, if it is `deep`.
+  """
+  for path in list(pathlib.Path(folder).glob('**/.*.tmp' if deep else '.*.tmp')):
     if _PARTIAL.fullmatch(path.name):
       if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
