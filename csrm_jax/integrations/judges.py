@@ -44,7 +44,8 @@ def local(
     rules: What judges conversations that bring no rules.
     thresholds: The thresholds.json of configs/calibrate.py; other rules are flagged from P(unsafe)
       0.5 on.
-    **options: Further arguments of csrm_jax.load.
+    **options: Further arguments of csrm_jax.load. What a policy writes may be foreign to the model,
+      which is an error unless allow_out_of_domain=True (of a server: --config.allow_out_of_domain).
   """
   from csrm_jax.evals import thresholds as thresholds_lib
   from csrm_jax.reward import model as reward_model, scoring

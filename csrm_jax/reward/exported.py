@@ -232,7 +232,9 @@ _TRL = """
 
 ```python
 from csrm_jax.integrations import judges, rewards
-reward = rewards.make(judges.local("@name@", rules))  # or judges.remote(URL), of a server
+# or judges.remote(URL), of a server; a policy may write what the model has never seen
+judge = judges.local("@name@", rules, allow_out_of_domain=True)
+reward = rewards.make(judge)
 GRPOTrainer(model=..., reward_funcs=reward, ...)
 ```
 """
