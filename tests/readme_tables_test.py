@@ -31,8 +31,8 @@ def test_a_number_that_was_changed_by_hand_is_seen():
   table = '| run | F1 | gap |\n|---|---|---|\n| a | 0.950 | 1.2 |\n'
   assert readme_tables.missing(f'# T\n\n{table}\n') == ['| run | F1 | gap |']
   readme = readme_tables.README.read_text('utf-8')
-  assert '| F1, unseen rules | 0.950 |' in readme
-  changed = readme.replace('| F1, unseen rules | 0.950 |', '| F1, unseen rules | 0.951 |')
+  assert '| F1, unseen rules | 0.944 |' in readme
+  changed = readme.replace('| F1, unseen rules | 0.944 |', '| F1, unseen rules | 0.945 |')
   assert readme_tables.written(changed) == readme
   with pytest.raises(ValueError, match=r'no table with the header of tests/results/default\.json'):
     readme_tables.written(readme.replace('95% interval | best', '95% | best'))
