@@ -201,9 +201,13 @@ def verdict_metrics(
     found['f1_tuned'] = m(f1, labels, p_unsafe, best=found['f1']['best'])
     found['f1_tuned']['note'] = f'threshold {threshold:.3f}'
   for name, at in (('f1', 0.5), ('f1_tuned', threshold)):
-    if name in found and labels.size and not np.any(p_unsafe >= at):
-      where = '' if name == 'f1' else f' at {at:.3f}'
+    if name not in found or not labels.size:
+      continue
+    where, num = '' if name == 'f1' else f' at {at:.3f}', int(np.sum(p_unsafe >= at))
+    if not num:
       found[name]['note'] = f'nothing was flagged{where}'
+    elif found[name]['value'] == 0:
+      found[name]['note'] = f'none of {num:,} flagged is unsafe{where}'
   return found
 
 

@@ -89,6 +89,9 @@ def test_where_nothing_is_flagged_the_report_says_so_and_names_the_threshold():
   assert found['f1_tuned']['note'] == 'threshold 0.018'
   found = verdicts.classification(b, scores, Measure(num_samples=20), threshold=0.5).metrics
   assert found['f1_tuned']['note'] == 'nothing was flagged at 0.500'
+  b = Benchmark('b', 'classification', [_example('a', 'safe'), _example('b', 'unsafe')])
+  found = verdicts.classification(b, [np.array([-4.0]), np.array([4.0])], Measure()).metrics
+  assert found['f1']['note'] == 'none of 1 flagged is unsafe'
 
 
 def test_verdicts_without_degrees_stand_beside_the_calibration_error():
