@@ -142,8 +142,9 @@ def read_bytes(path: str | os.PathLike) -> bytes:
       )
     return data
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    kind = 'xz' if path.suffix == '.xz' else 'gzip'
     raise ValueError(
-      f'{path}: not a complete gzip file ({error}); fetch or write it again'
+      f'{path}: not a complete {kind} file ({error}); fetch or write it again'
     ) from None
   except lzma.LZMAError as error:
     raise ValueError(f'{path}: not a complete xz file ({error}); fetch it again') from None

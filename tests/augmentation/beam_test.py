@@ -66,6 +66,6 @@ def test_array_record_files_come_from_beam_too(tmp_path):
 
 def test_without_beam_is_one_line(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'apache_beam', None)
-  with pytest.raises(ImportError, match=r'csrm_jax\[beam\]') as error:
+  with pytest.raises(ImportError, match=r'install.*\[beam\]') as error:
     run(config(**{'beam.enabled': True}), tmp_path / 'work')
   assert '\n' not in str(error.value)
