@@ -105,6 +105,12 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
       continue
     if path.name in ('metrics.jsonl', 'looks.jsonl', 'summary.json', 'card.json'):
       found[name] = [_timeless(json.loads(line)) for line in _objects(path)]
+    elif path.name == 'scored.jsonl':
+      # Which rows are read together depends on what a process has compiled: rounding differs.
+      rows = [json.loads(line) for line in _objects(path)]
+      found[name] = [
+        {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows
+      ]
     # Logs and journals tell of starts, too.
     elif path.suffix in ('.jsonl', '.safetensors', '.model') and not _IS_LOG.search(name):
       found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
