@@ -17,7 +17,7 @@ def compliance(judge: Judge, each_rule: bool = False) -> Any:
 
   Rules are the judge's own, or a sample's, under "safety" in its metadata.
   """
-  package = checks.require('inspect_ai.scorer', 'a scorer of inspect_ai', 'parity')
+  package = checks.require('inspect_ai.scorer', 'a scorer of inspect_ai', 'inspect')
 
   @package.scorer(metrics=[package.mean(), package.stderr()], name='csrm_compliance')
   def csrm_compliance() -> Any:
