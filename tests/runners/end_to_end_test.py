@@ -242,7 +242,13 @@ def _tiny(arg=''):
   return config
 
 
-@pytest.mark.parametrize('ablation', tuple(RM.ABLATIONS)[1:])
+@pytest.mark.parametrize(
+  'ablation',
+  [
+    name if name == 'rules_blind' else pytest.param(name, marks=pytest.mark.slow)
+    for name in tuple(RM.ABLATIONS)[1:]
+  ],
+)
 def test_ablations_run(ablation, tmp_path):
   config = _tiny(f'ablation={ablation}')
   assert config_lib.diff_config(_tiny(), config)
@@ -251,6 +257,7 @@ def test_ablations_run(ablation, tmp_path):
   assert math.isfinite(_summary(tmp_path)['unseen/prob_error'])
 
 
+@pytest.mark.slow
 def test_lora_trains_and_saves_adapters_only(tmp_path):
   config = _tiny()
   tokenizer = tokenizer_lib.load_tokenizer(config.tokenizer)
