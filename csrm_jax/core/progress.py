@@ -22,7 +22,7 @@ def bar(total: int, name: str, unit: str, initial: int = 0) -> tqdm.tqdm | Lines
 
 
 class Lines:
-  """What `bar` shows in a file: one line a minute, and one at the end."""
+  """What `bar` shows in a file: where it goes on, one line a minute, and one at the end."""
 
   def __init__(
     self, total: int, name: str, unit: str, initial: int = 0, file: TextIO | None = None
@@ -30,6 +30,8 @@ class Lines:
     self.n, self._total, self._name, self._unit = initial, total, name, unit
     self._initial, self._file, self._postfix = initial, file, ''
     self._began = self._said = time.monotonic()
+    if initial:
+      print(f'{name}: goes on at {initial}/{total} {unit}s', file=file or sys.stderr, flush=True)
 
   def update(self, num: int = 1) -> None:
     """Counts what is done."""

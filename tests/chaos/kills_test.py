@@ -1,6 +1,6 @@
 """Runs that are killed, that find no space, or that meet another one in their work directory.
 
-$CSRM_CHAOS_KILLS is how often each job is killed (6; slow: 25); $CSRM_CHAOS_SEED decides when.
+$CSRM_CHAOS_KILLS is how often each job is killed (6; slow: 8); $CSRM_CHAOS_SEED decides when.
 """
 
 import os
@@ -36,7 +36,7 @@ def test_a_killed_augmentation_ends_as_if_it_had_not_been(inputs, tmp_path):
 @pytest.mark.parametrize('name', jobs.JOBS)
 def test_a_killed_run_ends_as_if_it_had_not_been(name, inputs, tmp_path):
   jobs.undisturbed('train', inputs)  # others read it
-  _check_kills(name, inputs, tmp_path, int(NUM or 25))
+  _check_kills(name, inputs, tmp_path, int(NUM or 8))
 
 
 # The disk has no room for a file of more than so many bytes.
