@@ -14,9 +14,10 @@ def test_a_log_file_gets_a_plain_line_a_minute(monkeypatch):
       bar.update()
     bar.set_postfix_str('loss=0.5')
   lines = file.getvalue().splitlines()
-  assert len(lines) == 3 and '\r' not in file.getvalue()
-  assert lines[0] == 'train: 80/200 steps, 1.00step/s, 01:00 so far, 02:00 left'
-  assert lines[2].startswith('train: 150/200 steps, ') and lines[2].endswith(', loss=0.5')
+  assert len(lines) == 4 and '\r' not in file.getvalue()
+  assert lines[0] == 'train: goes on at 20/200 steps'
+  assert lines[1] == 'train: 80/200 steps, 1.00step/s, 01:00 so far, 02:00 left'
+  assert lines[3].startswith('train: 150/200 steps, ') and lines[3].endswith(', loss=0.5')
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
