@@ -81,7 +81,7 @@ def test_sigterm_under_load_loses_no_accepted_request(run):
         except ConnectionRefusedError:
           return  # It takes no more connections.
         except (OSError, http.client.HTTPException) as error:
-          outcomes.append((0, repr(error)))
+          outcomes.append((0, error))
           return
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -89,16 +89,19 @@ def test_sigterm_under_load_loses_no_accepted_request(run):
       time.sleep(1.0)
       process.send_signal(signal.SIGTERM)
       concurrent.futures.wait(clients, 60)
-    assert process.wait(60) == 0, process.stderr.read()
+    code, said = process.wait(60), process.stderr.read()
   finally:
     process.kill()
     process.communicate()
-  # A connection that was made but not taken yet is closed unheard; one whose request was read is
-  # answered.
+  # So uvicorn says that it gives requests up that it has read.
+  assert code == 0 and 'Cancel' not in said and 'Traceback' not in said, said
+  # A connection that was made but whose request was not read yet is closed unheard: it is reset, or
+  # ends without a word. One whose request was read is answered.
   answered = [value for status, value in outcomes if status == 200]
   assert len(answered) > 8
   assert {status for status, _ in outcomes} <= {200, 0}
-  assert all('reset' in value.lower() for status, value in outcomes if not status), outcomes
+  unheard = [value for status, value in outcomes if not status]
+  assert all(isinstance(error, (ConnectionResetError, BrokenPipeError)) for error in unheard), unheard
   assert len({value['verdicts'][0]['score'] for value in answered}) == 1
 
 
