@@ -31,17 +31,12 @@ TRIES = 8
 
 
 def split(items: Sequence[Any], sides: Sequence[str]) -> tuple[list[Any], list[Any]]:
-  """Returns (items on one of the sides, the others); a pair's side is that of its last request."""
+  """Returns (items on one of the sides, the others); see `judged.group_of`."""
   for name in sides:
     checks.one_of('config.data.judged.sides', name, judged.SIDES)
   parts: tuple[list[Any], list[Any]] = ([], [])
   for item in items:
-    if isinstance(item, Judged):
-      side = item.side
-    else:
-      talk = item.safer.conversation if isinstance(item, Pair) else item.conversation
-      side = judged.side(talk[-2].content if len(talk) > 1 else talk[-1].content)
-    parts[side not in sides].append(item)
+    parts[judged.side(judged.group_of(item)) not in sides].append(item)
   return parts
 
 
@@ -124,9 +119,8 @@ class Draw:
   def _group(self, rng, name):
     options = self.options
     first = self.drawn[rng.choice(len(self.drawn), p=self.weight)]
-    texts, sets = [], []
     text = int(rng.choice(self.cells[first, self._draw_label(rng)]))
-    rules = self._add_rules(rng, text, [first], options.order)
+    rules = self._add_rules(rng, text, first)
     texts, sets = [text], [rules]
     for _ in range(options.group_size - 1):
       if options.order == 'rules_first':
@@ -138,7 +132,7 @@ class Draw:
         one = self._draw_rule(rng, text, self._draw_label(rng))
         if one is not None:
           texts.append(text)
-          sets.append(self._add_rules(rng, text, [one], options.order))
+          sets.append(self._add_rules(rng, text, one))
     # Examples of a group that share their rules share their words, and those that share their text
     # what stands around it: else they would share no tokens.
     worded = self._word(rng, rules) if options.order == 'rules_first' else None
@@ -165,17 +159,17 @@ class Draw:
     found = self.drawn[self.broken[text, self.drawn] == label]
     return int(rng.choice(found)) if len(found) else None
 
-  def _add_rules(self, rng, text, rules, order):
-    """Returns the rules with others that leave the text's label as it is."""
+  def _add_rules(self, rng, text, first):
+    """Returns a rule with others that leave the text's label as it is."""
     num = int(rng.choice(list(NUM_RULES), p=list(NUM_RULES.values())))
     if num == 1:
-      return rules
+      return [first]
     verdicts = self.broken[text]
-    # Where the text breaks the first rule, others may be broken too, and even unknown.
-    fits = ~np.isnan(verdicts) if verdicts[rules[0]] else verdicts == 0
-    found = [i for i in np.flatnonzero(fits) if i != rules[0]]
+    # Where the text breaks the first rule, it may break others too.
+    fits = ~np.isnan(verdicts) if verdicts[first] else verdicts == 0
+    found = [i for i in np.flatnonzero(fits) if i != first]
     rng.shuffle(found)
-    rules = [*rules, *found[: num - 1]]
+    rules = [first, *found[: num - 1]]
     rng.shuffle(rules)
     return [int(i) for i in rules]
 
@@ -188,6 +182,7 @@ class Draw:
         name = ' '.join(category.name.split()).casefold()
         if name not in names:
           break
+      else:
         category = dataclasses.replace(category, name=f'{category.name} ({len(names) + 1})')
         name = category.name.casefold()
       names.add(name)

@@ -37,7 +37,14 @@ from typing import Any
 
 from csrm_jax.core import checks, files
 from csrm_jax.data import sources, tables
-from csrm_jax.safety.schema import Category, Message, parse_category, parse_conversation
+from csrm_jax.safety.schema import (
+  Category,
+  Example,
+  Message,
+  Pair,
+  parse_category,
+  parse_conversation,
+)
 
 FOLDER = pathlib.Path(__file__).parent / 'rules' / 'judged'
 SIDES = ('train', 'dev', 'test')
@@ -113,6 +120,14 @@ class Judged:
     """Returns a row of JSON."""
     talk = [message.to_dict() for message in self.conversation]
     return vars(self) | {'conversation': talk, 'verdicts': dict(self.verdicts)}
+
+
+def group_of(item: Judged | Pair | Example) -> str:
+  """Returns what an item's rows are not independent within; of pairs and examples the request."""
+  if isinstance(item, Judged):
+    return item.group
+  talk = item.safer.conversation if isinstance(item, Pair) else item.conversation
+  return talk[-2].content if len(talk) > 1 else talk[-1].content
 
 
 def side(group: str) -> str:

@@ -58,14 +58,6 @@ class Question:
   level: int = -1
 
 
-def group_of(item: Item) -> str:
-  """Returns the group of a text, or of a pair or example: its prompt."""
-  if isinstance(item, Judged):
-    return item.group
-  talk = _texts_in(item)[0]  # As in draws.split.
-  return talk[-2].content if len(talk) > 1 else talk[-1].content
-
-
 def keys_of(item: Item) -> tuple[str, ...]:
   """Returns the keys of the rules that an item was judged under; those of its own have none."""
   if isinstance(item, Judged):
@@ -101,7 +93,7 @@ def on_side(items: Sequence[Item], known: Rules, which: str) -> list[Item]:
   sides = {which}
   if is_never_trained(known):
     sides = {'train': set(), 'dev': {'dev'}, 'test': {'train', 'test'}}[which]
-  return [item for item in items if side(group_of(item)) in sides]
+  return [item for item in items if side(judged.group_of(item)) in sides]
 
 
 def ask(
@@ -223,7 +215,7 @@ def _sides(name: str, pair: Pair, is_seen: bool) -> list[Question]:
       dataclasses.replace(example, id=f'{name}/{pair.id}/{part}', source=name),
       (example.rule_set or name,),
       f'{name}/{pair.id}/{part}',
-      f'{name}/{group_of(pair)}',
+      f'{name}/{judged.group_of(pair)}',
       math.nan,
       part,
       False,
@@ -241,7 +233,7 @@ def _own(name: str, items: Sequence[Example], max_rows: int) -> list[Question]:
     taken[item.rule_set] = taken.get(item.rule_set, 0) + 1
     if not max_rows or taken[item.rule_set] <= max_rows:
       example = dataclasses.replace(item, id=f'{name}/{item.id}', source=name)
-      group = f'{name}/{group_of(item)}'
+      group = f'{name}/{judged.group_of(item)}'
       share = float(item.label == 'unsafe')
       keys = (f'{name}/{item.rule_set}',)
       asked.append(Question(example, keys, example.id, group, share, SINGLE, False, False))
@@ -300,7 +292,7 @@ def num_shared(asked: Sequence[Question], train: Iterable[Item]) -> int:
   for item in train:
     for talk in _texts_in(item):
       for text in _texts(talk):
-        known.setdefault(text, set()).add(group_of(item))
+        known.setdefault(text, set()).add(judged.group_of(item))
   shared = {text for text, groups in known.items() if len(groups) <= _FORM}
   found = {q.text: not shared.isdisjoint(_texts(q.example.conversation)) for q in asked}
   return sum(found.values())
