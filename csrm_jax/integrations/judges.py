@@ -73,9 +73,7 @@ def local(
     verdicts = scoring.verdicts(rm.score_fn.judge(examples))
     parts: list[dict[str, float]] = [{} for _ in examples]
     if each_rule and examples:
-      alone = [part for example in examples for part in scoring.split_categories(example)]
-      found = iter(scoring.probabilities(rm.score_fn(alone))[0].tolist())
-      parts = [{name: next(found) for name in example.safety.names} for example in examples]
+      parts = scoring.by_category(rm.score_fn, examples)
     return [
       Verdict(v.score, v.reward, v.p_unsafe, is_flagged(v, example), part)
       for v, example, part in zip(verdicts, examples, parts, strict=True)

@@ -353,6 +353,15 @@ def split_categories(example: schema.Example) -> list[schema.Example]:
   ]
 
 
+def by_category(
+  score: Callable[[Sequence[schema.Example]], np.ndarray], examples: Sequence[schema.Example]
+) -> list[dict[str, float]]:
+  """Returns {category: P(unsafe) under it alone} of each example; `score` is called once."""
+  parts = [part for example in examples for part in split_categories(example)]
+  found = iter(probabilities(score(parts))[0].tolist())
+  return [{name: next(found) for name in example.safety.names} for example in examples]
+
+
 @functools.lru_cache(maxsize=16)
 def make_score_step(cfg: ModelConfig, verbalizers: Verbalizers) -> Callable[..., jax.Array]:
   """Returns a jitted (params, batch[, prefix]) -> scores [B,S] of the prompts of each row."""

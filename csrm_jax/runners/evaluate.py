@@ -151,12 +151,13 @@ def _score_categories(
   score_fn: scoring.ScoreFn, examples: Sequence[schema.Example]
 ) -> list[dict[str, float]]:
   """Returns {category: P(unsafe) under it alone} of each example."""
-  parts = [part for example in examples for part in scoring.split_categories(example)]
-  with progress_bar('categories', len(parts)) as bar:
-    starts = range(0, len(parts), _ROWS_AT_ONCE)
-    scores = [score_fn(parts[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
-  found = iter(scoring.probabilities(np.concatenate(scores))[0].tolist())
-  return [{name: next(found) for name in example.safety.names} for example in examples]
+
+  def score(parts):
+    with progress_bar('categories', len(parts)) as bar:
+      starts = range(0, len(parts), _ROWS_AT_ONCE)
+      return np.concatenate([score_fn(parts[i : i + _ROWS_AT_ONCE], bar.update) for i in starts])
+
+  return scoring.by_category(score, examples)
 
 
 def show_tokens(config: ml_collections.ConfigDict) -> None:
