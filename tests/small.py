@@ -1,11 +1,14 @@
 """What tests share: a model that computes in milliseconds, devices, and errors of one line."""
 
+import contextlib
 import functools
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 import jax
 import numpy as np
@@ -66,6 +69,29 @@ def free_port() -> int:
   with socket.socket() as server:
     server.bind(('localhost', 0))
     return server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def llama_server(script, model):
+  """Yields the URL of a llama.cpp server that `script` starts: of a model file, on a port."""
+  port = free_port()
+  server = subprocess.Popen(
+    [sys.executable, '-c', script, model, str(port)],
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  try:
+    for _ in range(240):
+      try:
+        urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5)
+        break
+      except OSError:
+        assert server.poll() is None, 'the server ended'
+        time.sleep(0.25)
+    yield f'http://127.0.0.1:{port}'
+  finally:
+    server.kill()
+    server.wait()
 
 
 def run_on_devices(num, script, *args) -> str:

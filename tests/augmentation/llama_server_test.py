@@ -6,11 +6,6 @@ tests/fetch_smollm2.py puts there.
 
 import os
 import pathlib
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
 
@@ -19,6 +14,7 @@ from csrm_jax.augmentation.proposers import NoReplyError
 from csrm_jax.core import journal
 from csrm_jax.ruleworld import examples
 from csrm_jax.safety.schema import Category
+from tests import small
 from tests.augmentation import builders
 
 pytest.importorskip('openai')
@@ -42,26 +38,8 @@ PETS = Category('Pets', 'No word about pets at all.')
 @pytest.fixture(scope='module')
 def url():
   """Returns the address of a server that is up."""
-  with socket.socket() as sock:
-    sock.bind(('127.0.0.1', 0))
-    port = sock.getsockname()[1]
-  server = subprocess.Popen(
-    [sys.executable, '-c', SERVE, MODELS[0], str(port)],
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
-  )
-  try:
-    for _ in range(240):
-      try:
-        urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5)
-        break
-      except OSError:
-        assert server.poll() is None, 'the server ended'
-        time.sleep(0.25)
-    yield f'http://127.0.0.1:{port}/v1'
-  finally:
-    server.kill()
-    server.wait()
+  with small.llama_server(SERVE, MODELS[0]) as address:
+    yield f'{address}/v1'
 
 
 @pytest.fixture

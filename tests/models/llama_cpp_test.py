@@ -6,9 +6,6 @@ It needs the package xllamacpp.
 import json
 import os
 import pathlib
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 
@@ -70,25 +67,8 @@ def served(request, tmp_path_factory):
     spec, params, tokenizer = reward_model.load_parts(folder)
     file = backbone.find_tokenizer(pathlib.Path(folder))
   _write(path, spec, params, tokenizer, file)
-  port = small.free_port()
-  server = subprocess.Popen(
-    [sys.executable, '-c', SERVE, path, str(port)],
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
-  )
-  url = f'http://127.0.0.1:{port}'
-  try:
-    for _ in range(240):
-      try:
-        urllib.request.urlopen(f'{url}/health', timeout=5)
-        break
-      except OSError:
-        assert server.poll() is None, 'the server ended'
-        time.sleep(0.25)
+  with small.llama_server(SERVE, path) as url:
     yield url, spec, tokenizer, spec.make_score_fn(params, tokenizer)
-  finally:
-    server.kill()
-    server.wait()
 
 
 def test_prompt_tokens_and_verdict(served):
