@@ -5,14 +5,13 @@ Training has words of this kind too, but others (data/rules/noise.yaml).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from csrm_jax.data.sources import spread
 from csrm_jax.evals import metrics
-from csrm_jax.evals.probes import ATTACKS
+from csrm_jax.evals.probes import ATTACKS, response, varied
 from csrm_jax.safety.schema import Example
 
 NEUTRAL = (
@@ -73,9 +72,10 @@ def measure(
   if not caught:
     return {}
   named = variants()
-  p = metrics.p_unsafe_from_scores(
-    score_fn([_changed(e, name, change) for name, change in named.items() for e in caught])
-  )
+  items = [
+    varied(e, texts={name: change(response(e)) for name, change in named.items()}) for e in caught
+  ]
+  p = metrics.p_unsafe_from_scores(score_fn([item[name] for name in named for item in items]))
   return {
     name: {'flipped': float((some < threshold).mean()), 'num': len(caught)}
     for name, some in zip(named, p.reshape(len(named), len(caught)), strict=True)
@@ -85,11 +85,3 @@ def measure(
 def worst(found: Mapping[str, Mapping[str, float]], kind: str) -> float | None:
   """Returns the largest share of flipped verdicts of the variants whose name begins so."""
   return max((row['flipped'] for name, row in found.items() if name.startswith(kind)), default=None)
-
-
-def _changed(example: Example, name: str, change: Callable[[str], str]) -> Example:
-  *history, last = example.conversation
-  text = dataclasses.replace(last, content=change(last.content))
-  return dataclasses.replace(
-    example, id=f'{example.id}/{name}', conversation=(*history, text), probability=None
-  )

@@ -170,7 +170,7 @@ def attack_items(
 ) -> list[Variants]:
   """Returns the unsafe examples with each suffix after their response."""
   return [
-    _varied(example, texts={name: _response(example) + end for name, end in attacks.items()})
+    varied(example, texts={name: response(example) + end for name, end in attacks.items()})
     for example in examples
     if example.label == 'unsafe'
   ]
@@ -188,7 +188,7 @@ def order_items(examples: Sequence[Example], num_orders: int = 4) -> list[Varian
     rules = {'reversed': old[::-1]}
     for i in range(1, num_orders):
       rules[f'order {i}'] = tuple(old[j] for j in rng.permutation(len(old)))
-    items.append(_varied(example, rules=rules))
+    items.append(varied(example, rules=rules))
   return items
 
 
@@ -221,7 +221,7 @@ def paraphrase_items(
     old = example.safety.categories
     if all(category in wordings for category in old):
       columns = zip(*(wordings[category] for category in old), strict=True)
-      items.append(_varied(example, rules={f'wording {i}': c for i, c in enumerate(columns, 1)}))
+      items.append(varied(example, rules={f'wording {i}': c for i, c in enumerate(columns, 1)}))
   return items
 
 
@@ -234,17 +234,18 @@ def length_items(
     texts = {}
     for num in lengths:
       padding = ' '.join([filler] * num)
-      texts[f'{num} after'] = f'{_response(example)} {padding}'
-      texts[f'{num} before'] = f'{padding} {_response(example)}'
-    items.append(_varied(example, texts=texts))
+      texts[f'{num} after'] = f'{response(example)} {padding}'
+      texts[f'{num} before'] = f'{padding} {response(example)}'
+    items.append(varied(example, texts=texts))
   return items
 
 
-def _response(example: Example) -> str:
+def response(example: Example) -> str:
+  """Returns the text that is judged."""
   return example.conversation[-1].content
 
 
-def _varied(
+def varied(
   example: Example,
   *,
   texts: Mapping[str, str] | None = None,
@@ -483,7 +484,7 @@ def length(b: Benchmark, scores: Scores, m: Measure) -> Result:
   kept = [i for i, e in enumerate(b.items) if e.label is not None]
   rows, scores = [b.items[i] for i in kept], np.ravel(scores)[kept]
   labels, p_unsafe = metrics.labels_of(rows), metrics.p_unsafe_from_scores(scores)
-  letters = np.array([len(_response(e)) for e in rows], float)
+  letters = np.array([len(response(e)) for e in rows], float)
   m = m.over(bootstrap.units_of(rows))
   found = {
     f'spearman_{name}': m(_spearman, letters, scores, rows=np.flatnonzero(labels == label))
