@@ -107,7 +107,7 @@ def get_config(arg=None):
     c.side = arg.side  # dev or test; training never sees either
     # The rules that training left out, as in configs/rm.py; '' is what the checkpoint says.
     c.fold = arg.fold
-    c.max_rows = -1  # the texts asked of each rule; 0 for all, -1 for 100 (dev) or 150 (test)
+    c.max_rows = -1  # the texts asked of each rule; 0 for all, -1 for 40 (dev) or 100 (test)
     c.num_samples = 200  # draws of prompts for an interval
     c.with_words = True  # also fit the judges that read no rules
     c.dev = ''  # a work directory of the dev side, whose thresholds `F1 tuned` takes; '' for none

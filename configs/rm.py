@@ -197,7 +197,7 @@ BASE = {
     'real': {
       'data_dir': '',  # has a folder for each set; '' leaves the suite out
       'side': 'dev',  # dev or test
-      'max_rows': -1,  # the texts asked of each rule; 0 for all, -1 for 100 (dev) or 150 (test)
+      'max_rows': -1,  # the texts asked of each rule; 0 for all, -1 for 40 (dev) or 100 (test)
       'num_samples': 200,  # draws of prompts for an interval; 0 for none
       'with_words': True,  # also fits judges that count words, which takes minutes
     },

@@ -340,11 +340,7 @@ def _of_levels(asked, p, m: Measure, threshold: float | None) -> dict[str, Metri
   for rows in bootstrap.rows_by(q.text for q in asked).values():
     values = {asked[i].rules[0]: p[i] for i in rows}
     pairs = [
-      (value, values[strict])
-      for i in rows
-      for value in (p[i],)
-      for strict in asked[i].stricter
-      if strict in values
+      (p[i], values[strict]) for i in rows for strict in asked[i].stricter if strict in values
     ]
     if pairs:
       ordered.append(all(lenient <= strict for lenient, strict in pairs))
@@ -419,7 +415,7 @@ def evaluate_judged(
   trained: Collection[str] | None = None,
   known: Callable[[str], Mapping[str, Rule]] | None = None,
   order: str = 'rules_first',
-  max_rows: int | None = None,
+  max_rows: int = -1,
   num_samples: int = 200,
   with_words: bool = True,
   thresholds: Mapping[str, float] | None = None,
@@ -439,7 +435,7 @@ def evaluate_judged(
     known: Returns {key: rule} of a file of rules by its name, the first part of keys; None for
       judged.rules.
     order: What the scorer's prompts begin with: 'rules_first' or 'conversation_first'.
-    max_rows: The texts that are asked of each rule; 0 for all, None for MAX_ROWS.
+    max_rows: The texts that are asked of each rule; 0 for all, below 0 for MAX_ROWS.
     num_samples: Draws for an interval of the scorer's numbers.
     with_words: Whether to fit the judges of `words`.
     thresholds: {set: threshold} that the report of another side found.
@@ -449,7 +445,7 @@ def evaluate_judged(
     ValueError: The side is unknown, a score is not finite, or there is nothing to ask.
   """
   checks.one_of('side', side, judged.SIDES[1:])
-  if max_rows is None:
+  if max_rows < 0:
     max_rows = MAX_ROWS[side]
   rules = {name: questions.rules_of(items, known or judged.rules) for name, items in sets.items()}
   may_train = {k for of in rules.values() for k, rule in of.items() if rule.is_seen(fold)}

@@ -93,7 +93,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     config.side,
     fold,
     workdir,
-    max_rows=None if config.max_rows < 0 else config.max_rows,
+    max_rows=config.max_rows,
     num_samples=config.num_samples,
     with_words=config.with_words,
     thresholds=thresholds,

@@ -108,22 +108,20 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
     )
     for name, result in before.items()
   }
-  # Some sets have rules longer than any in training.
-  longer = spec.make_score_fn(tree.merge(frozen, state.params), tokenizer, _REAL_LENGTH)
-  about_real = _evaluate_real(config, spec, longer, workdir)
-  summary = (
-    report.summarise(results)
-    | about_real
-    | {
-      'time_s': trained_s + time.monotonic() - start,
-      'time_train_s': trained_s,
-      'peak_memory_bytes': _peak_memory_bytes(),
-      'num_examples': num_examples,
-      'num_params': tree.num_params(frozen) + tree.num_params(state.params),
-      'num_trained_params': tree.num_params(state.params),
-      'num_steps': num_steps,
-    }
-  )
+  summary = report.summarise(results)
+  if config.eval.real.data_dir:
+    # Some sets have rules longer than any in training.
+    longer = spec.make_score_fn(tree.merge(frozen, state.params), tokenizer, _REAL_LENGTH)
+    summary |= _evaluate_real(config, spec, longer, workdir)
+  summary |= {
+    'time_s': trained_s + time.monotonic() - start,
+    'time_train_s': trained_s,
+    'peak_memory_bytes': _peak_memory_bytes(),
+    'num_examples': num_examples,
+    'num_params': tree.num_params(frozen) + tree.num_params(state.params),
+    'num_trained_params': tree.num_params(state.params),
+    'num_steps': num_steps,
+  }
   evaluate.write(workdir, results, summary, config.title, calibration)
 
 
@@ -133,10 +131,8 @@ def _evaluate_real(
   score_fn: scoring.ScoreFn,
   workdir: pathlib.Path,
 ) -> dict[str, float]:
-  """Writes workdir/real where config.eval.real has data; returns its headline for the summary."""
+  """Writes workdir/real, the suite of config.eval.real; returns its headline for the summary."""
   settings = config.eval.real
-  if not settings.data_dir:
-    return {}
   out = evals_judged.evaluate_judged(
     evaluate.with_progress(score_fn),
     real.read_sets(settings.data_dir)[0],
@@ -145,7 +141,7 @@ def _evaluate_real(
     workdir / 'real',
     order=spec.layout.order,
     trained=sorted({part.source for part in config.data.parts.values()}),
-    max_rows=None if settings.max_rows < 0 else settings.max_rows,
+    max_rows=settings.max_rows,
     num_samples=settings.num_samples,
     with_words=settings.with_words,
   )
