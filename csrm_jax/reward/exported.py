@@ -157,6 +157,11 @@ Prompts of more than @max_length@ tokens were not trained on. Text that holds a 
 tokenizer is refused by the template (csrm_jax reads it as plain text). No verdict replaces a
 person's where much depends on it.@calibration@
 """
+_SCORE = """\
+ids = tokenizer.apply_chat_template(messages, safety=rules, return_tensors="pt", return_dict=True)
+log_p = model(**ids).logits[0, -1].log_softmax(-1)
+score = log_p[@safe@].logsumexp(0) - log_p[@unsafe@].logsumexp(0)
+"""
 _TRANSFORMERS = {
   'causal_lm': """
 ## transformers
@@ -166,10 +171,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("@name@")
 model = AutoModelForCausalLM.from_pretrained("@name@")
-ids = tokenizer.apply_chat_template(messages, safety=rules, return_tensors="pt", return_dict=True)
-log_p = model(**ids).logits[0, -1].log_softmax(-1)
-score = log_p[@safe@].logsumexp(0) - log_p[@unsafe@].logsumexp(0)
-```
+"""
+  + _SCORE
+  + """```
 
 ## vLLM
 
@@ -208,10 +212,9 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("@name@")
 model = AutoPeftModelForCausalLM.from_pretrained("@name@")
-ids = tokenizer.apply_chat_template(messages, safety=rules, return_tensors="pt", return_dict=True)
-log_p = model(**ids).logits[0, -1].log_softmax(-1)
-score = log_p[@safe@].logsumexp(0) - log_p[@unsafe@].logsumexp(0)
-```
+"""
+  + _SCORE
+  + """```
 """,
   'gguf': """
 ## llama.cpp
