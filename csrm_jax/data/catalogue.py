@@ -470,8 +470,7 @@ SETS = {
     judged_answers.read_model_spec,
     is_for_tests=True,
   ),
-  # Texts and prompts that were judged in many ways: their rows are `judged.Judged`. A licence that
-  # forbids commercial use, or that passes on, is for evaluation only.
+  # Texts and prompts that were judged in many ways: their rows are `judged.Judged`.
   'moderation_judged': Set(
     'https://github.com/openai/moderation-api-release',
     'mit',
