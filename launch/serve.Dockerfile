@@ -9,6 +9,9 @@ WORKDIR /app
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY csrm_jax csrm_jax
 COPY configs configs
+COPY launch launch
+# What is installed is this folder, which has no version to pin.
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir ".[${EXTRAS}]" \
   && useradd --uid 10001 --create-home server \
   && mkdir /cache && chown server /cache
