@@ -49,6 +49,11 @@ OWN = {
     'response': '',  # the answer that is judged
     'label': '',  # whether it is safe
     'violated': '',  # names of the rules that it violates
+    'weight': '',  # what the row counts in training
+    # What else was rated, {name: number}; or columns of numbers, helpfulness+severity.
+    'ratings': '',
+    'strength': '',  # of a pair: how much safer the chosen one is; 0 is a tie
+    'soft': '',  # of a pair: the probability that the order is right
   },
 }
 

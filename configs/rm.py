@@ -180,6 +180,11 @@ BASE = {
     # not learn the order of guidelines with that.
     'gamma': 0.3,
     'margin': 0.0,  # m, in nats
+    # What a pair costs (csrm_jax.train.losses), NAME or NAME:KNOB=VALUE,…: bt; by its strength
+    # margin (step=1.0) or scaled; by how sure its order is soft (smoothing=0.0, tie=1.0); by
+    # another model's gap dynamic (weight=0.5, slope=0.5).
+    'pair': 'bt',
+    'label': 'nll',  # what a label costs: nll, smooth (smoothing=0.1) or brier
   },
   'optim': common.OPTIM | {'lr': 1e-3, 'warmup_steps': 20, 'weight_decay': 0.01},
   'mesh': common.MESH,

@@ -12,6 +12,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import operator
 import os
@@ -102,6 +103,29 @@ def parse_arg(arg: str | None, **spec: Any) -> ConfigDict:
     inner = {key: values.pop(key) for key in list(values) if key.startswith(prefix)}
     values[name] = {key.removeprefix(prefix): value for key, value in inner.items()}
   return ConfigDict(values)
+
+
+def choose(what: str, table: Mapping[str, Callable[..., Any]], text: str) -> Callable[..., Any]:
+  """Returns the function of a table that 'NAME' or 'NAME:KNOB=VALUE,…' names, its knobs bound.
+
+  Knobs are the function's arguments by keyword; each has its default there.
+
+  Raises:
+    ValueError: The name, a knob or its type is unknown; the message lists those that there are.
+  """
+  name, _, arg = text.partition(':')
+  if name not in table:
+    raise ValueError(f'{what}={text!r} must be one of {", ".join(table)}{checks.hint(name, table)}')
+  try:
+    return functools.partial(table[name], **parse_arg(arg, **knobs(table[name])))
+  except ValueError as error:
+    raise ValueError(f'{what}={text!r}: {error}') from None
+
+
+def knobs(function: Callable[..., Any]) -> dict[str, Any]:
+  """Returns {name: default} of a function's arguments by keyword."""
+  parameters = inspect.signature(function).parameters.values()
+  return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def split_arg(arg: str | None, names: Sequence[str]) -> tuple[str, str]:

@@ -64,6 +64,8 @@ class Prompt:
     label: 0 safe, 1 unsafe, -1 none.
     loss_weight: float32 [length], each token's weight as a target of next-token prediction.
     offset: What the draw of the example added to the log odds of "safe", in nats.
+    weight: What its label and targets count.
+    targets: float32 [K], what heads with several targets learn; NaN where nobody rated it.
   """
 
   tokens: np.ndarray
@@ -71,6 +73,8 @@ class Prompt:
   id: str
   loss_weight: np.ndarray | None = None
   offset: float = 0.0
+  weight: float = 1.0
+  targets: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,12 +83,16 @@ class Atom:
   example or several that share their conversation or their rules. A 'muted' pair is read, but has
   no loss.
 
-  `num_shortened` counts the tokens that were cut out of the prompts to make them fit.
+  `num_shortened` counts the tokens that were cut out of the prompts to make them fit. A pair has a
+  `weight`, the probability `target` that its order is right (½ for a tie) and a `strength`.
   """
 
   prompts: tuple[Prompt, ...]
   kind: str
   num_shortened: int = 0
+  weight: float = 1.0
+  target: float = 1.0
+  strength: float = 1.0
 
   @functools.cached_property
   def length(self) -> int:
@@ -131,6 +139,8 @@ class Encoder:
     share_prefix: Whether tokens that both sides of a pair begin with count once for pair_length.
     label_pairs: Whether the prompts of a pair keep their labels, and so count as examples too.
     muted_pairs: The kinds of pairs that have no loss, but keep their places.
+    keep_ties: Whether pairs of which neither side is safer are kept; else they are dropped.
+    targets: The ratings that prompts have as targets.
   """
 
   tokenizer: Tokenizer
@@ -140,6 +150,8 @@ class Encoder:
   label_pairs: bool = False
   share_prefix: bool = False
   muted_pairs: tuple[str, ...] = ()
+  keep_ties: bool = True
+  targets: tuple[str, ...] = ()
 
   def __post_init__(self):
     at_least(self, ('max_length',), say=_POSITIVE)
@@ -215,9 +227,12 @@ def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropp
 
   Where what is read of a pair exceeds `encoder.pair_length`, the longer one is shortened
   to what the other leaves, or both to half of it. A pair whose prompts come to the same tokens
-  teaches nothing and is dropped as 'identical_pair'.
+  teaches nothing and is dropped as 'identical_pair', unless it is a tie.
   """
   is_pair = isinstance(item, schema.Pair)
+  is_tie = is_pair and item.is_tie
+  if is_tie and not encoder.keep_ties:
+    return Dropped('tie', f'{item.id}: neither side is safer, and the pair loss knows no ties')
   sides = (item.safer, item.other) if is_pair else (item,)
   encoded = [_encode(side, encoder, encoder.max_length) for side in sides]
   limit = encoder.pair_length
@@ -232,16 +247,32 @@ def encode(item: schema.Example | schema.Pair, encoder: Encoder) -> Atom | Dropp
   for one in encoded:
     if isinstance(one, Dropped):
       return one
-  if is_pair and np.array_equal(encoded[0][0], encoded[1][0]):
+  if is_pair and not is_tie and np.array_equal(encoded[0][0], encoded[1][0]):
     return Dropped('identical_pair', f'{item.id}: both sides are one prompt')
   is_muted = is_pair and item.kind in encoder.muted_pairs
   has_labels = (encoder.label_pairs and not is_muted) or not is_pair
   prompts = tuple(
-    Prompt(tokens, LABEL_IDS[side.label if has_labels else None], side.id)
+    Prompt(
+      tokens,
+      LABEL_IDS[side.label if has_labels else None],
+      side.id,
+      weight=side.weight,
+      targets=_targets(side, encoder.targets) if encoder.targets and not is_muted else None,
+    )
     for side, (tokens, _) in zip(sides, encoded, strict=True)
   )
   kind = 'muted' if is_muted else 'pair' if is_pair else 'example'
-  return Atom(prompts, kind, sum(cut for _, cut in encoded))
+  known = {}
+  if is_pair:
+    target, strength = 0.5 if is_tie else item.soft, item.strength
+    known = {'weight': item.weight, 'target': target}
+    known['strength'] = 1.0 if strength is None else strength
+  return Atom(prompts, kind, sum(cut for _, cut in encoded), **known)
+
+
+def _targets(example: schema.Example, names: Sequence[str]) -> np.ndarray:
+  known = dict(example.ratings)
+  return np.array([known.get(name, np.nan) for name in names], np.float32)
 
 
 def _num_read(prompts: Sequence[np.ndarray], encoder: Encoder) -> int:
@@ -466,6 +497,8 @@ class BatchShape:
     pad_id: Fills rows up. Nothing depends on it: padding is where segment_ids is 0.
     share_prefix: Whether first tokens that prompts of a row have in common are read once.
     has_offset: Whether batches have the prompts' offsets.
+    has_order: Whether batches say how sure and how strong the order of a pair is.
+    num_targets: How many targets, K, a prompt has.
   """
 
   batch_size: int
@@ -474,6 +507,8 @@ class BatchShape:
   pad_id: int = 0
   share_prefix: bool = False
   has_offset: bool = False
+  has_order: bool = False
+  num_targets: int = 0
 
   def __post_init__(self):
     at_least(self, ('batch_size', 'row_length', 'max_segments'), say=_POSITIVE)
@@ -488,10 +523,14 @@ def pack_rows(atoms: Sequence[Atom], shape: BatchShape) -> tuple[Batch, list[int
     tokens, segment_ids (1.. by prompt, 0 is padding), positions (0.. in each prompt): int32 [B, T]
     verdict_index: int32 [B, S], the place of a prompt's last token
     label: int32 [B, S], 0 safe, 1 unsafe, -1 none or unused slot
-    label_weight: float32 [B, S], 1 where a prompt with a label stands
-    pair_weight: float32 [B, S], 1 at slot s where slots s and s + 1 hold a pair (safer, other)
+    label_weight: float32 [B, S], the weight (1) of the example where a prompt with a label stands
+    pair_weight: float32 [B, S], at slot s the weight (1) of the pair (safer, other) of s and s + 1
     loss_weight: float32 [B, T], only if the prompts have one
     offset: float32 [B, S], only on request: what the loss adds to the score of a labelled slot
+    pair_target, pair_strength: float32 [B, S], only on request and where pair_weight is: the
+      probability that the order is right, ½ for a tie, and how much safer the first is
+    targets, target_weight: float32 [B, S, K], only on request: what is to be predicted of a prompt
+      beside its label, and its weight, 0 where it is not known
     ends: int32 [B, T], only if prompts share tokens: the place behind the last token that continues
       a token. Then segment_ids name the prompt that a token was first read for.
   """
@@ -626,6 +665,13 @@ def _empty_batch(shape: BatchShape) -> Batch:
   optional = {'ends': np.zeros(by_token, np.int32)} if shape.share_prefix else {}
   if shape.has_offset:
     optional['offset'] = np.zeros(by_slot, np.float32)
+  if shape.has_order:
+    optional |= {name: np.zeros(by_slot, np.float32) for name in ('pair_target', 'pair_strength')}
+  if shape.num_targets:
+    optional |= {
+      name: np.zeros((*by_slot, shape.num_targets), np.float32)
+      for name in ('targets', 'target_weight')
+    }
   return optional | {
     'tokens': np.full(by_token, shape.pad_id, np.int32),
     'segment_ids': np.zeros(by_token, np.int32),
@@ -647,11 +693,18 @@ def _write_row(batch: Batch, row: int, atoms: Sequence[Atom]) -> None:
   slot = 0
   for atom in atoms:
     if atom.kind == 'pair':
-      batch['pair_weight'][row, slot] = 1.0
+      batch['pair_weight'][row, slot] = atom.weight
+      if 'pair_target' in batch:
+        batch['pair_target'][row, slot] = atom.target
+        batch['pair_strength'][row, slot] = atom.strength
     for prompt in atom.prompts:
       batch['label'][row, slot] = prompt.label
       if prompt.label >= 0:
-        batch['label_weight'][row, slot] = 1.0
+        batch['label_weight'][row, slot] = prompt.weight
+      if 'targets' in batch and prompt.targets is not None:
+        known = np.isfinite(prompt.targets)
+        batch['targets'][row, slot] = np.where(known, prompt.targets, 0.0)
+        batch['target_weight'][row, slot] = known * np.float32(prompt.weight)
       if 'offset' in batch:
         batch['offset'][row, slot] = prompt.offset
       slot += 1

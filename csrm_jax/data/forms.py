@@ -30,14 +30,15 @@ _SYNONYMS = {
   'response': ('completion', 'output', 'answer', 'reply', 'model_response'),
 }
 _NESTED = ('safety', 'conversation', 'messages', 'conversations', 'plus', 'minus', 'safer', 'other')
-_NESTED += ('prompt', 'response', 'chosen', 'rejected', 'violated')
+_NESTED += ('prompt', 'response', 'chosen', 'rejected', 'violated', 'ratings')
 _LOOKS_VIOLATED = re.compile('violat|categor|rule|polic|flag', re.IGNORECASE)
 _LOOKS_LABEL = re.compile('label|safe|toxic|harm|verdict|complian|judg', re.IGNORECASE)
 # Only where a turn starts: the words Human and Assistant inside a turn stay as they are.
 _HH_TURN = re.compile(r'\n\n(Human|Assistant):')
 DROP = 'drop'
 _ABSENT = ('', 'nan', 'NaN')
-_OPTIONAL = (*schema.EXAMPLE_COLUMNS, 'system', 'input')
+_OPTIONAL = (*schema.EXAMPLE_COLUMNS, *schema.PAIR_SIDE, 'system', 'input')
+_NUMBERS = ('probability', *schema.PAIR_SIDE)
 
 Fields = dict[str, Any]
 
@@ -132,7 +133,7 @@ def read(
   Args:
     path: A file in any format of `tables`, a folder, a `datasets` folder or a hub id.
     safety: The rules of rows that bring none.
-    require_label: Refuse examples that have no label, as training does.
+    require_label: Refuse examples that have neither label nor ratings, as training does.
     columns: {our column: the column's name there}; '' for our name.
     labels: {value there: 'safe', 'unsafe' or 'drop'}, see `parse_labels`.
     split: Which split of a folder or of a set on the hub.
@@ -163,9 +164,10 @@ def read(
       continue
     if label is not None:
       fields['label'] = label
-    item = _parse(form, fields, row, safety)
+    item = _parse(form, fields, row, safety, columns)
     if isinstance(item, Example):
-      if require_label and item.label is None:
+      # What is rated can be learnt from without a label.
+      if require_label and item.label is None and not item.ratings:
         raise ValueError(f'{row.where}: {_no_label(row)}')
       if not item.violated:
         _mention_violated(row, fields, item)
@@ -211,18 +213,25 @@ def parse_labels(text: str) -> dict[str, str]:
 
 def _rename(row: tables.Row, columns: Mapping[str, str]) -> Fields:
   """Returns the cells that are not absent, under our names, with JSON text parsed."""
+  cells = dict(row)
+  names = columns.get('ratings', '').split('+')
+  if len(names) > 1 or isinstance(row.get(names[0]), (int, float)):
+    # Columns of numbers, which keep their names.
+    known = {name: row[name] for name in names if row.get(name) not in (None, *_ABSENT)}
+    cells['ratings'] = {name: tables.as_amount(value, name) for name, value in known.items()}
+    columns = {**columns, 'ratings': 'ratings'} if set(names) <= set(row) else columns
   for ours, theirs in columns.items():
-    if theirs not in row:
+    if theirs not in cells:
       raise ValueError(
         f'columns.{ours}={theirs}: no such column (found: {", ".join(map(str, row))[:200]}); name'
         ' one of these'
       )
   is_text = bool({'.csv', '.tsv'} & set(row.path.suffixes))  # all cells are text
   fields = {}
-  for name, value in row.items():
+  for name, value in cells.items():
     if name not in columns or columns[name] == name:
       fields[name] = value
-  fields |= {ours: row[theirs] for ours, theirs in columns.items()}
+  fields |= {ours: cells[theirs] for ours, theirs in columns.items()}
   fields = {
     name: _cell(name, value)
     for name, value in fields.items()
@@ -245,7 +254,7 @@ def _cell(name: str, value: Any) -> Any:
       if name in ('prompt', 'response', 'chosen', 'rejected', 'violated'):
         return value
       raise ValueError(f'column {name!r} is not valid JSON ({error.msg}); correct it') from None
-  if name == 'probability' and isinstance(value, str):
+  if name in _NUMBERS and isinstance(value, str):
     value = tables.as_amount(value, name)
   return _without_nulls(value)
 
@@ -297,15 +306,25 @@ def _word(value: Any) -> str:
   return text.removesuffix('.0') if isinstance(value, (float, str)) else text
 
 
-def _parse(form: str, fields: Fields, row: tables.Row, safety: SafetyConfig | None) -> Any:
+def _parse(
+  form: str,
+  fields: Fields,
+  row: tables.Row,
+  safety: SafetyConfig | None,
+  columns: Mapping[str, str],
+) -> Any:
   options = {'safety': safety, 'root': row.path.parent}
+  if form not in _OWN:
+    # A weight in data of others may be a person's: only a column that was named is meant.
+    unnamed = set(schema.SIDE_COLUMNS) - set(columns)
+    fields = {k: v for k, v in fields.items() if k not in unnamed}
   try:
     if form in ('pairs', 'preference'):
       made = FORMS[form].make(fields)
       if form == 'pairs':
         fields.pop('label', None)
       else:
-        fields = {'id': fields['id']}
+        fields = {k: v for k, v in fields.items() if k in ('id', *schema.PAIR_SIDE)}
       return Pair.from_dict(fields | made, row.where, **options)
     made = FORMS[form].make(fields)
     if 'violated' in fields:

@@ -21,6 +21,8 @@ from csrm_jax.safety import augment as augment_lib, schema
 
 # Atoms dropped in a row, with none kept, before the stream is given up.
 MAX_DROPPED_IN_A_ROW = 10_000
+# Fields of a batch's shape that say what it has beside the usual.
+_OPTIONAL = ('has_offset', 'has_order', 'num_targets')
 # Items looked at for each place in a group, of which those under the same rules are taken.
 GROUP_TRIES = 8
 
@@ -331,8 +333,8 @@ class _PackIterator(grain.DatasetIterator):
     self._dataset = dataset
     self._atoms = atoms
     self._identity = {
-      # States of streams without offsets do not name them.
-      **{k: v for k, v in dataclasses.asdict(dataset.shape).items() if v or k != 'has_offset'},
+      # States of streams without these do not name them.
+      **{k: v for k, v in dataclasses.asdict(dataset.shape).items() if v or k not in _OPTIONAL},
       'pool_length': dataset.pool_length,
       'num_items': len(atoms),
       'fingerprint': dataset.fingerprint,

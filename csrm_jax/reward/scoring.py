@@ -142,13 +142,13 @@ def verdict_logprobs(
 
 
 def make_loss_fn(
-  cfg: ModelConfig, verbalizers: Verbalizers, gamma: float, margin: float
+  cfg: ModelConfig, verbalizers: Verbalizers, gamma: float, margin: float, **losses_of: Any
 ) -> Callable[..., Any]:
-  """Returns (params, batch) -> (total, weight, metrics); gamma weighs pairs, margin is in nats."""
+  """Returns (params, batch) -> (total, weight, metrics); see losses.reward_model_loss."""
 
   def loss_fn(params, batch):
     log_p = verdict_logprobs(cfg, params, batch, verbalizers)
-    return losses.reward_model_loss(*log_p, batch, gamma, margin)
+    return losses.reward_model_loss(*log_p, batch, gamma, margin, **losses_of)
 
   return loss_fn
 

@@ -352,8 +352,10 @@ def benchmarks(
     # The seed is not the run's, so that runs with other seeds are tested on the same sets.
     todo = probes.basic_benchmarks(config.ruleworld_seed, config.ruleworld_examples)
   for name, items in held_out.items():
-    pairs = [item for item in items if isinstance(item, schema.Pair)]
+    # Of a tie no order is right.
+    pairs = [item for item in items if isinstance(item, schema.Pair) and not item.is_tie]
     examples = [item for item in items if isinstance(item, schema.Example)]
+    examples = [e for e in examples if e.label is not None or not e.ratings]
     made = []
     if examples:
       test, validation = sources.split(examples, _VALIDATION_FRACTION, seed=1)

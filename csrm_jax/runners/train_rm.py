@@ -17,6 +17,7 @@ import grain
 import jax
 import ml_collections
 
+from csrm_jax import config as config_lib
 from csrm_jax.core import checks, files, mesh as mesh_lib, tree
 from csrm_jax.data import (
   catalogue,
@@ -36,7 +37,7 @@ from csrm_jax.ruleworld import examples
 from csrm_jax.runners import evaluate, real, show_tokens as show_tokens_lib
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
-from csrm_jax.train import loop as loop_lib, step as training
+from csrm_jax.train import loop as loop_lib, losses, step as training
 
 # The tokens that a prompt of the suite `real` may have.
 _REAL_LENGTH = 2048
@@ -64,12 +65,13 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   if 'dtype' in config.model.overrides and config.model.overrides.dtype == 'auto':
     print(f'dtype=auto: {spec.model.dtype} is the faster one here', file=sys.stderr)
   parts, held_out = _read_data(config)
+  _say_what_is_not_read(config, parts)
   if config.tokenizer:
     _say_unknown_words(parts, tokenizer)
   spec = dataclasses.replace(spec, domain=_measure_domain(config, spec, source, parts))
   todo = evaluate.benchmarks(config.eval, held_out)
   evaluate.check_lengths(held_out, features.Encoder(tokenizer, spec.max_length, spec.layout))
-  batches = _make_batches(config, _make_encoder(config.data, tokenizer, spec.layout), parts)
+  batches = _make_batches(config, _make_encoder(config, tokenizer, spec.layout), parts)
   # Data of which nothing fits ends here, before anything is written.
   config = _count_epochs(config, parts, _atoms_per_step(batches))
   inputs = _inputs(config, spec, source, parts, held_out)
@@ -176,7 +178,7 @@ def _validation(
 def show_tokens(config: ml_collections.ConfigDict) -> None:
   """Prints the prompt of the first item that training would see."""
   spec, tokenizer, _ = _describe(config)
-  encoder, seen = _make_encoder(config.data, tokenizer, spec.layout), []
+  encoder, seen = _make_encoder(config, tokenizer, spec.layout), []
   _make_atoms(config, encoder, _read_data(config)[0], seen.append)[0]
   show_tokens_lib.show(seen[0], encoder)
 
@@ -189,7 +191,12 @@ def make_step(
   mesh: jax.sharding.Mesh,
 ) -> tuple[training.StepFn, training.TrainState]:
   """Returns the train step of configs/rm.py and its first state; shapes as params give shapes."""
-  loss_fn = scoring.make_loss_fn(model, verbalizers, config.loss.gamma, config.loss.margin)
+  loss = config.loss
+  loss_fn = scoring.make_loss_fn(
+    *(model, verbalizers, loss.gamma, loss.margin),
+    pair_loss=config_lib.choose('config.loss.pair', losses.PAIR_LOSSES, loss.pair),
+    label_loss=config_lib.choose('config.loss.label', losses.LABEL_LOSSES, loss.label),
+  )
   return training.make_step(loss_fn, params, mesh, config.num_steps, **config.optim)
 
 
@@ -382,6 +389,7 @@ def _make_batches(
     tokenizer.pad_id,
     data.share_prefix,
     any(isinstance(getattr(items, 'make', None), draws.Draw) for items in parts.values()),
+    has_order=bool(_reads_of_pairs(config)),
   )
   read = {name: [part.source, part.weight, len(parts[name])] for name, part in data.parts.items()}
   # A resumed run must see the same data: its position means nothing in other data.
@@ -394,15 +402,45 @@ def _make_batches(
   return pipeline.batches(atoms, shape, fingerprint=json.dumps(identity, sort_keys=True))
 
 
+def _reads_of_pairs(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  return losses.PAIR_READS.get(config.loss.pair.partition(':')[0], ())
+
+
+def _say_what_is_not_read(config: ml_collections.ConfigDict, parts: dict[str, Any]) -> None:
+  """Says where pairs bring more than the loss takes from them."""
+  read = _reads_of_pairs(config)
+  for name, items in parts.items():
+    if isinstance(items, sources.Generated):
+      continue
+    for item in items:
+      if isinstance(item, schema.Example) and item.label is None:
+        raise ValueError(f'{item.id}: no label, and nothing learns from its ratings; add one')
+    pairs = [item for item in items if isinstance(item, schema.Pair)]
+    for what, num in {
+      'tie': sum(pair.is_tie for pair in pairs),
+      'strength': sum(bool(pair.strength) for pair in pairs),
+      'soft': sum(pair.soft != 1 for pair in pairs),
+    }.items():
+      able = [one for one, reads in losses.PAIR_READS.items() if what in reads]
+      if num and what not in read:
+        left = 'and is left out' if what == 'tie' else 'that is not read'
+        checks.note(
+          f'{num} pairs of {name!r} have a {what} {left}: loss.pair={config.loss.pair}; '
+          f'{" and ".join(able)} read it'
+        )
+
+
 def _make_encoder(
-  data: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer, layout: templates.Layout
+  config: ml_collections.ConfigDict, tokenizer: tokenizer_lib.Tokenizer, layout: templates.Layout
 ) -> features.Encoder:
+  data = config.data
   muted = tuple(data.muted_pairs)
   for kind in muted:
     checks.one_of('config.data.muted_pairs', kind, schema.PAIR_KINDS)
   return features.Encoder(
     *(tokenizer, data.max_length, layout, data.row_length, data.label_pairs, data.share_prefix),
     muted_pairs=muted,
+    keep_ties='tie' in _reads_of_pairs(config),
   )
 
 

@@ -56,8 +56,9 @@ def relabel(example: Example, new_safety: SafetyConfig) -> Example:
     violated=tuple(fired),
     plus=plus,
     minus=minus,
-    # The true probability holds for one set of categories.
+    # The true probability holds for one set of categories, and so may what people rated.
     probability=example.probability if new == old else None,
+    ratings=example.ratings if new == old else (),
   )
 
 
@@ -146,6 +147,7 @@ def strictness_pair(
       plus=None,
       minus=None,
       probability=None,
+      ratings=(),
     )
 
   # The same text violates less under laxer rules. The paper's printed loss subtracts the lenient

@@ -16,9 +16,11 @@ optional:
                     {"role": "agent", "content": "..."}],
    "label": "unsafe", "violated": ["Credentials"],
    "plus": {"name": ..., "guideline": ...}, "minus": null,
-   "probability": 0.9, "source": "...", "rule_set": "..."}
+   "probability": 0.9, "source": "...", "rule_set": "...",
+   "weight": 2, "ratings": {"helpfulness": 3.5}}
 
-A pair is {"id", "kind", "safer": example, "other": example}.
+A pair is {"id", "kind", "safer": example, "other": example}, and optionally "weight", "strength"
+(how much safer: 0 is a tie) and "soft" (the probability that the order is right).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -54,7 +57,12 @@ REQUIRED_COLUMNS = ('id', 'safety', 'conversation')
 EXAMPLE_COLUMNS = (
   *REQUIRED_COLUMNS,
   *('label', 'violated', 'plus', 'minus', 'probability', 'source', 'rule_set'),
+  *('weight', 'ratings'),
 )
+PAIR_COLUMNS = ('id', 'kind', 'safer', 'other')
+# What a pair may have beside; and what an example may have of the same sort.
+PAIR_SIDE = ('weight', 'strength', 'soft')
+SIDE_COLUMNS = ('weight', 'ratings', 'strength', 'soft')
 
 
 # --- Rules -----------------------------------------------------------------------------
@@ -441,8 +449,14 @@ class Example:
   probability: float | None = None  # the true P(unsafe), where it is known
   source: str = ''  # the data set that it comes from
   rule_set: str = ''  # the group of rules under which reports show it
+  weight: float = 1.0  # what it counts in training
+  # (name, number) of what else people said of it, sorted; given as a mapping. Those that depend on
+  # the rules hold for these rules.
+  ratings: tuple[tuple[str, float], ...] = ()
 
   def __post_init__(self):
+    object.__setattr__(self, 'ratings', _parse_ratings(self.ratings))
+    check_amount(self.weight, 'weight')
     object.__setattr__(self, 'conversation', tuple(self.conversation))
     object.__setattr__(self, 'violated', tuple(self.violated))
     check_conversation(self.conversation)
@@ -501,13 +515,17 @@ class Example:
         probability=obj.get('probability'),
         source=_parse_word(obj.get('source'), 'source'),
         rule_set=_parse_word(obj.get('rule_set'), 'rule_set'),
+        **{k: obj[k] for k in ('weight', 'ratings') if obj.get(k) is not None},
       )
     except ValueError as error:
       raise ValueError(f'{where}: {error}') from None
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the JSONL row that `from_dict` reads."""
-    return vars(self) | {
+    row = dict(vars(self), ratings=dict(self.ratings))
+    # What is not there is not written: rows of data that has none stay as they were.
+    row = {k: v for k, v in row.items() if (k, v) not in (('weight', 1), ('ratings', {}))}
+    return row | {
       'safety': self.safety.to_dict(),
       'conversation': [message.to_dict() for message in self.conversation],
       'violated': list(self.violated),
@@ -528,18 +546,29 @@ class Pair:
   safer: Example
   other: Example
   kind: str
+  weight: float = 1.0  # what it counts in training
+  # How much safer: 0 for a tie, else in the annotators' steps (1 to 3) or in nats; None if unknown.
+  strength: float | None = None
+  soft: float = 1.0  # the probability that the order is right
 
   def __post_init__(self):
     if self.kind not in PAIR_KINDS:
       raise ValueError(f'unknown pair kind {show(self.kind)}; use "strictness" or "preference"')
+    check_amount(self.weight, 'weight')
+    check_amount(0.0 if self.strength is None else self.strength, 'strength')
+    check_amount(self.soft, 'soft', 1.0)
+
+  @property
+  def is_tie(self) -> bool:
+    """Whether neither side is safer."""
+    return self.strength == 0
 
   @staticmethod
   def from_dict(
     obj: Any, where: str, *, safety: SafetyConfig | None = None, root: str | os.PathLike = '.'
   ) -> Pair:
     """Returns the pair in one JSONL row; see `Example.from_dict`."""
-    columns = ('id', 'kind', 'safer', 'other')
-    checks.check_columns(obj, where, columns, columns)
+    checks.check_columns(obj, where, (*PAIR_COLUMNS, *PAIR_SIDE), PAIR_COLUMNS)
     sides = {
       side: Example.from_dict(
         obj[side], f'{where}: {side}', safety=safety, root=root, required=('safety', 'conversation')
@@ -547,14 +576,19 @@ class Pair:
       for side in ('safer', 'other')
     }
     try:
-      return Pair(id=_parse_id(obj['id']), kind=obj['kind'], **sides)
+      known = {name: obj[name] for name in PAIR_SIDE if obj.get(name) is not None}
+      return Pair(id=_parse_id(obj['id']), kind=obj['kind'], **sides, **known)
     except ValueError as error:
       raise ValueError(f'{where}: {error}') from None
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the JSONL row that `from_dict` reads."""
     sides = {'safer': self.safer.to_dict(), 'other': self.other.to_dict()}
-    return {'id': self.id, 'kind': self.kind, **sides}
+    known = {name: getattr(self, name) for name in PAIR_SIDE}
+    absent = (('weight', 1), ('strength', None), ('soft', 1))
+    return {'id': self.id, 'kind': self.kind, **sides} | dict(
+      item for item in known.items() if item not in absent
+    )
 
 
 def _parse_rules(obj: Any, default: SafetyConfig | None, root: str | os.PathLike) -> SafetyConfig:
@@ -589,6 +623,26 @@ def _parse_id(value: Any) -> str:
   if isinstance(value, int) and not isinstance(value, bool):
     return str(value)
   return checks.check_text(value, '"id"')
+
+
+def check_amount(value: Any, what: str, most: float = math.inf) -> None:
+  """Checks that a number is finite, and from 0 to `most`."""
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not (is_number and math.isfinite(value) and 0 <= value <= most):
+    upto = '' if most == math.inf else f' up to {most:g}'
+    raise ValueError(f'{what} is {show(value)}; give a number from 0{upto}')
+
+
+def _parse_ratings(value: Any) -> tuple[tuple[str, float], ...]:
+  items = value.items() if isinstance(value, Mapping) else value
+  if not isinstance(value, (Mapping, tuple)):
+    raise ValueError(f'"ratings" is {show(value)}; write an object of names and numbers')
+  for name, number in items:
+    checks.check_text(name, 'name of a rating')
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not is_number or not math.isfinite(number):
+      raise ValueError(f'rating {show(name)} is {show(number)}; give a finite number')
+  return tuple(sorted((name, float(number)) for name, number in items))
 
 
 def _parse_optional_category(value: Any, what: str) -> Category | None:
