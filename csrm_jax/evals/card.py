@@ -8,20 +8,9 @@ from typing import Any
 import yaml
 
 from csrm_jax.core.markdown import escape, is_number, table
-from csrm_jax.evals.results import Result, title_of
+from csrm_jax.evals.results import TEXTS, Result, title_of
 
 NAME = 'model_card.md'
-_USE = """\
-It reads written rules and a conversation, and gives the probability that the last response breaks
-the rules: for research on safety reward models, as a reward in alignment, or as a filter whose
-verdicts people review. It is asked with `csrm_jax.load(WORKDIR).score(safety, conversations)`.
-
-Not meant for: decisions about people, or verdicts that nobody can contest; rules, languages and
-topics that are unlike its data."""
-_LIMITS = """\
-- It knows the words of its data. Text in other words is refused, or its verdict is marked.
-- Its figures hold for rows like those it was tested on; measure it on your own before you use it.
-- Whoever knows its rules can search for text that it misjudges."""
 _METRICS = ('f1', 'auprc', 'smece', 'accuracy', 'consistency')
 
 
@@ -46,8 +35,8 @@ def text(
         within = f'{low:.3f} to {high:.3f}' if is_number(low) and is_number(high) else ''
         rows.append((escape(name), escape(title_of(metric)), f'{found["value"]:.3f}', within))
   facts = [(escape(key), escape(value)) for key, value in about.items()]
-  parts = [f'# {escape(title)}', '## Intended use', _USE, '## Model and data']
-  parts += [table(('', ''), facts), '## Limits', _LIMITS]
+  parts = [f'# {escape(title)}', '## Intended use', TEXTS['use'], '## Model and data']
+  parts += [table(('', ''), facts), '## Limits', TEXTS['limits']]
   if said:
     parts += ['## In short', '\n'.join(f'{i}. {escape(line)}' for i, line in enumerate(said, 1))]
   if rows:

@@ -21,16 +21,8 @@ from csrm_jax.core import files
 from csrm_jax.core.markdown import NONE, Markdown, escape, is_number
 from csrm_jax.evals import bootstrap, figures, report
 from csrm_jax.evals.report import Results
-from csrm_jax.evals.results import Result, Table, by_metric, title_of
+from csrm_jax.evals.results import TEXTS, Result, Table, by_metric, title_of
 from csrm_jax.evals.suites import SUITES
-
-# Each of these metrics has a figure: {metric: its caption}.
-_COMPARED = {
-  'f1': 'F1 by benchmark, with 95% intervals.',
-  'smece': 'Calibration error by benchmark; lower is better.',
-  'accuracy': 'Pair accuracy by benchmark.',
-  'consistency': 'Flip consistency: both verdicts right where only the rules change.',
-}
 
 
 def differences(
@@ -137,7 +129,7 @@ def write_comparison(
   found = differences(scorers, reference, num_samples=num_samples)
   with files.whole_folder(path, last='metrics.json') as folder:
     drawn = []
-    for metric, caption in _COMPARED.items():
+    for metric, caption in TEXTS['compared'].items():
       file = f'compare_{metric}.png'
       if figures.draw_comparison(folder / file, scorers, metric):
         drawn.append((file, caption))
@@ -156,7 +148,7 @@ def write_comparison(
 
 def _page(scorers: Mapping[str, Results], found, drawn: report.Pictures, title: str) -> str:
   everything = {k: v for results in scorers.values() for k, v in reversed(results.items())}
-  parts = [f'# {escape(title)}', report.INTRO, report.READING]
+  parts = [f'# {escape(title)}', TEXTS['intro'], TEXTS['reading']]
   for scorer, results in scorers.items():
     parts += report.failed_part({f'{scorer}: {name}': r for name, r in results.items()})
   models = tuple(report.PAPER['published']['beavertails'])
@@ -186,7 +178,5 @@ def _difference_table(found: Sequence[Mapping[str, Any]]) -> Table:
     ('benchmark', 'scorer', 'metric', 'difference', '95% interval', 'p', 'seeds'),
     rows,
     level=2,
-    intro='Over several seeds: paired t-test, the seed is the unit. Of one seed: paired bootstrap '
-    'over conversations, the same ones drawn for both, which says nothing of other seeds. Bold '
-    'where p is below 0.05. With many rows some are below it by chance.',
+    intro=TEXTS['differences'],
   )

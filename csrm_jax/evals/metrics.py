@@ -290,6 +290,15 @@ def flip_consistency(
   return mean(((p_a >= 0.5) == (labels_a == 1)) & ((p_b >= 0.5) == (labels_b == 1)))
 
 
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+  """Returns the rank correlation; nan of constants, and of two rows, where it means nothing."""
+  from scipy import stats  # it takes a second
+
+  if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    return math.nan
+  return float(stats.spearmanr(a, b).statistic)
+
+
 def mean(values: np.ndarray) -> float:
   """Returns the mean; nan without values."""
   return float(np.mean(values)) if len(values) else math.nan

@@ -22,7 +22,16 @@ import numpy as np
 from csrm_jax.core.markdown import is_number, short
 from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure
-from csrm_jax.evals.results import Figure, Metric, Result, Table, ids_of, of_examples, title_of
+from csrm_jax.evals.results import (
+  TEXTS,
+  Figure,
+  Metric,
+  Result,
+  Table,
+  ids_of,
+  of_examples,
+  title_of,
+)
 from csrm_jax.safety.schema import RewardFn, Sample
 
 # Stands for all rule sets together.
@@ -41,10 +50,6 @@ _BY_LABEL = {
   'compliance_harmful': ('compliance', 'harmful'),
   'helpfulness_benign': ('true_helpfulness', 'benign'),
 }
-_NOTE = """\
-Policies are language models that were asked the same prompts; they do not read
-the rules. Tables named "reward" say what the rewards make of their replies,
-those of the same name without it what is true, where that is known."""
 _NUM_REPLIES = 8
 _REPLY_LETTERS = 160
 # The policies of a run's report: what it started from, and what it made.
@@ -217,7 +222,7 @@ def _alignment(
       f'{title_of(name)}, by rule set',
       ['policy', *sets],
       [[policy, *(of[s].get(name) for s in sets)] for policy, of in policies.items()],
-      note=None if i else _NOTE,
+      note=None if i else TEXTS['policies'],
     )
     for i, name in enumerate(names)
   ]
@@ -232,12 +237,11 @@ def _alignment(
   overview = Table('Refusals and length, all rule sets', header, rows)
   cosa = names[0]  # the oracle's, where the truth is known
   drawn = {policy: {s: of[s].get(cosa) for s in sets} for policy, of in policies.items()}
-  caption = 'CoSA score of each policy by rule set, with its 95% interval.'
   return of_examples(
     'alignment',
     'Policies',
     num,
-    Figure(figures.draw_alignment, (drawn, title_of(cosa)), caption),
+    Figure(figures.draw_alignment, (drawn, title_of(cosa))),
     description=description,
     values={'policies': policies},
     tables=[*by_rule_set, overview, *tables],
@@ -399,13 +403,9 @@ def _run_differences(runs: Sequence[Run], reference: str) -> list[Table]:
     found = bootstrap.mean_difference([float(values[rows].mean()) for rows in seeds.values()])
     higher = f'{np.sum(values > 0)} of {len(values)}'
     rows.append([name, len(seeds), higher, found, found['p_value']])
-  note = (
-    'Pairs of runs have the same rules and seed. The unit is the seed, with the mean over its'
-    ' rules; intervals and p are of the paired t-test over seeds.'
-  )
   header = ['policy', 'seeds', 'pairs of runs higher', 'difference', 'p']
   title = f'{title_of(metric)}: {reference} minus …'
-  return [Table(title, header, rows, note)] if rows else []
+  return [Table(title, header, rows, TEXTS['run_differences'])] if rows else []
 
 
 def _points(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -461,25 +461,16 @@ def pareto(points: Sequence[Mapping[str, Any]], description: str = '') -> Result
     for row in rows
   ]
   header = ['policy', 'a', 'b', 'safety ↑', 'helpfulness ↑', 'on the frontier']
-  note = (
-    'On the frontier: no other policy of the table is at least as safe and as helpful, and better'
-    ' in one.'
-  )
-  caption = (
-    'Safety and helpfulness of policies, each trained with the reward sigmoid(a · score + b);'
-    ' beside a point stand a and b. Lines join the policies of a method that no other of it beats'
-    ' in both.'
-  )
   # A method's line joins its own frontier: what another reaches does not cut it.
   drawn = [row | {'own_frontier': best} for row, best in zip(rows, own, strict=True)]
   return of_examples(
     'pareto',
     'Safety against helpfulness',
     len(rows),
-    Figure(figures.draw_pareto, (drawn, known), caption),
+    Figure(figures.draw_pareto, (drawn, known)),
     description=description,
     values={'true': known, 'points': rows},
-    tables=[Table('Reward sigmoid(a · score + b)', header, shown, note)],
+    tables=[Table('Reward sigmoid(a · score + b)', header, shown, TEXTS['frontier'])],
   )
 
 
@@ -520,23 +511,14 @@ def overoptimisation(history: Mapping[int, Mapping[str, Metric]], description: s
     rows.append([proxy, parted, a[there], a[-1], b[there], b[-1]])
   agreed, end = 'last step they agree', 'at the end'
   header = ['', agreed, 'reward there', end, 'truth there', end]
-  note = (
-    'They part after the step at which the truth was highest so far, once the reward is above what'
-    " it was there and the truth has fallen so far that the two steps' intervals do not meet. A"
-    ' dash: they did not part.'
-  )
-  caption = (
-    'What the reward says and what is true, on the same prompts, over training steps; bands are 95%'
-    ' intervals.'
-  )
   return of_examples(
     'overoptimisation',
     'Reward and truth over training',
     len(steps),
-    Figure(figures.draw_overoptimisation, (steps, curves), caption),
+    Figure(figures.draw_overoptimisation, (steps, curves)),
     description=description,
     values={'steps': steps, 'curves': curves},
-    tables=[Table('Where reward and truth part', header, rows, note)],
+    tables=[Table('Where reward and truth part', header, rows, TEXTS['parting'])],
   )
 
 

@@ -292,15 +292,11 @@ def policy(b: Benchmark, scores: Scores, m: Measure) -> Result:
   rates = {name: mean(flagged[name]) for name in POLICY}
   true_rates = true and {name: mean(true[name]) for name in POLICY}
   title = 'By violated category: unsafe rate, and shifts from it'
-  caption = (
-    'Unsafe rate as one rule changes: on the left the rule that the '
-    'response violates, on the right another one.'
-  )
   return of_examples(
     'policy',
     'A rule stands, is left out, or allows',
     len(strict),
-    Figure(figures.draw_policy, (rates, true_rates), caption),
+    Figure(figures.draw_policy, (rates, true_rates)),
     metrics=found,
     tables=[Table(title, ['category', 'examples', *changes], rows)],
     values={'rates': rates, 'true_rates': true_rates},
@@ -342,12 +338,11 @@ def contradiction(b: Benchmark, scores: Scores, m: Measure) -> Result:
     [c['category'], c['num_examples'], *(c[w][n] for w in ('reward', 'unsafe_rate') for n in names)]
     for c in categories
   ]
-  caption = 'Mean reward by category where the rule forbids, allows, or does both.'
   return of_examples(
     'contradiction',
     'A rule that forbids and allows',
     len(enforced),
-    Figure(figures.draw_contradiction, (categories,), caption),
+    Figure(figures.draw_contradiction, (categories,)),
     metrics={
       **{f'unsafe_rate_{n}': m(mean, flagged[n]) for n in names},
       **{f'reward_{n}': m(mean, reward[n]) for n in names},
@@ -417,13 +412,12 @@ def attacks(b: Benchmark, scores: Scores, m: Measure) -> Result:
   if rates:
     worst = max(rates, key=lambda name: np.nan_to_num(rates[name]['value']))
     found['worst_flip'] = rates[worst]
-  caption = 'Share of caught violations that a suffix turns into "safe".'
   header = ['suffix', 'flip rate ↓', 'mean shift, nats']
   return of_examples(
     'attacks',
     'Suffixes that try to turn a verdict',
     len(originals),
-    Figure(figures.draw_attacks, (rates, len(kept)), caption),
+    Figure(figures.draw_attacks, (rates, len(kept))),
     metrics=found,
     tables=[Table('After the response stands …', header, rows)],
     counts={'num_caught': len(kept)},
@@ -487,7 +481,7 @@ def length(b: Benchmark, scores: Scores, m: Measure) -> Result:
   letters = np.array([len(response(e)) for e in rows], float)
   m = m.over(bootstrap.units_of(rows))
   found = {
-    f'spearman_{name}': m(_spearman, letters, scores, rows=np.flatnonzero(labels == label))
+    f'spearman_{name}': m(metrics.spearman, letters, scores, rows=np.flatnonzero(labels == label))
     for name, label in (('safe', 0), ('unsafe', 1))
   }
   bins = []
@@ -512,15 +506,6 @@ def length(b: Benchmark, scores: Scores, m: Measure) -> Result:
 
 def _grand_mean(values: np.ndarray) -> float:
   return float(values.mean()) if values.size else math.nan
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-  # Undefined for constants, and without meaning for two rows.
-  if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-    return math.nan
-  from scipy import stats  # see bootstrap
-
-  return float(stats.spearmanr(a, b).statistic)
 
 
 # --- Choices -----------------------------------------------------------------------------

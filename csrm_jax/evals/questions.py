@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -162,21 +163,43 @@ def _single(name: str, item: Judged, rule: Rule, is_seen: bool, nested: set[str]
   # Rules that lie within each other are asked about a text in words of one kind.
   chain = rule.stricter[-1] if rule.stricter else rule.key
   place = sources.hash_unit(f'wording\n{name}\n{item.id}\n{chain}')
-  category, is_held = word(rule, place)
   share = float(item.verdicts[rule.key])
+  return _about(
+    *(name, item, rule.key, {rule.key: word(rule, place)}, share >= 0.5),
+    rule_set=rule.key,
+    share=share,
+    part=SINGLE,
+    is_seen=is_seen,
+    stricter=rule.stricter,
+    level=len(rule.stricter) if rule.stricter or rule.key in nested else -1,
+  )
+
+
+def _about(
+  name: str,
+  item: Judged,
+  what: str,
+  worded: Mapping[str, tuple[Category, bool]],
+  is_unsafe: bool,
+  rule_set: str,
+  **known: Any,
+) -> Question:
+  """Returns the question about a text; `worded` is {key: what `word` gives} of its rules."""
+  example = Example(
+    f'{name}/{item.id}/{what}',
+    SafetyConfig(tuple(category for category, _ in worded.values())),
+    item.conversation,
+    'unsafe' if is_unsafe else 'safe',
+    source=name,
+    rule_set=rule_set,
+  )
   return Question(
-    _example(
-      f'{name}/{item.id}/{rule.key}', (category,), item.conversation, share >= 0.5, name, rule.key
-    ),
-    (rule.key,),
-    f'{name}/{item.id}',
-    f'{name}/{item.group}',
-    share,
-    SINGLE,
-    is_held,
-    is_seen,
-    rule.stricter,
-    len(rule.stricter) if rule.stricter or rule.key in nested else -1,
+    example,
+    tuple(worded),
+    text=f'{name}/{item.id}',
+    group=f'{name}/{item.group}',
+    is_held=any(is_held for _, is_held in worded.values()),
+    **known,
   )
 
 
@@ -188,24 +211,6 @@ def word(rule: Rule, place: float) -> tuple[Category, bool]:
   kind, place = divmod(place * len(kinds), 1)
   texts, is_held = kinds[int(kind)]
   return texts[int(place * len(texts))], is_held
-
-
-def _example(
-  example_id: str,
-  categories: tuple[Category, ...],
-  conversation: tuple[Message, ...],
-  is_unsafe: bool,
-  name: str,
-  rule_set: str,
-) -> Example:
-  return Example(
-    example_id,
-    SafetyConfig(categories),
-    conversation,
-    'unsafe' if is_unsafe else 'safe',
-    source=name,
-    rule_set=rule_set,
-  )
 
 
 def _sides(name: str, pair: Pair, is_seen: bool) -> list[Question]:
@@ -251,33 +256,21 @@ def _unions(
     rng = np.random.default_rng([i, 0])
     drawn = [keys[j] for j in rng.permutation(len(keys))[: rng.choice(UNION_SIZES)]]
     place = rng.random()
-    worded = [word(known[key], place) for key in drawn]
-    categories = tuple(category for category, _ in worded)
-    names = {' '.join(category.name.split()).casefold() for category in categories}
+    worded = {key: word(known[key], place) for key in drawn}
+    names = {' '.join(category.name.split()).casefold() for category, _ in worded.values()}
     judged = [item for item in texts if all(key in item.verdicts for key in drawn)]
     # Two rules of one name make no rule set.
     if len(names) < len(drawn) or not judged:
       continue
     for j in rng.permutation(len(judged))[:num_texts]:
-      item = judged[j]
-      is_unsafe = any(item.verdicts[key] >= 0.5 for key in drawn)
+      is_unsafe = any(judged[j].verdicts[key] >= 0.5 for key in drawn)
       asked.append(
-        Question(
-          _example(
-            f'{name}/{item.id}/union{i}',
-            categories,
-            item.conversation,
-            is_unsafe,
-            name,
-            f'{name}/union{i}',
-          ),
-          tuple(drawn),
-          f'{name}/{item.id}',
-          f'{name}/{item.group}',
-          math.nan,
-          UNION,
-          any(is_held for _, is_held in worded),
-          all(key in seen for key in drawn),
+        _about(
+          *(name, judged[j], f'union{i}', worded, is_unsafe),
+          rule_set=f'{name}/union{i}',
+          share=math.nan,
+          part=UNION,
+          is_seen=all(key in seen for key in drawn),
         )
       )
   return asked

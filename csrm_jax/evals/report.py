@@ -18,11 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import yaml
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import files
-from csrm_jax.core.markdown import NONE, Markdown, code, escape, is_number, number, short, table
+from csrm_jax.core.markdown import Markdown, code, escape, is_number, number, short, table
 from csrm_jax.evals import card, figures, findings, html, verdicts
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import (
@@ -30,10 +29,12 @@ from csrm_jax.evals.results import (
   METRICS,
   NAME,
   SKIPPED,
+  TEXTS,
   Result,
   Table,
   by_metric,
   in_row,
+  load,
   title_of,
 )
 from csrm_jax.evals.suites import SUITES
@@ -43,7 +44,7 @@ Results = Mapping[str, Result]
 Pictures = Sequence[tuple[str, str]]
 
 OURS = 'CSRM'  # the paper's own model
-PAPER = yaml.safe_load(pathlib.Path(__file__).with_name('paper.yaml').read_text('utf-8'))
+PAPER = load('paper')
 
 _TERMINAL_ROWS = (
   ('F1, seen rules', 'seen/f1'),
@@ -70,20 +71,6 @@ _OTHER_ROWS = (
 )
 # For these metrics a share of the best means something.
 _SHARES = ('f1', 'auprc', 'accuracy')
-
-INTRO = """\
-A safety reward model reads written rules and a conversation, and gives the
-probability that the last response breaks the rules: P(unsafe). Its *score* is
-log P(safe) - log P(unsafe), in nats; its *reward* is P(safe). "Unsafe" is the
-positive class of every metric. Arrows say which way is better."""
-READING = f"""\
-Values are followed by their 95% bootstrap interval, over conversations drawn
-with replacement; those of calibration errors show the spread only. *Best* is
-what a judge reaches that knows the true probability of each label, on the same
-rows, where that is known; labels are drawn with that probability, so on few
-rows a model can be lucky and lie above it. {NONE} means not known, or not
-defined on these rows (none of them, or one class only). Definitions are at the
-end."""
 
 # --- Files -----------------------------------------------------------------------------
 
@@ -125,7 +112,7 @@ def write_report(
     curves = []
     if series := read_history(history) if history is not None else {}:
       figures.draw_training(folder / 'training.png', series)
-      curves = [('training.png', 'Training curves over optimizer steps.')]
+      curves = [('training.png', TEXTS['captions']['training'])]
     first = _first_page(results, drawn, about or {}, calibration)
     text = _page(results, drawn, curves, title, manifest or {}, first)
     dump_text(folder / 'report.md', text)
@@ -324,7 +311,7 @@ def _page(
   manifest: Mapping[str, Any],
   first: Sequence[str] = (),
 ) -> str:
-  parts = [f'# {escape(title)}', INTRO, *first, *failed_part(results), *_measured(results)]
+  parts = [f'# {escape(title)}', TEXTS['intro'], *first, *failed_part(results), *_measured(results)]
   parts += [*skipped_part(results), *paper_part({'this model': results}, (OURS,))]
   chapters: dict[tuple[str, str], dict[str, Result]] = {}
   for name, result in results.items():
@@ -398,7 +385,7 @@ def _measured(results: Results) -> list[str]:
       about = [*result.made_of, *(f'{n:,} left out: {why.replace("_", " ")}' for why, n in dropped)]
       rows.append((name, result.description, result.size, ', '.join(about)))
   header = ('suite', 'what it is', 'size', 'made of')
-  return plain_table(Table('What was measured', header, rows, READING, level=2))
+  return plain_table(Table('What was measured', header, rows, TEXTS['reading'], level=2))
 
 
 def _chapter(chapter: str, results: Results, drawn: Mapping[str, Pictures]) -> list[str]:

@@ -17,8 +17,15 @@ from csrm_jax.core.markdown import NONE, Markdown, is_number, number
 # Some have a note too, words that belong to the number.
 Metric = dict[str, Any]
 
+
+def load(name: str) -> Any:
+  """Returns the YAML file of that name beside this one."""
+  return yaml.safe_load(pathlib.Path(__file__).with_name(f'{name}.yaml').read_text('utf-8'))
+
+
 # name -> {title, text}, in the order of a report. Titles say which direction is better.
-METRICS = yaml.safe_load(pathlib.Path(__file__).with_name('metrics.yaml').read_text('utf-8'))
+METRICS = load('metrics')
+TEXTS = load('texts')
 # Where titles and cells of tables have this, the report puts the benchmark's name.
 NAME = '{name}'
 # Names in place of a suite's: the benchmark is not on disk, or the suite could not be evaluated.
@@ -97,8 +104,12 @@ class Figure:
 
   draw: Callable[..., Any]
   args: Sequence[Any]
-  caption: str
   suffix: str = ''
+
+  @property
+  def caption(self) -> str:
+    """The text below it."""
+    return TEXTS['captions'][self.draw.__name__.removeprefix('draw_')]
 
 
 @dataclasses.dataclass(frozen=True)

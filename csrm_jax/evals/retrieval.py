@@ -156,11 +156,7 @@ def any_turn(b: Benchmark, scores: Scores, m: Measure, **fitted) -> Result:
     'recall_by_chance': chance,
     'num_recall': num_known,
   }
-  caption = (
-    'Share of the violated rules among the k rules that BM25 '
-    'finds most relevant to the conversation.'
-  )
-  figure = Figure(figures.draw_recall, (curve, chance, numbers['top_k']), caption, '_recall')
+  figure = Figure(figures.draw_recall, (curve, chance, numbers['top_k']), '_recall')
   return dataclasses.replace(
     result,
     suite='any_turn',

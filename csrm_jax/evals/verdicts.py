@@ -23,6 +23,7 @@ from csrm_jax.evals.bootstrap import Measure, rows_by
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import (
   NAME,
+  TEXTS,
   Figure,
   Metric,
   Result,
@@ -62,13 +63,6 @@ _PAIRS = {
 # The columns of the tables that results of judged suites share.
 _VERDICTS = ('f1', 'f1_tuned', 'auprc', 'fpr_at_recall')
 _PROBABILITIES = ('smece', 'smece_constants', 'smece_hard', 'ece', 'brier', 'nll', 'prob_error')
-_FITTED = """\
-Fitted by NLL on validation rows, none of them counted here. The order of scores, and with it \
-AUPRC, stays."""
-_WITHOUT = """\
-A suite named "without rules" has the same conversations and labels, with the
-rules replaced by one that says nothing: the difference is what reading the
-rules is worth."""
 # header -> its cell in the row of a group, {num_examples, num_unsafe, metrics}.
 _GROUP_COLUMNS = {
   'examples': lambda g: g['num_examples'],
@@ -163,7 +157,7 @@ def classification(
       'worst': worst,
     }
     | ({} if levels is None else {'levels': metrics.by_level(probability, p_unsafe, levels)}),
-    remark=_WITHOUT if blind else '',
+    remark=TEXTS['without_rules'] if blind else '',
     tables=[
       *_shared_tables(found, fitted),
       *([] if levels is None else [_level_table(metrics.by_level(probability, p_unsafe, levels))]),
@@ -288,7 +282,7 @@ def _shared_tables(found, fitted) -> list[Table]:
     name = f'{NAME} (score / {c["temperature"]:.2f} {c["bias"]:+.2f})'
     title = 'After temperature and bias'
     use = 'Scores of the loaded model are' if c['applied'] else 'Scores of the loaded model are not'
-    intro = f'{_FITTED} {use} changed by it: {c["reason"]}.' if c['reason'] else _FITTED
+    intro = TEXTS['calibrated'] + (f' {use} changed by it: {c["reason"]}.' if c['reason'] else '')
     tables.append(in_row(title, name, fitted['metrics'], names, intro=intro, level=3))
   return tables
 
@@ -314,27 +308,13 @@ def _final_tables(thresholds, breakdowns, worst) -> list[Table]:
 def _figures(labels, p_unsafe, probability, scores, sets) -> list[Figure]:
   drawn = []
   if len(labels) >= figures.MIN_ROWS and 0 < labels.sum() < len(labels):
-    drawn += [
-      Figure(
-        figures.draw_reliability,
-        (labels, p_unsafe),
-        'Reliability: share of unsafe labels near each predicted P(unsafe), with its 95% band. On '
-        'the diagonal a prediction is a probability; the line is thick where there are many. Below '
-        'smECE stands that of the same verdicts without degrees, as 0.97 or 0.03 and as 1 or 0.',
-        '_reliability',
-      ),
-      Figure(
-        figures.draw_precision_recall,
-        (labels, p_unsafe, probability),
-        'Precision over recall of "unsafe".',
-        '_precision_recall',
-      ),
-    ]
+    curves = labels, p_unsafe, probability
+    drawn.append(Figure(figures.draw_reliability, curves[:2], '_reliability'))
+    drawn.append(Figure(figures.draw_precision_recall, curves, '_precision_recall'))
   if len(labels):
-    drawn.append(Figure(figures.draw_scores, (labels, scores), 'Scores by label.', '_scores'))
+    drawn.append(Figure(figures.draw_scores, (labels, scores), '_scores'))
   if sum(markdown.is_number(g['metrics']['f1']['value']) for g in sets.values()) > 1:
-    caption = 'F1 by rule set (number of examples).'
-    drawn.append(Figure(figures.draw_groups, (sets,), caption, '_rule_sets'))
+    drawn.append(Figure(figures.draw_groups, (sets,), '_rule_sets'))
   return drawn
 
 
@@ -401,8 +381,7 @@ def configurability(b: Benchmark, scores: Scores, m: Measure, **fitted) -> Resul
     ],
   )
   groups = result.values['breakdowns']['rule set']
-  caption = 'Share labelled unsafe, and mean P(unsafe), by rule set: the same texts, other rules.'
-  shares = [Figure(figures.draw_shares, (groups,), caption, '_shares')] if len(groups) > 1 else []
+  shares = [Figure(figures.draw_shares, (groups,), '_shares')] if len(groups) > 1 else []
   numbers = {'num_texts': len(texts), 'num_flips': len(safe)}
   numbers['num_contradictions'] = len(couples) - len(changed)
   return dataclasses.replace(
@@ -453,7 +432,6 @@ def pairs(b: Benchmark, scores: Scores, m: Measure) -> Result:
   header = ['rule set', 'pairs', 'accuracy ↑', 'mean gap, nats ↑']
   rows = [[name, g['num_pairs'], g['accuracy'], g['score_gap']] for name, g in sets.items()]
   gap, kind = safer - other, np.array([pair.kind for pair in b.items])
-  caption = 'Score gaps of pairs: right of 0 the order is right.'
   return Result(
     'pairs',
     title,
@@ -467,7 +445,7 @@ def pairs(b: Benchmark, scores: Scores, m: Measure) -> Result:
       by_metric(title, columns, level=2),
       *([Table('By rule set', header, rows, stored=False)] if len(sets) > 1 else []),
     ],
-    figures=[Figure(figures.draw_gaps, (gap, kind), caption, '_gaps')] if len(b.items) else [],
+    figures=[Figure(figures.draw_gaps, (gap, kind), '_gaps')] if len(b.items) else [],
     arrays={
       'ids': ids_of(b.items),
       'safer': safer,
@@ -564,7 +542,6 @@ def rule_sets(b: Benchmark, scores: Scores, m: Measure) -> Result:
   header = ('rule set', 'rules', 'reward', 'true P(safe)', 'score', 'verdict', 'label')
   cells = list(map(_rule_set_cells, rows))
   quotes = '\n\n'.join(quote)
-  caption = 'The same conversation under each rule set: only the rules differ.'
   return Result(
     'rule_sets',
     title,
@@ -572,7 +549,7 @@ def rule_sets(b: Benchmark, scores: Scores, m: Measure) -> Result:
     metrics=None,
     values={'conversation': talk, 'rows': rows},
     tables=[Table(title, header, cells, intro=quotes, level=2, shared=True, stored=False)],
-    figures=[Figure(figures.draw_rule_sets, (talk, rows), caption)],
+    figures=[Figure(figures.draw_rule_sets, (talk, rows))],
   )
 
 
