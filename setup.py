@@ -68,6 +68,8 @@ EXTRAS = {
   'parquet': ['pyarrow>=18'],
   # Trackers of experiments, for config.loggers.
   'loggers': ['wandb>=0.19', 'trackio>=0.2', 'mlflow>=2.20'],
+  # The pages of docs/ as a site.
+  'docs': ['mkdocs-material>=9.8', 'mkdocstrings[python]>=1.0'],
   # Accelerators. Plain `jax` is the CPU version, and no extra changes what is
   # already installed for another backend.
   'tpu': ['jax[tpu]>=0.10.2'],

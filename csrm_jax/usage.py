@@ -48,22 +48,32 @@ def overview() -> str:
 
 def job(path: pathlib.Path, arg: str | None) -> str:
   """Returns the help of a config file: its text, arguments, and knobs with their defaults."""
-  module = config_lib.load_module(path)
-  config = module.get_config(arg) if arg else module.get_config()
-  about = inspect.cleandoc(module.__doc__ or '')
-  arguments = inspect.cleandoc(module.get_config.__doc__ or '')
-  known, lines = comments(path), []
-  for key, value in config_lib.flatten(config).items():
-    if key == 'runner':
-      continue  # the file says it, and no flag changes it
-    knob = f'  --config.{key}={_show(value)}'
-    text = known.get(key) or known.get(key.removeprefix('run.'), '')
+  about, arguments, knobs = describe(path, arg)
+  lines = []
+  for key, value, text in knobs:
+    knob = f'  --config.{key}={value}'
     if len(knob) < _COLUMN:
       knob, text = '', f'{knob:{_COLUMN}}{text}'
     first = {'initial_indent': '' if not knob else ' ' * _COLUMN}
     wrapped = textwrap.wrap(text, _WIDTH, subsequent_indent=' ' * _COLUMN, **first)
     lines += [line for line in (knob, *wrapped) if line.strip()]
   return '\n'.join([about, '', arguments, '', 'Knobs, as they are with these arguments:', *lines])
+
+
+def describe(
+  path: pathlib.Path, arg: str | None = None
+) -> tuple[str, str, list[tuple[str, str, str]]]:
+  """Returns a config file's text, its arguments' and the (key, default, comment) of its knobs."""
+  module = config_lib.load_module(path)
+  config = module.get_config(arg) if arg else module.get_config()
+  about = inspect.cleandoc(module.__doc__ or '')
+  arguments = inspect.cleandoc(module.get_config.__doc__ or '')
+  known, knobs = comments(path), []
+  for key, value in config_lib.flatten(config).items():
+    if key != 'runner':  # the file says it, and no flag changes it
+      text = known.get(key) or known.get(key.removeprefix('run.'), '')
+      knobs.append((key, _show(value), text))
+  return about, arguments, knobs
 
 
 def _show(value: object) -> str:

@@ -17,8 +17,9 @@ COMMON = config_lib.load_module(ROOT / 'configs' / 'common.py')
 
 
 def _documented_slices():
-  """Returns the (model, mesh) of each rm.py command in the README and in launch/."""
-  files = [ROOT / 'README.md', *(ROOT / 'launch').iterdir(), ROOT / 'configs' / 'rm.py']
+  """Returns the (model, mesh) of each rm.py command in docs/ and in launch/."""
+  pages = [*(ROOT / 'docs').rglob('*.md'), *(ROOT / 'launch').iterdir()]
+  files = [*pages, ROOT / 'configs' / 'rm.py']
   text = '\n'.join(path.read_text() for path in files if path.is_file())
   text = text.replace('\\\n', '')
   found = set()
@@ -28,7 +29,7 @@ def _documented_slices():
   return sorted(found)
 
 
-def test_the_readme_has_slices():
+def test_the_pages_have_slices():
   assert {('llama3_8b', 'v5e-64'), ('llama3_8b', '2xv5e-256')} <= set(_documented_slices())
 
 

@@ -1,10 +1,10 @@
-"""Writes the README's tables of results from tests/results/*.json.
+"""Writes the tables of results in README.md and docs/ from tests/results/*.json.
 
-python tests/readme_tables.py              # writes the tables into README.md
+python tests/readme_tables.py              # writes the tables into the pages
 python tests/readme_tables.py --new=NAME   # makes tests/results/NAME.json of a table without one
 python tests/readme_tables.py --default=/tmp/rm  # takes the first table from that work directory
 
-A file holds one table, found in the README by its header, and how its numbers were made: command,
+A file holds one table, found in the pages by its header, and how its numbers were made: command,
 seeds, commit, machine. To change a number change the file, and write. A cell is a number, [value,
 low, high], [low, high], {mean, half} or text; `digits` and `forms` (such as "{}%") are those of the
 columns, or of the rows where these differ.
@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 README, RESULTS = ROOT / 'README.md', ROOT / 'tests' / 'results'
+PAGES = (README, *sorted((ROOT / 'docs').rglob('*.md')))
 # What is to be known of how a table's numbers were made; 'unknown' is said as such.
 MADE = ('command', 'seeds', 'commit', 'machine', 'source')
 _TABLE = re.compile(r'(?:^\|.*\|\n)+', re.MULTILINE)
@@ -48,7 +49,7 @@ def render(table: dict[str, Any]) -> str:
 
 
 def cell_text(cell: Any, digits: int, form: str = '{}') -> str:
-  """Returns a cell as the README shows it."""
+  """Returns a cell as a page shows it."""
   if cell is None or isinstance(cell, str):
     return cell or ''
 
@@ -86,9 +87,14 @@ def _digits(text: str) -> int:
   return len(text.partition('.')[2])
 
 
-def read_tables(readme: str) -> dict[str, str]:
-  """Returns {header line: table} of the README."""
-  tables = [match[0] for match in _TABLE.finditer(readme)]
+def read_pages() -> dict[pathlib.Path, str]:
+  """Returns {path: text} of README.md and the pages of docs/."""
+  return {path: path.read_text('utf-8') for path in PAGES}
+
+
+def read_tables(page: str) -> dict[str, str]:
+  """Returns {header line: table} of a page."""
+  tables = [match[0] for match in _TABLE.finditer(page)]
   return {table.partition('\n')[0]: table for table in tables}
 
 
@@ -143,21 +149,25 @@ def header_of(table: dict[str, Any]) -> str:
   return render(table).partition('\n')[0]
 
 
-def written(readme: str) -> str:
-  """Returns the README with all tables as the files have them; a table it lacks is a ValueError."""
+def written(pages: dict[pathlib.Path, str]) -> dict[pathlib.Path, str]:
+  """Returns the pages with all tables as the files have them; a table none has is a ValueError."""
+  pages = dict(pages)
   for name, result in read_results().items():
-    table, there = render(result['table']), read_tables(readme)
+    table = render(result['table'])
     header = table.partition('\n')[0]
-    if header not in there:
-      raise ValueError(f'README.md has no table with the header of tests/results/{name}.json')
-    readme = readme.replace(there[header], table)
-  return readme
+    there = {path: read_tables(page).get(header) for path, page in pages.items()}
+    if not any(there.values()):
+      raise ValueError(f'no page has a table with the header of tests/results/{name}.json')
+    for path, old in there.items():
+      if old:
+        pages[path] = pages[path].replace(old, table)
+  return pages
 
 
-def missing(readme: str) -> list[str]:
-  """Returns the headers of tables of results that no file of tests/results makes."""
+def missing(page: str) -> list[str]:
+  """Returns the headers of a page's tables of results that no file of tests/results makes."""
   known = {header_of(result['table']) for result in read_results().values()}
-  tables = read_tables(readme).items()
+  tables = read_tables(page).items()
   return [header for header, table in tables if header not in known and holds_results(table)]
 
 
@@ -241,20 +251,23 @@ def main() -> int:
   parser.add_argument('--new', metavar='NAME', default='', help='of a table without a file')
   parser.add_argument('--default', metavar='WORKDIR', default='', help='of the default job')
   args = parser.parse_args()
-  readme = README.read_text('utf-8')
+  pages = read_pages()
   if args.default:
     result = take_default(pathlib.Path(args.default))
     (RESULTS / 'default.json').write_text(dump(result), 'utf-8')
   if not args.new:
-    README.write_text(written(readme), 'utf-8')
+    for path, text in written(pages).items():
+      path.write_text(text, 'utf-8')
     return 0
-  if not (found := missing(readme)):
+  found = [(page, header) for page in pages.values() for header in missing(page)]
+  if not found:
     print('every table of results has its file', file=sys.stderr)
     return 2
+  page, header = found[0]
   made = dict.fromkeys(MADE, '')
-  table = parse(read_tables(readme)[found[0]])
+  table = parse(read_tables(page)[header])
   (RESULTS / f'{args.new}.json').write_text(dump({'made': made, 'table': table}), 'utf-8')
-  print(f'{RESULTS / args.new}.json: {found[0]}; say there how its numbers were made')
+  print(f'{RESULTS / args.new}.json: {header}; say there how its numbers were made')
   return 0
 
 

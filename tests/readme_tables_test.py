@@ -1,4 +1,4 @@
-"""The README's tables of results are those of tests/results."""
+"""The tables of results in README.md and docs/ are those of tests/results."""
 
 import json
 
@@ -7,13 +7,15 @@ import pytest
 from tests import readme_tables
 
 
-def test_the_readme_has_the_numbers_of_the_files():
-  readme = readme_tables.README.read_text('utf-8')
-  assert readme_tables.written(readme) == readme, 'run python tests/readme_tables.py'
+def test_the_pages_have_the_numbers_of_the_files():
+  pages = readme_tables.read_pages()
+  assert readme_tables.written(pages) == pages, 'run python tests/readme_tables.py'
 
 
 def test_every_table_of_results_has_a_file():
-  missing = readme_tables.missing(readme_tables.README.read_text('utf-8'))
+  missing = [
+    header for page in readme_tables.read_pages().values() for header in readme_tables.missing(page)
+  ]
   assert not missing, f'run python tests/readme_tables.py --new=NAME for {missing}'
 
 
@@ -30,12 +32,17 @@ def test_files_say_how_their_numbers_were_made(name):
 def test_a_number_that_was_changed_by_hand_is_seen():
   table = '| run | F1 | gap |\n|---|---|---|\n| a | 0.950 | 1.2 |\n'
   assert readme_tables.missing(f'# T\n\n{table}\n') == ['| run | F1 | gap |']
-  readme = readme_tables.README.read_text('utf-8')
+  pages = readme_tables.read_pages()
+  readme = pages[readme_tables.README]
   assert '| F1, unseen rules | 0.944 |' in readme
   changed = readme.replace('| F1, unseen rules | 0.944 |', '| F1, unseen rules | 0.945 |')
-  assert readme_tables.written(changed) == readme
-  with pytest.raises(ValueError, match=r'no table with the header of tests/results/default\.json'):
-    readme_tables.written(readme.replace('95% interval | best', '95% | best'))
+  assert readme_tables.written(pages | {readme_tables.README: changed}) == pages
+  with pytest.raises(
+    ValueError, match=r'no page has a table with the header of tests/results/default\.json'
+  ):
+    readme_tables.written(
+      {path: page.replace('95% interval | best', '95% | best') for path, page in pages.items()}
+    )
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,7 @@ def make_batch(
 ) -> dict[str, np.ndarray]:
   """Returns a batch for verdict_logprobs, without the num_shared first tokens of each prompt.
 
-  Slot s of row r is for prompt rows[r][s]. Where nothing is shared there need be no `ends`.
+  Slot s of row r is for prompt `rows[r][s]`. Where nothing is shared there need be no `ends`.
   """
   num_rows, length, _ = shape
   names = ('tokens', 'positions', 'segment_ids', 'ends')

@@ -1,0 +1,1 @@
+"""Alignment: rewards, verifiers, rollouts, advantages and objectives, online and offline."""

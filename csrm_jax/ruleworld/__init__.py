@@ -1,0 +1,1 @@
+"""RuleWorld: generated rules and conversations whose right verdicts are known."""
