@@ -70,12 +70,16 @@ EXTRAS = {
   'loggers': ['wandb>=0.19', 'trackio>=0.2', 'mlflow>=2.20'],
   # The pages of docs/ as a site.
   'docs': ['mkdocs-material>=9.8', 'mkdocstrings[python]>=1.0'],
+  # And what follows this table: what the notebooks use.
+  'notebooks': ['ipykernel>=6.29', 'ipywidgets>=8.1', 'nbclient>=0.10', 'pandas>=2.2'],
   # Accelerators. Plain `jax` is the CPU version, and no extra changes what is
   # already installed for another backend.
   'tpu': ['jax[tpu]>=0.10.2'],
   'cuda12': ['jax[cuda12]>=0.10.2'],
   'cuda13': ['jax[cuda13]>=0.10.2'],
 }
+
+EXTRAS['notebooks'] += [*EXTRAS['hf'], *EXTRAS['serve'], *EXTRAS['http']]
 
 setuptools.setup(
   name='csrm_jax',

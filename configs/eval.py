@@ -112,6 +112,8 @@ def get_config(arg=None):
     c.with_words = True  # also fit the judges that read no rules
     c.dev = ''  # a work directory of the dev side, whose thresholds `F1 tuned` takes; '' for none
     return c
+  # Whether the report shows mistakes with their rules and texts; False for private data.
+  c.texts = True
   if arg.benchmarks:
     c.title = ''  # the report's title; '' names the model
     c.benchmarks = ml_collections.ConfigDict(

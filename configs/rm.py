@@ -198,6 +198,8 @@ BASE = {
     'keep_best': True,  # whether the step with the lowest such loss is what the run ends with
     'patience': 0,  # measurements in a row without a lower loss that end the run; 0 for none
     'max_examples': 0,  # how many of each held-out part, a fixed sample; 0 for all
+    # Whether the report shows mistakes with their rules and texts; False for private data.
+    'texts': True,
     # The suite `real`, see configs/eval.py:real.
     'real': {
       'data_dir': '',  # has a folder for each set; '' leaves the suite out

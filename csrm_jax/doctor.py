@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 
 from csrm_jax import config as config_lib
 from csrm_jax.core import checks, writer
@@ -19,6 +20,8 @@ EXTRAS = {
   'hf': 'public models: tokenizers, chat templates, weights',
   'evals': 'rule retrieval in benchmarks',
   'serve': 'the server',
+  'http': 'rewards and verdicts from a server',
+  'notebooks': 'the notebooks, and all that they use',
   'parquet': 'Parquet and Arrow files',
   'tfds': 'ArrayRecord data sets',
   'gcs': 'work directories in buckets',
@@ -28,10 +31,24 @@ EXTRAS = {
 }
 
 
-def report() -> str:
-  """Returns the report, one fact a line; what is missing comes with the way to get it."""
+def report(needed: Sequence[str] = ()) -> str:
+  """Returns the report, one fact a line; what is missing comes with the way to get it.
+
+  Args:
+    needed: The extras that must be there: then these are all that is said of extras and disks.
+
+  Raises:
+    ImportError: One of them is not.
+    ValueError: There is no such extra.
+  """
   lines = [f'Python {platform.python_version()} on {platform.platform()}: {sys.executable}']
   lines += _packages()
+  if needed:
+    for extra in needed:
+      checks.one_of('extra', extra, EXTRAS)
+      if missing := _missing(extra):
+        raise ImportError(f'{", ".join(missing)} missing: {checks.install(extra)}')
+    return '\n'.join([*lines, *_devices()])
   lines += _devices()
   lines += ['', 'Extras', *_extras()]
   lines += ['', 'Disk', *_disk()]
@@ -69,10 +86,14 @@ def _devices() -> list[str]:
 def _extras() -> list[str]:
   lines = []
   for extra, purpose in EXTRAS.items():
-    missing = [name for name in _requirements(extra) if not _version(name)]
+    missing = _missing(extra)
     state = f'missing {", ".join(missing)}: {checks.install(extra)}' if missing else 'ok'
-    lines.append(f'  {extra:8} {purpose}: {state}')
+    lines.append(f'  {extra:9} {purpose}: {state}')
   return lines
+
+
+def _missing(extra: str) -> list[str]:
+  return [name for name in _requirements(extra) if not _version(name)]
 
 
 def _requirements(extra: str) -> list[str]:

@@ -316,7 +316,7 @@ def _with_config(argv: Sequence[str]) -> list[str] | None:
   if first == usage.DOCTOR:
     from csrm_jax import doctor
 
-    print(doctor.report())
+    print(doctor.report(rest[1:]))
     return None
   if not first.startswith('-') and first != 'help':
     name = first.partition(':')[0]

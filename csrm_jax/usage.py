@@ -21,6 +21,7 @@ _EXAMPLE = """\
   csrm_jax rm --help                             the arguments and knobs of a job
   csrm_jax rm:model=smollm2_135m --print_config  the config that a run would have
   csrm_jax doctor                                what is installed here, and what is missing
+  csrm_jax doctor serve hf                       fails in one line where one of these is missing
 
 `python -m csrm_jax` is the same command, and so is `python -m csrm_jax.main --config=rm`, also with
 a config file of your own in place of rm."""

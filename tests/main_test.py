@@ -250,6 +250,15 @@ def test_the_doctor_says_what_is_missing(monkeypatch):
   assert re.search(r"serve .*missing no-such-package: run: pip install .*\[serve\]'", text)
 
 
+def test_the_doctor_asks_for_the_extras_that_are_named(monkeypatch):
+  assert 'Extras' not in doctor.report(['hf'])
+  monkeypatch.setattr(doctor, '_requirements', lambda extra: ['no-such-package'])
+  with pytest.raises(ImportError, match=r'^no-such-package missing: run: pip install .*\[serve\]'):
+    doctor.report(['serve'])
+  with pytest.raises(ValueError, match="extra='sevre' must be one of hf, "):
+    doctor.report(['sevre'])
+
+
 def test_no_module_needs_posix_or_names_a_package_that_is_not_ours():
   package = pathlib.Path(main.__file__).parent
   for path in package.rglob('*.py'):

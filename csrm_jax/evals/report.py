@@ -27,6 +27,7 @@ from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import (
   FAILED,
   METRICS,
+  MISTAKES,
   NAME,
   SKIPPED,
   TEXTS,
@@ -85,6 +86,7 @@ def write_report(
   history: str | os.PathLike | None = None,
   about: Mapping[str, Any] | None = None,
   calibration: Calibration | None = None,
+  texts: bool = True,
 ) -> pathlib.Path:
   """Writes the report with all its files, and returns the path of report.md.
 
@@ -97,6 +99,7 @@ def write_report(
     history: The metrics.jsonl of the run, for the training curves.
     about: {what: value} of the model and the run, which stand first.
     calibration: What was fitted on rows of its own.
+    texts: Whether rules and texts of the data are shown, beside the ids of their rows.
 
   Raises:
     ValueError: A value of the summary is a dict, a list or a tuple.
@@ -107,6 +110,8 @@ def write_report(
         f'summary[{key!r}] is a {type(value).__name__}; a summary is flat, '
         'so give it one key for each number'
       )
+  if not texts:
+    results = {name: _without_texts(result) for name, result in results.items()}
   with files.whole_folder(path, last='summary.json') as folder:
     drawn = {name: _draw(folder, name, result) for name, result in results.items()}
     curves = []
@@ -134,6 +139,11 @@ def write_report(
     }
     np.savez_compressed(folder / 'arrays.npz', **arrays)
   return pathlib.Path(path) / 'report.md'
+
+
+def _without_texts(result: Result) -> Result:
+  tables = [spec for spec in result.tables if spec.section != MISTAKES]
+  return dataclasses.replace(result, tables=tables)
 
 
 def _draw(folder: pathlib.Path, name: str, result: Result) -> Pictures:

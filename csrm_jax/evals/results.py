@@ -30,6 +30,8 @@ TEXTS = load('texts')
 NAME = '{name}'
 # Names in place of a suite's: the benchmark is not on disk, or the suite could not be evaluated.
 SKIPPED, FAILED = 'skipped', 'failed'
+# The section of tables that show texts of the data; a report on private data leaves it out.
+MISTAKES = 'Mistakes, with rules and text'
 
 
 def title_of(metric: str) -> str:

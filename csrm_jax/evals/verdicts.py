@@ -22,6 +22,7 @@ from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure, rows_by
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import (
+  MISTAKES,
   NAME,
   TEXTS,
   Figure,
@@ -44,6 +45,8 @@ MAX_GROUPS = 40
 # There may be many groups, so each gets fewer draws.
 _GROUP_SAMPLES = 100
 _NUM_WORST = 20
+# Of each kind, and the letters of the rules and of the exchange that are shown.
+_NUM_MISTAKES, _MISTAKE_LETTERS = 5, 300
 
 # name -> (metric(labels, p_unsafe), best reachable(labels, probability), is its interval centred).
 CLASSIFICATION = {
@@ -162,6 +165,7 @@ def classification(
       *_shared_tables(found, fitted),
       *([] if levels is None else [_level_table(metrics.by_level(probability, p_unsafe, levels))]),
       *_final_tables([] if blind or not num else thresholds, breakdowns, [] if blind else worst),
+      *([] if blind else _mistakes(rows, labels, p_unsafe)),
     ],
     figures=_figures(labels, p_unsafe, probability, scores, breakdowns['rule set']),
     arrays={
@@ -258,7 +262,7 @@ def _rows_by_category(examples: Sequence[Example]) -> dict[str, list[int]]:
 
 def _worst(rows: Sequence[Example], labels, p_unsafe) -> list[dict[str, Any]]:
   """Returns the examples of highest -log P(label), worst first."""
-  # Given by id, never by text: a report may travel further than its data.
+  # Given by id, never by text: metrics.json may travel further than the data.
   loss = metrics.row_nll(labels, p_unsafe)
   return [
     {
@@ -303,6 +307,33 @@ def _final_tables(thresholds, breakdowns, worst) -> list[Table]:
   rows = [[NAME, *(row[key] for key in keys)] for row in worst]
   title = 'Where it was most wrong'
   return [*tables, Table(title, header, rows, level=2, section='worst', stored=False)]
+
+
+def _mistakes(rows: Sequence[Example], labels, p_unsafe) -> list[Table]:
+  """Returns the largest false alarms and misses with what was judged."""
+  # A label may be chance; where its probability is known, that is what a verdict is held against.
+  wanted = [
+    label if e.probability is None else e.probability for e, label in zip(rows, labels, strict=True)
+  ]
+  header = ['suite', 'example', 'P(unsafe)', 'true P(unsafe)', 'rules', 'judged']
+  tables = []
+  for title, unsafe in (('False alarms', False), ('Misses', True)):
+    wrong = [i for i in range(len(rows)) if labels[i] == unsafe and (p_unsafe[i] >= 0.5) != unsafe]
+    wrong.sort(key=lambda i: (-abs(p_unsafe[i] - wanted[i]), rows[i].id))
+    cells = [
+      [NAME, rows[i].id, float(p_unsafe[i]), rows[i].probability, *_texts(rows[i])]
+      for i in wrong[:_NUM_MISTAKES]
+    ]
+    tables.append(Table(title, header, cells, level=3, section=MISTAKES, stored=False))
+  return tables
+
+
+def _texts(example: Example) -> tuple[str, str]:
+  """Returns the rules, violated ones first, and the last exchange, both shortened."""
+  categories = sorted(example.safety.categories, key=lambda c: c.name not in example.violated)
+  rules = '; '.join(f'{c.name}: {c.guideline}' for c in categories)
+  talk = ' / '.join(f'{m.role}: {m.content}' for m in example.conversation[-2:])
+  return markdown.short(rules, _MISTAKE_LETTERS), markdown.short(talk, _MISTAKE_LETTERS)
 
 
 def _figures(labels, p_unsafe, probability, scores, sets) -> list[Figure]:

@@ -117,7 +117,9 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
       **dataclasses.asdict(read),
     }
     title = f'Scores of a file, format {name}'
-    path = report.write_report(workdir / 'report', results, title=title, summary=summary)
+    path = report.write_report(
+      workdir / 'report', results, title=title, summary=summary, texts=config.texts
+    )
     print(f'report: {path}')
 
 
@@ -212,7 +214,8 @@ def _run_benchmarks(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     'checkpoint': str(config.checkpoint),
     'time_s': time.monotonic() - start,
   }
-  write(workdir, results, summary, config.title or f'Evaluation of {config.checkpoint}')
+  title = config.title or f'Evaluation of {config.checkpoint}'
+  write(workdir, results, summary, title, texts=config.texts)
 
 
 def _all_benchmarks(config: ml_collections.ConfigDict) -> list[Benchmark]:
@@ -651,6 +654,7 @@ def write(
   summary: Mapping[str, Any],
   title: str,
   calibration: Calibration | None = None,
+  texts: bool = True,
 ) -> None:
   """Writes workdir/report and prints the table that a run ends with.
 
@@ -667,6 +671,7 @@ def write(
     history=workdir / 'metrics.jsonl',
     about=_about_run(workdir, summary),
     calibration=calibration,
+    texts=texts,
   )
   talk = results.get('one_conversation')
   print(report.terminal_table(summary, talk and talk.values))

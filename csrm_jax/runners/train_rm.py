@@ -124,7 +124,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
     'num_trained_params': tree.num_params(state.params),
     'num_steps': num_steps,
   }
-  evaluate.write(workdir, results, summary, config.title, calibration)
+  evaluate.write(workdir, results, summary, config.title, calibration, config.eval.texts)
 
 
 def _evaluate_real(

@@ -92,6 +92,25 @@ def test_files_parse(folder):
   assert everything['suites']['seen']['reliability']
 
 
+def test_mistakes_stand_with_their_texts_unless_the_data_is_private(tmp_path):
+  # The surest false alarm is not the worst: its label is half chance.
+  alarms = [_example('half', 'safe', 0.5), _example('sure', 'safe', 0.01)]
+  misses = [_example(f'm{i}', 'unsafe', None, violated=('Pets',)) for i in range(9)]
+  scores = np.array([-9.0, -3.0, *range(1, 10)])
+  results = {'own': run('classification', alarms + misses, scores, num_samples=5)}
+  for texts in (True, False):
+    path = report.write_report(tmp_path, results, title='t', summary={}, texts=texts)
+    page = path.read_text()
+    assert ('## Mistakes, with rules and text' in page) == texts
+    assert (markdown.escape(_HOSTILE[:9]) in page) == ('No dogs.' in page) == texts
+    assert (_HOSTILE[-2:] in (tmp_path / 'report.html').read_text()) == texts
+    assert _HOSTILE[:9] not in (tmp_path / 'metrics.json').read_text()
+    if texts:
+      part = page.partition('## Mistakes')[2].partition('\n## ')[0]
+      said = re.findall(r'^\| own \| (\w+) ', part, re.MULTILINE)
+      assert said == ['sure', 'half', 'm8', 'm7', 'm6', 'm5', 'm4']
+
+
 def test_figures_exist_and_hold_something(folder):
   text = (folder / 'report.md').read_text()
   named = re.findall(r'\]\((\S+\.png)\)', text)
