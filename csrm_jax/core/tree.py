@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -35,6 +36,21 @@ def merge(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     else:
       raise ValueError(f'both trees have a leaf at {key!r}')
   return merged
+
+
+@jax.jit
+def _are_finite(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: jnp.isfinite(x).all() for name, x in named.items()}
+
+
+def check_finite(tree: Any, where: str) -> None:
+  """Raises ValueError, one line with a leaf's name, unless all numbers of all leaves are finite."""
+  found = jax.device_get(_are_finite(named_leaves(tree)))
+  for name in (name for name, finite in found.items() if not finite):
+    raise ValueError(
+      f'{where}: {name} holds values that are NaN or infinite; take another checkpoint, or weights '
+      'of a training that did not diverge'
+    )
 
 
 def num_params(tree: Any) -> int:

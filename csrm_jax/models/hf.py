@@ -129,8 +129,8 @@ def load_params(
       all goes to the default device.
 
   Raises:
-    ValueError: The source holds another backbone than cfg, or a tensor is missing, unused or of
-      another shape.
+    ValueError: The source holds another backbone than cfg, or a tensor is missing, unused, of
+      another shape or not finite.
   """
   source = open_source(source)
   stored = hf_config.canonical(load_config(source))
@@ -163,7 +163,11 @@ def fill(
   dtype: jnp.dtype,
   shardings: Any = None,
 ) -> dict[str, Any]:
-  """Returns the nested dict that the tensors make; they must fill the slots, all and exactly."""
+  """Returns the nested dict that the tensors make.
+
+  Raises:
+    ValueError: They do not fill the slots, all and exactly, or hold what is no finite number.
+  """
   check_names(set(tensors), set(slots), where)
   for name, tensor in tensors.items():
     if tensor.shape != slots[name].shape:
@@ -178,7 +182,14 @@ def fill(
   for name, tensor in tensors.items():
     slot = slots[name]
     ours, to = slot.entry.ours, places.get(slot.entry.ours)
-    array = to_ours(tensor.read(), slot)
+    array = tensor.read()
+    if not np.isfinite(array).all():
+      raise ValueError(
+        f'{tensor.where}: {name} holds {np.count_nonzero(~np.isfinite(array)):,} values that are '
+        f'NaN or infinite, of {array.size:,}; take another copy, or weights of a training that did '
+        'not diverge'
+      )
+    array = to_ours(array, slot)
     if slot.layer is None:
       flat[ours] = _put(array, to).astype(dtype)
       continue

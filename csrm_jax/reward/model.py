@@ -336,7 +336,8 @@ def restore_params(source: str | pathlib.Path, spec: Spec, step: int | None = No
   """Returns all parameters of a training run; adapters come together with their base.
 
   They are in spec.model.param_dtype, whatever they were trained in, and lie on the mesh that
-  jax.set_mesh has set, if any. A base whose weights have changed since raises ValueError.
+  jax.set_mesh has set, if any. A base whose weights have changed since raises ValueError, as
+  numbers do that are not finite.
   """
   directory = _directory(source) / 'checkpoints'
   described = checkpoint.describe(directory, step)
@@ -350,6 +351,7 @@ def restore_params(source: str | pathlib.Path, spec: Spec, step: int | None = No
     restored = saved.restore(
       described.step, stored if mesh.empty else mesh_lib.abstract(stored, mesh), partial=True
     )
+  tree.check_finite(restored.state['params'], str(directory / str(described.step)))
   wanted = transformer.shapes(spec.model)
   wanted = lora.split(wanted)[0] if spec.base else wanted
   params = jax.tree.map(lambda x, to: x.astype(to.dtype), restored.state['params'], wanted)

@@ -17,7 +17,7 @@ import numpy as np
 from csrm_jax.data import sharing
 from csrm_jax.models.config import ModelConfig
 
-# Lengths of rows are multiples of it, and about of an eighth of themselves.
+# Lengths of rows are multiples of it.
 STEP = 64
 # What all rows continue is padded to one of these lengths: its padding costs a few keys only.
 PREFIXES = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
@@ -122,8 +122,12 @@ def num_slots(length: int) -> int:
 
 
 def round_up(length: int) -> int:
-  """Returns the least length of a row that is at least `length`."""
-  step = max(STEP, (1 << (length - 1).bit_length()) // 16)
+  """Returns the least length of a row that is at least `length`.
+
+  Few lengths make few programs, however many calls there are: four for each power of two, and
+  eight where a row holds little but one prompt.
+  """
+  step = max(STEP, (1 << (length - 1).bit_length()) // (8 if length <= LONGEST_ROW else 16))
   return -(-length // step) * step
 
 

@@ -11,7 +11,6 @@ import bisect
 import collections
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -174,7 +173,8 @@ def make_score_fn(
   longer prompt says on_cut, as in features.read; words that are foreign to the domain are an
   OutOfDomainError unless allow_out_of_domain. The function's arguments of these names come before
   both. Neither padding nor neighbours change a score (up to rounding), nor does what they share;
-  costs, by default those of the device, decide how prompts are laid out.
+  costs, by default those of the device, decide how prompts are laid out. The same call gives the
+  same bits, whatever was asked before.
   """
   if tokenizer.vocab_size > cfg.vocab_size:
     raise ValueError(
@@ -258,7 +258,7 @@ def make_prompt_scorer(
     platform = mesh_lib.platform()
   costs = costs or plans.costs_of(cfg, platform, mesh_lib.num_row_parts(params))
   compute, read = make_score_step(cfg, verbalizers), transformer.make_prefix_reader(cfg)
-  known, prefixes, pools_done = set(), collections.OrderedDict(), itertools.count(1)
+  prefixes = collections.OrderedDict()
 
   def prefix_of(tokens, length):
     """Returns the keys and values of tokens, padded; those used last are kept."""
@@ -276,6 +276,9 @@ def make_prompt_scorer(
     pools: Iterable[Sequence[np.ndarray]], progress: Callable[[int], Any] = lambda num: None
   ) -> np.ndarray:
     done, pending = [np.zeros(0, np.float32)], collections.deque()
+    # Of this call alone: what stands beside a prompt decides the last bits of its score, which must
+    # not depend on what this process has been asked before.
+    known = set()
 
     # Batches are dispatched before earlier results are fetched, so that the device need not wait
     # for the host.
@@ -287,10 +290,10 @@ def make_prompt_scorer(
       progress(sum(map(len, rows)))
 
     with mesh_lib.of(params):
-      for prompts in pools:
+      for number, prompts in enumerate(pools, start=1):
         done.append(np.zeros(len(prompts), np.float32))
         # What has been asked n times will be asked some n times more: programs pay in the end.
-        program = costs.program / next(pools_done)
+        program = costs.program / number
         for part in plans.make_plan(prompts, costs._replace(program=program), known):
           prefix = None
           if part.num_shared:

@@ -103,15 +103,8 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     assert not name.endswith('.tmp'), name
     if path.is_dir() or name.startswith(('checkpoints', 'events', 'cache', 'zero_shot', 'scores')):
       continue
-    if path.name in ('metrics.jsonl', 'looks.jsonl', 'card.json'):
+    if path.name in ('metrics.jsonl', 'looks.jsonl', 'card.json', 'summary.json'):
       found[name] = [_timeless(json.loads(line)) for line in _objects(path)]
-    elif path.name in ('scored.jsonl', 'summary.json'):
-      # Which rows are read together depends on what a process has compiled, so that scores differ
-      # by some 1e-8: see docs/security.md.
-      rows = [_timeless(json.loads(line)) for line in _objects(path)]
-      found[name] = [
-        {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows
-      ]
     # Logs and journals tell of starts, too.
     elif path.suffix in ('.jsonl', '.safetensors', '.model') and not _IS_LOG.search(name):
       found[name] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -116,6 +116,13 @@ def test_misshaped_tensor(folder):
     hf.load(folder)
 
 
+@pytest.mark.parametrize('value', [np.nan, -np.inf])
+def test_weights_that_are_not_finite(folder, value):
+  _edit_weights(folder, lambda t: t['model.norm.weight'].__setitem__(1, value))
+  said = small.error_of(hf.load, folder)
+  assert 'model.safetensors: model.norm.weight holds 1 values that are NaN' in said
+
+
 def test_other_backbone(folder):
   other = dataclasses.replace(CFG, rope_theta=1e4)
   with pytest.raises(ValueError, match=r'another backbone: rope_theta is 5000'):

@@ -197,6 +197,17 @@ def test_parameters_of_another_backbone_are_refused(tmp_path):
     reward_model.load(tmp_path)
 
 
+def test_parameters_that_are_not_finite_are_refused(tmp_path):
+  params = jax.tree.map(lambda x: x, _params())
+  params['final_norm']['scale'] = params['final_norm']['scale'].at[0].set(np.nan)
+  state = training.init_state(params, optax.adam(1e-3))
+  with checkpoint.Checkpoints(tmp_path / 'checkpoints') as saved:
+    saved.save(3, state, {}, dataclasses.asdict(SPEC))
+  backbone.save_tokenizer(str(PATH), tmp_path)
+  said = small.error_of(reward_model.load, tmp_path)
+  assert 'checkpoints/3: final_norm/scale holds values that are NaN' in said
+
+
 def test_what_is_missing_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match='no readable checkpoint'):
     reward_model.load(tmp_path)

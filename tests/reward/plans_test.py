@@ -62,7 +62,7 @@ def test_rows_are_filled():
 def test_eleven_prompts_of_one_length_are_not_padded_to_a_power_of_two():
   prompts = _prompts(11, 0, [410] * 11)
   parts = plans.make_plan(prompts, COSTS)
-  assert _check(parts, prompts) > 0.9
+  assert _check(parts, prompts) > 0.8
 
 
 def test_what_all_rows_begin_with_is_read_once():
@@ -77,7 +77,7 @@ def test_a_row_reads_once_what_its_prompts_share():
   prompts = _prompts(6, 300, [100] * 6)
   (part,) = plans.make_plan(prompts, COSTS)
   assert part.num_shared == 0 and len(part.rows) == 1
-  assert part.num_places < 1.1 * sharing.num_read(prompts)
+  assert part.num_places < 1.2 * sharing.num_read(prompts)
   _check([part], prompts)
 
 

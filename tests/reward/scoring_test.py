@@ -111,6 +111,16 @@ def test_order_and_neighbours_do_not_change_a_score():
   )
 
 
+def test_the_bits_of_a_score_do_not_depend_on_what_was_asked_before(monkeypatch):
+  plan, make_plan = [], plans.make_plan
+  monkeypatch.setattr(plans, 'make_plan', lambda *args: plan.append(make_plan(*args)) or plan[-1])
+  costs = plans.Costs(keys=1000, program=10**6, call_tokens=1024)
+  first, later = _score_fn(costs=costs), _score_fn(costs=costs)
+  later(_examples())
+  np.testing.assert_array_equal(first(_examples()[:1]), later(_examples()[:1]))
+  assert plan[-1] == plan[-2] != plan[0]
+
+
 def test_no_examples_no_scores():
   assert _score_fn()([]).shape == (0,)
 
