@@ -8,7 +8,8 @@ a server may be given to --remote_rm_url itself, too, as URL/get_reward?policy=N
 are rules, or a policy of the server; CSRM_JAX_KEY_VARIABLE names the variable of its token. Labels
 of the data set are not read.
 
-OpenRLHF logs an error of a reward and goes on without that sample's reward: look at its log.
+OpenRLHF catches the exceptions of a reward, writes a line to its log and goes on without that
+sample's reward. What cannot be scored therefore raises what it does not catch, and ends the run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from csrm_jax.core import checks
 from csrm_jax.integrations import judges, rewards
+
+
+class NoRewardError(BaseException):
+  """A sample cannot be scored. No Exception: OpenRLHF would catch it."""
 
 
 @functools.cache
@@ -36,12 +42,19 @@ def _judge() -> judges.Judge:
 def reward_func(
   queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **kwargs: Any
 ) -> dict[str, Any]:
-  """Returns "rewards" and "scores", torch float [N] in [0, 1], and "extra_logs"."""
+  """Returns "rewards" and "scores", torch float [N] in [0, 1], and "extra_logs".
+
+  Raises:
+    NoRewardError: A sample has no reward.
+  """
   del labels, kwargs
+  try:
+    talks = [rewards.split(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
+    verdicts = _judge()(talks)
+  except Exception as error:
+    raise NoRewardError(f'no reward, so this run ends: {checks.reason(error)}') from error
   import torch
 
-  talks = [rewards.split(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
-  verdicts = _judge()(talks)
   found = torch.tensor([verdict.reward for verdict in verdicts])
   nats = torch.tensor([verdict.score for verdict in verdicts])
   return {'rewards': found, 'scores': found, 'extra_logs': {'score_nats': nats}}

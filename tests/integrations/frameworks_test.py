@@ -148,6 +148,22 @@ def test_openrlhf_reward_file(server, monkeypatch):
   assert found['extra_logs']['score_nats'].tolist() == pytest.approx([want], abs=1e-5)
 
 
+def test_openrlhf_does_not_go_on_without_a_reward(server, monkeypatch):
+  import asyncio
+
+  module = _openrlhf(monkeypatch, server)
+  monkeypatch.setenv('CSRM_JAX_RULES', 'no such policy')
+
+  async def generate():  # as OpenRLHF's SingleTurnAgentExecutor asks
+    try:
+      await asyncio.to_thread(module.reward_func, [f'{PROMPT}Dogs bark.'], [PROMPT], [''])
+    except Exception:
+      return 'a sample without a reward'
+
+  with pytest.raises(module.NoRewardError, match='this run ends: .*no such policy'):
+    asyncio.run(generate())
+
+
 @pytest.mark.parametrize('how', ['file', 'url'])
 def test_openrlhf_executor(server, monkeypatch, how):
   """OpenRLHF's own code asks for the rewards of a rollout."""
