@@ -160,7 +160,7 @@ def test_openrlhf_does_not_go_on_without_a_reward(server, monkeypatch):
     except Exception:
       return 'a sample without a reward'
 
-  with pytest.raises(module.NoRewardError, match='this run ends: .*no such policy'):
+  with pytest.raises(module.NoRewardError, match=r'this run ends: .*no such policy'):
     asyncio.run(generate())
 
 
