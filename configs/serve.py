@@ -64,8 +64,9 @@ def get_config(arg=None):
     {
       # Tokens of rules, and of what follows them: each is padded to the next length. There is a
       # program for every pair, compiled before the server is ready.
-      'rules_lengths': (128, 256, 512, 1024),
-      'row_lengths': (64, 128, 256, 512, 1024),  # likewise
+      'rules_lengths': (128, 256, 384, 512, 1024),
+      # Likewise; a row holds as many conversations under the same rules as fit.
+      'row_lengths': (64, 96, 128, 256, 512, 1024),
       'call_tokens': 0,  # about how many go through the model at once; 0: 1024 on CPUs, else 16384
       'wait_s': 0.002,  # how long a batch waits for more while the device is idle
       'prefix_bytes': 1_000_000_000,  # device memory for rules that have been read

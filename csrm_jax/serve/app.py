@@ -568,10 +568,11 @@ class _Metrics:
   def collect(self) -> Iterator[Any]:
     """Yields the engine's metrics."""
     engine, stats = self._engine, self._engine.stats
-    fill = stats.num_rows / max(stats.num_places, 1)
+    fill = stats.num_tokens / max(stats.num_places, 1)
     for name, what, value in (
       ('csrm_rows', 'Rows scored.', stats.num_rows),
-      ('csrm_batch_places', 'Rows of all batches, empty ones included.', stats.num_places),
+      ('csrm_tokens', 'Tokens of the rows, behind the rules.', stats.num_tokens),
+      ('csrm_batch_places', 'Tokens that the batches had room for.', stats.num_places),
       ('csrm_batches', 'Batches computed.', stats.num_batches),
       ('csrm_batch_failures', 'Batches that failed.', stats.num_failures),
       ('csrm_late', 'Requests whose deadline passed.', stats.num_late),
@@ -588,6 +589,6 @@ class _Metrics:
       ('csrm_prefix_bytes', 'What read rules take on the device.', engine.prefix_cache_bytes),
       ('csrm_programs', 'Programs of the engine.', stats.num_programs),
       ('csrm_ready', 'Whether all programs are compiled.', int(engine.ready)),
-      ('csrm_batch_fill', 'Share of places that held rows.', fill),
+      ('csrm_batch_fill', 'Tokens for each place; shared ones count each time.', fill),
     ):  # fmt: skip
       yield prometheus.GaugeMetricFamily(name, what, value=value)

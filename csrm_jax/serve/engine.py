@@ -1,9 +1,10 @@
 """The device loop of the server: rows of fixed shapes, compiled before the first request.
 
-A row is one conversation under one set of rules. What the rules come to is read once, and kept as
-keys and values (a prefix); the row holds the tokens that follow. Programs are compiled for all
-shapes ahead of time and called as they are, so that nothing can compile later. Rows of a batch may
-stand under different rules.
+A prompt is one conversation under one set of rules. What the rules come to is read once, and kept
+as keys and values (a prefix); a row of a batch holds what follows one prefix: prompts, one after
+another, in which shared first tokens stand once (see data.sharing). Rows may stand under different
+rules. Programs are compiled for all shapes ahead of time and called as they are, so that nothing
+can compile later; each batch gets the shape that suits what waits.
 
 Any thread may encode and submit; one thread forms batches and asks the device.
 """
@@ -38,13 +39,19 @@ from csrm_jax.text.tokenizer import Tokenizer
 
 # Rule sets whose tokens are remembered; what they take on the device is bounded in bytes.
 _MAX_RULE_SETS = 4096
-# How fast the known seconds of a row follow those of the last batch.
+# How fast the known pace of the device follows that of the last batch.
 _SMOOTHING = 0.1
+# A batch is chosen among so many times the tokens that it may hold.
+_LOOK_AHEAD = 2
+# How many rows a batch may have: a full one, this part of it, this part of that, ... and 1.
+_ROWS_STEP = 16
 # Batches that fail in a row before the engine counts as broken.
 _MAX_FAILURES = 3
 
-Key = tuple[int, int]  # (prefix length, row length), what the rows of a batch have in common
+Key = tuple[int, int]  # (prefix length, row length)
+Shape = tuple[int, int, int]  # both, and the number of rows
 Prefix = dict[str, jax.Array]
+_BATCH = ('tokens', 'positions', 'segment_ids', 'ends')
 
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'
@@ -140,7 +147,7 @@ class Row:
 
   rules: RuleSet
   tokens: np.ndarray  # int32, what follows the rules
-  length: int  # the row length they are padded to
+  length: int  # the shortest row length that holds them
   num_cut: int  # tokens that were cut out to make it fit
   outside: str = ''  # what is unlike the training data, see domain.Domain.marks
 
@@ -159,12 +166,24 @@ class _Job:
   start: float
 
 
+Item = tuple[Row, _Job, int]  # and which of the job's rows it is
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Batch:
+  """What goes to the device at once; there may be fewer rows than the shape has."""
+
+  shape: Shape
+  rows: list[list[Item]]
+
+
 @dataclasses.dataclass
 class Stats:
   """What has happened so far; /metrics shows it."""
 
-  num_rows: int = 0  # rows that were scored
-  num_places: int = 0  # rows of the batches, empty ones included
+  num_rows: int = 0  # conversations under rules that were scored
+  num_tokens: int = 0  # their tokens behind the rules
+  num_places: int = 0  # tokens that the batches had room for
   num_batches: int = 0
   num_prefixes_read: int = 0
   num_prefix_hits: int = 0
@@ -212,13 +231,21 @@ class Engine:
     num_compilations()  # It counts from here on.
     with mesh_lib.of(params):
       kind = 'cpu' if mesh_lib.platform() == 'cpu' else 'other'
+      keys = plans.costs_of(spec.model, kind).keys
     call_tokens = lengths.call_tokens or plans.CALL_TOKENS[kind]
-    call_tokens *= mesh_lib.num_row_parts(params)
-    self._rows = {length: _row_counts(call_tokens, length) for length in lengths.row}
-    self._programs: dict[Any, Any] = {}  # (prefix, row, rows) or prefix -> compiled
-    self._row_s = dict.fromkeys(lengths.row, 0.0)
+    self._call_tokens = call_tokens * mesh_lib.num_row_parts(params)
+    # The places of each shape, each weighed by how much it attends to.
+    self._work: dict[Shape, float] = {
+      (prefix, length, rows): rows * length * (1 + (prefix + length / 2) / keys)
+      for prefix, length in lengths.pairs()
+      for rows in _row_counts(self._call_tokens, length)
+    }
+    self._programs: dict[Any, Any] = {}  # shape or prefix length -> compiled
+    self._call_s, self._place_s = 0.0, 0.0  # what a batch takes, and each of its places more
+    self._row_s: dict[Key, float] = {}  # a row's share of a full batch
+    self._pace, self._settled = 1.0, 0.0  # how many times as long batches take now
     self._prefixes: collections.OrderedDict[bytes, Prefix] = collections.OrderedDict()
-    self._queues = {key: collections.deque() for key in lengths.pairs()}
+    self._queues = {prefix: collections.deque() for prefix in lengths.prefix}
     self._queued_s, self._changed = 0.0, threading.Condition()
     self._closed, self._failures = False, 0
     self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
@@ -292,7 +319,7 @@ class Engine:
   @property
   def queued_s(self) -> float:
     """The seconds that the device will take for all rows that wait."""
-    return self._queued_s
+    return self._queued_s * self._pace
 
   @property
   def num_queued(self) -> int:
@@ -311,37 +338,37 @@ class Engine:
     Raises:
       NotReadyError, OverloadedError: Nothing was queued.
     """
-    cost = sum(self._row_s[row.length] for row in rows)
     job = _Job(
       concurrent.futures.Future(), np.zeros(len(rows), np.float32), len(rows), time.monotonic()
     )
     with self._changed:
       if not self.ready or self._closed:
         raise NotReadyError('the server is not ready; wait until /ready says so')
+      cost = sum(self._row_s[row.key] for row in rows)
+      wait_s = (self._queued_s + cost) * self._pace
       # Whatever its size, a request is taken where nothing waits.
-      if self._queued_s > 0 and self._queued_s + cost > self.deadline_s:
-        raise OverloadedError(max(self._queued_s + cost - self.deadline_s, 1.0))
+      if self._queued_s > 0 and wait_s > self.deadline_s:
+        raise OverloadedError(max(wait_s - self.deadline_s, 1.0))
       self._queued_s += cost
       for place, row in enumerate(rows):
-        self._queues[row.key].append((row, job, place))
+        self._queues[row.rules.length].append((row, job, place))
       self._changed.notify()
     return job.future
 
-  def _take(self, is_busy: bool) -> list | None:
-    """Returns the rows of the next batch; None if there are none, or if few and the device is busy.
+  def _take(self, is_busy: bool) -> _Batch | None:
+    """Returns the next batch; None if nothing waits, or only a little and the device is busy.
 
     Waits for rows unless the device is busy.
     """
     with self._changed:
       while True:
         now = time.monotonic()
-        heads = [(queue[0][1].start, key) for key, queue in self._queues.items() if queue]
+        heads = [(queue[0][1].start, prefix) for prefix, queue in self._queues.items() if queue]
         if heads:
-          start, key = min(heads)
-          queue, most = self._queues[key], self._rows[key[1]][-1]
+          start, prefix = min(heads)
           waited = now - start
-          if len(queue) >= most or self._closed or (not is_busy and waited >= self.wait_s):
-            return self._pop(queue, most, now)
+          if self._closed or self._is_full(prefix) or (not is_busy and waited >= self.wait_s):
+            return self._pop(prefix, now)
           if not is_busy:
             self._changed.wait(self.wait_s - waited)
             continue
@@ -349,21 +376,61 @@ class Engine:
           return None
         self._changed.wait()
 
-  def _pop(self, queue: collections.deque, most: int, now: float) -> list:
-    taken = []
-    while queue and len(taken) < most:
+  def _is_full(self, prefix: int) -> bool:
+    room = self._call_tokens
+    for row, _, _ in self._queues[prefix]:
+      room -= len(row.tokens)
+      if room <= 0:
+        return True
+    return False
+
+  def _pop(self, prefix: int, now: float) -> _Batch:
+    """Returns a batch with the row that waited longest, and what goes well with it."""
+    queue, found, num_tokens = self._queues[prefix], [], 0
+    while queue and num_tokens < _LOOK_AHEAD * self._call_tokens:
       row, job, _ = item = queue.popleft()
-      self._queued_s = max(0.0, self._queued_s - self._row_s[row.length])
       if job.future.done():
         self.stats.num_cancelled += job.future.cancelled()
       elif now - job.start > 2 * self.deadline_s:
         self.stats.num_late += 1
         _fail(job, LateError(f'the request waited more than {2 * self.deadline_s:g} s'))
       else:
-        taken.append(item)
+        found.append(item)
+        num_tokens += len(row.tokens)
+        continue
+      self._queued_s -= self._row_s[row.key]
+    shape, rows = self._choose(prefix, [row for row, _, _ in found])
+    taken = {i for row in rows for i in row}
+    queue.extendleft(found[i] for i in reversed(range(len(found))) if i not in taken)
+    self._queued_s -= sum(self._row_s[found[i][0].key] for i in taken)
     if not self.num_queued:
       self._queued_s = 0.0
-    return taken
+    return _Batch(shape, [[found[i] for i in row] for row in rows])
+
+  def _choose(self, prefix: int, waiting: Sequence[Row]) -> tuple[Shape, list[list[int]]]:
+    """Returns the shape that scores most tokens a second, and who of those waiting is in each row.
+
+    The first of them is in any case.
+    """
+    best, rate = ((prefix, 0, 0), []), 0.0
+    num_tokens = sum(len(row.tokens) for row in waiting)
+    seconds = {
+      shape: self._call_s + self._place_s * work
+      for shape, work in self._work.items()
+      if waiting and shape[0] == prefix and shape[1] >= waiting[0].length
+    }
+
+    def most(shape):  # tokens a second, if nothing is shared
+      return min(shape[1] * shape[2], num_tokens) / seconds[shape]
+
+    for shape in sorted(seconds, key=most, reverse=True):
+      if rate and most(shape) <= rate:
+        break
+      rows = _fill(waiting, *shape[1:])
+      here = sum(len(waiting[i].tokens) for row in rows for i in row) / seconds[shape]
+      if here > rate:
+        best, rate = (shape, rows), here
+    return best
 
   # --- The device ----------------------------------------------------------------------
 
@@ -403,30 +470,45 @@ class Engine:
 
   def _warm_up(self) -> None:
     start = time.monotonic()
-    keys = self.lengths.pairs()
-    wanted = [*sorted({prefix for prefix, _ in keys})]
-    wanted += [(*key, rows) for key in keys for rows in self._rows[key[1]]]
+    wanted: list[Any] = sorted({prefix for prefix, _, _ in self._work})
+    wanted += self._work
     # The compiler leaves the interpreter to others.
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
       for name, program in zip(wanted, pool.map(self._compile, wanted), strict=True):
         self._programs[name] = program
         self.stats.num_programs += 1
-    # What a row costs, by its length, beside the longest prefix that goes with it.
-    for (_, length), prefix in {key: key[0] for key in sorted(keys)}.items():
-      count = self._rows[length][-1]
-      token = np.ones(1, np.int32)
-      rules = RuleSet(token, 0, prefix, b'')
-      rows = [Row(rules, token, length, 0)] * count
-      before = time.monotonic()
-      np.asarray(self._compute(rows, [self._read(rules)] * count))
-      self._row_s[length] = (time.monotonic() - before) / count
+    self._measure()
     self.stats.warm_up_s = time.monotonic() - start
     with self._changed:
       self.ready = True
       self._changed.notify_all()
 
+  def _measure(self) -> None:
+    """Finds what batches take from the least one and the largest."""
+    work, seconds = self._work, []
+    shapes = [choose(work, key=work.get) for choose in (min, max)]
+    for prefix, length, count in shapes:
+      rules, times = RuleSet(np.ones(1, np.int32), 0, prefix, b''), []
+      rows = [[Row(rules, np.ones(1, np.int32), length, 0)]] * count
+      prefixes = [self._read(rules)] * count
+      for _ in range(2):  # The first call also finds its memory.
+        before = time.monotonic()
+        np.asarray(self._compute((prefix, length, count), rows, prefixes))
+        times.append(time.monotonic() - before)
+      seconds.append(min(times))
+    (little, much), (few, many) = seconds, (work[shape] for shape in shapes)
+    # There may be one shape, or noise.
+    grows = many > few and much > little
+    self._place_s = (much - little) / (many - few) if grows else much / many
+    self._call_s = max(little - self._place_s * few, 0.0)
+    # The last shape of a key has the most rows.
+    self._row_s = {
+      shape[:2]: (self._call_s + self._place_s * places) / shape[2]
+      for shape, places in work.items()
+    }
+
   def _compile(self, wanted: Any) -> Any:
-    """Returns the program of (prefix length, row length, rows), or of a prefix length alone."""
+    """Returns the program of a shape, or of a prefix length alone."""
     cfg = self.spec.model
     read = functools.partial(transformer.read_prefix, cfg)
     with mesh_lib.of(self._params):
@@ -439,9 +521,8 @@ class Engine:
         return program.lower(self._params, *[shape_of((1, wanted))] * 3).compile()
       prefix, length, rows = wanted
       kept = jax.eval_shape(program, self._params, *[shape_of((1, prefix))] * 3)
-      names = 'tokens', 'positions', 'segment_ids'
-      batch = {name: shape_of((rows, length)) for name in names}
-      batch['verdict_index'] = shape_of((rows, 1))
+      batch = {name: shape_of((rows, length)) for name in _BATCH}
+      batch['verdict_index'] = shape_of((rows, plans.num_slots(length)))
       verbalizers = self.spec.verbalizers(self.tokenizer)
       compute = jax.jit(functools.partial(_score_rows, cfg, verbalizers))
       return compute.lower(self._params, batch, (kept,) * rows).compile()
@@ -449,21 +530,21 @@ class Engine:
   def _loop(self) -> None:
     pending: collections.deque = collections.deque()
     while True:
-      taken = self._take(is_busy=bool(pending))
-      if taken:
-        with self._reported(taken):
-          pending.append((taken, time.monotonic(), self._dispatch(taken)))
+      batch = self._take(is_busy=bool(pending))
+      if batch and batch.rows:
+        with self._reported(batch):
+          pending.append((batch, time.monotonic(), self._dispatch(batch)))
       elif not pending and self._closed and not self.num_queued:
         return
       # One batch may be on its way while the next is made.
-      if pending and (len(pending) > 1 or not taken):
-        taken, start, scores = pending.popleft()
-        with self._reported(taken):
-          self._settle(taken, start, np.asarray(scores))
+      if pending and (len(pending) > 1 or not batch):
+        batch, start, scores = pending.popleft()
+        with self._reported(batch):
+          self._settle(batch, start, np.asarray(scores))
           self._failures, self.broken = 0, ''
 
   @contextlib.contextmanager
-  def _reported(self, taken: list) -> Iterator[None]:
+  def _reported(self, batch: _Batch) -> Iterator[None]:
     """Fails the jobs of a batch, and only these, with what goes wrong within."""
     try:
       yield
@@ -473,21 +554,28 @@ class Engine:
       self._failures += 1
       if self._failures >= _MAX_FAILURES:
         self.broken = 'the device fails'
-      for _, job, _ in taken:
+      for _, job, _ in itertools.chain.from_iterable(batch.rows):
         _fail(job, error)
 
-  def _dispatch(self, taken: list) -> jax.Array:
-    rows = [row for row, _, _ in taken]
-    return self._compute(rows, [self._prefix(row.rules) for row in rows])
+  def _dispatch(self, batch: _Batch) -> jax.Array:
+    rows = [[row for row, _, _ in items] for items in batch.rows]
+    return self._compute(batch.shape, rows, [self._prefix(row[0].rules) for row in rows])
 
-  def _settle(self, taken: list, start: float, scores: np.ndarray) -> None:
-    length = taken[0][0].length
-    seconds = (time.monotonic() - start) / len(taken)
-    self._row_s[length] += _SMOOTHING * (seconds - self._row_s[length])
+  def _settle(self, batch: _Batch, start: float, scores: np.ndarray) -> None:
+    # The device began when it was asked, or when it was done with the batch before.
+    now = time.monotonic()
+    seconds, self._settled = now - max(start, self._settled), now
+    expected = self._call_s + self._place_s * self._work[batch.shape]
+    self._pace += _SMOOTHING * (seconds / expected - self._pace)
+    items = list(itertools.chain.from_iterable(batch.rows))
     self.stats.num_batches += 1
-    self.stats.num_rows += len(taken)
-    self.stats.num_places += len(scores)
-    for (_, job, place), score in zip(taken, scores, strict=False):
+    self.stats.num_rows += len(items)
+    self.stats.num_tokens += sum(len(row.tokens) for row, _, _ in items)
+    self.stats.num_places += batch.shape[1] * batch.shape[2]
+    found = [
+      score for row, own in zip(batch.rows, scores, strict=False) for score in own[: len(row)]
+    ]
+    for (_, job, place), score in zip(items, found, strict=True):
       if not np.isfinite(score):
         _fail(job, ValueError('a score is not a finite number; look at the weights'))
         continue
@@ -514,52 +602,78 @@ class Engine:
     return found
 
   def _read(self, rules: RuleSet) -> Prefix:
-    # Padding is on the left, so that a model's window counts tokens only.
-    padding = rules.length - len(rules.tokens), 0
-    tokens, used, positions = (
-      np.pad(x, padding)[None]
-      for x in (
-        rules.tokens,
-        np.ones(len(rules.tokens), np.int32),
-        np.arange(len(rules.tokens), dtype=np.int32),
-      )
-    )
+    num, padding = len(rules.tokens), (0, rules.length - len(rules.tokens))
+    tokens, used = (np.pad(x, padding)[None] for x in (rules.tokens, np.ones(num, np.int32)))
+    positions = np.arange(rules.length, dtype=np.int32)[None]
     return self._programs[rules.length](self._params, tokens, positions, used)
 
-  def _compute(self, rows: Sequence[Row], prefixes: list[Prefix]) -> jax.Array:
-    prefix, length = rows[0].key
-    count = next(n for n in self._rows[length] if n >= len(rows))
-    names = 'tokens', 'positions', 'segment_ids'
-    batch = {name: np.zeros((count, length), np.int32) for name in names}
-    batch['verdict_index'] = np.zeros((count, 1), np.int32)
+  def _compute(
+    self, shape: Shape, rows: Sequence[Sequence[Row]], prefixes: list[Prefix]
+  ) -> jax.Array:
+    """Returns the scores of a batch's rows, [rows, slots]; each row continues its prefix."""
+    _, length, count = shape
+    batch = {name: np.zeros((count, length), np.int32) for name in _BATCH}
+    batch['verdict_index'] = np.zeros((count, plans.num_slots(length)), np.int32)
     for r, row in enumerate(rows):
-      sharing.write(batch, r, sharing.walk([row.tokens], share=False), len(row.rules.tokens))
+      read = sharing.walk([one.tokens for one in row])
+      sharing.write(batch, r, read, len(row[0].rules.tokens))
     prefixes = [*prefixes, *[prefixes[0]] * (count - len(rows))]
-    return self._programs[prefix, length, count](self._params, batch, tuple(prefixes))
+    return self._programs[shape](self._params, batch, tuple(prefixes))
 
 
 # --- The seam to the model -------------------------------------------------------------
 
 
 def _score_rows(cfg, verbalizers, params, batch, prefixes: tuple[Prefix, ...]) -> jax.Array:
-  """Returns the score of each row, [B] in nats; row b continues prefix b."""
+  """Returns the scores of the prompts of each row, [B,S] in nats; row b continues prefix b."""
   axes = {'key': 1, 'value': 1, 'segment_ids': 0}
   prefix = {
     name: jnp.concatenate([prefix[name] for prefix in prefixes], axis)
     for name, axis in axes.items()
   }
   safe, unsafe = scoring.verdict_logprobs(cfg, params, batch, verbalizers, prefix)
-  return mesh_lib.constrain((safe - unsafe)[:, 0])
+  return mesh_lib.constrain(safe - unsafe)
 
 
 def _row_counts(call_tokens: int, length: int) -> tuple[int, ...]:
-  """Returns how many rows a batch may have: 1, and a fourth of a fourth of ... a full one."""
+  """Returns how many rows a batch may have, the fewest first."""
   counts = {1}
   most = plans.most_rows(call_tokens, length)
   while most > 1:
     counts.add(most)
-    most //= 4
+    most //= _ROWS_STEP
   return tuple(sorted(counts))
+
+
+def _fill(waiting: Sequence[Row], length: int, count: int) -> list[list[int]]:
+  """Returns who of those waiting stands in each of at most `count` rows; first come, first served.
+
+  A row is for one set of rules.
+  """
+  rows: list[list[int]] = []
+  rooms: list[int] = []
+  by_rules: dict[bytes, list[int]] = {}
+  slots, left = plans.num_slots(length), count * length
+  for i, new in enumerate(waiting):
+    tokens, own = new.tokens, by_rules.setdefault(new.rules.digest, [])
+    for r in own:
+      # What it shares with the last one is no more than what it shares with all of them.
+      size = len(tokens) - sharing.num_common(tokens, waiting[rows[r][-1]].tokens)
+      if size <= rooms[r] and len(rows[r]) < slots:
+        rows[r].append(i)
+        break
+    else:
+      if len(rows) == count or len(tokens) > length:
+        continue
+      r, size = len(rows), len(tokens)
+      rows.append([i])
+      rooms.append(length)
+      own.append(r)
+    rooms[r] -= size
+    left -= size
+    if not left:
+      break
+  return rows
 
 
 def _num_bytes(prefix: Prefix) -> int:

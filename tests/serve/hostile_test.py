@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from csrm_jax.safety import schema
@@ -295,7 +296,7 @@ def test_a_device_that_fails_gives_no_verdict(tmp_path, weights):
       status, _, value = server.ask('POST', '/score', GOOD)
       assert status == 500 and 'no verdict' in value['error']['message']
     assert server.ask('GET', '/health')[0] == 503
-    server.engine._compute = lambda rows, prefixes: [float('nan')] * len(rows)
+    server.engine._compute = lambda shape, *_: np.full((shape[2], 8), np.nan)
     status, _, value = server.ask('POST', '/score', GOOD)
     assert status == 500 and 'no verdict' in value['error']['message']
     server.engine._compute = compute
