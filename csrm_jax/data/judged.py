@@ -55,6 +55,14 @@ _KEYS = ('unseen', 'within', 'each', 'wordings', 'held')
 _PART_KEYS = ('unseen', 'within', 'names', 'held')
 
 
+def _load(path: pathlib.Path) -> dict[str, Any]:
+  return files.load_yaml(files.read_text(path), str(path), ())[0]
+
+
+# What the labels of public sets mean.
+LABELS = _load(FOLDER / 'labels.yaml')
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """A rule and its wordings.
@@ -165,10 +173,6 @@ def rules(name: str) -> dict[str, Rule]:
     unseen = str(row.get('unseen', ''))
     found[f'{name}/{key}'] = Rule(f'{name}/{key}', **texts, unseen=unseen, stricter=tuple(stricter))
   return found
-
-
-def _load(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-  return files.load_yaml(files.read_text(path), str(path), ())[0]
 
 
 def _expand(key: str, row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

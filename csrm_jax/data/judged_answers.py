@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from csrm_jax.core.checks import show
-from csrm_jax.data.judged import Judged, rules
+from csrm_jax.data.judged import LABELS, Judged, rules
 from csrm_jax.data.public import XSTEST_LABELS
 from csrm_jax.data.sources import Rows
 from csrm_jax.data.tables import Files, Row, lookup, numbered, read_rows
@@ -33,40 +33,10 @@ HARMFUL, NEEDLESS = 'answering/harmful', 'answering/needless'
 NO_REFUSAL, MUST_REFUSE = 'answering/no_refusal', 'answering/must_refuse'
 ANSWERS, PROMPTS = 'harmless/answers', 'harmless/prompts'
 
-# Statements about an answer. Two more are true of too few answers for a test of them.
-_TOO_RARE = ('insulting_language', 'prescribes_dosage')
-PROPOSITIONS = (
-  *('additional_content', 'apology', 'apology_acknowledges_emotional_state'),
-  *('conditional_verbiage', 'definitive_verbiage', 'disallowed_content', 'disclaimer'),
-  *('encourage_professional_help', 'fully_complies', 'gentle_encouragement_for_help'),
-  *('illogical_continuation_of_prompt', 'inability_to_comply', 'judgement', 'meta_commentary'),
-  *('partially_complies', 'prescribes_solutions', 'provides_resources'),
-  *('reference_safety_policy', 'requests_information', 'third_person', 'threatening_language'),
-)
-PYRIT_CATEGORIES = (
-  *('exploits', 'hate_speech', 'information_integrity', 'privacy', 'representational'),
-  *('self_harm', 'violence'),
-)
+PROPOSITIONS, _TOO_RARE = map(tuple, LABELS['rbr_gold'].values())
+PYRIT_CATEGORIES = LABELS['pyrit_graded']
 PYRIT_LEVELS = (2, 3, 4, 5)
-DIASAFETY_RULES = {
-  'Offending User': 'diasafety/offending_user',
-  'Risk Ignorance': 'diasafety/risk_ignorance',
-  'Unauthorized Expertise': 'diasafety/unauthorized_expertise',
-  'Toxicity Agreement': 'diasafety/toxicity_agreement',
-  'Biased Opinion': 'diasafety/biased_opinion',
-}
-# policy -> (its rule, the labels of which all but the first break it)
-TEEN_POLICIES = {
-  'age-restricted-goods-and-services': ('teen_policies/age_restricted', ('ARS0', 'ARS1', 'ARS2')),
-  'dangerous-content': ('teen_policies/dangerous', ('DC0', 'DC1', 'DC2', 'DC3')),
-  'graphic-violent-content': ('teen_policies/graphic', ('GV0', 'GV1', 'GV2')),
-  'harmful-body-ideals': ('teen_policies/body_ideals', ('HBI0', 'HBI1', 'HBI2')),
-}
-_XSTEST_TYPES = (
-  *('homonyms', 'figurative_language', 'safe_targets', 'safe_contexts', 'definitions'),
-  *('historical_events', 'nons_group_real_discr', 'real_group_nons_discr'),
-  *('privacy_public', 'privacy_fictional', 'discr', 'privacy'),
-)
+DIASAFETY_RULES, TEEN_POLICIES = LABELS['diasafety'], LABELS['teen_policies']
 _GUARD = re.compile(r'Human user:\n(.*?)\n\nAI assistant:\n(.*)', re.DOTALL)
 
 Parsed = tuple[Sequence[Message], Mapping[str, float]]
@@ -181,7 +151,7 @@ def _teen(row: Row) -> Parsed:
 
 def _xstest(row: Row) -> Parsed:
   kind = row.text('type')
-  lookup(kind.removeprefix('contrast_'), dict.fromkeys(_XSTEST_TYPES), 'type')
+  lookup(kind.removeprefix('contrast_'), dict.fromkeys(LABELS['xstest_types']), 'type')
   is_harmful = kind.startswith('contrast_')
   talk = _talk(row.text('prompt'), row.text('completion'))
   columns = ('annotation_1', 'annotation_2', 'final_label')

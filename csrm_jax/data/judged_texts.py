@@ -10,14 +10,12 @@ As in `public`, unknown labels and columns are refused, and rows of no use are c
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from csrm_jax.core import files
 from csrm_jax.core.checks import show
 from csrm_jax.data import public, sources
-from csrm_jax.data.judged import Judged
+from csrm_jax.data.judged import LABELS, Judged
 from csrm_jax.data.sources import Rows
 from csrm_jax.data.tables import Files, Row, iterate, lookup, numbered, read_rows
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
@@ -86,22 +84,8 @@ def _read_each(paths: Files, readers: Mapping[str, Callable[[Files], Rows]]) -> 
 
 # --- Groups of people --------------------------------------------------------------------
 
-# Groups that share people: what is said about one may well be said about the other.
-_RELATED = tuple(
-  map(
-    frozenset,
-    (
-      ('asian', 'chinese'),
-      ('asian', 'south_asian'),
-      ('latino', 'mexican'),
-      ('latino', 'immigrants'),
-      ('muslims', 'middle_east'),
-      ('lgbtq', 'gay'),
-      ('lgbtq', 'trans'),
-      ('immigrants', 'refugees'),
-    ),
-  )
-)
+# Groups that share people.
+_RELATED = tuple(map(frozenset, LABELS['related']))
 
 
 def _about(hit: Collection[str], known: Iterable[str], unclear: Collection[str] = ()) -> dict:
@@ -112,16 +96,13 @@ def _about(hit: Collection[str], known: Iterable[str], unclear: Collection[str] 
 
 # --- Moderation --------------------------------------------------------------------------
 
-_MODERATION = {'H': ('H',), 'H2': ('H2', 'H_unless_H2'), 'V': ('V',), 'V2': ('V2', 'V_unless_V2')}
-_MODERATION |= {'HR': ('HR',), 'SH': ('SH',)}
-
 
 def read_moderation(path: Files) -> Rows:
   """Returns the texts of OpenAI's moderation set; a label that is left out is unknown."""
 
   def parse(row: Row):
     verdicts = {}
-    for label, keys in _MODERATION.items():
+    for label, keys in LABELS['moderation'].items():
       value = row.get(label)
       if value is None:
         continue
@@ -135,48 +116,7 @@ def read_moderation(path: Files) -> Rows:
 
 # --- HateCheck ---------------------------------------------------------------------------
 
-_HATECHECK_GROUPS = {
-  'women': 'women',
-  'trans people': 'trans',
-  'gay people': 'gay',
-  'black people': 'black',
-  'disabled people': 'disabled',
-  'Muslims': 'muslims',
-  'immigrants': 'immigrants',
-}
-# What a functionality says of rules beside its label, in this order; '?' where it depends.
-_HATECHECK_RULES = ('hate_even_quoted', 'abuse_of_anyone', 'threats', 'profanity')
-_HATECHECK = {
-  'derog_neg_emote_h': '1100',
-  'derog_neg_attrib_h': '1100',
-  'derog_dehum_h': '1100',
-  'derog_impl_h': '1100',
-  'threat_dir_h': '1110',
-  'threat_norm_h': '1110',
-  'slur_h': '110?',
-  'slur_homonym_nh': '000?',
-  'slur_reclaimed_nh': '??0?',
-  'profanity_h': '1101',
-  'profanity_nh': '0001',
-  'ref_subs_clause_h': '11??',
-  'ref_subs_sent_h': '11??',
-  'negate_pos_h': '11??',
-  'negate_neg_nh': '?0?0',
-  'phrase_question_h': '11??',
-  'phrase_opinion_h': '11??',
-  'ident_neutral_nh': '0000',
-  'ident_pos_nh': '0000',
-  'counter_quote_nh': '1???',
-  'counter_ref_nh': '1???',
-  'target_obj_nh': '00??',
-  'target_indiv_nh': '01??',
-  'target_group_nh': '01??',
-  'spell_char_swap_h': '11??',
-  'spell_char_del_h': '11??',
-  'spell_space_del_h': '11??',
-  'spell_space_add_h': '11??',
-  'spell_leet_h': '11??',
-}
+_HATECHECK = LABELS['hatecheck']
 
 
 def read_hatecheck(path: Files) -> Rows:
@@ -188,21 +128,23 @@ def read_hatecheck(path: Files) -> Rows:
 
   def parse(row: Row):
     kind = row.text('functionality')
-    known = lookup(kind, _HATECHECK, 'functionality')
+    known = lookup(kind, _HATECHECK['functionalities'], 'functionality')
     is_hate = row.one_of('label_gold', ('hateful', 'non-hateful')) == 'hateful'
     if is_hate != kind.endswith('_h'):
       raise ValueError(f'functionality {kind} is labelled {row["label_gold"]}; correct one of them')
     target = row.text_or_none('target_ident')
-    group = lookup(target, _HATECHECK_GROUPS, 'target_ident') if target else ''
+    groups = _HATECHECK['groups']
+    group = lookup(target, groups, 'target_ident') if target else ''
     verdicts = dict.fromkeys(('hate', 'hate_insults_allowed', 'hate_unless_countered'), is_hate)
     verdicts |= {
-      rule: mark == '1' for rule, mark in zip(_HATECHECK_RULES, known, strict=True) if mark != '?'
+      rule: mark == '1'
+      for rule, mark in zip(_HATECHECK['rules'], known, strict=True)
+      if mark != '?'
     }
-    groups = _HATECHECK_GROUPS.values()
-    verdicts |= _about((group,) if is_hate else (), groups)
+    verdicts |= _about((group,) if is_hate else (), groups.values())
     # A word that only looks like a slur is about nobody.
     if kind != 'slur_homonym_nh':
-      verdicts |= {f'mention_{g}': g == group for g in groups}
+      verdicts |= {f'mention_{g}': g == group for g in groups.values()}
     # Cases that are derived from slurs have them, too.
     is_slur = kind.startswith(('slur_h', 'slur_reclaimed')) or 'SLUR' in row.text('case_templ')
     is_slur &= kind != 'slur_homonym_nh'
@@ -220,61 +162,7 @@ def read_hatecheck(path: Files) -> Rows:
 
 # --- Hatemoji ----------------------------------------------------------------------------
 
-_HATEMOJI_GROUPS = (
-  *('women', 'trans', 'gay', 'lgbtq', 'black', 'disabled', 'muslims', 'jewish', 'asian', 'chinese'),
-  *('south_asian', 'middle_east', 'latino', 'immigrants', 'refugees'),
-  'travellers',
-)
-# The groups that a target belongs to, and after a '?' those that it may. Of texts with a target
-# that is not here, nobody knows which groups they are about.
-_HATEMOJI_TARGETS = {
-  'wom': 'women',
-  'trans': 'trans lgbtq',
-  'gay': 'gay lgbtq',
-  'gayman': 'gay lgbtq',
-  'gaywom': 'gay lgbtq ?women',
-  'bis': 'lgbtq ?gay',
-  'lgbtqa': 'lgbtq',
-  'bla': 'black',
-  'blaman': 'black',
-  'blawom': 'black women',
-  'african': '?black ?immigrants',
-  'dis': 'disabled',
-  'mus': 'muslims',
-  'muswom': 'muslims women',
-  'jew': 'jewish',
-  'asi': 'asian',
-  'asiwom': 'asian women',
-  'asi.east': 'asian',
-  'asi.east.chin': 'asian chinese',
-  'asi.south': 'asian south_asian',
-  'asi.south.pak': 'asian south_asian ?muslims',
-  'hind': '?south_asian ?asian',
-  'sikh': '?south_asian ?asian',
-  'arab': 'middle_east',
-  'hisp': 'latino',
-  'indig': '',
-  'immig': 'immigrants',
-  'for': '?immigrants ?refugees',
-  'ref': 'refugees',
-  'asy': 'refugees',
-  'trav': 'travellers',
-  'wc': '',
-}
-_HATEMOJI_CHECK = {
-  'women': 'wom',
-  'trans people': 'trans',
-  'gay people': 'gay',
-  'black people': 'bla',
-  'disabled people': 'dis',
-  'Muslims': 'mus',
-}
-_HATEMOJI_TYPES = {
-  'threateninglanguage': 'threat',
-  'dehumanizinglanguage': 'dehumanizing',
-  'derogation': 'derogation',
-  'animosity': 'animosity',
-}
+_HATEMOJI = LABELS['hatemoji']
 
 
 def read_hatemoji(paths: Files) -> Rows:
@@ -290,27 +178,29 @@ def _hatemoji(is_hate: bool, targets: Iterable[str]) -> dict[str, float]:
   """Returns the verdicts of a text with these targets, without its type."""
   verdicts: dict[str, float] = {'hate': is_hate}
   if not is_hate:
-    return verdicts | _about((), _HATEMOJI_GROUPS)
-  known = [_HATEMOJI_TARGETS.get(target) for target in targets]
+    return verdicts | _about((), _HATEMOJI['groups'])
+  known = [_HATEMOJI['targets'].get(target) for target in targets]
   if not known or None in known:
     return verdicts
   words = ' '.join(known).split()
   unclear = [word[1:] for word in words if word.startswith('?')]
-  return verdicts | _about([w for w in words if not w.startswith('?')], _HATEMOJI_GROUPS, unclear)
+  return verdicts | _about(
+    [w for w in words if not w.startswith('?')], _HATEMOJI['groups'], unclear
+  )
 
 
 def _read_hatemoji_check(path: Files) -> Rows:
   def parse(row: Row):
     is_hate, target = row.flag('label_gold'), row.text_or_none('target')
     if target not in (None, '', 'None'):
-      targets = [lookup(target, _HATEMOJI_CHECK, 'target')]
+      targets = [lookup(target, _HATEMOJI['check'], 'target')]
     elif is_hate:
       raise ValueError('label_gold is 1, and there is no target; name the one who is hated')
     else:
       targets = []
     verdicts = _hatemoji(is_hate, targets)
     if not is_hate:
-      verdicts |= {f'type_{key}': 0 for key in _HATEMOJI_TYPES.values()}
+      verdicts |= {f'type_{key}': 0 for key in _HATEMOJI['types'].values()}
     group = f'hatemojicheck/{row.name("test_group_id")}'
     yield _judge('hatemoji', f'check/{row.name("case_id")}', row.text('text'), verdicts, group)
 
@@ -328,7 +218,7 @@ def _read_hatemoji(path: Files) -> Rows:
 
   def parse(row: Row):
     is_hate = row.flag('label_gold')
-    kind = row.one_of('type', ('none', *_HATEMOJI_TYPES))
+    kind = row.one_of('type', ('none', *_HATEMOJI['types']))
     if is_hate != (kind != 'none'):
       raise ValueError(f'label_gold is {show(row["label_gold"])} and type {kind}; correct one')
     targets = row['target']
@@ -338,7 +228,7 @@ def _read_hatemoji(path: Files) -> Rows:
       raise ValueError(f'target is {show(targets)}; it must be a list of texts')
     verdicts = _hatemoji(is_hate, targets)
     verdicts |= {
-      f'type_{key}': key == _HATEMOJI_TYPES.get(kind) for key in _HATEMOJI_TYPES.values()
+      f'type_{key}': key == _HATEMOJI['types'].get(kind) for key in _HATEMOJI['types'].values()
     }
     text, (a, b) = (
       row.text('text'),
@@ -355,39 +245,25 @@ def _read_hatemoji(path: Files) -> Rows:
 
 # --- EDOS --------------------------------------------------------------------------------
 
-_EDOS_CATEGORIES = {'1': 'threats', '2': 'derogation', '3': 'animosity', '4': 'prejudice'}
-_EDOS_VECTORS = {
-  '1.1': 'threats_of_harm',
-  '1.2': 'incitement',
-  '2.1': 'descriptive_attacks',
-  '2.2': 'emotive_attacks',
-  '2.3': 'dehumanising',
-  '3.1': 'gendered_slurs',
-  '3.2': 'stereotypes',
-  '3.3': 'backhanded_compliments',
-  '3.4': 'condescension',
-  '4.1': 'individual_mistreatment',
-  '4.2': 'systemic_discrimination',
-}
-
 
 def read_edos(path: Files) -> Rows:
   """Returns the texts of EDOS under nested rules: sexism, its categories, and their vectors."""
+  categories, vectors = LABELS['edos'].values()
 
   def parse(row: Row):
     is_sexist = row.one_of('label_sexist', ('sexist', 'not sexist')) == 'sexist'
     category, vector = (row.text(f'label_{what}').split(' ')[0] for what in ('category', 'vector'))
     category = category.removesuffix('.')
     if is_sexist:
-      lookup(category, _EDOS_CATEGORIES, 'number of label_category')
-      lookup(vector, _EDOS_VECTORS, 'number of label_vector')
+      lookup(category, categories, 'number of label_category')
+      lookup(vector, vectors, 'number of label_vector')
     elif (category, vector) != ('none', 'none'):
       raise ValueError(f'label_vector is {show(row["label_vector"])} of a text that is not sexist')
     if is_sexist and vector[0] != category:
       raise ValueError(f'label_vector {vector} is not in label_category {category}; correct one')
     verdicts = {'sexist': is_sexist}
-    verdicts |= {f'category_{key}': c == category for c, key in _EDOS_CATEGORIES.items()}
-    verdicts |= {f'vector_{key}': v == vector for v, key in _EDOS_VECTORS.items()}
+    verdicts |= {f'category_{key}': c == category for c, key in categories.items()}
+    verdicts |= {f'vector_{key}': v == vector for v, key in vectors.items()}
     yield _judge('edos', row.name('rewire_id'), row.text('text'), verdicts)
 
   columns = ('rewire_id', 'text', 'label_sexist', 'label_category', 'label_vector')
@@ -396,22 +272,6 @@ def read_edos(path: Files) -> Rows:
 
 # --- ToxiGen -----------------------------------------------------------------------------
 
-_TOXIGEN_GROUPS = {
-  'women': 'women',
-  'lgbtq': 'lgbtq',
-  'black': 'black',
-  'asian': 'asian',
-  'chinese': 'chinese',
-  'latino': 'latino',
-  'mexican': 'mexican',
-  'native-american': 'native_american',
-  'middle-eastern': 'middle_east',
-  'muslim': 'muslims',
-  'jewish': 'jewish',
-  'mental dis': 'mental_dis',
-  'physical dis': 'physical_dis',
-}
-
 
 def read_toxigen(path: Files) -> Rows:
   """Returns ToxiGen texts that people scored: three degrees of toxicity, and the group.
@@ -419,25 +279,24 @@ def read_toxigen(path: Files) -> Rows:
   A rule that protects a group is broken from a score of 3 on, and not below one of 2; in
   between, and for groups that share people with the target, nobody knows.
   """
+  groups = LABELS['toxigen']
 
   def parse(row: Row):
     score = row.amount('toxicity_score')
     if not 1 <= score <= 5:
       raise ValueError(f'toxicity_score is {show(row["toxicity_score"])}; it must be from 1 to 5')
-    found = [lookup(t, _TOXIGEN_GROUPS, 'target group') for t in row.texts('target_groups')]
+    found = [lookup(t, groups, 'target group') for t in row.texts('target_groups')]
     verdicts = {f'level_{level}': score >= level for level in (2, 3, 4)}
     hit, unclear = (found if score >= 3 else ()), (found if 2 <= score < 3 else ())
     unclear = {*unclear, *(g for pair in _RELATED if pair & set(unclear) for g in pair)}
     if found:
-      verdicts |= _about(hit, _TOXIGEN_GROUPS.values(), unclear)
+      verdicts |= _about(hit, groups.values(), unclear)
     yield _judge('toxigen_human', row.name('id'), row.text('text'), verdicts)
 
   return read_rows(path, ('id', 'text', 'toxicity_score', 'target_groups'), parse)
 
 
 # --- ETHOS -------------------------------------------------------------------------------
-
-_ETHOS = ('gender', 'race', 'national_origin', 'disability', 'religion', 'sexual_orientation')
 
 
 def read_ethos(paths: Files) -> Rows:
@@ -454,10 +313,10 @@ def read_ethos(paths: Files) -> Rows:
     directed = _share(row, 'directed_vs_generalized')
     verdicts = {'violence': _share(row, 'violence'), 'directed': directed}
     verdicts |= {'generalised': 1 - directed}
-    verdicts |= {f'about_{key}': _share(row, key) for key in _ETHOS}
+    verdicts |= {f'about_{key}': _share(row, key) for key in LABELS['ethos']}
     yield _judge('ethos', f'kinds/{row.number}', row.text('comment'), verdicts)
 
-  kinds = ('comment', 'violence', 'directed_vs_generalized', *_ETHOS)
+  kinds = ('comment', 'violence', 'directed_vs_generalized', *LABELS['ethos'])
   return _read_each(
     paths,
     {
@@ -507,52 +366,15 @@ def _mean_code(row: Row, column: str) -> float:
 
 # --- Prompts of one hazard each ----------------------------------------------------------
 
-# The hazard that a category is; None for one that we have no rule of.
-_AILUMINATE = {
-  'dfm': 'defamation',
-  'hte': 'hate',
-  'ipv': 'intellectual_property',
-  'ncr': 'nonviolent_crime',
-  'prv': 'privacy',
-  'spc_ele': 'elections',
-  'spc_fin': 'financial',
-  'spc_hlt': 'health',
-  'spc_lgl': 'legal',
-  'ssh': 'self_harm',
-  'vcr': 'violence',
-}
-_HARMBENCH = {
-  'cybercrime_intrusion': 'cybercrime',
-  'harassment_bullying': 'harassment',
-  'misinformation_disinformation': 'disinformation',
-  'illegal': None,
-  'harmful': None,
-}
-_STRONGREJECT = {
-  'Disinformation and deception': 'disinformation',
-  'Hate, harassment and discrimination': 'hate',
-  'Illegal goods and services': 'illegal_goods',
-  'Non-violent crimes': 'nonviolent_crime',
-  'Violence': 'violence',
-}
-# Hazards that a prompt may well have both of, though its set gives it one.
-_OVERLAPS = (
-  *(
-    {'nonviolent_crime', other}
-    for other in ('privacy', 'intellectual_property', 'illegal_goods', 'disinformation')
-  ),
-  {'violence', 'illegal_goods'},
-  {'violence', 'self_harm'},
-  {'self_harm', 'health'},
-  {'defamation', 'elections'},
-)
-
 
 def read_hazard_prompts(paths: Files) -> Rows:
   """Returns `Sure. {prompt}` for the prompts of AILuminate, HarmBench and StrongREJECT.
 
-  A prompt breaks the rule of its own hazard and not those of the other hazards of its set.
+  A prompt breaks the rule of its own hazard and not those of the other hazards of its set; of
+  hazards that go together nobody knows.
   """
+  ailuminate, harmbench, strongreject = LABELS['hazards'].values()
+  overlaps = [set(pair) for pair in LABELS['overlaps']]
 
   def reader(
     name: str, prompt: str, column: str, hazards: Mapping[str, str | None], more: Iterable[str]
@@ -562,7 +384,7 @@ def read_hazard_prompts(paths: Files) -> Rows:
     def parse(row: Row):
       own = lookup(row[column], hazards, column)
       verdicts = {
-        f'hazard_{hazard}': hazard == own for hazard in known if {hazard, own} not in _OVERLAPS
+        f'hazard_{hazard}': hazard == own for hazard in known if {hazard, own} not in overlaps
       }
       text = row.text(prompt)
       context = row.text_or_none('ContextString') if 'ContextString' in more else ''
@@ -575,27 +397,17 @@ def read_hazard_prompts(paths: Files) -> Rows:
   return _read_each(
     paths,
     {
-      'prompt_text': reader('ailuminate', 'prompt_text', 'hazard', _AILUMINATE, ()),
+      'prompt_text': reader('ailuminate', 'prompt_text', 'hazard', ailuminate, ()),
       'Behavior': reader(
-        'harmbench', 'Behavior', 'SemanticCategory', _HARMBENCH, ('ContextString',)
+        'harmbench', 'Behavior', 'SemanticCategory', harmbench, ('ContextString',)
       ),
-      'forbidden_prompt': reader('strongreject', 'forbidden_prompt', 'category', _STRONGREJECT, ()),
+      'forbidden_prompt': reader('strongreject', 'forbidden_prompt', 'category', strongreject, ()),
     },
   )
 
 
 # --- CoSA --------------------------------------------------------------------------------
 
-_COSA = {
-  'Violence': 'violence',
-  'Financial_Crime_and_Theft': 'financial crime and theft',
-  'Privacy_Violations': 'violations of privacy',
-  'Discrimination_and_Verbal_Abuse': 'discrimination and verbal abuse',
-  'Illegal_Drug-Related_Activities_and_Substance_Abuse': 'illegal drugs and substance abuse',
-  'Weapons_Explosives_Arson_and_Illegal_Firearm_Transactions': (
-    'weapons, explosives, arson and illegal trade in firearms'
-  ),
-}
 # What the prompt asks for: allowed risks, some that are not allowed, or no allowed one.
 _SITUATIONS = (1, 2, 3)
 
@@ -610,7 +422,7 @@ def read_cosa(path: Files) -> Rows:
     # The dot stands between categories, and for a hyphen.
     spec = row.text('test spec').replace('Drug.Related', 'Drug-Related')
     allowed = [] if spec == 'safe' else spec.split('.')
-    words = '; '.join(lookup(name, _COSA, 'category of test spec') for name in allowed)
+    words = '; '.join(lookup(name, LABELS['cosa'], 'category of test spec') for name in allowed)
     guideline = (
       f'Requests that involve the following may be answered: {words}. Requests that involve any'
       ' other harm must not be.'
@@ -628,17 +440,3 @@ def read_cosa(path: Files) -> Rows:
     )
 
   return read_rows(path, ('test spec', 'prompt', 'situation'), parse)
-
-
-def cosapien_rules(path: str | os.PathLike) -> dict[str, SafetyConfig]:
-  """Returns {scenario: its rules} of a file {scenario: text}; a whole text is one category."""
-  texts = files.read_json(path)
-  if not isinstance(texts, Mapping) or not texts:
-    raise ValueError(f'{path}: it holds {show(texts)}; write an object of a text for each scenario')
-  found = {}
-  for name, text in texts.items():
-    try:
-      found[name] = SafetyConfig((Category('Scenario', text),), name)
-    except ValueError as error:
-      raise ValueError(f'{path}: {name}: {error}') from None
-  return found

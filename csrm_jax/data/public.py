@@ -21,6 +21,7 @@ from typing import Any
 
 from csrm_jax.core.checks import note, show
 from csrm_jax.data.benchmark import TIES, Choice
+from csrm_jax.data.judged import LABELS
 from csrm_jax.data.sources import Rows
 from csrm_jax.data.tables import Files, Row, lookup, read_rows
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig, load_safety
@@ -34,34 +35,7 @@ MODERATION_SEVERITY = (('H', 'H2'), ('V', 'V2'))
 # These labels of Aegis are no rule that anybody could state, so they do not say which category
 # is violated.
 _AEGIS_UNSTATED = ('Needs Caution', 'Other')
-# Subcategory of WildGuardMix -> the category of wildguardmix.yaml; None where it names none.
-WILDGUARD_SUBCATEGORIES = {
-  'sensitive_information_organization_government': 'Privacy',
-  'private_information_individual': 'Privacy',
-  'copyright_violations': 'Privacy',
-  'disseminating_false_or_misleading_information_encouraging_disinformation_campaigns': (
-    'Misinformation'
-  ),
-  'causing_material_harm_by_disseminating_misinformation': 'Misinformation',
-  'social_stereotypes_and_unfair_discrimination': 'Harmful language',
-  'violence_and_physical_harm': 'Harmful language',
-  'toxic_language_hate_speech': 'Harmful language',
-  'sexual_content': 'Harmful language',
-  'cyberattack': 'Malicious uses',
-  'fraud_assisting_illegal_activities': 'Malicious uses',
-  'defamation_encouraging_unethical_or_unsafe_actions': 'Malicious uses',
-  'mental_health_over-reliance_crisis': 'Malicious uses',
-  'others': None,
-  'benign': None,
-}
-# A prompt that may be answered only in part counts as disallowed.
-_COSAPIEN_LABELS = {
-  'allowed': 'safe',
-  'safe': 'safe',
-  'disallowed': 'unsafe',
-  'partial': 'unsafe',
-  'partially allowed': 'unsafe',
-}
+WILDGUARD_SUBCATEGORIES = LABELS['wildguard']
 _HH_ROLES = {'Human': 'user', 'Assistant': 'agent'}
 # Only where a turn starts: the words Human and Assistant inside a turn stay as they are.
 _HH_TURN = re.compile(r'\n\n(Human|Assistant):')
@@ -303,7 +277,7 @@ def read_cosapien(path: Files) -> Rows:
   def parse(row: Row):
     stem = row.path.name.split('.')[0].split('-')[0]
     prompt, kind = row.text('prompt'), row.text('type').strip().casefold()
-    unsafe = lookup(kind, _COSAPIEN_LABELS, 'type') == 'unsafe'
+    unsafe = lookup(kind, LABELS['cosapien'], 'type') == 'unsafe'
     # A scenario's text is not cut into rules: the whole of it is one category.
     yield dataclasses.replace(
       sure_example(f'cosapien/{stem}/{row.number}', prompt, unsafe, 'cosapien'),

@@ -262,9 +262,6 @@ def test_what_cosa_allows_is_a_rule_of_each_row(tmp_path):
   some, none = read('cosa', tmp_path, *rows)
   assert 'violence; illegal drugs' in some.safety.categories[0].guideline
   assert (some.label, none.label) == ('safe', 'unsafe')
-  path = tmp_path / 'rules.json'
-  path.write_text('{"film": "Only love stories."}')
-  assert judged_texts.cosapien_rules(path)['film'].names == ('Scenario',)
 
 
 @pytest.mark.parametrize(
