@@ -25,6 +25,7 @@ def get_config(arg=None):
   c.runner = 'calibrate'
   # The work directory of a training run, an exported model, or a public model.
   c.checkpoint = arg.checkpoint
+  c.combine = 'mean'  # of several, A+B+C: what is made of their scores, as in configs/eval.py
   # The next three are for public models only, as in configs/eval.py.
   c.format = 'csrm'  # how prompts are written
   c.words = ('safe', 'unsafe')  # the words for both verdicts

@@ -79,6 +79,9 @@ def get_config(arg=None):
   # The work directory of a training run; or a public model: a Hugging Face folder, a hub id
   # (org/name) or a .gguf file.
   c.checkpoint = arg.checkpoint
+  # Of several, A+B+C: what is made of their scores (csrm_jax.reward.combiners): mean, worst,
+  # uwo (weight=0.5) or robust (nominal=0.6), as in uwo:weight=0.1.
+  c.combine = 'mean'
   # The next three are for public models only: a trained one has them with its weights.
   # How prompts are written: csrm, llama_guard_3, llama_guard_3_user (judges the last user
   # message), shield_gemma, shield_gemma_user.

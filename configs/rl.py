@@ -145,6 +145,7 @@ def base(arg):
       'dtype': '',
       # reward=csrm: R = sigmoid(a * score + b).
       'checkpoint': arg.checkpoint,  # the work directory of a run of configs/rm.py
+      'combine': 'mean',  # of several, A+B+C: what is made of their scores, as in configs/eval.py
       'a': 1.0,  # the slope; above 0
       'b': 0.0,  # the offset, in nats
       'max_length': 2048,  # the most tokens that one pass of the reward model reads

@@ -117,6 +117,11 @@ BASE = {
     # The weights to start from: a folder with safetensors and config.json, a hub id or a .gguf
     # file; '' for random ones.
     'init': f'{common.RULEWORLD}/base',
+    # How a verdict is read (csrm_jax.reward.heads), NAME or NAME:KNOB=VALUE,…: verbalizer; linear;
+    # mlp; ordinal (levels=4, rating=, spread=1.0); ratings (names=A+B) and weighted (names=A+B),
+    # regressions on these ratings; mixture (raters=4, entropy=0.5); members (num=5, combine=uwo,
+    # weight=-1.0).
+    'head': 'verbalizer',
   },
   'template': {
     'order': 'rules_first',  # what a prompt begins with; or 'conversation_first'
@@ -184,6 +189,7 @@ BASE = {
     # margin (step=1.0) or scaled; by how sure its order is soft (smoothing=0.0, tie=1.0); by
     # another model's gap dynamic (weight=0.5, slope=0.5).
     'pair': 'bt',
+    'ratings': 1.0,  # the weight of what a head's ratings cost
     'label': 'nll',  # what a label costs: nll, smooth (smoothing=0.1) or brier
   },
   'optim': common.OPTIM | {'lr': 1e-3, 'warmup_steps': 20, 'weight_decay': 0.01},

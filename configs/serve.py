@@ -23,6 +23,7 @@ def get_config(arg=None):
   # The work directory of a training run; or a public model: a Hugging Face folder, a hub id
   # (org/name) or a .gguf file.
   c.checkpoint = arg.checkpoint
+  c.combine = 'mean'  # of several, A+B+C of one shape: how their scores are, as in configs/eval.py
   # The next three are for public models only, as in configs/eval.py.
   c.format = 'csrm'
   c.words = ('safe', 'unsafe')  # what the model says for "safe" and "unsafe"

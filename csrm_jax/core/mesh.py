@@ -51,6 +51,10 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   # [L, r, N, H], [L, r, K, H], [L, r, F], [L, r, D]
   (r'(query|key|value|gate|up)/lora_b', P(None, None, 'tensor')),
   (r'(out|down)/lora_b', P(None, None, 'fsdp')),
+  # A reward model's own head: [D, K], [K], [D, D]
+  (r'head/kernel', P()),
+  (r'head/(up/)?bias', P()),
+  (r'head/up/kernel', P('fsdp', None)),
   # PPO's critic, a product with the final hidden state: [D]
   (r'value_head/kernel', P()),
   # Norms: [D], [L, D], [L, H]

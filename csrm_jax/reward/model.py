@@ -8,6 +8,10 @@ a guard model in its own format.
 
 judge = csrm_jax.load('org/name')
 guard = csrm_jax.load('org/name', format='llama_guard_3')
+
+Several together are one:
+
+rm = csrm_jax.load('RUN1+RUN2+RUN3', combine='uwo')
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from csrm_jax.core import checkpoint, checks, files, mesh as mesh_lib, remote, t
 from csrm_jax.data import domain as domain_lib
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.models import config as model_config, hf, hf_config, lora, transformer
-from csrm_jax.reward import backbone, exported, scoring
+from csrm_jax.reward import backbone, exported, heads, scoring
 from csrm_jax.safety import schema, templates
 from csrm_jax.safety.templates import ORDERS, WORDS
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -50,12 +54,13 @@ class Spec:
   base_digest: str = ''
   # What it was trained on; None where that is not known.
   domain: domain_lib.Domain | None = None
+  head: str = heads.DEFAULT  # how a verdict is read, see heads.HEADS
 
   @classmethod
   def from_dict(cls, obj: Mapping[str, Any]) -> Spec:
     """Returns the spec that dataclasses.asdict gave; other fields than its own are a ValueError."""
-    # Older versions did not store what they trained on.
-    obj = {'domain': None, **obj}
+    # Older versions did not store what they trained on, and had one head.
+    obj = {'domain': None, 'head': heads.DEFAULT, **obj}
     checks.check_fields(
       cls,
       obj,
@@ -66,6 +71,7 @@ class Spec:
     fields['model'] = model_config.ModelConfig.from_dict(obj['model'])
     fields['layout'] = templates.Layout.from_dict(obj['layout'])
     fields['domain'] = obj['domain'] and domain_lib.Domain.from_dict(obj['domain'])
+    heads.get(fields['head'])  # one that this version does not know is an error now
     return cls(**fields)
 
   def verbalizers(self, tokenizer: tokenizer_lib.Tokenizer) -> templates.Verbalizers:
@@ -95,6 +101,7 @@ class Spec:
       on_cut=on_cut,
       domain=self.domain,
       allow_out_of_domain=allow_out_of_domain,
+      head=self.head,
     )
     guard = templates.GUARDS.get(self.layout.format)
     # Such a guard reads one guideline at a time, so that rules take one pass for each category.
@@ -148,6 +155,7 @@ def load(
   step: int | None = None,
   allow_out_of_domain: bool = False,
   calibrated: bool = True,
+  combine: str = 'mean',
   **options: Any,
 ) -> RewardModel:
   """Returns the reward model of a work directory, or a public model as one.
@@ -156,7 +164,8 @@ def load(
 
   Args:
     source: The work directory of a training run (gs://… too), a Hugging Face folder, the id of
-      one on the hub ("org/name"), or a .gguf file.
+      one on the hub ("org/name"), or a .gguf file. Or several, with + between them: their scores
+      are combined, `spec` is that of the first, and each is calibrated for itself.
     max_length: The tokens that one pass may read. It may exceed that of training
       (`spec.max_length`), for rules longer than any seen there; how well the model reads them is
       another matter.
@@ -172,6 +181,8 @@ def load(
       longer prompts and more rules always are.
     calibrated: Whether its scores are changed by the calibration that training has fitted, if that
       helped on development rows; see `applied_calibration`.
+    combine: What is made of several models' scores: one of reward.combiners.COMBINERS, as in
+      'uwo:weight=0.1'.
     **options: Further arguments of `describe`.
 
   Raises:
@@ -179,7 +190,16 @@ def load(
     ValueError: The checkpoint belongs to another template, tokenizer or backbone than is found
       here, or the public model cannot be used in this format.
   """
-  saved = None
+  names, saved = members(source), None
+  if len(names) > 1:
+    if step is not None:
+      raise ValueError(f'step={step}: several models have no common step; leave it out')
+    each = [
+      load(name, max_length, format, on_cut, None, allow_out_of_domain, calibrated, **options)
+      for name in names
+    ]
+    score_fn = scoring.combined([rm.score_fn for rm in each], combine)
+    return RewardModel(each[0].spec, score_fn, digest=digest(source, combine))
   source = public_model(source) or source  # a public model is looked for once
   if not isinstance(source, hf.Source):
     saved = checkpoint.describe(_directory(source) / 'checkpoints', step)
@@ -203,6 +223,8 @@ def load(
 
 def calibration(source: str | pathlib.Path | hf.Source) -> Calibration | None:
   """Returns what training has fitted, in a work directory or an exported model, or None."""
+  if len(members(source)) > 1:
+    return None  # Each has its own.
   public = public_model(source)
   if public:
     saved, path = exported.read(public), public.name
@@ -225,11 +247,23 @@ def applied_calibration(
   return found if belongs and found.applied else None
 
 
-def digest(source: str | pathlib.Path) -> str:
+def members(source: str | pathlib.Path | hf.Source) -> list[Any]:
+  """Returns the models that 'A+B+C' names, or the source alone."""
+  if isinstance(source, hf.Source) or '+' not in str(source) or pathlib.Path(source).exists():
+    return [source]
+  names = str(source).split('+')
+  if not all(names):
+    raise ValueError(f'{source}: a name is empty; write several models as A+B+C')
+  return names
+
+
+def digest(source: str | pathlib.Path, combine: str = 'mean') -> str:
   """Returns the sha256 (hex) of what `load` reads: a run's newest checkpoint, or public weights.
 
   That of a checkpoint stands in it; for that of a public model all its weights are read.
   """
+  if len(names := members(source)) > 1:
+    return files.digest([combine, *map(digest, names)])
   if public := public_model(source):
     if exported.is_adapter(public.path):
       return lora.digest(public.path)
@@ -345,7 +379,8 @@ def restore_params(source: str | pathlib.Path, spec: Spec, step: int | None = No
   mesh, shapes = jax.sharding.get_mesh(), transformer.shapes(trained)
   # A checkpoint of adapters does not hold their base: it is read from where it came.
   stored, base = lora.split(shapes) if spec.base else (shapes, {})
-  stored = {'params': stored}
+  own = heads.shapes(spec.head, trained)
+  stored = {'params': stored | own}
   # Partial, because the optimizer's state is stored beside the parameters.
   with checkpoint.Checkpoints(directory) as saved:
     restored = saved.restore(
@@ -353,7 +388,7 @@ def restore_params(source: str | pathlib.Path, spec: Spec, step: int | None = No
     )
   tree.check_finite(restored.state['params'], str(directory / str(described.step)))
   wanted = transformer.shapes(spec.model)
-  wanted = lora.split(wanted)[0] if spec.base else wanted
+  wanted = (lora.split(wanted)[0] if spec.base else wanted) | own
   params = jax.tree.map(lambda x, to: x.astype(to.dtype), restored.state['params'], wanted)
   if not spec.base:
     return params
@@ -450,7 +485,8 @@ def _describe_exported(
     return dataclasses.replace(spec, model=cfg), tokenizer
   cfg = hf.load_config(source, **overrides)
   if hf_config.form(source.spec, source.where) == 'sequence_classification':
-    cfg = dataclasses.replace(cfg, tie_embeddings=False)  # see _public_params
+    # See _public_params: there is an output layer unless the classifier is the head.
+    cfg = dataclasses.replace(cfg, tie_embeddings=spec.head == 'linear')
   return dataclasses.replace(spec, model=cfg, base='', base_digest=''), tokenizer
 
 
@@ -467,6 +503,8 @@ def _public_params(source: hf.Source, spec: Spec, tokenizer: tokenizer_lib.Token
   # The head is the difference of two rows of an output layer: here the row of "safe" is all of it
   # and every other is 0, so that the verdict's score is the classifier's.
   column = params.pop('score')['kernel']  # [D,1]
+  if spec.head == 'linear':
+    return params | {'head': {'kernel': column.astype(jnp.float32)}}
   (safe,) = spec.verbalizers(tokenizer).safe
   shape = len(column), spec.model.vocab_size
   place = None if shardings is None else shardings['lm_head']['kernel']

@@ -23,7 +23,7 @@ from csrm_jax.data import domain as domain_lib, features
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.models import transformer
 from csrm_jax.models.config import ModelConfig
-from csrm_jax.reward import plans
+from csrm_jax.reward import combiners, heads, plans
 from csrm_jax.safety import schema
 from csrm_jax.safety.templates import DEFAULT, Layout, Verbalizers
 from csrm_jax.text.tokenizer import Tokenizer
@@ -118,36 +118,78 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
   return np.where(x >= 0, 1, small) / (1 + small)
 
 
-def verdict_logprobs(
+def outputs(
   cfg: ModelConfig,
   params: Any,
   batch: Mapping[str, jax.Array],
   verbalizers: Verbalizers,
   prefix: dict | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns (log P(safe), log P(unsafe)) in nats, float32 [B,S], of a packed batch.
+  head: str = heads.DEFAULT,
+) -> heads.Output:
+  """Returns what the head says of each slot, [B,S], of a packed batch.
 
   The batch has tokens, positions, segment_ids int32 [B,T] and verdict_index int32 [B,S], the place
   of the last token of each prompt. Slots that hold no prompt get the verdict of position 0; give
   them no weight. With ends, int32 [B,T], prompts share tokens; all rows continue the prefix, if
-  there is one, as in transformer.hidden. cfg is static.
+  there is one, as in transformer.hidden. cfg and head are static.
   """
+  params, own = heads.body(params), params.get('head')
   rows = batch['tokens'], batch['positions'], batch['segment_ids']
   hidden = transformer.hidden(cfg, params, *rows, prefix, batch.get('ends'))
   # Selected before the product with the vocabulary: logits [B,T,V] would be far larger.
   at_verdict = jnp.take_along_axis(hidden, batch['verdict_index'][..., None], axis=1)  # [B,S,D]
-  logits = transformer.logits(cfg, params, at_verdict)  # [B,S,V]
-  return losses.verdict_logprobs(logits, verbalizers)
+
+  def log_p():
+    logits = transformer.logits(cfg, params, at_verdict)  # [B,S,V]
+    return losses.verdict_logprobs(logits, verbalizers)
+
+  return heads.get(head).apply(own, at_verdict, log_p)
+
+
+def verdict_logprobs(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
+  """Returns (log P(safe), log P(unsafe)) in nats, float32 [B,S]; the arguments are `outputs`'."""
+  return outputs(*args, **kwargs).log_p
 
 
 def make_loss_fn(
-  cfg: ModelConfig, verbalizers: Verbalizers, gamma: float, margin: float, **losses_of: Any
+  cfg: ModelConfig,
+  verbalizers: Verbalizers,
+  gamma: float,
+  margin: float,
+  *,
+  head: str = heads.DEFAULT,
+  pair_loss: Callable[..., jax.Array] = losses.bt,
+  label_loss: Callable[..., jax.Array] = losses.nll,
+  rating_weight: float = 1.0,
 ) -> Callable[..., Any]:
-  """Returns (params, batch) -> (total, weight, metrics); see losses.reward_model_loss."""
+  """Returns (params, batch) -> (total, weight, metrics); see losses.reward_model_loss.
+
+  Members of a head are trained each for itself: their mean is taken. rating_weight is what a rating
+  costs beside a label.
+  """
+  cost = heads.get(head).cost
 
   def loss_fn(params, batch):
-    log_p = verdict_logprobs(cfg, params, batch, verbalizers)
-    return losses.reward_model_loss(*log_p, batch, gamma, margin, **losses_of)
+    out = outputs(cfg, params, batch, verbalizers, head=head)
+
+    def cost_of(gap, strength, target):
+      lost = pair_loss(gap, strength, target)
+      return lost if out.penalty is None else lost + out.penalty
+
+    def loss(log_p):
+      return losses.reward_model_loss(
+        *log_p, batch, gamma, margin, cost_of, label_loss, gap=out.gap
+      )
+
+    if out.members is None:
+      total, weight, metrics = loss(out.log_p)
+    else:
+      found = jax.vmap(loss)(out.members)
+      total, weight, metrics = jax.tree.map(lambda x: x.mean(0), found)
+    if out.predicted is None or 'targets' not in batch:
+      return total, weight, metrics
+    more = losses.rating_loss(cost(out.predicted, batch['targets']), batch)
+    return total + rating_weight * more[0], weight + more[1], metrics | more[2]
 
   return loss_fn
 
@@ -164,6 +206,7 @@ def make_score_fn(
   costs: plans.Costs | None = None,
   domain: domain_lib.Domain | None = None,
   allow_out_of_domain: bool = True,
+  head: str = heads.DEFAULT,
 ) -> ScoreFn:
   """Returns a function: examples -> scores, float32 [N] in nats, in their order.
 
@@ -184,7 +227,7 @@ def make_score_fn(
   checks.one_of('on_cut', on_cut, features.ON_CUT)
   encoder, default = features.Encoder(tokenizer, max_length, layout), on_cut
   allow_by_default = allow_out_of_domain
-  score_prompts = make_prompt_scorer(cfg, params, verbalizers, costs)
+  score_prompts = make_prompt_scorer(cfg, params, verbalizers, costs, head)
 
   def judge(
     examples: Sequence[schema.Example],
@@ -247,7 +290,11 @@ def worst(scores: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 
 
 def make_prompt_scorer(
-  cfg: ModelConfig, params: Any, verbalizers: Verbalizers, costs: plans.Costs | None = None
+  cfg: ModelConfig,
+  params: Any,
+  verbalizers: Verbalizers,
+  costs: plans.Costs | None = None,
+  head: str = heads.DEFAULT,
 ) -> Callable[..., np.ndarray]:
   """Returns a function: pools of prompts (int32 tokens) -> scores of all, float32 [N] in nats.
 
@@ -257,8 +304,8 @@ def make_prompt_scorer(
   with mesh_lib.of(params):
     platform = mesh_lib.platform()
   costs = costs or plans.costs_of(cfg, platform, mesh_lib.num_row_parts(params))
-  compute, read = make_score_step(cfg, verbalizers), transformer.make_prefix_reader(cfg)
-  prefixes = collections.OrderedDict()
+  compute, read = make_score_step(cfg, verbalizers, head), transformer.make_prefix_reader(cfg)
+  prefixes, body = collections.OrderedDict(), heads.body(params)
 
   def prefix_of(tokens, length):
     """Returns the keys and values of tokens, padded; those used last are kept."""
@@ -266,7 +313,7 @@ def make_prompt_scorer(
     if key not in prefixes:
       padding = 0, length - len(tokens)
       used = np.pad(np.ones(len(tokens), np.int32), padding)
-      prefixes[key] = read(params, np.pad(tokens, padding)[None], used[None])
+      prefixes[key] = read(body, np.pad(tokens, padding)[None], used[None])
     prefixes.move_to_end(key)
     if len(prefixes) > _MAX_PREFIXES:
       prefixes.popitem(last=False)
@@ -312,6 +359,38 @@ def make_prompt_scorer(
     return np.concatenate(done)
 
   return score
+
+
+def combined(score_fns: Sequence[ScoreFn], combine: str = 'mean') -> ScoreFn:
+  """Returns a score function of what `combine`, see combiners, makes of several functions' scores.
+
+  Of what was read it says the worst of all.
+  """
+  join = combiners.choose(combine)
+
+  def judge(
+    examples: Sequence[schema.Example],
+    progress: Callable[[int], Any] = lambda num: None,
+    **options: Any,
+  ) -> Judged:
+    num_done = 0
+
+    def advance(num):
+      # The caller counts each example once.
+      nonlocal num_done
+      before = num_done // len(score_fns)
+      num_done += num
+      progress(num_done // len(score_fns) - before)
+
+    parts = [score_fn.judge(examples, advance, **options) for score_fn in score_fns]
+    score = join(np.stack([part.score for part in parts]).astype(np.float64)).astype(np.float32)
+    most = (np.max([part[i] for part in parts], axis=0) for i in range(1, 4))
+    outside = [
+      next(filter(None, marks), '') for marks in zip(*(p.outside for p in parts), strict=True)
+    ]
+    return Judged(score, *most, np.array(outside, str))
+
+  return ScoreFn(judge)
 
 
 def per_category(score_fn: ScoreFn) -> ScoreFn:
@@ -366,11 +445,13 @@ def by_category(
 
 
 @functools.lru_cache(maxsize=16)
-def make_score_step(cfg: ModelConfig, verbalizers: Verbalizers) -> Callable[..., jax.Array]:
+def make_score_step(
+  cfg: ModelConfig, verbalizers: Verbalizers, head: str = heads.DEFAULT
+) -> Callable[..., jax.Array]:
   """Returns a jitted (params, batch[, prefix]) -> scores [B,S] of the prompts of each row."""
 
   def compute(params, batch, prefix=None):
-    safe, unsafe = verdict_logprobs(cfg, params, batch, verbalizers, prefix)
+    safe, unsafe = verdict_logprobs(cfg, params, batch, verbalizers, prefix, head)
     # Every device gets all scores, so that every process can read them.
     return mesh_lib.constrain(safe - unsafe)
 

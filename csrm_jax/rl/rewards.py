@@ -560,7 +560,7 @@ def check_domain(config: Any, prompts: Sequence[schema.Prompt]) -> None:
   reward = config.reward
   if reward.name != 'csrm' or reward.allow_out_of_domain:
     return
-  known = _load(reward.checkpoint, reward.dtype, reward.max_length, reward.on_cut)[1]
+  known = _load_safety(reward)[1]
   for prompt in prompts if known else ():
     known.require(prompt.id, prompt.safety, prompt.messages)
 
@@ -633,7 +633,12 @@ def _nothing(samples: Sequence[Sample]) -> np.ndarray:
 
 
 def _safety_score_fn(reward: Any) -> scoring.ScoreFn:
-  return _load(reward.checkpoint, reward.dtype, reward.max_length, reward.on_cut)[0]
+  return _load_safety(reward)[0]
+
+
+def _load_safety(reward: Any) -> tuple[scoring.ScoreFn, domain_lib.Domain | None]:
+  where = reward.checkpoint, reward.dtype, reward.max_length, reward.on_cut
+  return _load(*where, reward.combine)
 
 
 def _load_score_fn(source: str, dtype: str) -> scoring.ScoreFn:
@@ -643,7 +648,7 @@ def _load_score_fn(source: str, dtype: str) -> scoring.ScoreFn:
 # The reward and the report's judge may ask the same reward model, which is then loaded once.
 @functools.lru_cache(maxsize=4)
 def _load(
-  source: str, dtype: str, max_length: int = 2048, on_cut: str = 'window'
+  source: str, dtype: str, max_length: int = 2048, on_cut: str = 'window', combine: str = 'mean'
 ) -> tuple[scoring.ScoreFn, domain_lib.Domain | None]:
   """Returns a reward model's score function and domain.
 
@@ -651,7 +656,8 @@ def _load(
   learns may write what nobody has written before.
   """
   numerics = dict.fromkeys(('dtype', 'param_dtype'), dtype) if dtype else {}
-  rm = reward_model.load(source, max_length, on_cut=on_cut, allow_out_of_domain=True, **numerics)
+  numerics |= {'on_cut': on_cut, 'allow_out_of_domain': True, 'combine': combine}
+  rm = reward_model.load(source, max_length, **numerics)
   judge = functools.lru_cache(maxsize=1)(rm.score_fn.judge)
   return scoring.ScoreFn(lambda examples: judge(tuple(examples))), rm.spec.domain
 

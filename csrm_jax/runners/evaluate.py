@@ -165,7 +165,8 @@ def _score_categories(
 def show_tokens(config: ml_collections.ConfigDict) -> None:
   """Prints the prompt of the first row; of its first category, if the guard reads one at a time."""
   example = read_examples(config)[0]
-  spec, tokenizer = reward_model.describe(config.checkpoint, **model_options(config))
+  source = reward_model.members(config.checkpoint)[0]
+  spec, tokenizer = reward_model.describe(source, **model_options(config))
   guard = templates.GUARDS.get(spec.layout.format)
   if guard and guard.per_category:
     example = scoring.split_categories(example)[0]
@@ -333,6 +334,7 @@ def load_model(
     on_cut=config.on_cut,
     allow_out_of_domain=allow_out_of_domain,
     calibrated=calibrated,
+    combine=config.combine,
     **options,
   )
 

@@ -18,7 +18,7 @@ from csrm_jax.core import checks, files, tree
 from csrm_jax.data import domain
 from csrm_jax.models import gguf, hf, hf_config, lora, shards, transformer
 from csrm_jax.models.config import DTYPES, ModelConfig
-from csrm_jax.reward import backbone, exported, model as reward_model
+from csrm_jax.reward import backbone, exported, heads, model as reward_model
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -42,6 +42,15 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     raise ValueError(f'config.dtype={config.dtype!r}: adapters stay float32; leave it empty')
   source = pathlib.Path(config.checkpoint).expanduser().absolute()
   spec, tokenizer = reward_model.describe(source)
+  if spec.head != 'verbalizer' and (spec.head, config.form) != (
+    'linear',
+    'sequence_classification',
+  ):
+    way = 'form=sequence_classification' if spec.head == 'linear' else 'the work directory'
+    raise ValueError(
+      f'{config.checkpoint}: other programs cannot hold the head {spec.head!r} in form='
+      f'{config.form}; use {way}'
+    )
   export = _describe(config, source, spec, tokenizer)
   params = reward_model.restore_params(source, spec)
   folder = workdir / ('adapter' if config.form == 'peft' else 'model')
@@ -53,17 +62,23 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   tokens = np.random.default_rng(config.seed).integers(
     tokenizer.vocab_size, size=(_ROWS, _LENGTH), dtype=np.int32
   )
-  head = transformer.logits
-  if config.form == 'sequence_classification':
+  head, body = transformer.logits, heads.body(params)
+  if spec.head == 'linear':
+    column = params['head']['kernel']
+
+    def head(cfg, params, hidden):
+      return (hidden @ column)[..., 0]
+
+  elif config.form == 'sequence_classification':
     safe, unsafe = _verdict_tokens(export)
 
     def head(*args):
       logits = transformer.logits(*args)
       return logits[..., safe] - logits[..., unsafe]
 
-  outputs = _compute(spec.model, head, params, tokens)
+  outputs = _compute(spec.model, head, body, tokens)
   base = lora.split(params)[1] if config.form == 'peft' else {}
-  del params  # so that the model is in memory once while it is read back
+  del params, body  # so that the model is in memory once while it is read back
   again = _read_back(config.form, spec, folder, base, tokens)
   difference = float(np.abs(outputs - again).max())
   largest = float(np.abs(outputs).max())
@@ -212,9 +227,8 @@ def _special_ids(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, int | None]:
 
 def _classifier(spec: reward_model.Spec, export: exported.Export, params: Any) -> dict[str, Any]:
   """Returns params with score/kernel [D, 1] in place of the output layer."""
-  safe, unsafe = _verdict_tokens(export)
-  tokenizer = export.tokenizer
-  if spec.model.final_softcap:
+  tokenizer, is_linear = export.tokenizer, spec.head == 'linear'
+  if spec.model.final_softcap and not is_linear:
     raise ValueError(
       f'final_softcap={spec.model.final_softcap} is not linear, so that no '
       'one logit is the score; export with form=causal_lm'
@@ -227,6 +241,11 @@ def _classifier(spec: reward_model.Spec, export: exported.Export, params: Any) -
       f'the prompt ends with the padding token {tokenizer.pad_id}, which '
       'readers of a sequence classifier skip; export with form=causal_lm'
     )
+  body = {name: part for name, part in params.items() if name not in ('lm_head', 'head')}
+  if is_linear:
+    kernel = params['head']['kernel'].astype(params['embed']['embedding'].dtype)
+    return body | {'score': {'kernel': kernel}}
+  safe, unsafe = _verdict_tokens(export)
   if spec.model.tie_embeddings:
     rows = params['embed']['embedding']  # [V, D]
   else:
@@ -234,7 +253,6 @@ def _classifier(spec: reward_model.Spec, export: exported.Export, params: Any) -
   # Subtracted in float32, so that the difference of bfloat16 rows is rounded once.
   wide = [rows[i].astype(jnp.float32) for i in (safe, unsafe)]
   kernel = (wide[0] - wide[1])[:, None].astype(rows.dtype)
-  body = {name: part for name, part in params.items() if name != 'lm_head'}
   return body | {'score': {'kernel': kernel}}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features
 from csrm_jax.models import config as model_config, hf, lora, sampling as sampling_lib, transformer
-from csrm_jax.reward import plans, scoring
+from csrm_jax.reward import heads, plans, scoring
 from csrm_jax.rl import algorithms, online
 from csrm_jax.runners import align, train_rm
 from csrm_jax.safety import templates
@@ -93,6 +93,7 @@ def _of_reward_model(config, devices):
     )
     batch, _ = features.pack_rows([], shape)
     trained, frozen = lora.split(shapes) if model.lora_rank else (shapes, {})
+    trained = trained | heads.shapes(run.model.head, model)
     fn, state = train_rm.make_step(run, model, VERBALIZERS, trained, mesh)
     args = (state, mesh_lib.abstract_batch(batch, mesh), mesh_lib.abstract(frozen, mesh))
     judged = _num_judged(config) if data.share_prefix else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -98,8 +99,18 @@ def _thresholds(config: ml_collections.ConfigDict) -> Mapping[str, thresholds.Th
   if not config.thresholds:
     return {}
   fitted = reward_model.applied_calibration(config.checkpoint)
-  weights = reward_model.digest(config.checkpoint)
+  weights = reward_model.digest(config.checkpoint, config.combine)
   return thresholds.load(config.thresholds, weights, fitted).by_rules
+
+
+def _load_parts(config: ml_collections.ConfigDict, name: str):
+  """Returns the spec, parameters and tokenizer of one model."""
+  options = {}
+  source = reward_model.public_model(name) or name
+  if source is not name:
+    numerics = {name: value for name, value in config.numerics.items() if value}
+    options = {'format': config.format, 'words': tuple(config.words), **numerics}
+  return reward_model.load_parts(source, **options)
 
 
 def _load(config: ml_collections.ConfigDict):
@@ -107,15 +118,17 @@ def _load(config: ml_collections.ConfigDict):
   from csrm_jax.serve import engine as engine_lib
   from csrm_jax.serve.policies import Policies
 
-  options = {}
-  source = reward_model.public_model(config.checkpoint) or config.checkpoint
-  if source is not config.checkpoint:
-    numerics = {name: value for name, value in config.numerics.items() if value}
-    options = {'format': config.format, 'words': tuple(config.words), **numerics}
+  names = reward_model.members(config.checkpoint)
   mesh = mesh_lib.make_mesh(**config.mesh)
   # One device needs no mesh, and computes as a file is scored.
   with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
-    spec, params, tokenizer = reward_model.load_parts(source, **options)
+    (spec, params, tokenizer), *others = (_load_parts(config, name) for name in names)
+  for name, (other, _, _) in zip(names[1:], others, strict=True):
+    if dataclasses.replace(other, domain=spec.domain) != spec:
+      raise ValueError(
+        f'{name}: another shape, template or tokenizer than {names[0]}; a server combines models'
+        ' of one recipe'
+      )
   batching = config.batching
   engine = engine_lib.Engine(
     spec,
@@ -131,6 +144,11 @@ def _load(config: ml_collections.ConfigDict):
     wait_s=batching.wait_s,
     deadline_s=config.deadline_s,
     allow_out_of_domain=config.allow_out_of_domain,
-    calibration=reward_model.applied_calibration(source),
+    calibration=reward_model.applied_calibration(names[0]),
+    others=[
+      (own, reward_model.applied_calibration(name))
+      for name, (_, own, _) in zip(names[1:], others, strict=True)
+    ],
+    combine=config.combine,
   )
   return engine, Policies(config.policies, config.default_policy, engine.check)

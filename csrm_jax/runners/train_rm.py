@@ -32,7 +32,7 @@ from csrm_jax.data import (
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import judged as evals_judged, report
 from csrm_jax.models import config as model_config, hf, lora, transformer
-from csrm_jax.reward import backbone, model as reward_model, scoring
+from csrm_jax.reward import backbone, heads, model as reward_model, scoring
 from csrm_jax.ruleworld import examples
 from csrm_jax.runners import evaluate, real, show_tokens as show_tokens_lib
 from csrm_jax.safety import schema, templates
@@ -196,6 +196,8 @@ def make_step(
     *(model, verbalizers, loss.gamma, loss.margin),
     pair_loss=config_lib.choose('config.loss.pair', losses.PAIR_LOSSES, loss.pair),
     label_loss=config_lib.choose('config.loss.label', losses.LABEL_LOSSES, loss.label),
+    head=config.model.head,
+    rating_weight=loss.ratings,
   )
   return training.make_step(loss_fn, params, mesh, config.num_steps, **config.optim)
 
@@ -227,7 +229,9 @@ def _describe(
     unsafe_words=tuple(template.unsafe_words),
     template_hash=templates.template_hash(layout),
     tokenizer_digest=tokenizer.digest,
+    head=model.head,
   )
+  heads.get(spec.head)
   spec.verbalizers(tokenizer)  # a word that is not one token is an error now, not after an hour
   if spec.model.lora_rank:
     if not model.init:
@@ -390,6 +394,7 @@ def _make_batches(
     data.share_prefix,
     any(isinstance(getattr(items, 'make', None), draws.Draw) for items in parts.values()),
     has_order=bool(_reads_of_pairs(config)),
+    num_targets=len(encoder.targets),
   )
   read = {name: [part.source, part.weight, len(parts[name])] for name, part in data.parts.items()}
   # A resumed run must see the same data: its position means nothing in other data.
@@ -408,13 +413,20 @@ def _reads_of_pairs(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 def _say_what_is_not_read(config: ml_collections.ConfigDict, parts: dict[str, Any]) -> None:
   """Says where pairs bring more than the loss takes from them."""
-  read = _reads_of_pairs(config)
+  read, rated = _reads_of_pairs(config), set(heads.get(config.model.head).ratings)
   for name, items in parts.items():
     if isinstance(items, sources.Generated):
       continue
     for item in items:
-      if isinstance(item, schema.Example) and item.label is None:
-        raise ValueError(f'{item.id}: no label, and nothing learns from its ratings; add one')
+      if (
+        isinstance(item, schema.Example)
+        and item.label is None
+        and not rated & set(dict(item.ratings))
+      ):
+        raise ValueError(
+          f'{item.id}: no label, and model.head={config.model.head} learns none of its ratings; '
+          'add a label, or name them as in model.head=ratings:names=A+B'
+        )
     pairs = [item for item in items if isinstance(item, schema.Pair)]
     for what, num in {
       'tie': sum(pair.is_tie for pair in pairs),
@@ -441,6 +453,7 @@ def _make_encoder(
     *(tokenizer, data.max_length, layout, data.row_length, data.label_pairs, data.share_prefix),
     muted_pairs=muted,
     keep_ties='tie' in _reads_of_pairs(config),
+    targets=heads.get(config.model.head).ratings,
   )
 
 
@@ -473,15 +486,17 @@ def _init_params(
 ) -> tuple[Any, Any]:
   """Returns (trained, frozen) parameters on the mesh; with adapters the base is frozen."""
   shardings = mesh_lib.shardings(transformer.shapes(spec.model), mesh)
+  own = heads.init(spec.head, spec.model, config.seed)
+  own = jax.device_put(own, mesh_lib.shardings(own, mesh))
   if spec.base:
     adapters = lora.init(spec.model, config.seed)
     adapters = jax.device_put(adapters, mesh_lib.shardings(adapters, mesh))
     # The base is not hashed again here: _describe has done so.
-    return adapters, hf.load_params(source, spec.model, shardings)
+    return adapters | own, hf.load_params(source, spec.model, shardings)
   if config.model.init:
-    return hf.load_params(source, spec.model, shardings), {}
+    return hf.load_params(source, spec.model, shardings) | own, {}
   params = transformer.init_params(spec.model, config.seed)
-  return jax.device_put(params, shardings), {}
+  return jax.device_put(params, shardings) | own, {}
 
 
 def _peak_memory_bytes() -> int:

@@ -33,7 +33,7 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import features, sharing
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.models import transformer
-from csrm_jax.reward import model as reward_model, plans, scoring
+from csrm_jax.reward import combiners, heads, model as reward_model, plans, scoring
 from csrm_jax.safety import schema, templates
 from csrm_jax.text.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ _MAX_FAILURES = 3
 
 Key = tuple[int, int]  # (prefix length, row length)
 Shape = tuple[int, int, int]  # both, and the number of rows
-Prefix = dict[str, jax.Array]
+Prefix = tuple[dict[str, jax.Array], ...]  # of each member
 _BATCH = ('tokens', 'positions', 'segment_ids', 'ends')
 
 
@@ -210,6 +210,8 @@ class Engine:
     deadline_s: float,
     allow_out_of_domain: bool = False,
     calibration: Calibration | None = None,
+    others: Sequence[tuple[Any, Calibration | None]] = (),
+    combine: str = 'mean',
   ):
     """Takes a model; `start` compiles.
 
@@ -219,15 +221,20 @@ class Engine:
       deadline_s: Requests that would wait longer are refused; those that waited twice as long fail.
       allow_out_of_domain: Whether text is judged that is in words foreign to the model.
       calibration: What all scores are changed by.
+      others: Parameters of further models of this spec, with their calibrations.
+      combine: What is made of all their scores, see reward.combiners.
     """
     self.spec, self.tokenizer, self.lengths = spec, tokenizer, lengths
-    self.allow_out_of_domain, self.calibration = allow_out_of_domain, calibration
+    self.allow_out_of_domain = allow_out_of_domain
+    self._calibrations = [calibration, *(fitted for _, fitted in others)]
+    self._join = combiners.choose(combine)
     guard = templates.GUARDS.get(spec.layout.format)
     self.per_category = bool(guard and guard.per_category)
     self.prefix_bytes, self.wait_s, self.deadline_s = prefix_bytes, wait_s, deadline_s
     self.stats, self.ready, self.broken = Stats(), False, ''
     self.rule_set = functools.lru_cache(_MAX_RULE_SETS)(self._read_rules)
-    self._params = params
+    self._params = params, *(other for other, _ in others)
+    self._bodies = tuple(map(heads.body, self._params))
     num_compilations()  # It counts from here on.
     with mesh_lib.of(params):
       kind = 'cpu' if mesh_lib.platform() == 'cpu' else 'other'
@@ -510,7 +517,10 @@ class Engine:
   def _compile(self, wanted: Any) -> Any:
     """Returns the program of a shape, or of a prefix length alone."""
     cfg = self.spec.model
-    read = functools.partial(transformer.read_prefix, cfg)
+
+    def read(bodies, *rows):
+      return tuple(transformer.read_prefix(cfg, body, *rows) for body in bodies)
+
     with mesh_lib.of(self._params):
       # Every device of a mesh has all prefixes; rows are cut between them.
       mesh = jax.sharding.get_mesh()
@@ -518,13 +528,13 @@ class Engine:
       shape_of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=everywhere)
       program = jax.jit(read, out_shardings=everywhere)
       if isinstance(wanted, int):
-        return program.lower(self._params, *[shape_of((1, wanted))] * 3).compile()
+        return program.lower(self._bodies, *[shape_of((1, wanted))] * 3).compile()
       prefix, length, rows = wanted
-      kept = jax.eval_shape(program, self._params, *[shape_of((1, prefix))] * 3)
+      kept = jax.eval_shape(program, self._bodies, *[shape_of((1, prefix))] * 3)
       batch = {name: shape_of((rows, length)) for name in _BATCH}
       batch['verdict_index'] = shape_of((rows, plans.num_slots(length)))
       verbalizers = self.spec.verbalizers(self.tokenizer)
-      compute = jax.jit(functools.partial(_score_rows, cfg, verbalizers))
+      compute = jax.jit(functools.partial(_score_rows, cfg, verbalizers, self.spec.head))
       return compute.lower(self._params, batch, (kept,) * rows).compile()
 
   def _loop(self) -> None:
@@ -572,6 +582,7 @@ class Engine:
     self.stats.num_rows += len(items)
     self.stats.num_tokens += sum(len(row.tokens) for row, _, _ in items)
     self.stats.num_places += batch.shape[1] * batch.shape[2]
+    scores = self._combine(scores)
     found = [
       score for row, own in zip(batch.rows, scores, strict=False) for score in own[: len(row)]
     ]
@@ -583,8 +594,15 @@ class Engine:
       job.num_left -= 1
       if not job.num_left:
         with contextlib.suppress(concurrent.futures.InvalidStateError):  # It was cancelled.
-          fitted = self.calibration
-          job.future.set_result(fitted.apply(job.scores) if fitted else job.scores)
+          job.future.set_result(job.scores)
+
+  def _combine(self, scores: np.ndarray) -> np.ndarray:
+    """Returns the scores [B,S], given those of each member, [M,B,S]."""
+    each = [
+      fitted.apply(row) if fitted else row
+      for row, fitted in zip(scores, self._calibrations, strict=True)
+    ]
+    return self._join(np.stack(each)) if len(each) > 1 else each[0]
 
   def _prefix(self, rules: RuleSet) -> Prefix:
     """Returns the keys and values of rules; those used last are kept."""
@@ -605,12 +623,12 @@ class Engine:
     num, padding = len(rules.tokens), (0, rules.length - len(rules.tokens))
     tokens, used = (np.pad(x, padding)[None] for x in (rules.tokens, np.ones(num, np.int32)))
     positions = np.arange(rules.length, dtype=np.int32)[None]
-    return self._programs[rules.length](self._params, tokens, positions, used)
+    return self._programs[rules.length](self._bodies, tokens, positions, used)
 
   def _compute(
     self, shape: Shape, rows: Sequence[Sequence[Row]], prefixes: list[Prefix]
   ) -> jax.Array:
-    """Returns the scores of a batch's rows, [rows, slots]; each row continues its prefix."""
+    """Returns each member's scores of a batch, [M, rows, slots]; a row continues its prefix."""
     _, length, count = shape
     batch = {name: np.zeros((count, length), np.int32) for name in _BATCH}
     batch['verdict_index'] = np.zeros((count, plans.num_slots(length)), np.int32)
@@ -624,15 +642,22 @@ class Engine:
 # --- The seam to the model -------------------------------------------------------------
 
 
-def _score_rows(cfg, verbalizers, params, batch, prefixes: tuple[Prefix, ...]) -> jax.Array:
-  """Returns the scores of the prompts of each row, [B,S] in nats; row b continues prefix b."""
-  axes = {'key': 1, 'value': 1, 'segment_ids': 0}
-  prefix = {
-    name: jnp.concatenate([prefix[name] for prefix in prefixes], axis)
-    for name, axis in axes.items()
-  }
-  safe, unsafe = scoring.verdict_logprobs(cfg, params, batch, verbalizers, prefix)
-  return mesh_lib.constrain(safe - unsafe)
+def _score_rows(
+  cfg, verbalizers, head: str, members, batch, prefixes: tuple[Prefix, ...]
+) -> jax.Array:
+  """Returns each member's scores, [M,B,S] in nats, of the prompts of each row.
+
+  Row b continues prefix b.
+  """
+  axes, scores = {'key': 1, 'value': 1, 'segment_ids': 0}, []
+  for m, params in enumerate(members):
+    prefix = {
+      name: jnp.concatenate([prefix[m][name] for prefix in prefixes], axis)
+      for name, axis in axes.items()
+    }
+    safe, unsafe = scoring.verdict_logprobs(cfg, params, batch, verbalizers, prefix, head)
+    scores.append(safe - unsafe)
+  return mesh_lib.constrain(jnp.stack(scores))
 
 
 def _row_counts(call_tokens: int, length: int) -> tuple[int, ...]:
@@ -677,7 +702,7 @@ def _fill(waiting: Sequence[Row], length: int, count: int) -> list[list[int]]:
 
 
 def _num_bytes(prefix: Prefix) -> int:
-  return sum(array.nbytes for array in prefix.values())
+  return sum(array.nbytes for array in jax.tree.leaves(prefix))
 
 
 def _fail(job: _Job, error: Exception) -> None:

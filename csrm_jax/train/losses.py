@@ -159,6 +159,7 @@ def reward_model_loss(
   margin: float,
   pair_loss: Callable[..., jax.Array] = bt,
   label_loss: Callable[..., jax.Array] = nll,
+  gap: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
   """Returns (total, weight, metrics) of the joint objective L_cls + γ·L_rm.
 
@@ -170,7 +171,8 @@ def reward_model_loss(
   total = Σ label_weight·L_cls + γ Σ pair_weight·L_rm. weight counts atoms: a labelled slot
   outside a pair counts label_weight, and a pair counts pair_weight once, even if its slots have
   labels. So total / weight is a mean over atoms. pair_loss and label_loss may cost other than
-  these, see PAIR_LOSSES and LABEL_LOSSES.
+  these, see PAIR_LOSSES and LABEL_LOSSES; gap, float32 [B,S] in nats, stands for s_safer − s_other
+  where a head orders pairs otherwise.
 
   The batch has label int32 [B,S] (0 safe, 1 unsafe, -1 none), label_weight float32 [B,S], and
   pair_weight float32 [B,S], which stands on slot s if s and s + 1 are the safer and the other
@@ -201,7 +203,8 @@ def reward_model_loss(
   is_unsafe = label == 1
   cls = label_loss(jnp.where(is_unsafe, *sides[::-1]), jnp.where(is_unsafe, *sides))
   cls = _weighted(cls, label_weight)
-  gap = score - jnp.roll(score, -1, axis=-1)  # safer minus other
+  if gap is None:
+    gap = score - jnp.roll(score, -1, axis=-1)  # safer minus other
   ones = jnp.ones_like(gap)
   strength, target = (batch.get(f'pair_{name}', ones) for name in ('strength', 'target'))
   pairs = _weighted(pair_loss(gap - margin, strength, target), pair_weight)
@@ -219,6 +222,22 @@ def reward_model_loss(
     'pairs/score_gap': (_weighted(gap, pair_weight).sum(), num_pairs),
   }
   return cls.sum() + gamma * pairs.sum(), weight, metrics
+
+
+def rating_loss(
+  cost: jax.Array, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, Metrics]:
+  """Returns (total, weight, metrics) of what ratings cost, float32 [B,S,K].
+
+  weight counts the slots that only ratings are known of: those that reward_model_loss does not
+  count. The batch has target_weight, float32 [B,S,K], beside what that takes.
+  """
+  lost = _weighted(cost, batch['target_weight'])
+  pair_weight = jnp.asarray(batch['pair_weight'])
+  is_counted = pair_weight.at[:, 1:].add(pair_weight[:, :-1]) + batch['label_weight'] > 0
+  alone = jnp.where(is_counted, 0.0, batch['target_weight'].max(-1))
+  num = batch['target_weight'].sum()
+  return lost.sum(), alone.sum(), {'loss/ratings': (lost.sum(), num)}
 
 
 def lm_loss(

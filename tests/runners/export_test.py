@@ -16,7 +16,7 @@ from csrm_jax import config as config_lib
 from csrm_jax.core import checkpoint
 from csrm_jax.data import features
 from csrm_jax.models import hf, lora, transformer
-from csrm_jax.reward import backbone, exported, model as reward_model
+from csrm_jax.reward import backbone, exported, heads, model as reward_model
 from csrm_jax.ruleworld import examples as examples_lib
 from csrm_jax.runners import export
 from csrm_jax.safety import schema, templates
@@ -51,6 +51,8 @@ def make_run(tmp_path):
       hf.save(tmp_path / 'base', dataclasses.replace(cfg, lora_rank=0), base)
       fields |= {'base': str(tmp_path / 'base'), 'base_digest': hf.digest(tmp_path / 'base')}
       params = adapters
+    if 'head' in fields:
+      params |= heads.init(fields['head'], cfg, seed=5)
     layout = templates.Layout()
     spec = reward_model.Spec(
       **{
@@ -197,6 +199,23 @@ def test_what_has_no_such_form(form, cfg, fields, message, make_run, tmp_path):
   with pytest.raises(ValueError, match=message):
     export.run(c, tmp_path / 'out')
   assert not list(tmp_path.glob('out/*/model*'))
+
+
+def test_a_linear_head_is_exported_as_the_classifier_that_it_is(make_run, tmp_path):
+  run = make_run(head='linear', safe_words=(' safe', ' yes'))
+  rows, _ = _prompts(run, 4)
+  want = csrm_jax.load(run).score_fn(rows)
+  assert np.ptp(want) > 1e-3
+  assert 'form=sequence_classification' in small.error_of(_export, run, tmp_path, 'causal_lm')
+  folder = _export(run, tmp_path, 'sequence_classification')
+  np.testing.assert_allclose(csrm_jax.load(folder).score_fn(rows), want, atol=1e-4)
+
+
+def test_a_head_that_no_form_holds_is_refused(make_run, tmp_path):
+  run = make_run(head='members:num=3')
+  for form in export.FORMS:
+    said = small.error_of(_export, run, tmp_path, form)
+    assert "cannot hold the head 'members:num=3'" in said and 'work directory' in said
 
 
 def test_a_wrong_export_is_refused(make_run, tmp_path, monkeypatch):
