@@ -114,7 +114,7 @@ def _of(node: ast.AST, named: dict[str, ast.expr]) -> Iterator[tuple[str, str]]:
     target, value = ast.unparse(node.targets[0]), node.value
     section, dot, key = target.partition('.')
     if dot and section in ('c', 'config'):  # c.source.name = ...
-      yield key, _comment(node)
+      yield key, comment_of(node)
       yield from _inside(value, f'{key}.', named)
     elif target == 'BASE':
       yield from _inside(value, '', named)
@@ -130,7 +130,7 @@ def _inside(node: ast.expr, prefix: str, named: dict[str, ast.expr]) -> Iterator
     for key, value in zip(node.keys, node.values, strict=True):
       if isinstance(key, ast.Constant):
         key.end_lineno = value.end_lineno
-        yield f'{prefix}{key.value}', _comment(key)
+        yield f'{prefix}{key.value}', comment_of(key)
         yield from _inside(value, f'{prefix}{key.value}.', named)
   elif isinstance(node, ast.BinOp):
     yield from _inside(node.left, prefix, named)
@@ -153,8 +153,8 @@ def _inside(node: ast.expr, prefix: str, named: dict[str, ast.expr]) -> Iterator
         yield prefix + key.partition('.')[2], comment
 
 
-def _comment(node: ast.AST) -> str:
-  """Returns the comment behind a node, or the one above it."""
+def comment_of(node: ast.AST) -> str:
+  """Returns the comment behind a node, or the one above it; `node.lines` are those of its file."""
   lines = node.lines
   behind = lines[node.end_lineno - 1][node.end_col_offset :] if node.end_lineno else ''
   # A '#' within a string would be taken for a comment; knobs have none.

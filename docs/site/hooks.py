@@ -92,24 +92,41 @@ def job(name: str) -> str:
   rows = [f'| `{key}` | `{value}` | {_cell(text)} |' for key, value, text in knobs]
   return '\n'.join(
     [f'# {name}', '', _text(about), '', '## Arguments', '']
-    + [f'They follow the name: `csrm_jax {name}:ARGUMENT,ARGUMENT=VALUE`.', '', _text(arguments)]
+    + [f'They follow the name: `csrm_jax {name}:ARGUMENT,ARGUMENT=VALUE`.', '', _list(arguments)]
     + ['', '## Knobs', '', 'As they are without arguments; `--config.KEY=VALUE` sets one.', '']
     + ['| key | default | |', '|---|---|---|', *rows, '']
   )
 
 
 def _cell(text: str) -> str:
-  return re.sub(r'([|*<_])', r'\\\1', text)
+  """Returns text in which only `code` is Markdown."""
+  parts = text.split('`')
+  parts[::2] = [re.sub(r'([|*<_])', r'\\\1', part) for part in parts[::2]]
+  return '`'.join(parts)
 
 
 def _text(text: str) -> str:
   """Returns text as Markdown: commands become blocks of code."""
   parts = []
   for part in re.split(r'\n\s*\n', text.strip()):
-    lines = part.splitlines()
-    is_code = re.match(r'(python|launch/|bash) ?', part)
-    parts.append('```\n' + part + '\n```' if is_code else _cell(' '.join(lines)))
+    if re.match('(python|launch/|bash|sbatch) ?', part):
+      parts.append('```\n' + re.sub(r'(\S) {2,}', r'\1 ', part) + '\n```')
+    else:
+      parts.append(_cell(' '.join(part.split())))
   return '\n\n'.join(parts)
+
+
+def _list(text: str) -> str:
+  """Returns the arguments of a job, which a docstring names one after another, as a list."""
+  text = ' '.join(text.partition('arg: ')[2].split())
+  items, depth = [''], 0
+  for character in text:
+    depth += (character in '([{') - (character in ')]}')
+    if character == ';' and not depth:
+      items.append('')
+    else:
+      items[-1] += character
+  return '\n'.join(f'- {_cell(item.strip())}' for item in items if item.strip())
 
 
 def metrics() -> str:
