@@ -23,6 +23,7 @@ def test_every_table_of_results_has_a_file():
 def test_files_say_how_their_numbers_were_made(name):
   result = readme_tables.read_results()[name]
   assert all(result['made'][field] for field in readme_tables.MADE)
+  assert any(result['table']['header']), 'a table is found by its header'
   text = (readme_tables.RESULTS / f'{name}.json').read_text('utf-8')
   assert text == readme_tables.dump(json.loads(text))
   rendered = readme_tables.render(result['table'])
