@@ -168,6 +168,14 @@ BASE = {
     # Kinds of pairs (strictness, preference) that are read but have no loss: steps, tokens and
     # labelled examples stay those of a run that learns from them.
     'muted_pairs': (),
+    # A defect that is planted in RuleWorld's training data, never in its tests, to see what repairs
+    # it (csrm_jax.ruleworld.defects), NAME or NAME:KNOB=VALUE,…: '' for none; flip (p=0.25), filler
+    # (p=0.9), hole (p=0.03), tail (ratio=20.0), raters (num=3, shift=4.0), scale (sd=1.0).
+    'defect': '',
+    'noise': 0.0,  # the share of examples with words around the response that mean nothing
+    # The share of examples in whose place stands a tie: the same with such words and without; for
+    # loss.pair=soft.
+    'neutral_pairs': 0.0,
     'rules_blind': False,  # hides the rules, to show what can be known without them
     'own': common.OWN,
     # Named parts, each with a source, a path (for files), and a weight in the mixture of atoms.

@@ -202,17 +202,7 @@ class Draw:
 
   def _draw_noise(self, rng) -> tuple[str, str]:
     """Returns what is put before and behind what is judged: mostly nothing."""
-    if rng.random() >= self.options.noise:
-      return '', ''
-    known = noise()
-    if rng.random() < 0.3:
-      return '', str(rng.choice(known['attacks']))
-    num = int(rng.integers(1, MOST_NEUTRAL + 1))
-    before = int(rng.integers(0, num + 1)) if rng.random() < 0.5 else 0
-    drawn = [str(s) for s in rng.choice(known['neutral'], num)]
-    if rng.random() < 0.3:
-      drawn = drawn[:1] * num
-    return ' '.join(drawn[:before]), ' '.join(drawn[before:])
+    return ('', '') if rng.random() >= self.options.noise else _draw_words(rng)
 
   def _offset(self, rules) -> float:
     if self.options.prior == 'none':
@@ -244,6 +234,30 @@ class Draw:
     return Pair(f'{name}/strictness', *sides, 'strictness')
 
 
+def add_noise(example: Example, rng: np.random.Generator, neutral: Sequence[str] = ()) -> Example:
+  """Returns the example with words around its response that mean nothing; its label stays.
+
+  They are 1 to MOST_NEUTRAL of the `neutral` sentences, or, where none are given, those or an
+  attack of `noise`.
+  """
+  if neutral:
+    said = [str(s) for s in rng.choice(neutral, int(rng.integers(1, MOST_NEUTRAL + 1)))]
+    around = ('', ' '.join(said)) if rng.random() < 0.5 else (' '.join(said), '')
+  else:
+    around = _draw_words(rng)
+  return dataclasses.replace(example, conversation=_surround(example.conversation, around))
+
+
+def neutral_pair(example: Example, rng: np.random.Generator, neutral: Sequence[str] = ()) -> Pair:
+  """Returns a tie: the example, and the same with words around its response.
+
+  Source: Crome (arXiv 2506.16507), neutral augmentations with a tie label.
+  """
+  plain = dataclasses.replace(example, label=None, violated=())
+  noisy = dataclasses.replace(add_noise(plain, rng, neutral), id=f'{example.id}/noisy')
+  return Pair(f'{example.id}/neutral', plain, noisy, 'preference', strength=0)
+
+
 def _surround(conversation: tuple[Message, ...], noise: tuple[str, str]) -> tuple[Message, ...]:
   before, behind = noise
   if not before and not behind:
@@ -253,6 +267,18 @@ def _surround(conversation: tuple[Message, ...], noise: tuple[str, str]) -> tupl
   # An attack brings its own line breaks.
   text += behind if behind.startswith('\n') else f' {behind}' if behind else ''
   return (*conversation[:-1], dataclasses.replace(last, content=text))
+
+
+def _draw_words(rng: np.random.Generator) -> tuple[str, str]:
+  known = noise()
+  if rng.random() < 0.3:
+    return '', str(rng.choice(known['attacks']))
+  num = int(rng.integers(1, MOST_NEUTRAL + 1))
+  before = int(rng.integers(0, num + 1)) if rng.random() < 0.5 else 0
+  drawn = [str(s) for s in rng.choice(known['neutral'], num)]
+  if rng.random() < 0.3:
+    drawn = drawn[:1] * num
+  return ' '.join(drawn[:before]), ' '.join(drawn[before:])
 
 
 @functools.cache

@@ -100,7 +100,7 @@ def read_part(
 
 # --- Examples to atoms -------------------------------------------------------------------
 
-# (item, rng) -> item
+# (item, rng) -> item, or None to leave it out
 Augment = Callable[[Any, np.random.Generator], Any]
 
 
@@ -284,12 +284,15 @@ class _Encode:
     if not self.augment:
       return features.encode(item, self.encoder)
     first = self.augment(item, rng)
+    if first is None:
+      return Dropped('left_out')
     if isinstance(first, draws.Group):
       return features.encode_group(first.examples, self.encoder, first.offsets)
-    if self.group_size == 1 or isinstance(item, schema.Pair):
+    if self.group_size == 1 or isinstance(first, schema.Pair):
       return features.encode(first, self.encoder)
     if self.encoder.layout.order == 'conversation_first':
       others = [self.augment(item, rng) for _ in range(self.group_size - 1)]
+      others = [other for other in others if isinstance(other, schema.Example)]
     else:
       others = list(self._draw_under(first.safety, item, rng))
     return features.encode_group([first, *others], self.encoder)

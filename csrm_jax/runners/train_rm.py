@@ -33,7 +33,7 @@ from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import judged as evals_judged, report
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import backbone, heads, model as reward_model, scoring
-from csrm_jax.ruleworld import examples
+from csrm_jax.ruleworld import defects, examples, grammar
 from csrm_jax.runners import evaluate, real, show_tokens as show_tokens_lib
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -466,10 +466,29 @@ def _make_atoms(
   """Returns the atoms that training packs; `look` is called with each augmented item."""
   data = config.data
   apply = pipeline.make_augment(data.drop_prob, data.plus_prob, data.minus_prob, data.rules_blind)
+  spoil = data.defect and config_lib.choose('config.data.defect', defects.DEFECTS, data.defect)
+  in_world = all(part.source in examples.TRAINING for part in data.parts.values())
+  if spoil and not in_world:
+    raise ValueError(f"config.data.defect={data.defect!r} is for RuleWorld's data; leave it empty")
+  for name in ('noise', 'neutral_pairs'):
+    if not 0 <= data[name] <= 1:
+      raise ValueError(f'config.data.{name}={data[name]} is a share; give one from 0 to 1')
+  if data.neutral_pairs and not encoder.keep_ties:
+    raise ValueError(f'config.data.neutral_pairs makes ties, which loss.pair={config.loss.pair} '
+                     'does not know; set it to soft')  # fmt: skip
+  # The suite `padding` has the first sentence: what is tested is never trained on.
+  neutral = grammar.FILLERS[1:] if in_world else ()
 
   def augment(item, rng):
     item = apply(item, rng)
-    look(item.examples[0] if isinstance(item, draws.Group) else item)
+    item = spoil(item, rng) if spoil else item
+    if isinstance(item, schema.Example):
+      if data.noise and rng.random() < data.noise:
+        item = draws.add_noise(item, rng, neutral)
+      elif data.neutral_pairs and rng.random() < data.neutral_pairs:
+        item = draws.neutral_pair(item, rng, neutral)
+    if item is not None:
+      look(item.examples[0] if isinstance(item, draws.Group) else item)
     return item
 
   weights = {name: part.weight for name, part in data.parts.items()}
