@@ -76,8 +76,8 @@ def tail(item: Item, rng: np.random.Generator, *, ratio: float = 20.0) -> Item |
 def raters(item: Item, rng: np.random.Generator, *, num: int = 3, shift: float = 4.0) -> Item:
   """Returns the item as one of `num` raters judges it, whose log odds are shifted by up to ±shift.
 
-  Rater k of K adds shift·(2k/(K−1) − 1) nats to the odds of "unsafe". The order of a pair is as sure
-  as the two probabilities are then apart.
+  Rater k of K adds shift·(2k/(K−1) − 1) nats to the odds of "unsafe". A pair is as sure as the two
+  probabilities are then apart.
   """
   own = shift * (2 * int(rng.integers(num)) / max(num - 1, 1) - 1)
   if isinstance(item, Example):

@@ -79,7 +79,7 @@ def test_the_tail_is_geometric():
 def test_graded_labels_go_with_the_truth():
   pairs = _spoilt('scale:sd=0', PAIRS)
   gaps = [defects._odds(p.other) - defects._odds(p.safer) for p in pairs]
-  assert 1 < len({p.strength for p in pairs}) and {p.strength for p in pairs} <= {1, 2, 3}
+  assert len({p.strength for p in pairs}) > 1 and {p.strength for p in pairs} <= {1, 2, 3}
   assert np.corrcoef(gaps, [p.strength for p in pairs])[0, 1] > 0.8
   noisy = [p.strength for p in _spoilt('scale:sd=2', PAIRS)]
   assert np.corrcoef(gaps, noisy)[0, 1] < np.corrcoef(gaps, [p.strength for p in pairs])[0, 1]
