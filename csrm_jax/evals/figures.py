@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ SERIES = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 GREY, LIGHT = '#595959', '#dddddd'
 # Fewer rows than this make no curve worth looking at.
 MIN_ROWS = 20
+# A reliability curve ends so far from the nearest prediction.
+_REACH = 0.05
 _MAX_ROWS = 20
 _MARKERS = 'osD^vP*X'
 _LEGEND_LETTERS = 90  # how many fit beside each other in the narrowest figure
@@ -55,6 +58,15 @@ def draw_reliability(path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.n
     warnings.simplefilter('ignore', DeprecationWarning)
     diagram = relplot.prepare_rel_diagram(p_unsafe, labels, num_bootstrap=100, report_CE_std=False)
   smece = diagram.pop('ce')
+  # The smoothed curve runs on over ranges without predictions, of which it says nothing.
+  order = np.sort(p_unsafe)
+  after = np.searchsorted(order, diagram['mesh'])
+  nearest = np.minimum(
+    abs(order[np.maximum(after - 1, 0)] - diagram['mesh']),
+    abs(order[np.minimum(after, len(order) - 1)] - diagram['mesh']),
+  )
+  for name in ('mu', 'lower', 'upper'):
+    diagram[name] = np.where(nearest > _REACH, np.nan, diagram[name])
   figure, ax = axes(5, 5)
   relplot.plot_rel_diagram(diagram, fig=figure, ax=ax, use_default_style=False, color=UNSAFE)
   # relplot fades line and band out where predictions are few: this keeps them in sight.
@@ -72,6 +84,7 @@ def draw_reliability(path: str | os.PathLike, labels: np.ndarray, p_unsafe: np.n
     f'1 or 0: {metrics.smece_hard(labels, p_unsafe):.3f}'
   )
   ax.text(0.04, 0.88, controls, va='top', fontsize=9, zorder=1000, bbox=box)
+  _title(ax, path, len(labels))
   save(figure, path)
 
 
@@ -111,6 +124,7 @@ def draw_precision_recall(
   ax.set(xlim=(0, 1.01), ylim=(0, 1.01), aspect='equal')
   ax.set(xlabel='Recall of unsafe', ylabel='Precision')
   ax.legend(loc='lower left', frameon=False)
+  _title(ax, path, len(labels))
   save(figure, path)
 
 
@@ -586,6 +600,12 @@ def _clean(ax) -> None:
     ax.spines[side].set_visible(False)
   ax.grid(True, color=LIGHT, linewidth=0.6)
   ax.set_axisbelow(True)
+
+
+def _title(ax, path: str | os.PathLike, num: int) -> None:
+  """Says above the axes what its file is called, and of how many rows it is."""
+  name = pathlib.Path(path).stem.replace('_', ' ')
+  ax.set_title(f'{name}, n = {num:,}', loc='left', fontsize=10, parse_math=False)
 
 
 def _step_axis(ax) -> None:

@@ -255,15 +255,16 @@ def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | No
   shown = [(title, key) for title, key in _TERMINAL_ROWS if key in summary]
   if not shown:
     names = dict.fromkeys(
-      key.rpartition('/')[0] for key in summary if key.endswith(('/f1', '/accuracy'))
+      name
+      for name, _, metric in (key.rpartition('/') for key in summary)
+      if metric in METRICS and not name.endswith('_without_rules')
     )
-    shown = [
-      (f'{title}, {short(name, 24)}', f'{name}/{metric}')
-      for name in names
-      if not name.endswith('_without_rules')
-      for title, metric in _OTHER_ROWS
-      if f'{name}/{metric}' in summary
-    ]
+    for name in names:
+      rows = [(title, metric) for title, metric in _OTHER_ROWS if f'{name}/{metric}' in summary]
+      # Other suites, such as the best of several replies, have metrics of their own.
+      own = [metric for metric in METRICS if f'{name}/{metric}' in summary]
+      rows = rows or [(short(title_of(metric).rstrip(' ↑↓'), 16), metric) for metric in own[:2]]
+      shown += [(f'{title}, {short(name, 20)}', f'{name}/{metric}') for title, metric in rows]
   width = max([22, *(len(title) for title, _ in shown)])
   lines = [f'{"":{width}}{"value":>8}  {"95% interval":19}{"best":>6}{"of best":>9}']
   for title, key in shown:

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,8 @@ from csrm_jax.train import loop as loop_lib, step as training
 
 # The most held-out prompts that are answered during training: enough to see a trend.
 _NUM_LOOKED_AT = 64
+# A policy so far from where it began, in nats a token, writes another language.
+_LOST_KL = 10.0
 # config.policy.marks -> the text around a user's turn, where that is no chat template.
 MARKS = {'plain': world.CHAT_MARKS, 'structured': world.STRUCTURED_MARKS}
 _ORACLE = policy_eval.Oracle(world.oracle_compliance, world.oracle_safety, world.oracle_helpfulness)
@@ -68,6 +70,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     params, extra = (_train_online if is_online else _train_offline)(setup, workdir)
     results = _evaluate(setup, params, workdir)
     _export(setup, params, workdir)
+  if lost := diverged(report.read_history(workdir / 'metrics.jsonl')):
+    print(lost, file=sys.stderr)
+    results['alignment'] = dataclasses.replace(results['alignment'], remark=lost)
   policies = results['alignment'].values['policies'].items()
   measured = {name.replace(' ', '_'): sets[policy_eval.ALL] for name, sets in policies}
   summary = report.flatten(measured) | extra
@@ -77,6 +82,18 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     'num_prompts': len(setup.train),
   }
   evaluate.write(workdir, results, summary, config.title)
+
+
+def diverged(history: Mapping[str, Mapping[int, float]]) -> str:
+  """Returns the sentence that marks a policy which has lost its language in training, or ''."""
+  kl = history.get('kl/ref', {})
+  step = max(kl, key=kl.get, default=None)
+  if step is None or kl[step] <= _LOST_KL:
+    return ''
+  return (
+    f'Diverged: at step {step} kl/ref was {kl[step]:.3g} nats a token, so that the policy had left '
+    'its language, and its figures mean little. Lower optim.lr, or end such runs with stop.kl.'
+  )
 
 
 def _check(config: ml_collections.ConfigDict) -> None:

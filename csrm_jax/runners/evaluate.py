@@ -120,6 +120,7 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
     path = report.write_report(
       workdir / 'report', results, title=title, summary=summary, texts=config.texts
     )
+    print(report.terminal_table(summary))
     print(f'report: {path}')
 
 

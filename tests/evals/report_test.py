@@ -238,6 +238,23 @@ def test_terminal_table(results):
   assert report.terminal_table({}).splitlines()[1:] == []
 
 
+def test_a_reliability_curve_ends_where_the_predictions_do(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(figures, 'save', lambda figure, path: drawn.append(figure))
+  p = np.repeat([0.05, 0.95], 30)
+  figures.draw_reliability(tmp_path / 'own_reliability.png', (p > 0.5).astype(float), p)
+  (ax,) = drawn[0].axes
+  x, y = ax.lines[-1].get_data()
+  assert np.isnan(y[(x > 0.2) & (x < 0.8)]).all() and np.isfinite(y[x < 0.08]).all()
+  assert ax.get_title('left') == 'own reliability, n = 60'
+
+
+def test_terminal_table_shows_any_data():
+  summary = {'mine/strict': 0.5, 'mine/strict_low': 0.4, 'mine/strict_high': 0.6, 'time_s': 1.0}
+  (line,) = report.terminal_table(summary | {'other_without_rules/f1': 0.1}).splitlines()[1:]
+  assert re.search(r', mine +0\.500  \[0\.400, 0\.600\]', line)
+
+
 def test_terminal_table_says_thresholds_and_what_was_not_flagged():
   summary = report.flatten(
     {

@@ -61,6 +61,12 @@ def test_the_report_compares_with_the_unaligned_policy(aligned, capsys):
   assert 'is finished' in capsys.readouterr().out
 
 
+def test_a_policy_that_lost_its_language_is_marked():
+  lost = align.diverged({'kl/ref': {1: 0.04, 2: 1.4e5, 3: 0.2}})
+  assert lost.startswith('Diverged: at step 2 kl/ref was 1.4e+05 nats a token')
+  assert align.diverged({'kl/ref': {1: 0.04, 2: 3.1}}) == align.diverged({}) == ''
+
+
 def test_it_looks_at_held_out_prompts_from_the_start(aligned):
   looks = _lines(aligned / 'looks.jsonl')
   assert [look['step'] for look in looks] == [0, 1, 2]
