@@ -196,10 +196,12 @@ def test_figures_are_reproducible_and_leave_the_generator_alone(tmp_path):
   labels = (rng.random(50) < p).astype(int)
   np.random.seed(3)
   before = np.random.get_state()[1].copy()
-  for name in ('a.png', 'b.png'):
-    figures.draw_reliability(tmp_path / name, labels, p)
+  paths = [tmp_path / name / 'own.png' for name in 'ab']  # a figure says its file's name
+  for path in paths:
+    path.parent.mkdir()
+    figures.draw_reliability(path, labels, p)
   assert (np.random.get_state()[1] == before).all()
-  assert (tmp_path / 'a.png').read_bytes() == (tmp_path / 'b.png').read_bytes()
+  assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_constant_scores_can_be_drawn(tmp_path):

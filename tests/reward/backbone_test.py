@@ -74,10 +74,8 @@ def _write_tokenizer(folder, words=('safe', 'unsafe', 'Yes', 'No')):
   )
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  """Returns a small random Llama with a chat template."""
-  folder = tmp_path_factory.mktemp('model')
+def write_model(folder):
+  """Writes a small random Llama with a chat template."""
   cfg = config.preset(
     'tiny',
     384,
@@ -93,6 +91,12 @@ def folder(tmp_path_factory):
   params = jax.tree.map(lambda x: 3 * x, transformer.init_params(cfg, 0))
   hf.save(folder, cfg, params)
   _write_tokenizer(folder)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('model')
+  write_model(folder)
   return folder
 
 
