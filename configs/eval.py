@@ -15,6 +15,12 @@ python -m csrm_jax.main --config=configs/eval.py:benchmarks \\
 python -m csrm_jax.main --config=configs/eval.py:compare --workdir=/tmp/both \\
   --config.compare="('/tmp/full', '/tmp/no_cca')"
 
+What best of n finds with a reward, as the reward sees it and in truth (RuleWorld's policy and
+oracle); of several models A+B+C it is the combination's. `compare` takes these reports too.
+
+python -m csrm_jax.main --config=configs/eval.py:search,checkpoint=/tmp/rm \\
+  --workdir=/tmp/search
+
 Against people's verdicts on real texts, rule by rule, and beside judges that read no rules
 (checkpoint='' measures these alone); choose by the dev side, and look at the test side once:
 
@@ -38,9 +44,9 @@ common = config_lib.load_module(pathlib.Path(__file__).with_name('common.py'))
 
 
 def get_config(arg=None):
-  """Returns the config; arg: benchmarks, real, compare, refusals, or nothing for a file.
+  """Returns the config; arg: benchmarks, search, real, compare, refusals, or nothing for a file.
 
-  With `real` come checkpoint, data_dir, side and fold.
+  With `real` come checkpoint, data_dir, side and fold; with `search` checkpoint.
   """
   arg = config_lib.parse_arg(
     arg,
@@ -48,6 +54,7 @@ def get_config(arg=None):
     compare=False,
     refusals=False,
     real=False,
+    search=False,
     checkpoint='',
     data_dir='',
     side=('dev', 'test'),
@@ -75,7 +82,8 @@ def get_config(arg=None):
     c.safety = ''
     c.words = ('safe', 'unsafe')  # what a public model says for "safe" and "unsafe"
     return c
-  c.runner = 'benchmark' if arg.benchmarks else 'real' if arg.real else 'evaluate'
+  runners = {'benchmark': arg.benchmarks, 'real': arg.real, 'search': arg.search}
+  c.runner = next((name for name, is_it in runners.items() if is_it), 'evaluate')
   # The work directory of a training run; or a public model: a Hugging Face folder, a hub id
   # (org/name) or a .gguf file.
   c.checkpoint = arg.checkpoint
@@ -117,6 +125,13 @@ def get_config(arg=None):
     return c
   # Whether the report shows mistakes with their rules and texts; False for private data.
   c.texts = True
+  if arg.search:
+    c.title = ''  # the report's title; '' names the model
+    c.rules = ('film club', 'pet forum', 'savings bank')  # RuleWorld's rule sets; () for all
+    c.num_prompts = 256  # of each; intervals are over prompts
+    c.num_samples = 64  # of each prompt: the largest n
+    c.seed = 0  # of prompts and samples; must be the same for all reports that are compared
+    return c
   if arg.benchmarks:
     c.title = ''  # the report's title; '' names the model
     c.benchmarks = ml_collections.ConfigDict(

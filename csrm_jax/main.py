@@ -45,6 +45,7 @@ RUNNERS = {
   'compare': 'csrm_jax.runners.evaluate',
   'refusals': 'csrm_jax.runners.evaluate',
   'real': 'csrm_jax.runners.real',
+  'search': 'csrm_jax.runners.search',
   'calibrate': 'csrm_jax.runners.calibrate',
   'augment': 'csrm_jax.runners.augment',
   'export': 'csrm_jax.runners.export',
@@ -57,7 +58,7 @@ _WITHOUT_WORKDIR = ('serve',)
 # What other programs call the work directory.
 _WORKDIR_NAMES = ('output_dir', 'out_dir', 'out', 'output', 'save_dir', 'log_dir', 'dir')
 # These have no prompts to show, though another runner of their module has.
-_WITHOUT_PROMPTS = ('benchmark', 'compare', 'refusals', 'real')
+_WITHOUT_PROMPTS = ('benchmark', 'compare', 'refusals', 'real', 'search')
 
 FLAGS = flags.FLAGS
 _CONFIG = config_flags.DEFINE_config_file(

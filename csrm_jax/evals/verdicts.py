@@ -18,7 +18,7 @@ import numpy as np
 
 from csrm_jax.core import markdown
 from csrm_jax.data.benchmark import Benchmark
-from csrm_jax.evals import bootstrap, figures, metrics
+from csrm_jax.evals import bootstrap, figures, metrics, ruler
 from csrm_jax.evals.bootstrap import Measure, rows_by
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import (
@@ -453,6 +453,11 @@ def pairs(b: Benchmark, scores: Scores, m: Measure) -> Result:
   by_set.pop('', None)
   largest = sorted(by_set, key=lambda name: -len(by_set[name]))[:MAX_GROUPS]
   found = part(np.arange(len(b.items)))
+  strength = [pair.strength for pair in b.items]
+  grades = None if None in strength else np.array(strength, np.float64)
+  if known:
+    grades = np.subtract(*known['score_gap'])
+  found |= ruler.graded(safer, other, grades, m)
   kinds = parts(rows_by(pair.kind for pair in b.items))
   sets = parts({name: by_set[name] for name in largest})
   columns = {

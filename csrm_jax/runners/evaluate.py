@@ -224,6 +224,9 @@ def _all_benchmarks(config: ml_collections.ConfigDict) -> list[Benchmark]:
   todo = []
   if config.ruleworld_examples:
     todo += probes.benchmarks(config.ruleworld_seed, config.ruleworld_examples)
+    unseen = next(b for b in todo if b.name == 'unseen')
+    about = 'The unseen set with a neutral sentence behind safe, or behind unsafe replies only.'
+    todo.append(Benchmark('spurious', 'spurious', unseen.items, about))
   if config.data_dir:
     todo += catalogue.load_benchmarks(config.data_dir, tuple(config.names))
   if not todo:

@@ -1,0 +1,68 @@
+"""Scores samples of a policy and looks at the truth of what search finds in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import ml_collections
+
+from csrm_jax import config as config_lib
+from csrm_jax.core import files
+from csrm_jax.data.benchmark import Benchmark
+from csrm_jax.evals import report, suites
+from csrm_jax.models import hf
+from csrm_jax.reward import model as reward_model
+from csrm_jax.rl import online
+from csrm_jax.ruleworld import policy as world
+from csrm_jax.runners import align, evaluate
+from csrm_jax.safety import schema
+
+_PROMPTS_AT_ONCE = 16
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes workdir/report; reports of several reward models are compared by prompt."""
+  if evaluate.show_finished(workdir):
+    return
+  if config.num_samples < 2:
+    raise ValueError(f'config.num_samples={config.num_samples} must be at least 2')
+  rm = evaluate.load_model(config, allow_out_of_domain=True)
+  weights = rm.digest or reward_model.digest(config.checkpoint)
+  score_fn = evaluate.keep_scores(rm.score_fn, workdir / 'scores', weights)
+  todo = []
+  for rules in config.rules or tuple(world.RULE_SETS):
+    about = f'Replies of the unaligned policy under the rules of the {rules}, and what is true.'
+    items = _samples(config, rules)
+    todo.append(Benchmark(rules.replace(' ', '_'), 'search', items, about))
+  results = evaluate.test(score_fn, suites.prepare(todo))
+  summary = report.summarise(results)
+  title = config.title or f'Truth under search: {config.checkpoint}'
+  evaluate.write(workdir, results, summary, title)
+
+
+def _samples(config: ml_collections.ConfigDict, rules: str) -> list[tuple[schema.Example, ...]]:
+  """Returns the samples of each prompt, with their true probabilities."""
+  made = config_lib.load_module('rl').get_config('reward=oracle')
+  source = hf.Source(made.policy.init)
+  policy = align.make_policy(made, source)
+  params = hf.load_params(source, dataclasses.replace(policy.model, lora_rank=0))
+  sampling = align.make_sampling(made, (policy.tokenizer.eos_id,))
+  prompts = world.prompts(config.seed, config.num_prompts, rules, 'test')
+  items: list[tuple[schema.Example, ...]] = []
+  with evaluate.progress_bar('sample', len(prompts)) as bar:
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+      group = prompts[start : start + _PROMPTS_AT_ONCE]
+      num = config.num_samples
+      drawn, _ = online.rollout(policy, params, group, sampling, num, config.seed + start)
+      for i in range(len(group)):
+        items.append(tuple(map(_known, drawn[i * num : (i + 1) * num])))
+      bar.update(len(group))
+  return items
+
+
+def _known(sample: schema.Sample) -> schema.Example:
+  # Equal texts of a prompt are one example, which is scored once.
+  name = f'{sample.prompt.id}/{files.digest(sample.text)[:12]}'
+  probability = min(max(1 - world.oracle_safety(sample), 0.0), 1.0)
+  return dataclasses.replace(sample.example(), id=name, probability=probability)
