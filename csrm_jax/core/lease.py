@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import json
 import os
 import pathlib
@@ -15,12 +17,14 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from csrm_jax.core import files
+from csrm_jax.core import files, remote
 
 NAME = 'lease.json'
 # The holder renews its lease so often; one that is older than EXPIRES_S is nobody's.
 RENEW_S = 30.0
 EXPIRES_S = 180.0
+# The leases of this process: folder -> token.
+_HELD: dict[str, str] = {}
 
 
 @contextlib.contextmanager
@@ -32,19 +36,23 @@ def held(home: str | os.PathLike) -> Iterator[None]:
   of one run the first holds it.
 
   Raises:
-    ValueError: Another process holds it.
+    ValueError: Another process holds it, or, at the end, it is lost: see `check`.
   """
   if jax.process_index() != 0:
     yield
     return
-  path, mine = epath.Path(home) / NAME, secrets.token_hex(8)
+  home, mine = epath.Path(home), secrets.token_hex(8)
+  path = home / NAME
   _take(path, mine)
   done = threading.Event()
   thread = threading.Thread(target=_renew, args=(path, mine, done), name='lease', daemon=True)
   thread.start()
+  _HELD[str(home)] = mine
   try:
     yield
+    _check(home)
   finally:
+    del _HELD[str(home)]
     done.set()
     thread.join()
     # Not that of whoever has taken it over from a process that slept too long.
@@ -52,7 +60,63 @@ def held(home: str | os.PathLike) -> Iterator[None]:
       path.unlink(missing_ok=True)
 
 
+def check(workdir: str | os.PathLike) -> None:
+  """Raises ValueError if this process has lost the lease that it holds of a folder, or its copy.
+
+  A volume that vanishes takes the lease with it. A process that slept too long has lost it to
+  another one. Either would leave a run in two places.
+  """
+  _check(remote.home(workdir))
+
+
+def _check(home: epath.Path) -> None:
+  mine = _HELD.get(str(home))
+  try:
+    found = _read(home / NAME)
+  except Exception:  # A fault that may pass; whoever cannot write finds out.
+    return
+  if mine and found.get('token') != mine:
+    what = f'process {found["pid"]} of {found["host"]} has taken it over' if found else 'it is gone'
+    raise ValueError(
+      f'{home}: this run has lost its work directory ({what}); if it lies on a volume, mount it '
+      'again, and run the same command: it goes on from the last checkpoint'
+    )
+
+
 def _take(path: epath.Path, mine: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if remote.is_bucket(path):
+    _replace(path, mine)
+    # A bucket has no locks: the last of two writers at once is the holder.
+    time.sleep(1)
+    if _read(path).get('token') != mine:
+      raise ValueError(
+        f'{path.parent}: another process began to work there at the same moment; give another '
+        '--workdir'
+      )
+  else:
+    with _locked(path.parent):
+      _replace(path, mine)
+
+
+@contextlib.contextmanager
+def _locked(folder: epath.Path) -> Iterator[None]:
+  """Keeps other processes out of the same block, where the system has locks."""
+  try:
+    fcntl = importlib.import_module('fcntl')
+  except ImportError:
+    yield
+    return
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):  # Some network file systems have none.
+      fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _replace(path: epath.Path, mine: str) -> None:
   found = _read(path)
   if found and not _is_stale(found):
     raise ValueError(
@@ -60,23 +124,13 @@ def _take(path: epath.Path, mine: str) -> None:
       f'last seen {max(0, time.time() - found["time"]):.0f} s ago); wait for its end, or give '
       'another --workdir'
     )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.unlink(missing_ok=True)
-  content = _content(mine)
-  if isinstance(path, pathlib.Path):
-    try:
-      with open(path, 'x', encoding='utf-8') as file:
-        file.write(content)
-    except FileExistsError:
-      pass
-  else:  # a bucket has no such mode: the last of two writers at once is the holder
-    path.write_text(content)
-    time.sleep(1)
-  if _read(path).get('token') != mine:
-    raise ValueError(
-      f'{path.parent}: another process began to work there at the same moment; give another '
-      '--workdir'
-    )
+  _write(path, mine)
+
+
+def _write(path: epath.Path, token: str) -> None:
+  # A bucket shows a file only when it is whole.
+  write = path.write_text if remote.is_bucket(path) else functools.partial(files.write, path)
+  write(_content(token))
 
 
 def _content(token: str) -> str:
@@ -128,7 +182,4 @@ def _renew(path: epath.Path, mine: str, done: threading.Event) -> None:
   while not done.wait(RENEW_S):
     with contextlib.suppress(Exception):  # Whoever cannot write finds out at the next checkpoint.
       if _read(path).get('token') == mine:
-        if isinstance(path, pathlib.Path):
-          files.write(path, _content(mine))
-        else:
-          path.write_text(_content(mine))
+        _write(path, mine)

@@ -128,9 +128,14 @@ def home(path: str | os.PathLike) -> epath.Path:
   return epath.Path(path)
 
 
+def is_bucket(path: str | os.PathLike) -> bool:
+  """Returns whether a path is one in a bucket."""
+  return str(path).startswith(_PREFIX)
+
+
 def readable(path: str | os.PathLike) -> str | os.PathLike:
   """Returns the path, or a local copy that lasts as long as the process."""
-  if not str(path).startswith(_PREFIX):
+  if not is_bucket(path):
     return path
   return _readable(str(path).rstrip('/'))
 

@@ -24,6 +24,7 @@ from csrm_jax.core import (
   checkpoint,
   checks,
   files,
+  lease,
   mesh as mesh_lib,
   preemption,
   profiling,
@@ -190,6 +191,7 @@ def train(
       start, state, carried = restored
       # The loop's own entries: the work gets back only what it gave.
       window = carried.pop('window', None)
+      _check_metrics(config, workdir, start)
       _check_inputs(config, workdir, carried.pop('inputs', {}), inputs)
       best = carried.pop('best', best)
     else:
@@ -248,6 +250,7 @@ def train(
             checks.note(f'step {best["step"]} had the lowest loss on held-out rows, and is kept')
         if step % config.checkpoint_every == 0 or last or stop:
           with log.span('checkpoint'):
+            lease.check(workdir)
             # Metrics first: after a kill, metrics.jsonl must reach at least to the checkpoint.
             writer.flush()
             remote.push(workdir)
@@ -281,14 +284,33 @@ def _keep_best(kept: checkpoint.Checkpoints, state: training.TrainState, step: i
 
 def _check_new(config: Any, workdir: pathlib.Path) -> None:
   """Checks that no checkpoint is missing from a run that has none."""
-  rows = files.read_log(workdir / 'metrics.jsonl')
-  last = max((row['step'] for row in rows if isinstance(row.get('step'), int)), default=0)
-  # One checkpoint is on the disk before the next one is begun.
-  if last > 2 * config.checkpoint_every:
+  last, folder = _last_logged(workdir), remote.home(workdir / 'checkpoints')
+  # One checkpoint is on the disk before the next one is begun; the folder is made by the first one
+  # (in a bucket with its first file).
+  gone = not remote.is_bucket(folder) and not folder.exists()
+  if last > (1 if gone else 2) * config.checkpoint_every:
     raise ValueError(
       f'{workdir}: metrics.jsonl reaches step {last}, but there is no checkpoint in checkpoints/; '
       'mount it or put it back, or move metrics.jsonl away to begin again with step 0'
     )
+
+
+def _last_logged(workdir: pathlib.Path) -> int:
+  rows = files.read_log(workdir / 'metrics.jsonl')
+  return max((row['step'] for row in rows if type(row.get('step')) is int), default=0)
+
+
+def _check_metrics(config: Any, workdir: pathlib.Path, step: int) -> None:
+  """Checks that metrics.jsonl has the lines before the checkpoint, which are written first."""
+  last = _last_logged(workdir)
+  if jax.process_index() != 0 or last >= step // config.log_every * config.log_every:
+    return
+  where = f'{workdir}: metrics.jsonl ends at step {last}, and the checkpoint is of step {step}'
+  if not config.accept_changes:
+    raise ValueError(
+      f'{where}; put back the whole file, or go on without it with --config.accept_changes=True'
+    )
+  checks.note(where)
 
 
 def _check_inputs(

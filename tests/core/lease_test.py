@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,3 +72,42 @@ def test_a_lease_is_renewed_and_not_taken_back(tmp_path, monkeypatch):
     while json.loads(path.read_text())['time'] == before and time.monotonic() < give_up:
       time.sleep(0.01)
     assert json.loads(path.read_text())['time'] > before
+
+
+@pytest.mark.parametrize('how', ['gone', 'taken'])
+def test_a_run_that_has_lost_its_folder_does_not_end_well(tmp_path, how):
+  def work():
+    with lease.held(tmp_path / 'run'):
+      lease.check(tmp_path / 'run')
+      path = tmp_path / 'run' / lease.NAME
+      if how == 'gone':
+        (tmp_path / 'run').rename(tmp_path / 'elsewhere')
+      else:
+        other = {'token': 'b', 'host': 'elsewhere', 'pid': 7}
+        path.write_text(json.dumps(json.loads(path.read_text()) | other))
+      said.append(small.error_of(lease.check, tmp_path / 'run'))
+
+  said = []
+  said.append(small.error_of(work))
+  word = 'it is gone' if how == 'gone' else 'process 7 of elsewhere has taken it over'
+  assert said[0] == said[1] and word in said[0] and 'run the same command' in said[0]
+  lease.check(tmp_path / 'run')  # Nobody holds it any more.
+
+
+def test_of_many_that_begin_at_once_one_holds_it(tmp_path):
+  stale = {'token': 'a', 'host': socket.gethostname(), 'pid': 1, 'born': 'never', 'time': 0}
+  (tmp_path / lease.NAME).write_text(json.dumps(stale))
+  command = [sys.executable, '-c', _HOLD, str(tmp_path)]
+  began = [subprocess.Popen(command, env=small.env(), stdout=subprocess.PIPE) for _ in range(3)]
+  try:
+    # Those that may not have it end.
+    give_up = time.monotonic() + 60
+    while sum(p.poll() is None for p in began) > 1 and time.monotonic() < give_up:
+      time.sleep(0.05)
+    (holder,) = [p for p in began if p.poll() is None]
+    assert json.loads((tmp_path / lease.NAME).read_text())['pid'] == holder.pid
+  finally:
+    for process in began:
+      process.kill()
+      process.wait()
+      process.stdout.close()

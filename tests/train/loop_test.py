@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from csrm_jax.core import checkpoint, mesh as mesh_lib, preemption
+from csrm_jax.core import checkpoint, lease, mesh as mesh_lib, preemption
 from csrm_jax.data import features, pipeline
 from csrm_jax.train import loop as loop_lib, losses, step as training
 
@@ -299,6 +299,50 @@ def test_checkpoints_that_are_gone_are_no_new_beginning(tmp_path):
   with pytest.raises(ValueError, match='reaches step 12, but there is no checkpoint'):
     _train(tmp_path, num_steps=14)
   assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+
+
+def test_checkpoints_that_are_gone_after_the_second_was_begun(tmp_path):
+  with pytest.raises(_Killed):
+    _train(tmp_path, num_steps=12, step_fn=_killed_at(8))
+  (tmp_path / 'checkpoints').rename(tmp_path / 'elsewhere')
+  with pytest.raises(ValueError, match='reaches step 6, but there is no checkpoint'):
+    _train(tmp_path, num_steps=12)
+
+
+@pytest.mark.parametrize('left', [b'', b'{"step": 2}\n'])
+def test_metrics_that_are_gone_are_not_begun_anew(tmp_path, left):
+  _train(tmp_path, num_steps=4)
+  whole = (tmp_path / 'metrics.jsonl').read_bytes()
+  (tmp_path / 'metrics.jsonl').write_bytes(left)
+  config = _config(6, 2, 4)
+  config.accept_changes = False
+  with pytest.raises(ValueError, match=r'metrics\.jsonl ends at step [02], and .* of step 4; put'):
+    _train(tmp_path, num_steps=6, config=config)
+  (tmp_path / 'metrics.jsonl').write_bytes(whole)
+  _train(tmp_path, num_steps=6, config=config)
+  assert [line['step'] for line in _lines(tmp_path)] == [2, 4, 6]
+
+
+def test_a_volume_that_vanishes_stops_the_run_which_goes_on_when_it_is_back(tmp_path):
+  run, elsewhere = tmp_path / 'run', tmp_path / 'elsewhere'
+
+  def vanish():
+    while not (run / 'checkpoints' / '4').exists():  # An error of that would come first.
+      time.sleep(0.01)
+    run.rename(elsewhere)
+
+  def start(step_fn=None):
+    with lease.held(run):
+      _train(run, num_steps=12, step_fn=step_fn)
+
+  with pytest.raises(ValueError, match='has lost its work directory'):
+    start(_At(_setup()[0], 6, vanish))
+  assert not run.exists()
+  elsewhere.rename(run)
+  (run / lease.NAME).unlink()  # as if that process were no more
+  start()
+  _train(tmp_path / 'whole', num_steps=12)
+  assert _without_time(_lines(run)) == _without_time(_lines(tmp_path / 'whole'))
 
 
 @pytest.mark.parametrize(
