@@ -84,7 +84,7 @@ def test_align(folder, reward_model):
   notebook = _run('4_align.ipynb', **reward_model, RL=str(folder / 'rl'), MORE=',smoke')
   assert len(run_notebook.pictures(notebook)) == 1
   said = run_notebook.printed(notebook)
-  assert 'share that breaks no rule' in said and 'completion' in said
+  assert 'share that breaks no rule' in said and '<th>best of 8</th>' in said
 
 
 @pytest.mark.slow

@@ -52,7 +52,8 @@ def printed(notebook):
   parts = []
   for cell in notebook.cells:
     for output in cell.get('outputs', ()):
-      parts.append(output.get('text') or output.get('data', {}).get('text/plain', ''))
+      data = output.get('data', {})
+      parts.append(output.get('text') or data.get('text/html') or data.get('text/plain', ''))
   return '\n'.join(parts)
 
 
