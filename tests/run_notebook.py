@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 
-def run(path, values, timeout_s=600):
+def run(path, values, timeout_s=3600):
   """Returns the notebook with its outputs; raises nbclient's error where a cell fails."""
   import nbclient
   import nbformat

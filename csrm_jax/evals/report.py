@@ -265,6 +265,8 @@ def terminal_table(summary: Mapping[str, Any], rule_sets: Mapping[str, Any] | No
       own = [metric for metric in METRICS if f'{name}/{metric}' in summary]
       rows = rows or [(short(title_of(metric).rstrip(' ↑↓'), 16), metric) for metric in own[:2]]
       shown += [(f'{title}, {short(name, 20)}', f'{name}/{metric}') for title, metric in rows]
+  if not shown and not rule_sets:
+    return 'nothing was measured: no row with a label was held out (eval.path, eval.fraction)'
   width = max([22, *(len(title) for title, _ in shown)])
   lines = [f'{"":{width}}{"value":>8}  {"95% interval":19}{"best":>6}{"of best":>9}']
   for title, key in shown:

@@ -253,6 +253,7 @@ def test_a_reliability_curve_ends_where_the_predictions_do(tmp_path, monkeypatch
 
 def test_terminal_table_shows_any_data():
   summary = {'mine/strict': 0.5, 'mine/strict_low': 0.4, 'mine/strict_high': 0.6, 'time_s': 1.0}
+  assert 'no row with a label was held out' in report.terminal_table({'time_s': 1.0})
   (line,) = report.terminal_table(summary | {'other_without_rules/f1': 0.1}).splitlines()[1:]
   assert re.search(r', mine +0\.500  \[0\.400, 0\.600\]', line)
 
