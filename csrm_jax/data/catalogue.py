@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.data import forms, judged_answers, judged_texts, public, sources, tables
+from csrm_jax.data import forms, graded, judged_answers, judged_texts, public, sources, tables
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.data.sources import Rows, join, spread
 from csrm_jax.data.tables import Files, find as find_tables, lookup
@@ -331,6 +331,44 @@ SETS = {
       )
     },
     folder='pku_safe_rlhf',
+  ),
+  # The same with their grades.
+  'pku_severity': Set(
+    'PKU-Alignment/PKU-SafeRLHF',
+    'cc-by-nc-4.0',
+    _PKU,
+    functools.partial(public.read_pku, with_severity=True),
+    folder='pku_safe_rlhf',
+  ),
+  'pku_severity_pairs': Set(
+    'PKU-Alignment/PKU-SafeRLHF',
+    'cc-by-nc-4.0',
+    _PKU,
+    functools.partial(public.read_pku_pairs, with_severity=True),
+    folder='pku_safe_rlhf',
+  ),
+  'helpsteer2': Set(
+    'nvidia/HelpSteer2',
+    'cc-by-4.0',
+    {'train': ('train*', *_TRAIN), 'validation': ('validation*', '**/*validation*')},
+    graded.read_helpsteer2,
+  ),
+  'helpsteer2_pairs': Set(
+    'nvidia/HelpSteer2',
+    'cc-by-4.0',
+    {'train': ('preference/preference*', '**/*preference*')},
+    graded.read_helpsteer2_pairs,
+    folder='helpsteer2',
+  ),
+  'ultrafeedback': Set(
+    'openbmb/UltraFeedback', 'mit', {'train': ('**/*.jsonl',)}, graded.read_ultrafeedback
+  ),
+  'ultrafeedback_pairs': Set(
+    'openbmb/UltraFeedback',
+    'mit',
+    {'train': ('**/*.jsonl',)},
+    graded.read_ultrafeedback_pairs,
+    folder='ultrafeedback',
   ),
   'aegis': Set(
     'nvidia/Aegis-AI-Content-Safety-Dataset-2.0',

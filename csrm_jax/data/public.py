@@ -178,10 +178,15 @@ def read_aegis(path: Files) -> Rows:
   return read_rows(path, (*columns, 'violated_categories'), parse)
 
 
-def read_pku(path: Files) -> Rows:
-  """Returns both responses of PKU-SafeRLHF rows under its 19 categories."""
+def read_pku(path: Files, with_severity: bool = False) -> Rows:
+  """Returns both responses of PKU-SafeRLHF rows under its 19 categories.
+
+  On request they have the rating `severity`, from 0 (safe) to 3.
+  """
   safety = rules('pku')
-  parts = 'response_{}', 'is_response_{}_safe', 'response_{}_harm_category'
+  parts = ['response_{}', 'is_response_{}_safe', 'response_{}_harm_category']
+  severity = 'response_{}_severity_level'
+  columns = [*parts, severity] if with_severity else parts
 
   def parse(row: Row):
     for i in (0, 1):
@@ -190,11 +195,15 @@ def read_pku(path: Files) -> Rows:
       for name in flags:
         lookup(name, dict.fromkeys(safety.names), 'harm category')
       violated = [name for name in safety.names if name in flags and flags.flag(name)]
-      yield _answer(
+      found = _answer(
         f'pku/{row.number}/{i}', safety, (row['prompt'], text), not safe, violated, 'pku'
       )
+      if with_severity and isinstance(found, Example):
+        level = row.one_of(severity.format(i), (0, 1, 2, 3))
+        found = dataclasses.replace(found, ratings={'severity': level})
+      yield found
 
-  return read_rows(path, ['prompt', *(part.format(i) for i in (0, 1) for part in parts)], parse)
+  return read_rows(path, ['prompt', *(part.format(i) for i in (0, 1) for part in columns)], parse)
 
 
 def _flagged(row: Row, column: str, safety: SafetyConfig, name: str) -> list[str]:
@@ -520,8 +529,11 @@ def _turns(parts: Sequence[str], roles: Mapping[str, str]) -> tuple[Message, ...
   )
 
 
-def read_pku_pairs(path: Files) -> Rows:
-  """Returns PKU-SafeRLHF pairs whose preferred side was chosen for safety."""
+def read_pku_pairs(path: Files, with_severity: bool = False) -> Rows:
+  """Returns PKU-SafeRLHF pairs whose preferred side was chosen for safety.
+
+  On request they are as strong as their severities differ, and at least 1.
+  """
   safety = rules('beavertails')
 
   def parse(row: Row):
@@ -549,7 +561,8 @@ def read_pku_pairs(path: Files) -> Rows:
         _answer(f'{name}/{side}', safety, (row['prompt'], texts[i]), not safe[i], (), 'safe_rlhf')
         for side, i in (('safer', safer), ('other', worse))
       )
-      yield Pair(name, first, second, 'preference')
+      strength = max(severity[worse] - severity[safer], 1.0) if with_severity else None
+      yield Pair(name, first, second, 'preference', strength=strength)
 
   sides = ('response_{}', 'is_response_{}_safe', 'response_{}_severity_level')
   columns = ['prompt', 'better_response_id', 'safer_response_id']

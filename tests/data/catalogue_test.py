@@ -59,6 +59,17 @@ def pku(**fields):
   } | fields
 
 
+def ultrafeedback(*ratings):
+  """Returns a row with an answer of each rating of helpfulness; other aspects have 4."""
+  others = 'honesty', 'instruction_following', 'truthfulness'
+  aspects = {name: {'Rating': '4'} for name in others}
+  answers = [
+    {'response': f'{i}', 'annotations': aspects | {'helpfulness': {'Rating': str(rating)}}}
+    for i, rating in enumerate(ratings)
+  ]
+  return {'source': 'flan', 'instruction': 'hi', 'completions': answers}
+
+
 def guarded(label, answer='yes'):
   return {'row': 0, 'input': f'Human user:\nhi\n\nAI assistant:\n{answer}\n\n', 'output': label}
 
@@ -88,6 +99,29 @@ ROWS = {
   ),
   'pku_safe_rlhf': ('train', 'data/Alpaca-7B/train.jsonl', [pku()]),
   'pku_safe_rlhf_pairs': ('train', 'data/Alpaca-7B/train.jsonl', [pku()]),
+  'pku_severity': ('train', 'data/Alpaca-7B/train.jsonl', [pku()]),
+  'pku_severity_pairs': ('train', 'data/Alpaca-7B/train.jsonl', [pku()]),
+  'helpsteer2': (
+    'train',
+    'train.jsonl.gz',
+    [
+      {'prompt': 'hi', 'response': 'hello', 'helpfulness': 3, 'correctness': 4, 'coherence': 4}
+      | {'complexity': 1, 'verbosity': 0},
+      {'prompt': 'hi', 'response': '', 'helpfulness': 0, 'correctness': 0, 'coherence': 0}
+      | {'complexity': 0, 'verbosity': 0},
+    ],
+  ),
+  'helpsteer2_pairs': (
+    'train',
+    'preference/preference.jsonl.gz',
+    [
+      {'split': split, 'prompt': 'hi', 'response_1': 'one', 'response_2': 'two'}
+      | {'preference_strength': strength, 'preference_statement': '', 'preference_elaboration': ''}
+      for split, strength in (('train', 2), ('train', -1), ('train', 0), ('validation', 1))
+    ],
+  ),
+  'ultrafeedback': ('train', 'flan.jsonl', [ultrafeedback(5, 3, 'N/A')]),
+  'ultrafeedback_pairs': ('train', 'flan.jsonl', [ultrafeedback(5, 3, 'N/A', 3)]),
   'wildguardmix': (
     'train',
     'train/wildguard_train.parquet',
@@ -339,6 +373,28 @@ def test_a_set_is_read_from_its_folder(tmp_path, name):
   assert catalogue.read(name, ROWS[name][0], path) == rows  # A file alone.
 
 
+def test_graded_sets_have_ratings_and_strengths(tmp_path):
+  def ratings(name):
+    return [dict(row.ratings) for row in read(name, tmp_path / name)]
+
+  def strengths(name):
+    rows = read(name, tmp_path / name)
+    return [(p.safer.conversation[-1].content, p.strength) for p in rows]
+
+  assert ratings('pku_severity') == [{'severity': 2}, {'severity': 0}]
+  assert strengths('pku_severity_pairs') == [('no', 2)]
+  (row,) = ratings('helpsteer2')
+  assert (row['helpfulness'], row['verbosity'], len(row)) == (3, 0, 5)
+  assert strengths('helpsteer2_pairs') == [('two', 2), ('one', 1), ('two', 0)]
+  rated = ratings('ultrafeedback')
+  assert [row.get('helpfulness') for row in rated] == [5, 3, None] and len(rated[2]) == 3
+  assert strengths('ultrafeedback_pairs') == [('0', 0.5), ('0', 0.5), ('1', 0)]
+  # The sets without grades stay as they were.
+  plain = read('pku_safe_rlhf', tmp_path / 'plain')
+  assert not any(row.ratings for row in plain)
+  assert read('pku_safe_rlhf_pairs', tmp_path / 'pairs')[0].strength is None
+
+
 @pytest.mark.parametrize(
   'name, labels',
   [
@@ -378,6 +434,8 @@ def test_pairs_have_the_safer_side_first(tmp_path, name, safer, other):
   'name, drops',
   [
     ('beavertails', {'empty_response': 1}),
+    ('helpsteer2', {'empty_response': 1}),
+    ('helpsteer2_pairs', {'validation': 1}),
     ('wildguardmix', {'prompt_only': 1}),
     ('aegis', {'prompt_only': 1}),
     ('reward_bench_2', {'not_safety': 1}),
@@ -415,6 +473,9 @@ def test_another_format_names_the_columns_found(tmp_path, name):
       'unknown harm category .Arson.',
     ),
     ('cosapien', {'type': 'maybe'}, 'unknown type .maybe.'),
+    ('helpsteer2_pairs', {'preference_strength': 4}, 'unknown preference_strength 4'),
+    ('ultrafeedback', {'completions': [{'response': 'x'}]}, "completion 1 has no 'annotations'"),
+    ('pku_severity', {'response_0_severity_level': 5}, 'unknown response_0_severity_level 5'),
     ('beavertails', {'category': {'arson': True}}, r'unknown .arson.; .* 14 categories'),
     ('rbr_gold', {'propositions': {'apologies': True}}, 'unknown proposition .apologies.'),
     ('pyrit_graded', {'source_file': 'hram/x.csv'}, 'folder of source_file .hram.; did you mean'),
