@@ -186,7 +186,15 @@ def _beavertails(folder: pathlib.Path, paths: Files) -> Mapping[str, Any]:
   return {'beavertails': rows, 'beavertails_policy': few, 'beavertails_contradiction': few}
 
 
-_GUARD_REPO = 'https://github.com/yueliu1999/GuardReasoner'  # its folder data/benchmark
+def _judged(name: str, licence: str, read: Reader, *patterns: str, **fields: Any) -> Set:
+  """Returns a set of judged items in a repository on GitHub; it is one split."""
+  return Set(f'https://github.com/{name}', licence, {'test': patterns}, read, **fields)
+
+
+def _guard(file: str, licence: str, read: Reader) -> Set:
+  """Returns one of the sets in the folder data/benchmark of GuardReasoner."""
+  repo, pattern = 'yueliu1999/GuardReasoner', f'**/*{file}*.jsonl*'
+  return _judged(repo, licence, read, pattern, folder='guard_benchmarks')
 
 
 # --- The table ---------------------------------------------------------------------------
@@ -421,150 +429,84 @@ SETS = {
     items=lambda _, paths: {'reward_bench_2': public.read_reward_bench_2(paths)},
   ),
   # Answers that were judged under many rules.
-  'rbr_gold': Set(
-    'https://github.com/openai/safety-rbr-code-and-data',
-    'mit',
-    {'test': ('**/*rbr_gold*.jsonl*',)},
-    judged_answers.read_rbr_gold,
+  'rbr_gold': _judged(
+    'openai/safety-rbr-code-and-data', 'mit', judged_answers.read_rbr_gold, '**/*rbr_gold*.jsonl*'
   ),
-  'pyrit_graded': Set(
-    'https://github.com/Azure/PyRIT',
-    'mit',
-    {'test': ('**/*.jsonl*',)},
-    judged_answers.read_pyrit_graded,
-  ),
-  'xstest_judged': Set(
-    'https://github.com/paul-rottger/exaggerated-safety',
-    '',
-    {'test': ('**/*completions*.csv',)},
-    judged_answers.read_xstest_judged,
+  'pyrit_graded': _judged('Azure/PyRIT', 'mit', judged_answers.read_pyrit_graded, '**/*.jsonl*'),
+  'xstest_judged': _judged(
+    *('paul-rottger/exaggerated-safety', '', judged_answers.read_xstest_judged),
+    '**/*completions*.csv',
     folder='xstest',
   ),
-  'xstest_response': Set(
-    _GUARD_REPO,
-    'odc-by',
-    {'test': ('**/*xstest_response*.jsonl*',)},
-    judged_answers.read_xstest_response,
-    folder='guard_benchmarks',
+  'xstest_response': _guard('xstest_response', 'odc-by', judged_answers.read_xstest_response),
+  'beavertails_test': _guard(
+    'beavertails_test', 'cc-by-nc-4.0', judged_answers.read_beavertails_test
   ),
-  'beavertails_test': Set(
-    _GUARD_REPO,
-    'cc-by-nc-4.0',
-    {'test': ('**/*beavertails_test*.jsonl*',)},
-    judged_answers.read_beavertails_test,
-    folder='guard_benchmarks',
+  'harmbench_response_val': _guard(
+    'harmbench_response_val', 'mit', judged_answers.read_harmbench_response_val
   ),
-  'harmbench_response_val': Set(
-    _GUARD_REPO,
-    'mit',
-    {'test': ('**/*harmbench_response_val*.jsonl*',)},
-    judged_answers.read_harmbench_response_val,
-    folder='guard_benchmarks',
+  'aegis_prompts_test': _guard(
+    'aegis_prompts_test', 'cc-by-4.0', judged_answers.read_aegis_prompts_test
   ),
-  'aegis_prompts_test': Set(
-    _GUARD_REPO,
-    'cc-by-4.0',
-    {'test': ('**/*aegis_prompts_test*.jsonl*',)},
-    judged_answers.read_aegis_prompts_test,
-    folder='guard_benchmarks',
+  'safe_rlhf_answers': _guard(
+    'safe_rlhf_pairs', 'cc-by-nc-4.0', judged_answers.read_safe_rlhf_answers
   ),
-  'safe_rlhf_answers': Set(
-    _GUARD_REPO,
-    'cc-by-nc-4.0',
-    {'test': ('**/*safe_rlhf_pairs*.jsonl*',)},
-    judged_answers.read_safe_rlhf_answers,
-    folder='guard_benchmarks',
+  'safe_rlhf_pairs': _guard('safe_rlhf_pairs', 'cc-by-nc-4.0', judged_answers.read_safe_rlhf_pairs),
+  'diasafety': _judged(
+    'thu-coai/DiaSafety', 'apache-2.0', judged_answers.read_diasafety, '**/*diasafety*.jsonl*'
   ),
-  'safe_rlhf_pairs': Set(
-    _GUARD_REPO,
-    'cc-by-nc-4.0',
-    {'test': ('**/*safe_rlhf_pairs*.jsonl*',)},
-    judged_answers.read_safe_rlhf_pairs,
-    folder='guard_benchmarks',
+  'jailbreak_judged': _judged(
+    *('sherdencooper/GPTFuzz', 'mit', judged_answers.read_jailbreak_judged),
+    '**/*jailbreak_judged*.csv*',
   ),
-  'diasafety': Set(
-    'https://github.com/thu-coai/DiaSafety',
-    'apache-2.0',
-    {'test': ('**/*diasafety*.jsonl*',)},
-    judged_answers.read_diasafety,
-  ),
-  'jailbreak_judged': Set(
-    'https://github.com/sherdencooper/GPTFuzz',
-    'mit',
-    {'test': ('**/*jailbreak_judged*.csv*',)},
-    judged_answers.read_jailbreak_judged,
-  ),
-  'teen_policies': Set(
-    'https://github.com/roostorg/model-community',
-    'apache-2.0',
-    {'test': ('**/*teen_policies*.jsonl*',)},
-    judged_answers.read_teen_policies,
+  'teen_policies': _judged(
+    *('roostorg/model-community', 'apache-2.0', judged_answers.read_teen_policies),
+    '**/*teen_policies*.jsonl*',
     is_for_tests=True,
   ),
-  'model_spec': Set(
-    'https://github.com/openai/model_spec',
-    'cc0-1.0',
-    {'test': ('**/*examples*.jsonl*',)},
-    judged_answers.read_model_spec,
+  'model_spec': _judged(
+    *('openai/model_spec', 'cc0-1.0', judged_answers.read_model_spec),
+    '**/*examples*.jsonl*',
     is_for_tests=True,
   ),
   # Texts and prompts that were judged in many ways: their rows are `judged.Judged`.
-  'moderation_judged': Set(
-    'https://github.com/openai/moderation-api-release',
-    'mit',
-    {'test': ('**/*.jsonl.gz', '**/*.jsonl')},
-    judged_texts.read_moderation,
+  'moderation_judged': _judged(
+    *('openai/moderation-api-release', 'mit', judged_texts.read_moderation),
+    *('**/*.jsonl.gz', '**/*.jsonl'),
     folder='moderation',
   ),
-  'hatecheck': Set(
-    'https://github.com/paul-rottger/hatecheck-data',
-    'cc-by-4.0',
-    {'test': ('**/hatecheck.csv*', '**/test_suite_cases.csv*')},
-    judged_texts.read_hatecheck,
+  'hatecheck': _judged(
+    *('paul-rottger/hatecheck-data', 'cc-by-4.0', judged_texts.read_hatecheck),
+    *('**/hatecheck.csv*', '**/test_suite_cases.csv*'),
   ),
-  'hatemoji': Set(
-    'https://github.com/HannahKirk/Hatemoji',
-    'cc-by-4.0',
-    {'test': ('**/hatemoji*.csv*', '**/Hatemoji*/*.csv*')},
-    judged_texts.read_hatemoji,
+  'hatemoji': _judged(
+    *('HannahKirk/Hatemoji', 'cc-by-4.0', judged_texts.read_hatemoji),
+    *('**/hatemoji*.csv*', '**/Hatemoji*/*.csv*'),
   ),
-  'edos': Set(
-    'https://github.com/rewire-online/edos',
-    'cc0-1.0',
-    {'test': ('**/edos_labelled_aggregated.csv*', '**/edos.csv*')},
-    judged_texts.read_edos,
+  'edos': _judged(
+    *('rewire-online/edos', 'cc0-1.0', judged_texts.read_edos),
+    *('**/edos_labelled_aggregated.csv*', '**/edos.csv*'),
   ),
-  'toxigen_human': Set(
-    'https://github.com/microsoft/SafeNLP',
-    'mit',
-    {'test': ('**/toxigen_human.jsonl*', '**/toxiGen.json*')},
-    judged_texts.read_toxigen,
+  'toxigen_human': _judged(
+    *('microsoft/SafeNLP', 'mit', judged_texts.read_toxigen),
+    *('**/toxigen_human.jsonl*', '**/toxiGen.json*'),
   ),
-  'ethos': Set(
-    'https://github.com/intelligence-csd-auth-gr/Ethos-Hate-Speech-Dataset',
-    'gpl-3.0',
-    {'test': ('**/ethos_*.csv*', '**/Ethos_Dataset_*.csv*')},
-    judged_texts.read_ethos,
+  'ethos': _judged(
+    *('intelligence-csd-auth-gr/Ethos-Hate-Speech-Dataset', 'gpl-3.0', judged_texts.read_ethos),
+    *('**/ethos_*.csv*', '**/Ethos_Dataset_*.csv*'),
     is_for_tests=True,
   ),
-  'context_toxicity': Set(
-    'https://github.com/ipavlopoulos/context_toxicity',
-    'apache-2.0',
-    {'test': ('**/cat_small.csv*',)},
-    judged_texts.read_context_toxicity,
+  'context_toxicity': _judged(
+    *('ipavlopoulos/context_toxicity', 'apache-2.0', judged_texts.read_context_toxicity),
+    '**/cat_small.csv*',
   ),
   # AILuminate's, HarmBench's (MIT) and StrongREJECT's (MIT) files in one folder.
-  'hazard_prompts': Set(
-    'https://github.com/mlcommons/ailuminate',
-    'cc-by-4.0',
-    {'test': ('**/*.csv*',)},
-    judged_texts.read_hazard_prompts,
+  'hazard_prompts': _judged(
+    'mlcommons/ailuminate', 'cc-by-4.0', judged_texts.read_hazard_prompts, '**/*.csv*'
   ),
-  'cosa': Set(
-    'https://github.com/microsoft/controllable-safety-alignment',
-    'cc-by-nc-4.0',
-    {'test': ('**/cosalign_prompts_by_rule_set.csv*',)},
-    judged_texts.read_cosa,
+  'cosa': _judged(
+    *('microsoft/controllable-safety-alignment', 'cc-by-nc-4.0', judged_texts.read_cosa),
+    '**/cosalign_prompts_by_rule_set.csv*',
     is_for_tests=True,
   ),
   # What configs/augment.py writes.

@@ -14,6 +14,7 @@ The metrics themselves trust their arrays.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from csrm_jax.safety.schema import Example
 _PROBABILITY_FLOOR = 1e-15
 # True probabilities are clipped this far from 0 and 1, which have no finite log odds.
 _LOG_ODDS_FLOOR = 1e-6
+# Of smECE: what keeps an empty place from dividing by 0, the least width, and halvings of it.
+_SMECE_DENSITY, _SMECE_WIDTH, _SMECE_HALVINGS = 1e-4, 1e-3, 10
 # What a judge says that has two answers only; chosen for no data.
 CONSTANTS = (0.03, 0.97)
 # The rows of a threshold table.
@@ -122,14 +125,54 @@ def smece(labels: np.ndarray, p_unsafe: np.ndarray) -> float:
 
   It is biased upwards on few rows: a perfect judge of 2,000 rows shows about 0.02.
 
-  Source: Blasiok & Nakkiran, Smooth ECE, ICLR 2024; their package relplot.
+  Source: Blasiok & Nakkiran, Smooth ECE, ICLR 2024; their package relplot gives the same.
   """
   if not labels.size:
     return math.nan
-  # Imported here: it pulls in a plotting stack that other metrics do not need.
-  import relplot
+  # relplot takes ten times as long, and a report asks for thousands. It convolves with a Gaussian
+  # that is reflected at 0 and 1: that is a product of spectra, where a row is put on a grid once.
+  columns = np.stack([p_unsafe - labels, np.ones(len(labels))]).astype(np.float64)
+  p = np.asarray(p_unsafe, np.float64)
+  spectra: dict[int, np.ndarray] = {}
 
-  return float(relplot.smECE(p_unsafe, labels.astype(np.float64)))
+  def error(width: float) -> float:
+    num, mesh, kernel = _smooth_kernel(width)
+    if num not in spectra:
+      grid = [_on_grid(p, column, num) for column in columns]
+      spectra[num] = np.fft.rfft([np.concatenate([x, x[-2:0:-1]]) for x in grid])
+    smooth = np.fft.irfft(spectra[num] * kernel, 2 * num - 2)[:, num // 2 : num // 2 + num]
+    places = np.linspace(0, 1, num)
+    residual, density = (np.interp(mesh, places, x) for x in smooth)
+    return float(np.abs(residual).sum() / (density + _SMECE_DENSITY).sum())
+
+  # The width at which the error is the width itself, by bisection.
+  low, high = 0.0, 1.0
+  if error(high) > high:
+    return error(high)
+  for _ in range(_SMECE_HALVINGS):
+    middle = (low + high) / 2
+    if middle < _SMECE_WIDTH or middle < error(middle):
+      low = middle
+    else:
+      high = middle
+  return error(high)
+
+
+@functools.lru_cache(maxsize=256)
+def _smooth_kernel(width: float) -> tuple[int, np.ndarray, np.ndarray]:
+  """Returns the points of the grid, those at which errors are taken, and the kernel's spectrum."""
+  num = max(2000, round(20 / width)) // 2 + 1
+  distance = np.linspace(0, 1, num) - 0.5
+  kernel = np.exp(-distance * distance / (2 * width**2)) / (math.sqrt(2 * math.pi) * width)
+  return num, np.linspace(0, 1, max(round(10 / width), 200)), np.fft.rfft(kernel, 2 * num - 2)
+
+
+def _on_grid(places: np.ndarray, values: np.ndarray, num: int) -> np.ndarray:
+  """Returns values in [0, 1] shared out between the two points of a grid beside each, [num]."""
+  scaled = places * (num - 1)
+  left = np.clip(scaled.astype(np.int64), 0, num - 2)
+  right = scaled - left
+  return np.bincount(left, (1 - right) * values, num) + np.bincount(left + 1, right * values, num)
 
 
 def as_constants(p_unsafe: np.ndarray, low: float, high: float) -> np.ndarray:

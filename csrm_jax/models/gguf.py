@@ -78,6 +78,8 @@ _PRE = {
 }
 # Values of tokenizer.ggml.token_type, which are SentencePiece's.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+# The tokens whose ids a file names, and what it calls them.
+_TOKENS = {'bos': 'bos', 'eos': 'eos', 'pad': 'padding'}
 # What csrm_jax wrote: a reward model's description, and the rope scaling that stands in the file
 # only as a tensor of factors.
 _OWN = 'csrm_jax'
@@ -174,11 +176,7 @@ def _rope_scaling(
   if np.all(factors == 1):
     return None
   scaling = _LLAMA3_ROPE | {'factor': float(factors.max())}
-  low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
-  frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-  turns = scaling['original_max_position_embeddings'] * frequency / (2 * np.pi)
-  kept = np.clip((turns - low) / (high - low), 0, 1)
-  expected = 1 / (kept + (1 - kept) / max(scaling['factor'], 1e-9))
+  expected = _rope_factors({'rope_scaling': scaling, 'rope_theta': theta, 'head_dim': head_dim})
   if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
     raise ValueError(
       f'{path}: has {_ROPE_FACTORS}, whose factors are not those of Llama 3, which is not '
@@ -193,9 +191,7 @@ def open_tensors(path: pathlib.Path, names: Mapping[str, str]) -> dict[str, shar
   `names` maps the bare names here to those, with {} for the number of the layer.
   """
   spec, tensors = read_config(path), {}
-  heads = {}
-  if _ARCHITECTURES[spec['model_type']][1]:
-    heads = {'q_proj': spec['num_attention_heads'], 'k_proj': spec['num_key_value_heads']}
+  heads = _permuted_heads(spec['model_type'], spec)
   for tensor in _read(path).tensors:
     if tensor.name == _ROPE_FACTORS:
       continue  # read_config has read it
@@ -223,11 +219,17 @@ def open_tensors(path: pathlib.Path, names: Mapping[str, str]) -> dict[str, shar
   return tensors
 
 
+def _permuted_heads(arch: str, spec: Mapping[str, Any]) -> dict[str, int]:
+  """Returns {product: its heads} of those whose rows llama.cpp has in an order of its own."""
+  if not _ARCHITECTURES[arch][1]:
+    return {}
+  return {'q_proj': spec['num_attention_heads'], 'k_proj': spec['num_key_value_heads']}
+
+
 def token_ids(path: pathlib.Path) -> dict[str, int]:
   """Returns the ids of those of 'bos', 'eos' and 'pad' that the file names."""
   metadata = _read(path).metadata
-  keys = {'bos': 'bos', 'eos': 'eos', 'pad': 'padding'}
-  ids = {name: metadata.get(f'tokenizer.ggml.{key}_token_id') for name, key in keys.items()}
+  ids = {name: metadata.get(f'tokenizer.ggml.{key}_token_id') for name, key in _TOKENS.items()}
   return {name: int(i) for name, i in ids.items() if i is not None}
 
 
@@ -416,9 +418,7 @@ def write(
   }
   if description is not None:
     fields[_OWN] = json.dumps(description)
-  heads = {}
-  if _ARCHITECTURES[arch][1]:
-    heads = {'q_proj': spec['num_attention_heads'], 'k_proj': spec['num_key_value_heads']}
+  heads = _permuted_heads(arch, spec)
   ours = {theirs: name for name, theirs in names.items()}
   parts: dict[str, tuple[tuple[int, ...], Any]] = {}
   for name, tensor in tensors.items():
@@ -491,8 +491,7 @@ def tokenizer_fields(
     fields['ggml.token_type'].append(_UNUSED)
     if 'ggml.scores' in fields:
       fields['ggml.scores'].append(-1e4)
-  keys = {'bos': 'bos', 'eos': 'eos', 'pad': 'padding'}
-  fields |= {f'ggml.{keys[name]}_token_id': i for name, i in ids.items() if i is not None}
+  fields |= {f'ggml.{_TOKENS[name]}_token_id': i for name, i in ids.items() if i is not None}
   return fields | {'ggml.add_bos_token': ids['bos'] is not None, 'ggml.add_eos_token': False}
 
 
@@ -562,7 +561,7 @@ def _rope_factors(spec: Mapping[str, Any]) -> np.ndarray:
   Source: Llama 3.1's reference code (apply_scaling).
   """
   scaling, half = spec['rope_scaling'], np.arange(0, spec['head_dim'], 2, dtype=np.float64)
-  length, factor = scaling['original_max_position_embeddings'], scaling['factor']
+  length, factor = scaling['original_max_position_embeddings'], max(scaling['factor'], 1e-9)
   low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
   turns = length / (2 * np.pi * spec['rope_theta'] ** (half / spec['head_dim']))
   smooth = np.clip((turns - low) / (high - low), 0, 1)

@@ -41,8 +41,12 @@ def test_import_does_not_import_jax():
 
 
 def test_smece_is_relplots():
-  labels, p = _rows(300)
-  assert metrics.smece(labels, p) == relplot.smECE(p, labels.astype(float))
+  # A single row, ties, and verdicts of 0 and 1 are the edges of its grid.
+  for num, digits in ((1, 9), (40, 1), (2000, 0), (300, 9)):
+    labels, p = _rows(num)
+    p = np.round(p, digits)
+    expected = relplot.smECE(p, labels.astype(float))
+    assert metrics.smece(labels, p) == pytest.approx(expected, abs=1e-12)
   assert metrics.smece(labels, p.astype(np.float32)) == pytest.approx(
     metrics.smece(labels, p), abs=1e-6
   )
