@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from csrm_jax.augmentation import requests
-from csrm_jax.core import checks, files, journal, retry
+from csrm_jax.core import checks, client as client_lib, files, journal, retry
 from csrm_jax.models import hf, sampling
 from csrm_jax.reward import backbone
 from csrm_jax.ruleworld import proposer as world
@@ -176,6 +176,54 @@ def _ask_model(
   raise NoReplyError('unparsable', str(problem))
 
 
+class _Fields:
+  """What a service calls an object; whatever else it sent has no fields."""
+
+  def __init__(self, value: Any):
+    self.values = value if isinstance(value, dict) else {}
+
+  def fields(self, name: str) -> _Fields:
+    return _Fields(self.values.get(name))
+
+  def count(self, name: str) -> int:
+    value = self.values.get(name)
+    return value if type(value) is int and 0 <= value < 2**40 else 0
+
+
+def _bounded_client(timeout_s: float) -> Any:
+  """Returns a client whose replies end in time and size, and that follows no redirects."""
+  import httpx2 as httpx  # that of openai
+  import openai
+
+  class Bounded(httpx.SyncByteStream):
+    def __init__(self, stream: Any):
+      self.stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+      num, end = 0, time.monotonic() + timeout_s
+      for part in self.stream:
+        num += len(part)
+        if num > client_lib.MAX_REPLY_BYTES:
+          raise httpx.ReadError(f'a reply of more than {client_lib.MAX_REPLY_BYTES:,} bytes')
+        # The timeout of the client is that of each part, which a body that drips never meets.
+        if time.monotonic() > end:
+          raise httpx.ReadTimeout(f'a reply that took more than {timeout_s} s')
+        yield part
+
+    def close(self) -> None:
+      self.stream.close()
+
+  class Client(openai.DefaultHttpxClient):
+    def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+      response = super().send(request, stream=True, **options)
+      response.stream = Bounded(response.stream)
+      if not stream:
+        response.read()
+      return response
+
+  return Client(follow_redirects=False)
+
+
 @dataclasses.dataclass(eq=False)
 class Endpoint:
   """Asks a language model behind an endpoint; threads may share it.
@@ -227,6 +275,7 @@ class Endpoint:
       api_key=os.environ.get(self.key_variable) or 'none',  # It is never stored.
       timeout=self.timeout_s,
       max_retries=0,
+      http_client=_bounded_client(self.timeout_s),
     )
     self._slots = threading.BoundedSemaphore(self.concurrency)
     self._lock = threading.Lock()
@@ -276,7 +325,8 @@ class Endpoint:
       self._counts.add(retries=1)
     with self._slots:
       self._counts.add(requests=1)
-      reply = self._client.chat.completions.create(
+      # Raw: the client's types hold whatever JSON came.
+      raw = self._client.chat.completions.with_raw_response.create(
         model=self.model,
         messages=requests.make_messages(request),
         temperature=self.temperature,
@@ -284,23 +334,27 @@ class Endpoint:
         seed=seed,
         **self._format(request),
       )
-    # A reply without choices or text, or one that breaks the protocol, is as unusable as prose.
-    usage, tokens = getattr(reply, 'usage', None), {}
-    if usage is not None:
+    try:
+      reply = _Fields(json.loads(raw.http_response.content))
+    except (ValueError, RecursionError):
+      raise json.JSONDecodeError('no JSON', '', 0) from None
+    usage, tokens = reply.fields('usage'), {}
+    if usage.values:
       tokens = {
-        'prompt_tokens': usage.prompt_tokens or 0,
-        'reply_tokens': usage.completion_tokens or 0,
+        'prompt_tokens': usage.count('prompt_tokens'),
+        'reply_tokens': usage.count('completion_tokens'),
       }
       self._counts.add(**tokens)
     if self.paid:
       with self._lock:
         files.append_log(self.paid, [{'requests': 1, **tokens}])
-    choices = getattr(reply, 'choices', None)
-    if not choices:
-      return ''
-    if choices[0].finish_reason == 'length':
+    # A reply without choices or text, or one that breaks the protocol, is as unusable as prose.
+    choices = reply.values.get('choices')
+    choice = _Fields(choices[0] if isinstance(choices, list) and choices else None)
+    if choice.values.get('finish_reason') == 'length':
       self._counts.add(cut_at_max_tokens=1)
-    return choices[0].message.content or ''
+    text = choice.fields('message').values.get('content')
+    return text if isinstance(text, str) else ''
 
   def _format(self, request: requests.Request) -> dict[str, Any]:
     """Returns the argument that asks for a form of the reply, if any."""

@@ -41,7 +41,7 @@ class FaultServer:
 
   `script(number, body)` says what request `number` (from 0) gets: a text (the
   reply's content), ('status', code, headers), 'stall', 'cut', 'hangup' or
-  'not json'. `answers` counts requests by what they got; `most_at_once` is the
+  'not json', 'drip', 'endless', or bytes, the whole body. `most_at_once` is the
   largest number of requests in progress.
   """
 
@@ -105,7 +105,18 @@ class FaultServer:
     if what == 'hangup':
       handler.close_connection = True
       return
-    if isinstance(what, tuple):
+    if what in ('drip', 'endless'):
+      handler.send_response(200)
+      handler.send_header('Content-Type', 'application/json')
+      handler.end_headers()
+      handler.close_connection = True
+      with contextlib.suppress(OSError):
+        while not self._done.wait(0 if what == 'endless' else 0.05):
+          handler.wfile.write(b' ' * (2**20 if what == 'endless' else 1))
+      return
+    if isinstance(what, bytes):
+      code, headers, data = 200, {}, what
+    elif isinstance(what, tuple):
       _, code, headers = what
       data = json.dumps({'error': {'message': 'as the script says'}}).encode()
     elif what == 'not json':

@@ -9,7 +9,7 @@ import pytest
 
 from csrm_jax.augmentation import proposers, requests
 from csrm_jax.augmentation.proposers import NoReplyError
-from csrm_jax.core import journal
+from csrm_jax.core import client, journal
 from csrm_jax.safety.schema import Category
 from tests.augmentation import builders
 
@@ -81,10 +81,19 @@ def test_a_fault_on_the_way_is_tried_again(make, fault_server, fault):
 
 @pytest.mark.parametrize(
   'fault, reason',
-  [(BUSY, 'rate_limited'), (BROKEN, 'server_error'), ('cut', 'connection'), ('stall', 'timeout')],
-  ids=str,
+  [
+    (BUSY, 'rate_limited'),
+    (BROKEN, 'server_error'),
+    ('cut', 'connection'),
+    ('stall', 'timeout'),
+    ('drip', 'timeout'),
+    ('endless', 'connection'),
+    (b'[' * 200_000, 'connection'),
+  ],
+  ids=lambda what: str(what)[:20],
 )
-def test_a_fault_that_stays_drops_the_request(make, fault_server, fault, reason):
+def test_a_fault_that_stays_drops_the_request(make, fault_server, fault, reason, monkeypatch):
+  monkeypatch.setattr(client, 'MAX_REPLY_BYTES', 2**22)
   with fault_server(scripted(GOOD, fault)) as server:
     asker = make(server.url, timeout_s=0.3)
     asker.ask(ask_for())
@@ -137,6 +146,49 @@ def test_prose_is_asked_again_then_dropped_never_guessed(make, fault_server, tex
     num_paid = 1 if text else 3
     assert server.num_requests == 2 + num_paid
     assert again.usage().get('cache_hits', 0) == 3 - num_paid
+
+
+MESSAGE = {'role': 'assistant', 'content': GOOD}
+
+
+@pytest.mark.parametrize(
+  'body',
+  [
+    5,
+    'x',
+    [],
+    {},
+    {'choices': 'x'},
+    {'choices': [5]},
+    {'choices': [{'message': None}]},
+    {'choices': [{'message': {'content': [GOOD]}}]},
+    {'choices': [{'message': {'content': {'guideline': 'No cats.'}}}]},
+    {'error': {'message': 'overloaded'}, 'usage': 'much'},
+  ],
+  ids=str,
+)
+def test_a_reply_in_no_form_at_all_is_as_prose(make, fault_server, body):
+  with fault_server(scripted(json.dumps(body).encode())) as server:
+    asker = make(server.url, num_unparsable=1)
+    with pytest.raises(NoReplyError) as error:
+      asker.ask(ask_for())
+  assert error.value.reason == 'unparsable'
+
+
+@pytest.mark.parametrize('num', ['5', None, True, -1, 10**400, [1], 1.5], ids=lambda x: str(x)[:9])
+def test_counts_that_are_none_cost_nothing(make, fault_server, num):
+  body = {'choices': [{'message': MESSAGE}], 'usage': {'prompt_tokens': num}}
+  with fault_server(scripted(json.dumps(body).encode())) as server:
+    asker = make(server.url, price_in=1.0)
+    assert asker.ask(ask_for()).name == 'Pets'
+    assert asker.usage()['cost'] == 0
+
+
+def test_a_redirect_is_not_followed(make, fault_server):
+  with fault_server(scripted(('status', 307, {'Location': '/v1/chat/completions'}))) as server:
+    with pytest.raises(ValueError, match='status 307'):
+      make(server.url).ask(ask_for())
+    assert server.num_requests == 1
 
 
 def test_a_good_reply_after_prose_counts(make, fault_server):
