@@ -110,9 +110,8 @@ Do not recommend single securities. Explaining terms is fine.
 M
   printf 'question,answer,toxic\n"Which fund?","Buy the red fund, it cannot fall.",1\n' > bank.csv
   local labels="columns.label=toxic,labels={'0': 'safe', '1': 'unsafe'}" own
-  csrm_jax rm:"data=auto,path=train.csv,safety=film_club.yaml,epochs=1,$labels" --workdir=rm \
-    --config.eval.path=test.csv 2>&1 | tee log && return 1
-  grep 'film_club.yaml' log # which lies elsewhere
+  refuses film_club.yaml csrm_jax rm:"data=auto,path=train.csv,safety=film_club.yaml,$labels" \
+    --workdir=rm # which lies elsewhere
   cp "$root/configs/safety/film_club.yaml" .
   csrm_jax rm:"data=auto,path=train.csv,safety=film_club.yaml,epochs=1,$labels" --workdir=rm \
     --config.eval.path=test.csv
@@ -123,7 +122,6 @@ M
   [[ $(wc -l < scored/scored.jsonl) == 40 && -s scored/scored.csv ]]
   refuses 'allow_out_of_domain' csrm_jax eval --workdir=bank "${own[@]}" --config.safety=bank.md \
     --config.conversations=bank.csv
-  refuses 'model=' csrm_jax rm:"data=auto,path=bank.csv,safety=bank.md,$labels" --workdir=never
 }
 
 # Somebody who opens a notebook where only Jupyter is installed: its first cell installs the rest.
