@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from csrm_jax import config as config_lib, usage  # noqa: E402
+from tests import readme_tables  # noqa: E402
 
 
 def on_config(config: Any) -> Any:
@@ -41,6 +42,24 @@ def on_files(files: files_lib.Files, config: Any) -> files_lib.Files:
   for name, text in pages.items():
     files.append(files_lib.File.generated(config, f'reference/{name}.md', content=text))
   return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+  """Says below each table of results how its numbers were made."""
+  for result in readme_tables.read_results().values():
+    table = readme_tables.render(result['table'])
+    if table in markdown:
+      made = {key: value for key, value in result['made'].items() if value}
+      lines = [f'    - {key}: {_made(key, value)}' for key, value in made.items()]
+      text = '\n'.join(['', '??? note "How these numbers were made"', '', *lines, ''])
+      markdown = markdown.replace(table, table + text)
+  return markdown
+
+
+def _made(key: str, value: Any) -> str:
+  if isinstance(value, list):
+    return ', '.join(map(str, value))
+  return f'`{value}`' if key == 'command' else _cell(str(value))
 
 
 def packages() -> dict[str, list[pathlib.Path]]:
