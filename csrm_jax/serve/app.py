@@ -72,6 +72,7 @@ class Judged:
   item: wire.Item
   score: float  # nats
   p_unsafe: float
+  reward: float  # 1 - p_unsafe, to all digits
   flagged: bool
   threshold: float  # P(unsafe) from which on it is
   num_cut: int  # tokens of the conversation that were not read
@@ -169,6 +170,9 @@ class _Server:
     async def handle(request: fastapi.Request) -> responses.Response:
       start = time.monotonic()
       body = await self._read_body(request)
+      # What will be refused in any case should cost little.
+      with _refusals():
+        self.engine.check_room()
 
       def prepare():
         obj = wire.load_json(body)
@@ -234,14 +238,8 @@ class _Server:
     """Returns the scores of rows; a client that goes away takes its rows off the queue."""
     if not rows:
       return np.zeros(0, np.float32)
-    try:
+    with _refusals():
       future = asyncio.wrap_future(self.engine.submit(rows))
-    except engine_lib.OverloadedError as error:
-      raise RequestError(
-        429, str(error), 'overloaded', Retry_After=str(math.ceil(error.retry_s))
-      ) from None
-    except engine_lib.NotReadyError as error:
-      raise RequestError(503, str(error), 'not_ready', Retry_After='5') from None
     gone = asyncio.ensure_future(request.receive())
     try:
       await asyncio.wait(
@@ -262,17 +260,19 @@ class _Server:
     self, ask: Ask, rows: Sequence[Sequence[engine_lib.Row]], scores: np.ndarray
   ) -> list[Judged]:
     judged, start = [], 0
+    # 1 - p loses digits where p is near 1; the sigmoid does not.
+    p_all, rewards = scoring.probabilities(scores)
     for item, group in zip(ask.items, rows, strict=True):
-      own = scores[start : start + len(group)]
-      start += len(group)
+      here = slice(start, start + len(group))
+      start, own, p_own = here.stop, scores[here], p_all[here]
       # A guard that reads one rule at a time finds an example as unsafe as under its worst rule.
-      whole = float(own.min()) if self.engine.per_category else float(own[0])
-      p_unsafe = float(scoring.probabilities(np.array([whole]))[0][0])
+      at = here.start + (int(own.argmin()) if self.engine.per_category else 0)
+      whole, p_unsafe, reward = (float(values[at]) for values in (scores, p_all, rewards))
       flagged, threshold = self._flags(item.policy.digest, whole, p_unsafe)
       each, violated = {}, {}
       if ask.each_rule:
-        alone = own if self.engine.per_category or len(own) == 1 else own[1:]
-        found = scoring.probabilities(alone)[0].tolist()
+        first = 0 if self.engine.per_category or len(own) == 1 else 1
+        alone, found = own[first:], p_own[first:].tolist()
         each = dict(zip(item.policy.safety.names, found, strict=True))
         rules = zip(item.policy.safety.categories, alone.tolist(), found, strict=True)
         violated = {
@@ -283,6 +283,7 @@ class _Server:
           item=item,
           score=whole,
           p_unsafe=p_unsafe,
+          reward=reward,
           flagged=flagged,
           threshold=threshold,
           num_cut=max(row.num_cut for row in group),
@@ -402,6 +403,19 @@ class _Server:
     return _json({'object': 'list', 'data': data})
 
 
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+  """Makes answers of what the engine refuses."""
+  try:
+    yield
+  except engine_lib.OverloadedError as error:
+    raise RequestError(
+      429, str(error), 'overloaded', Retry_After=str(math.ceil(error.retry_s))
+    ) from None
+  except engine_lib.NotReadyError as error:
+    raise RequestError(503, str(error), 'not_ready', Retry_After='5') from None
+
+
 @functools.lru_cache(4096)
 def _digest_alone(rule: schema.Category) -> str:
   return schema.SafetyConfig((rule,)).digest()
@@ -416,8 +430,7 @@ def _scores(judged: Sequence[Judged], body: Mapping[str, Any]) -> Any:
 
 
 def _rewards(judged: Sequence[Judged], body: Mapping[str, Any]) -> Any:
-  # 1 - p loses digits where p is near 1; the sigmoid does not.
-  rewards = [_sigmoid(one.score) for one in judged]
+  rewards = [one.reward for one in judged]
   found = {
     'rewards': rewards,
     'scores': rewards,
@@ -435,17 +448,13 @@ def _details(one: Judged) -> dict[str, Any]:
   return {
     'label': one.label,
     'p_unsafe': one.p_unsafe,
-    'reward': _sigmoid(one.score),
+    'reward': one.reward,
     'score': one.score,
     'threshold': one.threshold,
     'shortened': one.num_cut,
     'out_of_domain': one.outside,
     'policy': {'name': policy.name or None, 'digest': policy.digest},
   }
-
-
-def _sigmoid(score: float) -> float:
-  return float(scoring.probabilities(np.array([score]))[1][0])
 
 
 def _log_sigmoid(score: float) -> float:
@@ -485,25 +494,25 @@ class _Guard:
 
   def __init__(self, app: Any, server: _Server):
     self._app, self._server = app, server
+    self._known = {*server.endpoints, *server.pages, '/openapi.json'}
+    self._headers = [(k.lower().encode(), v.encode()) for k, v in _HEADERS.items()]
 
   async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
     if scope['type'] != 'http':
       await self._app(scope, receive, send)
       return
     start, status, path = time.monotonic(), 500, scope['path']
-    known = {*self._server.endpoints, *self._server.pages, '/openapi.json'}
 
     async def send_on(message):
       nonlocal status
       if message['type'] == 'http.response.start':
         status = message['status']
-        extra = [(k.lower().encode(), v.encode()) for k, v in _HEADERS.items()]
-        message = message | {'headers': [*message['headers'], *extra]}
+        message = message | {'headers': [*message['headers'], *self._headers]}
       await send(message)
 
     try:
       self._check(scope)
-      if path not in known:
+      if path not in self._known:
         raise RequestError(404, 'no such page; /openapi.json lists what there is')
       await self._app(scope, receive, send_on)
     except RequestError as error:
@@ -518,7 +527,7 @@ class _Guard:
       )
     finally:
       seconds = time.monotonic() - start
-      name = path if path in known else 'other'
+      name = path if path in self._known else 'other'
       self._server.metrics.requests.labels(name, str(status)).inc()
       if name in self._server.endpoints:
         self._server.metrics.latency.labels(name).observe(seconds)

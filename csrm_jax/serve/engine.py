@@ -336,6 +336,15 @@ class Engine:
   def prefix_cache_bytes(self) -> int:
     return sum(map(_num_bytes, list(self._prefixes.values())))
 
+  def check_room(self, cost_s: float = 0.0) -> None:
+    """Raises what `submit` does where rows that take cost_s would find no room."""
+    if not self.ready or self._closed:
+      raise NotReadyError('the server is not ready; wait until /ready says so')
+    wait_s = (self._queued_s + cost_s) * self._pace
+    # Whatever its size, a request is taken where nothing waits.
+    if self._queued_s > 0 and wait_s > self.deadline_s:
+      raise OverloadedError(max(wait_s - self.deadline_s, 1.0))
+
   def submit(self, rows: Sequence[Row]) -> concurrent.futures.Future:
     """Returns the future scores of the rows, float32 [N] in nats, all finite.
 
@@ -349,13 +358,8 @@ class Engine:
       concurrent.futures.Future(), np.zeros(len(rows), np.float32), len(rows), time.monotonic()
     )
     with self._changed:
-      if not self.ready or self._closed:
-        raise NotReadyError('the server is not ready; wait until /ready says so')
-      cost = sum(self._row_s[row.key] for row in rows)
-      wait_s = (self._queued_s + cost) * self._pace
-      # Whatever its size, a request is taken where nothing waits.
-      if self._queued_s > 0 and wait_s > self.deadline_s:
-        raise OverloadedError(max(wait_s - self.deadline_s, 1.0))
+      cost = sum(self._row_s.get(row.key, 0.0) for row in rows)
+      self.check_room(cost)
       self._queued_s += cost
       for place, row in enumerate(rows):
         self._queues[row.rules.length].append((row, job, place))

@@ -108,7 +108,7 @@ def compare(
       record = _record(runs) | {'versions': versions, 'work': (work or {}).get(case)}
       _print(f'{name} {args.dtype}, {case}', record)
       if not args.no_json:
-        _write(name, args, case, record)
+        write(name, args, case, record)
   finally:
     for worker in workers.values():
       worker.stop()
@@ -125,7 +125,7 @@ def _record(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]
   names = ('cpu_s', 'wall_s')
   for side, (first, *timed) in runs.items():
     record['sides'][side] = {
-      name: _spread([run[name] for run in timed]) for name in names if timed
+      name: spread([run[name] for run in timed]) for name in names if timed
     } | {
       'first_s': first['wall_s'],
       'peak_bytes': max(run['peak_bytes'] for run in (first, *timed)),
@@ -134,14 +134,15 @@ def _record(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]
   base, *others = runs
   for other in others:
     record['ratios'][other] = {
-      name: _spread([b[name] / a[name] for a, b in zip(runs[base], runs[other], strict=True)][1:])
+      name: spread([b[name] / a[name] for a, b in zip(runs[base], runs[other], strict=True)][1:])
       for name in names
       if len(runs[base]) > 1
     }
   return record
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
+  """Returns the least, the middle and the greatest of values, and all of them."""
   values = [float(f'{value:.5g}') for value in values]
   middle = statistics.median(values)
   return {'min': min(values), 'median': middle, 'max': max(values), 'all': values}
@@ -175,7 +176,8 @@ def _text(spread: Mapping[str, Any] | None) -> str:
   return f'{spread["median"]:.3g} ({spread["min"]:.3g}–{spread["max"]:.3g})'
 
 
-def _write(name: str, args: argparse.Namespace, case: str, record: Mapping[str, Any]) -> None:
+def write(name: str, args: argparse.Namespace, case: str, record: Mapping[str, Any]) -> None:
+  """Adds the record of a case to the JSON of a benchmark, in place of an older one."""
   path = RESULTS / f'{name}.json'
   found = json.loads(path.read_text()) if path.is_file() else {}
   # Nothing of where things lie on this machine.

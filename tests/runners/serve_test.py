@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import optax
 import pytest
 
@@ -103,7 +104,7 @@ def test_sigterm_under_load_loses_no_accepted_request(run):
   unheard = [value for status, value in outcomes if not status]
   closed = ConnectionResetError, BrokenPipeError
   assert all(isinstance(error, closed) for error in unheard), unheard
-  assert len({value['verdicts'][0]['score'] for value in answered}) == 1
+  assert np.ptp([value['verdicts'][0]['score'] for value in answered]) < 1e-5
 
 
 def make_config(**changes):

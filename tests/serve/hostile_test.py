@@ -258,7 +258,8 @@ def test_a_full_queue_refuses_and_loses_nothing(tmp_path, weights):
   assert len(refused) >= 5
   assert all(int(headers['retry-after']) >= 1 for headers, _ in refused)
   assert all(value['error']['code'] == 'overloaded' for _, value in refused)
-  assert len({value['verdicts'][0]['score'] for value in accepted}) == 1
+  # What stands beside a text in its batch changes its score by rounding alone.
+  assert np.ptp([value['verdicts'][0]['score'] for value in accepted]) < 1e-5
 
 
 def test_who_waits_too_long_is_told_and_who_goes_away_costs_nothing(tmp_path, weights):
