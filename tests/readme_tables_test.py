@@ -19,6 +19,24 @@ def test_every_table_of_results_has_a_file():
   assert not missing, f'run python tests/readme_tables.py --new=NAME for {missing}'
 
 
+def test_headlines_in_the_text_are_those_of_the_files():
+  def row(name, title):
+    return next(x for x in results[name]['table']['rows'] if x[0] == title)
+
+  results, pages = readme_tables.read_results(), readme_tables.read_pages()
+  readme = ' '.join(pages[readme_tables.README].split())
+  answer = row('real', '21 statements about an answer, seen rules, AUROC')
+  assert f'AUROC of {answer[1]["mean"]:.2f} ' in readme
+  assert f'regression for each rule {answer[2]:.2f}.' in readme
+  flip = row('real', 'balanced flip, unseen rules')[1]
+  assert f'({flip["mean"]:.2f} ± {flip["half"]:.2f})' in readme
+  cosa = row('rewards', '(unaligned)')[2], row('rewards', 'full')[2][0]
+  assert 'from {:.2f} to {:.2f} '.format(*cosa) in readme
+  share = row('default', 'F1, unseen rules')[-1]
+  front = pages[readme_tables.ROOT / 'docs' / 'index.md']
+  assert f'{share:.0f} % of the best F1' in ' '.join(front.split())
+
+
 @pytest.mark.parametrize('name', readme_tables.read_results())
 def test_files_say_how_their_numbers_were_made(name):
   result = readme_tables.read_results()[name]
