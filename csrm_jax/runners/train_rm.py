@@ -65,7 +65,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   if 'dtype' in config.model.overrides and config.model.overrides.dtype == 'auto':
     print(f'dtype=auto: {spec.model.dtype} is the faster one here', file=sys.stderr)
   parts, held_out = _read_data(config)
-  _say_what_is_not_read(config, parts)
+  _check_side_information(config, parts)
   if config.tokenizer:
     _say_unknown_words(parts, tokenizer)
   spec = dataclasses.replace(spec, domain=_measure_domain(config, spec, source, parts))
@@ -411,28 +411,32 @@ def _reads_of_pairs(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   return losses.PAIR_READS.get(config.loss.pair.partition(':')[0], ())
 
 
-def _say_what_is_not_read(config: ml_collections.ConfigDict, parts: dict[str, Any]) -> None:
-  """Says where pairs bring more than the loss takes from them."""
-  read, rated = _reads_of_pairs(config), set(heads.get(config.model.head).ratings)
+def _check_side_information(config: ml_collections.ConfigDict, parts: dict[str, Any]) -> None:
+  """Says where data brings more than loss and head read; ValueError where they read what is not
+  there."""
+  read, wanted = _reads_of_pairs(config), set(heads.get(config.model.head).ratings)
+  # What is generated is rated and graded by one defect alone.
+  is_graded = config.data.defect.startswith('scale')
+  rated, found = {'severity'} if is_graded else set(), {'strength'} if is_graded else set()
   for name, items in parts.items():
     if isinstance(items, sources.Generated):
       continue
     for item in items:
-      if (
-        isinstance(item, schema.Example)
-        and item.label is None
-        and not rated & set(dict(item.ratings))
-      ):
-        raise ValueError(
-          f'{item.id}: no label, and model.head={config.model.head} learns none of its ratings; '
-          'add a label, or name them as in model.head=ratings:names=A+B'
-        )
+      if isinstance(item, schema.Example):
+        own = {rating for rating, _ in item.ratings}
+        rated |= own
+        if item.label is None and not wanted & own:
+          raise ValueError(
+            f'{item.id}: no label, and model.head={config.model.head} learns none of its ratings;'
+            ' add a label, or name them as in model.head=ratings:names=A+B'
+          )
     pairs = [item for item in items if isinstance(item, schema.Pair)]
     for what, num in {
       'tie': sum(pair.is_tie for pair in pairs),
       'strength': sum(bool(pair.strength) for pair in pairs),
       'soft': sum(pair.soft != 1 for pair in pairs),
     }.items():
+      found |= {what} if num else set()
       able = [one for one, reads in losses.PAIR_READS.items() if what in reads]
       if num and what not in read:
         left = 'and is left out' if what == 'tie' else 'that is not read'
@@ -440,6 +444,13 @@ def _say_what_is_not_read(config: ml_collections.ConfigDict, parts: dict[str, An
           f'{num} pairs of {name!r} have a {what} {left}: loss.pair={config.loss.pair}; '
           f'{" and ".join(able)} read it'
         )
+  if missing := sorted(wanted - rated):
+    raise ValueError(
+      f'model.head={config.model.head} learns the rating {missing[0]!r}, which no row has; there '
+      f'are {", ".join(sorted(rated)) or "none"} (data.own.columns.ratings names columns)'
+    )
+  if 'strength' in read and 'strength' not in found:
+    checks.note(f'no pair has a strength: loss.pair={config.loss.pair} takes 1 for all')
 
 
 def _make_encoder(
