@@ -71,7 +71,8 @@ class Spec:
     fields['model'] = model_config.ModelConfig.from_dict(obj['model'])
     fields['layout'] = templates.Layout.from_dict(obj['layout'])
     fields['domain'] = obj['domain'] and domain_lib.Domain.from_dict(obj['domain'])
-    heads.get(fields['head'])  # one that this version does not know is an error now
+    # One that this version does not know is an error now.
+    heads.get(checks.check_text(fields['head'], 'head'))
     return cls(**fields)
 
   def verbalizers(self, tokenizer: tokenizer_lib.Tokenizer) -> templates.Verbalizers:

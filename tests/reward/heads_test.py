@@ -245,6 +245,25 @@ def test_a_head_that_is_unknown_is_one_line(text, said):
   assert said in small.error_of(heads.get, text)
 
 
+@pytest.mark.parametrize('head', ['unheard', 5, ['linear'], None])
+def test_a_stored_head_that_is_none_is_one_line(head):
+  meta = dataclasses.asdict(SPEC) | {'head': head}
+  assert 'head' in small.error_of(reward_model.Spec.from_dict, meta)
+
+
+def test_work_directories_from_before_heads_are_read():
+  meta = dataclasses.asdict(SPEC)
+  del meta['head']
+  assert reward_model.Spec.from_dict(meta) == SPEC
+
+
+def test_a_head_lies_on_a_mesh():
+  mesh = mesh_lib.make_mesh()
+  for text in TEXTS:
+    shapes = heads.shapes(text, SPEC.model)
+    assert jax.tree.structure(mesh_lib.shardings(shapes, mesh)) == jax.tree.structure(shapes)
+
+
 def test_combiners_are_loops_over_members():
   scores = RNG.normal(size=(3, 4))
   for text, want in {

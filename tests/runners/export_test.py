@@ -201,8 +201,9 @@ def test_what_has_no_such_form(form, cfg, fields, message, make_run, tmp_path):
   assert not list(tmp_path.glob('out/*/model*'))
 
 
-def test_a_linear_head_is_exported_as_the_classifier_that_it_is(make_run, tmp_path):
-  run = make_run(head='linear', safe_words=(' safe', ' yes'))
+@pytest.mark.parametrize('cfg', [CFG, LORA])
+def test_a_linear_head_is_exported_as_the_classifier_that_it_is(cfg, make_run, tmp_path):
+  run = make_run(cfg, head='linear', safe_words=(' safe', ' yes'))
   rows, _ = _prompts(run, 4)
   want = csrm_jax.load(run).score_fn(rows)
   assert np.ptp(want) > 1e-3
