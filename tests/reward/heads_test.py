@@ -79,7 +79,7 @@ def test_scores_and_gradients_are_those_of_a_loop_in_float64(text):
     log_p = _apply(text, params, HIDDEN).log_p
     return (log_p[0] - log_p[1]).sum()
 
-  slopes = jax.grad(total)(params)
+  slopes = jax.jit(jax.grad(total))(params)
   parts = zip(*map(jax.tree.leaves, (slopes, way)), strict=True)
   slope = sum(float((g * w).sum()) for g, w in parts)
 
@@ -224,7 +224,7 @@ def test_members_are_trained_each_for_itself():
 
   def total(head, own):
     loss_fn = scoring.make_loss_fn(SPEC.model, verbalizers, 0.3, 0.0, head=head)
-    return float(loss_fn(params | {'head': own}, _batch())[0])
+    return float(jax.jit(lambda *args: loss_fn(*args)[0])(params | {'head': own}, _batch()))
 
   own = heads.init(text, SPEC.model, 0)['head']
   each = [total('linear', {'kernel': own['kernel'][:, i : i + 1]}) for i in range(3)]

@@ -117,8 +117,8 @@ def test_descent_draws_a_tie_together_and_orders_by_the_target():
       log_p = jax.nn.log_sigmoid(scores), jax.nn.log_sigmoid(-scores)
       return losses.reward_model_loss(*log_p, batch, 1.0, 0.0, pair_loss=losses.soft)[0]
 
-    for _ in range(200):
-      scores = scores - jax.grad(total)(scores)
+    descend = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda i, x: x - jax.grad(total)(x), x))
+    scores = descend(scores)
     return float(scores[0, 1] - scores[0, 2])
 
   scores = jnp.asarray([[0.0, 1.5, -0.5, 0.0]])
