@@ -1,0 +1,12 @@
+"""Tests, and the processes that they start, share the compiled programs that runs keep."""
+
+import os
+import pathlib
+
+# Before JAX is imported. A second run of the tests compiles nearly nothing; within the first, what
+# many of them compile is compiled once.
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path('~/.cache/csrm_jax').expanduser())
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
