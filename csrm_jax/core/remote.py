@@ -108,6 +108,8 @@ def push(path: pathlib.Path) -> None:
           target = found.home / name
           target.parent.mkdir(parents=True, exist_ok=True)
           target.write_bytes(data)
+          if (num := target.stat().length) != len(data):
+            raise OSError(f'{target} holds {num:,} bytes of the {len(data):,} written')
           found.held[name] = stamp
       for name in set(found.held) - set(names):
         (found.home / name).unlink(missing_ok=True)

@@ -115,6 +115,37 @@ def test_an_address_that_cannot_be_written_is_one_line(monkeypatch, address, mes
   assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('fault', ['slow', 'refuses', 'loses bytes'])
+def test_what_a_bucket_did_not_take_is_written_again(tmp_path, monkeypatch, fault):
+  home, kind, num = epath.Path(tmp_path / 'run'), type(epath.Path(tmp_path)), 0
+  write = kind.write_bytes
+
+  def write_badly(self, data):
+    nonlocal num
+    num += 1
+    if fault == 'slow':
+      time.sleep(0.02)
+    elif num in (2, 3):
+      if fault == 'refuses':
+        raise OSError('503\ntry later')
+      data = data[:-1]
+    write(self, data)
+
+  monkeypatch.setattr(kind, 'write_bytes', write_badly)
+  said, files = [], {name: name * 9 for name in 'abcd'}
+  with remote.mirror(home) as path:
+    for name, text in files.items():
+      (path / name).write_text(text)
+    for _ in range(3):
+      try:
+        remote.push(path)
+      except OSError as error:
+        said.append(str(error))
+    assert _tree(home) == files
+  assert len(said) == (0 if fault == 'slow' else 2)
+  assert all('the same command goes on' in text and '\n' not in text for text in said)
+
+
 def test_a_bucket_that_is_gone_is_one_line(tmp_path):
   (tmp_path / 'run').mkdir()
   with (
