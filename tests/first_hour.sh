@@ -73,11 +73,13 @@ clone() {
   for file in report/report.md report/report.html model_card.md; do
     [[ -s ../rm/$file || -s ../rm/report/$file ]] || { echo "no $file" >&2 && return 1; }
   done
-  # The README's block under "Ask it", on this model.
+  # The README's block under "Ask it", on this model. Beside the clone, whose folder has the package's
+  # name, Python would take that for it.
+  mkdir ../script
   awk '/^## Ask it/ { found = 1 } found && /^```$/ { exit } code; found && /^```python/ { code = 1 }' \
-    README.md | sed "s|/tmp/rm|$PWD/../rm|" > ../ask.py
-  grep -q csrm_jax.load ../ask.py
-  python ../ask.py | grep 'p_unsafe='
+    README.md | sed "s|/tmp/rm|$PWD/../rm|" > ../script/ask.py
+  grep -q csrm_jax.load ../script/ask.py
+  python ../script/ask.py | grep 'p_unsafe='
   csrm_jax doctor | grep 'device(s)'
 }
 
