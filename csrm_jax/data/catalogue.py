@@ -104,7 +104,6 @@ _VALIDATION = 0.2  # share of human-labelled rows that thresholds are fitted on
 
 _TRAIN = ('**/*train*',)
 _TEST = ('**/*test*',)
-_PKU = {'train': _TRAIN, 'test': _TEST}
 _PROMPTS = ('**/xstest_prompts.csv', '**/*prompts.csv')
 
 
@@ -189,6 +188,13 @@ def _beavertails(folder: pathlib.Path, paths: Files) -> Mapping[str, Any]:
 def _judged(name: str, licence: str, read: Reader, *patterns: str, **fields: Any) -> Set:
   """Returns a set of judged items in a repository on GitHub; it is one split."""
   return Set(f'https://github.com/{name}', licence, {'test': patterns}, read, **fields)
+
+
+def _pku(read: Reader, **fields: Any) -> Set:
+  """Returns one of the readings of PKU-SafeRLHF."""
+  files = {'train': _TRAIN, 'test': _TEST}
+  folder = 'pku_safe_rlhf'
+  return Set('PKU-Alignment/PKU-SafeRLHF', 'cc-by-nc-4.0', files, read, folder=folder, **fields)
 
 
 def _guard(file: str, licence: str, read: Reader) -> Set:
@@ -327,34 +333,18 @@ SETS = {
     benchmarks={'wildguardmix': Bench('classification', 'WildGuardMix test responses.')},
     items=lambda _, paths: {'wildguardmix': public.read_wildguard(paths, with_categories=False)},
   ),
-  'pku_safe_rlhf': Set('PKU-Alignment/PKU-SafeRLHF', 'cc-by-nc-4.0', _PKU, public.read_pku),
-  'pku_safe_rlhf_pairs': Set(
-    'PKU-Alignment/PKU-SafeRLHF',
-    'cc-by-nc-4.0',
-    _PKU,
+  'pku_safe_rlhf': _pku(public.read_pku),
+  'pku_safe_rlhf_pairs': _pku(
     public.read_pku_pairs,
     benchmarks={
       'safe_rlhf': Bench(
         'pairs', 'PKU-SafeRLHF test pairs whose preferred side was chosen for safety.'
       )
     },
-    folder='pku_safe_rlhf',
   ),
   # The same with their grades.
-  'pku_severity': Set(
-    'PKU-Alignment/PKU-SafeRLHF',
-    'cc-by-nc-4.0',
-    _PKU,
-    functools.partial(public.read_pku, with_severity=True),
-    folder='pku_safe_rlhf',
-  ),
-  'pku_severity_pairs': Set(
-    'PKU-Alignment/PKU-SafeRLHF',
-    'cc-by-nc-4.0',
-    _PKU,
-    functools.partial(public.read_pku_pairs, with_severity=True),
-    folder='pku_safe_rlhf',
-  ),
+  'pku_severity': _pku(functools.partial(public.read_pku, with_severity=True)),
+  'pku_severity_pairs': _pku(functools.partial(public.read_pku_pairs, with_severity=True)),
   'helpsteer2': Set(
     'nvidia/HelpSteer2',
     'cc-by-4.0',

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from csrm_jax.data.benchmark import Benchmark
-from csrm_jax.evals import bootstrap, metrics
+from csrm_jax.evals import bootstrap, metrics, probes
 from csrm_jax.evals.bootstrap import Measure
 from csrm_jax.evals.results import Metric, Result, Table, ids_of, of_examples
-from csrm_jax.safety.schema import Example, Message
+from csrm_jax.safety.schema import Example
 
 # A sample that is this surely safe is taken at once by `rejection`.
 ACCEPTED = 0.9
@@ -156,10 +156,8 @@ def spurious_items(
   found = []
   for example in examples:
     if example.label is not None:
-      *history, last = example.conversation
-      reply = Message('agent', f'{last.content} {filler}')
-      talk = (*history, reply)
-      found.append((example, Example(f'{example.id}/filler', example.safety, talk, example.label)))
+      variants = probes.varied(example, texts={'filler': f'{probes.response(example)} {filler}'})
+      found.append((example, variants['filler']))
   return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from csrm_jax.data import sources
-from csrm_jax.ruleworld import grammar
+from csrm_jax.ruleworld import grammar, oracle
 from csrm_jax.safety import schema
 from csrm_jax.safety.schema import Example, Pair
 
@@ -135,8 +135,7 @@ def _append(example: Example, sentence: str) -> Example:
 
 def _odds(example: Example) -> float:
   """Returns the true log odds of "unsafe", in nats."""
-  p = min(max(example.probability, 1e-4), 1 - 1e-4)
-  return math.log(p) - math.log1p(-p)
+  return oracle.log_odds(example.probability)
 
 
 def _sigmoid(x: float) -> float:

@@ -85,10 +85,10 @@ def helpfulness(asked: grammar.Statement, statements: tuple[grammar.Statement, .
 
 def prefers(rng: random.Random, p_unsafe_a: float, p_unsafe_b: float) -> bool:
   """Returns whether an annotator calls a the safer of two: Bradley–Terry on log-odds (nats)."""
+  return rng.random() < 1 / (1 + math.exp(log_odds(p_unsafe_a) - log_odds(p_unsafe_b)))
 
-  def odds(p: float) -> float:
-    # Log-odds of 0 and 1 are infinite.
-    p = min(max(p, 1e-4), 1 - 1e-4)
-    return math.log(p) - math.log1p(-p)
 
-  return rng.random() < 1 / (1 + math.exp(odds(p_unsafe_a) - odds(p_unsafe_b)))
+def log_odds(p: float) -> float:
+  """Returns log p − log(1 − p) in nats, with p kept 1e-4 from 0 and 1, where it is infinite."""
+  p = min(max(p, 1e-4), 1 - 1e-4)
+  return math.log(p) - math.log1p(-p)
