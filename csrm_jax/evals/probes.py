@@ -29,8 +29,7 @@ from csrm_jax.data.benchmark import TIES, Benchmark, Choice
 from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure, rows_by
 from csrm_jax.evals.metrics import mean
-from csrm_jax.evals.results import Figure, Result, Table, ids_of, of_examples, value
-from csrm_jax.evals.verdicts import Scores
+from csrm_jax.evals.results import Figure, Result, Scores, Table, ids_of, of_examples, value
 from csrm_jax.safety import templates
 from csrm_jax.safety.schema import Category, Example, Message, SafetyConfig
 

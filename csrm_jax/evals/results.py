@@ -16,6 +16,8 @@ from csrm_jax.core.markdown import NONE, Markdown, is_number, number
 # best is what a judge that knows the true P(unsafe) reaches on the same rows (None if unknown).
 # Some have a note too, words that belong to the number.
 Metric = dict[str, Any]
+# P(unsafe) of what is judged for each item of a benchmark: one row, or the sides of a comparison.
+Scores = Sequence[np.ndarray]
 
 
 def load(name: str) -> Any:

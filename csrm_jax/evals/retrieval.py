@@ -21,8 +21,8 @@ from csrm_jax.core import checks
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure
-from csrm_jax.evals.results import Figure, Result
-from csrm_jax.evals.verdicts import Scores, classification
+from csrm_jax.evals.results import Figure, Result, Scores
+from csrm_jax.evals.verdicts import classification
 from csrm_jax.safety.schema import Example, Message, SafetyConfig
 
 TOP_K = 20  # how many rules are kept

@@ -28,6 +28,7 @@ from csrm_jax.evals.results import (
   Figure,
   Metric,
   Result,
+  Scores,
   Table,
   by_metric,
   ids_of,
@@ -35,8 +36,6 @@ from csrm_jax.evals.results import (
   value,
 )
 from csrm_jax.safety.schema import Example
-
-Scores = Sequence[np.ndarray]
 
 # The tag of benchmarks whose rows have levels of severity.
 LEVEL = 'severity'
