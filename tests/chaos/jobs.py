@@ -199,12 +199,13 @@ def with_kills(
   while num:
     run = Run(name, inputs, workdir)
     if run.wait(rng.uniform(0.05, 1.1) * took) is None:
-      os.kill(run.process.pid, signal.SIGKILL)
-      run.wait()
+      run.process.kill()
+    if run.wait() == -signal.SIGKILL:
       num -= 1
     else:
+      # It was finished first, even between the two lines above: another one.
       assert run.wait() == 0, run.said()
-      shutil.rmtree(workdir)  # It was finished first: another one.
+      shutil.rmtree(workdir)
   run = Run(name, inputs, workdir)
   assert run.wait() == 0, run.said()
   return outcome(workdir)
