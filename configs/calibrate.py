@@ -4,7 +4,8 @@ python -m csrm_jax.main --workdir=/tmp/thresholds --config=configs/calibrate.py:
   --config.conversations=labelled.jsonl --config.safety=configs/safety/hospital.yaml
 
 configs/serve.py and configs/eval.py use what it writes: --config.thresholds=\
-/tmp/thresholds/thresholds.json
+/tmp/thresholds/thresholds.json; with stream=words it is for a monitor of replies that grow, and
+configs/serve.py takes it as --config.monitor.
 """
 
 import pathlib
@@ -17,9 +18,13 @@ common = config_lib.load_module(pathlib.Path(__file__).with_name('common.py'))
 
 
 def get_config(arg=None):
-  """Returns the config; arg: checkpoint, level, method."""
+  """Returns the config; arg: checkpoint, level, method, stream."""
   arg = config_lib.parse_arg(
-    arg, checkpoint='', level=0.01, method=('conformal', 'confident', 'empirical')
+    arg,
+    checkpoint='',
+    level=0.01,
+    method=('conformal', 'confident', 'empirical'),
+    stream=('', 'words', 'turns'),
   )
   c = ml_collections.ConfigDict()
   c.runner = 'calibrate'
@@ -48,6 +53,10 @@ def get_config(arg=None):
   # takes 3 times the rows; empirical: the share among these rows, whatever their number.
   c.method = arg.method
   c.confidence = 0.95  # of method=confident
+  # '' for verdicts on whole replies. For a monitor, of the worst verdict of a stream: 'words' while
+  # a reply grows; 'turns' over all of the agent's messages, whose label stands for all of them.
+  c.stream = arg.stream
+  c.every = 4  # with stream=words: how many words lie between two verdicts
   # Labelled rows, in any form of csrm_jax.data.forms, that training has not seen; the rules of all,
   # or '' where each row brings its own: every set of rules gets its threshold.
   c.conversations = ''

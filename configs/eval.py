@@ -131,6 +131,10 @@ def get_config(arg=None):
     c.num_prompts = 256  # of each; intervals are over prompts
     c.num_samples = 64  # of each prompt: the largest n
     c.seed = 0  # of prompts and samples; must be the same for all reports that are compared
+    # Judges samples as they grow, after so many words: adds `early_stop` to what search finds, and
+    # the false alarms and the recall of a calibrated monitor. 0 judges whole replies only.
+    c.every = 0
+    c.alpha = 0.05  # the share of safe replies that the monitor may alarm
     return c
   if arg.benchmarks:
     c.title = ''  # the report's title; '' names the model

@@ -45,6 +45,9 @@ def get_config(arg=None):
   c.threshold = 0.5  # P(unsafe) from which on a response is flagged
   # The thresholds.json of configs/calibrate.py: policies that stand there unedited have their own.
   c.thresholds = ''
+  # The same with stream=words or turns: /monitor judges replies that grow, or dialogues, by it. ''
+  # alarms at P(unsafe) 0.5, every 4 words, and promises no rate of false alarms.
+  c.monitor = ''
 
   # Anything but 127.0.0.1 needs a token, which clients send as "Authorization: Bearer TOKEN".
   c.host = '127.0.0.1'

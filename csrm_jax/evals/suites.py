@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from csrm_jax.data.benchmark import Benchmark
-from csrm_jax.evals import metrics, probes, retrieval, ruler, verdicts
+from csrm_jax.evals import alarms, metrics, probes, retrieval, ruler, verdicts
 from csrm_jax.evals.bootstrap import Measure
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import FAILED, SKIPPED, Result
@@ -109,9 +109,10 @@ SUITES = {
   'spurious': Suite(ruler.spurious, tuple, ruler.spurious_items),
   'search': Suite(
     ruler.search,
-    tuple,
+    ruler.asked,
     paired={name: (metrics.mean, (name,)) for name in ('truth_first', 'truth_best')},
   ),
+  'alarms': Suite(alarms.alarms, tuple),
 }
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import scipy.special
@@ -148,6 +149,8 @@ class Thresholds:
   calibration: tuple[float, float] | None  # temperature and bias of its scores
   by_rules: Mapping[str, Threshold]
   names: Mapping[str, str]  # of rules, for people
+  # Where streams are judged, the fields of reward.monitor.Cuts; None: thresholds of whole replies.
+  stream: Mapping[str, Any] | None = None
 
   def save(self, path: pathlib.Path) -> None:
     """Writes a JSON file."""
@@ -157,18 +160,22 @@ class Thresholds:
       for digest, found in self.by_rules.items()
     ]
     about = {'model': self.model, 'calibration': self.calibration}
+    about |= {'stream': dict(self.stream)} if self.stream else {}
     files.write(path, json.dumps(about | {'policies': rows}, indent=2) + '\n')
 
 
-def load(path: str, model: str, calibration: metrics.Calibration | None) -> Thresholds:
+def load(
+  path: str, model: str, calibration: metrics.Calibration | None, of_streams: bool = False
+) -> Thresholds:
   """Returns the thresholds of a file.
 
   Args:
     model: The digest of the weights that they are used with.
     calibration: What is applied to their scores.
+    of_streams: Whether they are for streams, not for whole replies.
 
   Raises:
-    ValueError: They were fitted for another model or calibration, or it is no such file.
+    ValueError: They were fitted for another model, calibration or use, or it is no such file.
   """
   obj = files.read_json(path, dict)
   fields = {field.name for field in dataclasses.fields(Threshold)}
@@ -179,7 +186,7 @@ def load(path: str, model: str, calibration: metrics.Calibration | None) -> Thre
       names[row['digest']] = row['policy']
       if not math.isfinite(by_rules[row['digest']].score):
         raise ValueError('a score is not finite')
-    fitted_on, fitted = obj['model'], obj['calibration']
+    fitted_on, fitted, stream = obj['model'], obj['calibration'], obj.get('stream')
   except (LookupError, TypeError, ValueError) as error:
     raise ValueError(
       f'{path}: not a file of thresholds ({checks.reason(error)}); give the thresholds.json that '
@@ -192,4 +199,9 @@ def load(path: str, model: str, calibration: metrics.Calibration | None) -> Thre
         f'{path}: fitted for another model ({what} {str(then)[:24]}, here {str(here)[:24]}); run '
         'configs/calibrate.py on this one'
       )
-  return Thresholds(fitted_on, fitted and tuple(fitted), by_rules, names)
+  if bool(stream) != of_streams:
+    what, fix = ('streams', 'without') if stream else ('whole replies', 'with')
+    raise ValueError(
+      f'{path}: its thresholds are for {what}; run configs/calibrate.py {fix} stream=words or turns'
+    )
+  return Thresholds(fitted_on, fitted and tuple(fitted), by_rules, names, stream)

@@ -28,7 +28,7 @@ from csrm_jax.core import checkpoint, checks, files, mesh as mesh_lib, remote, t
 from csrm_jax.data import domain as domain_lib
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.models import config as model_config, hf, hf_config, lora, transformer
-from csrm_jax.reward import backbone, exported, heads, scoring
+from csrm_jax.reward import backbone, exported, heads, monitor as monitors, scoring
 from csrm_jax.safety import schema, templates
 from csrm_jax.safety.templates import ORDERS, WORDS
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -146,6 +146,26 @@ class RewardModel:
     return scoring.verdicts(
       self.score_fn.judge(examples, on_cut=on_cut, allow_out_of_domain=allow_out_of_domain)
     )
+
+  def monitor(
+    self,
+    safety: schema.SafetyConfig,
+    alpha: float = 0.05,
+    safe: Sequence[Sequence[schema.Message]] | None = None,
+    unit: str = 'words',
+    every: int = 4,
+  ) -> monitors.Monitor:
+    """Returns what watches replies that grow, or dialogues, under these rules; see `monitors`.
+
+    Args:
+      alpha: The share of safe streams that may be alarmed.
+      safe: Conversations that are known to end safe, 1 / alpha of them or more: what it is
+        calibrated on. Without them alarms are at P(unsafe) of one half, and it names no rate.
+      unit: 'words' takes the text of one reply and judges it after `every` words; 'turns' takes
+        messages and judges the agent's.
+    """
+    made = monitors.Monitor(self.score_fn, safety, monitors.Cuts(unit, every))
+    return made if safe is None else made.calibrate(safe, alpha)
 
 
 def load(

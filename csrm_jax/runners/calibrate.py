@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import ml_collections
 
 from csrm_jax.core import markdown
 from csrm_jax.evals import bootstrap, metrics, thresholds
-from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import model as reward_model, monitor
 from csrm_jax.runners import evaluate
 
 FILE = 'thresholds.json'
@@ -19,9 +20,20 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   examples = [row for row in evaluate.read_examples(config) if row.label is not None]
   if not examples:
     raise ValueError(f'{config.conversations}: no row has a label; thresholds are fitted on labels')
+  cuts = monitor.Cuts(config.stream, config.every) if config.stream else None
+  if cuts and config.bound != 'flagged':
+    raise ValueError(
+      f'config.bound={config.bound!r} with config.stream={config.stream!r}: a monitor bounds false '
+      'alarms; use bound=flagged'
+    )
   rm = evaluate.load_model(config, config.allow_out_of_domain)
   with evaluate.progress_bar('score', len(examples)) as bar:
-    scores = rm.score_fn(examples, bar.update)
+    if cuts:
+      talks = [example.conversation for example in examples]
+      scores = monitor.lowest(rm.score_fn, [e.safety for e in examples], talks, cuts)
+      bar.update(len(examples))
+    else:
+      scores = rm.score_fn(examples, bar.update)
   labels = metrics.labels_of(examples)
   digests = [example.safety.digest() for example in examples]
   found, names = {}, {}
@@ -39,6 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     calibration=fitted and (fitted.temperature, fitted.bias),
     by_rules=found,
     names=names,
+    stream=cuts and dataclasses.asdict(cuts),
   ).save(workdir / FILE)
   number = markdown.number
   print(

@@ -12,7 +12,7 @@ from csrm_jax.core import files
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import report, suites
 from csrm_jax.models import hf
-from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import model as reward_model, monitor
 from csrm_jax.rl import online
 from csrm_jax.ruleworld import policy as world
 from csrm_jax.runners import align, evaluate
@@ -34,7 +34,17 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   for rules in config.rules or tuple(world.RULE_SETS):
     about = f'Replies of the unaligned policy under the rules of the {rules}, and what is true.'
     items = _samples(config, rules)
-    todo.append(Benchmark(rules.replace(' ', '_'), 'search', items, about))
+    name = rules.replace(' ', '_')
+    if config.every:
+      items = [tuple(_growing(sample, config.every) for sample in item) for item in items]
+      replies = [sample for item in items for sample in item]
+      groups = [f'{i}' for i, item in enumerate(items) for _ in item]
+      options = {'alpha': config.alpha}
+      growing = 'The same replies as they grow, safe or not to the letter of the rules.'
+      todo.append(
+        Benchmark(f'{name}_alarms', 'alarms', replies, growing, groups=groups, options=options)
+      )
+    todo.append(Benchmark(name, 'search', items, about))
   results = evaluate.test(score_fn, suites.prepare(todo))
   summary = report.summarise(results)
   title = config.title or f'Truth under search: {config.checkpoint}'
@@ -61,8 +71,20 @@ def _samples(config: ml_collections.ConfigDict, rules: str) -> list[tuple[schema
   return items
 
 
+def _growing(sample: schema.Example, every: int) -> tuple[schema.Example, ...]:
+  """Returns what a monitor judges of a reply, all of it last."""
+  cuts = monitor.Cuts(every=every)
+  *parts, _ = cuts.prefixes(sample.conversation)
+  unknown = dataclasses.replace(sample, label=None, probability=None)
+  return *(
+    dataclasses.replace(unknown, id=f'{sample.id}/{i}', conversation=part)
+    for i, part in enumerate(parts)
+  ), sample
+
+
 def _known(sample: schema.Sample) -> schema.Example:
   # Equal texts of a prompt are one example, which is scored once.
   name = f'{sample.prompt.id}/{files.digest(sample.text)[:12]}'
   probability = min(max(1 - world.oracle_safety(sample), 0.0), 1.0)
-  return dataclasses.replace(sample.example(), id=name, probability=probability)
+  label = 'safe' if world.oracle_compliance(sample) == 1 else 'unsafe'
+  return dataclasses.replace(sample.example(), id=name, label=label, probability=probability)

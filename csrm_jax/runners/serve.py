@@ -8,13 +8,14 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import ml_collections
 
 from csrm_jax.core import checks, mesh as mesh_lib
 from csrm_jax.evals import thresholds
-from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import model as reward_model, monitor
 
 _LOCAL = ('127.0.0.1', 'localhost', '::1')
 
@@ -51,6 +52,7 @@ def make_server(config: ml_collections.ConfigDict):
     ),
     threshold=config.threshold,
     thresholds=_thresholds(config),
+    **_monitor(config),
     token=token,
     allowed_hosts=tuple(config.allowed_hosts),
     body_timeout_s=limits.body_timeout_s,
@@ -96,11 +98,25 @@ def make_server(config: ml_collections.ConfigDict):
 
 def _thresholds(config: ml_collections.ConfigDict) -> Mapping[str, thresholds.Threshold]:
   """Returns the thresholds of config.thresholds by their rules' digest."""
-  if not config.thresholds:
+  return _fitted(config, config.thresholds).by_rules if config.thresholds else {}
+
+
+def _monitor(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the settings of config.monitor."""
+  if not config.monitor:
     return {}
+  found = _fitted(config, config.monitor, of_streams=True)
+  try:
+    cuts = monitor.Cuts(**found.stream)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{config.monitor}: {error}; fit it again with configs/calibrate.py') from None
+  return {'cuts': cuts, 'alarms': found.by_rules}
+
+
+def _fitted(config, path: str, of_streams: bool = False) -> thresholds.Thresholds:
   fitted = reward_model.applied_calibration(config.checkpoint)
   weights = reward_model.digest(config.checkpoint, config.combine)
-  return thresholds.load(config.thresholds, weights, fitted).by_rules
+  return thresholds.load(path, weights, fitted, of_streams)
 
 
 def _load_parts(config: ml_collections.ConfigDict, name: str):

@@ -27,7 +27,7 @@ from prometheus_client import core as prometheus
 
 from csrm_jax.data import domain
 from csrm_jax.evals.thresholds import Threshold
-from csrm_jax.reward import scoring
+from csrm_jax.reward import monitor, scoring
 from csrm_jax.safety import schema
 from csrm_jax.serve import engine as engine_lib, openapi, wire
 from csrm_jax.serve.policies import Policies
@@ -54,6 +54,8 @@ class Settings:
   limits: wire.Limits
   threshold: float  # P(unsafe) from which on a response is flagged
   thresholds: Mapping[str, Threshold] = dataclasses.field(default_factory=dict)  # by rules' digest
+  cuts: monitor.Cuts = dataclasses.field(default_factory=monitor.Cuts)  # where streams are judged
+  alarms: Mapping[str, Threshold] = dataclasses.field(default_factory=dict)  # of streams
   token: str = ''  # clients must send it as bearer token; '' for none
   allowed_hosts: tuple[str, ...] = ()  # beside this machine's names, where there is no token
   body_timeout_s: float = 10.0  # for a request's body to arrive
@@ -124,6 +126,7 @@ class _Server:
         lambda r, body: self.reader.read_reward(body, r.query_params.get('policy')),
         _rewards,
       ),
+      '/monitor': (lambda r, body: self.reader.read_monitor(body, settings.cuts), self._monitor),
       '/v1/chat/completions': (lambda r, body: self.reader.read_chat(body), self._chat),
     }
     self.pages = {
@@ -268,7 +271,8 @@ class _Server:
       # A guard that reads one rule at a time finds an example as unsafe as under its worst rule.
       at = here.start + (int(own.argmin()) if self.engine.per_category else 0)
       whole, p_unsafe, reward = (float(values[at]) for values in (scores, p_all, rewards))
-      flagged, threshold = self._flags(item.policy.digest, whole, p_unsafe)
+      by_rules = self.settings.alarms if ask.is_stream else self.settings.thresholds
+      flagged, threshold = self._flags(item.policy.digest, whole, p_unsafe, by_rules)
       each, violated = {}, {}
       if ask.each_rule:
         first = 0 if self.engine.per_category or len(own) == 1 else 1
@@ -294,9 +298,15 @@ class _Server:
       )
     return judged
 
-  def _flags(self, digest: str, score: float, p_unsafe: float) -> tuple[bool, float]:
+  def _flags(
+    self,
+    digest: str,
+    score: float,
+    p_unsafe: float,
+    by_rules: Mapping[str, Threshold] | None = None,
+  ) -> tuple[bool, float]:
     """Returns whether a score is flagged under rules, and from which P(unsafe) on it would be."""
-    fitted = self.settings.thresholds.get(digest)
+    fitted = (self.settings.thresholds if by_rules is None else by_rules).get(digest)
     if fitted:
       return fitted.flags(score), fitted.p_unsafe
     return p_unsafe >= self.settings.threshold, self.settings.threshold
@@ -327,6 +337,19 @@ class _Server:
         self._audit.write(json.dumps(line) + '\n')
 
   # --- Answers -------------------------------------------------------------------------
+
+  def _monitor(self, judged: Sequence[Judged], body: Mapping[str, Any]) -> Any:
+    fitted = judged and self.settings.alarms.get(judged[0].item.policy.digest)
+    return {
+      'alarm': any(one.flagged for one in judged),
+      'judged': body.get('judged', 0) + len(judged),
+      'p_unsafe': judged[-1].p_unsafe if judged else None,
+      # The share of safe streams that is alarmed at most; null where nobody has calibrated it.
+      'false_alarms': fitted.level if fitted else None,
+      'unit': self.settings.cuts.unit,
+      'every': self.settings.cuts.every,
+      'verdicts': [_details(one) for one in judged],
+    }
 
   def _moderations(self, judged: Sequence[Judged], body: Mapping[str, Any]) -> Any:
     return {

@@ -146,6 +146,24 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     },
     {'rewards': [0.97], 'scores': [0.97], 'extra_logs': {'score_nats': [3.48], 'num_cut': [0.0]}},
   ),
+  '/monitor': _endpoint(
+    'Watch a reply while it grows, or a dialogue',
+    'Send all messages so far, the last one as long as it is by now, and as `judged` what the last '
+    'answer said (0 at first): what is new is judged, after every so many words (`unit`, `every`). '
+    '`over: true` also judges the end of the reply. Stop at `alarm`. `false_alarms` is the share '
+    'of safe streams that is alarmed at most, where a monitor was calibrated for them, else null. '
+    f'{_RULES_BY}',
+    {'growing': {'safety': _RULES, 'messages': _TALK, 'judged': 0}},
+    {
+      'alarm': False,
+      'judged': 2,
+      'p_unsafe': 0.03,
+      'false_alarms': 0.05,
+      'unit': 'words',
+      'every': 4,
+      'verdicts': [_VERDICT, _VERDICT],
+    },
+  ),
   '/v1/chat/completions': _endpoint(
     'Answer like a guard model',
     'For tools that only know chat completions: the answer is `safe`, or `unsafe` and a line with '

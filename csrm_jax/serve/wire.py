@@ -15,6 +15,7 @@ from typing import Any
 
 from csrm_jax.core import checks, files
 from csrm_jax.core.checks import show
+from csrm_jax.reward import monitor
 from csrm_jax.safety import schema
 from csrm_jax.serve import policies as policies_lib
 from csrm_jax.serve.policies import Policies, Policy
@@ -56,6 +57,7 @@ class Ask:
   items: tuple[Item, ...]
   each_rule: bool  # whether each rule is asked about alone, too
   shorten: bool = False  # whether a conversation that is too long is cut, and marked
+  is_stream: bool = False  # whether items are one conversation as it comes about
 
 
 # --- JSON ------------------------------------------------------------------------------
@@ -275,6 +277,28 @@ class Reader:
     conversation = self._conversation(body.get('messages'), '"messages"')
     each_rule = _flag(body, 'each_rule', True)
     return Ask((Item(policy, conversation),), each_rule, _flag(body, 'shorten', False))
+
+  def read_monitor(self, body: Mapping[str, Any], cuts: monitor.Cuts) -> Ask:
+    """Reads {"messages": [...], "judged": 0, "over": false}: a stream, as far as it has come.
+
+    "judged" is how many verdicts earlier answers gave. Where a reply grows, it is the last message.
+    """
+    known = ('policy', 'safety', 'messages', 'judged', 'over', 'shorten')
+    _check_keys(body, known, strict=True)
+    judged, over = body.get('judged', 0), _flag(body, 'over', False)
+    if not isinstance(judged, int) or isinstance(judged, bool) or judged < 0:
+      raise RequestError(400, f'"judged" is {show(judged)}; send the number of the last answer')
+    policy = self._policy(body)
+    conversation = self._conversation(body.get('messages'), '"messages"')
+    found = cuts.prefixes(conversation, over or cuts.unit == 'turns')
+    if judged > len(found):
+      raise RequestError(
+        400, f'"judged" is {judged}, and so far there are {len(found)} verdicts; send all messages'
+      )
+    found = found[judged:]
+    self._count(found, 'verdicts')
+    items = tuple(Item(policy, part) for part in found)
+    return Ask(items, False, _flag(body, 'shorten', False), is_stream=True)
 
   def read_reward(self, body: Mapping[str, Any], query_policy: str | None = None) -> Ask:
     """Reads the reward requests of OpenRLHF and verl, and those of configs/rl.py.

@@ -8,7 +8,7 @@ import pytest
 
 from csrm_jax import config as config_lib
 from csrm_jax.evals import thresholds
-from csrm_jax.reward import model as reward_model
+from csrm_jax.reward import model as reward_model, monitor
 from csrm_jax.runners import calibrate, evaluate
 from csrm_jax.safety import schema
 from tests import small
@@ -112,3 +112,29 @@ def test_what_cannot_be_fitted(rm, rows, tmp_path):
   lines = [json.dumps(row.to_dict() | {'label': None}) for row in rows]
   (tmp_path / 'rows.jsonl').write_text('\n'.join(lines))
   assert 'no row has a label' in small.error_of(_fit, tmp_path)
+
+
+def test_a_monitor_is_fitted_on_streams_and_served(rm, rows, weights, tmp_path):
+  path = _fit(tmp_path, stream='words', every=2)
+  with pytest.raises(ValueError, match='are for streams; run'):
+    thresholds.load(str(path), 'abc', None)
+  found = thresholds.load(str(path), 'abc', None, of_streams=True)
+  cuts = monitor.Cuts(**found.stream)
+  own = [r for r in rows if r.safety == rows[0].safety]
+  safe = [r.conversation for r in own if r.label == 'safe']
+  fitted = rm.monitor(rows[0].safety, 0.1, safe, every=2).fitted
+  kept = found.by_rules[rows[0].safety.digest()]
+  # Of unsafe rows the monitor knows nothing.
+  assert (kept.score, kept.level, kept.num_safe) == (fitted.score, 0.1, len(safe))
+  folder = tmp_path / 'policies'
+  folder.mkdir()
+  serving.write_policies(folder)
+  with serving.running(folder, weights, cuts=cuts, alarms=found.by_rules) as server:
+    talks = [[m.to_dict() for m in r.conversation] for r in own]
+    asks = [{'policy': 'film', 'messages': talk, 'over': True} for talk in talks]
+    answers = [server.post('/monitor', ask) for ask in asks]
+    assert {answer['false_alarms'] for answer in answers} == {0.1}
+    calm = [not a['alarm'] for a, r in zip(answers, own, strict=True) if r.label == 'safe']
+    assert sum(calm) >= 0.9 * len(calm)
+  message = small.error_of(_fit, tmp_path, stream='words', bound='missed')
+  assert 'a monitor bounds false alarms' in message

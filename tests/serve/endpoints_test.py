@@ -317,3 +317,30 @@ def test_an_edited_policy_takes_effect_and_a_broken_one_keeps_the_last(tmp_path,
   text = json.dumps([m.to_dict() for m in TALK])
   assert lines[0]['text_sha256'] == hashlib.sha256(text.encode()).hexdigest()
   assert lines[0]['p_unsafe'] == before['p_unsafe'] and 'poker' not in audit.read_text()
+
+
+def test_a_reply_that_grows_is_watched(server, film):
+  words = ['Tell', 'dogs', 'cats', 'poker', 'game', 'bark']
+  seen, judged, over = [], 0, False
+  for num in range(1, len(words) + 2):
+    over = num > len(words)
+    talk = [MESSAGES[0], {'role': 'assistant', 'content': ' '.join(words[:num])}]
+    answer = server.post('/monitor', {'messages': talk, 'judged': judged, 'over': over})
+    judged = answer['judged']
+    seen += answer['verdicts']
+    assert answer['alarm'] == any(v['p_unsafe'] >= 0.5 for v in answer['verdicts'])
+    assert answer['false_alarms'] is None and (answer['unit'], answer['every']) == ('words', 4)
+  talks = [(TALK[0], schema.Message('agent', ' '.join(words[:n]))) for n in (4, 6)]
+  assert judged == 2
+  want = offline(server, film, *talks)
+  assert [v['p_unsafe'] for v in seen] == pytest.approx(list(want), abs=1e-5)
+  # Nothing new: nothing is judged, and nothing is promised.
+  short = server.post('/monitor', {'messages': MESSAGES, 'judged': 0})
+  assert (short['judged'], short['alarm'], short['p_unsafe']) == (0, False, None)
+  for body, what in (
+    ({'messages': MESSAGES, 'judged': 7}, 'so far there are 0 verdicts'),
+    ({'messages': MESSAGES, 'judged': -1}, 'the number of the last answer'),
+    ({'messages': MESSAGES, 'text': 'a'}, "unknown key 'text'"),
+  ):
+    status, _, answer = server.ask('POST', '/monitor', body)
+    assert status == 400 and what in answer['error']['message']
