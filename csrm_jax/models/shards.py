@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -167,6 +168,19 @@ def write_file(
   # transformers refuses a file whose header names no format.
   with files.whole(path) as partial:
     safetensors.numpy.save_file(arrays, partial, metadata={'format': 'pt', **metadata})
+    _sort_metadata(partial)
+
+
+def _sort_metadata(path: pathlib.Path) -> None:
+  """Makes one content one file: the library writes metadata in an order that it draws anew."""
+  with path.open('r+b') as file:
+    size = int.from_bytes(file.read(8), 'little')
+    header = json.loads(file.read(size))
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    data = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
+    assert len(data) <= size, (len(data), size)
+    file.seek(8)
+    file.write(data.ljust(size))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

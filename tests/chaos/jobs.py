@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -132,11 +133,14 @@ class Run:
   inputs: pathlib.Path
   workdir: pathlib.Path
   limits: dict[str, int] = dataclasses.field(default_factory=dict)
+  dies_at: int = 0  # SIGKILL comes just before the so manyth change of a file; 0: never
+  clock: str = ''  # 'back' or 'jumps': what the wall clock does
 
   def __post_init__(self):
     self.out = self.workdir.with_name(f'{self.workdir.name}-{time.monotonic_ns()}.out')
-    args = self.name, str(self.inputs), str(self.workdir), str(self.out), self.limits
-    self.process = _CONTEXT.Process(target=_work, args=args, daemon=True)
+    args = self.name, str(self.inputs), str(self.workdir), str(self.out)
+    options = {'limits': self.limits, 'dies_at': self.dies_at, 'clock': self.clock}
+    self.process = _CONTEXT.Process(target=_work, args=args, kwargs=options, daemon=True)
     self.process.start()
 
   def wait(self, seconds: float = 300) -> int | None:
@@ -155,12 +159,51 @@ def warm_up() -> None:
   process.join()
 
 
-def _work(name: str, inputs: str, workdir: str, out: str, limits: dict[str, int]) -> None:
+_CHANGES = ('os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.link', 'os.truncate', 'shutil.')
+
+
+def _die_at(last: int, below: str) -> None:
+  """Counts what changes a file below a folder, and kills this process at the last one."""
+  count = itertools.count(1)
+
+  def hook(event: str, args: tuple[Any, ...]) -> None:
+    if event == 'open':
+      changes = isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+    else:
+      changes = event.startswith(_CHANGES)
+    if changes and str(args[0]).startswith(below) and next(count) == last:
+      print(f'\nkilled at change {last}: {event} {args[0]}', flush=True)
+      os.kill(os.getpid(), signal.SIGKILL)
+
+  sys.addaudithook(hook)
+
+
+def _set_clock(clock: str) -> None:
+  now, start, reads = time.time, time.time(), itertools.count()
+  if clock == 'back':  # months behind, and running backwards
+    time.time = lambda: start - 10**7 - (now() - start)
+  elif clock == 'jumps':  # a day forth and back, between any two reads
+    time.time = lambda: now() + 86_400 * (next(reads) % 3 - 1)
+
+
+def _work(
+  name: str,
+  inputs: str,
+  workdir: str,
+  out: str,
+  *,
+  limits: dict[str, int],
+  dies_at: int,
+  clock: str,
+) -> None:
   file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(file, 1)
   os.dup2(file, 2)
   interval, code = bootstrap.interval, 1
   bootstrap.interval = lambda *args, **options: interval(*args, **options | {'num_samples': 3})
+  _set_clock(clock)
+  if dies_at:
+    _die_at(dies_at, workdir)
   try:
     if limits:
       import resource
@@ -195,10 +238,10 @@ def undisturbed(name: str, inputs: pathlib.Path) -> tuple[dict[str, Any], float]
 def with_kills(
   name: str, inputs: pathlib.Path, workdir: pathlib.Path, num: int, took: float, rng: random.Random
 ) -> dict[str, Any]:
-  """Returns the outcome of a run that is killed `num` times, at random moments."""
+  """Returns the outcome of a run that is killed `num` times: anywhere, and where it writes."""
   while num:
-    run = Run(name, inputs, workdir)
-    if run.wait(rng.uniform(0.05, 1.1) * took) is None:
+    run = Run(name, inputs, workdir, dies_at=rng.choice((0, rng.randint(1, 80))))
+    if run.wait(300 if run.dies_at else rng.uniform(0.05, 1.1) * took) is None:
       run.process.kill()
     if run.wait() == -signal.SIGKILL:
       num -= 1

@@ -6,6 +6,7 @@ $CSRM_CHAOS_KILLS is how often each job is killed (6; slow: 8); $CSRM_CHAOS_SEED
 import os
 import random
 import shutil
+import signal
 
 import pytest
 
@@ -60,6 +61,17 @@ def test_of_two_runs_in_one_work_directory_one_works(name, inputs, tmp_path):
   codes = [run.wait() for run in runs]
   assert sorted(codes) == [0, 2], [run.said() for run in runs]
   assert 'another process' in runs[codes.index(2)].said().splitlines()[-1]
+  assert jobs.outcome(tmp_path / 'run') == whole
+
+
+@pytest.mark.parametrize('clock', ['back', 'jumps'])
+@pytest.mark.parametrize('name', ['augment', pytest.param('train', marks=pytest.mark.slow)])
+def test_a_clock_that_jumps_changes_nothing(name, clock, inputs, tmp_path):
+  whole, _ = jobs.undisturbed(name, inputs)
+  run = jobs.Run(name, inputs, tmp_path / 'run', dies_at=70, clock='jumps')
+  assert run.wait() == -signal.SIGKILL, run.said()
+  run = jobs.Run(name, inputs, tmp_path / 'run', clock=clock)
+  assert run.wait() == 0, run.said()
   assert jobs.outcome(tmp_path / 'run') == whole
 
 

@@ -282,3 +282,15 @@ def test_sequence_classifier_comes_back(make_params, tmp_path):
   assert got_cfg == cfg
   assert jax.tree.structure(got) == jax.tree.structure(params)
   jax.tree.map(np.testing.assert_array_equal, got, params)
+
+
+def test_the_same_weights_are_the_same_file(tmp_path):
+  array = np.arange(6, dtype=np.float32).reshape(2, 3)
+  tensors = {'a': shards.Tensor(array.shape, array.dtype, '', lambda: array)}
+  metadata = {f'key {i}': 'é"\\\n\x01/' for i in range(6)}
+  for i in range(5):
+    shards.write_file(tmp_path / f'{i}.safetensors', tensors, metadata)
+  assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+  with safetensors.safe_open(tmp_path / '0.safetensors', framework='numpy') as file:
+    assert file.metadata() == {'format': 'pt'} | metadata
+    np.testing.assert_array_equal(file.get_tensor('a'), array)
