@@ -8,6 +8,8 @@ path=FOLDER \
   --config.endpoint.model=NAME
 python -m csrm_jax.main --workdir=/tmp/aug \
   --config=configs/augment.py:proposer=model,init=FOLDER,data=auto,path=FILE
+python -m csrm_jax.main --workdir=/tmp/clean \
+  --config=configs/augment.py:weigh=drop,model=/tmp/rm,data=auto,path=FILE
 python -m csrm_jax.main --workdir=/tmp/rm \
   --config=configs/rm.py:data=augmented,path=/tmp/aug
 """
@@ -26,7 +28,8 @@ def get_config(arg=None):
 
   arg: proposer=oracle|endpoint|model, data (ruleworld or a data set that is read from files), path
   (where that set's file or folder is), safety, labels and columns.NAME (see common.OWN), judge (see
-  below), init (the weights that proposer=model loads), smoke (a run of a few seconds).
+  below), init (the weights that proposer=model loads), weigh (a rule of `weights` alone) with the
+  model that it stands on, smoke (a run of a few seconds).
   """
   arg = config_lib.parse_arg(
     arg,
@@ -36,6 +39,8 @@ def get_config(arg=None):
     **common.OWN,
     judge='',
     init='',
+    weigh='',
+    model='',
     smoke=False,
   )
   is_oracle = arg.proposer == 'oracle'
@@ -58,6 +63,9 @@ def get_config(arg=None):
   # Proposes, and writes ArrayRecord files, on Apache Beam (extra [beam]). It runs in this process
   # unless the options name another runner: ('--runner=DataflowRunner', '--project=...').
   c.beam = ml_collections.ConfigDict({'enabled': False, 'options': ()})
+  # A defect that is planted in RuleWorld's examples, to see what `weights` finds: as data.defect of
+  # configs/rm.py; '' for none.
+  c.source.defect = ''
   c.array_record = False  # also write ArrayRecord files (extra [tfds])
 
   # Who writes the rules: RuleWorld's exact oracle, or a language model behind an endpoint or in
@@ -101,10 +109,22 @@ def get_config(arg=None):
   c.judge_allow_out_of_domain = False
   c.judge_format = 'csrm'  # how a public model is asked: csrm, llama_guard_3, shield_gemma
 
+  # Which labels are trusted, before anything is made of them: heads over the frozen model, each
+  # taught by other rows, vote on every label and order, and a rule acts on the votes.
+  c.weights = ml_collections.ConfigDict()
+  # '' for none, or NAME or NAME:KNOB=VALUE,… of csrm_jax.augmentation.weights: flip (share=0.1),
+  # drop (share=0.1), smooth (share=0.3, smoothing=0.1), margin (scale=1), agree (least=0),
+  # balance (power=0.5, most=5).
+  c.weights.rule = arg.weigh
+  c.weights.model = arg.model  # what they stand on: a work directory, or a Hugging Face folder
+  c.weights.num_folds = 5  # rows of one conversation are in one fold
+  c.weights.num_members = 3  # heads for each fold; their spread stands in votes.jsonl
+  c.weights.decay = 0.1  # L2 penalty of heads on standardised states
+
   # Configurable category augmentation (CCA): proposes the categories p+ and p-.
-  c.categories = ml_collections.ConfigDict({'enabled': True})
+  c.categories = ml_collections.ConfigDict({'enabled': not arg.weigh})
   c.strictness = ml_collections.ConfigDict()  # strictness augmentation (SA), Algorithm 1
-  c.strictness.enabled = bool(c.judge)  # it cannot do without a judge
+  c.strictness.enabled = bool(c.judge) and not arg.weigh  # it cannot do without a judge
   c.strictness.num_subcategories = 3 if is_oracle else 6  # how many are asked for at first
   c.strictness.max_subcategories = 15  # the most, with those added for conversations
   c.strictness.pool_size = 200  # violating conversations for each category

@@ -22,14 +22,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from csrm_jax import config as config_lib
-from csrm_jax.augmentation import beam, categories, proposers, report, requests, strictness
+from csrm_jax.augmentation import beam, categories, proposers, report, requests, strictness, weights
 from csrm_jax.core import files, journal as journal_lib, progress
 from csrm_jax.data import catalogue, forms, pipeline
 from csrm_jax.data.judged import Judged
 from csrm_jax.reward import model as reward_model
-from csrm_jax.ruleworld import examples as ruleworld_examples, proposer as world
+from csrm_jax.ruleworld import defects, examples as ruleworld_examples, proposer as world
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
 
 # The journal is written after so many conversations for each request that runs at once. A run that
@@ -44,12 +45,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Augments config.source and writes the files of the module docstring into workdir."""
   start = time.monotonic()
   _check(config)
-  examples, drops = _read(config.source, config.seed)
+  examples, drops = _read(config.source, config.seed, with_pairs=bool(config.weights.rule))
+  usage = collections.Counter()  # Beam's workers have proposers of their own, which report here.
+  log, weighed = _make_log(workdir / 'log.jsonl'), []
+  if config.weights.rule:
+    examples, weighed = _weigh(config, workdir, examples, drops, log)
   proposer = _make_proposer(config, workdir)
   judge = _make_judge(config)
   made, outcomes, pairs, num_pairs = examples, [], (), 0
-  usage = collections.Counter()  # Beam's workers have proposers of their own, which report here.
-  log = _make_log(workdir / 'log.jsonl')
   with (
     journal_lib.Journal(workdir / 'journal_categories.jsonl') as done,
     journal_lib.Journal(workdir / 'journal_strictness.jsonl') as ordered,
@@ -75,13 +78,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       _report(workdir, config, proposer.name, outcomes, settings)
       drops.update(report.total_drops(outcomes, settings))
       pairs, num_pairs = _pairs(outcomes, pools, config.strictness.max_pairs, config.seed)
+    pairs, num_pairs = itertools.chain(weighed, pairs), num_pairs + len(weighed)
     path = workdir / 'data.jsonl'
     with journal_lib.writing(path):
       digest = _write_lines(path, itertools.chain(made, pairs))
     usage.update(proposer.usage())
     card = _make_card(config, proposer.name, drops, usage) | {
       'digest': digest,
-      'counts': _count(made, outcomes, num_pairs),
+      'counts': _count(made, outcomes, num_pairs - len(weighed)),
       'paid': _sum_paid(config, workdir / _PAID),
     }
     with journal_lib.writing(workdir / 'card.json'):
@@ -95,16 +99,60 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
-  if not (config.categories.enabled or config.strictness.enabled):
+  if not (config.categories.enabled or config.strictness.enabled or config.weights.rule):
     raise ValueError(
-      'config.categories.enabled and config.strictness.enabled are both false:'
-      ' nothing to do; set one'
+      'config.categories.enabled and config.strictness.enabled are both false,'
+      ' and config.weights.rule is empty: nothing to do; set one'
     )
+  if config.weights.rule:
+    config_lib.choose('config.weights.rule', weights.WEIGHTS, config.weights.rule)
+    if not config.weights.model:
+      raise ValueError(
+        f'config.weights.rule={config.weights.rule!r} needs a model to stand on: give'
+        ' --config.weights.model=PATH of a reward model or of weights'
+      )
   if config.strictness.enabled and not config.judge:
     raise ValueError(
       'strictness augmentation needs a classifier: give --config.judge=PATH of'
       ' a reward model, or --config.strictness.enabled=false'
     )
+
+
+def _weigh(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  items: Sequence[Example | Pair],
+  drops: collections.Counter,
+  log: Callable[..., None],
+) -> tuple[list[Example], list[Pair]]:
+  """Returns examples and pairs as the rule of weights leaves them; writes the votes beside."""
+  own = config.weights
+  with (
+    journal_lib.Journal(workdir / 'journal_weights.jsonl') as done,
+    _progress(len(items), 'weights', log) as update,
+  ):
+    votes = weights.judge(
+      items,
+      own.model,
+      done,
+      update,
+      num_folds=own.num_folds,
+      num_members=own.num_members,
+      decay=own.decay,
+      seed=config.seed,
+    )
+  found = config_lib.choose('config.weights.rule', weights.WEIGHTS, own.rule)(votes)
+  path = workdir / 'votes.jsonl'
+  with journal_lib.writing(path):
+    files.write(path, ''.join(json.dumps(row) + '\n' for row in weights.rows(items, votes, found)))
+  made = weights.apply(items, found)
+  drops['distrusted'] += len(items) - len(made)
+  if not made:
+    raise ValueError(f'config.weights.rule={own.rule!r} leaves no row; see {path}')
+  turned = 0 if found.flip is None else int(found.flip.sum())
+  print(f'weights: {turned:,} of {len(items):,} rows turned, {len(items) - len(made):,} left out')
+  examples = [item for item in made if isinstance(item, Example)]
+  return examples, [item for item in made if isinstance(item, Pair)]
 
 
 def _count(
@@ -122,15 +170,22 @@ def _count(
 
 
 def _read(
-  source: ml_collections.ConfigDict, seed: int
-) -> tuple[list[Example], collections.Counter]:
+  source: ml_collections.ConfigDict, seed: int, with_pairs: bool = False
+) -> tuple[list[Any], collections.Counter]:
   """Returns a source's labelled examples, and {reason: how many rows were left out}."""
   if source.name == 'ruleworld':
     # Their own p+ and p- are dropped: to propose these is the task.
-    return [
+    made = [
       dataclasses.replace(ruleworld_examples.training_example(seed, i), plus=None, minus=None)
       for i in range(source.num_examples)
-    ], collections.Counter()
+    ]
+    if source.defect:
+      spoil = config_lib.choose('config.source.defect', defects.DEFECTS, source.defect)
+      rng = np.random.default_rng(seed)
+      made = [item for item in (spoil(e, rng) for e in made) if item is not None]
+    return made, collections.Counter()
+  if source.defect:
+    raise ValueError(f"config.source.defect={source.defect!r} is for RuleWorld's data only")
   if source.name not in pipeline.SOURCES:
     raise ValueError(
       f'config.source.name is {source.name!r}; use one of ruleworld, {", ".join(pipeline.SOURCES)}'
@@ -141,7 +196,10 @@ def _read(
   kept = []
   for item in rows:
     if isinstance(item, Pair):
-      drops['is_pair'] += 1
+      if with_pairs:
+        kept.append(item)
+      else:
+        drops['is_pair'] += 1
     elif isinstance(item, Judged):
       drops['has_no_rules_of_its_own'] += 1
     elif item.label is None:
@@ -259,6 +317,8 @@ def _make_card(
   return {
     'source': source.name,
     'path': source.path,
+    **({'weights': config.weights.to_dict()} if config.weights.rule else {}),
+    **({'defect': source.defect} if source.defect else {}),
     'source_digest': _digest(source.path) if source.path else '',
     'licence': source.licence or known,
     'proposer': config.proposer,
