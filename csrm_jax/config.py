@@ -114,8 +114,7 @@ def choose(what: str, table: Mapping[str, Callable[..., Any]], text: str) -> Cal
     ValueError: The name, a knob or its type is unknown; the message lists those that there are.
   """
   name, _, arg = text.partition(':')
-  if name not in table:
-    raise ValueError(f'{what}={text!r} must be one of {", ".join(table)}{checks.hint(name, table)}')
+  checks.one_of(what, name, table)
   try:
     return functools.partial(table[name], **parse_arg(arg, **knobs(table[name])))
   except ValueError as error:

@@ -200,15 +200,12 @@ def _bounded_client(timeout_s: float) -> Any:
       self.stream = stream
 
     def __iter__(self) -> Iterator[bytes]:
-      num, end = 0, time.monotonic() + timeout_s
-      for part in self.stream:
-        num += len(part)
-        if num > client_lib.MAX_REPLY_BYTES:
-          raise httpx.ReadError(f'a reply of more than {client_lib.MAX_REPLY_BYTES:,} bytes')
-        # The timeout of the client is that of each part, which a body that drips never meets.
-        if time.monotonic() > end:
-          raise httpx.ReadTimeout(f'a reply that took more than {timeout_s} s')
-        yield part
+      try:
+        yield from client_lib.bounded(self.stream, timeout_s, time.monotonic())
+      except OverflowError as error:
+        raise httpx.ReadError(f'a reply of {error}') from None
+      except TimeoutError as error:
+        raise httpx.ReadTimeout(str(error)) from None
 
     def close(self) -> None:
       self.stream.close()

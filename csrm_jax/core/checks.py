@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -162,7 +162,18 @@ def one_of(what: str, value: Any, known: Iterable[Any]) -> None:
   """Checks that a setting has one of its known values."""
   known = list(known)
   if value not in known:
-    raise ValueError(f'{what}={value!r} must be one of {", ".join(map(str, known))}.')
+    names = list(map(str, known))
+    raise ValueError(f'{what}={value!r} must be one of {", ".join(names)}{hint(value, names)}')
+
+
+def lookup(name: Any, known: Collection[str], what: str) -> Any:
+  """Returns the entry of that name in a mapping, or the name itself; refuses an unknown one."""
+  if not isinstance(name, str) or name not in known:
+    names = list(known)
+    raise ValueError(
+      f'unknown {what} {show(name)}{hint(name, names)}; use one of {", ".join(names)}'
+    )
+  return known[name] if isinstance(known, Mapping) else name
 
 
 def at_least(

@@ -8,6 +8,7 @@ import json
 import os
 import ssl
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from csrm_jax.core import checks, files, retry
@@ -29,6 +30,24 @@ class _PassingError(Exception):
   def __init__(self, response: Any):
     super().__init__(f'status {response.status_code}')
     self.response = response
+
+
+def bounded(parts: Iterable[bytes], timeout_s: float, start_s: float) -> Iterator[bytes]:
+  """Yields the parts of a reply's body as they come; start_s is when they were asked for.
+
+  Raises:
+    OverflowError: They are more than MAX_REPLY_BYTES.
+    TimeoutError: They take longer. A client's own limit is that of each part, which a body that
+      drips never meets.
+  """
+  num, end = 0, start_s + timeout_s
+  for part in parts:
+    num += len(part)
+    if num > MAX_REPLY_BYTES:
+      raise OverflowError(f'more than {MAX_REPLY_BYTES:,} bytes')
+    if time.monotonic() > end:
+      raise TimeoutError(f'its reply took more than {timeout_s} s')
+    yield part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,22 +130,17 @@ class Client:
       ) from None
 
   def _send(self, client: Any, content: bytes) -> bytes:
-    end = time.monotonic() + self.timeout_s
+    start_s = time.monotonic()
     with client.stream('POST', self.url, content=content) as response:
-      body = bytearray()
-      # What has come is given at once: a body that drips or never ends is left in time.
-      for part in response.iter_bytes():
-        body += part
-        if len(body) > MAX_REPLY_BYTES:
-          raise RefusedError(
-            f'the {self.what} at {self.url} replied with more than {MAX_REPLY_BYTES:,} bytes; ask '
-            'for less at once'
-          )
-        if time.monotonic() > end:
-          raise TimeoutError(f'its reply took more than {self.timeout_s} s')
+      try:
+        body = b''.join(bounded(response.iter_bytes(), self.timeout_s, start_s))
+      except OverflowError as error:
+        raise RefusedError(
+          f'the {self.what} at {self.url} replied with {error}; ask for less at once'
+        ) from None
     code = response.status_code
     if 200 <= code < 300:
-      return bytes(body)
+      return body
     if 300 <= code < 400:
       raise RefusedError(
         f'the {self.what} at {self.url} redirects (status {code}); give the URL that answers', code

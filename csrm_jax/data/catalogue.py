@@ -14,10 +14,11 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from csrm_jax.core.checks import lookup
 from csrm_jax.data import forms, graded, judged_answers, judged_texts, public, sources, tables
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.data.sources import Rows, join, spread
-from csrm_jax.data.tables import Files, find as find_tables, lookup
+from csrm_jax.data.tables import Files, find as find_tables
 from csrm_jax.safety.schema import Category, Example
 
 Reader = Callable[[Files], Rows]

@@ -36,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from csrm_jax.core import checks, files
-from csrm_jax.data import sources, tables
+from csrm_jax.data import sources
 from csrm_jax.safety.schema import (
   Category,
   Example,
@@ -180,7 +180,7 @@ def _expand(key: str, row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   each = row['each']
   if isinstance(each, list):
     groups = _load(FOLDER / 'groups.yaml')
-    each = {part: tables.lookup(part, groups, f'group in {key}') for part in each}
+    each = {part: checks.lookup(part, groups, f'group in {key}') for part in each}
   found = {}
   for part, about in each.items():
     for column in about:

@@ -14,11 +14,11 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from csrm_jax.core.checks import show
+from csrm_jax.core.checks import lookup, show
 from csrm_jax.data.judged import LABELS, Judged, rules
 from csrm_jax.data.public import XSTEST_LABELS
 from csrm_jax.data.sources import Rows
-from csrm_jax.data.tables import Files, Row, lookup, numbered, read_rows
+from csrm_jax.data.tables import Files, Row, numbered, read_rows
 from csrm_jax.safety.schema import (
   Category,
   Example,
@@ -99,7 +99,7 @@ def _rbr(row: Row) -> Parsed:
   """
   said, verdicts = row.object('propositions'), {}
   for name in said:
-    lookup(name, dict.fromkeys((*PROPOSITIONS, *_TOO_RARE)), 'proposition')
+    lookup(name, (*PROPOSITIONS, *_TOO_RARE), 'proposition')
     is_true = said.flag(name)
     if name not in _TOO_RARE:
       verdicts[f'rbr_gold/{name}'] = float(is_true)
@@ -119,9 +119,9 @@ def _pyrit(row: Row) -> Parsed:
     return talk, {NO_REFUSAL: refused, MUST_REFUSE: 1 - refused}
   if kind == 'objective':
     return talk, {HARMFUL: float(row.flag('human_score'))}
-  lookup(kind, dict.fromkeys(('harm', 'objective', 'refusal_scorer')), 'folder of source_file')
+  lookup(kind, ('harm', 'objective', 'refusal_scorer'), 'folder of source_file')
   category = row.text('harm_category').casefold()
-  lookup(category, dict.fromkeys(PYRIT_CATEGORIES), 'harm_category')
+  lookup(category, PYRIT_CATEGORIES, 'harm_category')
   # One person or three; the scores 0, .25, .5, .75 and 1 are the levels 1 to 5 of the scale.
   columns = ('human_score', *(f'human_score_{i}' for i in (1, 2, 3)))
   levels = [1 + 4 * row.amount(column) for column in columns if row.get(column) is not None]
@@ -151,7 +151,7 @@ def _teen(row: Row) -> Parsed:
 
 def _xstest(row: Row) -> Parsed:
   kind = row.text('type')
-  lookup(kind.removeprefix('contrast_'), dict.fromkeys(LABELS['xstest_types']), 'type')
+  lookup(kind.removeprefix('contrast_'), LABELS['xstest_types'], 'type')
   is_harmful = kind.startswith('contrast_')
   talk = _talk(row.text('prompt'), row.text('completion'))
   columns = ('annotation_1', 'annotation_2', 'final_label')

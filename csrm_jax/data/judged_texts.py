@@ -13,11 +13,11 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from csrm_jax.core.checks import show
+from csrm_jax.core.checks import lookup, show
 from csrm_jax.data import public, sources
 from csrm_jax.data.judged import LABELS, Judged
 from csrm_jax.data.sources import Rows
-from csrm_jax.data.tables import Files, Row, iterate, lookup, numbered, read_rows
+from csrm_jax.data.tables import Files, Row, iterate, numbered, read_rows
 from csrm_jax.safety.schema import Category, Message, SafetyConfig
 
 # Requests before a text; its hash chooses one, so that none of them says anything.

@@ -15,7 +15,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from csrm_jax.data import catalogue, draws, features, forms, judged, sources, tables
+from csrm_jax.core import checks
+from csrm_jax.data import catalogue, draws, features, forms, judged, sources
 from csrm_jax.data.features import Atom, Batch, BatchShape, Dropped, does_not_fit, pack_rows
 from csrm_jax.safety import augment as augment_lib, schema
 
@@ -82,7 +83,7 @@ def read_part(
   if source in generators:
     # Nothing is held out: test sets of generated data are drawn apart.
     return sources.Generated(generators[source], seed), ()
-  tables.lookup(source, dict.fromkeys([*generators, *SOURCES]), 'data source')
+  checks.lookup(source, [*generators, *SOURCES], 'data source')
   if not allow_tests and source in catalogue.SETS and catalogue.SETS[source].is_for_tests:
     raise ValueError(
       f'data source {source!r} is for tests only; --config.data.allow_tests=True trains on it all'

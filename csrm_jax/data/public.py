@@ -19,11 +19,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from csrm_jax.core.checks import note, show
+from csrm_jax.core.checks import lookup, note, show
 from csrm_jax.data.benchmark import TIES, Choice
 from csrm_jax.data.judged import LABELS
 from csrm_jax.data.sources import Rows
-from csrm_jax.data.tables import Files, Row, lookup, read_rows
+from csrm_jax.data.tables import Files, Row, read_rows
 from csrm_jax.safety.schema import Category, Example, Message, Pair, SafetyConfig, load_safety
 
 RULES_FOLDER = pathlib.Path(__file__).parent / 'rules'
@@ -193,7 +193,7 @@ def read_pku(path: Files, with_severity: bool = False) -> Rows:
       text, safe, flags = (part.format(i) for part in parts)
       text, safe, flags = row[text], row.flag(safe), row.object(flags)
       for name in flags:
-        lookup(name, dict.fromkeys(safety.names), 'harm category')
+        lookup(name, safety.names, 'harm category')
       violated = [name for name in safety.names if name in flags and flags.flag(name)]
       found = _answer(
         f'pku/{row.number}/{i}', safety, (row['prompt'], text), not safe, violated, 'pku'

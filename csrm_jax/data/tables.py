@@ -15,13 +15,12 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from csrm_jax.core import checks, files
-from csrm_jax.core.checks import hint, note, show
+from csrm_jax.core.checks import note, show
 from csrm_jax.data.sources import Rows
 
-T = TypeVar('T')
 Path = str | os.PathLike
 # A file, several files of one set, or {place in the set: file}.
 Files = Path | Sequence[Path] | Mapping[int, Path]
@@ -142,15 +141,6 @@ def as_name(value: Any, column: str) -> str:
   if not isinstance(value, str) or not value.strip():
     raise ValueError(f'column {column!r} is {show(value)}; it must be a text or a whole number')
   return value
-
-
-def lookup(name: Any, table: Mapping[str, T], what: str) -> T:
-  """Returns the entry of that name; an unknown name is refused with a hint at the nearest one."""
-  if not isinstance(name, str) or name not in table:
-    raise ValueError(
-      f'unknown {what} {show(name)}{hint(name, list(table))}; this version knows {", ".join(table)}'
-    )
-  return table[name]
 
 
 def numbered(paths: Files) -> dict[int, pathlib.Path]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from csrm_jax.core import checks
 from csrm_jax.core.markdown import is_number, short
 from csrm_jax.evals import bootstrap, figures, metrics
 from csrm_jax.evals.bootstrap import Measure
@@ -343,8 +344,7 @@ def _align_runs(runs: Sequence[Run], reference: str) -> Result:
   sets = list(dict.fromkeys(run.rules for run in runs))
   methods = list(dict.fromkeys(run.method for run in runs))
   reference = reference or methods[0]
-  if reference not in methods:
-    raise ValueError(f'no run has the method {reference!r}; use one of {", ".join(methods)}')
+  checks.lookup(reference, methods, 'method')
   rows: dict[str, list[tuple[Run, Mapping[str, Metric]]]] = {_START: []}
   for run in runs:
     for name, found in run.policies.items():

@@ -117,10 +117,7 @@ class ModelConfig:
         f'lora_targets is empty: no layer matches; choose from {", ".join(LORA_TARGETS)}.'
       )
     for target in self.lora_targets:
-      if target not in LORA_TARGETS:
-        raise ValueError(
-          f'the LoRA target {target!r} matches no layer; choose from {", ".join(LORA_TARGETS)}.'
-        )
+      checks.lookup(target, LORA_TARGETS, 'LoRA target')
 
   @classmethod
   def from_dict(cls, obj: Mapping[str, Any]) -> ModelConfig:
@@ -190,10 +187,9 @@ def preset(name: str, vocab_size: int, **overrides) -> ModelConfig:
   """Returns PRESETS[name] with overrides; vocab_size is for presets that have none."""
   if name not in PRESETS:
     raise ValueError(f'unknown model preset {name!r}; choose from {", ".join(PRESETS)}.')
-  known = {field.name for field in dataclasses.fields(ModelConfig)}
-  unknown = sorted(set(overrides) - known)
-  if unknown:
-    raise ValueError(f'unknown model field {unknown[0]!r}; choose from {", ".join(sorted(known))}.')
+  known = sorted(field.name for field in dataclasses.fields(ModelConfig))
+  for field in sorted(overrides):
+    checks.lookup(field, known, 'model field')
   vocab_size = PRESETS[name].vocab_size or vocab_size
   return dataclasses.replace(PRESETS[name], **{'vocab_size': vocab_size, **resolve(overrides)})
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 from csrm_jax.core import checks, mesh as mesh_lib
 from csrm_jax.data import domain as domain_lib, features
@@ -104,18 +105,12 @@ def probabilities(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(
       f'score {i} of {len(scores)} is {scores[i]}, not a finite number; there is no verdict for it.'
     )
-  return _sigmoid(-scores), _sigmoid(scores)
+  return expit(-scores), expit(scores)
 
 
 def unread(judged: Judged) -> np.ndarray:
   """Returns the share of each prompt's tokens that were not read, float64 [N]."""
   return judged.num_unread / np.maximum(judged.num_tokens, 1)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-  # 1 / (1 + exp(-x)) would overflow at very negative x.
-  small = np.exp(-np.abs(x))
-  return np.where(x >= 0, 1, small) / (1 + small)
 
 
 def outputs(

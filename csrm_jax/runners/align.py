@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from csrm_jax.core import files, journal, mesh as mesh_lib, tree
+from csrm_jax.core import checks, files, journal, mesh as mesh_lib, tree
 from csrm_jax.data import public, sources, tables
 from csrm_jax.evals import policy as policy_eval, report
 from csrm_jax.models import hf, lora, transformer
@@ -383,10 +383,7 @@ def _read_prompts(config: ml_collections.ConfigDict) -> tuple[list[Prompt], list
       world.prompts(data.eval_seed, num_test, data.rules, 'test'),
     )
   readers = {'xstest': _read_xstest, 'jsonl': _read_jsonl}
-  if data.source not in readers:
-    raise ValueError(
-      f'config.data.source={data.source!r} must be one of ruleworld, {", ".join(readers)}'
-    )
+  checks.one_of('config.data.source', data.source, ['ruleworld', *readers])
   if not data.path:
     raise ValueError(
       f'config.data.path is empty: give the prompts of data={data.source} '

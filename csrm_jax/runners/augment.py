@@ -26,7 +26,7 @@ import numpy as np
 
 from csrm_jax import config as config_lib
 from csrm_jax.augmentation import beam, categories, proposers, report, requests, strictness, weights
-from csrm_jax.core import files, journal as journal_lib, progress
+from csrm_jax.core import checks, files, journal as journal_lib, progress
 from csrm_jax.data import catalogue, forms, pipeline
 from csrm_jax.data.judged import Judged
 from csrm_jax.reward import model as reward_model
@@ -186,10 +186,7 @@ def _read(
     return made, collections.Counter()
   if source.defect:
     raise ValueError(f"config.source.defect={source.defect!r} is for RuleWorld's data only")
-  if source.name not in pipeline.SOURCES:
-    raise ValueError(
-      f'config.source.name is {source.name!r}; use one of ruleworld, {", ".join(pipeline.SOURCES)}'
-    )
+  checks.lookup(source.name, ['ruleworld', *pipeline.SOURCES], 'config.source.name')
   options = forms.options(**source.own)
   rows = pipeline.read_source(source.name, source.path, require_label=False, **options)
   drops = collections.Counter(getattr(rows, 'drops', {}))
@@ -224,9 +221,8 @@ def _make_proposer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
   cache = journal_lib.Cache(config.cache or workdir / 'cache')
   if config.proposer == 'endpoint':
     return proposers.Endpoint(cache, **config.endpoint, paid=workdir / _PAID)
-  if config.proposer == 'model':
-    return proposers.LocalModel(cache, config.seed, **config.model)
-  raise ValueError(f'config.proposer is {config.proposer!r}; use one of {", ".join(PROPOSERS)}')
+  checks.lookup(config.proposer, PROPOSERS, 'config.proposer')
+  return proposers.LocalModel(cache, config.seed, **config.model)
 
 
 def _make_judge(config: ml_collections.ConfigDict) -> proposers.Judge | None:

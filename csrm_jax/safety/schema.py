@@ -340,8 +340,7 @@ class Message:
   content: str
 
   def __post_init__(self):
-    if self.role not in ROLES:
-      raise ValueError(f'unknown role {show(self.role)}; use one of {", ".join(ROLES)}')
+    checks.lookup(self.role, ROLES, 'role')
     checks.check_text(self.content, 'message content', empty_ok=True)
 
   def to_dict(self) -> dict[str, str]:

@@ -78,8 +78,7 @@ class Layout:
   chat_suffix: str = ''
 
   def __post_init__(self):
-    if self.format not in FORMATS:
-      raise ValueError(f'unknown format {self.format!r}; use one of {", ".join(FORMATS)}')
+    checks.lookup(self.format, FORMATS, 'format')
     if self.order not in ORDERS:
       raise ValueError(f'unknown order {self.order!r}; use "rules_first" or "conversation_first"')
     if len(self.words) != 2 or len(set(self.words)) != 2:
