@@ -74,7 +74,7 @@ def _guardrail() -> Any:
         valid=not verdict.flagged,
         score=verdict.p_unsafe,
         categories=parts,
-        extra={'score_nats': verdict.score, 'reward': verdict.reward},
+        extra={'score_nats': verdict.score, 'reward': verdict.reward, 'unread': verdict.unread},
       )
       self._stamp_usage(result, 1000 * (time.monotonic() - start))
       return result

@@ -27,6 +27,7 @@ def compliance(judge: Judge, each_rule: bool = False) -> Any:
       rules = (state.metadata or {}).get('safety')
       (verdict,) = await asyncio.to_thread(judge, [talk], [rules], each_rule)
       about: dict[str, Any] = {'score_nats': verdict.score, 'flagged': verdict.flagged}
+      about['unread'] = verdict.unread
       if verdict.each_rule:
         about['each_rule'] = verdict.each_rule
       return package.Score(value=verdict.reward, answer=state.output.completion, metadata=about)

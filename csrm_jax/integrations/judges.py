@@ -28,6 +28,7 @@ class Verdict(NamedTuple):
   p_unsafe: float  # 1 - reward
   flagged: bool
   each_rule: dict[str, float]  # P(unsafe) under each rule alone; {} where not asked for
+  unread: float  # share of the prompt's tokens that the model has not read, in [0, 1]
 
 
 # (conversations, rules of each or None[, each_rule]) -> as many verdicts, all numbers finite
@@ -75,7 +76,7 @@ def local(
     if each_rule and examples:
       parts = scoring.by_category(rm.score_fn, examples)
     return [
-      Verdict(v.score, v.reward, v.p_unsafe, is_flagged(v, example), part)
+      Verdict(v.score, v.reward, v.p_unsafe, is_flagged(v, example), part, v.unread)
       for v, example, part in zip(verdicts, examples, parts, strict=True)
     ]
 
@@ -186,14 +187,14 @@ def _read(reply: Mapping[str, Any], num: int, url: str) -> list[Verdict]:
   for row in rows:
     row = row if isinstance(row, Mapping) else {}
     each, label = row.get('each_rule', {}), row.get('label')
-    numbers = [row.get(key) for key in ('score', 'reward', 'p_unsafe')]
+    numbers = [row.get(key) for key in ('score', 'reward', 'p_unsafe', 'unread')]
     parts = list(each.values()) if isinstance(each, Mapping) else [None]
     if label not in schema.LABELS or not all(map(_is_finite, [*numbers, *parts])):
       raise ValueError(
         f'the server at {url} replied with a verdict that is none ({checks.show(row)}, label '
         f'{checks.show(label)}); what cannot be scored has no reward'
       )
-    verdicts.append(Verdict(*numbers, label == 'unsafe', dict(each)))
+    verdicts.append(Verdict(*numbers[:3], label == 'unsafe', dict(each), numbers[3]))
   return verdicts
 
 

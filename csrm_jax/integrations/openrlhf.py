@@ -56,5 +56,8 @@ def reward_func(
   import torch
 
   found = torch.tensor([verdict.reward for verdict in verdicts])
-  nats = torch.tensor([verdict.score for verdict in verdicts])
-  return {'rewards': found, 'scores': found, 'extra_logs': {'score_nats': nats}}
+  logs = {
+    'score_nats': torch.tensor([verdict.score for verdict in verdicts]),
+    'unread': torch.tensor([verdict.unread for verdict in verdicts]),
+  }
+  return {'rewards': found, 'scores': found, 'extra_logs': logs}

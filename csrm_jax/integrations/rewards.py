@@ -23,6 +23,7 @@ def make(judge: Judge, value: str = VALUES[0], rules_column: str = 'safety') -> 
 
   Prompts and completions are messages, or texts; marks of a known chat template in a prompt's text
   are read as turns. Rules are the judge's own, or each row's, where the data set has the column.
+  TRL logs the mean share of tokens that was not read, as csrm/unread.
 
   Args:
     value: One of VALUES.
@@ -37,7 +38,10 @@ def make(judge: Judge, value: str = VALUES[0], rules_column: str = 'safety') -> 
       conversation(prompt, completion)
       for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    return [getattr(v, value) for v in judge(talks, columns.get(rules_column))]
+    verdicts = judge(talks, columns.get(rules_column))
+    if verdicts and callable(log := columns.get('log_metric')):  # TRL's
+      log('csrm/unread', sum(v.unread for v in verdicts) / len(verdicts))
+    return [getattr(v, value) for v in verdicts]
 
   return csrm
 

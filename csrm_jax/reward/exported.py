@@ -153,9 +153,11 @@ print(rm.score(schema.parse_safety(rules, "rules"), [schema.parse_conversation(m
 @usage@
 ## Limits
 
-Prompts of more than @max_length@ tokens were not trained on. Text that holds a control token of the
-tokenizer is refused by the template (csrm_jax reads it as plain text). No verdict replaces a
-person's where much depends on it.@calibration@
+Prompts of more than @max_length@ tokens were not trained on. csrm_jax reads a longer response in
+parts, and its verdicts say in `unread` what share of a prompt was not read; elsewhere nothing says
+so: leave truncation off. Text that holds a control token of the tokenizer is refused by the
+template (csrm_jax reads it as plain text). No verdict replaces a person's where much depends on
+it.@calibration@
 """
 _SCORE = """\
 ids = tokenizer.apply_chat_template(messages, safety=rules, return_tensors="pt", return_dict=True)

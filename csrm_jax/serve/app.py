@@ -78,6 +78,7 @@ class Judged:
   flagged: bool
   threshold: float  # P(unsafe) from which on it is
   num_cut: int  # tokens of the conversation that were not read
+  unread: float  # their share of the prompt's
   outside: str  # what is unlike the training data, see domain.Domain.marks; or ''
   each_rule: dict[str, float]  # P(unsafe) under each rule alone; {} where not asked for
   violated: dict[str, bool]  # whether that is flagged
@@ -291,6 +292,7 @@ class _Server:
           flagged=flagged,
           threshold=threshold,
           num_cut=max(row.num_cut for row in group),
+          unread=max(row.unread for row in group),
           outside=group[0].outside,
           each_rule=each,
           violated=violated,
@@ -330,6 +332,7 @@ class _Server:
           'p_unsafe': one.p_unsafe,
           'threshold': one.threshold,
           'num_cut': one.num_cut,
+          'unread': one.unread,
           'out_of_domain': one.outside,
           'latency_s': round(seconds, 6),
           'text_sha256': hashlib.sha256(text.encode()).hexdigest(),
@@ -460,6 +463,7 @@ def _rewards(judged: Sequence[Judged], body: Mapping[str, Any]) -> Any:
     'extra_logs': {
       'score_nats': [one.score for one in judged],
       'num_cut': [float(one.num_cut) for one in judged],
+      'unread': [one.unread for one in judged],
     },
   }
   # verl asks about one text and wants one number.
@@ -475,6 +479,7 @@ def _details(one: Judged) -> dict[str, Any]:
     'score': one.score,
     'threshold': one.threshold,
     'shortened': one.num_cut,
+    'unread': one.unread,
     'out_of_domain': one.outside,
     'policy': {'name': policy.name or None, 'digest': policy.digest},
   }

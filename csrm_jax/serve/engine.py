@@ -150,6 +150,7 @@ class Row:
   length: int  # the shortest row length that holds them
   num_cut: int  # tokens that were cut out to make it fit
   outside: str = ''  # what is unlike the training data, see domain.Domain.marks
+  unread: float = 0.0  # the share of the prompt's tokens that were cut out
 
   @property
   def key(self) -> Key:
@@ -318,8 +319,9 @@ class Engine:
       parts, num_cut = whole.tokens[rules.num_segments :], whole.num_cut
     tokens = np.fromiter(itertools.chain.from_iterable(parts), np.int32)
     length = next(n for n in self.lengths.row if n >= len(tokens))
-    marks = domain.marks(safety, conversation, len(rules.tokens) + size) if domain else ''
-    return Row(rules, tokens, length, num_cut, marks)
+    total = len(rules.tokens) + size
+    marks = domain.marks(safety, conversation, total) if domain else ''
+    return Row(rules, tokens, length, num_cut, marks, num_cut / total)
 
   # --- The queue -----------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ _VERDICT = {
   'score': 3.48,
   'threshold': 0.5,
   'shortened': 0,
+  'unread': 0.0,
   'out_of_domain': '',
   'policy': {'name': 'bank_support', 'digest': '9f2c...'},
 }
@@ -70,9 +71,10 @@ def _endpoint(summary: str, about: str, examples: dict[str, Any], answer: Any) -
 _RULES_BY = (
   '`policy` names a policy of the server (or is its digest), `safety` brings rules along; without '
   'both the default policy judges. `shorten: true` lets a conversation that is too long be cut; '
-  '`shortened` then counts the tokens that were not read. Else it is an error. Words that are '
-  'foreign to what the model was trained on are refused (422); a server that is told to answer all '
-  'the same says so in `out_of_domain`, as of longer prompts and more rules than in training.'
+  '`shortened` then counts the tokens that were not read, `unread` is their share of the prompt. '
+  'Else it is an error. Words that are foreign to what the model was trained on are refused (422); '
+  'a server that is told to answer all the same says so in `out_of_domain`, as of longer prompts '
+  'and more rules than in training.'
 )
 _COST = (
   'A score for each rule costs one more row for each rule: eight rules take nine times as much '
@@ -144,7 +146,11 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
         'policy': 'bank_support',
       },
     },
-    {'rewards': [0.97], 'scores': [0.97], 'extra_logs': {'score_nats': [3.48], 'num_cut': [0.0]}},
+    {
+      'rewards': [0.97],
+      'scores': [0.97],
+      'extra_logs': {'score_nats': [3.48], 'num_cut': [0.0], 'unread': [0.0]},
+    },
   ),
   '/monitor': _endpoint(
     'Watch a reply while it grows, or a dialogue',

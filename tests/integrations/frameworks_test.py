@@ -124,7 +124,7 @@ def test_inspect(server, tmp_path):
   for sample in log.samples:
     score = sample.scores['csrm_compliance']
     assert score.value == pytest.approx(want, abs=1e-5) and score.answer == 'Dogs bark.'
-    assert set(score.metadata['each_rule']) == {'Dogs'}
+    assert set(score.metadata['each_rule']) == {'Dogs'} and score.metadata['unread'] == 0
 
 
 def _openrlhf(monkeypatch, server):
@@ -146,6 +146,7 @@ def test_openrlhf_reward_file(server, monkeypatch):
   want = _score(server, TALKS[0])
   assert found['rewards'].tolist() == pytest.approx([_sigmoid(want)], abs=1e-5)
   assert found['extra_logs']['score_nats'].tolist() == pytest.approx([want], abs=1e-5)
+  assert found['extra_logs']['unread'].tolist() == [0]
 
 
 def test_openrlhf_does_not_go_on_without_a_reward(server, monkeypatch):

@@ -83,6 +83,7 @@ def test_a_judge_without_rules(monkeypatch):
     ('{"verdicts": [{"label": "safe", "score": NaN, "reward": 1, "p_unsafe": 0}]}', 'is none'),
     ('{"verdicts": [{"label": "ok", "score": 1, "reward": 1, "p_unsafe": 0}]}', 'is none'),
     ('{"verdicts": [null]}', 'is none'),
+    ('{"verdicts": [{"label": "safe", "score": 1, "reward": 1, "p_unsafe": 0}]}', 'is none'),
     ((401, 'no token'), 'status 401'),
   ],
 )
@@ -90,6 +91,16 @@ def test_what_is_no_verdict_is_an_error(answer, says):
   with http_scorer_test.serve(answer) as (url, _):
     judge = judges.remote(url.removesuffix('/get_reward'), RULES, num_tries=1)
     assert says in small.error_of(judge, TALKS[:1])
+
+
+def test_what_was_not_read_is_told_to_trainers(server):
+  judge, logged = judges.remote(server.url, RULES, num_tries=1, shorten=True), {}
+  reward = rewards.make(judge)
+  completions = ['Dogs bark.', 'Dogs bark. ' * 200]
+  reward(prompts=['Pets?'] * 2, completions=completions, log_metric=logged.__setitem__)
+  talk = [{'role': 'user', 'content': 'Pets?'}, {'role': 'assistant', 'content': completions[1]}]
+  (verdict,) = judge([talk])
+  assert 0.5 < verdict.unread < 1 and logged == {'csrm/unread': verdict.unread / 2}
 
 
 def test_a_remote_judge_needs_no_jax(server):

@@ -207,7 +207,18 @@ def test_what_is_too_long_is_refused_or_marked(server, film):
   status, _, answer = server.ask('POST', '/score', {'messages': long})
   assert status == 413 and 'at most' in answer['error']['message']
   (verdict,) = server.post('/score', {'messages': long, 'shorten': True})['verdicts']
-  assert verdict['shortened'] > 0
+  assert verdict['shortened'] > 0 and 0 < verdict['unread'] < 1
+  asks = (
+    ('/v1/moderations', {'input': long}, lambda answer: answer['results'][0]['unread']),
+    ('/v1/chat/completions', {'messages': long}, lambda answer: answer['csrm']['unread']),
+    (
+      '/get_reward',
+      {'prompts': [long[:1]], 'responses': [long[-1]['content']]},
+      lambda answer: answer['extra_logs']['unread'][0],
+    ),
+  )
+  for path, body, unread in asks:
+    assert 0 < unread(server.post(path, body | {'shorten': True})) < 1, path
   rules = {'categories': [{'name': 'A', 'guideline': 'no poker ' * 200}]}
   status, _, answer = server.ask('POST', '/score', {'messages': MESSAGES, 'safety': rules})
   assert status == 413 and 'the rules take' in answer['error']['message']
