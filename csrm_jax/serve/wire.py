@@ -11,14 +11,16 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csrm_jax.core import checks, files
 from csrm_jax.core.checks import show
-from csrm_jax.reward import monitor
 from csrm_jax.safety import schema
 from csrm_jax.serve import policies as policies_lib
 from csrm_jax.serve.policies import Policies, Policy
+
+if TYPE_CHECKING:  # A client of the server needs no JAX.
+  from csrm_jax.reward import monitor
 
 Conversation = tuple[schema.Message, ...]
 
