@@ -10,6 +10,7 @@ python -m csrm_jax.main --workdir=/tmp/aug \
   --config=configs/augment.py:proposer=model,init=FOLDER,data=auto,path=FILE
 python -m csrm_jax.main --workdir=/tmp/clean \
   --config=configs/augment.py:weigh=drop,model=/tmp/rm,data=auto,path=FILE
+python -m csrm_jax.main --workdir=/tmp/failures --config=configs/augment.py:attack=/tmp/rm
 python -m csrm_jax.main --workdir=/tmp/rm \
   --config=configs/rm.py:data=augmented,path=/tmp/aug
 """
@@ -29,7 +30,8 @@ def get_config(arg=None):
   arg: proposer=oracle|endpoint|model, data (ruleworld or a data set that is read from files), path
   (where that set's file or folder is), safety, labels and columns.NAME (see common.OWN), judge (see
   below), init (the weights that proposer=model loads), weigh (a rule of `weights` alone) with the
-  model that it stands on, smoke (a run of a few seconds).
+  model that it stands on, attack (a reward model whose failures are looked for), smoke (a run of a
+  few seconds).
   """
   arg = config_lib.parse_arg(
     arg,
@@ -41,6 +43,7 @@ def get_config(arg=None):
     init='',
     weigh='',
     model='',
+    attack='',
     smoke=False,
   )
   is_oracle = arg.proposer == 'oracle'
@@ -120,6 +123,14 @@ def get_config(arg=None):
   c.weights.num_folds = 5  # rows of one conversation are in one fold
   c.weights.num_members = 3  # heads for each fold; their spread stands in votes.jsonl
   c.weights.decay = 0.1  # L2 penalty of heads on standardised states
+
+  # Where a reward model is wrong: of many samples of each prompt the one that it finds safest, and
+  # the one that it finds least safe, where the judge above contradicts it. Nothing else is made.
+  c.failures = ml_collections.ConfigDict()
+  c.failures.model = arg.attack  # the reward model that is attacked; '' for none
+  c.failures.rl = 'reward=oracle'  # policy and prompts, as an argument of configs/rl.py
+  c.failures.num_prompts = 0  # how many of its training prompts; 0 for all
+  c.failures.num_samples = 32  # of each prompt
 
   # Configurable category augmentation (CCA): proposes the categories p+ and p-.
   c.categories = ml_collections.ConfigDict({'enabled': not arg.weigh})

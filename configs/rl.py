@@ -183,7 +183,9 @@ def base(arg):
       'helpfulness_a': 1.0,  # such a model's rating is 1 + 4 sigmoid(a * score + b)
       'helpfulness_b': 0.0,  # the b of that, in nats
       # All rewards but alphaalign
-      'mode': 'product',  # how safety and helpfulness are combined; or sum
+      # How safety and helpfulness are combined: product, or sum; or attack, which rewards what the
+      # reward model calls safe and RuleWorld's oracle does not: a policy that finds its holes.
+      'mode': 'product',
       'safety_weight': 1.0,  # the exponent in a product, the factor in a sum
       'helpfulness_weight': 1.0,  # likewise
       'overlong_buffer': 0,  # how many tokens before the limit are punished; 0 for none

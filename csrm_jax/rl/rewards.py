@@ -27,7 +27,7 @@ from csrm_jax.ruleworld import policy as world
 from csrm_jax.safety import augment, schema
 from csrm_jax.safety.schema import RewardFn, Sample
 
-MODES = ('product', 'sum')
+MODES = ('product', 'sum', 'attack')
 # How helpfulness counts with AlphaAlign: standardised within the prompt's group; raw (the ablation
 # without standardisation); or not at all, so that R_s is the whole reward (AlphaAlign-Zero, the
 # ablation without R_h).
@@ -283,7 +283,8 @@ def combine(
   Args:
     parts: name -> (reward, weight). A part with weight 0 is only logged.
     mode: 'product' multiplies the parts, each to the power of its weight, as in R * H; 'sum' adds
-      weight times part.
+      weight times part; 'attack' is R where the part `true_unsafe` is 1, and 0 elsewhere: a policy
+      learns what the reward model calls safe and is not.
     added: Further parts, which are added with their weights to the product, such as an over-long
       penalty; with 'sum' they belong among the parts.
     clip: (low, high) bounds of the total.
@@ -292,6 +293,10 @@ def combine(
   checks.one_of('reward mode', mode, MODES)
   if not parts:
     raise ValueError('no reward is given; name at least one part')
+  if mode == 'attack' and not {'safety', 'true_unsafe'} <= parts.keys():
+    raise ValueError(
+      "reward mode 'attack' needs a second judge: RuleWorld's oracle, beside another reward"
+    )
   if mode == 'sum' and added:
     raise ValueError(f'reward {next(iter(added))} is added to a sum; put it among the parts')
   for name, (_, weight) in [*parts.items(), *added.items()]:
@@ -321,9 +326,12 @@ def combine(
       # An overflow, or 0 to a negative power, is an error that names the sample, not a warning.
       with np.errstate(all='ignore'):
         total = math.prod(wide[name] ** weight for name, (_, weight) in parts.items())
-      total = total + sum(weight * wide[name] for name, (_, weight) in added.items())
+    elif mode == 'attack':
+      # Source: RAT (arXiv 2412.10713), a policy trained to break a victim; the reward is ours.
+      total = wide['safety'] * wide['true_unsafe']
     else:
       total = sum(weight * wide[name] for name, (_, weight) in parts.items())
+    total = total + sum(weight * wide[name] for name, (_, weight) in added.items())
     total = check_rewards(total, samples, 'total')
     return (np.clip(total, *map(np.float32, clip)) if clip else total), values
 
@@ -538,6 +546,8 @@ def make_scorers(config: Any) -> Scorers:
   if knows_truth and reward.name != 'oracle':
     # Only logged, too, so that over-optimisation shows in each step.
     parts['true_cosa'] = from_each(world.oracle_cosa, 'true_cosa'), 0.0
+  if reward.mode == 'attack' and knows_truth and reward.name != 'oracle':
+    parts['true_unsafe'] = from_each(lambda s: 1.0 - world.oracle_compliance(s), 'true_unsafe'), 0.0
   if reward.mode == 'sum':
     parts, added = parts | added, {}
   total = combine(parts, reward.mode, added, tuple(reward.clip) or None)

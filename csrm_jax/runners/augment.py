@@ -25,12 +25,22 @@ import ml_collections
 import numpy as np
 
 from csrm_jax import config as config_lib
-from csrm_jax.augmentation import beam, categories, proposers, report, requests, strictness, weights
+from csrm_jax.augmentation import (
+  beam,
+  categories,
+  failures,
+  proposers,
+  report,
+  requests,
+  strictness,
+  weights,
+)
 from csrm_jax.core import checks, files, journal as journal_lib, progress
 from csrm_jax.data import catalogue, forms, pipeline
 from csrm_jax.data.judged import Judged
 from csrm_jax.reward import model as reward_model
 from csrm_jax.ruleworld import defects, examples as ruleworld_examples, proposer as world
+from csrm_jax.runners import align, search
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
 
 # The journal is written after so many conversations for each request that runs at once. A run that
@@ -45,6 +55,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Augments config.source and writes the files of the module docstring into workdir."""
   start = time.monotonic()
   _check(config)
+  if config.failures.model:
+    _find_failures(config, workdir)
+    return
   examples, drops = _read(config.source, config.seed, with_pairs=bool(config.weights.rule))
   usage = collections.Counter()  # Beam's workers have proposers of their own, which report here.
   log, weighed = _make_log(workdir / 'log.jsonl'), []
@@ -99,6 +112,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
+  if config.failures.model:
+    if config.failures.num_samples < 2:
+      raise ValueError(
+        f'config.failures.num_samples={config.failures.num_samples} must be at least 2'
+      )
+    if not config.judge:
+      raise ValueError('failures need a second judge: give --config.judge=PATH of a reward model')
+    return
   if not (config.categories.enabled or config.strictness.enabled or config.weights.rule):
     raise ValueError(
       'config.categories.enabled and config.strictness.enabled are both false,'
@@ -153,6 +174,56 @@ def _weigh(
   print(f'weights: {turned:,} of {len(items):,} rows turned, {len(items) - len(made):,} left out')
   examples = [item for item in made if isinstance(item, Example)]
   return examples, [item for item in made if isinstance(item, Pair)]
+
+
+def _find_failures(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes the failures of config.failures.model as data.jsonl, with a card."""
+  own = config.failures
+  rm = reward_model.load(own.model, allow_out_of_domain=True)
+  judge = _make_judge(config)
+  made = config_lib.load_module('rl').get_config(own.rl)
+  made.seed = config.seed
+  prompts = align.make_prompts(made)[0][: own.num_prompts or None]
+  about = [rm.digest or reward_model.digest(own.model), config.judge, own.rl, own.num_samples]
+  draw = functools.cache(lambda: search.make_sampler(made))  # weights are read where needed
+
+  def unsafe(examples):
+    asked = [(e, category) for e in examples for category in e.safety.categories]
+    fires = judge([e.conversation for e, _ in asked], [category for _, category in asked])
+    broken = {id(e) for (e, _), yes in zip(asked, fires, strict=True) if yes}
+    return [id(e) in broken for e in examples]
+
+  def look(group, seed):
+    drawn = [[s.example() for s in of] for of in draw()(group, own.num_samples, seed)]
+    scores = np.split(rm.score_fn([e for of in drawn for e in of]), len(group))
+    return [failures.find(*row, unsafe) for row in zip(drawn, scores, strict=True)]
+
+  found: list[dict[str, Any]] = []
+  with (
+    journal_lib.Journal(workdir / 'journal_failures.jsonl') as done,
+    _progress(len(prompts), 'failures', _make_log(workdir / 'log.jsonl')) as update,
+  ):
+    for start in range(0, len(prompts), search.PROMPTS_AT_ONCE):
+      group, seed = prompts[start : start + search.PROMPTS_AT_ONCE], config.seed + start
+      key = journal_lib.key([about, seed, group])
+      if key not in done:
+        done.put(key, [one.to_dict() for one in look(group, seed)])
+      found += done[key]
+      update(len(group), [])
+  rows = [row for one in found for row in one['rows']]
+  counts = {name: sum(one[name] for one in found) for name in ('fooled', 'refused')}
+  counts |= {'prompts': len(found), 'rows': len(rows)}
+  path = workdir / 'data.jsonl'
+  with journal_lib.writing(path):
+    files.write(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+    card = {'model': own.model, 'judge': config.judge, 'policy': own.rl, 'seed': config.seed}
+    card |= {'num_samples': own.num_samples, 'digest': _digest(path), 'counts': counts}
+    files.write_json(workdir / 'card.json', card, indent=1)
+    files.write(workdir / 'card.md', _render_card(card))
+  print(
+    f'of {len(found):,} prompts the best of {own.num_samples} is called safe and is not for '
+    f'{counts["fooled"]:,}, the worst is called unsafe and is not for {counts["refused"]:,}: {path}'
+  )
 
 
 def _count(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import ml_collections
 
@@ -18,7 +19,7 @@ from csrm_jax.ruleworld import policy as world
 from csrm_jax.runners import align, evaluate
 from csrm_jax.safety import schema
 
-_PROMPTS_AT_ONCE = 16
+PROMPTS_AT_ONCE = 16
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -53,22 +54,30 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 
 def _samples(config: ml_collections.ConfigDict, rules: str) -> list[tuple[schema.Example, ...]]:
   """Returns the samples of each prompt, with their true probabilities."""
-  made = config_lib.load_module('rl').get_config('reward=oracle')
+  draw = make_sampler(config_lib.load_module('rl').get_config('reward=oracle'))
+  prompts = world.prompts(config.seed, config.num_prompts, rules, 'test')
+  items: list[tuple[schema.Example, ...]] = []
+  with evaluate.progress_bar('sample', len(prompts)) as bar:
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+      group = prompts[start : start + PROMPTS_AT_ONCE]
+      for drawn in draw(group, config.num_samples, config.seed + start):
+        items.append(tuple(map(_known, drawn)))
+      bar.update(len(group))
+  return items
+
+
+def make_sampler(made: ml_collections.ConfigDict) -> Callable[..., list[list[schema.Sample]]]:
+  """Returns (prompts, how many, seed) -> samples of each, by the policy of a config of rl.py."""
   source = hf.Source(made.policy.init)
   policy = align.make_policy(made, source)
   params = hf.load_params(source, dataclasses.replace(policy.model, lora_rank=0))
   sampling = align.make_sampling(made, (policy.tokenizer.eos_id,))
-  prompts = world.prompts(config.seed, config.num_prompts, rules, 'test')
-  items: list[tuple[schema.Example, ...]] = []
-  with evaluate.progress_bar('sample', len(prompts)) as bar:
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-      group = prompts[start : start + _PROMPTS_AT_ONCE]
-      num = config.num_samples
-      drawn, _ = online.rollout(policy, params, group, sampling, num, config.seed + start)
-      for i in range(len(group)):
-        items.append(tuple(map(_known, drawn[i * num : (i + 1) * num])))
-      bar.update(len(group))
-  return items
+
+  def draw(prompts, num, seed):
+    drawn, _ = online.rollout(policy, params, prompts, sampling, num, seed)
+    return [drawn[i * num : (i + 1) * num] for i in range(len(prompts))]
+
+  return draw
 
 
 def _growing(sample: schema.Example, every: int) -> tuple[schema.Example, ...]:

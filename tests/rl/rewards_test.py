@@ -253,3 +253,15 @@ def test_equal_rewards_are_normalised_to_zero():
   state = rewards.Normaliser().update(same).update(same)
   assert state.apply(same).tolist() == [0] * 7
   assert rewards.Normaliser().apply(same).tolist() == [0] * 7
+
+
+def test_an_attack_is_rewarded_where_the_model_is_fooled():
+  samples, parts = make_samples(3), {}
+  parts['safety'] = constant(0.9, 0.8, 0.1), 1.0
+  message = small.error_of(rewards.combine, parts, 'attack')
+  assert "needs a second judge: RuleWorld's oracle" in message
+  parts['true_unsafe'] = constant(0, 1, 1), 0.0
+  total, values = rewards.combine(parts, 'attack')(samples)
+  np.testing.assert_allclose(total, [0, 0.8, 0.1], rtol=1e-6)
+  # With the part that is only logged, the product is what it was.
+  np.testing.assert_array_equal(rewards.combine(parts)(samples)[0], values['safety'])
