@@ -17,12 +17,14 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from csrm_jax.core import files, remote
+from csrm_jax.core import checks, files, remote
 
 NAME = 'lease.json'
-# The holder renews its lease so often; one that is older than EXPIRES_S is nobody's.
-RENEW_S = 30.0
+# The holder renews its lease so often. One of another host that looks older than EXPIRES_S is
+# watched for WATCH_S before it is taken over: clocks differ, and jump.
+RENEW_S = 15.0
 EXPIRES_S = 180.0
+WATCH_S = 45.0
 # The leases of this process: folder -> token.
 _HELD: dict[str, str] = {}
 
@@ -32,8 +34,8 @@ def held(home: str | os.PathLike) -> Iterator[None]:
   """Holds the lease of a folder of this machine or of a bucket (gs://…).
 
   A lease outlives a holder that was killed. It is taken over at once if the holder was a process
-  of this host that is no more, and after EXPIRES_S if it was on another host. Of several processes
-  of one run the first holds it.
+  of this host that is no more, and after EXPIRES_S if it was on another host and nobody renews it
+  while it is watched, for WATCH_S. Of several processes of one run the first holds it.
 
   Raises:
     ValueError: Another process holds it, or, at the end, it is lost: see `check`.
@@ -85,6 +87,7 @@ def _check(home: epath.Path) -> None:
 
 def _take(path: epath.Path, mine: str) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
+  _watch(path)
   if remote.is_bucket(path):
     _replace(path, mine)
     # A bucket has no locks: the last of two writers at once is the holder.
@@ -97,6 +100,28 @@ def _take(path: epath.Path, mine: str) -> None:
   else:
     with _locked(path.parent):
       _replace(path, mine)
+
+
+def _watch(path: epath.Path) -> None:
+  """Raises ValueError if a lease of another host that looks stale is renewed after all."""
+  found = _read(path)
+  if not found or found['host'] == socket.gethostname() or not _is_stale(found):
+    return
+  checks.note(f'{path.parent}: host {found["host"]} worked there; is it still? ({WATCH_S:.0f} s)')
+  end = time.monotonic() + WATCH_S
+  while time.monotonic() < end:
+    time.sleep(min(1.0, WATCH_S / 20))
+    now = _read(path)
+    if now and now != found:
+      raise _works_there(path, now)
+
+
+def _works_there(path: epath.Path, lease: dict) -> ValueError:
+  seconds = max(0, time.time() - lease['time'])
+  return ValueError(
+    f'{path.parent}: another process works there (host {lease["host"]}, process {lease["pid"]}, '
+    f'last seen {seconds:.0f} s ago); wait for its end, or give another --workdir'
+  )
 
 
 @contextlib.contextmanager
@@ -119,11 +144,7 @@ def _locked(folder: epath.Path) -> Iterator[None]:
 def _replace(path: epath.Path, mine: str) -> None:
   found = _read(path)
   if found and not _is_stale(found):
-    raise ValueError(
-      f'{path.parent}: another process works there (host {found["host"]}, process {found["pid"]}, '
-      f'last seen {max(0, time.time() - found["time"]):.0f} s ago); wait for its end, or give '
-      'another --workdir'
-    )
+    raise _works_there(path, found)
   _write(path, mine)
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -41,13 +42,28 @@ def test_one_holder_at_a_time_and_none_that_was_killed(tmp_path):
 
 
 @pytest.mark.parametrize(('age', 'is_taken'), [(10, False), (1000, True), (-10_000, True)])
-def test_a_lease_of_another_host_ends(tmp_path, age, is_taken):
+def test_a_lease_of_another_host_ends(tmp_path, monkeypatch, age, is_taken):
+  monkeypatch.setattr(lease, 'WATCH_S', 0.1)
   other = {'token': 'a', 'host': 'elsewhere', 'pid': 1, 'born': '5', 'time': time.time() - age}
   (tmp_path / lease.NAME).write_text(json.dumps(other))
   if is_taken:
     assert _take(tmp_path)['token'] != 'a'
   else:
     assert 'host elsewhere, process 1' in small.error_of(_take, tmp_path)
+
+
+@pytest.mark.parametrize('ahead', [86_400, -86_400])
+def test_a_clock_that_is_off_takes_no_lease_that_is_renewed(tmp_path, monkeypatch, ahead):
+  monkeypatch.setattr(lease, 'WATCH_S', 20)
+  path = tmp_path / lease.NAME
+  other = {'token': 'a', 'host': 'elsewhere', 'pid': 7, 'born': '5', 'time': time.time() + ahead}
+  path.write_text(json.dumps(other))
+  renew = threading.Timer(0.3, lambda: path.write_text(json.dumps(other | {'time': ahead})))
+  renew.start()
+  try:
+    assert 'host elsewhere, process 7' in small.error_of(_take, tmp_path)
+  finally:
+    renew.join()
 
 
 def test_a_process_with_the_number_of_a_dead_one_holds_nothing(tmp_path):
