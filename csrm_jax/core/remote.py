@@ -29,6 +29,8 @@ _PREFIX = 'gs://'
 _EVERY_S = 60.0
 # These are read and written in the bucket itself.
 _IN_BUCKET = ('checkpoints',)
+# They decide whether a run is new: asked for by name, whatever a listing says.
+_ASKED_FOR = ('config.json', 'manifest.json', 'metrics.jsonl')
 # A trace is large, and never read again.
 _NOT_FETCHED = (*_IN_BUCKET, 'profile')
 
@@ -153,10 +155,7 @@ def named(message: str) -> str:
 def _readable(address: str) -> pathlib.Path:
   folder = tempfile.TemporaryDirectory(prefix='csrm_jax-')
   atexit.register(folder.cleanup)
-  try:
-    return _copy(epath.Path(address), pathlib.Path(folder.name))
-  except Exception as error:
-    raise ValueError(_cannot('read', address, error)) from error
+  return _copy(epath.Path(address), pathlib.Path(folder.name))
 
 
 def _cannot(do: str, what: str, error: Exception) -> str:
@@ -167,14 +166,26 @@ def _cannot(do: str, what: str, error: Exception) -> str:
 
 
 def _copy(home: epath.Path, folder: pathlib.Path) -> pathlib.Path:
-  """Returns folder/NAME, filled with the files of `home`."""
+  """Returns folder/NAME, filled with the files of `home`.
+
+  A listing may name what is gone, or not yet what is there; reading decides.
+  """
   path = folder / home.name
   path.mkdir()
   found = _Mirror(home)
-  for name in _files(home, _NOT_FETCHED):
-    (path / name).parent.mkdir(parents=True, exist_ok=True)
-    (path / name).write_bytes((home / name).read_bytes())
-    found.held[name] = _stamp(path / name)
+  try:
+    for name in dict.fromkeys([*_files(home, _NOT_FETCHED), *_ASKED_FOR]):
+      try:
+        data, num = (home / name).read_bytes(), (home / name).stat().length
+      except FileNotFoundError:
+        continue
+      if len(data) != num:
+        raise OSError(f'{name}: {len(data):,} of {num:,} bytes came')
+      (path / name).parent.mkdir(parents=True, exist_ok=True)
+      (path / name).write_bytes(data)
+      found.held[name] = _stamp(path / name)
+  except Exception as error:  # Each bucket library has its own errors.
+    raise ValueError(_cannot('read', str(home), error)) from error
   _MIRRORS[path], _NAMES[str(path)] = found, str(home)
   return path
 

@@ -224,6 +224,12 @@ def load(
   source = public_model(source) or source  # a public model is looked for once
   if not isinstance(source, hf.Source):
     saved = checkpoint.describe(_directory(source) / 'checkpoints', step)
+    ended = calibration(source) if step is None else None
+    if ended and (ended.step or 0) > saved.step:
+      raise ValueError(
+        f'{source}: training ended at step {ended.step}, and the newest checkpoint there is of '
+        f'step {saved.step}; put the newer one back, or ask for step={saved.step}'
+      )
     step = saved.step  # a run may save another one meanwhile
   spec, params, tokenizer = load_parts(source, format, step, **options)
   if saved and spec.domain is None:

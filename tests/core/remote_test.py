@@ -146,6 +146,47 @@ def test_what_a_bucket_did_not_take_is_written_again(tmp_path, monkeypatch, faul
   assert all('the same command goes on' in text and '\n' not in text for text in said)
 
 
+@pytest.mark.parametrize('fault', ['lists what is gone', 'hides what is there'])
+def test_a_listing_is_no_proof(tmp_path, monkeypatch, fault):
+  home, kind = epath.Path(tmp_path / 'run'), type(epath.Path(tmp_path))
+  home.mkdir()
+  files = {name: name for name in ('config.json', 'manifest.json', 'metrics.jsonl', 'tokenizer')}
+  for name, text in files.items():
+    (home / name).write_text(text)
+  iterdir = kind.iterdir
+
+  def lie(self):
+    found = list(iterdir(self))
+    if self == home:
+      gone = fault == 'lists what is gone'
+      found = [*found, self / 'gone'] if gone else [p for p in found if p.name == 'tokenizer']
+    return iter(found)
+
+  monkeypatch.setattr(kind, 'iterdir', lie)
+  with remote.mirror(home) as path:
+    monkeypatch.undo()
+    assert _tree(path) == files
+
+
+@pytest.mark.parametrize('fault', ['refuses', 'loses bytes'])
+def test_what_a_bucket_does_not_give_whole_is_one_line(tmp_path, monkeypatch, fault):
+  home, kind = epath.Path(tmp_path / 'run'), type(epath.Path(tmp_path))
+  home.mkdir()
+  (home / 'metrics.jsonl').write_text('{}')
+  read = kind.read_bytes
+
+  def read_badly(self):
+    if fault == 'refuses':
+      raise RuntimeError('503\ntry later')
+    return read(self)[:-1]
+
+  monkeypatch.setattr(kind, 'read_bytes', read_badly)
+  with pytest.raises(ValueError, match=r'cannot read .*run \(') as error, remote.mirror(home):
+    pass
+  assert '\n' not in str(error.value)
+  assert (home / 'metrics.jsonl').read_text() == '{}'
+
+
 def test_a_bucket_that_is_gone_is_one_line(tmp_path):
   (tmp_path / 'run').mkdir()
   with (

@@ -104,6 +104,9 @@ def test_a_calibration_that_helped_changes_the_scores_of_its_checkpoint(tmp_path
   np.testing.assert_array_equal(scores(dataclasses.replace(fitted, applied=False)), raw)
   np.testing.assert_array_equal(scores(dataclasses.replace(fitted, step=2)), raw)
   assert reward_model.calibration(folder).temperature == 2.0
+  # The checkpoint that training ended with is gone, or a bucket does not list it.
+  said = small.error_of(scores, dataclasses.replace(fitted, step=4))
+  assert 'ended at step 4' in said and 'ask for step=3' in said
   (folder / 'calibration.json').write_text('{"temperature": 0}')
   with pytest.raises(ValueError, match=r'calibration\.json: .*; remove it'):
     reward_model.load(folder)
