@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import itertools
-import json
 import pathlib
 import re
 import shutil
@@ -76,12 +74,11 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
   paths = [workdir / f'scored.{suffix}' for suffix in ('jsonl', config.table) if suffix]
   examples = read_examples(config)
   rm = load_model(config, config.allow_out_of_domain)
-  fitted = None
+  weights, fitted = rm.digest or reward_model.digest(config.checkpoint), None
   if config.thresholds:
-    weights = rm.digest or reward_model.digest(config.checkpoint)
     fitted = thresholds.load(config.thresholds, weights, rm.calibration)
   kept = workdir / 'scores'
-  score_fn = keep_scores(rm.score_fn, kept, rm.digest or reward_model.digest(config.checkpoint))
+  score_fn = keep_scores(rm.score_fn, kept, weights)
   with progress_bar('score', len(examples)) as bar:
     starts = range(0, len(examples), _ROWS_AT_ONCE)
     parts = [score_fn.judge(examples[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
@@ -386,9 +383,8 @@ def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path, weights: str) -
   """
 
   def judge(examples, progress=lambda num: None):
-    content = json.dumps([weights, list(_DTYPES), *(example.to_dict() for example in examples)])
-    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-    path = folder / f'{digest}.json'
+    asked = [weights, list(_DTYPES), *(example.to_dict() for example in examples)]
+    path = folder / f'{files.digest(asked)[:16]}.json'
     if path.is_file():
       progress(len(examples))
       kept = files.read_json(path)
@@ -396,7 +392,7 @@ def keep_scores(score_fn: scoring.ScoreFn, folder: pathlib.Path, weights: str) -
       judged = score_fn.judge(examples, progress)
       kept = {name: column.tolist() for name, column in judged._asdict().items()}
       folder.mkdir(exist_ok=True)
-      files.write(path, json.dumps(kept))
+      files.write_json(path, kept, indent=None)
     return scoring.Judged(*(np.array(kept[name], dtype) for name, dtype in _DTYPES.items()))
 
   return scoring.ScoreFn(judge)
