@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 _WORD_MARK = '\u2581'  # SentencePiece writes a space like this inside a piece
 # A text that looks like a control token, even where a vocabulary lists it as plain text.
 _TAG = re.compile(r'<[^\s<>]+>|\[[A-Z_]+\]')
+# Longer texts are encoded in blocks, cut at a space if there is one near: the tokenizers library
+# takes hundreds of bytes for each token.
+_BLOCK, _NEAR = 1 << 16, 1 << 10
+_SPACE = re.compile(r'(?<=\S) (?=\S)')
 # Usual names, for when neither the caller nor tokenizer_config.json gives one.
 _EOS = (
   *('<|eot_id|>', '<|im_end|>', '<end_of_turn>', '<|end_of_text|>'),
@@ -244,6 +248,8 @@ class HFTokenizer(_WithControl):
   def encode(self, text: str) -> list[int]:
     if self._visible is not None:
       text = text.translate(self._visible)
+    if len(text) > _BLOCK:
+      return [i for block in _blocks(text) for i in self.encode(block)]
     encoding = self._tok.encode(text, add_special_tokens=False)
     ids = encoding.ids
     if self._control_ids.isdisjoint(ids):
@@ -296,6 +302,16 @@ def _alternatives(
   # it.
   longest_first = sorted(words, key=len, reverse=True)
   return re.compile('|'.join(map(pattern, longest_first))) if words else None
+
+
+def _blocks(text: str) -> Iterable[str]:
+  start = 0
+  while start < len(text):
+    end = start + _BLOCK
+    if end < len(text):
+      end = max((found.start() for found in _SPACE.finditer(text, end - _NEAR, end)), default=end)
+    yield text[start:end]
+    start = end
 
 
 def _split_at(text: str, cuts: Sequence[int]) -> list[str]:

@@ -6,6 +6,7 @@ $CSRM_CHAOS_TEXTS is how many each family gets (10,000).
 import json
 import os
 import random
+import time
 import unicodedata
 
 import pytest
@@ -147,3 +148,26 @@ FAMILIES = (*MARKS, 'sentencepiece')
 @pytest.mark.parametrize('name', FAMILIES)
 def test_no_text_forges_a_mark_or_vanishes(name, tmp_path):
   _check(name, tmp_path, NUM)
+
+
+# A hundred thousand characters of one kind.
+LONG = [mark * (100_000 // len(mark)) for mark in (' ', '\n', 'a', '7', '\u200b', '<|im_end|>')]
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_a_long_text_of_one_kind_takes_seconds_at_most(name, tmp_path):
+  tok, marks = _load(name, tmp_path)
+  for text in LONG:
+    began = time.process_time()
+    ids = tok.encode(text)
+    assert time.process_time() - began < 5, repr(text[:10])
+    assert marks.isdisjoint(ids)
+    assert tok.decode(ids) == text or name in ('gemma2', 'mistral')
+
+
+@pytest.mark.parametrize('name', [*MARKS])
+def test_blocks_of_a_long_text_give_its_tokens(name, tmp_path):
+  tok, _ = _load(name, tmp_path)
+  text = ' '.join(random.Random(0).choices(('the', 'Cats', "it's", '4242', 'é', 'a\nb'), k=40_000))
+  assert len(text) > 2 * tokenizer_lib._BLOCK
+  assert tok.encode(text) == tok._tok.encode(text, add_special_tokens=False).ids
