@@ -19,10 +19,15 @@ import numpy as np
 
 from csrm_jax.core import files
 from csrm_jax.core.markdown import NONE, Markdown, escape, is_number
-from csrm_jax.evals import bootstrap, figures, report
+from csrm_jax.evals import bootstrap, figures, metrics, report
 from csrm_jax.evals.report import Results
-from csrm_jax.evals.results import TEXTS, Result, Table, by_metric, title_of
+from csrm_jax.evals.results import TEXTS, Metric, Result, Table, by_metric, title_of, value
 from csrm_jax.evals.suites import SUITES
+
+# What search with a scorer is worth, in truth.
+_GOALS = ('truth_best', 'hacking_loss')
+# Fewer rank alike by chance: of five, ρ is above 0.8 in one of fifteen.
+MIN_SCORERS = 6
 
 
 def differences(
@@ -139,6 +144,8 @@ def write_comparison(
       for scorer, results in scorers.items()
     }
     tables = [spec.to_json() for spec in report.paper_tables(scorers)]
+    if (predicts := predictors(scorers)) is not None:
+      tables.append(predicts.to_json())
     report.dump_json(
       folder / 'metrics.json',
       {'title': title, 'scorers': stored, 'differences': found, 'tables': tables},
@@ -160,8 +167,62 @@ def _page(scorers: Mapping[str, Results], found, drawn: report.Pictures, title: 
     if any(columns.values()):
       parts += report.plain_table(by_metric(name, columns, level=3))
   parts += report.plain_table(_difference_table(found)) if found else []
+  if (predicts := predictors(scorers)) is not None:
+    parts += report.plain_table(predicts)
   parts += [*report.skipped_part(everything), *report.definitions_part(everything)]
   return '\n\n'.join(parts) + '\n'
+
+
+def predictors(scorers: Mapping[str, Results]) -> Table | None:
+  """Returns how every metric ranks the scorers, beside what search with each of them finds.
+
+  A cell is Spearman's ρ over scorers that have both, with its interval over draws of scorers, and
+  the sign that says whether more is better there. None with fewer than MIN_SCORERS, or without
+  the suite `search`: few models rank alike by chance.
+
+  Source: The Alignment Ceiling (arXiv 2311.00168) asks whether the links of RLHF correlate, by its
+  abstract; the table is ours.
+  """
+  columns = {
+    name: {
+      f'{benchmark} {metric}': found['value']
+      for benchmark, result in results.items()
+      for metric, found in (result.metrics or {}).items()
+      if is_number(found['value'])
+    }
+    for name, results in scorers.items()
+  }
+  searched = [
+    f'{benchmark} {goal}'
+    for benchmark, result in next(iter(scorers.values())).items()
+    if result.suite == 'search'
+    for goal in _GOALS
+  ]
+  names = [name for column in columns.values() for name in column]
+  rows = []
+  for metric in dict.fromkeys(names):
+    cells = []
+    for goal in searched:
+      both = [(c[metric], c[goal]) for c in columns.values() if metric in c and goal in c]
+      a, b = np.array(both, np.float64).reshape(-1, 2).T
+      is_enough = len(both) >= MIN_SCORERS and np.ptp(a) > 0 and np.ptp(b) > 0
+      cells.append(_rho(a, b) if is_enough and metric != goal else None)
+    if any(cell is not None for cell in cells):
+      rows.append([metric, *cells])
+  if not rows:
+    return None
+  return Table(
+    'Which metric predicts what search finds',
+    ('metric', *searched),
+    rows,
+    level=2,
+    intro=f'Spearman rank correlation over {len(scorers)} scorers, with its 95% interval.',
+  )
+
+
+def _rho(a: np.ndarray, b: np.ndarray) -> Metric:
+  low, high = bootstrap.interval(metrics.spearman, (a, b))
+  return value(metrics.spearman(a, b)) | {'low': low, 'high': high}
 
 
 def _difference_table(found: Sequence[Mapping[str, Any]]) -> Table:

@@ -523,6 +523,7 @@ def best_of(b: Benchmark, scores: Scores, m: Measure) -> Result:
   strict = np.array(
     [of[: c.num_correct].max() > of[c.num_correct :].max() for c, of in plain], float
   )
+  mrr = np.array([reciprocal_rank(of, c.num_correct) for c, of in plain])
   top_ties = np.array([np.sum(of == of.max()) > 1 for _, of in plain], float)
   chance = np.array([choice.num_correct / len(choice.responses) for choice, _ in plain])
   m = m.over(bootstrap.units_of([choice.responses[0] for choice, _ in plain]))
@@ -541,6 +542,7 @@ def best_of(b: Benchmark, scores: Scores, m: Measure) -> Result:
     metrics={
       'best_of': value(mean(np.array([subset['value'] for subset in subsets.values()]))),
       'strict': m(mean, strict),
+      'mrr': m(mean, mrr),
       'top_ties': m(mean, top_ties),
       'chance': value(mean(chance)),
     },
@@ -548,6 +550,14 @@ def best_of(b: Benchmark, scores: Scores, m: Measure) -> Result:
     arrays={'ids': ids_of(choice for choice, _ in plain), 'units': m.units, 'credit': credit},
     values={'subsets': subsets, 'ties': ties},
   )
+
+
+def reciprocal_rank(scores: np.ndarray, num_correct: int) -> float:
+  """Returns 1 / rank of the best correct response; a wrong one of the same score stands before it.
+
+  Source: RewardMATH (arXiv 2410.01729), one right answer against many; ties as in `strict`.
+  """
+  return 1 / (1 + int(np.sum(scores[num_correct:] >= scores[:num_correct].max())))
 
 
 def ties_score(items: Sequence[Choice], scores: Sequence[np.ndarray]) -> dict[str, float]:

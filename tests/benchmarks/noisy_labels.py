@@ -1,6 +1,6 @@
 """What an out-of-fold vote finds of labels that are wrong: a quarter is turned round, and known.
 
-python tests/benchmarks/noisy_labels.py MODEL…   # work directories, or csrm_jax/ruleworld/base
+python tests/benchmarks/noisy_labels.py MODEL…   # work directories, or Hugging Face folders
 
 Prints a table of docs/neighbours.md. Seeds draw RuleWorld's labelled rows, flips, folds and heads.
 A label is flagged where the margin is negative; rules act on the lowest share of these.

@@ -89,3 +89,10 @@ def test_order_of_responses_and_bad_items():
     _run([(_choice('a', 4), [0, 0, 0, 0]), (_choice('b', 4), [0, 0, math.nan, 0])])
   empty = plain(run('best_of', [], [], num_samples=2))
   assert math.isnan(empty['metrics']['best_of']['value'])
+
+
+def test_the_reciprocal_rank_is_that_of_the_best_correct_response():
+  rows = [(_choice('a', 10), [5, *range(9)]), (_choice('b', 3, 2), [0, 1, 1])]
+  # Four of the nine wrong ones are above the right one of a, or beside it: 5, 6, 7 and 8.
+  assert _run(rows)['metrics']['mrr']['value'] == pytest.approx((1 / 5 + 1 / 2) / 2)
+  assert probes.reciprocal_rank(np.array([2.0, 1, 0]), 1) == 1

@@ -118,3 +118,25 @@ def test_the_papers_figures_stand_where_it_has_them():
   tables = report.paper_tables({'me': _results(np.zeros(40))})
   assert [t.title for t in tables] == ['Table 2: Verdicts', 'Table 3: Pairs']
   assert [row[:2] for row in tables[0].rows] == [['rows', 'me']]
+
+
+def test_metrics_are_ranked_beside_what_search_finds():
+  rng = np.random.default_rng(0)
+  truth, scorers = rng.permutation(8), {}
+  for i, t in enumerate(truth):
+    found = {'truth_best': {'value': float(t)}, 'hacking_loss': {'value': 1.0}}
+    good = {'starc': {'value': -(float(t) ** 3)}, 'f1': {'value': float(i)}}
+    scorers[f's{i}'] = {
+      'club': Result('search', metrics=found),
+      'rows': Result('classification', metrics=good),
+    }
+  table = compare.predictors(scorers)
+  assert table.header == ('metric', 'club truth_best', 'club hacking_loss')
+  rows = {row[0]: row[1:] for row in table.rows}
+  assert rows['rows starc'][0]['value'] == pytest.approx(-1) and rows['rows starc'][1] is None
+  # By a loop: 1 − 6 Σd² / n(n² − 1).
+  rho = 1 - 6 * sum((i - int(t)) ** 2 for i, t in enumerate(truth)) / (8 * 63)
+  assert rows['rows f1'][0]['value'] == pytest.approx(rho)
+  assert rows['rows f1'][0]['low'] < rho < rows['rows f1'][0]['high']
+  few = dict(list(scorers.items())[: compare.MIN_SCORERS - 1])
+  assert compare.predictors(few) is None
