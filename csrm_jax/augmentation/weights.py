@@ -64,7 +64,7 @@ def _lowest(mean: np.ndarray, share: float) -> np.ndarray:
 def flip(votes: Votes, *, share: float = 0.1) -> Decision:
   """Turns the labels that are trusted least: the lowest share, where the margin is negative.
 
-  Source: Secrets of RLHF II (arXiv 2401.06080), §2.3: the lowest 10 % of mean strength. That the
+  Source: Secrets of RLHF II (arXiv 2401.06080): the lowest 10 % of mean strength. That the
   models have not seen these labels is ours.
   """
   return Decision(flip=_lowest(votes.mean, share))
@@ -84,7 +84,7 @@ def smooth(votes: Votes, *, share: float = 0.3, smoothing: float = 0.1) -> Decis
   A pair is then right with that probability (read by loss.pair=soft), and a label counts
   1 − 2·smoothing, which pulls a verdict of one half as much.
 
-  Source: Secrets of RLHF II (arXiv 2401.06080), §3: label smoothing for low strengths; the weight
+  Source: Secrets of RLHF II (arXiv 2401.06080): label smoothing for low strengths; the weight
   of labels is ours.
   """
   near = np.zeros(len(votes.mean), bool)
