@@ -170,7 +170,7 @@ def test_what_cannot_be_weighed_is_one_line(tmp_path):
   assert 'needs a model to stand on' in small.error_of(
     augment.run, module.get_config('weigh=flip'), tmp_path
   )
-  assert "'flop:share=1' must be one of" in small.error_of(
+  assert "config.weights.rule='flop' must be one of flip, drop" in small.error_of(
     augment.run, module.get_config('weigh=flop:share=1,model=x'), tmp_path
   )
   c = module.get_config(f'weigh=flip,model=x,data=auto,path={tmp_path}')
