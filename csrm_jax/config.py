@@ -299,11 +299,14 @@ def check_no_secrets(config: ConfigDict) -> None:
 _MAY_DIFFER = ('accept_changes:',)
 
 
-def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.Path:
+def prepare_workdir(
+  workdir: str | os.PathLike, config: ConfigDict, is_first: bool = True
+) -> pathlib.Path:
   """Makes the work directory, writes config.json into it, and returns its path.
 
   A directory with only config.json and manifest.json may be used with another config: its run
-  stopped at bad input.
+  stopped at bad input. Of several processes of one run only the first changes what is there: what
+  it writes would look to the others like what a killed run has left.
 
   Raises:
     ValueError: A run with another config is there; the message shows the difference.
@@ -312,7 +315,7 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'--workdir={workdir} is a file: give a directory')
   path = workdir / 'config.json'
-  if workdir.is_dir():
+  if is_first and workdir.is_dir():
     # Without a config the folders in it may be anybody's.
     files.remove_partial(workdir, deep=path.exists())
   if path.exists() and _has_results(workdir):
@@ -329,7 +332,7 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
   kept = any(
     (workdir / name).exists() for name in ('manifest.json', 'metrics.jsonl', 'checkpoints')
   )
-  if kept and not path.exists() and _has_results(workdir):
+  if is_first and kept and not path.exists() and _has_results(workdir):
     manifest = workdir / 'manifest.json'
     made_of = files.read_json(manifest, dict) if manifest.exists() else {}
     if made_of.get('config_digest') != digest(config):
@@ -337,7 +340,8 @@ def prepare_workdir(workdir: str | os.PathLike, config: ConfigDict) -> pathlib.P
         f'{path} is gone, and nothing says that the run there had this config; put it back to '
         'resume the run, or use another --workdir'
       )
-  files.write(path, to_json(config))
+  if is_first:
+    files.write(path, to_json(config))
   return workdir
 
 

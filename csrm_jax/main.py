@@ -128,7 +128,7 @@ def _run(
 
   from csrm_jax.core import profiling, writer
 
-  path = config_lib.prepare_workdir(path, config)
+  path = config_lib.prepare_workdir(path, config, is_first=jax.process_index() == 0)
   try:
     made_of = {'config_digest': config_lib.digest(config), 'runner': config.runner}
     writer.add_start(path, made_of)

@@ -150,6 +150,15 @@ def test_load_module(tmp_path):
     config_lib.load_module(path.rename(tmp_path / 'c.txt'))
 
 
+def test_only_the_first_process_of_a_run_changes_its_work_directory(tmp_path):
+  partial = tmp_path / '.lease.json.0123abcd.tmp'
+  partial.touch()
+  config_lib.prepare_workdir(tmp_path, _config(), is_first=False)
+  assert list(tmp_path.iterdir()) == [partial]
+  config_lib.prepare_workdir(tmp_path, _config())
+  assert [path.name for path in tmp_path.iterdir()] == ['config.json']
+
+
 def test_workdir_is_resumed_with_the_same_config_only(tmp_path):
   path = config_lib.prepare_workdir(tmp_path / 'a' / 'b', _config())
   assert path == tmp_path / 'a' / 'b'
