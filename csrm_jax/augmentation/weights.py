@@ -21,7 +21,7 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from csrm_jax.core import files, journal as journal_lib
+from csrm_jax.core import journal as journal_lib
 from csrm_jax.data import features, sources
 from csrm_jax.models import transformer
 from csrm_jax.reward import heads, model as reward_model, plans
@@ -261,8 +261,8 @@ def _read_states(items, source, journal, progress) -> list[tuple[np.ndarray, np.
   """Returns (states [sides,D], scores [sides]) of each item, by the journal where it has them."""
   weights = reward_model.digest(source)
   sides = [(s,) if isinstance(s, Example) else (s.safer, s.other) for s in items]
-  keys = [files.digest([weights, [[s.safety.to_dict(), s.conversation] for s in own]],
-                       default=dataclasses.asdict) for own in sides]  # fmt: skip
+  asked = [[[s.safety.to_dict(), s.conversation] for s in own] for own in sides]
+  keys = [journal_lib.key([weights, own]) for own in asked]
   todo = [i for i, key in enumerate(keys) if key not in journal]
   progress(len(items) - len(todo), [])
   if todo:

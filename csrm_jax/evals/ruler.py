@@ -77,7 +77,11 @@ def early_stop(lowest: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]
 
 def asked(item: Sequence[Any]) -> list[Example]:
   """Returns the examples of an item of `search`: samples, or the prefixes of each."""
-  return [e for sample in item for e in (sample if isinstance(sample, tuple) else (sample,))]
+  return [e for sample in _grown(item) for e in sample]
+
+
+def _grown(item: Sequence[Any]) -> list[tuple[Example, ...]]:
+  return [sample if isinstance(sample, tuple) else (sample,) for sample in item]
 
 
 def starc(a: np.ndarray, b: np.ndarray) -> float:
@@ -110,7 +114,7 @@ def search(b: Benchmark, scores: Sequence[np.ndarray], m: Measure) -> Result:
 
   Source: Gao et al. 2022 (arXiv 2210.10760), the gold score under best of n.
   """
-  prefixes = [[s if isinstance(s, tuple) else (s,) for s in item] for item in b.items]
+  prefixes = [_grown(item) for item in b.items]
   items = [[sample[-1] for sample in item] for item in prefixes]
   ends = [np.cumsum([len(sample) for sample in item]) for item in prefixes]
   # [P,N]

@@ -281,7 +281,8 @@ class _Server:
         each = dict(zip(item.policy.safety.names, found, strict=True))
         rules = zip(item.policy.safety.categories, alone.tolist(), found, strict=True)
         violated = {
-          rule.name: self._flags(self._digest_of(rule), score, p)[0] for rule, score, p in rules
+          rule.name: self._flags(self._digest_of(rule), score, p, by_rules)[0]
+          for rule, score, p in rules
         }
       judged.append(
         Judged(
@@ -301,14 +302,10 @@ class _Server:
     return judged
 
   def _flags(
-    self,
-    digest: str,
-    score: float,
-    p_unsafe: float,
-    by_rules: Mapping[str, Threshold] | None = None,
+    self, digest: str, score: float, p_unsafe: float, by_rules: Mapping[str, Threshold]
   ) -> tuple[bool, float]:
     """Returns whether a score is flagged under rules, and from which P(unsafe) on it would be."""
-    fitted = (self.settings.thresholds if by_rules is None else by_rules).get(digest)
+    fitted = by_rules.get(digest)
     if fitted:
       return fitted.flags(score), fitted.p_unsafe
     return p_unsafe >= self.settings.threshold, self.settings.threshold
@@ -418,7 +415,8 @@ class _Server:
 
   async def _policies(self) -> responses.Response:
     listed = [
-      policy.describe() | {'threshold': self._flags(policy.digest, 0.0, 0.0)[1]}
+      policy.describe()
+      | {'threshold': self._flags(policy.digest, 0.0, 0.0, self.settings.thresholds)[1]}
       for policy in self.policies.list()
     ]
     return _json({'default': self.policies.default or None, 'policies': listed})
