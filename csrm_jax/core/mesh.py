@@ -59,6 +59,8 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r'value_head/kernel', P()),
   # Norms: [D], [L, D], [L, H]
   (r'scale', P()),
+  # What the optimizer Muon iterates with: [3]
+  (r'ns_coeffs', P()),
   # [D, V]: never gathered; see transformer.logits
   (r'lm_head/kernel', P(None, VOCAB)),
 )

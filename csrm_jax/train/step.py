@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from csrm_jax.core import mesh as mesh_lib, tree
+from csrm_jax.core import checks, mesh as mesh_lib, tree
+
+OPTIMIZERS = ('adamw', 'muon')
 
 LossFn = Callable[[Any, Any], tuple[jax.Array, jax.Array, dict[str, Any]]]
 # (state, batch[, frozen]) -> (state, metrics), see make_train_step.
@@ -65,23 +67,49 @@ def make_optimizer(
   weight_decay: float,
   clip_norm: float | None,
   end_lr_fraction: float,
+  optimizer: str = 'adamw',
 ) -> optax.GradientTransformation:
-  """Returns AdamW with clipping by global norm and a warm-up-cosine schedule.
+  """Returns AdamW, or Muon, with clipping by global norm and a warm-up-cosine schedule.
 
   Weight decay is decoupled, and leaves norm scales alone. clip_norm=None switches clipping off.
+  Muon (Jordan et al., 2024) orthogonalises the updates of the layers' kernels, at the root mean
+  square that Adam's have (arXiv 2502.16982), so that one learning rate fits all; other parameters
+  have NAdam's.
   """
+  checks.one_of('optim.optimizer', optimizer, OPTIMIZERS)
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f'clip_norm={clip_norm} must be positive; None switches clipping off.')
   schedule = make_schedule(lr, warmup_steps, num_steps, end_lr_fraction)
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+  if optimizer == 'muon':
+    # The rate of -1 leaves the rate and its sign to the last transformation of the chain.
+    scale = optax.contrib.muon(
+      -1.0, adam_b1=b1, adam_b2=b2, consistent_rms=0.2, muon_weight_dimension_numbers=_muon_axes
+    )
+  else:
+    scale = optax.scale_by_adam(b1=b1, b2=b2)
   return optax.chain(
     clip,
-    optax.scale_by_adam(b1=b1, b2=b2),
+    scale,
     optax.add_decayed_weights(weight_decay, mask=decay_mask),
     # This keeps the current learning rate in the optimizer's state, where the train step reads
     # it.
     optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule),
   )
+
+
+def _muon_axes(params: Any) -> Any:
+  """Returns a tree like params: the inputs and outputs of kernels of layers, None for others."""
+
+  def axes(path, x):
+    keys = [k.key for k in path]
+    if 'layers' not in keys or keys[-1] != 'kernel':
+      return None
+    # Kernels are stacked [L, inputs, outputs]; those of attention's heads have two axes for one.
+    middle = 3 if keys[-2] == 'out' and x.ndim == 4 else 2
+    return optax.contrib.MuonDimensionNumbers(tuple(range(1, middle)), tuple(range(middle, x.ndim)))
+
+  return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def decay_mask(params: Any) -> Any:

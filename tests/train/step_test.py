@@ -4,6 +4,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from csrm_jax.core import mesh as mesh_lib
@@ -304,3 +305,34 @@ def test_train_state_is_a_pytree_of_its_fields():
   leaves, structure = jax.tree.flatten(state)
   again = jax.tree.unflatten(structure, leaves)
   assert dataclasses.astuple(again)[0] == 0
+
+
+def test_muon_moves_kernels_of_layers_along_orthogonal_matrices():
+  keys = iter(jax.random.split(jax.random.key(0), 4))
+  params = {
+    'embed': {'embedding': jax.random.normal(next(keys), (7, 8))},
+    'layers': {
+      'attention': {'out': {'kernel': jax.random.normal(next(keys), (2, 2, 3, 8))}},
+      'mlp': {'up': {'kernel': jax.random.normal(next(keys), (2, 8, 16))}},
+    },
+  }
+  grads = jax.tree.map(lambda x: jnp.sin(3 * x), params)
+  optimizer = _optimizer(optimizer='muon', clip_norm=None, warmup_steps=0)
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  adam = optax.scale_by_adam(b1=OPTIM['b1'], b2=OPTIM['b2'], nesterov=True)
+  want, _ = adam.update(grads['embed'], adam.init(params['embed']))
+  _assert_close(updates['embed'], jax.tree.map(lambda x: -OPTIM['lr'] * x, want), rtol=1e-5)
+  layers = updates['layers']
+  for update in (layers['attention']['out']['kernel'], layers['mlp']['up']['kernel']):
+    update = np.reshape(update, (2, -1, update.shape[-1]))
+    values = np.linalg.svd(update, compute_uv=False)
+    # Its iteration leaves singular values between 0.7 and 1.2, here times their scale.
+    assert (values.max(-1) < 1.8 * values.min(-1)).all()
+    assert np.sqrt(np.square(update).mean()) == pytest.approx(0.2 * OPTIM['lr'], rel=0.3)
+  # They go downhill.
+  assert (layers['mlp']['up']['kernel'] * grads['layers']['mlp']['up']['kernel']).sum() < 0
+
+
+def test_an_unknown_optimizer_is_refused():
+  with pytest.raises(ValueError, match=r"optim\.optimizer='mion' must be one of adamw, muon"):
+    _optimizer(optimizer='mion')
