@@ -56,8 +56,7 @@ BASE = {
     'row_length': 256,  # tokens in a row
     'max_segments': 8,  # the most documents in a row
   },
-  'optim': common.OPTIM
-  | {'optimizer': 'muon', 'lr': 2e-3, 'warmup_steps': 200, 'weight_decay': 0.05},
+  'optim': common.OPTIM | {'lr': 2e-3, 'warmup_steps': 200, 'weight_decay': 0.05},
 }
 
 # A policy starts from weights. It is saved as float16, because the package ships it, and is

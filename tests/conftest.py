@@ -8,5 +8,9 @@ import pathlib
 os.environ.setdefault(
   'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path('~/.cache/csrm_jax').expanduser())
 )
+# Tests compile much and compute little: less than half the time goes to code that is not tuned.
+# Whoever sets XLA_FLAGS, even to nothing, tests what runs run; .ci/run does so where versions and
+# numbers are compared.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')

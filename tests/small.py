@@ -25,6 +25,11 @@ SHAPE |= {'head_dim': 16, 'mlp_dim': 48}
 
 TOKENIZER_FILE = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
 TOKENIZER = tokenizer_lib.load_tokenizer(TOKENIZER_FILE)
+# Of tests that compare roundings closely; see conftest.py. .ci/run runs them, too.
+TUNED = pytest.mark.skipif(
+  'xla_backend_optimization_level=0' in os.environ.get('XLA_FLAGS', ''),
+  reason='compares roundings of programs that are compiled as runs are: XLA_FLAGS= pytest',
+)
 # A reward model of one layer that reads RuleWorld's words.
 SPEC = reward_model.Spec(
   model=config.preset(
@@ -96,7 +101,7 @@ def llama_server(script, model):
 
 def run_on_devices(num, script, *args) -> str:
   """Runs a script in a process of its own with so many CPU devices; returns what it prints."""
-  flag = f'--xla_force_host_platform_device_count={num}'
+  flag = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={num}'
   command = [sys.executable, '-c', script, *map(str, args)]
   result = subprocess.run(command, env=env(XLA_FLAGS=flag), capture_output=True, text=True)
   assert result.returncode == 0, result.stderr[-3000:]
