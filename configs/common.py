@@ -59,7 +59,7 @@ OWN = {
 
 # Each run sets its own lr, warmup_steps and weight_decay.
 OPTIM = {
-  'optimizer': 'adamw',  # or muon, for the kernels of layers: fewer steps from scratch
+  'optimizer': 'adamw',  # or muon, which moves the kernels of layers otherwise
   'lr': 1e-3,  # the peak, which a warm-up reaches and a cosine leaves
   'warmup_steps': 20,  # updates
   'b1': 0.9,  # decay of the first moment

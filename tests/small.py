@@ -25,11 +25,6 @@ SHAPE |= {'head_dim': 16, 'mlp_dim': 48}
 
 TOKENIZER_FILE = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld' / 'tokenizer.model'
 TOKENIZER = tokenizer_lib.load_tokenizer(TOKENIZER_FILE)
-# Of tests that compare roundings closely; see conftest.py. .ci/run runs them, too.
-TUNED = pytest.mark.skipif(
-  'xla_backend_optimization_level=0' in os.environ.get('XLA_FLAGS', ''),
-  reason='compares roundings of programs that are compiled as runs are: XLA_FLAGS= pytest',
-)
 # A reward model of one layer that reads RuleWorld's words.
 SPEC = reward_model.Spec(
   model=config.preset(

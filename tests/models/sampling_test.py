@@ -154,7 +154,7 @@ def test_a_completion_does_not_depend_on_its_batch():
   assert len({tuple(row) for row in same.tokens.tolist()}) == 4
 
 
-@small.TUNED
+@pytest.mark.tuned
 @pytest.mark.parametrize('name', VARIANTS)
 def test_rows_that_are_done_make_room(name, monkeypatch):
   """Prompts that wait come in, the cache goes round and grows, and the last rows go on alone."""

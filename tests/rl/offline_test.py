@@ -8,7 +8,6 @@ from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.models import transformer
 from csrm_jax.models.sampling import Sampling
 from csrm_jax.rl import offline, online
-from tests import small
 
 MESH = mesh_lib.make_mesh(devices=jax.devices()[:1])
 SAMPLING = Sampling(max_completion_length=5, stop_ids=(2,))
@@ -95,7 +94,7 @@ def test_responses_count_once_and_ties_make_no_pair():
   assert [(a['text'], b['text']) for a, b in pairs] == [('a', 'c')]
 
 
-@small.TUNED
+@pytest.mark.tuned
 def test_pairs_know_their_rewards_and_reference(config, policy, params, prompts, completions):
   pairs = offline.make_pairs(config, policy, params, prompts, completions[1], MESH)
   num = len(pairs['reward'])
