@@ -99,14 +99,20 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(folder, weights, engine_options=None, **settings):
+def running(folder, weights, engine_options=None, arrives_s=10.0, **settings):
+  """Serves; a request must arrive within arrives_s, which a busy machine keeps."""
   engine = make_engine(weights, **engine_options or {})
   policies = Policies(str(folder), 'film' if (folder / 'film.yaml').exists() else '', engine.check)
-  options = {'limits': LIMITS, 'threshold': 0.5, 'body_timeout_s': 0.5, 'reload_s': 0.05}
+  options = {'limits': LIMITS, 'threshold': 0.5, 'body_timeout_s': arrives_s, 'reload_s': 0.05}
   app = app_lib.make_app(engine, policies, app_lib.Settings(**options | settings))
   server = uvicorn.Server(
     uvicorn.Config(
-      app, port=0, http=http_lib.protocol(0.5), access_log=False, log_level='error', lifespan='on'
+      app,
+      port=0,
+      http=http_lib.protocol(arrives_s),
+      access_log=False,
+      log_level='error',
+      lifespan='on',
     )
   )
   thread = threading.Thread(target=server.run)
