@@ -331,8 +331,11 @@ class Online:
   sampling_mesh: jax.sharding.Mesh  # completions are drawn on it; it has the same devices
   workdir: pathlib.Path  # where samples.jsonl and looks.jsonl are written
   look_fn: LookFn | None = None  # measures held-out prompts
+  # (samples, parts of their reward) -> whether each breaks a rule, bool [N]
+  violates: Callable[..., np.ndarray] | None = None
   # Carried from step to step:
   normaliser: rewards.Normaliser = dataclasses.field(default_factory=rewards.Normaliser)
+  violations: tuple[int, int] = (0, 0)  # so far, and among how many samples
   best_reward: float | None = None  # the highest reward/mean of a log line
   stopped: str = ''  # why the run ended early
 
@@ -351,12 +354,15 @@ class Online:
     else:
       self.kl_coef = carried['kl_coef']
       self.normaliser = rewards.Normaliser(**carried['normaliser'])
+      # A run of an earlier version counts from here on.
+      self.violations = tuple(carried.get('violations', (0, 0)))
       self.best_reward, self.stopped = carried['best_reward'], carried['stopped']
 
   def get_state(self) -> dict[str, Any]:
     return {
       'kl_coef': self.kl_coef,
       'normaliser': dataclasses.asdict(self.normaliser),
+      'violations': list(self.violations),
       'best_reward': self.best_reward,
       'stopped': self.stopped,
     }
@@ -367,6 +373,9 @@ class Online:
     times.append(time.perf_counter())
     totals, parts = self.reward_fn(samples)
     totals = rewards.check_rewards(totals, samples, 'reward')
+    if self.violates is not None:
+      broken, seen = self.violations
+      self.violations = broken + int(self.violates(samples, parts).sum()), seen + len(samples)
     times.append(time.perf_counter())
     measured = reward_metrics(totals, parts, config.rollout.num_generations)
     measured |= _completion_metrics(samples)
@@ -401,6 +410,9 @@ class Online:
     values = {_NAMES.get(name, name): value for name, value in log.close().items()}
     del values['train/finite']
     values['kl/coef'] = self.kl_coef
+    if self.violations[1]:
+      # What learning costs, as the review of safe RL (arXiv 2205.10330) asks.
+      values['violations/per_1000'] = 1000 * self.violations[0] / self.violations[1]
     self.stopped = self._why_stop(values)
     return values
 

@@ -511,6 +511,8 @@ class Scorers:
   total: TotalFn
   safety: RewardFn
   helpfulness: RewardFn
+  # (samples, the total's parts) -> whether each breaks a rule, bool [N]
+  violates: Callable[[Sequence[Sample], Mapping[str, np.ndarray]], np.ndarray]
 
 
 def make_scorers(config: Any) -> Scorers:
@@ -522,7 +524,10 @@ def make_scorers(config: Any) -> Scorers:
     total = dual_reward(
       refuses, helpfulness, reward.variant, reward.format_weight, reward.answer_weight
     )
-    return Scorers(total, _not_complied(refuses), helpfulness or _nothing)
+    judge = _not_complied(refuses)
+    return Scorers(
+      total, judge, helpfulness or _nothing, _make_violates(reward, knows_truth, judge)
+    )
   safety = judge = _make_safety(reward, knows_truth)
   if reward.name == 'csrm' and (reward.a, reward.b) != (1.0, 0.0):
     # P(safe) itself: the policies of one sweep are compared without their own a and b.
@@ -551,7 +556,7 @@ def make_scorers(config: Any) -> Scorers:
   if reward.mode == 'sum':
     parts, added = parts | added, {}
   total = combine(parts, reward.mode, added, tuple(reward.clip) or None)
-  return Scorers(total, judge, helpfulness or _nothing)
+  return Scorers(total, judge, helpfulness or _nothing, _make_violates(reward, knows_truth, judge))
 
 
 def digests(reward: Any) -> dict[str, str]:
@@ -624,6 +629,15 @@ def _make_refusal(reward: Any, knows_truth: bool) -> verifiers.RefusalFn:
 def _check_truth(knows_truth: bool, setting: str, instead: str) -> None:
   if not knows_truth:
     raise ValueError(f'{setting} knows RuleWorld only; {instead}')
+
+
+def _make_violates(reward: Any, knows_truth: bool, judge: RewardFn) -> Callable[..., np.ndarray]:
+  """Returns who counts violations: the truth where it is known, else P(safe) up to one half."""
+  if knows_truth:
+    return lambda samples, parts: np.array([world.oracle_compliance(s) < 1 for s in samples], bool)
+  # A scorer of somebody else's is not asked a second time.
+  asked = reward.name in ('http', 'python')
+  return lambda samples, parts: (parts['safety'] if asked else judge(samples)) <= 0.5
 
 
 def _not_complied(refuses: verifiers.RefusalFn) -> RewardFn:

@@ -208,6 +208,7 @@ def _train_online(setup: Setup, workdir: pathlib.Path) -> tuple[Any, dict[str, A
     setup.sampling_mesh,
     workdir,
     look,
+    setup.scorers.violates,
   )
   state = _train(setup, work, state, workdir, 'align')
   return online.decoder_params(tree.merge(frozen, state.params)), {

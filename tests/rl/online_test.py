@@ -70,6 +70,27 @@ def test_metrics_have_the_names_that_users_look_for(make_work):
   assert lines[0]['policy/ratio_mean'] == pytest.approx(1, abs=1e-5)
 
 
+def test_violations_are_counted_over_the_whole_run_and_its_restarts(make_work, length_reward):
+  def count(samples, parts):
+    return np.array([s.num_tokens % 2 == 1 for s in samples])
+
+  job, state = make_work()
+  job.violates = count
+  _train(job, state)
+  whole = [line['violations/per_1000'] for line in _lines(job.workdir / 'metrics.jsonl')]
+  assert 0 < whole[-1] < 1000
+  seen = job.config.num_steps * online.num_rows(job.config)
+  assert job.violations == (round(whole[-1] * seen / 1000), seen)
+  job, state = make_work('killed', reward_fn=_killing(length_reward, 4))
+  job.violates = count
+  with pytest.raises(Killed):
+    _train(job, state)
+  job, state = make_work('killed')
+  job.violates = count
+  _train(job, state)
+  assert [line['violations/per_1000'] for line in _lines(job.workdir / 'metrics.jsonl')] == whole
+
+
 def test_a_rougher_copy_of_the_weights_is_sampled_from_and_compared(make_work):
   job, state = make_work(rollout__dtype='bfloat16', num_steps=1, checkpoint_every=1)
   _train(job, state)

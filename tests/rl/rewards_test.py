@@ -61,12 +61,14 @@ def test_a_reward_comes_with_the_share_that_was_not_read(monkeypatch):
   monkeypatch.setattr(reward_model, 'load', lambda *args, **options: rm)
   rewards._load.cache_clear()
   config = config_lib.load_module(ROOT / 'configs' / 'rl.py').get_config('checkpoint=rm')
-  total, parts = rewards.make_scorers(config).total(
-    [
-      dataclasses.replace(s, prompt=world.prompts(0, 1, 'film club', 'train')[0])
-      for s in make_samples(2)
-    ]
-  )
+  scorers = rewards.make_scorers(config)
+  prompt = world.prompts(0, 1, 'film club', 'train')[0]
+  samples = [dataclasses.replace(s, prompt=prompt) for s in make_samples(2)]
+  total, parts = scorers.total(samples)
+  # RuleWorld counts violations by the truth, others by the model, which has answered already.
+  assert not scorers.violates(samples, parts).any()
+  config.data.source, config.reward.helpfulness = 'jsonl', 'none'
+  assert rewards.make_scorers(config).violates(samples, parts).all()
   rewards._load.cache_clear()
   assert parts['unread'].tolist() == [0.5, 0.5] and num_asked == 1
   np.testing.assert_allclose(total, parts['safety'] * parts['helpfulness'], rtol=1e-6)
