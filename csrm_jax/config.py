@@ -273,13 +273,35 @@ def _portable(text: str) -> str:
   return re.sub(r'"[^"]*/(configs/safety/refusal\.yaml)"', r'"builtin:\1"', text)
 
 
-def diff_config(old: ConfigDict, new: ConfigDict) -> list[str]:
-  """Returns one 'key: old -> new' for each difference, sorted; [] if equal."""
-  # Through JSON, so that a tuple equals the list that a file gives back.
-  before, after = (
-    {key: _portable(json.dumps(v)) for key, v in flatten(json.loads(to_json(config))).items()}
-    for config in (old, new)
-  )
+def _flat_json(config: ConfigDict) -> dict[str, str]:
+  """Returns {dotted key: JSON}, so that a tuple equals the list that a file gives back."""
+  return {key: _portable(json.dumps(v)) for key, v in flatten(json.loads(to_json(config))).items()}
+
+
+def _defaults(source: str) -> dict[str, str]:
+  """Returns {dotted key: JSON} of what a config file, PATH or PATH:ARGUMENT, sets.
+
+  Without the keys to which the argument gives another value than the file alone.
+  """
+  path, _, arg = source.partition(':')
+  get_config = load_module(path).get_config
+  try:
+    alone = _flat_json(get_config())
+  except (TypeError, ValueError):
+    return {}  # Somebody's own file that needs an argument.
+  given = _flat_json(get_config(arg)) if arg else alone
+  return {key: value for key, value in given.items() if alone.get(key, value) == value}
+
+
+def diff_config(old: ConfigDict, new: ConfigDict, source: str = '') -> list[str]:
+  """Returns one 'key: old -> new' for each difference, sorted; [] if equal.
+
+  `source` is the config file of `new`, PATH or PATH:ARGUMENT. A key that `old` lacks, as the config
+  of an older version may, had the default that it has there.
+  """
+  before, after = _flat_json(old), _flat_json(new)
+  if source and after.keys() - before.keys():
+    before = {key: v for key, v in _defaults(source).items() if key in after} | before
   return [
     f'{key}: {before.get(key, "(absent)")} -> {after.get(key, "(absent)")}'
     for key in sorted(before | after)
@@ -300,13 +322,14 @@ _MAY_DIFFER = ('accept_changes:',)
 
 
 def prepare_workdir(
-  workdir: str | os.PathLike, config: ConfigDict, is_first: bool = True
+  workdir: str | os.PathLike, config: ConfigDict, is_first: bool = True, source: str = ''
 ) -> pathlib.Path:
   """Makes the work directory, writes config.json into it, and returns its path.
 
   A directory with only config.json and manifest.json may be used with another config: its run
   stopped at bad input. Of several processes of one run only the first changes what is there: what
-  it writes would look to the others like what a killed run has left.
+  it writes would look to the others like what a killed run has left. `source` is that of
+  `diff_config`.
 
   Raises:
     ValueError: A run with another config is there; the message shows the difference.
@@ -323,7 +346,7 @@ def prepare_workdir(
       old = from_json(files.read_text(path))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
       raise ValueError(f'{path} is not a config ({error}): use another --workdir') from None
-    differ = diff_config(old, config)
+    differ = diff_config(old, config, source)
     if lines := [line for line in differ if not line.startswith(_MAY_DIFFER)]:
       raise ValueError(
         f'{path} is of a run with another config: {"; ".join(lines)} '

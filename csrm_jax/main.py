@@ -102,8 +102,14 @@ _INPUT_ERRORS = (ValueError, OSError, ImportError)
 _FLAG_ERRORS = (flags.Error, LookupError, AttributeError, TypeError, *_INPUT_ERRORS)
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike | None) -> None:
-  """Prepares the work directory, or gs://BUCKET/FOLDER, and runs config.runner in it."""
+def run(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike | None, source: str = ''
+) -> None:
+  """Prepares the work directory, or gs://BUCKET/FOLDER, and runs config.runner in it.
+
+  `source` is the config file, PATH or PATH:ARGUMENT: its defaults are those of knobs that the
+  config of an older version there lacks.
+  """
   runner = _find_runner(config)
   config_lib.check_no_secrets(config)
   if config.runner in _WITHOUT_WORKDIR:
@@ -118,17 +124,21 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike | None) ->
     if path.is_file():
       raise ValueError(f'--workdir={path} is a file: give a directory')
     with lease.held(remote.home(path)):
-      _run(runner, config, path, is_new)
+      _run(runner, config, path, is_new, source)
 
 
 def _run(
-  runner: types.ModuleType, config: ml_collections.ConfigDict, path: pathlib.Path, is_new: bool
+  runner: types.ModuleType,
+  config: ml_collections.ConfigDict,
+  path: pathlib.Path,
+  is_new: bool,
+  source: str,
 ) -> None:
   import jax
 
   from csrm_jax.core import profiling, writer
 
-  path = config_lib.prepare_workdir(path, config, is_first=jax.process_index() == 0)
+  path = config_lib.prepare_workdir(path, config, jax.process_index() == 0, source)
   try:
     made_of = {'config_digest': config_lib.digest(config), 'runner': config.runner}
     writer.add_start(path, made_of)
@@ -287,7 +297,7 @@ def _main(argv: Sequence[str]) -> None:
       show_tokens(_CONFIG.value)
       return
     use_compilation_cache()
-    run(_CONFIG.value, _WORKDIR.value)
+    run(_CONFIG.value, _WORKDIR.value, FLAGS['config'].config_filename)
   except preemption.Stopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(preemption.EXIT_CODE)

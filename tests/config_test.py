@@ -171,6 +171,43 @@ def test_workdir_is_resumed_with_the_same_config_only(tmp_path):
   assert config_lib.from_json((path / 'config.json').read_text()).seed == 0
 
 
+def test_an_older_run_without_a_knob_goes_on_with_its_default(tmp_path):
+  path = config_lib.CONFIGS / 'rm.py'
+  new = config_lib.load_module(path).get_config('data=jsonl,path=a.jsonl,lora=4')
+  old = config_lib.from_json(config_lib.to_json(new))
+  old.data.__delattr__('share_prefix')
+  old.model.__delattr__('head')
+  config_lib.prepare_workdir(tmp_path, old)
+  (tmp_path / 'metrics.jsonl').write_text('{}')
+  source = f'{path}:data=jsonl,path=a.jsonl,lora=4'
+  changed = new.copy_and_resolve_references()
+  changed.model.head = 'linear'
+  with pytest.raises(ValueError, match=r'another config: model\.head: "verb\w+" -> "linear" \('):
+    config_lib.prepare_workdir(tmp_path, changed, source=source)
+  # Of a config that comes from no file nobody knows the defaults.
+  with pytest.raises(ValueError, match=r'data\.share_prefix: \(absent\) -> true; model\.head'):
+    config_lib.prepare_workdir(tmp_path, new)
+  config_lib.prepare_workdir(tmp_path, new, source=source)
+  assert config_lib.from_json((tmp_path / 'config.json').read_text()).model.head == 'verbalizer'
+  # What this version lacks would be dropped from the run.
+  with pytest.raises(ValueError, match=r'model\.head: "verbalizer" -> \(absent\)'):
+    config_lib.prepare_workdir(tmp_path, old, source=source)
+
+
+def test_a_new_argument_is_no_default(tmp_path):
+  path = tmp_path / 'c.py'
+  path.write_text(
+    'from csrm_jax import config as config_lib\n'
+    'def get_config(arg=None):\n'
+    '  arg = config_lib.parse_arg(arg, num=1)\n'
+    "  return config_lib.ConfigDict({'seed': 0, 'num': arg.num})\n"
+  )
+  old = config_lib.ConfigDict({'seed': 0})
+  assert not config_lib.diff_config(old, config_lib.ConfigDict({'seed': 0, 'num': 1}), str(path))
+  new = config_lib.ConfigDict({'seed': 0, 'num': 2})
+  assert config_lib.diff_config(old, new, f'{path}:num=2') == ['num: (absent) -> 2']
+
+
 def test_workdir_without_results_takes_another_config(tmp_path):
   config_lib.prepare_workdir(tmp_path, _config())
   new = _config()

@@ -93,6 +93,8 @@ def test_a_run_and_its_second_start(command, tmp_path):
   assert manifest['packages']['jax']
   assert (tmp_path / 'home' / '.cache' / 'csrm_jax').is_dir()
 
+  del config['fail']  # An older version had no such knob.
+  (workdir / 'config.json').write_text(json.dumps(config))
   assert command(*args)[0] == 0
   code, _, err = command(*args[:2])
   assert code == 2
