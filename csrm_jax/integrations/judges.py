@@ -55,8 +55,7 @@ def local(
   rm = reward_model.load(source, **options)
   fitted: Mapping[str, thresholds_lib.Threshold] = {}
   if thresholds:
-    weights = rm.digest or reward_model.digest(source)
-    fitted = thresholds_lib.load(thresholds, weights, rm.calibration).by_rules
+    fitted = thresholds_lib.load(thresholds, rm.digest, rm.calibration).by_rules
 
   def is_flagged(verdict: scoring.Verdict, example: schema.Example) -> bool:
     own = fitted.get(example.safety.digest()) if fitted else None

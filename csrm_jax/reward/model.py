@@ -17,8 +17,9 @@ rm = csrm_jax.load('RUN1+RUN2+RUN3', combine='uwo')
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,8 +119,13 @@ class RewardModel:
   spec: Spec
   score_fn: scoring.ScoreFn  # examples -> float32 [N], log P(safe) − log P(unsafe) in nats
   step: int | None = None  # the step of its checkpoint; None for a public model
-  digest: str = ''  # sha256 (hex) of that checkpoint's description and checksums; or ''
   calibration: Calibration | None = None  # what its scores were changed by
+  find_digest: Callable[[], str] = str  # what `digest` gives
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """What `digest` gives for its source; a public model's weights are all read for it, once."""
+    return self.find_digest()
 
   def score(
     self,
@@ -220,7 +226,11 @@ def load(
       for name in names
     ]
     score_fn = scoring.combined([rm.score_fn for rm in each], combine)
-    return RewardModel(each[0].spec, score_fn, digest=digest(source, combine))
+    return RewardModel(
+      each[0].spec,
+      score_fn,
+      find_digest=lambda: files.digest([combine, *(rm.digest for rm in each)]),
+    )
   source = public_model(source) or source  # a public model is looked for once
   if not isinstance(source, hf.Source):
     saved = checkpoint.describe(_directory(source) / 'checkpoints', step)
@@ -244,8 +254,8 @@ def load(
     how = f'score / {fitted.temperature:.3g} {fitted.bias:+.3g}'
     checks.note(f'{name}: scores are calibrated, {how}; {fitted.reason}')
     score_fn = scoring.calibrated(score_fn, fitted)
-  about = (saved.step, saved.digest) if saved else (None, '')
-  return RewardModel(spec, score_fn, *about, fitted)
+  find_digest = (lambda: saved.digest) if saved else functools.partial(digest, source)
+  return RewardModel(spec, score_fn, saved and saved.step, fitted, find_digest)
 
 
 def calibration(source: str | pathlib.Path | hf.Source) -> Calibration | None:

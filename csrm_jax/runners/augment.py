@@ -184,7 +184,7 @@ def _find_failures(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
   made = config_lib.load_module('rl').get_config(own.rl)
   made.seed = config.seed
   prompts = align.make_prompts(made)[0][: own.num_prompts or None]
-  about = [rm.digest or reward_model.digest(own.model), config.judge, own.rl, own.num_samples]
+  about = [rm.digest, config.judge, own.rl, own.num_samples]
   draw = functools.cache(lambda: search.make_sampler(made))  # weights are read where needed
 
   def unsafe(examples):

@@ -9,7 +9,7 @@ import ml_collections
 
 from csrm_jax.core import markdown
 from csrm_jax.evals import bootstrap, metrics, thresholds
-from csrm_jax.reward import model as reward_model, monitor
+from csrm_jax.reward import monitor
 from csrm_jax.runners import evaluate
 
 FILE = 'thresholds.json'
@@ -47,7 +47,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       raise ValueError(f'the rules {names[digest]!r}: {error}') from None
   fitted = rm.calibration
   thresholds.Thresholds(
-    model=rm.digest or reward_model.digest(config.checkpoint),
+    model=rm.digest,
     calibration=fitted and (fitted.temperature, fitted.bias),
     by_rules=found,
     names=names,

@@ -74,11 +74,9 @@ def _score_file(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Non
   paths = [workdir / f'scored.{suffix}' for suffix in ('jsonl', config.table) if suffix]
   examples = read_examples(config)
   rm = load_model(config, config.allow_out_of_domain)
-  weights, fitted = rm.digest or reward_model.digest(config.checkpoint), None
-  if config.thresholds:
-    fitted = thresholds.load(config.thresholds, weights, rm.calibration)
+  fitted = config.thresholds and thresholds.load(config.thresholds, rm.digest, rm.calibration)
   kept = workdir / 'scores'
-  score_fn = keep_scores(rm.score_fn, kept, weights)
+  score_fn = keep_scores(rm.score_fn, kept, rm.digest)
   with progress_bar('score', len(examples)) as bar:
     starts = range(0, len(examples), _ROWS_AT_ONCE)
     parts = [score_fn.judge(examples[i : i + _ROWS_AT_ONCE], bar.update) for i in starts]
@@ -204,8 +202,7 @@ def _run_benchmarks(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
   todo = _all_benchmarks(config.benchmarks)
   # A benchmark measures what a model can do, also on text that it does not know; its table says so.
   rm = load_model(config, allow_out_of_domain=True, calibrated=False)
-  weights = rm.digest or reward_model.digest(config.checkpoint)
-  score_fn = keep_scores(rm.score_fn, workdir / 'scores', weights)
+  score_fn = keep_scores(rm.score_fn, workdir / 'scores', rm.digest)
   results = test(score_fn, todo, reward_model.calibration(config.checkpoint))
   name = rm.spec.layout.format
   summary = report.summarise(results) | {

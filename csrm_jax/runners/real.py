@@ -18,7 +18,6 @@ from csrm_jax.core import checks, files
 from csrm_jax.data import catalogue
 from csrm_jax.data.sources import Rows
 from csrm_jax.evals import judged
-from csrm_jax.reward import model as reward_model
 from csrm_jax.runners import evaluate
 
 # Sets whose texts were judged under several rules, then those with one rule each, or with pairs.
@@ -81,8 +80,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     rm = evaluate.load_model(config, allow_out_of_domain=True)
     about |= {'step': rm.step, 'format': rm.spec.layout.format}
     options['order'] = rm.spec.layout.order
-    weights = rm.digest or reward_model.digest(config.checkpoint)
-    kept = evaluate.keep_scores(rm.score_fn, workdir / 'scores', weights)
+    kept = evaluate.keep_scores(rm.score_fn, workdir / 'scores', rm.digest)
     score = evaluate.with_progress(kept)
     fold, options['trained'] = _trained(config)
     if config.side == 'test':

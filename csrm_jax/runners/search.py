@@ -13,7 +13,7 @@ from csrm_jax.core import files
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import report, suites
 from csrm_jax.models import hf
-from csrm_jax.reward import model as reward_model, monitor
+from csrm_jax.reward import monitor
 from csrm_jax.rl import online
 from csrm_jax.ruleworld import policy as world
 from csrm_jax.runners import align, evaluate
@@ -29,8 +29,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   if config.num_samples < 2:
     raise ValueError(f'config.num_samples={config.num_samples} must be at least 2')
   rm = evaluate.load_model(config, allow_out_of_domain=True)
-  weights = rm.digest or reward_model.digest(config.checkpoint)
-  score_fn = evaluate.keep_scores(rm.score_fn, workdir / 'scores', weights)
+  score_fn = evaluate.keep_scores(rm.score_fn, workdir / 'scores', rm.digest)
   todo = []
   for rules in config.rules or tuple(world.RULE_SETS):
     about = f'Replies of the unaligned policy under the rules of the {rules}, and what is true.'

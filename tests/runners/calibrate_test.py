@@ -26,7 +26,7 @@ def weights():
 @pytest.fixture
 def rm(weights, monkeypatch):
   score_fn = small.SPEC.make_score_fn(weights, small.TOKENIZER, serving.LENGTHS.max_length)
-  found = reward_model.RewardModel(small.SPEC, score_fn, 1, 'abc')
+  found = reward_model.RewardModel(small.SPEC, score_fn, 1, find_digest=lambda: 'abc')
   monkeypatch.setattr(evaluate, 'load_model', lambda config, allow: found)
   return found
 

@@ -248,7 +248,7 @@ def test_what_was_written_is_read_back(form, make_run, tmp_path):
   rows, _ = _prompts(run, 4)
   rm = csrm_jax.load(folder)
   np.testing.assert_allclose(rm.score_fn(rows), csrm_jax.load(run).score_fn(rows), atol=1e-4)
-  assert len(reward_model.digest(folder)) == 64
+  assert len(rm.digest) == 64 and rm.digest == reward_model.digest(folder)
   assert (rm.spec.max_length, rm.spec.safe_words) == (256, (' safe',))
   assert 'knows its format' in small.error_of(csrm_jax.load, folder, words=('Yes', 'No'))
 
