@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -131,7 +132,49 @@ def _score(model, mesh, rows, length, beside=(), calls=1):
 # --- Aligning a policy: a step calls these ---------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class _Alignment:
+  """What a run of alignment holds from its beginning to its end."""
+
+  config: ml_collections.ConfigDict
+  row: algorithms.Algorithm
+  model: model_config.ModelConfig
+  mesh: jax.sharding.Mesh
+  sampling_mesh: jax.sharding.Mesh
+  step_fn: Callable[..., Any]
+  state: Any
+  base: Any
+  judge: model_config.ModelConfig | None  # a reward model
+  judge_params: Any
+
+  @property
+  def run(self):
+    return self.config.run
+
+  @property
+  def frozen(self):
+    """The parameters under adapters: a train step holds the reference's already."""
+    return self.base if self.model.lora_rank else {}
+
+  @property
+  def reference(self):
+    """The reference's parameters, where they lie under no adapters."""
+    return () if self.model.lora_rank else self.base
+
+
 def _of_alignment(config, devices):
+  held = _hold(config, devices)
+  makers = {
+    'prefill': _prefill,
+    'decode': _decode,
+    'logprobs': _logprobs,
+    'update': _update,
+    'score': _score_samples,
+  }
+  return {name: functools.partial(make, held) for name, make in makers.items()}
+
+
+def _hold(config, devices):
   run, row = config.run, algorithms.get(config.run.algorithm)
   if not row.online:
     raise ValueError(
@@ -140,9 +183,6 @@ def _of_alignment(config, devices):
     )
   model = model_of(config)
   online.check(run)
-  draws, loss, length = run.rollout, run.loss, run.sampling.max_completion_length
-  num = online.num_rows(run)
-  # What the run holds from its beginning to its end.
   mesh, sampling_mesh = align.make_meshes(run, devices)
   policy = online.Policy(model, None, ('', ''))  # no tokenizer, no marks: programs read ids only
   trained = base = transformer.shapes(model)
@@ -151,137 +191,146 @@ def _of_alignment(config, devices):
   if row.needs_values:
     trained = trained | jax.eval_shape(lambda: online.init_value_head(model))
   step_fn, state = align.make_step(run, policy, trained, mesh)
-  base = mesh_lib.abstract(base, mesh)
-  # The reference's parameters. A train step holds them already where they lie under adapters.
-  frozen, reference = (base, ()) if model.lora_rank else ({}, base)
   judge, judge_params = None, {}
   if config.reward_model and run.reward.name == 'csrm':
     judge = _cut(config, model_config.preset(config.reward_model, 0, dtype=model.dtype, unroll=1))
     judge_params = mesh_lib.abstract(transformer.shapes(judge), mesh)
+  base = mesh_lib.abstract(base, mesh)
+  return _Alignment(
+    config, row, model, mesh, sampling_mesh, step_fn, state, base, judge, judge_params
+  )
 
-  def drawing():
-    """Returns (both functions of sampling, their arguments, rows drawn, fields of a Program)."""
-    drawn = online.sampling_model(model, draws.dtype)
-    params = mesh_lib.abstract(transformer.shapes(drawn), sampling_mesh)
-    parts = math.prod(sampling_mesh.shape[name] for name in mesh_lib.ROWS)
-    rows = sampling_lib.num_rows(num, online.MAX_ROWS * parts)
-    # Equal prompts are read once, so the number that differ decides the shapes.
-    prompts = [(1 + i // draws.num_generations,) * config.prompt_length for i in range(rows)]
-    whole = mesh_lib.replicated(sampling_mesh)
-    batch = {
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
-      for name, x in sampling_lib.pad_prompts(prompts, rows, 0, drawn).items()
-    }
-    batch['draw'] = jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=whole)
-    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
-    # A sampler holds the weights twice: as they are trained, and each layer's apart.
-    beside = [state.opt_state, base, judge_params]
-    if drawn != model or sampling_mesh != mesh:  # the draws read a copy of the weights
-      beside.append(state.params)
-    fields = {'mesh': sampling_mesh, 'calls': -(-num // rows)}
-    return drawn, (params, batch, None, seed), rows, beside, fields
 
-  def prefill():
-    drawn, args, _, beside, fields = drawing()
-    start, _ = sampling_lib.compiled(drawn, align.make_sampling(run, (1,)))
-    params, batch, *_ = args
-    beside = [*beside, transformer.unstacked_shapes(params)['layers']]
-    return Program(start, args, params=params, tokens=batch['tokens'].size, beside=beside, **fields)
+def _drawing(held):
+  """Returns (both functions of sampling, their arguments, rows drawn, fields of a Program)."""
+  run, model, mesh = held.run, held.model, held.sampling_mesh
+  drawn = online.sampling_model(model, run.rollout.dtype)
+  params = mesh_lib.abstract(transformer.shapes(drawn), mesh)
+  parts = math.prod(mesh.shape[name] for name in mesh_lib.ROWS)
+  num = online.num_rows(run)
+  rows = sampling_lib.num_rows(num, online.MAX_ROWS * parts)
+  # Equal prompts are read once, so the number that differ decides the shapes.
+  length = held.config.prompt_length
+  prompts = [(1 + i // run.rollout.num_generations,) * length for i in range(rows)]
+  whole = mesh_lib.replicated(mesh)
+  batch = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+    for name, x in sampling_lib.pad_prompts(prompts, rows, 0, drawn).items()
+  }
+  batch['draw'] = jax.ShapeDtypeStruct((rows,), jnp.uint32, sharding=whole)
+  seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
+  # A sampler holds the weights twice: as they are trained, and each layer's apart.
+  beside = [held.state.opt_state, held.base, held.judge_params]
+  if drawn != model or mesh != held.mesh:  # the draws read a copy of the weights
+    beside.append(held.state.params)
+  functions = sampling_lib.compiled(drawn, align.make_sampling(run, (1,)))
+  fields = {'mesh': mesh, 'calls': -(-num // rows), 'beside': beside}
+  return functions, (params, batch, None, seed), rows, fields
 
-  def decode():
-    drawn, args, rows, beside, fields = drawing()
-    start, go_on = sampling_lib.compiled(drawn, align.make_sampling(run, (1,)))
-    with jax.set_mesh(sampling_mesh):
-      cache, rest = jax.eval_shape(start, *args)
-      slots = cache['positions'].shape[1] + length - 1
-      cache = jax.eval_shape(lambda cache: transformer.resize(cache, slots), cache)
 
-    def place(x, *spec):
-      spec = mesh_lib.fit(jax.P(*spec), x.shape, sampling_mesh)
-      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(sampling_mesh, spec))
+def _prefill(held):
+  (start, _), args, _, fields = _drawing(held)
+  params, batch, *_ = args
+  fields['beside'].append(transformer.unstacked_shapes(params)['layers'])
+  return Program(start, args, params=params, tokens=batch['tokens'].size, **fields)
 
-    heads = {
-      name: tuple(place(x, *mesh_lib.CACHE) for x in cache[name]) for name in ('key', 'value')
-    }
-    cache = {
-      'positions': place(cache['positions'], mesh_lib.ROWS),
-      'length': place(cache['length']),
-    } | heads
-    rest = {name: place(x, mesh_lib.ROWS) for name, x in rest.items()}
-    limit = place(jax.ShapeDtypeStruct((), jnp.int32))
-    params = transformer.unstacked_shapes(args[0])
-    return Program(
-      go_on,
-      (params, cache, rest, args[3], limit, limit),
-      params=params,
-      tokens=rows * length,
-      cache=heads,
-      turns=length - 1,
-      beside=[*beside, args[0]['layers']],
-      **fields,
+
+def _decode(held):
+  (start, go_on), args, rows, fields = _drawing(held)
+  mesh, length = held.sampling_mesh, held.run.sampling.max_completion_length
+  with jax.set_mesh(mesh):
+    cache, rest = jax.eval_shape(start, *args)
+    slots = cache['positions'].shape[1] + length - 1
+    cache = jax.eval_shape(lambda cache: transformer.resize(cache, slots), cache)
+
+  def place(x, *spec):
+    spec = mesh_lib.fit(jax.P(*spec), x.shape, mesh)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+  heads = {name: tuple(place(x, *mesh_lib.CACHE) for x in cache[name]) for name in ('key', 'value')}
+  cache = {
+    'positions': place(cache['positions'], mesh_lib.ROWS),
+    'length': place(cache['length']),
+  } | heads
+  rest = {name: place(x, mesh_lib.ROWS) for name, x in rest.items()}
+  limit = place(jax.ShapeDtypeStruct((), jnp.int32))
+  params = transformer.unstacked_shapes(args[0])
+  fields['beside'].append(args[0]['layers'])
+  return Program(
+    go_on,
+    (params, cache, rest, args[3], limit, limit),
+    params=params,
+    tokens=rows * length,
+    cache=heads,
+    turns=length - 1,
+    **fields,
+  )
+
+
+def _rows(held, num):
+  """Returns rows of the shapes that online.make_rows gives the longest prompts."""
+  length = held.run.sampling.max_completion_length
+  width = length + sampling_lib.prompt_bucket(held.model, held.config.prompt_length)
+  rows = {name: np.zeros((num, width), np.int32) for name in _ROW}
+  return rows | {'completion_mask': np.zeros((num, length), np.float32)}
+
+
+def _logprobs(held):
+  """Returns the program of the policy's log-probabilities; the reference's is about the same."""
+  run, model, mesh = held.run, held.model, held.mesh
+  size = online.chunk(run)
+  rows = _rows(held, size)
+  params = mesh_lib.abstract(transformer.shapes(model), mesh) if held.frozen else held.state.params
+  fn = jax.jit(lambda params, rows: online.logprobs(model, params, rows, run.sampling.temperature))
+  # For the policy only where the sampler's own will not do: its weights are rounded, or a
+  # critic's values are needed.
+  times = online.needs_reference(run) + bool(run.rollout.dtype or held.row.needs_values)
+  return Program(
+    fn,
+    (params, mesh_lib.abstract_batch(rows, mesh)),
+    mesh,
+    params,
+    rows['tokens'].size,
+    beside=[held.state.opt_state, held.reference, held.judge_params],
+    calls=times * online.num_rows(run) // size,
+  )
+
+
+def _update(held):
+  run, loss, state = held.run, held.run.loss, held.state
+  rows = _rows(held, online.num_rows(run) // loss.num_mini_batches)
+  scores = rows['completion_mask']
+  batch = rows | {'old_logprobs': scores}
+  if online.needs_reference(run):
+    batch['ref_logprobs'] = scores
+  estimate = {'rewards': scores[:, 0], 'completion_mask': scores, 'kl_penalty': scores}
+  if held.row.needs_values:
+    batch['old_values'] = estimate['old_values'] = scores
+  found = jax.eval_shape(
+    lambda batch: held.row.advantage(batch, run.rollout.num_generations, loss.gamma, loss.lam),
+    estimate,
+  )
+  batch |= {name: np.zeros(x.shape, x.dtype) for name, x in found.items()}
+  return Program(
+    held.step_fn,
+    (state, mesh_lib.abstract_batch(batch, held.mesh), held.frozen or None),
+    held.mesh,
+    state.params,
+    rows['tokens'].size,
+    opt_state=state.opt_state,
+    beside=[held.reference, held.judge_params],
+    calls=loss.num_iterations * loss.num_mini_batches,
+  )
+
+
+def _score_samples(held):
+  run, mesh, length = held.run, held.mesh, held.config.score_length
+  if held.judge is None:
+    raise ValueError(
+      f"reward={run.reward.name} is computed by no model; leave 'score' out of config.programs"
     )
-
-  def make_rows(num):
-    """Returns rows of the shapes that online.make_rows gives the longest prompts."""
-    width = length + sampling_lib.prompt_bucket(model, config.prompt_length)
-    rows = {name: np.zeros((num, width), np.int32) for name in _ROW}
-    return rows | {'completion_mask': np.zeros((num, length), np.float32)}
-
-  def logprobs():
-    """Returns the program of the policy's log-probabilities; the reference's is about the same."""
-    rows = make_rows(online.chunk(run))
-    params = mesh_lib.abstract(transformer.shapes(model), mesh) if frozen else state.params
-    fn = jax.jit(
-      lambda params, rows: online.logprobs(model, params, rows, run.sampling.temperature)
-    )
-    # For the policy only where the sampler's own will not do: its weights are rounded, or a
-    # critic's values are needed.
-    times = online.needs_reference(run) + bool(draws.dtype or row.needs_values)
-    return Program(
-      fn,
-      (params, mesh_lib.abstract_batch(rows, mesh)),
-      mesh,
-      params,
-      rows['tokens'].size,
-      beside=[state.opt_state, reference, judge_params],
-      calls=times * num // online.chunk(run),
-    )
-
-  def update():
-    rows = make_rows(num // loss.num_mini_batches)
-    scores = rows['completion_mask']
-    batch = rows | {'old_logprobs': scores}
-    if online.needs_reference(run):
-      batch['ref_logprobs'] = scores
-    estimate = {'rewards': scores[:, 0], 'completion_mask': scores, 'kl_penalty': scores}
-    if row.needs_values:
-      batch['old_values'] = estimate['old_values'] = scores
-    found = jax.eval_shape(
-      lambda batch: row.advantage(batch, draws.num_generations, loss.gamma, loss.lam), estimate
-    )
-    batch |= {name: np.zeros(x.shape, x.dtype) for name, x in found.items()}
-    return Program(
-      step_fn,
-      (state, mesh_lib.abstract_batch(batch, mesh), frozen or None),
-      mesh,
-      state.params,
-      rows['tokens'].size,
-      opt_state=state.opt_state,
-      beside=[reference, judge_params],
-      calls=loss.num_iterations * loss.num_mini_batches,
-    )
-
-  def score():
-    if judge is None:
-      raise ValueError(
-        f"reward={run.reward.name} is computed by no model; leave 'score' out of config.programs"
-      )
-    parts = math.prod(mesh.shape[name] for name in mesh_lib.ROWS)
-    most = plans.most_rows(plans.CALL_TOKENS['other'] * parts, config.score_length)
-    rows = sampling_lib.num_rows(num, most)
-    return _score(
-      judge, mesh, rows, config.score_length, beside=[state, base], calls=-(-num // rows)
-    )
-
-  makers = (prefill, decode, logprobs, update, score)
-  return {make.__name__: make for make in makers}
+  parts = math.prod(mesh.shape[name] for name in mesh_lib.ROWS)
+  num, most = online.num_rows(run), plans.most_rows(plans.CALL_TOKENS['other'] * parts, length)
+  rows = sampling_lib.num_rows(num, most)
+  beside, calls = [held.state, held.base], -(-num // rows)
+  return _score(held.judge, mesh, rows, length, beside=beside, calls=calls)
