@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from csrm_jax.data.benchmark import Benchmark
-from csrm_jax.evals import alarms, metrics, probes, retrieval, ruler, verdicts
+from csrm_jax.evals import alarms, dialogues, metrics, probes, retrieval, ruler, verdicts
 from csrm_jax.evals.bootstrap import Measure
 from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import FAILED, SKIPPED, Result
@@ -113,6 +113,7 @@ SUITES = {
     paired={name: (metrics.mean, (name,)) for name in ('truth_first', 'truth_best')},
   ),
   'alarms': Suite(alarms.alarms, tuple),
+  'drift': Suite(dialogues.drift, tuple),
 }
 
 

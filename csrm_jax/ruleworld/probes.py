@@ -13,7 +13,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from csrm_jax.data.benchmark import Benchmark, Choice
-from csrm_jax.ruleworld import conversations, examples, grammar, lexicon, oracle, rules as rules_lib
+from csrm_jax.ruleworld import (
+  conversations,
+  dialogues,
+  examples,
+  grammar,
+  lexicon,
+  oracle,
+  rules as rules_lib,
+)
 from csrm_jax.safety import schema
 
 Rules = examples.Rules
@@ -222,6 +230,7 @@ _SUITES = {
     'Conversations of several turns under about 16 rules, of '
     f'which BM25 keeps {_TOP_RULES}; unsafe if any turn is.',
   ),
+  'drift': ('drift', 'Dialogues of 4 to 12 turns, each as severe as the last or a step off.'),
 }
 
 
@@ -268,6 +277,7 @@ def benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
     'padding': unseen.items[:quarter],
     'length': unseen.items,
     'long_rules': take(long_rules, half),
+    'drift': take(drift, quarter),
   }
   options = {'padding': {'filler': grammar.FILLERS[0]}, 'long_rules': {'top_k': _TOP_RULES}}
   return basic + [
@@ -338,3 +348,9 @@ def _variants(
     key: examples.make_example(None, scene, rules, f'{name}/{key}', source=source)
     for key, rules in variants.items()
   }
+
+
+def drift(seed: int, index: int, split: str = 'unseen') -> tuple[schema.Example, ...]:
+  """Returns the agent turns of a dialogue whose severity walks; see `dialogues.drift`."""
+  rng, topics, words, *_ = _start('drift', seed, index, split)
+  return dialogues.drift(rng, topics, words, f'drift-{split}-{seed}-{index}')

@@ -109,6 +109,7 @@ def test_everything_is_a_function_of_seed_and_index():
     probes.stance,
     probes.choice,
     probes.long_rules,
+    probes.drift,
   ):
     assert make(1, 2) == make(1, 2)
     assert make(1, 2) != make(1, 3) and make(1, 2) != make(2, 2)
