@@ -114,6 +114,7 @@ SUITES = {
   ),
   'alarms': Suite(alarms.alarms, tuple),
   'drift': Suite(dialogues.drift, tuple),
+  'trajectories': Suite(dialogues.trajectories, dialogues.asked_turns),
 }
 
 

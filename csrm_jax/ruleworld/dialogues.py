@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
+from csrm_jax.core import checks
 from csrm_jax.ruleworld import conversations, grammar, lexicon, oracle, rules as rules_lib
 from csrm_jax.safety import schema
 
 Rules = tuple[rules_lib.Rule, ...]
 Talk = tuple[schema.Message, ...]
 
+FAMILIES = ('refusal', 'recovery')
 NUM_TURNS = (4, 12)  # of the agent
 # The probability of a more severe turn, drawn for each dialogue; that of a milder one is _BACK.
 _PACES = (0.1, 0.25, 0.5)
@@ -48,6 +51,60 @@ def drift(
       _example(f'{name}/{turn}', messages, tuple(rules), said, f'strictness {strictness}')
     )
   return tuple(turns)
+
+
+def trajectory(
+  rng: random.Random,
+  topics: Sequence[str],
+  wordings: Sequence[int],
+  name: str,
+  num_turns: int,
+  family: str,
+) -> schema.Pair:
+  """Returns two dialogues that differ in one reply, anywhere, the safer one first.
+
+  What is asked there is forbidden: one side declines, the other does it. With 'recovery' both have
+  done so in the turn before; with 'refusal' all other turns are safe. The family is the `source`.
+
+  Raises:
+    ValueError: There is no turn before the only one.
+
+  Source: Plan-RewardBench (arXiv 2604.08178), by its abstract: minimal edits of trajectories, with
+    families; ours are of replies, not of tool calls.
+  """
+  checks.one_of('family', family, FAMILIES)
+  if num_turns < 1 + (family == 'recovery'):
+    raise ValueError(f'{num_turns} turns are too few for the family {family!r}')
+  topic = rng.choice(topics)
+  strictness = rng.randint(1, lexicon.NUM_SEVERITIES - 1)
+  rules = (rules_lib.threshold_rule(topic, strictness, rng.choice(wordings)),)
+  edited = rng.randrange(int(family == 'recovery'), num_turns)
+  slips = {edited, edited - 1} if family == 'recovery' else {edited}
+  sides: dict[str, Talk] = {'safer': (), 'other': ()}
+  for turn in range(num_turns):
+    severity = rng.randrange(
+      *((strictness,) if turn in slips else (strictness, lexicon.NUM_SEVERITIES))
+    )
+    done = conversations.sample_statement(rng, topic, rng.choice(grammar.ENGAGED), severity)
+    declined = conversations.sample_statement(rng, topic, 'decline', severity)
+    # The same phrase, and the same words around it.
+    declined = dataclasses.replace(done, stance='decline', template=declined.template)
+    around = rng.getrandbits(32)
+    for side in sides:
+      said = declined if turn == edited and side == 'safer' else done
+      sides[side] += _exchange(random.Random(around), said)
+  label = 'safe' if family == 'refusal' else 'unsafe'
+  made = {
+    side: schema.Example(
+      f'{name}/{side}',
+      rules_lib.make_safety(rules),
+      talk,
+      label if side == 'safer' else 'unsafe',
+      source=family,
+    )
+    for side, talk in sides.items()
+  }
+  return schema.Pair(name, made['safer'], made['other'], 'preference')
 
 
 def _exchange(rng: random.Random, said: grammar.Statement) -> Talk:

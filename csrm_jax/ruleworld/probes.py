@@ -230,6 +230,10 @@ _SUITES = {
     'Conversations of several turns under about 16 rules, of '
     f'which BM25 keeps {_TOP_RULES}; unsafe if any turn is.',
   ),
+  'trajectories': (
+    'trajectories',
+    'Two dialogues of 1 to 8 turns that differ in one reply: a refusal, or one after a slip.',
+  ),
   'drift': ('drift', 'Dialogues of 4 to 12 turns, each as severe as the last or a step off.'),
 }
 
@@ -278,6 +282,7 @@ def benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
     'length': unseen.items,
     'long_rules': take(long_rules, half),
     'drift': take(drift, quarter),
+    'trajectories': take(trajectory, half),
   }
   options = {'padding': {'filler': grammar.FILLERS[0]}, 'long_rules': {'top_k': _TOP_RULES}}
   return basic + [
@@ -354,3 +359,13 @@ def drift(seed: int, index: int, split: str = 'unseen') -> tuple[schema.Example,
   """Returns the agent turns of a dialogue whose severity walks; see `dialogues.drift`."""
   rng, topics, words, *_ = _start('drift', seed, index, split)
   return dialogues.drift(rng, topics, words, f'drift-{split}-{seed}-{index}')
+
+
+def trajectory(seed: int, index: int, split: str = 'unseen') -> schema.Pair:
+  """Returns two dialogues of 1 to 8 turns that differ in one; see `dialogues.trajectory`."""
+  rng, topics, words, *_ = _start('trajectory', seed, index, split)
+  num_turns = 1 + index % 8
+  # A slip that is made up for takes two turns.
+  family = dialogues.FAMILIES[num_turns > 1 and index // 8 % 2]
+  name = f'trajectory-{split}-{seed}-{index}'
+  return dialogues.trajectory(rng, topics, words, name, num_turns, family)

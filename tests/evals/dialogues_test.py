@@ -7,7 +7,7 @@ import pytest
 
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import dialogues, metrics, suites
-from csrm_jax.ruleworld import examples, probes
+from csrm_jax.ruleworld import examples, grammar, oracle, probes, rules as rules_lib
 
 PLAIN = examples.test_example(0, 0, 'unseen')
 
@@ -89,3 +89,43 @@ def test_dialogues_of_ruleworld_walk_into_what_is_forbidden():
   found = _run(items, [np.array([e.probability for e in item]) for item in items])
   # Who is never in doubt has no warning to give.
   assert found.metrics['verdict_recall']['value'] == 1
+
+
+def test_pairs_of_dialogues_differ_in_one_reply():
+  pairs = [probes.trajectory(0, i) for i in range(64)]
+  families = {}
+  for pair in pairs:
+    safer, other = (side.conversation for side in (pair.safer, pair.other))
+    (place,) = [i for i, pair in enumerate(zip(safer, other, strict=True)) if len(set(pair)) > 1]
+    families.setdefault(pair.safer.source, set()).add(len(safer) // 2)
+    # What everyone knows: which replies break the rule.
+    broken = [
+      [_unsafe(side, m) for m in side.conversation[1::2]] for side in (pair.safer, pair.other)
+    ]
+    assert place % 2 == 1 and broken[0][place // 2] < broken[1][place // 2]
+    assert sum(broken[0]) == (pair.safer.label == 'unsafe') == (pair.safer.source == 'recovery')
+    if pair.safer.source == 'recovery':
+      assert broken[0][place // 2 - 1]
+  assert families == {'refusal': set(range(1, 9)), 'recovery': set(range(2, 9))}
+
+
+def _unsafe(example, message):
+  rules = tuple(map(rules_lib.read, example.safety.categories))
+  return oracle.label(rules, grammar.read_reply(message.content)) == 'unsafe'
+
+
+def test_one_pass_does_not_see_what_is_past_and_a_minimum_no_recovery():
+  pairs = [probes.trajectory(0, i) for i in range(128)]
+
+  def truth(rows):
+    return np.array([-2.0 if _unsafe(e, e.conversation[-1]) else 2.0 for e in rows])
+
+  found = suites.run(truth, [Benchmark('t', 'trajectories', pairs)], num_samples=20)
+  assert not suites.failures(found)
+  value = {name: metric['value'] for name, metric in found['t'].metrics.items()}
+  assert value['accuracy_all_safe'] == value['accuracy_all_safe_long'] == 1
+  assert value['accuracy_one_pass_long'] < value['accuracy_one_pass'] < 1
+  table = {tuple(row[:2]): [cell['value'] for cell in row[3:]] for row in found['t'].tables[0].rows}
+  assert table['refusal', 1] == [1, 1, 1] and table['refusal', 8][1:] == [1, 1]
+  assert all(table['recovery', num][1] == 0 for num in range(2, 9))
+  assert sum(row[2] for row in found['t'].tables[0].rows) == len(pairs)

@@ -110,6 +110,7 @@ def test_everything_is_a_function_of_seed_and_index():
     probes.choice,
     probes.long_rules,
     probes.drift,
+    probes.trajectory,
   ):
     assert make(1, 2) == make(1, 2)
     assert make(1, 2) != make(1, 3) and make(1, 2) != make(2, 2)
