@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from csrm_jax.core import checks, distributed, files, remote, tree
+from csrm_jax.core import checks, distributed, files, remote, tree, writer
 
 
 class Restored(NamedTuple):
@@ -42,6 +43,7 @@ class Checkpoints:
     remains of an interrupted save are removed by the next save, not by reading.
     """
     self.directory = remote.home(directory)
+    self._workdir = pathlib.Path(directory).expanduser().absolute().parent
     self._keep = keep
     self._manager = None
     self._damaged: set[int] = set()
@@ -136,14 +138,23 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Returns the steps that have a finished checkpoint, ascending."""
-    if not self.directory.is_dir():
-      return []
+    listed = self.directory.iterdir() if self.directory.is_dir() else ()
+    found = {path for path in listed if path.name.isdecimal() and path.is_dir()}
+    # The listing of a bucket may be late: what the run has recorded is asked for by name.
+    named = {self.directory / str(step) for step in _recorded(self._workdir).values()}
+    found |= {path for path in named if (path / 'info' / 'metadata').exists()}
     # A save in progress has a name of its own until its final rename, or, in a bucket, lacks a file
     # until its end.
-    return sorted(
-      int(path.name)
-      for path in self.directory.iterdir()
-      if path.name.isdecimal() and path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
+    return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
+
+  def find_missing(self) -> str:
+    """Returns a line on a saved checkpoint that is newer than all that are there, or ''."""
+    last, steps = _recorded(self._workdir).get('whole', 0), self.steps()
+    if not steps or last <= steps[-1]:
+      return ''
+    return (
+      f'{self.directory}: its run has saved step {last}, and the newest checkpoint there is of '
+      f'step {steps[-1]}; put the newer one back'
     )
 
   def wait(self) -> None:
@@ -233,7 +244,7 @@ def describe(directory: str | os.PathLike, step: int | None = None) -> Saved:
 
   Raises:
     FileNotFoundError: There is none.
-    ValueError: It is damaged. An older one is not taken in its place.
+    ValueError: It is damaged, or missing. An older one is not taken in its place.
   """
   saved = Checkpoints(directory)
   steps = saved.steps()
@@ -243,9 +254,25 @@ def describe(directory: str | os.PathLike, step: int | None = None) -> Saved:
       + (f' of step {step}; there are {", ".join(map(str, steps))}' if steps else '')
       + '; give the folder of a run that has saved one'
     )
+  if step is None and (missing := saved.find_missing()):
+    raise ValueError(f'{missing}, or ask for step={steps[-1]}')
   step = steps[-1] if step is None else step
   info = _read_info(saved.directory / str(step), steps)
   return Saved(step, info['digest'], info['content']['meta'])
+
+
+def record(workdir: str | os.PathLike, whole: int, begun: int) -> None:
+  """Notes in the manifest the newest step that is saved (0: none) and the one that is begun."""
+  writer.update_manifest(workdir, {'checkpoint': {'whole': whole, 'begun': begun}})
+
+
+def _recorded(workdir: pathlib.Path) -> dict[str, int]:
+  found = writer.read_manifest(workdir).get('checkpoint', {})
+  if not isinstance(found, dict) or not all(type(step) is int for step in found.values()):
+    raise ValueError(
+      f'{workdir / "manifest.json"}: checkpoint is {checks.show(found)}; remove that entry'
+    )
+  return found
 
 
 class DamagedError(ValueError):

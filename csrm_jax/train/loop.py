@@ -186,6 +186,7 @@ def train(
   # The lowest loss so far, its step, and how many measurements followed.
   best = {'loss': None, 'step': 0, 'num_since': 0, 'done': False}
   with checkpoint.Checkpoints(workdir / 'checkpoints') as saved:
+    _check_newest(config, saved.find_missing())
     restored = saved.restore_latest(mesh_lib.abstract(state, mesh))
     if restored is not None:
       start, state, carried = restored
@@ -201,6 +202,7 @@ def train(
     work.begin(state, start, carried)
     # A run that stopped early has nothing left to do when it is started again.
     num_steps = start if work.stopped or best['done'] else config.num_steps
+    whole = start  # the newest checkpoint that is saved
     log = Window(earlier_s, setup_s + time.perf_counter() - began, window)
     with (
       preemption.watch() as asked,
@@ -251,15 +253,20 @@ def train(
         if step % config.checkpoint_every == 0 or last or stop:
           with log.span('checkpoint'):
             lease.check(workdir)
+            saved.wait()
+            checkpoint.record(workdir, whole, step)
             # Metrics first: after a kill, metrics.jsonl must reach at least to the checkpoint.
             writer.flush()
             remote.push(workdir)
             own = {'window': log.get_state(), 'inputs': inputs, 'best': best}
             saved.save(step, state, work.get_state() | own, meta)
+            whole = step
         if stop:
           raise preemption.Stopped(step)
         if last:
           break
+    saved.wait()
+    checkpoint.record(workdir, whole, whole)
   if work.stopped:
     print(f'stopped early: {work.stopped}', file=sys.stderr)
   return state
@@ -293,6 +300,14 @@ def _check_new(config: Any, workdir: pathlib.Path) -> None:
       f'{workdir}: metrics.jsonl reaches step {last}, but there is no checkpoint in checkpoints/; '
       'mount it or put it back, or move metrics.jsonl away to begin again with step 0'
     )
+
+
+def _check_newest(config: Any, missing: str) -> None:
+  """Checks that no checkpoint is newer than the one to go on from."""
+  if missing and not config.accept_changes:
+    raise ValueError(f'{missing}, or go on from the older one with --config.accept_changes=True')
+  if missing:
+    checks.note(missing)
 
 
 def _last_logged(workdir: pathlib.Path) -> int:

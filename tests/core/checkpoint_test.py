@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from csrm_jax.core import checkpoint
 from tests import small
@@ -84,6 +85,37 @@ def test_the_newest_are_kept(tmp_path):
   checkpoints = _save(tmp_path, [1, 2, 3, 4], keep=2)
   assert checkpoints.steps() == [3, 4]
   assert checkpoints.restore_latest(_state()).step == 4
+
+
+def test_what_a_listing_hides_is_asked_for_by_name(tmp_path, monkeypatch):
+  folder = epath.Path(tmp_path / 'checkpoints')
+  _save(folder, [1, 2])
+  iterdir = type(folder).iterdir
+
+  def hide(self):
+    return (p for p in iterdir(self) if p != folder / '2')
+
+  monkeypatch.setattr(type(folder), 'iterdir', hide)
+  assert checkpoint.describe(folder).step == 1  # Nothing says that there is more.
+  for whole in (1, 2):  # killed while the second was written, or after it
+    checkpoint.record(tmp_path, whole, 2)
+    assert checkpoint.describe(folder).step == 2
+    assert checkpoint.Checkpoints(folder).restore_latest(_state()).step == 2
+  (tmp_path / 'manifest.json').write_text('{"checkpoint": {"whole": "2"}}')
+  with pytest.raises(ValueError, match=r'manifest\.json: checkpoint is .*; remove that entry'):
+    checkpoint.describe(folder)
+
+
+def test_an_older_checkpoint_is_not_taken_for_one_that_is_missing(tmp_path):
+  folder = tmp_path / 'checkpoints'
+  _save(folder, [1, 2])
+  shutil.rmtree(folder / '2')
+  checkpoint.record(tmp_path, 1, 2)  # The second was begun, and a kill left nothing of it.
+  assert checkpoint.describe(folder).step == 1
+  checkpoint.record(tmp_path, 2, 3)
+  message = small.error_of(checkpoint.describe, folder)
+  assert 'has saved step 2, and the newest' in message and message.endswith('or ask for step=1')
+  assert checkpoint.describe(folder, 1).step == 1
 
 
 def test_the_state_may_be_donated_once_save_returns(tmp_path):

@@ -309,6 +309,25 @@ def test_checkpoints_that_are_gone_after_the_second_was_begun(tmp_path):
     _train(tmp_path, num_steps=12)
 
 
+def test_a_newest_checkpoint_that_is_gone_is_named(tmp_path):
+  _train(tmp_path, num_steps=8)
+  recorded = json.loads((tmp_path / 'manifest.json').read_text())['checkpoint']
+  assert recorded == {'whole': 8, 'begun': 8}
+  lines = _lines(tmp_path)
+  (tmp_path / 'checkpoints' / '8').rename(tmp_path / 'elsewhere')
+  config = _config(12, 2, 4)
+  config.accept_changes = False
+  with pytest.raises(ValueError, match=r'has saved step 8, and .* of step 4; put .*accept_changes'):
+    _train(tmp_path, num_steps=12, config=config)
+  assert _lines(tmp_path) == lines
+  config.accept_changes = True
+  with pytest.raises(_Killed):
+    _train(tmp_path, num_steps=12, config=config, step_fn=_killed_at(7))
+  config.accept_changes = False  # It was said once.
+  _train(tmp_path, num_steps=12, config=config)
+  assert _saved_steps(tmp_path) == [8, 12]
+
+
 @pytest.mark.parametrize('left', [b'', b'{"step": 2}\n'])
 def test_metrics_that_are_gone_are_not_begun_anew(tmp_path, left):
   _train(tmp_path, num_steps=4)
