@@ -10,6 +10,7 @@ python -m csrm_jax.main --workdir=/tmp/aug \
   --config=configs/augment.py:proposer=model,init=FOLDER,data=auto,path=FILE
 python -m csrm_jax.main --workdir=/tmp/clean \
   --config=configs/augment.py:weigh=drop,model=/tmp/rm,data=auto,path=FILE
+python -m csrm_jax.main --workdir=/tmp/rules --config=configs/augment.py:induce
 python -m csrm_jax.main --workdir=/tmp/failures --config=configs/augment.py:attack=/tmp/rm
 python -m csrm_jax.main --workdir=/tmp/rm \
   --config=configs/rm.py:data=augmented,path=/tmp/aug
@@ -30,8 +31,8 @@ def get_config(arg=None):
   arg: proposer=oracle|endpoint|model, data (ruleworld or a data set that is read from files), path
   (where that set's file or folder is), safety, labels and columns.NAME (see common.OWN), judge (see
   below), init (the weights that proposer=model loads), weigh (a rule of `weights` alone) with the
-  model that it stands on, attack (a reward model whose failures are looked for), smoke (a run of a
-  few seconds).
+  model that it stands on, attack (a reward model whose failures are looked for), induce (rules from
+  labels alone), smoke (a run of a few seconds).
   """
   arg = config_lib.parse_arg(
     arg,
@@ -44,6 +45,7 @@ def get_config(arg=None):
     weigh='',
     model='',
     attack='',
+    induce=False,
     smoke=False,
   )
   is_oracle = arg.proposer == 'oracle'
@@ -131,6 +133,17 @@ def get_config(arg=None):
   c.failures.rl = 'reward=oracle'  # policy and prompts, as an argument of configs/rl.py
   c.failures.num_prompts = 0  # how many of its training prompts; 0 for all
   c.failures.num_samples = 32  # of each prompt
+
+  # Rules from labels alone, each the bit of an alarm: proposed, tested by the judge above, revised
+  # where they are wrong; the best are written as rules.json. Nothing else is made.
+  c.induce = ml_collections.ConfigDict()
+  c.induce.enabled = arg.induce
+  c.induce.rules = 'film club'  # RuleWorld's hidden rules, of csrm_jax.ruleworld.policy.RULE_SETS
+  c.induce.false_alarms = 0.0  # the share of RuleWorld's safe conversations that alarm all the same
+  c.induce.num_rounds = 5  # proposals
+  # How many conversations a proposal sees: those that the rules are wrong about first; 0 for all.
+  c.induce.num_shown = 0 if is_oracle else 24
+  c.induce.eval_fraction = 0.25  # held out, by conversation, to measure agreement on
 
   # Configurable category augmentation (CCA): proposes the categories p+ and p-.
   c.categories = ml_collections.ConfigDict({'enabled': not arg.weigh})

@@ -23,7 +23,7 @@ from csrm_jax.augmentation import requests
 from csrm_jax.core import checks, client as client_lib, files, journal, retry
 from csrm_jax.models import hf, sampling
 from csrm_jax.reward import backbone
-from csrm_jax.ruleworld import proposer as world
+from csrm_jax.ruleworld import alarms, proposer as world
 from csrm_jax.safety.schema import Category, Message
 
 # (conversations, a category for each) -> whether each last response violates its category.
@@ -116,6 +116,8 @@ class Oracle:
         return world.pick_most_severe(category, subcategories)
       case requests.WriteGuideline(category, forbidden, allowed):
         return world.write_guideline(rng, category, forbidden, allowed, self.disobey, self.slip)
+      case requests.InduceRules(talks, bits):
+        return _known(alarms.induce(talks, bits) or None, 'no_alarms')
 
   def usage(self) -> dict[str, int]:
     """Returns how many requests were answered."""

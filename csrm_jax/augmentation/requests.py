@@ -23,6 +23,7 @@ MAX_NAME_LENGTH = 80
 MIN_GUIDELINE_LENGTH = 15
 MAX_GUIDELINE_LENGTH, MAX_REWRITE_LENGTH = 600, 1200
 MAX_SUBCATEGORIES = 30
+MAX_RULES = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,27 @@ class WriteGuideline:
   draft: int = 0
 
 
-Request = ProposeCategories | ListSubcategories | AddSubcategory | PickMostSevere | WriteGuideline
+@dataclasses.dataclass(frozen=True)
+class InduceRules:
+  """Asks for rules that explain which of these conversations set off an alarm.
+
+  `current` are the rules so far, to be revised; another `draft` makes another request.
+  """
+
+  conversations: tuple[tuple[Message, ...], ...]
+  bits: tuple[bool, ...]
+  current: tuple[Category, ...] = ()
+  draft: int = 0
+
+
+Request = (
+  ProposeCategories
+  | ListSubcategories
+  | AddSubcategory
+  | PickMostSevere
+  | WriteGuideline
+  | InduceRules
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,14 +257,22 @@ def _parse_categories(request: ProposeCategories, obj: Any) -> Categories:
 
 
 def _parse_list(request: ListSubcategories, obj: Any) -> tuple[Category, ...]:
-  items = obj['subcategories']
+  return _several(obj, 'subcategories', 'a subcategory', MAX_SUBCATEGORIES)
+
+
+def _parse_rules(request: InduceRules, obj: Any) -> tuple[Category, ...]:
+  return _several(obj, 'rules', 'a rule', MAX_RULES)
+
+
+def _several(obj: Any, key: str, what: str, most: int) -> tuple[Category, ...]:
+  items = obj[key]
   if not isinstance(items, Sequence) or isinstance(items, str) or not items:
-    raise ValueError(f'subcategories is {show(items)}; it must be a list')
-  if len(items) > MAX_SUBCATEGORIES:
-    raise ValueError(f'{len(items)} subcategories; at most {MAX_SUBCATEGORIES} are of use')
-  found = tuple(_category(item, 'a subcategory') for item in items)
+    raise ValueError(f'{key} is {show(items)}; it must be a list')
+  if len(items) > most:
+    raise ValueError(f'{len(items)} {key}; at most {most} are of use')
+  found = tuple(_category(item, what) for item in items)
   if len({c.name.casefold() for c in found}) < len(found):
-    raise ValueError('two subcategories have the same name')
+    raise ValueError(f'two {key} have the same name')
   return found
 
 
@@ -282,6 +311,17 @@ def _talk(conversation: Sequence[Message]) -> str:
     f'Conversation so far:\n{json.dumps(history, ensure_ascii=False)}\n\n'
     'Last agent response, the only one judged:\n'
     f'{json.dumps(response["content"], ensure_ascii=False)}'
+  )
+
+
+def _alarms(request: InduceRules) -> str:
+  rows = [
+    {'conversation': [m.to_dict() for m in talk], 'alarm': bit}
+    for talk, bit in zip(request.conversations, request.bits, strict=True)
+  ]
+  return (
+    f'Current rules:\n{_rules(request.current) or "(none)"}\n\nConversations:\n'
+    f'{json.dumps(rows, ensure_ascii=False)}\n\nDraft number: {request.draft}'
   )
 
 
@@ -342,5 +382,16 @@ TASKS: dict[type, Task] = {
     ),
     _object(guideline=_text(MIN_GUIDELINE_LENGTH, MAX_REWRITE_LENGTH)),
     _parse_guideline,
+  ),
+  InduceRules: Task(
+    f'{_ROLE} Conversations are listed with whether the last agent response set'
+    ' off an alarm. The alarm follows a policy that nobody has written down,'
+    ' and may err now and then. Write the rules of this policy: what set off'
+    ' alarms is forbidden, what did not is allowed. Write them for any'
+    ' conversation, each about one topic. If there are current rules, keep what'
+    ' fits the alarms and correct what does not.',
+    _alarms,
+    _object(rules=_list(MAX_RULES)),
+    _parse_rules,
   ),
 }

@@ -2,7 +2,7 @@
 
 It writes workdir/data.jsonl, which configs/rm.py:data=jsonl,path=... trains on: examples with their
 p+ and p- (CCA), and strictness pairs (SA). A data card and the report of strictness augmentation
-come with it.
+come with it. Other stages write failures of a model in its place, or rules that explain labels.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from csrm_jax.augmentation import (
   beam,
   categories,
   failures,
+  induction,
   proposers,
   report,
   requests,
@@ -36,11 +37,12 @@ from csrm_jax.augmentation import (
   weights,
 )
 from csrm_jax.core import checks, files, journal as journal_lib, progress
-from csrm_jax.data import catalogue, forms, pipeline
+from csrm_jax.data import catalogue, forms, pipeline, sources
 from csrm_jax.data.judged import Judged
 from csrm_jax.reward import model as reward_model
-from csrm_jax.ruleworld import defects, examples as ruleworld_examples, proposer as world
+from csrm_jax.ruleworld import alarms, defects, examples as ruleworld_examples, proposer as world
 from csrm_jax.runners import align, search
+from csrm_jax.safety import augment as augment_lib
 from csrm_jax.safety.schema import Example, Pair, SafetyConfig
 
 # The journal is written after so many conversations for each request that runs at once. A run that
@@ -57,6 +59,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   _check(config)
   if config.failures.model:
     _find_failures(config, workdir)
+    return
+  if config.induce.enabled:
+    _induce(config, workdir)
     return
   examples, drops = _read(config.source, config.seed, with_pairs=bool(config.weights.rule))
   usage = collections.Counter()  # Beam's workers have proposers of their own, which report here.
@@ -119,6 +124,15 @@ def _check(config: ml_collections.ConfigDict) -> None:
       )
     if not config.judge:
       raise ValueError('failures need a second judge: give --config.judge=PATH of a reward model')
+    return
+  if config.induce.enabled:
+    if not config.judge:
+      raise ValueError('induction tests rules by a judge: give --config.judge=PATH of a model')
+    checks.at_least(config.induce, ('num_rounds',))
+    if not 0 < config.induce.eval_fraction < 1:
+      raise ValueError(
+        f'config.induce.eval_fraction={config.induce.eval_fraction} must be between 0 and 1'
+      )
     return
   if not (config.categories.enabled or config.strictness.enabled or config.weights.rule):
     raise ValueError(
@@ -226,6 +240,69 @@ def _find_failures(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
   )
 
 
+def _induce(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes the rules that explain the labels of config.source best as rules.json, with a card."""
+  own, source = config.induce, config.source
+  if source.name == 'ruleworld':
+    made = [
+      alarms.alarm(config.seed, i, own.rules, own.false_alarms) for i in range(source.num_examples)
+    ]
+  else:
+    made, _ = _read(source, config.seed, no_rules=True)
+  taught, held_out = sources.split(made, own.eval_fraction, config.seed)
+  if not taught or not held_out:
+    raise ValueError(
+      f'{len(taught)} labelled rows to learn from and {len(held_out)} held out; give more rows'
+    )
+  proposer, judge = _make_proposer(config, workdir), _make_judge(config)
+  with (
+    journal_lib.Journal(workdir / 'journal_induction.jsonl') as done,
+    _progress(own.num_rounds, 'induction', _make_log(workdir / 'log.jsonl')) as update,
+  ):
+    rounds = induction.induce(
+      taught,
+      proposer,
+      judge,
+      done,
+      update,
+      about=[config.proposer, proposer.name, config.judge],
+      num_rounds=own.num_rounds,
+      num_shown=own.num_shown,
+      seed=config.seed,
+    )
+  if not rounds:
+    raise ValueError(f'no rules came in {own.num_rounds} rounds; {workdir / "log.jsonl"} says why')
+  best = max(rounds, key=lambda one: one.agreement)
+  fires = np.array(induction.where(best.rules, [e.conversation for e in held_out], judge))
+  heard = np.array([e.label == 'unsafe' for e in held_out])
+  found = {
+    'agreement': best.agreement,
+    'agreement_held_out': float((fires == heard).mean()),
+    'agreement_of_no_rules': float((~heard).mean()),
+    'missed_held_out': int((heard & ~fires).sum()),
+    'false_held_out': int((fires & ~heard).sum()),
+  }
+  if source.name == 'ruleworld':
+    broken = np.array([e.probability > 0 for e in held_out])
+    found['agreement_with_hidden_rules'] = float((fires == broken).mean())
+  counts = {'rows': len(taught), 'held_out': len(held_out), 'rounds': len(rounds)}
+  with journal_lib.writing(workdir / 'rules.json'):
+    files.write_json(
+      workdir / 'rules.json', SafetyConfig(best.rules, 'induced').to_dict(), indent=1
+    )
+    card = {'proposer': config.proposer, 'model': proposer.name, 'judge': config.judge}
+    card |= {'seed': config.seed, 'source': source.name, 'path': source.path, **found}
+    card |= {'counts': counts, 'rounds': {i: one.agreement for i, one in enumerate(rounds)}}
+    card |= {'usage_of_last_run': dict(proposer.usage())}
+    files.write_json(workdir / 'card.json', card, indent=1)
+    files.write(workdir / 'card.md', _render_card(card))
+  print(
+    f'{len(best.rules)} rules agree with {found["agreement_held_out"]:.3f} of '
+    f'{len(held_out):,} held-out alarms, no rules with {found["agreement_of_no_rules"]:.3f}: '
+    f'{workdir / "rules.json"}'
+  )
+
+
 def _count(
   made: Sequence[Example], outcomes: Sequence[strictness.Outcome], num_pairs: int
 ) -> dict[str, int]:
@@ -241,7 +318,7 @@ def _count(
 
 
 def _read(
-  source: ml_collections.ConfigDict, seed: int, with_pairs: bool = False
+  source: ml_collections.ConfigDict, seed: int, with_pairs: bool = False, no_rules: bool = False
 ) -> tuple[list[Any], collections.Counter]:
   """Returns a source's labelled examples, and {reason: how many rows were left out}."""
   if source.name == 'ruleworld':
@@ -259,6 +336,8 @@ def _read(
     raise ValueError(f"config.source.defect={source.defect!r} is for RuleWorld's data only")
   checks.lookup(source.name, ['ruleworld', *pipeline.SOURCES], 'config.source.name')
   options = forms.options(**source.own)
+  if no_rules:
+    options['safety'] = options['safety'] or augment_lib.NO_RULES
   rows = pipeline.read_source(source.name, source.path, require_label=False, **options)
   drops = collections.Counter(getattr(rows, 'drops', {}))
   kept = []

@@ -21,7 +21,8 @@ LIST = requests.ListSubcategories(PETS, 3)
 ADD = requests.AddSubcategory(PETS, ('Cats',), TALK)
 PICK = requests.PickMostSevere(PETS, (CATS, DOGS))
 WRITE = requests.WriteGuideline(PETS, (CATS,), (DOGS,))
-ALL = [PROPOSE, LIST, ADD, PICK, WRITE]
+INDUCE = requests.InduceRules((TALK,), (True,), (PETS,))
+ALL = [PROPOSE, LIST, ADD, PICK, WRITE, INDUCE]
 
 
 def rule(name='N', guideline='G' * requests.MIN_GUIDELINE_LENGTH):
@@ -74,6 +75,7 @@ def test_schemas_are_schemas_that_strict_services_take(request_):
     (PICK, {'most_severe': 'Dogs "and" wolves'}),
     (WRITE, {'guideline': 'Ü' * requests.MAX_REWRITE_LENGTH}),
     (WRITE, {'guideline': 'x\u0000\U0001f600'.ljust(15, '.')}),
+    (INDUCE, {'rules': [rule('a'), LONGEST]}),
   ],
 )
 def test_what_a_schema_allows_is_parsed(request_, document):
@@ -95,6 +97,8 @@ def test_what_a_schema_allows_is_parsed(request_, document):
     (PICK, {'most_severe': 0}),
     (WRITE, {'guideline': 'short'}),
     (WRITE, rule()),
+    (INDUCE, {'rules': []}),
+    (INDUCE, {'rules': [rule('a')] * 13}),
   ],
 )
 def test_what_is_not_parsed_no_schema_allows(request_, document):
@@ -167,6 +171,7 @@ def test_a_server_that_keeps_to_schemas_is_always_understood(fault_server, tmp_p
     )
     assert len(outcome.candidates) == 3
     (checked,) = categories.check_all([EXAMPLE], [categories.propose(EXAMPLE, asker)])
+    assert asker.ask(INDUCE)
   assert checked.plus is not None
   assert kinds == {type(r).__name__ for r in ALL}
   assert 'unparsable' not in asker.usage()
