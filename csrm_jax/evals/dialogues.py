@@ -91,12 +91,13 @@ def drift(
     cut = [*peaks, -1.0][sum(chain(i) < _NEVER for i in safe)]
     for i in tested:
       alarms['chain'][i], alarms['verdict'][i] = chain(i), _first(highest[i] > cut)
+  unsafe, safe = np.flatnonzero(broken < _NEVER), np.flatnonzero(broken == _NEVER)
   found, rows = {}, []
   for name, at in alarms.items():
     caught = at <= broken
-    unsafe, safe = np.flatnonzero(broken < _NEVER), np.flatnonzero(broken == _NEVER)
-    early = [i for i in unsafe if caught[i]]
-    lead = np.array([broken[i] - at[i] if i in early else 0.0 for i in range(len(at))])
+    early = np.flatnonzero(caught & (broken < _NEVER))
+    lead = np.zeros(len(at))
+    lead[early] = broken[early] - at[early]
     of = {
       f'{name}_{what}': m(metrics.mean, values.astype(float), rows=some) if len(some) else None
       for what, values, some in (
@@ -115,7 +116,7 @@ def drift(
     len(b.items),
     metrics=found,
     tables=[Table('Chain and verdict at equal false alarms', header, rows, stored=False)],
-    counts={'num_turns': sum(lengths), 'num_unsafe': int((broken < _NEVER).sum())},
+    counts={'num_turns': sum(lengths), 'num_unsafe': len(unsafe)},
     values={'edges': list(edges), 'horizon': horizon},
     arrays={'ids': ids_of([item[0] for item in b.items]), 'broken': broken, **alarms},
   )

@@ -247,6 +247,7 @@ def _induce(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     made = [
       alarms.alarm(config.seed, i, own.rules, own.false_alarms) for i in range(source.num_examples)
     ]
+    made = _spoil(made, source.defect, config.seed)
   else:
     made, _ = _read(source, config.seed, no_rules=True)
   taught, held_out = sources.split(made, own.eval_fraction, config.seed)
@@ -293,7 +294,10 @@ def _induce(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     card = {'proposer': config.proposer, 'model': proposer.name, 'judge': config.judge}
     card |= {'seed': config.seed, 'source': source.name, 'path': source.path, **found}
     card |= {'counts': counts, 'rounds': {i: one.agreement for i, one in enumerate(rounds)}}
-    card |= {'usage_of_last_run': dict(proposer.usage())}
+    card |= {
+      'usage_of_last_run': dict(proposer.usage()),
+      'paid': _sum_paid(config, workdir / _PAID),
+    }
     files.write_json(workdir / 'card.json', card, indent=1)
     files.write(workdir / 'card.md', _render_card(card))
   print(
@@ -327,11 +331,7 @@ def _read(
       dataclasses.replace(ruleworld_examples.training_example(seed, i), plus=None, minus=None)
       for i in range(source.num_examples)
     ]
-    if source.defect:
-      spoil = config_lib.choose('config.source.defect', defects.DEFECTS, source.defect)
-      rng = np.random.default_rng(seed)
-      made = [item for item in (spoil(e, rng) for e in made) if item is not None]
-    return made, collections.Counter()
+    return _spoil(made, source.defect, seed), collections.Counter()
   if source.defect:
     raise ValueError(f"config.source.defect={source.defect!r} is for RuleWorld's data only")
   checks.lookup(source.name, ['ruleworld', *pipeline.SOURCES], 'config.source.name')
@@ -363,6 +363,15 @@ def _read(
     chosen = random.Random(seed).sample(range(len(kept)), source.num_examples)
     kept = [kept[i] for i in sorted(chosen)]
   return kept, drops
+
+
+def _spoil(made: list[Example], defect: str, seed: int) -> list[Example]:
+  """Returns RuleWorld's examples with the defect, if one is named."""
+  if not defect:
+    return made
+  spoil = config_lib.choose('config.source.defect', defects.DEFECTS, defect)
+  rng = np.random.default_rng(seed)
+  return [item for item in (spoil(e, rng) for e in made) if item is not None]
 
 
 def _make_proposer(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> proposers.Proposer:

@@ -140,6 +140,18 @@ def test_the_stage_writes_rules_from_a_file_that_has_none(tmp_path, monkeypatch)
   assert 'agreement_with_hidden_rules' not in card  # nobody knows them
 
 
+def test_the_stage_sees_through_flipped_alarms_and_asks_once(tmp_path):
+  c = config_lib.load_module('augment').get_config('induce')
+  c.source.num_examples, c.source.defect, c.induce.rules = 400, 'flip:p=0.1', 'pet forum'
+  augment.run(c, tmp_path)
+  before, card = (json.loads((tmp_path / f'{x}.json').read_text()) for x in ('rules', 'card'))
+  assert card['agreement_with_hidden_rules'] > 0.95 > card['agreement_held_out'] > 0.75
+  assert card['usage_of_last_run']['requests'] == card['counts']['rounds']
+  augment.run(c, tmp_path)
+  after, card = (json.loads((tmp_path / f'{x}.json').read_text()) for x in ('rules', 'card'))
+  assert after == before and card['usage_of_last_run'] == {'requests': 0}
+
+
 def test_what_cannot_be_induced_is_one_line(tmp_path):
   c = config_lib.load_module('augment').get_config('induce')
   c.source.num_examples, c.induce.eval_fraction = 40, 1.0

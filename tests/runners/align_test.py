@@ -75,6 +75,7 @@ def test_it_looks_at_held_out_prompts_from_the_start(aligned):
   assert {row['step'] for row in table} == {2}
   assert {'rules', 'prompt', 'completion', 'reward', 'parts'} <= set(table[0])
   assert set(table[0]['parts']) == {'safety', 'helpfulness'}
+  assert all(0 <= row['violations/per_1000'] <= 1000 for row in _lines(aligned / 'metrics.jsonl'))
 
 
 @pytest.mark.filterwarnings('error:constrained_layout')  # long names
