@@ -282,7 +282,7 @@ def benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
     'length': unseen.items,
     'long_rules': take(long_rules, half),
     'drift': take(drift, quarter),
-    'trajectories': take(trajectory, half),
+    'trajectories': take(trajectory, quarter),
   }
   options = {'padding': {'filler': grammar.FILLERS[0]}, 'long_rules': {'top_k': _TOP_RULES}}
   return basic + [

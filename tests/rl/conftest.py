@@ -109,8 +109,10 @@ def make_work(policy, prompts, tmp_path):
     folder = tmp_path / workdir
     folder.mkdir(exist_ok=True)
     sampling = align.make_sampling(config, stop_ids)
-    return online.Online(
+    work = online.Online(
       config, policy, {}, reference, prompts, reward_fn, step_fn, sampling, mesh, mesh, folder
-    ), state
+    )
+    work.violates = lambda samples, parts: np.array([s.num_tokens % 2 == 1 for s in samples])
+    return work, state
 
   return make
