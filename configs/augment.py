@@ -137,7 +137,7 @@ def get_config(arg=None):
   # Rules from labels alone, each the bit of an alarm: proposed, tested by the judge above, revised
   # where they are wrong; the best are written as rules.json. Nothing else is made.
   c.induce = ml_collections.ConfigDict()
-  c.induce.enabled = arg.induce
+  c.induce.enabled = arg.induce  # whether rules are proposed from alarms, and nothing else is done
   c.induce.rules = 'film club'  # RuleWorld's hidden rules, of csrm_jax.ruleworld.policy.RULE_SETS
   c.induce.false_alarms = 0.0  # the share of RuleWorld's safe conversations that alarm all the same
   c.induce.num_rounds = 5  # proposals
