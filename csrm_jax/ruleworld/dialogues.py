@@ -7,10 +7,9 @@ import random
 from collections.abc import Sequence
 
 from csrm_jax.core import checks
-from csrm_jax.ruleworld import conversations, grammar, lexicon, oracle, rules as rules_lib
+from csrm_jax.ruleworld import conversations, examples, grammar, lexicon, rules as rules_lib
 from csrm_jax.safety import schema
 
-Rules = tuple[rules_lib.Rule, ...]
 Talk = tuple[schema.Message, ...]
 
 FAMILIES = ('refusal', 'recovery')
@@ -47,8 +46,15 @@ def drift(
     stances = grammar.ENGAGED if rng.random() < _ENGAGED else grammar.DISENGAGED
     said = conversations.sample_statement(rng, topic, rng.choice(stances), severity)
     messages += _exchange(rng, said)
+    scene = conversations.Scene(said, (said,), messages)
     turns.append(
-      _example(f'{name}/{turn}', messages, tuple(rules), said, f'strictness {strictness}')
+      examples.make_exact(
+        scene,
+        tuple(rules),
+        f'{name}/{turn}',
+        source='dialogues',
+        rule_set=f'strictness {strictness}',
+      )
     )
   return tuple(turns)
 
@@ -111,20 +117,3 @@ def _exchange(rng: random.Random, said: grammar.Statement) -> Talk:
   request = rng.choice(grammar.REQUESTS).format(x=said.phrase)
   reply = conversations.reply_text(rng, (said,))
   return (schema.Message('user', request), schema.Message('agent', reply))
-
-
-def _example(
-  name: str, messages: Talk, rules: Rules, said: grammar.Statement, rule_set: str
-) -> schema.Example:
-  """Returns a turn with its label to the letter, of which nothing is uncertain."""
-  broken = [rule for rule in rules if oracle.violates(rule, (said,))]
-  return schema.Example(
-    name,
-    rules_lib.make_safety(rules),
-    messages,
-    'unsafe' if broken else 'safe',
-    tuple(rule.category().name for rule in broken),
-    probability=float(bool(broken)),
-    source='dialogues',
-    rule_set=rule_set,
-  )

@@ -5,6 +5,7 @@ A reward model is trained on `TRAINING`; every run is tested on `test_sets`.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -50,6 +51,18 @@ def make_example(
     'probability': oracle.unsafe_probability(rules, scene.statements),
   }
   return schema.Example(example_id, **known | fields)
+
+
+def make_exact(
+  scene: conversations.Scene, rules: Rules, example_id: str, **fields: Any
+) -> schema.Example:
+  """Returns the scene under the rules, to the letter; `probability` is 0 or 1.
+
+  Where labels to the letter are counted nothing about them is uncertain, so an annotator's
+  probability would be wrong.
+  """
+  example = make_example(None, scene, rules, example_id, **fields)
+  return dataclasses.replace(example, probability=float(example.label == 'unsafe'))
 
 
 def propose(

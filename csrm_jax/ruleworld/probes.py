@@ -95,7 +95,9 @@ def strictness_levels(seed: int, index: int, split: str = 'unseen') -> list[sche
   for level in range(lexicon.NUM_SEVERITIES + 1):
     rules = others[:place] + (rules_lib.threshold_rule(topic, level, word),) + others[place:]
     name = f'levels-{split}-{seed}-{index}-{level}'
-    levels.append(_exact(scene, rules, name, 'levels', f'strictness {level}'))
+    levels.append(
+      examples.make_exact(scene, rules, name, source='levels', rule_set=f'strictness {level}')
+    )
   return levels
 
 
@@ -111,7 +113,9 @@ def stance(seed: int, index: int, split: str = 'unseen') -> schema.Example:
   reply = conversations.reply_text(rng, (said,))
   messages = (schema.Message('user', request), schema.Message('agent', reply))
   scene = conversations.Scene(said, (said,), messages)
-  return _exact(scene, rules, f'stance-{split}-{seed}-{index}', 'stance', name)
+  return examples.make_exact(
+    scene, rules, f'stance-{split}-{seed}-{index}', source='stance', rule_set=name
+  )
 
 
 def choice(seed: int, index: int, split: str = 'unseen') -> Choice:
@@ -310,15 +314,6 @@ def _start(
 ) -> tuple[random.Random, tuple[str, ...], range]:
   """Returns (rng, topics, wordings) of one item."""
   return examples.make_rng(f'{kind}/{split}', seed, index), *examples.SPLITS[split]
-
-
-def _exact(
-  scene: conversations.Scene, rules: Rules, name: str, source: str, rule_set: str
-) -> schema.Example:
-  # Where labels to the letter are counted nothing about them is uncertain, so an annotator's
-  # probability would be wrong.
-  example = examples.make_example(None, scene, rules, name, source=source, rule_set=rule_set)
-  return dataclasses.replace(example, probability=float(example.label == 'unsafe'))
 
 
 def _single_violation(

@@ -107,8 +107,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       'paid': _sum_paid(config, workdir / _PAID),
     }
     with journal_lib.writing(workdir / 'card.json'):
-      files.write_json(workdir / 'card.json', card, indent=1)
-      files.write(workdir / 'card.md', _render_card(card))
+      _write_card(workdir, card)
     if config.array_record:
       _prepare(workdir, path, config.beam)
   seconds = time.monotonic() - start
@@ -232,8 +231,7 @@ def _find_failures(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
     files.write(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
     card = {'model': own.model, 'judge': config.judge, 'policy': own.rl, 'seed': config.seed}
     card |= {'num_samples': own.num_samples, 'digest': _digest(path), 'counts': counts}
-    files.write_json(workdir / 'card.json', card, indent=1)
-    files.write(workdir / 'card.md', _render_card(card))
+    _write_card(workdir, card)
   print(
     f'of {len(found):,} prompts the best of {own.num_samples} is called safe and is not for '
     f'{counts["fooled"]:,}, the worst is called unsafe and is not for {counts["refused"]:,}: {path}'
@@ -298,8 +296,7 @@ def _induce(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
       'usage_of_last_run': dict(proposer.usage()),
       'paid': _sum_paid(config, workdir / _PAID),
     }
-    files.write_json(workdir / 'card.json', card, indent=1)
-    files.write(workdir / 'card.md', _render_card(card))
+    _write_card(workdir, card)
   print(
     f'{len(best.rules)} rules agree with {found["agreement_held_out"]:.3f} of '
     f'{len(held_out):,} held-out alarms, no rules with {found["agreement_of_no_rules"]:.3f}: '
@@ -495,6 +492,11 @@ def _sum_paid(config: ml_collections.ConfigDict, path: pathlib.Path) -> dict[str
   price = total['prompt_tokens'] * config.endpoint.price_in
   price += total['reply_tokens'] * config.endpoint.price_out
   return {**total, 'cost': price / 1e6} if total['requests'] else {}
+
+
+def _write_card(workdir: pathlib.Path, card: Mapping[str, Any]) -> None:
+  files.write_json(workdir / 'card.json', card, indent=1)
+  files.write(workdir / 'card.md', _render_card(card))
 
 
 def _render_card(card: Mapping[str, Any]) -> str:
