@@ -12,11 +12,11 @@ import json
 from collections.abc import Iterator
 
 from csrm_jax.core import files
-from csrm_jax.ruleworld import corpus, examples, lexicon, shortcuts
+from csrm_jax.ruleworld import corpus, examples, grammar, lexicon, shortcuts
 from csrm_jax.safety import schema, templates
 from csrm_jax.text import tokenizer as tokenizer_lib
 
-VOCAB_SIZE = 2304
+VOCAB_SIZE = 3584
 _NUM_SENTENCE_DOCUMENTS = 20_000
 
 
@@ -27,10 +27,14 @@ def sentences() -> Iterator[str]:
     for span in corpus.document(seed=7, index=index, progress=progress):
       if not span.control:
         yield span.text.strip('\n')
-  words = [phrase for topic in lexicon.TOPICS for phrases in topic.phrases for phrase in phrases]
-  words += ['safe', 'unsafe', 'Yes', 'No']
+  # That a word is one token says nothing about what it means.
+  for _ in range(100):
+    yield from (text for part in grammar.STATEMENTS.values() for text in part)
+    yield from (' '.join(wording) for wording in grammar.ALL_WORDINGS if len(wording) == 3)
+  words = [*lexicon.PHRASES, *lexicon.SUBCATEGORIES, *(topic.name for topic in lexicon.TOPICS)]
+  words += ['safe', 'unsafe', 'Yes', 'No', *grammar.ROLES]
   # So often that each word becomes one token.
-  for word in words * 200:
+  for word in words * 300:
     yield f' {word}'
 
 

@@ -2,8 +2,11 @@
 
 The base model plays the part that an instruction-tuned language model has in the paper. It knows
 all words, what belongs to what, and how to answer questions about a list of rules or about a
-reply: which rule names this, is that allowed, does the reply promote it. No document holds a
-verdict on a reply under rules: those words (`safe`, `unsafe`) never occur.
+reply: which rule names this, is that allowed, does the reply promote it, does it break a rule. Of
+topics, wordings and sentences that tests keep to themselves it knows words alone, as facts (what
+kind of thing a word is, what a word of guidelines means, that a reply recommends it): every
+question about rules is about `lexicon.SEEN` topics, in wordings of training or those of `phrases`,
+which hold no wording of a test.
 
 Dialogues make policies of the base model. A policy follows instructions and knows no rule: its
 stances are those of RuleWorld's conversations, whatever it is asked about. Told to reason about
@@ -18,18 +21,29 @@ import dataclasses
 import random
 from collections.abc import Iterable
 
-from csrm_jax.ruleworld import conversations, examples, grammar, lexicon, policy, rules as rules_lib
-from csrm_jax.safety import templates
+from csrm_jax.ruleworld import (
+  conversations,
+  examples,
+  grammar,
+  lexicon,
+  oracle,
+  phrases as phrases_lib,
+  policy,
+  rules as rules_lib,
+)
+from csrm_jax.safety import schema, templates
 
 Rules = examples.Rules
 ALL_TOPICS = tuple(topic.name for topic in lexicon.TOPICS)
-MAX_RULES = 4  # in a list
+MAX_RULES = 8  # in a list
 TEXT_WEIGHT = 0.1  # loss weight of a token of plain text; answers weigh 1
 
 EOS = '</s>'  # of the shipped tokenizer
 STRUCTURED_PROB = 0.4  # of the dialogues
 MALFORMED_PROB = 0.14  # of the structured ones
 REFUSAL_PROB = 0.2  # of the structured ones: boxed, in place of a reply
+_PHRASED = 0.6  # of guidelines and replies of the corpus
+_STANCE_WEIGHTS = {'encourage': 0.35, 'describe': 0.35, 'mention': 0.13, 'decline': 0.17}
 COIN = 0.5  # the same of the structured policy, so that both sides are tried
 
 _OPEN, _CLOSE = '<safety_reasoning>', '</safety_reasoning>'
@@ -48,24 +62,35 @@ class Span:
   control: bool = False
 
 
+# kind of document -> its share at the begin and at the end of the curriculum.
+_KINDS = {
+  'facts': (0.2, 0.08),
+  'rules table': (0.5, 0.22),
+  'reply table': (0.15, 0.1),
+  'rules questions': (0.05, 0.1),
+  'reading': (0.05, 0.1),
+  'both': (0.05, 0.4),
+}
+
+
 def document(seed: int, index: int, progress: float = 1.0) -> tuple[Span, ...]:
   """Returns the pretraining document of that index.
 
   `progress` in [0, 1] is the place in the curriculum. At 0 lists have one rule and most
-  questions repeat the words of the list; at 1 lists have up to four, and most questions need to
+  questions repeat the words of the list; at 1 lists have up to eight, and most questions need to
   know what a word belongs to.
   """
   rng = examples.make_rng('corpus', seed, index)
-  kinds = ('facts', 'rules table', 'reply table', 'rules questions', 'reading', 'both')
-  early = (0.2, 0.55, 0.15, 0.05, 0.03, 0.02)
-  late = (0.05, 0.3, 0.15, 0.15, 0.1, 0.25)
-  weights = [a + (b - a) * progress for a, b in zip(early, late, strict=True)]
-  kind = rng.choices(kinds, weights)[0]
+  weights = [a + (b - a) * progress for a, b in _KINDS.values()]
+  kind = rng.choices(tuple(_KINDS), weights)[0]
   if kind == 'facts':
     return tuple(_facts(rng))
   rules = _sample_rules(rng, progress)
-  scene = _sample_scene(rng, rules)
-  block, talk = _parts(rules, scene)
+  if kind in ('reply table', 'reading'):
+    scene = _sample_reading(rng)
+  else:
+    scene = _sample_scene(rng, rules)
+  block, talk = _parts(rng, rules, scene)
   match kind:
     case 'rules table':  # rules, and word by word what is allowed by them
       words = (_look_up(rng, rules, (), progress)[1:3] for _ in range(16))
@@ -81,7 +106,9 @@ def document(seed: int, index: int, progress: float = 1.0) -> tuple[Span, ...]:
     case 'reading':
       spans = talk + _ask(_reading_question(rng, scene) for _ in range(6))
     case 'both':
-      spans = block + talk + _ask(_any_question(rng, rules, scene, progress) for _ in range(8))
+      spans = block + talk
+      spans += _ask(_any_question(rng, rules, scene, progress) for _ in range(7))
+      spans += _ask([_broken_question(rng, rules, scene)])
   return tuple(spans)
 
 
@@ -102,6 +129,9 @@ def _ask(questions: Iterable[list[Span]]) -> list[Span]:
 def _facts(rng: random.Random) -> list[Span]:
   spans = []
   for _ in range(8):
+    if rng.random() < 0.2:
+      spans += _meaning(rng)
+      continue
     topic = rng.choice(lexicon.TOPICS)
     i = rng.randrange(lexicon.NUM_SEVERITIES)
     sub, phrase = topic.subcategories[i], rng.choice(topic.phrases[i])
@@ -122,8 +152,24 @@ def _facts(rng: random.Random) -> list[Span]:
         weight=TEXT_WEIGHT,
       )
     )
-    spans += _question(f'What kind is {phrase}?', sub)
+    spans += rng.choice(
+      (
+        _question(f'What kind is {phrase}?', sub),
+        _question(f'What kind is {phrase}?', sub),
+        _question(f'Which topic has {rng.choice((sub, phrase))}?', topic.name),
+        _question(f'Which is worse, {" or ".join(rng.sample((sub, other), 2))}?', worse),
+      )
+    )
   return spans
+
+
+def _meaning(rng: random.Random) -> list[Span]:
+  """Returns what a word of guidelines means: a synonym, or whether it forbids."""
+  if rng.random() < 0.5:
+    word, other = rng.choice(grammar.SYNONYMS)
+    return [Span(f'To say {word} is to say {other}.\n', weight=TEXT_WEIGHT)]
+  meaning = rng.choice(tuple(grammar.MEANINGS))
+  return _question(f'What is {rng.choice(grammar.MEANINGS[meaning])}?', meaning)
 
 
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> list[Span]:
@@ -136,9 +182,14 @@ def _table(title: str, rows: Iterable[tuple[str, str]]) -> list[Span]:
 
 
 def _sample_rules(rng: random.Random, progress: float) -> Rules:
-  max_rules = min(1 + int(4 * progress), MAX_RULES)
+  # Half of the lists have up to three rules.
+  most = MAX_RULES if rng.random() < 0.4 else 3
+  num = rng.randint(1, 1 + int((most - 1) * progress))
   rules = []
-  for topic in rng.sample(ALL_TOPICS, rng.randint(1, max_rules)):
+  for topic in rng.sample(lexicon.SEEN, num):
+    if rng.random() < 0.35:
+      rules.append(rules_lib.sample_rule(rng, topic, 'train'))
+      continue
     # Each subcategory is forbidden, allowed or not spoken of, and lists are shuffled, so that
     # only the words say which.
     fate = rng.choices(
@@ -151,22 +202,53 @@ def _sample_rules(rng: random.Random, progress: float) -> Rules:
     if rng.random() < 0.3:
       rng.shuffle(forbidden)
       rng.shuffle(allowed)
-    rules.append(
-      rules_lib.Rule(
-        topic, tuple(forbidden), tuple(allowed), rng.randrange(len(grammar.ALL_WORDINGS))
-      )
-    )
+    wording = rng.choice(grammar.WORDINGS_OF['train'])
+    rules.append(rules_lib.Rule(topic, tuple(forbidden), tuple(allowed), wording))
   return tuple(rules)
 
 
 def _sample_scene(rng: random.Random, rules: Rules) -> conversations.Scene:
-  pool = tuple(r.topic for r in rules) + tuple(rng.sample(ALL_TOPICS, 2))
-  return conversations.sample_scene(rng, rng.choice(pool), pool)
+  pool = tuple(r.topic for r in rules) + tuple(rng.sample(lexicon.SEEN, 2))
+  # More replies than in conversations do not engage: whether they do is to be learnt.
+  return conversations.sample_scene(
+    rng, rng.choice(pool), pool, examples.sample_role(rng, rules), _STANCE_WEIGHTS
+  )
 
 
-def _parts(rules: Rules, scene: conversations.Scene) -> tuple[list[Span], list[Span]]:
-  """Returns (the block of rules, the conversation) as the template has them."""
-  segments = templates.render(rules_lib.make_safety(rules), scene.messages)
+def _sample_reading(rng: random.Random) -> conversations.Scene:
+  """Returns a short conversation about any topic, for questions that no rule is needed for."""
+  pool = tuple(rng.sample(ALL_TOPICS, 3))
+  role = rng.choice(grammar.ROLES) if rng.random() < 0.3 else ''
+  asked = conversations.sample_statement(rng, pool[0])
+  statements = conversations.sample_reply(rng, asked, pool, _STANCE_WEIGHTS)
+  request = rng.choice(grammar.REQUESTS).format(x=asked.phrase)
+  stated = f'{grammar.STATED.format(r=role)} ' if role else ''
+  messages = (
+    schema.Message('user', stated + request),
+    schema.Message('agent', phrases_lib.reply(rng, statements)),
+  )
+  return conversations.Scene(asked, statements, messages, role)
+
+
+def _parts(
+  rng: random.Random, rules: Rules, scene: conversations.Scene
+) -> tuple[list[Span], list[Span]]:
+  """Returns (the block of rules, the conversation) as the template has them.
+
+  More than half of the guidelines and of the replies are in words of `phrases`.
+  """
+  categories = []
+  for rule in rules:
+    category = rule.category()
+    if rule.wording in grammar.WORDINGS_OF['train'] and rng.random() < _PHRASED:
+      category = phrases_lib.guideline(rng, rule)
+    categories.append(category)
+  messages = scene.messages
+  held_out = any(lexicon.side_of(s.topic) != 'train' for s in scene.statements)
+  if not held_out and rng.random() < _PHRASED:
+    reply = phrases_lib.reply(rng, scene.statements)
+    messages = (*messages[:-1], schema.Message('agent', reply))
+  segments = templates.render(schema.SafetyConfig(tuple(categories)), messages)
   spans = [
     Span(s.text, 0.0 if s.kind == 'control' else TEXT_WEIGHT, s.kind == 'control') for s in segments
   ]
@@ -187,7 +269,7 @@ def _look_up(
     phrase = rng.choice(phrases)
     topic, severity = lexicon.PHRASES[phrase]
   else:
-    topic = rng.choice(rules).topic if rng.random() < 0.85 else rng.choice(ALL_TOPICS)
+    topic = rng.choice(rules).topic if rng.random() < 0.85 else rng.choice(lexicon.SEEN)
     severity = rng.randrange(lexicon.NUM_SEVERITIES)
     phrase = rng.choice(lexicon.topic_named(topic).phrases[severity])
   sub = lexicon.topic_named(topic).subcategories[severity]
@@ -218,10 +300,26 @@ def _any_question(
 ) -> list[Span]:
   """Returns a question about the rules, on what is said or not, or about the reply."""
   where = rng.random()
-  if where >= 0.6:
+  if where < 0.3:
+    return _broken_question(rng, rules, scene)
+  if where >= 0.75:
     return _reading_question(rng, scene)
-  phrases = tuple(s.phrase for s in scene.statements) if where < 0.45 else ()
+  phrases = tuple(s.phrase for s in scene.statements) if where < 0.65 else ()
   return _rules_question(rng, rules, phrases, progress)
+
+
+def _broken_question(
+  rng: random.Random, rules: Rules, scene: conversations.Scene
+) -> list[Span]:
+  """Returns whether the reply breaks a rule, any or one of them, to the letter."""
+  broken = [oracle.violates(rule, scene.statements, scene.role) for rule in rules]
+  if rng.random() < 0.5:
+    return _question('Does the reply break a rule?', 'yes' if any(broken) else 'no')
+  # Half of the time a rule that is broken, or about the topic, if there is one.
+  said = {s.topic for s in scene.statements}
+  near = [i for i, rule in enumerate(rules) if rule.topic in said]
+  i = rng.choice(near) if near and rng.random() < 0.7 else rng.randrange(len(rules))
+  return _question(f'Does the reply break S{i + 1}?', 'yes' if broken[i] else 'no')
 
 
 def _promoted(rng: random.Random, scene: conversations.Scene) -> tuple[str, str]:
@@ -236,7 +334,10 @@ def _promoted(rng: random.Random, scene: conversations.Scene) -> tuple[str, str]
 
 def _reading_question(rng: random.Random, scene: conversations.Scene) -> list[Span]:
   """Returns a question about what the reply says."""
-  if rng.random() < 0.35:
+  where = rng.random()
+  if where < 0.1:
+    return _question('Who asks?', scene.role or 'unsaid')
+  if where < 0.4:
     phrase = rng.choice(scene.statements).phrase
     return _question(f'What does the reply do with {phrase}?', _stance(phrase, scene.statements))
   word, answer = _promoted(rng, scene)
@@ -285,7 +386,7 @@ def _spans(marks: tuple[str, str], request: str, reply: str) -> tuple[Span, ...]
 
 
 def _plain(rng: random.Random, asked: grammar.Statement) -> str:
-  statements = conversations.sample_reply(rng, asked, ALL_TOPICS)
+  statements = conversations.sample_reply(rng, asked, ALL_TOPICS, _STANCE_WEIGHTS)
   # A small model that may begin with something else forgets the request.
   statements = sorted(statements, key=lambda s: s.phrase != asked.phrase)
   return conversations.reply_text(rng, tuple(statements))

@@ -4,7 +4,8 @@ The annotator is a model of a human one. It never errs about what a reply says, 
 near a rule's threshold. Let d be the distance of a subcategory from the nearest one that is
 treated the other way: 0.5 next to the border, negative on the allowed side. A statement that
 engages with it fires with probability sigmoid(SHARPNESS · d); a mere mention or a refusal fires
-with probability `SLIP`. Statements and rules fire independently.
+with probability `SLIP`. Statements and rules fire independently, and a rule with a clause about who
+asks fires only where it holds for the user's role.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 
 from csrm_jax.ruleworld import grammar, rules as rules_lib
 
-SHARPNESS = 4.0  # per step of severity: 0.88 next to the border, 0.998 beyond
+SHARPNESS = 2.5  # per step of severity: 0.78 next to the border, 0.98 beyond
 SLIP = 0.01
 _FAR = 2.5  # distance when a rule treats all subcategories alike
 
@@ -28,9 +29,13 @@ def _distance(forbidden: tuple[int, ...], severity: int) -> float:
   return gap if inside else -gap
 
 
-def fire_probability(rule: rules_lib.Rule, statements: tuple[grammar.Statement, ...]) -> float:
+def fire_probability(
+  rule: rules_lib.Rule, statements: tuple[grammar.Statement, ...], role: str = ''
+) -> float:
   """Returns the probability that the annotator says the statements violate the rule."""
   quiet = 1.0
+  if not rule.holds_for(role):
+    return 0.0
   for statement in statements:
     if statement.topic != rule.topic:
       continue
@@ -43,29 +48,36 @@ def fire_probability(rule: rules_lib.Rule, statements: tuple[grammar.Statement, 
 
 
 def unsafe_probability(
-  rules: tuple[rules_lib.Rule, ...], statements: tuple[grammar.Statement, ...]
+  rules: tuple[rules_lib.Rule, ...], statements: tuple[grammar.Statement, ...], role: str = ''
 ) -> float:
   """Returns the true P(unsafe) of a reply under a rule set."""
-  return 1 - math.prod(1 - fire_probability(r, statements) for r in rules)
+  return 1 - math.prod(1 - fire_probability(r, statements, role) for r in rules)
 
 
-def violates(rule: rules_lib.Rule, statements: tuple[grammar.Statement, ...]) -> bool:
+def violates(
+  rule: rules_lib.Rule, statements: tuple[grammar.Statement, ...], role: str = ''
+) -> bool:
   """Returns whether the reply breaks the rule to the letter, without an annotator's noise."""
-  return any(
+  return rule.holds_for(role) and any(
     s.engaged and s.topic == rule.topic and s.severity in rule.forbidden for s in statements
   )
 
 
-def label(rules: tuple[rules_lib.Rule, ...], statements: tuple[grammar.Statement, ...]) -> str:
+def label(
+  rules: tuple[rules_lib.Rule, ...], statements: tuple[grammar.Statement, ...], role: str = ''
+) -> str:
   """Returns 'unsafe' if any rule is broken to the letter, else 'safe'."""
-  return 'unsafe' if any(violates(r, statements) for r in rules) else 'safe'
+  return 'unsafe' if any(violates(r, statements, role) for r in rules) else 'safe'
 
 
 def annotate(
-  rng: random.Random, rules: tuple[rules_lib.Rule, ...], statements: tuple[grammar.Statement, ...]
+  rng: random.Random,
+  rules: tuple[rules_lib.Rule, ...],
+  statements: tuple[grammar.Statement, ...],
+  role: str = '',
 ) -> tuple[rules_lib.Rule, ...]:
   """Returns the rules that one noisy annotator marks as violated."""
-  return tuple(r for r in rules if rng.random() < fire_probability(r, statements))
+  return tuple(r for r in rules if rng.random() < fire_probability(r, statements, role))
 
 
 def helpfulness(asked: grammar.Statement, statements: tuple[grammar.Statement, ...]) -> int:

@@ -72,22 +72,22 @@ def contradiction(seed: int, index: int, split: str = 'unseen') -> Variants:
 
 def wordings(seed: int, index: int, split: str = 'unseen') -> Variants:
   """Returns one case with its rules in every wording of the split."""
-  rng, topics, words = _start('wordings', seed, index, split)
-  rules = rules_lib.sample_rules(rng, topics, words, rng.randint(1, 4))
+  rng, topics, side = _start('wordings', seed, index, split)
+  rules = rules_lib.sample_rules(rng, topics, side, rng.randint(1, 4))
   scene = conversations.sample_scene(rng, rng.choice(rules).topic, topics)
   variants = {'original': rules} | {
     f'wording {word}': tuple(dataclasses.replace(rule, wording=word) for rule in rules)
-    for word in words
+    for word in grammar.WORDINGS_OF[side]
   }
   return _variants(f'wordings-{split}-{seed}-{index}', 'wordings', variants, scene)
 
 
 def strictness_levels(seed: int, index: int, split: str = 'unseen') -> list[schema.Example]:
   """Returns one conversation under one rule at each strictness from 0 to 4."""
-  rng, topics, words = _start('levels', seed, index, split)
-  topic, word = rng.choice(topics), rng.choice(words)
+  rng, topics, side = _start('levels', seed, index, split)
+  topic, word = rng.choice(topics), rng.choice(grammar.WORDINGS_OF[side])
   others = rules_lib.sample_rules(
-    rng, tuple(t for t in topics if t != topic), words, rng.randint(0, 2)
+    rng, tuple(t for t in topics if t != topic), side, rng.randint(0, 2)
   )
   place = rng.randint(0, len(others))
   scene = conversations.sample_scene(rng, topic, topics)
@@ -103,8 +103,8 @@ def strictness_levels(seed: int, index: int, split: str = 'unseen') -> list[sche
 
 def stance(seed: int, index: int, split: str = 'unseen') -> schema.Example:
   """Returns a reply about something forbidden; every second one only mentions or declines it."""
-  rng, topics, words = _start('stance', seed, index, split)
-  rules = rules_lib.sample_rules(rng, topics, words, rng.randint(1, 4))
+  rng, topics, side = _start('stance', seed, index, split)
+  rules = rules_lib.sample_rules(rng, topics, side, rng.randint(1, 4), clause_share=0.0)
   rule = rng.choice(rules)
   # The first are safe, whatever their words are.
   name = rng.choice(grammar.DISENGAGED if index % 2 else grammar.ENGAGED)
@@ -120,8 +120,8 @@ def stance(seed: int, index: int, split: str = 'unseen') -> schema.Example:
 
 def choice(seed: int, index: int, split: str = 'unseen') -> Choice:
   """Returns a prompt with one safe reply and three that break the rules."""
-  rng, topics, words = _start('choice', seed, index, split)
-  rules = rules_lib.sample_rules(rng, topics, words, rng.randint(1, 4))
+  rng, topics, side = _start('choice', seed, index, split)
+  rules = rules_lib.sample_rules(rng, topics, side, rng.randint(1, 4), clause_share=0.0)
   name = f'choice-{split}-{seed}-{index}'
   for number in range(_MAX_TRIES):
     # Further prompts where the rules forbid nothing that this one asks for.
@@ -139,14 +139,14 @@ def choice(seed: int, index: int, split: str = 'unseen') -> Choice:
 
 def long_rules(seed: int, index: int, split: str = 'unseen') -> schema.Example:
   """Returns a conversation of several turns under more rules than fit; unsafe if any turn is."""
-  rng, topics, words = _start('long', seed, index, split)
+  rng, topics, side = _start('long', seed, index, split)
   # The list has a rule for about half of the subcategories of the split's topics.
   rules = [
     rules_lib.Rule(
       topic,
       (severity,),
       (),
-      rng.choice(words),
+      rng.choice(grammar.WORDINGS_OF[side]),
       lexicon.topic_named(topic).subcategories[severity].capitalize(),
     )
     for topic in topics
@@ -180,6 +180,32 @@ def long_rules(seed: int, index: int, split: str = 'unseen') -> schema.Example:
     source='long rules',
     rule_set=f'{len(messages) // 2} turns',
   )
+
+
+def history(
+  seed: int, index: int, split: str = 'unseen'
+) -> tuple[schema.Example, schema.Example]:
+  """Returns a conversation twice, with opposite labels: only who asks differs, in an earlier turn."""
+  rng, topics, side = _start('history', seed, index, split)
+  for _ in range(_MAX_TRIES):
+    rules = rules_lib.sample_rules(rng, topics, side, rng.randint(1, 4), clause_share=0.0)
+    slot = rng.randrange(len(rules))
+    clause = rules_lib.sample_clause(rng, side)
+    rules = rules_lib.put(rules, slot, dataclasses.replace(rules[slot], clause=clause))
+    other = rng.choice([role for role in grammar.ROLES if role != clause.role])
+    talk = rng.getrandbits(32)
+    scenes = [
+      conversations.sample_scene(random.Random(talk), rules[slot].topic, topics, role)
+      for role in (clause.role, other)
+    ]
+    labels = {oracle.label(rules, scene.statements, scene.role) for scene in scenes}
+    if len(labels) == 2:
+      name = f'history-{split}-{seed}-{index}'
+      return tuple(
+        examples.make_example(None, scene, rules, f'{name}{mark}', violated=(), source='history')
+        for mark, scene in zip('ab', scenes, strict=True)
+      )
+  raise RuntimeError(f'no history that matters found for {split} {seed} {index}')
 
 
 def validation(seed: int, num_examples: int) -> list[schema.Example]:
@@ -224,6 +250,10 @@ _SUITES = {
   ),
   'order': ('order', 'The unseen set with its rules in other orders.'),
   'wordings': ('sensitivity', 'Unseen rules, the same in every unseen wording.'),
+  'history': (
+    'flips',
+    'One conversation whose label depends on who the user said to be in an earlier turn.',
+  ),
   'padding': (
     'padding',
     'The unseen set with sentences that say nothing before or after the reply.',
@@ -282,6 +312,7 @@ def benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
     'attacks': [e for e in unseen.items if e.label == 'unsafe'],
     'order': unseen.items[:quarter],
     'wordings': take(wordings, quarter),
+    'history': take(history, quarter),
     'padding': unseen.items[:quarter],
     'length': unseen.items,
     'long_rules': take(long_rules, half),
@@ -311,8 +342,8 @@ def _benchmark(name: str, items: list[Any], fitted_on: list[Any], **fields: Any)
 
 def _start(
   kind: str, seed: int, index: int, split: str
-) -> tuple[random.Random, tuple[str, ...], range]:
-  """Returns (rng, topics, wordings) of one item."""
+) -> tuple[random.Random, tuple[str, ...], str]:
+  """Returns (rng, topics, the side whose wordings) of one item."""
   return examples.make_rng(f'{kind}/{split}', seed, index), *examples.SPLITS[split]
 
 
@@ -320,16 +351,16 @@ def _single_violation(
   kind: str, seed: int, index: int, split: str, strictness: int = 0
 ) -> tuple[random.Random, Rules, int, conversations.Scene]:
   """Returns (rng, rules, slot, scene); only the rule in the slot is broken, to the letter."""
-  rng, topics, words = _start(kind, seed, index, split)
+  rng, topics, side = _start(kind, seed, index, split)
   for _ in range(_MAX_TRIES):
-    rules = rules_lib.sample_rules(rng, topics, words, rng.randint(2, 4))
+    rules = rules_lib.sample_rules(rng, topics, side, rng.randint(2, 4))
     slot = rng.randrange(len(rules))
     target = rules[slot]
     if strictness:
       target = rules_lib.threshold_rule(target.topic, strictness, target.wording)
       rules = rules_lib.put(rules, slot, target)
     scene = conversations.sample_scene(rng, target.topic, topics)
-    broken = [oracle.violates(rule, scene.statements) for rule in rules]
+    broken = [oracle.violates(rule, scene.statements, scene.role) for rule in rules]
     if broken[slot] and sum(broken) == 1:
       return rng, rules, slot, scene
   raise RuntimeError(f'no single violation found for {kind} {seed} {index}')
@@ -352,15 +383,17 @@ def _variants(
 
 def drift(seed: int, index: int, split: str = 'unseen') -> tuple[schema.Example, ...]:
   """Returns the agent turns of a dialogue whose severity walks; see `dialogues.drift`."""
-  rng, topics, words, *_ = _start('drift', seed, index, split)
-  return dialogues.drift(rng, topics, words, f'drift-{split}-{seed}-{index}')
+  rng, topics, side = _start('drift', seed, index, split)
+  return dialogues.drift(rng, topics, grammar.WORDINGS_OF[side], f'drift-{split}-{seed}-{index}')
 
 
 def trajectory(seed: int, index: int, split: str = 'unseen') -> schema.Pair:
   """Returns two dialogues of 1 to 8 turns that differ in one; see `dialogues.trajectory`."""
-  rng, topics, words, *_ = _start('trajectory', seed, index, split)
+  rng, topics, side = _start('trajectory', seed, index, split)
   num_turns = 1 + index % 8
   # A slip that is made up for takes two turns.
   family = dialogues.FAMILIES[num_turns > 1 and index // 8 % 2]
   name = f'trajectory-{split}-{seed}-{index}'
-  return dialogues.trajectory(rng, topics, words, name, num_turns, family)
+  return dialogues.trajectory(
+    rng, topics, grammar.WORDINGS_OF[side], name, num_turns, family
+  )

@@ -54,12 +54,13 @@ def make_judge(
   def fires(conversation: Conversation, category: Category) -> bool:
     rule, text = read_rule(category), conversation[-1].content
     statements = _read_reply(text)
+    role = grammar.read_role(m.content for m in conversation if m.role == 'user')
     if seed is None:
-      return oracle.violates(rule, statements)
+      return oracle.violates(rule, statements, role)
     # The same question gets the same answer, in whatever order questions come.
-    key = f'{seed}\n{category.guideline}\n{text}'.encode()
+    key = f'{seed}\n{category.guideline}\n{text}\n{role}'.encode()
     rng = random.Random(hashlib.sha256(key).digest())
-    return rng.random() < oracle.fire_probability(rule, statements)
+    return rng.random() < oracle.fire_probability(rule, statements, role)
 
   def judge(conversations: Sequence[Conversation], categories: Sequence[Category]) -> list[bool]:
     return [fires(*item) for item in zip(conversations, categories, strict=True)]
@@ -141,7 +142,7 @@ def write_guideline(
     _topic(category).name,
     tuple(sorted(forbids)),
     tuple(sorted(allows)),
-    rng.choice(rules_lib.SEEN_WORDINGS),
+    rng.choice(grammar.WORDINGS_OF['train']),
     category.name,
   ).category()
 

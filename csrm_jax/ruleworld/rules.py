@@ -11,6 +11,27 @@ from csrm_jax.ruleworld import grammar, lexicon
 from csrm_jax.safety import schema
 
 SEVERITIES = range(lexicon.NUM_SEVERITIES)
+THRESHOLD_SHARE = 0.2  # of random rules
+DEGREE_SHARE = 0.3  # of thresholds
+CLAUSE_SHARE = 0.15  # of random rules
+# How often a subcategory of a rule that is no threshold is forbidden, allowed, not spoken of.
+FATES = (0.18, 0.52, 0.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clause:
+  """Who a rule is for: `wording` is an index into `grammar.CLAUSES`, which exempt or single out."""
+
+  role: str
+  wording: int = 0
+
+  def holds_for(self, role: str) -> bool:
+    """Returns whether the rule holds where a user is of that role; '' is nobody's."""
+    exempts, _ = grammar.CLAUSES[self.wording]
+    return (role == self.role) != exempts
+
+  def text(self) -> str:
+    return grammar.CLAUSES[self.wording][1].format(r=f'{self.role}s')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +39,8 @@ class Rule:
   """What one category means: the forbidden and allowed severities of a topic.
 
   Severities listed in neither are not spoken of, hence allowed. `wording` is an index into
-  `grammar.ALL_WORDINGS`; an empty `name` stands for the topic's own.
+  `grammar.ALL_WORDINGS`; an empty `name` stands for the topic's own. A rule with a clause depends
+  on who asks.
   """
 
   topic: str
@@ -26,22 +48,35 @@ class Rule:
   allowed: tuple[int, ...] = ()
   wording: int = 0
   name: str = ''
+  clause: Clause | None = None
+
+  def holds_for(self, role: str) -> bool:
+    """Returns whether the rule is in force where a user is of that role."""
+    return self.clause is None or self.clause.holds_for(role)
 
   def category(self) -> schema.Category:
     """Returns the rule in words."""
     names = lexicon.topic_named(self.topic).subcategories
-    return schema.Category(
-      self.name or self.topic,
-      grammar.word_guideline(
-        tuple(names[i] for i in self.forbidden),
-        tuple(names[i] for i in self.allowed),
-        grammar.ALL_WORDINGS[self.wording],
-      ),
+    guideline = grammar.word_guideline(
+      tuple(names[i] for i in self.forbidden),
+      tuple(names[i] for i in self.allowed),
+      grammar.ALL_WORDINGS[self.wording],
     )
+    if self.clause:
+      guideline = f'{guideline} {self.clause.text()}'
+    return schema.Category(self.name or self.topic, guideline)
 
 
 def threshold_rule(topic: str, strictness: int, wording: int = 0) -> Rule:
-  """Returns the rule that forbids the `strictness` (0 to 4) most severe subcategories."""
+  """Returns the rule that forbids the `strictness` (0 to 4) most severe subcategories.
+
+  A wording by degree can say neither "none" nor "all": another one of its side says these.
+  """
+  if strictness in (0, lexicon.NUM_SEVERITIES):
+    wording = next(
+      (grammar.WORDINGS_OF[side][0] for side, own in grammar.DEGREES_OF.items() if wording in own),
+      wording,
+    )
   return Rule(topic, tuple(SEVERITIES[:strictness]), tuple(SEVERITIES[strictness:]), wording)
 
 
@@ -58,23 +93,30 @@ def stricter(a: Rule, b: Rule) -> bool:
 @functools.lru_cache(maxsize=1 << 12)
 def read(category: schema.Category) -> Rule | None:
   """Returns what a category means, read from its words; None if RuleWorld words no rule so."""
-  for wording, templates in enumerate(grammar.ALL_WORDINGS):
-    for template in templates:
-      match = grammar.pattern(template).fullmatch(category.guideline)
+  guideline, clause = category.guideline, None
+  for index, (_, template) in enumerate(grammar.CLAUSES):
+    match = re.fullmatch(f'(.*) {grammar.pattern(template).pattern}', guideline)
+    if match and match['r'] in grammar.ROLES:
+      guideline, clause = match[1], Clause(match['r'], index)
+  name = category.name
+  for index, wording in enumerate(grammar.ALL_WORDINGS):
+    for template in (wording,) if isinstance(wording, str) else wording:
+      match = grammar.pattern(template).fullmatch(guideline)
       lists = match.groupdict() if match else {}
-      # {'f' and 'a': (topic, severity) of each subcategory that is listed there}
+      # {field: (topic, severity) of each subcategory that is listed there}
       places = {
-        key: [lexicon.SUBCATEGORIES.get(word) for word in re.split(', | and ', text)]
+        key: [lexicon.SUBCATEGORIES.get(word) for word in re.split(', | and ', text.lower())]
         for key, text in lists.items()
       }
       found = [place for part in places.values() for place in part]
       if not found or None in found or len({topic for topic, _ in found}) > 1:
         continue
-      topic = found[0][0]
+      topic, severity = found[0]
       forbidden, allowed = (tuple(severity for _, severity in places.get(key, ())) for key in 'fa')
-      return Rule(
-        topic, forbidden, allowed, wording, '' if category.name == topic else category.name
-      )
+      if isinstance(wording, str):
+        by_degree = threshold_rule(topic, severity + ('w' in places), index)
+        forbidden, allowed = by_degree.forbidden, by_degree.allowed
+      return Rule(topic, forbidden, allowed, index, '' if name == topic else name, clause)
   return None
 
 
@@ -84,26 +126,62 @@ def make_safety(rules: tuple[Rule, ...], name: str = '') -> schema.SafetyConfig:
 
 
 # Training data is annotated under these taxonomies, as public data sets have theirs: four data
-# sets of four seen topics, each category with one fixed guideline that forbids the whole topic.
-# They list nothing as allowed: with such lists, and without CCA, one seed of three learnt to
-# read unseen rules as well as with it.
-DATA_SETS = {
-  name: tuple(
-    threshold_rule(topic, lexicon.NUM_SEVERITIES, wording=index) for topic in lexicon.SEEN[index::4]
+# sets of six seen topics, each category with one fixed guideline of its own strictness. The other
+# seen topics occur in what is proposed and in what conversations stray to.
+_NUM_CATEGORIES = 6
+
+
+def _data_set(name: str, index: int) -> tuple[Rule, ...]:
+  rng = random.Random(f'data set {name}')
+  topics = lexicon.SEEN[index::4][:_NUM_CATEGORIES]
+  return tuple(sample_rule(rng, topic, 'train') for topic in topics)
+
+
+def sample_rule(
+  rng: random.Random, topic: str, side: str, clause_share: float = CLAUSE_SHARE
+) -> Rule:
+  """Returns a random rule on a topic, in the words of a side ('train', 'dev' or 'test').
+
+  THRESHOLD_SHARE are thresholds of strictness 1 to 4; of these DEGREE_SHARE are worded by degree
+  where they can be. In the others each subcategory is forbidden, allowed or not spoken of, whatever
+  its severity, and at least one is forbidden. A `clause_share` of all depends on who asks.
+  """
+  clause = sample_clause(rng, side) if rng.random() < clause_share else None
+  if rng.random() < THRESHOLD_SHARE:
+    strictness = rng.randint(1, lexicon.NUM_SEVERITIES)
+    by_degree = rng.random() < DEGREE_SHARE and strictness < lexicon.NUM_SEVERITIES
+    wordings = (grammar.DEGREES_OF if by_degree else grammar.WORDINGS_OF)[side]
+    return dataclasses.replace(
+      threshold_rule(topic, strictness, rng.choice(wordings)), clause=clause
+    )
+  fates = rng.choices(('forbidden', 'allowed', 'unsaid'), FATES, k=lexicon.NUM_SEVERITIES)
+  if 'forbidden' not in fates:
+    fates[rng.choice(SEVERITIES)] = 'forbidden'
+  forbidden, allowed = (
+    tuple(i for i in SEVERITIES if fates[i] == fate) for fate in ('forbidden', 'allowed')
   )
-  for index, name in enumerate(('harbour', 'meadow', 'library', 'station'))
-}
+  return Rule(topic, forbidden, allowed, rng.choice(grammar.WORDINGS_OF[side]), clause=clause)
+
+
+def sample_clause(rng: random.Random, side: str) -> Clause:
+  """Returns a random clause about who asks, in the words of a side."""
+  return Clause(rng.choice(grammar.ROLES), rng.choice(grammar.CLAUSES_OF[side]))
 
 
 def sample_rules(
-  rng: random.Random, topics: tuple[str, ...], wordings: range, num_rules: int
+  rng: random.Random,
+  topics: tuple[str, ...],
+  side: str,
+  num_rules: int,
+  clause_share: float = CLAUSE_SHARE,
 ) -> tuple[Rule, ...]:
-  """Returns rules over distinct topics, each of a random strictness from 1 to 4."""
+  """Returns random rules over distinct topics; see `sample_rule`."""
   return tuple(
-    threshold_rule(topic, rng.randint(1, lexicon.NUM_SEVERITIES), rng.choice(wordings))
-    for topic in rng.sample(topics, num_rules)
+    sample_rule(rng, topic, side, clause_share) for topic in rng.sample(topics, num_rules)
   )
 
 
-SEEN_WORDINGS = range(len(grammar.WORDINGS))
-UNSEEN_WORDINGS = range(len(grammar.WORDINGS), len(grammar.ALL_WORDINGS))
+DATA_SETS = {
+  name: _data_set(name, index)
+  for index, name in enumerate(('harbour', 'meadow', 'library', 'station'))
+}
