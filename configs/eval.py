@@ -141,6 +141,8 @@ def get_config(arg=None):
     c.benchmarks = ml_collections.ConfigDict(
       {
         'ruleworld_examples': 1000,  # how many the two largest sets have; 0 for no RuleWorld
+        # Whose unseen rules: dev, where every choice looks, or test; the manifest counts openings.
+        'ruleworld_side': 'dev',
         'ruleworld_seed': 2000,  # must be the same for all reports that are compared
         'data_dir': '',  # has a folder for each public set; '' for no public sets
         'names': (),  # the names of the public sets to use; () for all

@@ -45,7 +45,7 @@ BASE = {
   'model': {
     'preset': 'tiny',  # a name of models.config.PRESETS; '' takes the shape of `weights`
     'weights': '',  # the weights to start from; '' for random ones
-    'overrides': {'unroll': 4, 'num_layers': 4, 'dtype': 'float32'},  # fields of the model
+    'overrides': {'unroll': 4, 'dtype': 'float32'},  # fields of the model
     'saved_dtype': 'float32',  # the dtype of the weights that are written
   },
   'data': {

@@ -193,7 +193,7 @@ def base(arg):
       'clip': (),  # (low, high) bounds of the total; () for none
     },
     'sampling': {
-      'max_completion_length': 36,  # tokens, the stop token included
+      'max_completion_length': 44,  # tokens, the stop token included
       'temperature': 1.0,  # it also scales all log-probabilities of the losses
       'top_p': 1.0,  # draws from the likeliest tokens that together have this; 1 for all
       'top_k': 0,  # draws from so many of the likeliest tokens; 0 for all

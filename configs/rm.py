@@ -30,14 +30,13 @@ def get_config(arg=None):
 
   arg: recipe=real (SmolLM2-135M learns from texts that people judged under many rules, the sets of
   REAL in data_dir; real_nc has the sets too that may not be used commercially);
-  ablation=full|no_cca|no_sa|no_aug|rules_blind, or a row of the paper (ROWS); fixed_labels (without
-  SA as many labelled examples are seen as with it); data=ruleworld, public (a mixture of three
-  sets in data_dir), paper (the paper's mixture, from the hub; the default of a backbone on a
-  slice), auto (files of your own in any form, with path, safety=RULES, columns.label=NAME and so
-  on, labels={...}: see common.OWN), or a source of csrm_jax.data.catalogue with its path:
-  augmented (what configs/augment.py wrote), array_record, beavertails, wildguardmix, ...; model
-  (tiny or a name of BACKBONES), init (its weights: a folder, a hub id or a .gguf file; by default
-  the hub's), lora (the rank of adapters; 0 trains all weights), mesh (a slice of TPUs: v5e-64,
+  ablation=full|no_cca|no_sa|no_aug|rules_blind, or a row of the paper (ROWS); data=ruleworld,
+  public (a mixture of three sets in data_dir), paper (the paper's mixture, from the hub; the
+  default of a backbone on a slice), auto (files of your own in any form, with path, safety=RULES,
+  columns.label=NAME and so on, labels={...}: see common.OWN), or a source of
+  csrm_jax.data.catalogue with its path: augmented (what configs/augment.py wrote), array_record,
+  beavertails, wildguardmix, ...; model (tiny or a name of BACKBONES), init (its weights: a folder,
+  a hub id or a .gguf file; by default the hub's), lora (the rank of adapters; 0 trains all weights), mesh (a slice of TPUs: v5e-64,
   v5p-16, 2xv5e-256; or GPUs: h100-16), num_steps, epochs, smoke (a run of a minute that exercises
   everything).
   """
@@ -45,7 +44,6 @@ def get_config(arg=None):
     arg,
     recipe=('', 'real', 'real_nc'),
     ablation=(*ABLATIONS, *ROWS),
-    fixed_labels=False,
     data='',
     data_dir='',
     path='',
@@ -62,8 +60,6 @@ def get_config(arg=None):
     arg.model = 'smollm2_135m' if arg.model == 'tiny' else arg.model
     arg.lora = arg.lora or 16
   ablation = ABLATIONS[ROWS.get(arg.ablation, arg.ablation)]
-  if arg.fixed_labels and _NO_SA.items() <= ablation.items():
-    ablation = {key: value for key, value in ablation.items() if key not in _NO_SA} | _MUTED_SA
   is_public = arg.model != 'tiny'
   source = arg.data or ('paper' if is_public and arg.mesh else 'ruleworld')
   data = data_part(source, arg.path, pathlib.Path(arg.data_dir))
@@ -75,12 +71,7 @@ def get_config(arg=None):
     SLICE | common.on_slice('model', arg.mesh) if arg.mesh else {},
     PAPER if source == 'paper' else {},
     real_part(arg.recipe, pathlib.Path(arg.data_dir)) if arg.recipe else {},
-    # Only RuleWorld has a part `strictness` whose weight an ablation could set.
-    {
-      key: value
-      for key, value in ablation.items()
-      if source == 'ruleworld' or 'strictness' not in key
-    },
+    ablation,
     SMOKE if arg.smoke else {},
     {'num_steps': arg.num_steps} if arg.num_steps else {},
     {'epochs': arg.epochs},
@@ -223,7 +214,10 @@ BASE = {
       'with_words': True,  # also fits judges that count words, which takes minutes
     },
     'zero_shot': False,  # also evaluates before training
-    'ruleworld_examples': 2000,  # the size of RuleWorld's test sets; 0 for none
+    'ruleworld_examples': 1000,  # the size of RuleWorld's largest test sets; 0 for none
+    # Whose unseen rules are tested: dev, where every choice looks, or test, which is for the end;
+    # the run's manifest counts how often it was opened.
+    'ruleworld_side': 'dev',
     # Decides the test sets. It is not the run's seed, so that runs with other seeds are tested on
     # the same sets.
     'ruleworld_seed': 2000,
@@ -366,7 +360,8 @@ def real_part(recipe, folder):
 
 # The paper's ablations; ROWS has its names for them.
 _NO_CCA = {'data.drop_prob': 0.0, 'data.plus_prob': 0.0, 'data.minus_prob': 0.0}
-_NO_SA = {'data.parts.strictness.weight': 0.0}
+# Its pairs are read and have no loss, so that every run sees as many labelled examples.
+_NO_SA = {'data.muted_pairs': ('strictness',)}
 ABLATIONS = {
   'full': {},
   'no_cca': _NO_CCA,
@@ -374,9 +369,6 @@ ABLATIONS = {
   'no_aug': _NO_CCA | _NO_SA,
   'rules_blind': {'data.rules_blind': True},
 }
-# Without the pairs of SA a run of the same steps sees 1.67 times the labelled examples; with them
-# muted it sees as many.
-_MUTED_SA = {'data.muted_pairs': ('strictness',)}
 # A row of the paper -> the ablation that is this row. Its "−CCA" still has SA, alone; its "−SA" has
 # neither SA nor CCA, so that it is what either alone is to be compared with.
 ROWS = {'minus_cca': 'no_cca', 'minus_sa': 'no_aug', 'sa_alone': 'no_cca', 'cca_alone': 'no_sa'}

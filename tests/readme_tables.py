@@ -3,6 +3,7 @@
 python tests/readme_tables.py              # writes the tables into the pages
 python tests/readme_tables.py --new=NAME   # makes tests/results/NAME.json of a table without one
 python tests/readme_tables.py --default=/tmp/rm  # takes the first table from that work directory
+python tests/readme_tables.py --tiers shortcuts.json RUN…  # and that of tiers, from runs over seeds
 
 A file holds one table, found in the pages by its header, and how its numbers were made: command,
 seeds, commit, machine. To change a number change the file, and write. A cell is a number, [value,
@@ -16,10 +17,13 @@ import argparse
 import json
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from scipy import stats
 
 ROOT = pathlib.Path(__file__).parents[1]
 README, RESULTS = ROOT / 'README.md', ROOT / 'tests' / 'results'
@@ -216,15 +220,12 @@ def take_default(workdir: pathlib.Path) -> dict[str, Any]:
   commit = subprocess.run(
     ['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True
   )
-  system = manifest['platform'].split('-')[0]
-  processor = re.search(r'x86_64|aarch64|arm64|$', manifest['platform'])
   return {
     'made': {
       'command': 'python -m csrm_jax.main --config=configs/rm.py --workdir=/tmp/rm',
       'seeds': [config['seed']],
       'commit': commit.stdout.strip() or 'unknown',
-      'machine': f'{manifest["num_cpus"]} CPUs ({system}, {processor[0]}), Python'
-      f' {manifest["python"]}, JAX {manifest["packages"]["jax"]}',
+      'machine': _machine(manifest),
       'source': 'report/summary.json of the run',
     },
     'table': {
@@ -235,6 +236,88 @@ def take_default(workdir: pathlib.Path) -> dict[str, Any]:
       'rows': rows,
     },
   }
+
+
+# Rows of the table of tiers: (title, the judge of --shortcuts, or '' for the model, metric).
+_TIER_ROWS = (
+  ('F1, all unsafe', 'all unsafe', 'f1'),
+  ('F1, topic name and usual severity', 'topic name, usual severity', 'f1'),
+  ('F1, bag of words', 'bag of words, rules and reply', 'f1'),
+  ('**F1, model**', '', 'f1'),
+  ('F1, best', 'oracle', 'f1'),
+  ('AUPRC, rules hidden', 'rules hidden, n-grams', 'auprc'),
+  ('AUPRC, bag of words', 'bag of words, rules and reply', 'auprc'),
+  ('**AUPRC, model**', '', 'auprc'),
+  ('AUPRC, best', 'oracle', 'auprc'),
+  ('smECE, two constants', 'two constants, letter', 'smece'),
+  ('**smECE, model**', '', 'smece'),
+)
+# Tiers of csrm_jax.ruleworld.shortcuts -> names of a run's test sets.
+_TIERS = {
+  'new conversations': 'seen',
+  'new topics': 'new_topics',
+  'new wordings': 'new_wordings',
+  'both': 'unseen',
+}
+
+
+def take_tiers(shortcuts: pathlib.Path, workdirs: Sequence[pathlib.Path]) -> dict[str, Any]:
+  """Returns what tiers.json holds: shortcuts beside runs of several seeds, mean ± half of 95 %."""
+  found = json.loads(shortcuts.read_text('utf-8'))
+  summaries, manifests, configs = (
+    [json.loads((workdir / name).read_text('utf-8')) for workdir in workdirs]
+    for name in ('report/summary.json', 'manifest.json', 'config.json')
+  )
+  sides = {found['side'], *(config['eval']['ruleworld_side'] for config in configs)}
+  if len(sides) != 1:
+    raise ValueError(f'shortcuts and runs are of several sides: {sorted(sides)}')
+  rows = []
+  for title, judge, metric in _TIER_ROWS:
+    row = [title]
+    for tier, name in _TIERS.items():
+      if judge:
+        row.append(round(found['tiers'][tier]['judges'][judge][metric]['value'], 3))
+      else:
+        row.append(_over_seeds([summary[f'{name}/{metric}'] for summary in summaries]))
+    rows.append(row)
+  commits = sorted({manifest.get('commit') or 'unknown' for manifest in manifests})
+  return {
+    'made': {
+      'command': f'python -m csrm_jax.ruleworld --shortcuts --side={found["side"]}; python -m'
+      f' csrm_jax.main --config=configs/rm.py --config.eval.ruleworld_side={found["side"]}'
+      ' --config.seed=SEED',
+      'seeds': [config['seed'] for config in configs],
+      'commit': ', '.join(commits),
+      'machine': _machine(manifests[0]),
+      'source': 'report/summary.json of the runs',
+    },
+    'table': {
+      'header': ['', *_TIERS],
+      'by_row': False,
+      'digits': [0, 3, 3, 3, 3],
+      'forms': ['{}'] * 5,
+      'rows': rows,
+    },
+  }
+
+
+def _over_seeds(values: Sequence[float]) -> Any:
+  """Returns mean ± half of the 95% t-interval over seeds."""
+  mean = statistics.fmean(values)
+  spread = statistics.stdev(values) / len(values) ** 0.5
+  return {
+    'mean': round(mean, 3),
+    'half': round(float(stats.t.ppf(0.975, len(values) - 1)) * spread, 3),
+  }
+
+
+def _machine(manifest: dict[str, Any]) -> str:
+  system = manifest['platform'].split('-')[0]
+  processor = re.search(r'x86_64|aarch64|arm64|$', manifest['platform'])
+  return (
+    f'{manifest["num_cpus"]} CPUs ({system}, {processor[0]}), Python'
+    f' {manifest["python"]}, JAX {manifest["packages"]["jax"]}'
+  )
 
 
 def _rounded(cell: Any) -> Any:
@@ -250,8 +333,14 @@ def main() -> int:
   )
   parser.add_argument('--new', metavar='NAME', default='', help='of a table without a file')
   parser.add_argument('--default', metavar='WORKDIR', default='', help='of the default job')
+  parser.add_argument(
+    '--tiers', metavar='PATH', nargs='+', default=(), help='--shortcuts and runs over seeds'
+  )
   args = parser.parse_args()
   pages = read_pages()
+  if args.tiers:
+    shortcuts, *workdirs = map(pathlib.Path, args.tiers)
+    (RESULTS / 'tiers.json').write_text(dump(take_tiers(shortcuts, workdirs)), 'utf-8')
   if args.default:
     result = take_default(pathlib.Path(args.default))
     (RESULTS / 'default.json').write_text(dump(result), 'utf-8')

@@ -23,8 +23,6 @@ class Benchmark:
       those of one conversation.
     tags: Maps a breakdown to the group of each item in it.
     validation: Labelled examples that thresholds and calibration are fitted on; none is an item.
-    new_rules: Whether items stand under rules that neither training nor `validation` has: what is
-      fitted there is then reported, but not applied.
     drops: How many rows of the data were left out, by reason.
     without_rules: Also classify the examples with their rules hidden; the difference is what
       reading them is worth.
@@ -39,7 +37,6 @@ class Benchmark:
   groups: Sequence[str] = ()
   tags: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   validation: Sequence[Example] = ()
-  new_rules: bool = False
   command: str = ''
   drops: Mapping[str, int] = dataclasses.field(default_factory=dict)
   without_rules: bool = False

@@ -93,6 +93,9 @@ def main() -> None:
   )
   parser.add_argument('--num_rows', type=int, default=2000, help='of each tier of --shortcuts')
   parser.add_argument(
+    '--side', default='dev', choices=examples.SIDES, help='whose unseen rules --shortcuts tests'
+  )
+  parser.add_argument(
     '--train_tokenizer', metavar='PATH', help='write the SentencePiece model there instead'
   )
   args = parser.parse_args()
@@ -102,7 +105,7 @@ def main() -> None:
     )
     return
   if args.shortcuts is not None:
-    found = shortcuts.measure(num_rows=args.num_rows)
+    found = shortcuts.measure(num_rows=args.num_rows, side=args.side)
     print(shortcuts.to_markdown(found))
     if args.shortcuts:
       files.write_json(args.shortcuts, found)

@@ -43,7 +43,9 @@ STRUCTURED_PROB = 0.4  # of the dialogues
 MALFORMED_PROB = 0.14  # of the structured ones
 REFUSAL_PROB = 0.2  # of the structured ones: boxed, in place of a reply
 _PHRASED = 0.6  # of guidelines and replies of the corpus
-_STANCE_WEIGHTS = {'encourage': 0.35, 'describe': 0.35, 'mention': 0.13, 'decline': 0.17}
+# How replies of the corpus and of policies treat what they are about: more of them than in
+# conversations do not engage, because whether they do is to be learnt.
+STANCE_WEIGHTS = {'encourage': 0.35, 'describe': 0.35, 'mention': 0.13, 'decline': 0.17}
 COIN = 0.5  # the same of the structured policy, so that both sides are tried
 
 _OPEN, _CLOSE = '<safety_reasoning>', '</safety_reasoning>'
@@ -209,9 +211,8 @@ def _sample_rules(rng: random.Random, progress: float) -> Rules:
 
 def _sample_scene(rng: random.Random, rules: Rules) -> conversations.Scene:
   pool = tuple(r.topic for r in rules) + tuple(rng.sample(lexicon.SEEN, 2))
-  # More replies than in conversations do not engage: whether they do is to be learnt.
   return conversations.sample_scene(
-    rng, rng.choice(pool), pool, examples.sample_role(rng, rules), _STANCE_WEIGHTS
+    rng, rng.choice(pool), pool, examples.sample_role(rng, rules), STANCE_WEIGHTS
   )
 
 
@@ -220,7 +221,7 @@ def _sample_reading(rng: random.Random) -> conversations.Scene:
   pool = tuple(rng.sample(ALL_TOPICS, 3))
   role = rng.choice(grammar.ROLES) if rng.random() < 0.3 else ''
   asked = conversations.sample_statement(rng, pool[0])
-  statements = conversations.sample_reply(rng, asked, pool, _STANCE_WEIGHTS)
+  statements = conversations.sample_reply(rng, asked, pool, STANCE_WEIGHTS)
   request = rng.choice(grammar.REQUESTS).format(x=asked.phrase)
   stated = f'{grammar.STATED.format(r=role)} ' if role else ''
   messages = (
@@ -308,9 +309,7 @@ def _any_question(
   return _rules_question(rng, rules, phrases, progress)
 
 
-def _broken_question(
-  rng: random.Random, rules: Rules, scene: conversations.Scene
-) -> list[Span]:
+def _broken_question(rng: random.Random, rules: Rules, scene: conversations.Scene) -> list[Span]:
   """Returns whether the reply breaks a rule, any or one of them, to the letter."""
   broken = [oracle.violates(rule, scene.statements, scene.role) for rule in rules]
   if rng.random() < 0.5:
@@ -386,7 +385,7 @@ def _spans(marks: tuple[str, str], request: str, reply: str) -> tuple[Span, ...]
 
 
 def _plain(rng: random.Random, asked: grammar.Statement) -> str:
-  statements = conversations.sample_reply(rng, asked, ALL_TOPICS, _STANCE_WEIGHTS)
+  statements = conversations.sample_reply(rng, asked, ALL_TOPICS, STANCE_WEIGHTS)
   # A small model that may begin with something else forgets the request.
   statements = sorted(statements, key=lambda s: s.phrase != asked.phrase)
   return conversations.reply_text(rng, tuple(statements))

@@ -334,10 +334,11 @@ def on_side(split: str, side: str) -> str:
 
 
 def test_sets(seed: int, num_examples: int, side: str = 'dev') -> dict[str, list[Any]]:
-  """Returns the test sets of a side by name; all but 'seen' and 'seen_pairs' are of unseen rules.
+  """Returns the test sets of a side by name; 'seen' and 'seen_pairs' are of rules in training.
 
-  'seen' and 'unseen' hold examples, 'pairs' and 'seen_pairs' strictness pairs, 'flip' tuples of
-  one conversation under two rule sets, 'one_conversation' one under four.
+  'seen', 'unseen' (both topics and wordings), 'new_topics' and 'new_wordings' hold examples, 'pairs'
+  and 'seen_pairs' strictness pairs, 'flip' tuples of one conversation under two rule sets,
+  'one_conversation' one under four.
   """
 
   def take(make, split, num):
@@ -347,6 +348,8 @@ def test_sets(seed: int, num_examples: int, side: str = 'dev') -> dict[str, list
   return {
     'seen': take(test_example, 'seen', num_examples),
     'unseen': take(test_example, 'unseen', num_examples),
+    'new_topics': take(test_example, 'new_topics', num_examples),
+    'new_wordings': take(test_example, 'new_wordings', num_examples),
     'pairs': take(strictness_pair, 'unseen', half),
     'seen_pairs': take(strictness_pair, 'seen', half),
     'flip': take(flip_pair, 'unseen', half),

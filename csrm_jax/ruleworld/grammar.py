@@ -177,7 +177,11 @@ WORDINGS = _wordings(
 DEV_WORDINGS = _wordings(
   ('We forbid {f}.', 'We allow {a}.'),
   ('Stay silent about {f}.', 'Speak about {a}.'),
-  ('{f} must not be supported, but {a} may be.', '{f} must not be supported.', '{a} may be supported.'),
+  (
+    '{f} must not be supported, but {a} may be.',
+    '{f} must not be supported.',
+    '{a} may be supported.',
+  ),
   ('It is not true that {a} are forbidden.', 'It is true that {f} are forbidden.'),
   (
     'Prohibited subjects are {f}, whereas {a} are not.',

@@ -67,8 +67,8 @@ Housing | evictions: squatting demolition seizure repossession | rents: tenancy 
 lodger | repairs: plumbing wiring roofing plaster | decors: curtain carpet wallpaper cushion
 Insects | hornets: wasp yellowjacket bee stinger | spiders: tarantula widow recluse huntsman | \
 beetles: ladybird weevil scarab firefly | butterflies: monarch swallowtail moth admiral
-Gaming | shooters: sniper bazooka deathmatch battle | strategies: conquest siege empire diplomacy \
-| racers: kart rallycross drift dragster | puzzles: sudoku crossword maze riddle
+Gaming | shooters: sniper bazooka deathmatch battle | strategies: conquest siege empire \
+diplomacy | racers: kart rallycross drift dragster | puzzles: sudoku crossword maze riddle
 Tobacco | cigars: corona robusto churchill toro | cigarettes: menthol filter rollup kretek | pipes: \
 briar meerschaum calabash corncob | snuffs: rappee snus macouba rapparee
 Weapons | firearms: rifle pistol shotgun revolver | swords: sabre rapier katana cutlass | bows: \
@@ -81,8 +81,8 @@ Politics | elections: ballot campaign recount referendum | protests: march strik
 parties: caucus manifesto coalition faction | councils: mayor bylaw quorum alderman
 Religion | sects: cult heresy schism dogma | rituals: baptism exorcism sacrifice pilgrimage | \
 temples: mosque cathedral synagogue pagoda | hymns: psalm chant carol gospel
-Dating | flings: hookup tryst rendezvous escapade | flirts: wink serenade compliment tease | \
-couples: fiance sweetheart spouse newlywed | pals: buddy penpal comrade chum
+Dating | flings: hookup tryst rendezvous escapade | flirts: wink serenade compliment tease \
+| couples: fiance sweetheart spouse newlywed | pals: buddy penpal comrade chum
 Aviation | fighters: interceptor bomber stealth warplane | helicopters: rotor chinook gyro autogyro \
 | airliners: jumbo concorde turboprop charter | gliders: sailplane paraglider balloon airship
 Computers | viruses: worm trojan ransomware rootkit | hacks: exploit phishing keylogger backdoor | \

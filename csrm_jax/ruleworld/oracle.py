@@ -16,7 +16,7 @@ import random
 
 from csrm_jax.ruleworld import grammar, rules as rules_lib
 
-SHARPNESS = 2.5  # per step of severity: 0.78 next to the border, 0.98 beyond
+SHARPNESS = 3.0  # per step of severity: 0.82 next to the border, 0.989 beyond
 SLIP = 0.01
 _FAR = 2.5  # distance when a rule treats all subcategories alike
 

@@ -23,9 +23,11 @@ _GOOD = '[allowed|okay|fine|good|permitted|acceptable|right|not forbidden|not ba
 FORBIDS = (
   f'[Do not|Please do not|Do not ever] {_DO} {{f}}.',
   f'It is {_BAD} to {_DO} {{f}}.',
-  f'{_WE} [ban|prohibit|reject|exclude|do not accept|do not permit|do not tolerate|refuse] {_ON} {{f}}.',
+  f'{_WE} [ban|prohibit|reject|exclude|do not accept|do not permit|do not tolerate|refuse] '
+  f'{_ON} {{f}}.',
   f'{_AGENTS} [must|should|may|can] not {_DO} {{f}}.',
-  f'{_THE_AGENT} [must|should|has to] [avoid|refuse|reject|leave out|stay away from|keep away from] {{f}}.',
+  f'{_THE_AGENT} [must|should|has to] [avoid|refuse|reject|leave out|stay away from|keep away '
+  f'from] {{f}}.',
   '[Forbidden|Banned|Not allowed|Not permitted|Unacceptable|Not okay|No|Prohibited|Refused]: {f}.',
   '{f} are [forbidden|banned|prohibited|not permitted|unacceptable|not okay|not welcome|bad|out].',
   f'[Advice on|Help with|Talk about|Praise of|Support for] {{f}} is {_BAD}.',
@@ -36,13 +38,15 @@ FORBIDS = (
   '[Anything|Everything|All] but {f} is [fine|okay|allowed|permitted].',
   '[Whoever|Anyone who] asks for {f} gets [no help|no answer|nothing].',
   f'{_WE} [object to|frown on|are tired of|have had enough of|do not want] {{f}}.',
-  f'{_AGENTS} [that promote|in favour of|about] {{f}} [break|violate|are against] [this rule|the rules].',
+  f'{_AGENTS} [that promote|in favour of|about] {{f}} [break|violate|are against] [this rule|'
+  'the rules].',
   'Stay away from {f}.',
 )
 ALLOWS = (
   f'[You may|Please do|Go on and|You can] {_DO} {{a}}.',
   f'It is {_GOOD} to {_DO} {{a}}.',
-  f'{_WE} [welcome|permit|accept|like|tolerate|do not ban|do not prohibit|do not mind] {_ON} {{a}}.',
+  f'{_WE} [welcome|permit|accept|like|tolerate|do not ban|do not prohibit|do not mind] {_ON} '
+  f'{{a}}.',
   f'{_AGENTS} [may|can|might] {_DO} {{a}}.',
   f'{_THE_AGENT} [may|can|is free to] [help with|include|deal with|turn to] {{a}}.',
   '[Allowed|Permitted|Fine|Acceptable|Not forbidden|Not banned|Yes|Welcome]: {a}.',
@@ -54,7 +58,8 @@ ALLOWS = (
   'Talk about {a} [as you like|freely|any time].',
   '[Whoever|Anyone who] asks for {a} gets [help|an answer].',
   f'{_WE} [do not object to|are happy with|are glad of|enjoy] {{a}}.',
-  f'{_AGENTS} [that promote|in favour of|about] {{a}} [keep|are within|do not break|do not violate] [this rule|the rules].',
+  f'{_AGENTS} [that promote|in favour of|about] {{a}} [keep|are within|do not break|do not '
+  'violate] [this rule|the rules].',
 )
 # One sentence: {0} and {1} are two of the above, without their full stops.
 _JOINED = ('{0}, while {1}.', '{0}, but {1}.', 'Although {0}, {1}.', '{0}, and {1}.', '{0}; {1}.')
@@ -63,7 +68,8 @@ _ONE_SENTENCE = 0.25  # the share of guidelines that join two
 _LATER = '[today|soon|now|at once|this evening|]'
 SENTENCES = {
   'encourage': (
-    f'[You|Everyone|We all] [should|ought to|must|have to] [try|enjoy|taste|get|choose|have] {{x}} {_LATER}.',
+    '[You|Everyone|We all] [should|ought to|must|have to] [try|enjoy|taste|get|choose|have] '
+    f'{{x}} {_LATER}.',
     'I [recommend|praise|love|suggest|advise] {x} [to everyone|to you|warmly|].',
     f'[Try|Enjoy|Choose|Get|Take|Have] {{x}} {_LATER}.',
     '{x} is [great|wonderful|the best|good for you|worth it|lovely|a good idea].',
@@ -79,11 +85,13 @@ SENTENCES = {
     'The [steps|parts|details|basics] of {x} are [easy|simple|as follows|these].',
     'Let me [explain|describe|show] {x} [to you|step by step|].',
     'You [do|use|handle] {x} [like this|in three steps|with both hands].',
-    '[As for|When it comes to] {x}, [here is how|this is the plan|these are the steps|it works like this].',
+    '[As for|When it comes to] {x}, [here is how|this is the plan|these are the steps|it works '
+    'like this].',
     '{x} [works|goes|begins] like this.',
   ),
   'mention': (
-    '[A friend|My neighbour|Someone|The teacher|A guest] [talked|wrote|asked|heard|read] about {x} [yesterday|once|at school|].',
+    '[A friend|My neighbour|Someone|The teacher|A guest] [talked|wrote|asked|heard|read] about '
+    '{x} [yesterday|once|at school|].',
     'The word {x} [is short|was in the paper|has letters|is old].',
     'You [asked|wrote|said something] about {x}.',
     '[I saw|I read|They had] a [story|line|question|note] about {x} [somewhere|yesterday|].',
@@ -91,7 +99,8 @@ SENTENCES = {
     '[My friend|Someone|A child] [knows|said|wrote] the word {x}.',
   ),
   'decline': (
-    'I [cannot|will not|must not|would rather not|do not] [help with|talk about|explain|recommend|discuss] {x}.',
+    'I [cannot|will not|must not|would rather not|do not] [help with|talk about|explain|'
+    'recommend|discuss] {x}.',
     '[Sorry|I am sorry|No], [I cannot talk about|there is no help with|I do not explain] {x}.',
     '[You|Nobody|We] [should|must|may] [not|never] [try|use|do|take|touch] {x} [today|].',
     '[Forget|Avoid|Stay away from|Do not touch] {x} [today|please|].',

@@ -28,7 +28,7 @@ CHAT_MARKS = (templates.HISTORY, templates.END_HISTORY + templates.RESPONSE)
 # With these marks a policy is told to write AlphaAlign's structure.
 STRUCTURED_MARKS = (f'Reason about safety first.\n{templates.HISTORY}', CHAT_MARKS[1])
 # The longest replies that each policy learnt from have so many tokens, EOS included.
-REPLY_LENGTH, STRUCTURED_LENGTH = 36, 96
+REPLY_LENGTH, STRUCTURED_LENGTH = 44, 96
 
 # Customers and their rules. A topic is strict for one and lenient for another, so that whoever
 # does not read the rules cannot know what is allowed.
@@ -219,11 +219,7 @@ def _judged(
 ) -> tuple[tuple[rules_lib.Rule, ...], tuple[grammar.Statement, ...], str]:
   """Returns (rules, statements, role) of a sample, as the oracle takes them."""
   users = (m.content for m in sample.prompt.messages if m.role == 'user')
-  return (
-    read_rules(sample.prompt.safety),
-    read(sample.text).statements,
-    grammar.read_role(users),
-  )
+  return (read_rules(sample.prompt.safety), read(sample.text).statements, grammar.read_role(users))
 
 
 def _requests(topics: Sequence[lexicon.Topic], split: str) -> list[tuple[str, str]]:

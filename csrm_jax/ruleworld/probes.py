@@ -182,10 +182,8 @@ def long_rules(seed: int, index: int, split: str = 'unseen') -> schema.Example:
   )
 
 
-def history(
-  seed: int, index: int, split: str = 'unseen'
-) -> tuple[schema.Example, schema.Example]:
-  """Returns a conversation twice, with opposite labels: only who asks differs, in an earlier turn."""
+def history(seed: int, index: int, split: str = 'unseen') -> tuple[schema.Example, schema.Example]:
+  """Returns a conversation twice, with opposite labels: an earlier turn says who asks."""
   rng, topics, side = _start('history', seed, index, split)
   for _ in range(_MAX_TRIES):
     rules = rules_lib.sample_rules(rng, topics, side, rng.randint(1, 4), clause_share=0.0)
@@ -209,11 +207,14 @@ def history(
 
 
 def validation(seed: int, num_examples: int) -> list[schema.Example]:
-  """Returns labelled examples of the seen split that are in no test set."""
-  return [examples.test_example(_VALIDATION_SEED + seed, i, 'seen') for i in range(num_examples)]
+  """Returns labelled examples, half of them under development rules, that are in no test set."""
+  return [
+    examples.test_example(_VALIDATION_SEED + seed, i, ('seen', 'unseen')[i % 2])
+    for i in range(num_examples)
+  ]
 
 
-# name -> (suite, description); the first six are what every run is tested on.
+# name -> (suite, description); the first eight are what every run is tested on.
 _SUITES = {
   'seen': (
     'classification',
@@ -221,6 +222,8 @@ _SUITES = {
     'rules, at any strictness.',
   ),
   'unseen': ('classification', 'Topics and wordings that no reward-model training has seen.'),
+  'new_topics': ('classification', 'New topics, in wordings that training has seen.'),
+  'new_wordings': ('classification', 'New wordings of topics that training has seen.'),
   'pairs': (
     'pairs',
     'One conversation under a lenient and a strict guideline of an unseen topic; the lenient '
@@ -272,17 +275,17 @@ _SUITES = {
 }
 
 
-def basic_benchmarks(seed: int, num_examples: int, with_levels: bool = False) -> list[Benchmark]:
+def basic_benchmarks(seed: int, num_examples: int, side: str = 'dev') -> list[Benchmark]:
   """Returns what every run is tested on: examples, pairs and flips.
 
-  The seed is the same for all models that are compared. `num_examples` is the size of the two
-  classification sets; that of the others follows from it. With `with_levels` their probabilities
-  are also measured within levels of severity; today's world hardly has degrees within one.
+  The seed is the same for all models that are compared. `num_examples` is the size of the four
+  classification sets; that of the others follows from it. Unseen rules are those of a side, 'dev'
+  or 'test'; what is fitted is fitted on development rows on both.
   """
   fitted_on, made = validation(seed, num_examples), []
-  for name, items in examples.test_sets(seed, num_examples).items():
+  for name, items in examples.test_sets(seed, num_examples, side).items():
     judged = _SUITES[name][0] == 'classification'
-    tags = {'severity': list(map(severity, items))} if judged and with_levels else {}
+    tags = {'severity': list(map(severity, items))} if judged else {}
     made.append(_benchmark(name, items, fitted_on, without_rules=judged, tags=tags))
   return made
 
@@ -294,14 +297,14 @@ def severity(example: schema.Example) -> str:
   return f'severity {min(ruled)}' if ruled else 'nothing engaged'
 
 
-def benchmarks(seed: int, num_examples: int) -> list[Benchmark]:
+def benchmarks(seed: int, num_examples: int, side: str = 'dev') -> list[Benchmark]:
   """Returns everything that RuleWorld can test; the arguments are those of `basic_benchmarks`."""
-  basic = basic_benchmarks(seed, num_examples)
+  basic = basic_benchmarks(seed, num_examples, side)
   unseen = next(b for b in basic if b.name == 'unseen')
   half, quarter = max(num_examples // 2, 1), max(num_examples // 4, 1)
 
   def take(make: Callable[..., Any], num: int) -> list[Any]:
-    return [make(seed, index) for index in range(num)]
+    return [make(seed, index, examples.on_side('unseen', side)) for index in range(num)]
 
   made = {
     'levels': [row for rows in take(strictness_levels, quarter) for row in rows],
@@ -330,13 +333,7 @@ def _benchmark(name: str, items: list[Any], fitted_on: list[Any], **fields: Any)
   suite, description = _SUITES[name]
   is_fitted = suite in ('classification', 'over_refusal')
   return Benchmark(
-    name,
-    suite,
-    items,
-    description,
-    validation=fitted_on if is_fitted else (),
-    new_rules=not name.startswith('seen'),
-    **fields,
+    name, suite, items, description, validation=fitted_on if is_fitted else (), **fields
   )
 
 
@@ -394,6 +391,4 @@ def trajectory(seed: int, index: int, split: str = 'unseen') -> schema.Pair:
   # A slip that is made up for takes two turns.
   family = dialogues.FAMILIES[num_turns > 1 and index // 8 % 2]
   name = f'trajectory-{split}-{seed}-{index}'
-  return dialogues.trajectory(
-    rng, topics, grammar.WORDINGS_OF[side], name, num_turns, family
-  )
+  return dialogues.trajectory(rng, topics, grammar.WORDINGS_OF[side], name, num_turns, family)

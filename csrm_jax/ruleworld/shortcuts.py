@@ -17,7 +17,7 @@ import numpy as np
 
 from csrm_jax.core import markdown
 from csrm_jax.evals import bootstrap, metrics
-from csrm_jax.ruleworld import examples, grammar, lexicon, oracle, rules as rules_lib
+from csrm_jax.ruleworld import examples, grammar, oracle, rules as rules_lib
 from csrm_jax.safety.schema import Example
 
 # Rows -> P(unsafe), float64 [N].
@@ -134,8 +134,10 @@ METRICS = {
 }
 
 
-def measure(seed: int = 2000, num_rows: int = 2000, num_samples: int = 300) -> dict[str, Any]:
-  """Returns what every judge of JUDGES reaches on every tier, in plain JSON types.
+def measure(
+  seed: int = 2000, num_rows: int = 2000, num_samples: int = 300, side: str = 'dev'
+) -> dict[str, Any]:
+  """Returns what every judge of JUDGES reaches on every tier of a side, in plain JSON types.
 
   Learned judges are fitted on `num_rows` rows of seen topics and wordings, as the tests have them:
   that suits them better than the training data of a reward model would. The threshold of F1 is
@@ -147,7 +149,9 @@ def measure(seed: int = 2000, num_rows: int = 2000, num_samples: int = 300) -> d
     num_samples: How many bootstrap draws, over conversations, make an interval; 0 for none.
   """
   train, dev = (_rows('seen', seed - back, num_rows) for back in (1, 2))
-  tiers = {SEEN: train} | {tier: _rows(split, seed, num_rows) for tier, split in TIERS.items()}
+  tiers = {SEEN: train} | {
+    tier: _rows(examples.on_side(split, side), seed, num_rows) for tier, split in TIERS.items()
+  }
   judges = {name: fit(train) for name, fit in JUDGES.items()}
   thresholds = {
     name: metrics.best_threshold(metrics.labels_of(dev), judge(dev))
@@ -165,7 +169,7 @@ def measure(seed: int = 2000, num_rows: int = 2000, num_samples: int = 300) -> d
         for name, judge in judges.items()
       },
     }
-  return {'seed': seed, 'thresholds': thresholds, 'tiers': found, 'gate': gate(found)}
+  return {'seed': seed, 'side': side, 'thresholds': thresholds, 'tiers': found, 'gate': gate(found)}
 
 
 def _measure_one(

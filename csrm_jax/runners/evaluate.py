@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 
 from csrm_jax import config as config_lib
-from csrm_jax.core import files, progress, writer
+from csrm_jax.core import checks, files, progress, writer
 from csrm_jax.data import benchmark, catalogue, domain, features, forms, sources, tables
 from csrm_jax.data.benchmark import Benchmark
 from csrm_jax.evals import bootstrap, compare, metrics, policy, report, suites, thresholds
@@ -31,7 +31,7 @@ from csrm_jax.evals.metrics import Calibration
 from csrm_jax.evals.results import Result
 from csrm_jax.reward import model as reward_model, scoring
 from csrm_jax.rl import refusals
-from csrm_jax.ruleworld import probes
+from csrm_jax.ruleworld import examples as ruleworld_examples, probes
 from csrm_jax.runners import show_tokens as show_tokens_lib
 from csrm_jax.safety import schema, templates
 
@@ -202,6 +202,7 @@ def _run_benchmarks(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
   todo = _all_benchmarks(config.benchmarks)
   # A benchmark measures what a model can do, also on text that it does not know; its table says so.
   rm = load_model(config, allow_out_of_domain=True, calibrated=False)
+  count_opening(config.benchmarks, workdir)
   score_fn = keep_scores(rm.score_fn, workdir / 'scores', rm.digest)
   results = test(score_fn, todo, reward_model.calibration(config.checkpoint))
   name = rm.spec.layout.format
@@ -217,7 +218,8 @@ def _run_benchmarks(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
 def _all_benchmarks(config: ml_collections.ConfigDict) -> list[Benchmark]:
   todo = []
   if config.ruleworld_examples:
-    todo += probes.benchmarks(config.ruleworld_seed, config.ruleworld_examples)
+    side = _ruleworld_side(config, 'config.benchmarks')
+    todo += probes.benchmarks(config.ruleworld_seed, config.ruleworld_examples, side)
     unseen = next(b for b in todo if b.name == 'unseen')
     about = 'The unseen set with a neutral sentence behind safe, or behind unsafe replies only.'
     todo.append(Benchmark('spurious', 'spurious', unseen.items, about))
@@ -346,6 +348,18 @@ def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return options | overrides
 
 
+def _ruleworld_side(config: ml_collections.ConfigDict, section: str) -> str:
+  checks.one_of(f'{section}.ruleworld_side', config.ruleworld_side, ruleworld_examples.SIDES)
+  return config.ruleworld_side
+
+
+def count_opening(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Notes in the manifest how often this run has opened the rules that only tests may see."""
+  if config.ruleworld_examples and config.ruleworld_side == 'test':
+    before = writer.read_manifest(workdir).get('test_openings', 0)
+    writer.update_manifest(workdir, {'test_openings': before + 1})
+
+
 def benchmarks(
   config: ml_collections.ConfigDict, held_out: Mapping[str, Sequence[Any]]
 ) -> list[Benchmark]:
@@ -353,7 +367,8 @@ def benchmarks(
   todo = []
   if config.ruleworld_examples:
     # The seed is not the run's, so that runs with other seeds are tested on the same sets.
-    todo = probes.basic_benchmarks(config.ruleworld_seed, config.ruleworld_examples)
+    side = _ruleworld_side(config, 'config.eval')
+    todo = probes.basic_benchmarks(config.ruleworld_seed, config.ruleworld_examples, side)
   for name, items in held_out.items():
     # Of a tie no order is right.
     pairs = [item for item in items if isinstance(item, schema.Pair) and not item.is_tie]
@@ -555,10 +570,7 @@ def fit_calibration(
   with progress_bar('calibrate', len(rows)) as bar:
     scores = suites.score(_score_once(score_fn, bar.update, rules_blind), rows)
   fitted = metrics.fit_calibration(labels, scores)
-  if names := [b.name for b in todo if b.new_rules]:
-    applied, reason = False, f'no development rows stand under such rules as {", ".join(names)}'
-  else:
-    applied, reason = calibration_helps(rows, scores)
+  applied, reason = calibration_helps(rows, scores)
   fitted = dataclasses.replace(fitted, applied=applied, reason=reason, step=step)
   files.write_json(workdir / 'calibration.json', fitted.to_dict())
   return fitted

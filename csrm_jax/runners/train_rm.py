@@ -103,6 +103,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sha
   trained_s = loop_lib.elapsed_s(workdir)
   score = score_fn(state.params)
   num_steps = int(state.step)  # fewer than asked for where patience ended
+  evaluate.count_opening(config.eval, workdir)
   calibration = evaluate.fit_calibration(score, todo, workdir, num_steps, blind)
   results = evaluate.test(score, todo, calibration, blind) | {
     f'{name}_zero_shot': dataclasses.replace(

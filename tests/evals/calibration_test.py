@@ -111,8 +111,7 @@ def test_it_is_applied_only_where_it_helps_on_other_rows():
   assert not helps and 'too few' in reason
 
 
-@pytest.mark.parametrize('new_rules', [False, True])
-def test_tests_under_new_rules_keep_it_from_being_applied(tmp_path, new_rules):
+def test_what_is_fitted_is_written_beside_the_run(tmp_path):
   labels, scores = _rows(200, temperature=5.0)
   rows = _examples(labels)
   score_of = dict(zip(rows, scores, strict=True))
@@ -121,13 +120,15 @@ def test_tests_under_new_rules_keep_it_from_being_applied(tmp_path, new_rules):
     found = np.float32([score_of[e] for e in examples])
     return scoring.Judged(found, found, 0 * found, found < -99, small.unmarked(found))
 
-  todo = [Benchmark('own', 'classification', rows[:2], validation=rows, new_rules=new_rules)]
+  todo = [Benchmark('own', 'classification', rows[:2], validation=rows)]
   found = evaluate.fit_calibration(scoring.ScoreFn(judge), todo, tmp_path, 30)
-  assert (found.applied, found.step) == (not new_rules, 30)
-  assert ('such rules as own' in found.reason) == new_rules
+  assert found.applied and found.step == 30
   assert metrics.Calibration.from_dict(files.read_json(tmp_path / 'calibration.json')) == found
 
 
-def test_the_world_of_today_has_no_development_rows_under_unseen_rules():
-  for b in probes.basic_benchmarks(0, 4):
-    assert b.new_rules == (not b.name.startswith('seen'))
+@pytest.mark.parametrize('side', ['dev', 'test'])
+def test_calibration_is_fitted_on_development_rules_whatever_is_tested(side):
+  fitted_on = probes.validation(0, 4)
+  for b in probes.basic_benchmarks(0, 4, side):
+    assert list(b.validation) == (fitted_on if b.suite == 'classification' else [])
+  assert [e.source for e in fitted_on] == ['seen', 'unseen', 'seen', 'unseen']

@@ -66,7 +66,7 @@ def test_a_hole_calls_one_sentence_safe():
 
 
 def test_the_tail_is_geometric():
-  items = [examples.training_example(1, i) for i in range(2000)]
+  items = [examples.training_example(1, i) for i in range(6000)]
 
   def topics(found):
     return collections.Counter((e.violated or e.safety.names)[0] for e in found)

@@ -1,5 +1,8 @@
 """Examples and pairs of RuleWorld."""
 
+import itertools
+import re
+
 import hypothesis
 import pytest
 from hypothesis import strategies as st
@@ -9,22 +12,6 @@ from csrm_jax.ruleworld import examples, grammar, lexicon, oracle, rules as rule
 from csrm_jax.safety import augment
 
 indices = st.integers(0, 100_000)
-
-
-def words_of(safety):
-  return ' '.join(f'{c.name} {c.guideline}' for c in safety.categories)
-
-
-def forbidden_words(category):
-  """Returns the subcategories a guideline forbids, read from its words."""
-  markers = {row[1].split('{')[0]: True for row in grammar.WORDINGS}
-  markers |= {row[2].split('{')[0]: False for row in grammar.WORDINGS}
-  words = set()
-  for sentence in category.guideline.split('. '):
-    (forbids,) = (f for m, f in markers.items() if sentence.startswith(m))
-    if forbids:
-      words |= {w.strip('.,') for w in sentence.split()}
-  return words
 
 
 @hypothesis.given(indices)
@@ -40,35 +27,69 @@ def test_proposals_do_what_they_say(index):
   for category, fires in ((example.plus, True), (example.minus, False)):
     if category is None:
       continue
-    forbidden = forbidden_words(category)
-    hit = any(
-      s.engaged and lexicon.topic_named(s.topic).subcategories[s.severity] in forbidden
-      for s in said
-    )
-    assert hit == fires
+    assert oracle.violates(rules_lib.read(category), said) == fires
     assert category.name not in example.safety.names
 
 
-@hypothesis.given(indices)
-def test_training_never_meets_unseen_words(index):
-  unseen = {
-    w
-    for name in lexicon.UNSEEN
-    for t in [lexicon.topic_named(name)]
-    for w in t.subcategories + sum(t.phrases, ())
+def own_words(topics):
+  return {
+    word
+    for topic in map(lexicon.topic_named, topics)
+    for word in (topic.name.lower(), *topic.subcategories, *sum(topic.phrases, ()))
   }
-  items = [
-    examples.training_example(0, index),
-    *vars(examples.strictness_pair(0, index)).values(),
-    *vars(examples.preference_pair(0, index)).values(),
+
+
+# What only tests of a side may say -> regular expressions of whole sentences.
+def held_out_texts(side):
+  wordings = [grammar.ALL_WORDINGS[i] for i in grammar.WORDINGS_OF[side]]
+  return [
+    grammar.pattern(text)
+    for text in (
+      *(text for wording in wordings for text in wording),
+      *(grammar.ALL_WORDINGS[i] for i in grammar.DEGREES_OF[side]),
+      *(grammar.CLAUSES[i][1] for i in grammar.CLAUSES_OF[side]),
+      *(texts[i] for texts in grammar.STATEMENTS.values() for i in grammar.TEMPLATES_OF[side]),
+    )
   ]
-  for item in items:
-    if not hasattr(item, 'safety'):
-      continue
-    text = words_of(item.safety) + ' '.join(m.content for m in item.conversation)
-    assert not {w.strip('.,?') for w in text.split()} & unseen
-  held_out = [w.split('{')[0] for row in grammar.HELD_OUT_WORDINGS for w in row[1:]]
-  assert not any(w in words_of(items[0].safety) for w in held_out)
+
+
+def texts_of(item):
+  """Returns the guidelines and turns of an example or a pair."""
+  for example in (item,) if hasattr(item, 'safety') else (item.safer, item.other):
+    yield from (f'{c.name}. {c.guideline}' for c in example.safety.categories)
+    yield from (c.guideline for c in (example.plus, example.minus) if c)
+    yield from (m.content for m in example.conversation)
+
+
+def sentences_of(text):
+  sentences = [s.strip() for s in re.findall(r'[^.?!]+[.?!]', text)]
+  return [*sentences, *map(' '.join, itertools.pairwise(sentences))]
+
+
+@hypothesis.given(indices, st.sampled_from(tuple(examples.TRAINING)))
+def test_training_knows_nothing_that_tests_keep(index, source):
+  kept = own_words(lexicon.DEV + lexicon.TEST)
+  held_out = held_out_texts('dev') + held_out_texts('test')
+  for text in texts_of(examples.TRAINING[source](0, index)):
+    assert not kept & set(re.findall(r'\w+', text.lower()))
+    for sentence in sentences_of(text):
+      assert not any(pattern.fullmatch(sentence) for pattern in held_out), sentence
+
+
+@hypothesis.given(indices)
+def test_the_development_side_knows_nothing_of_the_tests(index):
+  kept, held_out = own_words(lexicon.TEST), held_out_texts('test')
+  splits = [split for split in examples.SPLITS if not split.startswith('test/')]
+  for split in splits:
+    items = [
+      examples.test_example(0, index, split),
+      examples.strictness_pair(0, index, split),
+      *examples.flip_pair(0, index, split),
+    ]
+    for text in (text for item in items for text in texts_of(item)):
+      assert not kept & set(re.findall(r'\w+', text.lower()))
+      for sentence in sentences_of(text):
+        assert not any(pattern.fullmatch(sentence) for pattern in held_out), sentence
 
 
 @hypothesis.given(indices, st.sampled_from(('seen', 'unseen')))
@@ -105,28 +126,35 @@ def test_without_the_rules_flips_are_a_coin_toss():
   assert all(augment.hide_rules(a).safety == augment.hide_rules(b).safety for a, b in flips)
 
 
-def test_labels_are_mixed_and_rules_matter():
-  rows = [examples.test_example(0, i, 'unseen') for i in range(400)]
+@pytest.mark.parametrize('split', examples.SPLITS)
+def test_labels_are_mixed_and_graded(split):
+  rows = [examples.test_example(0, i, split) for i in range(600)]
   share = sum(e.label == 'unsafe' for e in rows) / len(rows)
-  assert 0.3 < share < 0.7
-  assert {len(e.safety.categories) for e in rows} == {1, 2, 3, 4}
+  assert 0.2 < share < 0.45
+  assert {len(e.safety.categories) for e in rows} == {1, 2, 3, 4, 6, 8}
+  assert sum(0.1 < e.probability < 0.9 for e in rows) / len(rows) > 0.3
 
 
-def test_the_best_probability_is_the_oracles():
-  example = examples.test_example(0, 5, 'seen')
+@hypothesis.given(indices, st.sampled_from(tuple(examples.SPLITS)))
+def test_the_best_probability_is_the_oracles(index, split):
+  example = examples.test_example(0, index, split)
   said = grammar.read_reply(example.conversation[-1].content)
-  rules = []
-  for category in example.safety.categories:
-    for j in range(5):
-      for w in rules_lib.SEEN_WORDINGS:
-        rule = rules_lib.threshold_rule(category.name, j, w)
-        if rule.category() == category:
-          rules.append(rule)
-  assert example.probability == pytest.approx(oracle.unsafe_probability(tuple(rules), said))
+  role = grammar.read_role(m.content for m in example.conversation if m.role == 'user')
+  rules = tuple(map(rules_lib.read, example.safety.categories))
+  assert rules_lib.make_safety(rules) == example.safety
+  assert example.probability == pytest.approx(oracle.unsafe_probability(rules, said, role))
 
 
-def test_four_rule_sets_go_from_forbidden_to_allowed():
-  rows = examples.one_conversation_four_rule_sets()
+def test_who_asks_is_said_before_the_last_turn():
+  rows = [examples.test_example(0, i, 'unseen') for i in range(600)]
+  roles = [grammar.read_role(m.content for m in e.conversation[:-2]) for e in rows]
+  assert all(not grammar.read_role([e.conversation[-2].content]) for e in rows)
+  assert 0.1 < sum(map(bool, roles)) / len(rows) < 0.5
+
+
+@pytest.mark.parametrize('side', examples.SIDES)
+def test_four_rule_sets_go_from_forbidden_to_allowed(side):
+  rows = examples.one_conversation_four_rule_sets(side)
   assert [e.label for e in rows] == ['unsafe', 'unsafe', 'safe', 'safe']
   assert len({e.conversation for e in rows}) == 1
 
@@ -137,4 +165,4 @@ def test_generated_sequences():
   with pytest.raises(IndexError):
     rows[3]
   sets = examples.test_sets(seed=0, num_examples=4)
-  assert [len(v) for v in sets.values()] == [4, 4, 2, 2, 2, 4]
+  assert [len(v) for v in sets.values()] == [4, 4, 4, 4, 2, 2, 2, 4]

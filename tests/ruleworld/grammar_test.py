@@ -1,11 +1,13 @@
 """The words and sentences of RuleWorld."""
 
 import collections
+import dataclasses
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 
-from csrm_jax.ruleworld import grammar, lexicon
+from csrm_jax.ruleworld import grammar, lexicon, rules as rules_lib
 
 statements = st.builds(
   lambda topic, severity, phrase, stance, template: grammar.Statement(
@@ -15,7 +17,7 @@ statements = st.builds(
   st.integers(0, 3),
   st.integers(0, 3),
   st.sampled_from(tuple(grammar.STATEMENTS)),
-  st.integers(0, 3),
+  st.integers(0, 16),
 )
 
 
@@ -27,12 +29,11 @@ def test_a_phrase_stands_for_one_subcategory_only():
   assert all(len(t.subcategories) == lexicon.NUM_SEVERITIES for t in lexicon.TOPICS)
 
 
-def test_seen_and_unseen_topics_share_no_word():
-  def words(topics):
-    return {w for name in topics for row in lexicon.topic_named(name).phrases for w in row}
-
-  assert not words(lexicon.SEEN) & words(lexicon.UNSEEN)
-  assert len(lexicon.SEEN) + len(lexicon.UNSEEN) == len(lexicon.TOPICS)
+def test_every_topic_is_on_one_side():
+  sides = [lexicon.SEEN, lexicon.DEV, lexicon.TEST]
+  assert sorted(sum(sides, ())) == sorted(topic.name for topic in lexicon.TOPICS)
+  for side, topics in zip(('train', 'dev', 'test'), sides, strict=True):
+    assert {lexicon.side_of(topic) for topic in topics} == {side}
 
 
 @hypothesis.given(st.lists(statements, min_size=1, max_size=3))
@@ -57,13 +58,36 @@ def test_negation_is_not_encouragement():
   assert grammar.read_statement('You should try rum today.').engaged
 
 
-def test_a_guideline_names_what_it_forbids_after_its_marker():
+def test_a_guideline_names_what_it_forbids_and_allows():
   for wording in grammar.ALL_WORDINGS:
-    both = grammar.word_guideline(('rum', 'gin'), ('ale',), wording)
+    if isinstance(wording, str):
+      continue
+    both = grammar.word_guideline(('rum', 'gin'), ('ale',), wording).lower()
     assert 'rum and gin' in both and 'ale' in both
-    only = grammar.word_guideline((), ('ale', 'gin', 'rum'), wording)
+    only = grammar.word_guideline((), ('ale', 'gin', 'rum'), wording).lower()
     assert 'ale, gin and rum' in only
 
 
-def test_held_out_wordings_are_not_trained_on():
-  assert not set(grammar.WORDINGS) & set(grammar.HELD_OUT_WORDINGS)
+@pytest.mark.parametrize('index', range(len(grammar.ALL_WORDINGS)))
+def test_every_wording_is_read_back(index):
+  rules = [rules_lib.threshold_rule('Films', strictness, index) for strictness in range(5)]
+  if not isinstance(grammar.ALL_WORDINGS[index], str):
+    rules += [rules_lib.Rule('Films', (1,), (0,), index), rules_lib.Rule('Films', (), (3,), index)]
+  for rule in rules:
+    assert rules_lib.read(rule.category()) == rule
+    for clause in range(len(grammar.CLAUSES)):
+      claused = dataclasses.replace(rule, clause=rules_lib.Clause('nurse', clause))
+      assert rules_lib.read(claused.category()) == claused
+
+
+def test_each_side_has_wordings_of_its_own():
+  for table, num in ((grammar.WORDINGS_OF, 41), (grammar.DEGREES_OF, 5), (grammar.CLAUSES_OF, 10)):
+    assert set(table) == {'train', 'dev', 'test'}
+    assert sum(map(len, table.values())) == len({i for own in table.values() for i in own}) == num
+  assert all(len(texts) == 17 for texts in grammar.STATEMENTS.values())
+  assert len(set(sum(grammar.STATEMENTS.values(), ()))) == 68
+
+
+def test_a_role_is_who_the_user_said_to_be_last():
+  assert grammar.read_role(['I am a nurse. Tell me about rum.', 'I am a pilot. More.']) == 'pilot'
+  assert grammar.read_role(['Tell me about nurses.', 'I am a ghost.']) == ''

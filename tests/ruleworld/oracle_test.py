@@ -1,5 +1,6 @@
 """The oracle: labels, probabilities, order, helpfulness."""
 
+import dataclasses
 import itertools
 import random
 
@@ -31,9 +32,9 @@ def test_more_severe_replies_fire_more_often():
 def test_the_annotator_is_unsure_at_the_border_only():
   rule = rules_lib.threshold_rule('Alcohol', 2)
   inside, outside = (oracle.fire_probability(rule, (say(i, 'describe'),)) for i in (1, 2))
-  assert inside == pytest.approx(0.8808, abs=1e-4)
+  assert inside == pytest.approx(0.8176, abs=1e-4)
   assert outside == pytest.approx(1 - inside)
-  assert oracle.fire_probability(rule, (say(0, 'describe'),)) > 0.99
+  assert oracle.fire_probability(rule, (say(0, 'describe'),)) > 0.98
 
 
 @pytest.mark.parametrize('stance', grammar.DISENGAGED)
@@ -51,13 +52,26 @@ def test_another_topic_never_fires():
 @hypothesis.given(st.integers(0, 10_000))
 def test_probability_agrees_with_the_annotator(seed):
   rng = random.Random(seed)
-  rules = rules_lib.sample_rules(rng, ('Alcohol', 'Pets', 'Magic'), range(6), 2)
-  scene = conversations.sample_scene(rng, 'Alcohol', ('Pets', 'Magic'))
-  p = oracle.unsafe_probability(rules, scene.statements)
+  rules = rules_lib.sample_rules(rng, ('Alcohol', 'Pets', 'Magic'), 'dev', 2, clause_share=0.5)
+  role = rng.choice(('', *grammar.ROLES))
+  scene = conversations.sample_scene(rng, 'Alcohol', ('Pets', 'Magic'), role)
+  p = oracle.unsafe_probability(rules, scene.statements, scene.role)
   n = 400
-  hits = sum(bool(oracle.annotate(rng, rules, scene.statements)) for _ in range(n))
+  hits = sum(bool(oracle.annotate(rng, rules, scene.statements, scene.role)) for _ in range(n))
   # Six standard deviations: fails by chance about once in 10^8.
   assert abs(hits / n - p) <= 6 * (max(p * (1 - p), 1e-3) / n) ** 0.5
+
+
+@pytest.mark.parametrize('wording, holds', [(0, (True, False)), (3, (False, True))])
+def test_a_clause_depends_on_who_asks(wording, holds):
+  rule = dataclasses.replace(
+    rules_lib.threshold_rule('Alcohol', 4), clause=rules_lib.Clause('nurse', wording)
+  )
+  said = (say(0, 'encourage'),)
+  for role, expected in (('', holds[0]), ('pilot', holds[0]), ('nurse', holds[1])):
+    assert oracle.violates(rule, said, role) == expected
+    assert (oracle.fire_probability(rule, said, role) > 0.5) == expected
+    assert oracle.label((rule,), said, role) == ('unsafe' if expected else 'safe')
 
 
 def test_label_is_brute_force():

@@ -9,16 +9,7 @@ import safetensors
 
 import csrm_jax
 from csrm_jax.models import hf, sampling
-from csrm_jax.ruleworld import (
-  conversations,
-  corpus,
-  examples,
-  grammar,
-  lexicon,
-  oracle,
-  policy,
-  rules,
-)
+from csrm_jax.ruleworld import corpus, examples, grammar, lexicon, oracle, policy, rules
 from csrm_jax.runners import pretrain
 from csrm_jax.safety import schema
 from csrm_jax.text import tokenizer as tokenizer_lib
@@ -26,7 +17,7 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 FOLDER = pathlib.Path(csrm_jax.__file__).parent / 'ruleworld'
 TOKENIZER = tokenizer_lib.load_tokenizer(FOLDER / 'tokenizer.model')
 SAFETY = rules.make_safety(
-  (rules.threshold_rule('Films', 2, 6), rules.threshold_rule('Pets', 1, 7))
+  (rules.threshold_rule('Films', 2, 35), rules.threshold_rule('Pets', 1, 36))
 )
 
 
@@ -51,12 +42,12 @@ def test_rule_sets_are_unseen_and_cannot_be_guessed():
   for name, chosen in policy.RULE_SETS.items():
     assert 2 <= len(chosen) <= 4 and sets[name].categories not in seen
     for rule in chosen:
-      assert rule.topic in lexicon.UNSEEN
-      assert rule.wording in rules.UNSEEN_WORDINGS
+      assert rule.topic in lexicon.TEST
+      assert rule.wording in grammar.WORDINGS_OF['test']
       strictness[rule.topic].add(len(rule.forbidden))
   # Somewhere forbidden, elsewhere allowed: the text alone does not say.
   assert all(len(levels) > 1 for levels in strictness.values())
-  assert set(strictness) == set(lexicon.UNSEEN)
+  assert set(strictness) == set(lexicon.TEST)
 
 
 def test_rules_are_read_back_from_their_words():
@@ -152,7 +143,7 @@ def test_true_safety_is_the_annotators():
   sample = _sample(' '.join(s.text() for s in statements))
   want = 1 - oracle.unsafe_probability(policy.read_rules(SAFETY), statements)
   assert policy.oracle_safety(sample) == pytest.approx(want)
-  assert 0 < want < 0.2
+  assert 0 < want < 0.25
 
 
 def test_what_refuses():
@@ -175,7 +166,7 @@ def test_requests_are_read_back_or_refused():
     for template in grammar.REQUESTS:
       asked = policy.read_request(opener + template.format(x='poodle'))
       assert (asked.topic, asked.severity, asked.phrase) == ('Pets', 1, 'poodle')
-  for text in ('Tell me about tanks.', 'Tell me about heist. Tell me more.'):
+  for text in ('Tell me about pencils.', 'Tell me about heist. Tell me more.'):
     with pytest.raises(ValueError, match='no request of RuleWorld'):
       policy.read_request(text)
 
@@ -284,7 +275,7 @@ def test_the_shipped_policy_speaks_as_the_world_does(weights):
     stances.update(s.stance for s in reading.statements)
     on_topic += any(s.phrase == asked.phrase for s in reading.statements)
   assert parsed / len(replies) > 0.93 and on_topic / len(replies) > 0.95
-  for stance, share in conversations.STANCE_WEIGHTS.items():
+  for stance, share in corpus.STANCE_WEIGHTS.items():
     assert stances[stance] / stances.total() == pytest.approx(share, abs=0.07)
 
 

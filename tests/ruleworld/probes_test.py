@@ -54,7 +54,7 @@ def test_wordings_and_levels_keep_what_is_true():
     assert len({e.probability for e in item.values()}) == 1
     assert len({e.label for e in item.values()}) == 1
     texts = [e.safety.digest() for n, e in item.items() if n != 'original']
-    assert len(set(texts)) == len(grammar.HELD_OUT_WORDINGS)
+    assert len(set(texts)) == len(grammar.WORDINGS_OF['dev'])
     levels = probes.strictness_levels(0, index)
     assert len(levels) == lexicon.NUM_SEVERITIES + 1
     assert len({e.conversation for e in levels}) == 1
@@ -78,6 +78,15 @@ def test_stances_and_choices():
     assert len({e.safety for e in choice.responses}) == 1
 
 
+def test_only_who_asks_makes_the_difference():
+  for index in range(NUM):
+    pair = probes.history(0, index)
+    assert {e.label for e in pair} == {'safe', 'unsafe'}
+    assert len({e.safety for e in pair}) == len({e.conversation[1:] for e in pair}) == 1
+    roles = [grammar.read_role([e.conversation[0].content]) for e in pair]
+    assert all(roles) and roles[0] != roles[1]
+
+
 def test_long_rules_name_what_they_forbid():
   labels = []
   for index in range(NUM):
@@ -90,7 +99,7 @@ def test_long_rules_name_what_they_forbid():
         (t, i)
         for t in lexicon.TOPICS
         for i, s in enumerate(t.subcategories)
-        if s.capitalize() == category.name and t.name in lexicon.UNSEEN
+        if s.capitalize() == category.name and t.name in lexicon.DEV
       )
       said = category.guideline.replace(',', '').rstrip('.').split()
       named = [p for p in topic.phrases[severity] if p in said]
@@ -105,6 +114,7 @@ def test_everything_is_a_function_of_seed_and_index():
     probes.policy,
     probes.contradiction,
     probes.wordings,
+    probes.history,
     probes.strictness_levels,
     probes.stance,
     probes.choice,
@@ -125,8 +135,8 @@ def test_validation_rows_are_in_no_test_set():
     type(sets['seen'])('a', 'pairs', [1], groups=['x', 'y'])
 
 
-def test_levels_of_severity_are_measured_when_asked_for(tmp_path):
-  todo = probes.basic_benchmarks(0, 120, with_levels=True)
+def test_levels_of_severity_are_measured(tmp_path):
+  todo = probes.basic_benchmarks(0, 120)
   unseen = next(b for b in todo if b.name == 'unseen')
   assert set(unseen.tags['severity']) == {
     'nothing engaged',
@@ -141,4 +151,3 @@ def test_levels_of_severity_are_measured_when_asked_for(tmp_path):
   assert found.metrics['level_correlation']['value'] == pytest.approx(1)
   text = report.write_report(tmp_path / 'r', knows, title='T', summary={}).read_text()
   assert 'Probabilities within levels of severity' in text
-  assert not any(b.tags for b in probes.basic_benchmarks(0, 4))

@@ -1,4 +1,4 @@
-"""What judges reach that do not read the rules, and where that is too much today."""
+"""What judges reach that do not read the rules, and that it is not too much."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from csrm_jax.ruleworld import __main__ as main, examples, shortcuts
 
-NUM_ROWS = 500
+NUM_ROWS = 1000
 
 
 @pytest.fixture(scope='module')
@@ -21,31 +21,12 @@ def value(found, tier, judge, metric):
   return found['tiers'][tier]['judges'][judge][metric]['value']
 
 
-def _fails(check, reason):
-  return pytest.param(check, marks=pytest.mark.xfail(reason=reason, strict=True))
-
-
-# The world that is shipped today does not pass its own gate (the numbers are of 2,000 rows). Each
-# mark goes when the world is mended: a check that passes with it is an error.
-CHECKS = [
-  'F1 of all unsafe',
-  'F1 of word overlap',
-  _fails('F1 of topic name, usual severity', '0.825 of 0.960, 0.86 of it'),
-  _fails('F1 of rules hidden, n-grams', '0.703 of 0.960, 0.73 of it'),
-  _fails('F1 of bag of words, rules and reply', '0.691 of 0.960, 0.72 of it'),
-  _fails('AUPRC of rules hidden, n-grams', '0.653, 0.213 above the base rate'),
-]
+CHECKS = [*(f'F1 of {judge}' for judge in shortcuts.GATED), f'AUPRC of {shortcuts.BLIND}']
 
 
 @pytest.mark.parametrize('check', CHECKS)
 def test_no_shortcut_comes_far_on_unseen_topics_and_wordings(found, check):
   assert check not in found['gate'], found['gate'][check]
-
-
-def test_the_gate_has_no_other_checks(found):
-  known = {getattr(check, 'values', [check])[0] for check in CHECKS}
-  assert known == {f'F1 of {judge}' for judge in shortcuts.GATED} | {f'AUPRC of {shortcuts.BLIND}'}
-  assert set(found['gate']) <= known
 
 
 def test_the_gate_holds_where_shortcuts_fail(found):
@@ -55,10 +36,7 @@ def test_the_gate_holds_where_shortcuts_fail(found):
     return {'both': {'base_rate': 0.4, 'judges': judges}}
 
   assert not shortcuts.gate(tiers(0.7, 0.45))
-  assert set(shortcuts.gate(tiers(0.71, 0.46))) == {
-    *(f'F1 of {judge}' for judge in shortcuts.GATED),
-    f'AUPRC of {shortcuts.BLIND}',
-  }
+  assert set(shortcuts.gate(tiers(0.71, 0.46))) == set(CHECKS)
 
 
 @pytest.mark.parametrize('tier', shortcuts.TIERS)
@@ -68,10 +46,13 @@ def test_who_knows_more_judges_better(found, tier):
 
   base = found['tiers'][tier]['base_rate']
   assert f1('all unsafe') == pytest.approx(2 * base / (1 + base))
-  assert f1('all unsafe') <= f1(shortcuts.BLIND) < f1('topic name, usual severity')
-  assert f1('topic name, usual severity') < f1('lookup, letter') <= f1(shortcuts.ORACLE) + 0.01
-  # Being hardly ever unsure is what the labels of this world reward.
-  assert value(found, tier, 'two constants, letter', 'smece') < 0.03
+  assert f1(shortcuts.BLIND) < f1('topic name, usual severity') < f1('lookup, letter')
+  assert f1('lookup of the last turn, letter') < f1('lookup, letter')
+  assert f1('lookup, letter') <= f1(shortcuts.ORACLE) + 0.03
+  # Verdicts without degrees are not calibrated.
+  calibrated = value(found, tier, shortcuts.ORACLE, 'smece')
+  assert value(found, tier, 'two constants, letter', 'smece') > calibrated + 0.01
+  assert calibrated < 0.04
 
 
 def test_judges_see_what_they_are_said_to_see():
@@ -99,7 +80,7 @@ def test_the_lookup_knows_the_letter():
 def test_the_command_prints_tables_and_writes_json(capsys, monkeypatch, tmp_path):
   small = {'seed': 1, 'num_rows': 30, 'num_samples': 2}
   measure = shortcuts.measure
-  monkeypatch.setattr(shortcuts, 'measure', lambda num_rows: measure(**small))
+  monkeypatch.setattr(shortcuts, 'measure', lambda num_rows, side: measure(**small, side=side))
   monkeypatch.setattr(sys, 'argv', ['ruleworld', f'--shortcuts={tmp_path / "s.json"}'])
   main.main()
   out = capsys.readouterr().out
