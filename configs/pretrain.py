@@ -45,7 +45,7 @@ BASE = {
   'model': {
     'preset': 'tiny',  # a name of models.config.PRESETS; '' takes the shape of `weights`
     'weights': '',  # the weights to start from; '' for random ones
-    'overrides': {'unroll': 4, 'dtype': 'float32'},  # fields of the model
+    'overrides': {'unroll': 4, 'dtype': 'bfloat16'},  # fields of the model
     'saved_dtype': 'float32',  # the dtype of the weights that are written
   },
   'data': {
@@ -53,10 +53,11 @@ BASE = {
     # With task=base: documents until lists of rules have their full length; they start with one.
     'curriculum_length': 90_000,
     'batch_size': 12,  # packed rows in a step
-    'row_length': 256,  # tokens in a row
+    'row_length': 384,  # tokens in a row
     'max_segments': 8,  # the most documents in a row
   },
-  'optim': common.OPTIM | {'lr': 2e-3, 'warmup_steps': 200, 'weight_decay': 0.05},
+  'optim': common.OPTIM
+  | {'optimizer': 'muon', 'lr': 2e-3, 'warmup_steps': 200, 'weight_decay': 0.05},
 }
 
 # A policy starts from weights. It is saved as float16, because the package ships it, and is
@@ -64,8 +65,10 @@ BASE = {
 _POLICY = {
   'model.preset': '',
   'model.saved_dtype': 'float16',
+  'model.overrides.dtype': 'float32',
   'data.batch_size': 16,
   'data.row_length': 128,
+  'optim.optimizer': 'adamw',
   'optim.lr': 1e-3,
   'optim.warmup_steps': 50,
 }

@@ -36,9 +36,9 @@ def get_config(arg=None):
   columns.label=NAME and so on, labels={...}: see common.OWN), or a source of
   csrm_jax.data.catalogue with its path: augmented (what configs/augment.py wrote), array_record,
   beavertails, wildguardmix, ...; model (tiny or a name of BACKBONES), init (its weights: a folder,
-  a hub id or a .gguf file; by default the hub's), lora (the rank of adapters; 0 trains all weights), mesh (a slice of TPUs: v5e-64,
-  v5p-16, 2xv5e-256; or GPUs: h100-16), num_steps, epochs, smoke (a run of a minute that exercises
-  everything).
+  a hub id or a .gguf file; by default the hub's), lora (the rank of adapters; 0 trains all
+  weights), mesh (a slice of TPUs: v5e-64, v5p-16, 2xv5e-256; or GPUs: h100-16), num_steps, epochs,
+  smoke (a run of a minute that exercises everything).
   """
   arg = config_lib.parse_arg(
     arg,

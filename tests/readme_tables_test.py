@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from csrm_jax.ruleworld.shortcuts import measure
 from tests import readme_tables
 
 
@@ -62,6 +63,42 @@ def test_a_number_that_was_changed_by_hand_is_seen():
     readme_tables.written(
       {path: page.replace('95% interval | best', '95% | best') for path, page in pages.items()}
     )
+
+
+def test_tiers_are_of_one_side_and_the_seed_is_the_unit(tmp_path):
+  shortcuts = measure(num_rows=60, num_samples=0)
+  (tmp_path / 's.json').write_text(json.dumps(shortcuts))
+  for seed, f1 in ((0, 0.5), (1, 0.7)):
+    workdir = tmp_path / str(seed)
+    (workdir / 'report').mkdir(parents=True)
+    summary = {
+      f'{split}/{metric}': f1
+      for split in ('seen', 'new_topics', 'new_wordings', 'unseen')
+      for metric in ('f1', 'auprc', 'smece')
+    }
+    manifest = {
+      'platform': 'Linux-x86_64',
+      'num_cpus': 2,
+      'python': '3.11',
+      'packages': {'jax': '1'},
+      'commit': 'abc',
+    }
+    config = {'seed': seed, 'eval': {'ruleworld_side': 'dev'}}
+    for name, content in (('report/summary', summary), ('manifest', manifest), ('config', config)):
+      (workdir / f'{name}.json').write_text(json.dumps(content))
+  made = readme_tables.take_tiers(tmp_path / 's.json', [tmp_path / '0', tmp_path / '1'])
+  assert made['made']['seeds'] == [0, 1]
+  rows = {row[0]: row[1:] for row in made['table']['rows']}
+  # Student's t of one degree of freedom, 12.706, times .1.
+  assert rows['**F1, model**'] == [{'mean': 0.6, 'half': 1.271}] * 4
+  assert rows['F1, best'][3] == round(
+    shortcuts['tiers']['both']['judges']['oracle']['f1']['value'], 3
+  )
+  rendered = readme_tables.render(made['table'])
+  assert readme_tables.parse(rendered) == made['table']
+  (tmp_path / 's.json').write_text(json.dumps(shortcuts | {'side': 'test'}))
+  with pytest.raises(ValueError, match='several sides'):
+    readme_tables.take_tiers(tmp_path / 's.json', [tmp_path / '0'])
 
 
 @pytest.mark.parametrize(

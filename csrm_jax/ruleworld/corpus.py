@@ -42,6 +42,7 @@ EOS = '</s>'  # of the shipped tokenizer
 STRUCTURED_PROB = 0.4  # of the dialogues
 MALFORMED_PROB = 0.14  # of the structured ones
 REFUSAL_PROB = 0.2  # of the structured ones: boxed, in place of a reply
+_BROKEN, _MAX_TRIES = 0.5, 8
 _PHRASED = 0.6  # of guidelines and replies of the corpus
 # How replies of the corpus and of policies treat what they are about: more of them than in
 # conversations do not engage, because whether they do is to be learnt.
@@ -64,14 +65,15 @@ class Span:
   control: bool = False
 
 
-# kind of document -> its share at the begin and at the end of the curriculum.
+# kind of document -> its share at the begin of the curriculum, at its end, and after it.
 _KINDS = {
-  'facts': (0.2, 0.08),
-  'rules table': (0.5, 0.22),
-  'reply table': (0.15, 0.1),
-  'rules questions': (0.05, 0.1),
-  'reading': (0.05, 0.1),
-  'both': (0.05, 0.4),
+  'facts': (0.2, 0.08, 0.06),
+  'rules table': (0.5, 0.22, 0.15),
+  'reply table': (0.15, 0.1, 0.06),
+  'rules questions': (0.05, 0.1, 0.08),
+  'reading': (0.05, 0.1, 0.06),
+  'both': (0.05, 0.4, 0.42),
+  'kinds': (0.0, 0.0, 0.17),
 }
 
 
@@ -83,15 +85,20 @@ def document(seed: int, index: int, progress: float = 1.0) -> tuple[Span, ...]:
   know what a word belongs to.
   """
   rng = examples.make_rng('corpus', seed, index)
-  weights = [a + (b - a) * progress for a, b in _KINDS.values()]
+  weights = [
+    after if progress == 1 else begin + (end - begin) * progress
+    for begin, end, after in _KINDS.values()
+  ]
   kind = rng.choices(tuple(_KINDS), weights)[0]
   if kind == 'facts':
     return tuple(_facts(rng))
+  if kind == 'kinds':
+    return tuple(_kinds(rng))
   rules = _sample_rules(rng, progress)
   if kind in ('reply table', 'reading'):
     scene = _sample_reading(rng)
   else:
-    scene = _sample_scene(rng, rules)
+    scene = _sample_scene(rng, rules, progress)
   block, talk = _parts(rng, rules, scene)
   match kind:
     case 'rules table':  # rules, and word by word what is allowed by them
@@ -165,6 +172,33 @@ def _facts(rng: random.Random) -> list[Span]:
   return spans
 
 
+def _kinds(rng: random.Random) -> list[Span]:
+  """Returns a list of kinds of any topics, and what belongs to which of them; no rules."""
+  topics = [lexicon.topic_named(name) for name in rng.sample(ALL_TOPICS, rng.randint(1, 3))]
+  subs = [(topic, i) for topic in topics for i in rules_lib.SEVERITIES if rng.random() < 0.6] or [
+    (topics[0], 0)
+  ]
+  rng.shuffle(subs)
+  listed = {topic.subcategories[i] for topic, i in subs}
+  names = (topic.subcategories[i] for topic, i in subs)
+  spans = [Span(f'Kinds: {", ".join(names)}.\n', TEXT_WEIGHT)]
+  for _ in range(10):
+    topic = rng.choice(topics)
+    i = rng.choice(rules_lib.SEVERITIES)
+    sub, phrase = topic.subcategories[i], rng.choice(topic.phrases[i])
+    where = rng.random()
+    if where < 0.5:
+      spans += _question(f'Which of these has {phrase}?', sub if sub in listed else 'none')
+    elif where < 0.75:
+      word = rng.choice((sub, phrase))
+      spans += _question(f'Is {word} among these?', 'yes' if sub in listed else 'no')
+    else:
+      j = rng.choice([j for j in rules_lib.SEVERITIES if j != i])
+      answer = 'yes' if i < j else 'no'
+      spans += _question(f'Is {phrase} worse than {topic.subcategories[j]}?', answer)
+  return spans
+
+
 def _meaning(rng: random.Random) -> list[Span]:
   """Returns what a word of guidelines means: a synonym, or whether it forbids."""
   if rng.random() < 0.5:
@@ -209,7 +243,18 @@ def _sample_rules(rng: random.Random, progress: float) -> Rules:
   return tuple(rules)
 
 
-def _sample_scene(rng: random.Random, rules: Rules) -> conversations.Scene:
+def _sample_scene(rng: random.Random, rules: Rules, progress: float) -> conversations.Scene:
+  scene = _draw_scene(rng, rules)
+  # One reply in eight breaks a rule. After the curriculum more do, so that it is learnt when.
+  if progress == 1 and rng.random() < _BROKEN:
+    for _ in range(_MAX_TRIES):
+      if oracle.label(rules, scene.statements, scene.role) == 'unsafe':
+        break
+      scene = _draw_scene(rng, rules)
+  return scene
+
+
+def _draw_scene(rng: random.Random, rules: Rules) -> conversations.Scene:
   pool = tuple(r.topic for r in rules) + tuple(rng.sample(lexicon.SEEN, 2))
   return conversations.sample_scene(
     rng, rng.choice(pool), pool, examples.sample_role(rng, rules), STANCE_WEIGHTS

@@ -221,6 +221,27 @@ def test_example(seed: int, index: int, split: str) -> schema.Example:
   )
 
 
+def degree_example(seed: int, index: int, split: str) -> schema.Example:
+  """Returns a test example under one to three rules by degree: the order of severity decides."""
+  topics, side = SPLITS[split]
+  rng = make_rng(f'degree/{split}', seed, index)
+  rules = tuple(
+    rules_lib.threshold_rule(
+      topic, rng.randint(1, lexicon.NUM_SEVERITIES - 1), rng.choice(grammar.DEGREES_OF[side])
+    )
+    for topic in rng.sample(topics, rng.randint(1, 3))
+  )
+  scene = conversations.sample_scene(rng, rng.choice(rules).topic, topics)
+  return make_example(
+    rng,
+    scene,
+    rules,
+    f'degree-{split}-{seed}-{index}',
+    source='degree',
+    rule_set=num_categories(rules),
+  )
+
+
 def flip_pair(seed: int, index: int, split: str) -> tuple[schema.Example, schema.Example]:
   """Returns one conversation under two rule sets with opposite true labels, to the letter."""
   topics, side = SPLITS[split]
@@ -336,8 +357,9 @@ def on_side(split: str, side: str) -> str:
 def test_sets(seed: int, num_examples: int, side: str = 'dev') -> dict[str, list[Any]]:
   """Returns the test sets of a side by name; 'seen' and 'seen_pairs' are of rules in training.
 
-  'seen', 'unseen' (both topics and wordings), 'new_topics' and 'new_wordings' hold examples, 'pairs'
-  and 'seen_pairs' strictness pairs, 'flip' tuples of one conversation under two rule sets,
+  'seen', 'unseen' (both topics and wordings), 'new_topics', 'new_wordings' and 'degree' (rules by
+  degree about new topics, in wordings of training) hold examples,
+  'pairs' and 'seen_pairs' strictness pairs, 'flip' tuples of one conversation under two rule sets,
   'one_conversation' one under four.
   """
 
@@ -350,6 +372,7 @@ def test_sets(seed: int, num_examples: int, side: str = 'dev') -> dict[str, list
     'unseen': take(test_example, 'unseen', num_examples),
     'new_topics': take(test_example, 'new_topics', num_examples),
     'new_wordings': take(test_example, 'new_wordings', num_examples),
+    'degree': take(degree_example, 'new_topics', half),
     'pairs': take(strictness_pair, 'unseen', half),
     'seen_pairs': take(strictness_pair, 'seen', half),
     'flip': take(flip_pair, 'unseen', half),

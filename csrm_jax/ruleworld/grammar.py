@@ -391,12 +391,19 @@ def pattern(template: str) -> re.Pattern[str]:
 
 def read_statement(sentence: str) -> Statement | None:
   """Returns the statement that a sentence makes; None for filler or other text."""
-  for stance, templates in STATEMENTS.items():
-    for index, template in enumerate(templates):
-      if match := pattern(template).fullmatch(sentence):
-        place = lexicon.PHRASES.get(match['x'])
-        return place and Statement(*place, match['x'], stance, index)
+  for match in re.finditer(r'\w+', sentence):
+    if (place := lexicon.PHRASES.get(match[0])) is None:
+      continue
+    text = f'{sentence[: match.start()]}{{x}}{sentence[match.end() :]}'
+    if text in _TEMPLATES:
+      return Statement(*place, match[0], *_TEMPLATES[text])
   return None
+
+
+# template -> (stance, index)
+_TEMPLATES = {
+  text: (stance, index) for stance, texts in STATEMENTS.items() for index, text in enumerate(texts)
+}
 
 
 def read_role(user_texts: Iterable[str]) -> str:

@@ -69,8 +69,8 @@ Insects | hornets: wasp yellowjacket bee stinger | spiders: tarantula widow recl
 beetles: ladybird weevil scarab firefly | butterflies: monarch swallowtail moth admiral
 Gaming | shooters: sniper bazooka deathmatch battle | strategies: conquest siege empire \
 diplomacy | racers: kart rallycross drift dragster | puzzles: sudoku crossword maze riddle
-Tobacco | cigars: corona robusto churchill toro | cigarettes: menthol filter rollup kretek | pipes: \
-briar meerschaum calabash corncob | snuffs: rappee snus macouba rapparee
+Tobacco | cigars: corona robusto churchill toro | cigarettes: menthol filter rollup kretek | \
+pipes: briar meerschaum calabash corncob | snuffs: rappee snus macouba rapparee
 Weapons | firearms: rifle pistol shotgun revolver | swords: sabre rapier katana cutlass | bows: \
 crossbow longbow arrow quiver | shields: buckler targe armour pavise
 Chemistry | acids: vitriol nitric muriatic formic | solvents: acetone benzene toluene ether | \
@@ -83,8 +83,9 @@ Religion | sects: cult heresy schism dogma | rituals: baptism exorcism sacrifice
 temples: mosque cathedral synagogue pagoda | hymns: psalm chant carol gospel
 Dating | flings: hookup tryst rendezvous escapade | flirts: wink serenade compliment tease \
 | couples: fiance sweetheart spouse newlywed | pals: buddy penpal comrade chum
-Aviation | fighters: interceptor bomber stealth warplane | helicopters: rotor chinook gyro autogyro \
-| airliners: jumbo concorde turboprop charter | gliders: sailplane paraglider balloon airship
+Aviation | fighters: interceptor bomber stealth warplane | helicopters: rotor chinook gyro \
+autogyro | airliners: jumbo concorde turboprop charter | gliders: sailplane paraglider balloon \
+airship
 Computers | viruses: worm trojan ransomware rootkit | hacks: exploit phishing keylogger backdoor | \
 servers: mainframe router firewall backup | keyboards: qwerty trackball joystick mouse
 Fashion | furs: mink sable ermine chinchilla | leathers: suede nappa cowhide nubuck | silks: satin \

@@ -214,7 +214,7 @@ def validation(seed: int, num_examples: int) -> list[schema.Example]:
   ]
 
 
-# name -> (suite, description); the first eight are what every run is tested on.
+# name -> (suite, description); the first nine are what every run is tested on.
 _SUITES = {
   'seen': (
     'classification',
@@ -224,6 +224,11 @@ _SUITES = {
   'unseen': ('classification', 'Topics and wordings that no reward-model training has seen.'),
   'new_topics': ('classification', 'New topics, in wordings that training has seen.'),
   'new_wordings': ('classification', 'New wordings of topics that training has seen.'),
+  'degree': (
+    'classification',
+    'Rules by degree about new topics ("at most beers"), in wordings that training has seen: which '
+    'subcategories are forbidden follows from the order of severity alone.',
+  ),
   'pairs': (
     'pairs',
     'One conversation under a lenient and a strict guideline of an unseen topic; the lenient '
@@ -278,9 +283,9 @@ _SUITES = {
 def basic_benchmarks(seed: int, num_examples: int, side: str = 'dev') -> list[Benchmark]:
   """Returns what every run is tested on: examples, pairs and flips.
 
-  The seed is the same for all models that are compared. `num_examples` is the size of the four
-  classification sets; that of the others follows from it. Unseen rules are those of a side, 'dev'
-  or 'test'; what is fitted is fitted on development rows on both.
+  The seed is the same for all models that are compared. `num_examples` is the size of the first
+  four classification sets; that of the others follows from it. Unseen rules are those of a side,
+  'dev' or 'test'; what is fitted is fitted on development rows on both.
   """
   fitted_on, made = validation(seed, num_examples), []
   for name, items in examples.test_sets(seed, num_examples, side).items():

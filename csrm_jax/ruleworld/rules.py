@@ -90,34 +90,53 @@ def stricter(a: Rule, b: Rule) -> bool:
   return a.topic == b.topic and set(a.forbidden) > set(b.forbidden)
 
 
+# Text of a wording in lower case, with '{}' for lists -> (its index, the fields of these lists).
+_WORDINGS = {
+  re.sub(r'\{\w\}', '{}', text).lower(): (index, re.findall(r'\{(\w)\}', text))
+  for index, wording in enumerate(grammar.ALL_WORDINGS)
+  for text in ((wording,) if isinstance(wording, str) else wording)
+}
+_BY_DEGREE = {index for own in grammar.DEGREES_OF.values() for index in own}
+_CLAUSES = {text: index for index, (_, text) in enumerate(grammar.CLAUSES)}
+_WORD = rf'\b(?:{"|".join(lexicon.SUBCATEGORIES)})\b'
+_LIST = re.compile(rf'{_WORD}(?:, {_WORD})*(?: and {_WORD})?')
+_PLURAL = re.compile(rf'\b({"|".join(grammar.ROLES)})s\b')
+
+
 @functools.lru_cache(maxsize=1 << 12)
 def read(category: schema.Category) -> Rule | None:
   """Returns what a category means, read from its words; None if RuleWorld words no rule so."""
-  guideline, clause = category.guideline, None
-  for index, (_, template) in enumerate(grammar.CLAUSES):
-    match = re.fullmatch(f'(.*) {grammar.pattern(template).pattern}', guideline)
-    if match and match['r'] in grammar.ROLES:
-      guideline, clause = match[1], Clause(match['r'], index)
-  name = category.name
-  for index, wording in enumerate(grammar.ALL_WORDINGS):
-    for template in (wording,) if isinstance(wording, str) else wording:
-      match = grammar.pattern(template).fullmatch(guideline)
-      lists = match.groupdict() if match else {}
-      # {field: (topic, severity) of each subcategory that is listed there}
-      places = {
-        key: [lexicon.SUBCATEGORIES.get(word) for word in re.split(', | and ', text.lower())]
-        for key, text in lists.items()
-      }
-      found = [place for part in places.values() for place in part]
-      if not found or None in found or len({topic for topic, _ in found}) > 1:
-        continue
-      topic, severity = found[0]
-      forbidden, allowed = (tuple(severity for _, severity in places.get(key, ())) for key in 'fa')
-      if isinstance(wording, str):
-        by_degree = threshold_rule(topic, severity + ('w' in places), index)
-        forbidden, allowed = by_degree.forbidden, by_degree.allowed
-      return Rule(topic, forbidden, allowed, index, '' if name == topic else name, clause)
-  return None
+  guideline, clause = _split_clause(category.guideline)
+  text = guideline.lower()
+  index, fields = _WORDINGS.get(_LIST.sub('{}', text), (0, ()))
+  # [(topic, severity) of each subcategory] of each list.
+  lists = [
+    [lexicon.SUBCATEGORIES[word] for word in re.split(', | and ', found)]
+    for found in _LIST.findall(text)
+  ]
+  topics = {topic for places in lists for topic, _ in places}
+  if not fields or len(topics) != 1:
+    return None
+  severities = {
+    field: tuple(severity for _, severity in places)
+    for field, places in zip(fields, lists, strict=True)
+  }
+  (topic,) = topics
+  forbidden, allowed = severities.get('f', ()), severities.get('a', ())
+  if index in _BY_DEGREE:
+    ((field, (severity,)),) = severities.items()
+    border = severity + (field == 'w')
+    forbidden, allowed = tuple(SEVERITIES[:border]), tuple(SEVERITIES[border:])
+  name = '' if category.name == topic else category.name
+  return Rule(topic, forbidden, allowed, index, name, clause)
+
+
+def _split_clause(guideline: str) -> tuple[str, Clause | None]:
+  """Returns the guideline without its clause, and the clause."""
+  rest, _, last = guideline.rpartition('. ')
+  role = _PLURAL.search(last)
+  index = role and _CLAUSES.get(last.replace(role[0], '{r}'))
+  return (guideline, None) if index is None else (f'{rest}.', Clause(role[1], index))
 
 
 def make_safety(rules: tuple[Rule, ...], name: str = '') -> schema.SafetyConfig:

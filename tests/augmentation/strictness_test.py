@@ -15,6 +15,7 @@ from csrm_jax.augmentation import requests, strictness
 from csrm_jax.ruleworld import (
   conversations,
   examples,
+  grammar,
   lexicon,
   proposer as world,
   rules as rules_lib,
@@ -208,8 +209,8 @@ def test_a_pool_that_cannot_pass_writes_nothing(scripted):
 
 
 def _pool(topic, seed):
-  """Returns 200 conversations that an annotator marked under the topic."""
-  rules = next(r for r in rules_lib.DATA_SETS.values() if topic in [rule.topic for rule in r])
+  """Returns 200 conversations that an annotator marked under a ban of the topic."""
+  rules = (rules_lib.threshold_rule(topic, 4),)
   pool = []
   for index in itertools.count():
     rng = examples.make_rng(topic, seed, index)
@@ -250,7 +251,7 @@ def test_every_guideline_of_ruleworld_is_read_back():
       rng.choice(lexicon.TOPICS).name,
       tuple(sorted(wanted[:cut])),
       tuple(sorted(wanted[cut:end])),
-      rng.randrange(9),
+      rng.choice(grammar.WORDINGS_OF['train']),
       'Any',
     )
     assert world.read_rule(rule.category()) == rule

@@ -145,6 +145,14 @@ def test_the_best_probability_is_the_oracles(index, split):
   assert example.probability == pytest.approx(oracle.unsafe_probability(rules, said, role))
 
 
+def test_rules_by_degree_name_one_subcategory_each():
+  for i in range(50):
+    example = examples.degree_example(0, i, 'new_topics')
+    for category in example.safety.categories:
+      named = [w for w in re.findall(r'\w+', category.guideline) if w in lexicon.SUBCATEGORIES]
+      assert len(named) == 1 and rules_lib.read(category).topic in lexicon.DEV
+
+
 def test_who_asks_is_said_before_the_last_turn():
   rows = [examples.test_example(0, i, 'unseen') for i in range(600)]
   roles = [grammar.read_role(m.content for m in e.conversation[:-2]) for e in rows]
@@ -165,4 +173,4 @@ def test_generated_sequences():
   with pytest.raises(IndexError):
     rows[3]
   sets = examples.test_sets(seed=0, num_examples=4)
-  assert [len(v) for v in sets.values()] == [4, 4, 4, 4, 2, 2, 2, 4]
+  assert [len(v) for v in sets.values()] == [4, 4, 4, 4, 2, 2, 2, 2, 4]

@@ -28,7 +28,7 @@ from csrm_jax.core import checkpoint, tree
 from csrm_jax.data import forms, sources
 from csrm_jax.models import config as model_config, hf, lora, transformer
 from csrm_jax.reward import model as reward_model, scoring
-from csrm_jax.ruleworld import examples
+from csrm_jax.ruleworld import examples, lexicon
 from csrm_jax.safety import schema
 from csrm_jax.text import tokenizer as tokenizer_lib
 
@@ -37,7 +37,7 @@ RM, EVAL = (config_lib.load_module(ROOT / 'configs' / name) for name in ('rm.py'
 SUMMARY_KEYS = (
   *(
     f'{split}/{name}'
-    for split in ('seen', 'unseen')
+    for split in ('seen', 'unseen', 'new_topics', 'new_wordings', 'degree')
     for name in ('f1', 'f1_best', 'auprc', 'auprc_best', 'smece', 'prob_error')
   ),
   'pairs/accuracy',
@@ -240,6 +240,32 @@ def _tiny(arg=''):
     }
   )
   return config
+
+
+@pytest.mark.parametrize('side', ['dev', 'test'])
+def test_a_run_reads_the_topics_of_tests_only_when_asked_and_counts_it(side, tmp_path, monkeypatch):
+  made, make_example = [], examples.make_example
+
+  def keep(*args, **fields):
+    made.append(make_example(*args, **fields))
+    return made[-1]
+
+  monkeypatch.setattr(examples, 'make_example', keep)
+  config = _tiny()
+  assert config.eval.ruleworld_side == 'dev'
+  config.eval.ruleworld_side = side
+  main.run(config, tmp_path)
+  texts = [c.name + c.guideline for e in made for c in e.safety.categories]
+  texts += [m.content for e in made for m in e.conversation]
+  said = {word for text in texts for word in re.findall(r'[a-z]+', text.lower())}
+  kept = {
+    word
+    for topic in map(lexicon.topic_named, lexicon.TEST)
+    for word in (topic.name.lower(), *topic.subcategories, *sum(topic.phrases, ()))
+  }
+  assert bool(said & kept) == (side == 'test')
+  manifest = json.loads((tmp_path / 'manifest.json').read_text())
+  assert manifest.get('test_openings', 0) == (side == 'test')
 
 
 @pytest.mark.parametrize(
