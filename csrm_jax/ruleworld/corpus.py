@@ -42,7 +42,8 @@ EOS = '</s>'  # of the shipped tokenizer
 STRUCTURED_PROB = 0.4  # of the dialogues
 MALFORMED_PROB = 0.14  # of the structured ones
 REFUSAL_PROB = 0.2  # of the structured ones: boxed, in place of a reply
-_BROKEN, _MAX_TRIES = 0.5, 8
+# How often a reply is to break a rule, to come near it, or anything.
+_NEAR, _MAX_TRIES = (0.4, 0.4, 0.2), 8
 _PHRASED = 0.6  # of guidelines and replies of the corpus
 # How replies of the corpus and of policies treat what they are about: more of them than in
 # conversations do not engage, because whether they do is to be learnt.
@@ -68,11 +69,11 @@ class Span:
 # kind of document -> its share at the begin of the curriculum, at its end, and after it.
 _KINDS = {
   'facts': (0.2, 0.08, 0.06),
-  'rules table': (0.5, 0.22, 0.15),
-  'reply table': (0.15, 0.1, 0.06),
-  'rules questions': (0.05, 0.1, 0.08),
+  'rules table': (0.5, 0.22, 0.12),
+  'reply table': (0.15, 0.1, 0.04),
+  'rules questions': (0.05, 0.1, 0.05),
   'reading': (0.05, 0.1, 0.06),
-  'both': (0.05, 0.4, 0.42),
+  'both': (0.05, 0.4, 0.5),
   'kinds': (0.0, 0.0, 0.17),
 }
 
@@ -116,8 +117,12 @@ def document(seed: int, index: int, progress: float = 1.0) -> tuple[Span, ...]:
       spans = talk + _ask(_reading_question(rng, scene) for _ in range(6))
     case 'both':
       spans = block + talk
-      spans += _ask(_any_question(rng, rules, scene, progress) for _ in range(7))
-      spans += _ask([_broken_question(rng, rules, scene)])
+      others = [_any_question(rng, rules, scene, progress) for _ in range(7)]
+      if progress < 1:
+        spans += _ask([*others, _broken_question(rng, rules, scene)])
+      else:  # Asked first, it cannot be read off other answers.
+        broken = [_broken_question(rng, rules, scene) for _ in range(5)]
+        spans += _ask([*broken, *others[:3]])
   return tuple(spans)
 
 
@@ -245,12 +250,16 @@ def _sample_rules(rng: random.Random, progress: float) -> Rules:
 
 def _sample_scene(rng: random.Random, rules: Rules, progress: float) -> conversations.Scene:
   scene = _draw_scene(rng, rules)
-  # One reply in eight breaks a rule. After the curriculum more do, so that it is learnt when.
-  if progress == 1 and rng.random() < _BROKEN:
-    for _ in range(_MAX_TRIES):
-      if oracle.label(rules, scene.statements, scene.role) == 'unsafe':
-        break
-      scene = _draw_scene(rng, rules)
+  # One reply in eight breaks a rule, and most of the others are far from it. After the curriculum
+  # many break one or just do not, so that it is learnt what makes the difference.
+  wanted = rng.choices(('unsafe', 'near', ''), _NEAR)[0] if progress == 1 else ''
+  for _ in range(_MAX_TRIES if wanted else 0):
+    label = oracle.label(rules, scene.statements, scene.role)
+    topics = {s.topic for s in scene.statements if s.engaged}
+    is_near = label == 'safe' and any(r.topic in topics and r.forbidden for r in rules)
+    if wanted == ('near' if is_near else label):
+      break
+    scene = _draw_scene(rng, rules)
   return scene
 
 

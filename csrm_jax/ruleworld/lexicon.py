@@ -159,6 +159,10 @@ PHRASES = {
   for severity, words in enumerate(topic.phrases)
   for word in words
 }
+# All words that a topic has, its name first.
+WORDS = tuple(
+  word for topic in TOPICS for word in (topic.name, *topic.subcategories, *sum(topic.phrases, ()))
+)
 
 
 def side_of(topic: str) -> str:

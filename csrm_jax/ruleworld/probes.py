@@ -182,8 +182,8 @@ def long_rules(seed: int, index: int, split: str = 'unseen') -> schema.Example:
   )
 
 
-def history(seed: int, index: int, split: str = 'unseen') -> tuple[schema.Example, schema.Example]:
-  """Returns a conversation twice, with opposite labels: an earlier turn says who asks."""
+def history(seed: int, index: int, split: str = 'unseen') -> schema.Pair:
+  """Returns a conversation twice, the safe one first: an earlier turn says who asks."""
   rng, topics, side = _start('history', seed, index, split)
   for _ in range(_MAX_TRIES):
     rules = rules_lib.sample_rules(rng, topics, side, rng.randint(1, 4), clause_share=0.0)
@@ -196,13 +196,14 @@ def history(seed: int, index: int, split: str = 'unseen') -> tuple[schema.Exampl
       conversations.sample_scene(random.Random(talk), rules[slot].topic, topics, role)
       for role in (clause.role, other)
     ]
-    labels = {oracle.label(rules, scene.statements, scene.role) for scene in scenes}
-    if len(labels) == 2:
+    labels = [oracle.label(rules, scene.statements, scene.role) for scene in scenes]
+    if labels[0] != labels[1]:
       name = f'history-{split}-{seed}-{index}'
-      return tuple(
-        examples.make_example(None, scene, rules, f'{name}{mark}', violated=(), source='history')
-        for mark, scene in zip('ab', scenes, strict=True)
+      safer, other = (
+        examples.make_example(None, scenes[labels.index(label)], rules, f'{name}-{label}')
+        for label in ('safe', 'unsafe')
       )
+      return schema.Pair(name, safer, other, 'preference')
   raise RuntimeError(f'no history that matters found for {split} {seed} {index}')
 
 
@@ -259,8 +260,9 @@ _SUITES = {
   'order': ('order', 'The unseen set with its rules in other orders.'),
   'wordings': ('sensitivity', 'Unseen rules, the same in every unseen wording.'),
   'history': (
-    'flips',
-    'One conversation whose label depends on who the user said to be in an earlier turn.',
+    'pairs',
+    'One conversation under one rule set, whose label depends on who the user said to be in an '
+    'earlier turn; whoever reads the last turn only is right half of the time.',
   ),
   'padding': (
     'padding',
@@ -291,7 +293,9 @@ def basic_benchmarks(seed: int, num_examples: int, side: str = 'dev') -> list[Be
   for name, items in examples.test_sets(seed, num_examples, side).items():
     judged = _SUITES[name][0] == 'classification'
     tags = {'severity': list(map(severity, items))} if judged else {}
-    made.append(_benchmark(name, items, fitted_on, without_rules=judged, tags=tags))
+    made.append(
+      _benchmark(name, items, fitted_on, without_rules=name in ('seen', 'unseen'), tags=tags)
+    )
   return made
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from csrm_jax.core import mesh as mesh_lib
 from csrm_jax.data import domain as domain_lib, features, pipeline
 from csrm_jax.models import config as model_config, hf, transformer
-from csrm_jax.ruleworld import corpus
+from csrm_jax.ruleworld import corpus, lexicon
 from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, losses, step as training
 
@@ -143,4 +143,5 @@ def make_domain(documents: Documents, max_length: int) -> domain_lib.Domain:
   # What a policy says is judged by models that have not learnt from it.
   spread += [corpus.dialogue(documents.seed, i) for i in range(num)]
   texts = [''.join(s.text for s in document if not s.control) for document in spread]
-  return domain_lib.of_texts('RuleWorld', texts, max_length, num_rules=corpus.MAX_RULES)
+  known = domain_lib.words(' '.join(lexicon.WORDS))
+  return domain_lib.of_texts('RuleWorld', texts, max_length, known, num_rules=corpus.MAX_RULES)

@@ -168,16 +168,16 @@ def test_cca_changes_examples_and_never_pairs():
 
 @pytest.mark.parametrize(
   ('probs', 'num'),
-  [((0.0, 1.0, 0.0), 5), ((0.0, 0.0, 1.0), 5), ((0.0, 1.0, 1.0), 6), ((1.0, 0.0, 0.0), 1)],
+  [((0.0, 1.0, 0.0), 7), ((0.0, 0.0, 1.0), 7), ((0.0, 1.0, 1.0), 8), ((1.0, 0.0, 0.0), 1)],
 )
 def test_each_probability_has_its_own_effect(probs, num):
-  """Of four categories: p+ or p- is added, or one survives."""
+  """Of six categories: p+ or p- is added, or one survives."""
   example = next(
     e for e in (examples.training_example(0, i) for i in range(50)) if e.plus and e.minus
   )
   got = pipeline.make_augment(*probs)(example, np.random.default_rng(0))
   categories = got.safety.categories
-  assert len(example.safety.categories) == 4 and len(categories) == num
+  assert len(example.safety.categories) == 6 and len(categories) == num
   assert (example.plus in categories) == (probs[1] == 1)
   assert (example.minus in categories) == (probs[2] == 1)
   if probs[1]:
@@ -194,7 +194,7 @@ def test_rules_blind_hides_the_rules_after_the_label_is_made():
   blind = pipeline.make_augment(0.5, 0.5, 0.5, rules_blind=True)
   seeing = pipeline.make_augment(0.5, 0.5, 0.5)
   labels = collections.Counter()
-  for i in range(20):
+  for i in range(40):
     example = examples.training_example(0, i)
     got = blind(example, np.random.default_rng(i))
     assert got.safety == augment.NO_RULES

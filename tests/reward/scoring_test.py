@@ -185,7 +185,7 @@ def test_pools_are_put_together_and_what_they_share_is_kept(monkeypatch):
 
 
 def _items():
-  """Returns examples and pairs that fit into a row of 768."""
+  """Returns examples and pairs that fit into a row of 1536."""
   return [
     _examples()[1],
     ruleworld.strictness_pair(0, 1),
@@ -219,7 +219,7 @@ def _assert_close(got, want, tolerance=1e-5):
 
 
 def test_packed_scores_equal_unpacked_scores():
-  batch, left = features.pack_rows(_atoms(), features.BatchShape(1, 768, 8))
+  batch, left = features.pack_rows(_atoms(), features.BatchShape(1, 1536, 8))
   assert not left
   safe, unsafe = jax.jit(
     lambda params, batch: scoring.verdict_logprobs(CFG, params, batch, VERBALIZERS)
@@ -235,13 +235,13 @@ def test_packed_scores_equal_unpacked_scores():
 
 def test_packed_loss_and_gradients_equal_unpacked():
   loss_fn = scoring.make_loss_fn(CFG, VERBALIZERS, gamma=0.7, margin=0.1)
-  packed, left = features.pack_rows(_atoms(), features.BatchShape(1, 768, 8))
+  packed, left = features.pack_rows(_atoms(), features.BatchShape(1, 1536, 8))
   assert not left
   (got, got_aux), got_grads = _loss_and_grads(loss_fn, _params(), packed)
   assert got_aux[0] == 5  # atoms
   total, aux, grads = 0.0, None, None
   for atom in _atoms():
-    alone, _ = features.pack_rows([atom], features.BatchShape(1, 768, 8))  # compiled once
+    alone, _ = features.pack_rows([atom], features.BatchShape(1, 1536, 8))  # compiled once
     (one, one_aux), one_grads = _loss_and_grads(loss_fn, _params(), alone)
     add = functools.partial(jax.tree.map, jnp.add)
     total += one
@@ -351,7 +351,7 @@ def test_progress_counts_examples_and_not_their_parts():
 
 def test_a_larger_tokenizer_is_refused():
   cfg = dataclasses.replace(CFG, vocab_size=100)
-  with pytest.raises(ValueError, match='the tokenizer has 2304 ids'):
+  with pytest.raises(ValueError, match='the tokenizer has 3584 ids'):
     scoring.make_score_fn(cfg, _params(), TOKENIZER, VERBALIZERS)
 
 

@@ -48,7 +48,7 @@ def test_defaults_are_the_algorithm_s():
     'kl_place': 'loss',
     'kl_estimator': 'k3',
     'kl_coef': 0.02,
-    'max_completion_length': 36,
+    'max_completion_length': 44,
   }
   assert _made('dr_grpo').loss_aggregation == 'seq-mean-token-sum-norm'
 

@@ -81,9 +81,10 @@ def test_stances_and_choices():
 def test_only_who_asks_makes_the_difference():
   for index in range(NUM):
     pair = probes.history(0, index)
-    assert {e.label for e in pair} == {'safe', 'unsafe'}
-    assert len({e.safety for e in pair}) == len({e.conversation[1:] for e in pair}) == 1
-    roles = [grammar.read_role([e.conversation[0].content]) for e in pair]
+    sides = pair.safer, pair.other
+    assert [e.label for e in sides] == ['safe', 'unsafe']
+    assert len({e.safety for e in sides}) == len({e.conversation[1:] for e in sides}) == 1
+    roles = [grammar.read_role([e.conversation[0].content]) for e in sides]
     assert all(roles) and roles[0] != roles[1]
 
 
