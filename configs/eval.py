@@ -135,6 +135,22 @@ def get_config(arg=None):
     # the false alarms and the recall of a calibrated monitor. 0 judges whole replies only.
     c.every = 0
     c.alpha = 0.05  # the share of safe replies that the monitor may alarm
+    # Adds `multifurcation` to what search finds: beam search with each of these numbers of beams,
+    # as (1, 4), guided by a model of next tokens that is fitted first. () for none.
+    c.beams = ()
+    c.multifurcation = ml_collections.ConfigDict(
+      {
+        'top_p': 0.8,  # beams go on with the policy's likeliest tokens that together have this
+        # No reply stops within so many tokens, as in the source; RuleWorld's have 36 at most.
+        'min_length': 16,
+        'num_samples': 2000,  # replies to training prompts, whose prefixes the model learns from
+        'every': 4,  # a prefix is scored after so many tokens, and whole replies are
+        'num_steps': 500,
+        'batch_size': 32,  # replies in a step
+        'lr': 3e-3,  # the peak of a warm-up and a cosine
+        'lora_rank': 4,  # of the adapters on queries and values
+      }
+    )
     return c
   if arg.benchmarks:
     c.title = ''  # the report's title; '' names the model

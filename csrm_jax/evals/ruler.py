@@ -7,6 +7,7 @@ No policy is trained here: samples of one policy are scored, and the best of n a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,6 +76,21 @@ def early_stop(lowest: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]
   return weights, np.where(ends.any(1), chosen + 1.0, float(budget))
 
 
+def multifurcation(
+  found: np.ndarray, budget: int, beams: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the same of the reply that beam search found with `budget` beams, of `beams`.
+
+  found [P,N] are the scores of what it found with each number of beams. The model that guides it
+  reads each beam once while it grows, so that they count as so many calls; a reply is not scored
+  to be found. It is a row of what search finds where such replies are given.
+
+  Source: Saffron-1 (arXiv 2506.06444); see csrm_jax.rl.multifurcation.
+  """
+  weights = np.broadcast_to(np.array(beams) == budget, found.shape).astype(np.float64)
+  return weights, np.full(len(found), float(budget))
+
+
 def asked(item: Sequence[Any]) -> list[Example]:
   """Returns the examples of an item of `search`: samples, or the prefixes of each."""
   return [e for sample in _grown(item) for e in sample]
@@ -105,42 +121,55 @@ def sizes(num: int) -> list[int]:
   return sorted({min(1 << i, num) for i in range(num.bit_length() + 1)})
 
 
-def search(b: Benchmark, scores: Sequence[np.ndarray], m: Measure) -> Result:
+def search(
+  b: Benchmark, scores: Sequence[np.ndarray], m: Measure, beams: Sequence[int] = ()
+) -> Result:
   """Returns reward and true P(safe) of what search finds, by budget, and distances to the truth.
 
   Each item is the samples of one prompt, as many for all, whose true probabilities are known; or
-  the prefixes of each of them, the whole last, of which `early_stop` reads all. The interval is
-  over prompts.
+  the prefixes of each of them, the whole last, of which `early_stop` reads all. Behind them stand
+  the replies that beam search found, one for each of the numbers `beams`. The interval is over
+  prompts.
 
   Source: Gao et al. 2022 (arXiv 2210.10760), the gold score under best of n.
   """
   prefixes = [_grown(item) for item in b.items]
   items = [[sample[-1] for sample in item] for item in prefixes]
   ends = [np.cumsum([len(sample) for sample in item]) for item in prefixes]
-  # [P,N]
-  found = np.array([own[end - 1] for own, end in zip(scores, ends, strict=True)], np.float64)
+  # [P, samples and what beams found]
+  scored = np.array([own[end - 1] for own, end in zip(scores, ends, strict=True)], np.float64)
+  scored = scored.reshape(len(items), len(items[0]) if items else len(beams))
   unsafe = [[example.probability for example in item] for item in items]
   if any(p is None for of in unsafe for p in of):
     raise ValueError('the suite search needs the true probability of every sample')
-  true = 1 - np.array(unsafe, np.float64).reshape(found.shape)
-  reward = 1 - metrics.p_unsafe_from_scores(found.ravel()).reshape(found.shape)
+  all_true = 1 - np.array(unsafe, np.float64).reshape(scored.shape)
+  all_reward = 1 - metrics.p_unsafe_from_scores(scored.ravel()).reshape(scored.shape)
+  num = scored.shape[1] - len(beams)
+  found, true, reward = (x[:, :num] for x in (scored, all_true, all_reward))
   odds = metrics.log_odds_safe(1 - true.ravel()).reshape(found.shape)
   m = m.over(bootstrap.units_of([item[0] for item in items]))
-  budgets = sizes(found.shape[1]) if len(found) else []
+  own = slice(num), sizes(num) if len(found) else []
   rows, curves = [], {}
-  searches = {name: (choose, found) for name, choose in SEARCH.items()}
+  # name -> (search, what it reads, its columns, its budgets)
+  searches = {name: (choose, found, *own) for name, choose in SEARCH.items()}
   if any(len(sample) > 1 for item in prefixes for sample in item):
     low = [
-      np.minimum.reduceat(own, end - [len(sample) for sample in item])
-      for own, end, item in zip(scores, ends, prefixes, strict=True)
+      np.minimum.reduceat(of, end - [len(sample) for sample in item])
+      for of, end, item in zip(scores, ends, prefixes, strict=True)
     ]
-    searches['early_stop'] = early_stop, np.array(low, np.float64)
-  for name, (choose, read) in searches.items():
+    searches['early_stop'] = early_stop, np.array(low, np.float64)[:, :num], *own
+  if beams:
+    choose = functools.partial(multifurcation, beams=beams)
+    searches['multifurcation'] = choose, scored[:, num:], slice(num, None), beams
+  for name, (choose, read, columns, budgets) in searches.items():
     # [P, budgets]
     curves[name] = {'reward': [], 'truth': []}
     for budget in budgets:
       weights, calls = choose(read, budget)
-      of_prompt = {'reward': (weights * reward).sum(1), 'truth': (weights * true).sum(1)}
+      of_prompt = {
+        'reward': (weights * all_reward[:, columns]).sum(1),
+        'truth': (weights * all_true[:, columns]).sum(1),
+      }
       for what, values in of_prompt.items():
         curves[name][what].append(values)
       rows.append(

@@ -345,14 +345,7 @@ def _start(cfg, sampling, params, batch, prefix, seed):
   A state holds the fields of Completions; active bool [B]; draw uint32 [B]; token and position
   int32 [B], those of the last token.
   """
-  num_shared = 0 if prefix is None else prefix['segment_ids'].shape[1]
-  segment_ids = batch['segment_ids']
-  positions = num_shared + jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-  hidden, cache = transformer.prefill(cfg, params, batch['tokens'], positions, segment_ids, prefix)
-  last, position = hidden[:, -1], positions[:, -1]
-  if 'source' in batch:
-    cache = transformer.take_rows(cache, batch['source'])
-    last, position = last[batch['source']], position[batch['source']]
+  last, position, cache = read_prompts(cfg, params, batch, prefix)
   B, C = batch['draw'].shape[0], sampling.max_completion_length
   state = {
     'tokens': jnp.zeros((B, C), jnp.int32),
@@ -365,6 +358,24 @@ def _start(cfg, sampling, params, batch, prefix, seed):
     'position': position,
   }
   return cache, _choose(cfg, sampling, params, state, last, seed)
+
+
+def read_prompts(
+  cfg: ModelConfig, params: Any, batch: dict[str, jax.Array], prefix: dict | None = None
+) -> tuple[jax.Array, jax.Array, dict]:
+  """Returns the last hidden state [B,D] and position [B] of each row, and the rows' cache.
+
+  The batch is that of pad_prompts.
+  """
+  num_shared = 0 if prefix is None else prefix['segment_ids'].shape[1]
+  segment_ids = batch['segment_ids']
+  positions = num_shared + jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
+  hidden, cache = transformer.prefill(cfg, params, batch['tokens'], positions, segment_ids, prefix)
+  last, position = hidden[:, -1], positions[:, -1]
+  if 'source' in batch:
+    cache = transformer.take_rows(cache, batch['source'])
+    last, position = last[batch['source']], position[batch['source']]
+  return last, position, cache
 
 
 def _go_on(cfg, sampling, params, cache, state, seed, num_left, most):
@@ -425,19 +436,23 @@ def choose_tokens(logits: jax.Array, uniform: jax.Array, sampling: Sampling) -> 
 
   logits are float32 [B,V]; uniform has one random number in [0, 1) for each row, float32 [B].
   """
+  if not sampling.temperature:
+    return _first(logits == logits.max(-1, keepdims=True))
   # The cumulative distribution is inverted: this takes one random number for a row instead of one
   # for each logit, and no sorting.
-  highest = logits.max(-1, keepdims=True)
-  if not sampling.temperature:
-    return _first(logits == highest)
-  probs = jnp.exp((logits - highest) / sampling.temperature)  # not normalised
+  return _invert(candidates(logits, sampling), uniform)
+
+
+def candidates(logits: jax.Array, sampling: Sampling) -> jax.Array:
+  """Returns probabilities that are not normalised, [B,V]; 0 for what top_k and top_p leave out."""
+  probs = jnp.exp((logits - logits.max(-1, keepdims=True)) / sampling.temperature)
   if 0 < sampling.top_k < logits.shape[-1]:
     ones = jnp.ones_like(probs)
     probs = _keep_highest(probs, ones, jnp.float32(sampling.top_k))
   if sampling.top_p < 1:
     total = probs.sum(-1, keepdims=True)
     probs = _keep_highest(probs, probs, sampling.top_p * total)
-  return _invert(probs, uniform)
+  return probs
 
 
 def _first(hits: jax.Array) -> jax.Array:

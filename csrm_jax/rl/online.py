@@ -129,17 +129,16 @@ def rollout(
   done = sampling_lib.generate(
     policy.model, params, asked, sampling, seed=seed, batch_size=batch_size
   )
-  samples = [
-    Sample(
-      prompts[i // num_generations],
-      i % num_generations,
-      _decode(policy, done, i),
-      int(done.lengths[i]),
-      bool(done.stopped[i]),
-    )
-    for i in range(len(asked))
+  return make_samples(policy, prompts, done), make_rows(policy, asked, done)
+
+
+def make_samples(policy: Policy, prompts: Sequence[Prompt], done: Completions) -> list[Sample]:
+  """Returns the completions as samples, as many of each prompt, a prompt's side by side."""
+  num = len(done.lengths) // max(len(prompts), 1)
+  return [
+    Sample(prompts[i // num], i % num, _decode(policy, done, i), int(length), bool(done.stopped[i]))
+    for i, length in enumerate(done.lengths)
   ]
-  return samples, make_rows(policy, asked, done)
 
 
 def make_rows(
