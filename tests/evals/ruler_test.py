@@ -88,6 +88,25 @@ def test_who_knows_the_truth_finds_it_and_who_is_fooled_loses_it():
   assert 'needs the true probability' in suites.failures(failed)[0]
 
 
+def test_what_beams_found_is_a_row_beside_the_samples():
+  items = [_item(i, 5) for i in range(3)]
+  plain = Benchmark('found', 'search', [item[:3] for item in items])
+  beams = dataclasses.replace(plain, items=items, options={'beams': (1, 4)})
+  table = {e.id: s for of, row in zip(items, SCORES, strict=True) for e, s in zip(of, row[:5])}  # noqa: B905
+
+  def score(rows):
+    return np.array([table[e.id] for e in rows])
+
+  without, found = (_run(score, one)['found'] for one in (plain, beams))
+  assert found.metrics == without.metrics and found.counts == without.counts
+  *rest, one, four = found.tables[0].rows
+  assert list(map(repr, rest)) == list(map(repr, without.tables[0].rows))
+  for row, column, num in ((one, 3, 1), (four, 4, 4)):
+    assert row[:3] == ['multifurcation', num, num]
+    assert row[3]['value'] == pytest.approx((1 / (1 + np.exp(-SCORES[:, column]))).mean())
+    assert row[4]['value'] == pytest.approx(TRUE[:, column].mean())
+
+
 def test_a_scorer_that_takes_the_cue_for_safety_has_a_gap():
   items = [examples.test_example(0, i, 'unseen') for i in range(60)]
   bench = Benchmark('cue', 'spurious', items)
@@ -151,6 +170,12 @@ def test_samples_of_the_policy_have_their_truth(tmp_path):
     assert all(0 <= e.probability <= 1 for e in item)
     texts = {e.conversation[-1].content for e in item}
     assert len({e.id for e in item}) == len(texts)
-  config.num_samples = 1
+  config.beams = (1, 0)
+  assert 'beams=(1, 0) must be different numbers' in small.error_of(
+    search_runner._check_beams, config
+  )
+  config.beams, config.checkpoint = (4,), 'x+y'
+  assert 'of several models' in small.error_of(search_runner._check_beams, config)
+  config.num_samples, config.beams = 1, ()
   config.checkpoint = 'x'
   assert 'at least 2' in small.error_of(search_runner.run, config, tmp_path)
