@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csrm_jax.core import tree
+from csrm_jax.core import progress, tree
 from csrm_jax.data import features
 from csrm_jax.models import lora, sampling as sampling_lib, transformer
 from csrm_jax.models.config import ModelConfig
@@ -51,9 +51,12 @@ class Multifurcation:
 
 
 def asker(
-  spec: reward_model.Spec, tokenizer: Tokenizer, policy: online.Policy
+  spec: reward_model.Spec, tokenizer: Tokenizer, policy: online.Policy, length: int
 ) -> Callable[[Prompt], list[int]]:
-  """Returns a function: prompt -> the ids of the reward model's prompt up to the reply."""
+  """Returns a function: prompt -> the ids of the reward model's prompt up to the reply.
+
+  A prompt that leaves no room for a reply of `length` tokens is a ValueError.
+  """
   if spec.layout.format != 'csrm':
     raise ValueError(
       f'format={spec.layout.format!r}: next tokens can be judged in the format csrm alone'
@@ -72,7 +75,13 @@ def asker(
     place = [segment.kind for segment in segments].index('response')
     reply = dataclasses.replace(segments[place], text=segments[place].text.rstrip())
     parts = features.encode_segments((*segments[:place], reply), tokenizer, 2**30)
-    return [token for part in features.require(parts).tokens for token in part]
+    ids = [token for part in features.require(parts).tokens for token in part]
+    if len(ids) + length > spec.model.context_length:
+      raise ValueError(
+        f'prompt {prompt.id}: with its rules it has {len(ids)} tokens, which with a reply of '
+        f"{length} are more than the reward model's context_length={spec.model.context_length}"
+      )
+    return ids
 
   return ask
 
@@ -144,22 +153,18 @@ def fit(
   """Returns M, learnt from samples of the policy and the rewards of `observe`, and its errors.
 
   spec and params are the reward model's. settings has num_steps, batch_size, lr and
-  lora_rank. The errors are mean squares: over the last tenth of the steps, and of the mean reward.
+  lora_rank. The errors are mean squares: of M in the last tenth of the steps, and of the mean.
   """
   base = heads.body(params)
   base = lora.merge(spec.model, base) if spec.model.lora_rank else base
   fields = {'lora_rank': settings.lora_rank, 'lora_alpha': float(settings.lora_rank)}
   plain = dataclasses.replace(spec.model, lora_rank=0)
   cfg = dataclasses.replace(plain, **fields, lora_targets=TARGETS)
-  mask, stops = rows['completion_mask'], [sample.stopped for sample in samples]
+  lengths = rows['completion_mask'].sum(1).astype(np.int32)
   done = Completions(
-    rows['tokens'][:, -mask.shape[1] :],
-    mask.sum(1).astype(np.int32),
-    rows['rollout_logprobs'],
-    np.array(stops),
+    rows['tokens'][:, -rewards.shape[1] :], lengths, rows['rollout_logprobs'], lengths > 0
   )
   asked = [ask(sample.prompt) for sample in samples]
-  _check_lengths(plain, asked, mask.shape[1])
   read = online.make_rows(dataclasses.replace(policy, model=plain), asked, done)
   width = read['completion_mask'].shape[1]
   data = {name: read[name] for name in online.READ} | {'reward': rewards[:, :width]}
@@ -173,20 +178,16 @@ def fit(
     clip_norm=1.0,
     end_lr_fraction=0.0,
   )
-  bias = jnp.zeros(cfg.vocab_size, jnp.float32)
-  trained = lora.init(cfg, seed) | {'head': {'bias': bias}}
-  step, state = (
-    training.make_train_step(make_loss_fn(cfg), optimizer),
-    training.init_state(trained, optimizer),
-  )
-  steps = []
-  for i in range(settings.num_steps):
-    size = settings.batch_size
-    chosen = online.shuffled(i * size, size, len(samples), (seed,))
-    state, metrics = step(state, {name: x[chosen] for name, x in data.items()}, base)
-    steps.append(metrics)
-  found = training.mean_metrics(steps)
-  if not found['train/finite']:
+  trained = lora.init(cfg, seed) | {'head': {'bias': jnp.zeros(cfg.vocab_size)}}
+  step = training.make_train_step(make_loss_fn(cfg), optimizer)
+  state, steps, size = training.init_state(trained, optimizer), [], settings.batch_size
+  with progress.bar(settings.num_steps, 'fit', 'step') as bar:
+    for i in range(settings.num_steps):
+      chosen = online.shuffled(i * size, size, len(samples), (seed,))
+      state, metrics = step(state, {name: x[chosen] for name, x in data.items()}, base)
+      steps.append(metrics)
+      bar.update()
+  if not training.mean_metrics(steps)['train/finite']:
     raise ValueError(f'lr={settings.lr}: the multifurcation model is not finite; lower it')
   seen = np.zeros(cfg.vocab_size, bool)
   seen[done.tokens[~np.isnan(rewards)]] = True
@@ -200,15 +201,6 @@ def fit(
   last = training.mean_metrics(steps[-max(len(steps) // 10, 1) :])
   errors = {'error': last['multifurcation/error'], 'error_of_mean': float(np.nanvar(rewards))}
   return made, errors
-
-
-def _check_lengths(cfg: ModelConfig, asked: Sequence[Sequence[int]], length: int) -> None:
-  longest = max(map(len, asked))
-  if longest + length > cfg.context_length:
-    raise ValueError(
-      f'rules and request have {longest} tokens, which with a reply of {length} are more than the '
-      f"reward model's context_length={cfg.context_length}; shorten either"
-    )
 
 
 # --- The search --------------------------------------------------------------------------
@@ -242,7 +234,6 @@ def search(
     (policy.model, policy.encode_all(prompts, sampling.max_completion_length)),
     (made.model, [made.ask(prompt) for prompt in prompts]),
   )
-  _check_lengths(*sides[1], sampling.max_completion_length)
   batches = [
     sampling_lib.pad_prompts(
       [tuple(ids) for ids in asked for _ in range(beams)], len(asked) * beams, 0, cfg

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable
@@ -121,7 +122,7 @@ def _make_beam_search(
   spec, weights, tokenizer = reward_model.load_parts(
     config.checkpoint, **evaluate.model_options(config)
   )
-  ask = multifurcation.asker(spec, tokenizer, policy)
+  ask = multifurcation.asker(spec, tokenizer, policy, sampling.max_completion_length)
   num = max(settings.num_samples // (_SAMPLES_EACH * len(names)), 1)
   prompts = [p for rules in names for p in world.prompts(config.seed, num, rules, 'train')]
   drawn = online.rollout(policy, params, prompts, sampling, _SAMPLES_EACH, config.seed)
@@ -143,14 +144,15 @@ def _make_beam_search(
   def find(rules):
     prompts = world.prompts(config.seed, config.num_prompts, rules, 'test')
     found: list[list[schema.Example]] = [[] for _ in prompts]
-    for beams in config.beams:
-      for i in range(0, len(prompts), PROMPTS_AT_ONCE):
+    with evaluate.progress_bar('beams', len(prompts) * len(config.beams)) as bar:
+      for beams, i in itertools.product(config.beams, range(0, len(prompts), PROMPTS_AT_ONCE)):
         some = prompts[i : i + PROMPTS_AT_ONCE]
         best, _ = multifurcation.search(
           policy, params, made, some, sampling, beams, settings.min_length
         )
         for own, sample in zip(found[i : i + PROMPTS_AT_ONCE], best, strict=True):
           own.append(_known(sample))
+        bar.update(len(some))
     return found
 
   return find

@@ -209,7 +209,7 @@ def test_it_learns_from_beginnings_of_samples():
       text = policy.tokenizer.decode(reply[:end].tolist()).strip()
       assert own[end - 1] == pytest.approx(len(text) % 7 / 7)
 
-  ask = multifurcation.asker(small.SPEC, small.TOKENIZER, policy)
+  ask = multifurcation.asker(small.SPEC, small.TOKENIZER, policy, 10)
   text = small.TOKENIZER.decode(ask(prompts[0]))
   assert text.endswith('Agent:') and prompts[0].safety.categories[0].guideline in text
 
@@ -229,8 +229,13 @@ def test_it_learns_from_beginnings_of_samples():
 def test_what_it_cannot_judge_is_an_error():
   policy = online.Policy(small.SPEC.model, small.TOKENIZER, world.CHAT_MARKS)
   other = types.SimpleNamespace(digest='another')
-  assert 'different tokenizers' in small.error_of(multifurcation.asker, small.SPEC, other, policy)
   guard = dataclasses.replace(
     small.SPEC, layout=dataclasses.replace(small.SPEC.layout, format='llama_guard_3')
   )
-  assert 'format csrm alone' in small.error_of(multifurcation.asker, guard, small.TOKENIZER, policy)
+  error_of = functools.partial(small.error_of, multifurcation.asker)
+  assert 'different tokenizers' in error_of(small.SPEC, other, policy, 9)
+  assert 'format csrm alone' in error_of(guard, small.TOKENIZER, policy, 9)
+  most = small.SPEC.model.context_length
+  ask = multifurcation.asker(small.SPEC, small.TOKENIZER, policy, most)
+  (prompt,) = world.prompts(0, 1, 'film club', 'train')
+  assert f'with a reply of {most}' in small.error_of(ask, prompt)
