@@ -2,7 +2,8 @@
 
 M reads rules, request and the beginning of a reply, and predicts the reward of the reply with each
 token of the vocabulary behind it, where a reward model would be asked once for each. It is the
-reward model with adapters, whose output layer has a bias of its own.
+reward model with adapters, whose logits have a scale and a bias of their own. The scale is ours: it
+begins at 0, so that M begins with the mean reward, and not with logits of words.
 
 Axes: P prompts, K beams of each, N samples, T tokens of a row, C tokens of the longest reply, V
 vocab.
@@ -43,7 +44,7 @@ class Multifurcation:
 
   model: ModelConfig
   params: Any  # of the decoder, adapters merged
-  bias: jax.Array  # float32 [V], of the output layer; -inf for a token that was never learnt
+  head: dict[str, jax.Array]  # scale [] and bias [V]; -inf for a token that was never learnt
   ask: Callable[[Prompt], list[int]]  # the ids that a reply to the prompt continues
 
 
@@ -117,6 +118,11 @@ def observe(
   return found
 
 
+def predict(cfg: ModelConfig, params: Any, head: Any, hidden: jax.Array) -> jax.Array:
+  """Returns what M says of each next token, float32 [...,V], given hidden states [...,D]."""
+  return head['scale'] * transformer.logits(cfg, params, hidden) + head['bias']
+
+
 def make_loss_fn(cfg: ModelConfig) -> training.LossFn:
   """Returns (params, batch) -> Σ (M(prefix)[token] − reward)² over what was observed.
 
@@ -128,7 +134,7 @@ def make_loss_fn(cfg: ModelConfig) -> training.LossFn:
     body, reward = heads.body(params), batch['reward']
     hidden = transformer.hidden(cfg, body, *(batch[name] for name in online.READ[:3]))
     start = batch['tokens'].shape[1] - reward.shape[1]
-    values = transformer.logits(cfg, body, hidden[:, start - 1 : -1]) + params['head']['bias']
+    values = predict(cfg, body, params['head'], hidden[:, start - 1 : -1])
     found = jnp.take_along_axis(values, batch['tokens'][:, start:, None], axis=-1)[..., 0]
     known = ~jnp.isnan(reward)
     # The NaN is put away before the difference: its gradient would be NaN, too.
@@ -178,7 +184,8 @@ def fit(
     clip_norm=1.0,
     end_lr_fraction=0.0,
   )
-  trained = lora.init(cfg, seed) | {'head': {'bias': jnp.zeros(cfg.vocab_size)}}
+  bias = jnp.full(cfg.vocab_size, np.nanmean(rewards), jnp.float32)
+  trained = lora.init(cfg, seed) | {'head': {'scale': jnp.zeros(()), 'bias': bias}}
   step = training.make_train_step(make_loss_fn(cfg), optimizer)
   state, steps, size = training.init_state(trained, optimizer), [], settings.batch_size
   with progress.bar(settings.num_steps, 'fit', 'step') as bar:
@@ -191,11 +198,11 @@ def fit(
     raise ValueError(f'lr={settings.lr}: the multifurcation model is not finite; lower it')
   seen = np.zeros(cfg.vocab_size, bool)
   seen[done.tokens[~np.isnan(rewards)]] = True
-  adapters = {name: part for name, part in state.params.items() if name != 'head'}
+  head = state.params['head']
   made = Multifurcation(
     plain,
-    lora.merge(cfg, tree.merge(base, adapters)),
-    jnp.where(seen, state.params['head']['bias'], -jnp.inf),
+    lora.merge(cfg, tree.merge(base, heads.body(state.params))),
+    head | {'bias': jnp.where(seen, head['bias'], -jnp.inf)},
     ask,
   )
   last = training.mean_metrics(steps[-max(len(steps) // 10, 1) :])
@@ -242,7 +249,7 @@ def search(
   ]
   run = _compiled(policy.model, made.model, sampling, beams, min_length)
   weights = [(x, transformer.unstack(x)) for x in (online.decoder_params(params), made.params)]
-  found = jax.device_get(run(weights, made.bias, batches))
+  found = jax.device_get(run(weights, made.head, batches))
   done = Completions(found['tokens'], found['lengths'], np.zeros(0), found['stopped'])
   return online.make_samples(policy, prompts, done), found['value']
 
@@ -251,17 +258,15 @@ def search(
 def _compiled(cfg, model, sampling, beams, min_length):
   models = cfg, model
 
-  def choose(state, caches, last, weights, bias):
+  def choose(state, caches, last, weights, head):
     """Returns (state, caches) with a token more, given both models' last hidden states [R,D]."""
-    shape = *state['value'].shape, -1
-    logits, values = (
-      transformer.logits(one, apart, hidden).reshape(shape)
-      for one, (_, apart), hidden in zip(models, weights, last, strict=True)
-    )
-    state, rows = advance(state, logits, values + bias, sampling, min_length)
+    logits = transformer.logits(cfg, weights[0][1], last[0])
+    values = predict(model, weights[1][1], head, last[1])
+    logits, values = (x.reshape(*state['value'].shape, -1) for x in (logits, values))
+    state, rows = advance(state, logits, values, sampling, min_length)
     return state, [transformer.take_rows(cache, rows) for cache in caches]
 
-  def run(weights, bias, batches):
+  def run(weights, head, batches):
     last, positions, caches = zip(
       *(
         sampling_lib.read_prompts(one, whole, batch)
@@ -272,7 +277,7 @@ def _compiled(cfg, model, sampling, beams, min_length):
     C = sampling.max_completion_length
     caches = [transformer.resize(x, x['positions'].shape[1] + C - 1) for x in caches]
     state = first(len(positions[0]) // beams, beams, C)
-    state, caches = choose(state, caches, last, weights, bias)
+    state, caches = choose(state, caches, last, weights, head)
 
     def body(carry):
       state, caches = carry
@@ -283,7 +288,7 @@ def _compiled(cfg, model, sampling, beams, min_length):
         hidden, cache = transformer.extend(one, apart, token, place, cache)
         last.append(hidden[:, -1])
         grown.append(cache)
-      return choose(state, grown, last, weights, bias)
+      return choose(state, grown, last, weights, head)
 
     state, _ = jax.lax.while_loop(lambda carry: carry[0]['active'].any(), body, (state, caches))
     best, of = state['value'].argmax(1), jnp.arange(len(state['value']))

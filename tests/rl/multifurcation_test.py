@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax.models import lora, sampling as sampling_lib, transformer
+from csrm_jax.models import sampling as sampling_lib, transformer
 from csrm_jax.models.sampling import Sampling
 from csrm_jax.rl import multifurcation, online
 from csrm_jax.ruleworld import policy as world
@@ -40,7 +40,8 @@ class _Policy:
 def _search(monkeypatch, sampling, beams, min_length=0, bias=0.0):
   monkeypatch.setattr(online, 'make_samples', lambda policy, prompts, done: done)
   bias = jnp.broadcast_to(jnp.asarray(bias, jnp.float32), (TINY.vocab_size,))
-  made = multifurcation.Multifurcation(TINY, _params(1), bias, ASKED.__getitem__)
+  head = {'scale': jnp.float32(0.5), 'bias': bias}
+  made = multifurcation.Multifurcation(TINY, _params(1), head, ASKED.__getitem__)
   done, values = multifurcation.search(
     _Policy(), _params(0), made, range(3), sampling, beams, min_length
   )
@@ -71,7 +72,7 @@ def _loop(i, sampling, beams, min_length, bias):
   for step in range(sampling.max_completion_length):
     found = [one for one in pool if one[2]]
     for _, tokens, _ in (one for one in pool if not one[2]):
-      logits, values = _next(0, PROMPTS[i] + tokens), _next(1, ASKED[i] + tokens) + bias
+      logits, values = _next(0, PROMPTS[i] + tokens), 0.5 * _next(1, ASKED[i] + tokens) + bias
       barred = ~np.isfinite(values)
       barred[list(sampling.stop_ids)] |= step < min_length
       for token in _nucleus(np.where(barred, -np.inf, logits), sampling.top_p):
@@ -115,7 +116,7 @@ def test_beams_for_all_replies_are_exhaustive_search(monkeypatch):
       for first in itertools.product((1, 2), repeat=n)
       for last in ((0,) if n < 2 else (0, 1, 2))
     ]
-    of = {one: _next(1, ASKED[i] + one[:-1])[one[-1]] for one in every}
+    of = {one: 0.5 * _next(1, ASKED[i] + one[:-1])[one[-1]] for one in every}
     assert reply == max(of, key=of.get) and value == pytest.approx(max(of.values()), abs=1e-4)
 
 
@@ -152,10 +153,9 @@ def test_a_perfect_model_finds_what_exhaustive_search_finds(beams):
 def test_the_loss_is_over_what_was_observed():
   cfg = dataclasses.replace(TINY, lora_rank=2, lora_alpha=2.0, lora_targets=multifurcation.TARGETS)
   rng = np.random.default_rng(0)
-  trained = lora.init(cfg, 0) | {'head': {'bias': jnp.asarray(rng.normal(size=7), jnp.float32)}}
-  params = _params(1) | {
-    'layers': jax.tree.map(lambda x: x, transformer.init_params(cfg, 0))['layers'],
-    'head': trained['head'],
+  bias = rng.normal(size=7)
+  params = transformer.init_params(cfg, 0) | {
+    'head': {'scale': jnp.float32(0.7), 'bias': jnp.asarray(bias, jnp.float32)}
   }
   tokens = rng.integers(1, 7, (2, 8)).astype(np.int32)
   tokens[0, 6], tokens[1, 7] = 2, 3  # what is observed last
@@ -171,8 +171,7 @@ def test_the_loss_is_over_what_was_observed():
 
   (found, weight), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
   body = {name: part for name, part in params.items() if name != 'head'}
-  values = np.asarray(small.logits(cfg, body, *batch.values()), np.float64)
-  values += np.asarray(params['head']['bias'])
+  values = 0.7 * np.asarray(small.logits(cfg, body, *batch.values()), np.float64) + bias
   # Place c of a reply is token 3 + c of the row, which the state before it predicts.
   seen = [(n, c) for n in range(2) for c in range(5) if not np.isnan(reward[n, c])]
   errors = {(n, c): values[n, 2 + c, tokens[n, 3 + c]] - reward[n, c] for n, c in seen}
@@ -220,7 +219,7 @@ def test_it_learns_from_beginnings_of_samples():
   assert errors['error'] < 0.5 * errors['error_of_mean']
   learnt = {int(t) for row, own in zip(rows['tokens'], rewards, strict=True)
             for t in row[-mask.shape[1] :][~np.isnan(own)]}  # fmt: skip
-  assert set(np.flatnonzero(np.isfinite(made.bias)).tolist()) == learnt
+  assert set(np.flatnonzero(np.isfinite(made.head['bias'])).tolist()) == learnt
   best, values = multifurcation.search(policy, params, made, prompts, sampling, 2, 2)
   assert [one.prompt for one in best] == prompts and np.isfinite(values).all()
   assert all(one.num_tokens > 2 for one in best)
