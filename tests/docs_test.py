@@ -50,7 +50,8 @@ def _keys(path):
   """Returns the dotted keys of a config file as it stands, sections among them."""
   keys = set()
   module = config_lib.load_module(path)
-  for arg in (None, 'benchmarks', 'compare', 'real', 'refusals')[: 5 if path.stem == 'eval' else 1]:
+  jobs = 'benchmarks', 'compare', 'real', 'refusals', 'search'
+  for arg in (None, *(jobs if path.stem == 'eval' else ())):
     for key in config_lib.flatten(module.get_config(arg) if arg else module.get_config()):
       parts = key.split('.')
       keys |= {'.'.join(parts[: i + 1]) for i in range(len(parts))}
