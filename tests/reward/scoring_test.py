@@ -146,8 +146,9 @@ def test_what_many_prompts_share_is_read_once(order, model, monkeypatch):
   """Rules of 30 and of 9 conversations, one conversation under 20 rule sets, and single ones."""
   rules = _rules('heists', 'cats', 'rumours', 'gambling', 'refunds')
   rows = [*_under(rules, _examples(30)), *_under(_rules('dogs'), _examples()), *_examples()]
+  longest = max(_examples(30), key=lambda row: len(repr(row.conversation)))
   for i in range(20):
-    rows += _under(_rules('cats', *('dogs', 'hats')[: i % 3], f'thing {i}'), _examples()[:1])
+    rows += _under(_rules('cats', *('dogs', 'hats')[: i % 3], f'thing {i}'), [longest])
   rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
   cfg = dataclasses.replace(CFG, **model)
   params = jax.tree.map(lambda x: 1.5 * x, transformer.init_params(cfg, 0))
@@ -160,7 +161,7 @@ def test_what_many_prompts_share_is_read_once(order, model, monkeypatch):
     return make_batch(prompts, rows, shape, num_shared, **kwargs)
 
   monkeypatch.setattr(plans, 'make_batch', counted)
-  got = make(costs=plans.Costs(keys=1000, program=0, call_tokens=256, longest_row=256))(rows)
+  got = make(costs=plans.Costs(keys=1000, program=0, call_tokens=512, longest_row=256))(rows)
   assert any(shared) and not all(shared)
   shared.clear()
   np.testing.assert_allclose(got, make(costs=ONE_EACH)(rows), atol=1e-5)
@@ -253,7 +254,7 @@ def test_packed_loss_and_gradients_equal_unpacked():
 
 
 def test_no_gradient_crosses_packed_prompts():
-  batch, _ = features.pack_rows(_atoms()[:3], features.BatchShape(1, 512, 5))
+  batch, _ = features.pack_rows(_atoms()[:3], features.BatchShape(1, 1024, 5))
   ids, length = batch['segment_ids'][0], batch['tokens'].shape[1]
   # One row of the embedding for each place: its gradient is the place's.
   places = batch | {'tokens': np.arange(length, dtype=np.int32)[None]}

@@ -136,8 +136,9 @@ def test_patterns_read_the_refusals_of_ruleworld():
     for stance, texts in grammar.STATEMENTS.items()
     for i, text in enumerate(texts)
   }
-  # The other two ways to decline there give advice against it.
-  assert [name for name, value in refuses.items() if value] == [('decline', 0), ('decline', 1)]
+  # The other ways to decline there give advice against it.
+  found = [name for name, value in refuses.items() if value]
+  assert found == [('decline', i) for i in (0, 1, 12, 14)]
   assert not any(map(verifiers.is_refusal, grammar.FILLERS))
 
 
