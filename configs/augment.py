@@ -62,7 +62,7 @@ def get_config(arg=None):
   c.source.own = ml_collections.ConfigDict({key: arg[key] for key in common.OWN})
   # 0 takes all examples. Fewer are drawn at random from files: their first rows may all have
   # one label.
-  c.source.num_examples = 6000 if arg.data == 'ruleworld' else 0
+  c.source.num_examples = 20_000 if arg.data == 'ruleworld' else 0
   # The source's licence, which the data card names; '' takes the one the catalogue knows, if any.
   c.source.licence = ''
   # Proposes, and writes ArrayRecord files, on Apache Beam (extra [beam]). It runs in this process
@@ -160,6 +160,6 @@ def get_config(arg=None):
   c.strictness.max_pairs = 0  # how many pairs are written, drawn at random; 0 for all
 
   if arg.smoke:
-    c.source.num_examples = 200
+    c.source.num_examples = 400
     c.strictness.max_pairs = 100
   return c

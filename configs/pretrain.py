@@ -1,10 +1,18 @@
 """Makes the weights that the package ships: base, policy_base, policy_structured in ruleworld/.
 
 python -m csrm_jax.main --config=configs/pretrain.py --workdir=/tmp/pretrain
+python -m csrm_jax.main --config=configs/pretrain.py:task=read --workdir=... \
+  --config.model.weights=/tmp/pretrain/base
+python -m csrm_jax.main --config=configs/pretrain.py:task=verdicts --workdir=... \
+  --config.model.weights=.../read
 python -m csrm_jax.main --config=configs/pretrain.py:task=policy --workdir=...
 (or task=structured)
 
-base: a language model that has read RuleWorld text and questions about it, but no verdicts.
+base: a language model that has read RuleWorld text and questions about it.
+read: it goes on with what follows its curriculum, such as replies that just do not break a rule.
+verdicts: it is asked a reward model's question, too, on topics and in wordings of training; the
+package ships the result as its base. What is shipped is not quite what these commands make: the
+last shares of the corpus were set while it learnt.
 policy: the base, taught to answer requests; it knows no rules.
 structured: the policy, taught to reason first, for AlphaAlign.
 """
@@ -17,7 +25,7 @@ common = config_lib.load_module(pathlib.Path(__file__).with_name('common.py'))
 
 
 def get_config(arg=None):
-  """Returns the config; arg: task (base, policy, structured), num_steps."""
+  """Returns the config; arg: task (base, read, verdicts, policy, structured), num_steps."""
   arg = config_lib.parse_arg(arg, task=tuple(TASKS), num_steps=int)
   return common.merge(
     BASE,
@@ -50,7 +58,7 @@ BASE = {
   },
   'data': {
     'num_documents': 2_000_000,  # the corpus repeats after these
-    # With task=base: documents until lists of rules have their full length; they start with one.
+    # Not of policies: documents until lists of rules have their full length; they start with one.
     'curriculum_length': 90_000,
     'batch_size': 12,  # packed rows in a step
     'row_length': 384,  # tokens in a row
@@ -74,6 +82,22 @@ _POLICY = {
 }
 TASKS = {
   'base': {},
+  'read': {
+    'seed': 1,
+    'num_steps': 1600,
+    'model.preset': '',
+    'data.curriculum_length': 1,
+    'optim.lr': 1.5e-3,
+    'optim.warmup_steps': 50,
+  },
+  'verdicts': {
+    'seed': 2,
+    'num_steps': 400,
+    'model.preset': '',
+    'data.curriculum_length': 1,
+    'optim.lr': 1e-3,
+    'optim.warmup_steps': 30,
+  },
   'policy': _POLICY | {'num_steps': 1000, 'model.weights': f'{common.RULEWORLD}/base'},
   'structured': _POLICY | {'num_steps': 500, 'model.weights': f'{common.RULEWORLD}/policy_base'},
 }

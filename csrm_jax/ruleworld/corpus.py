@@ -2,7 +2,8 @@
 
 The base model plays the part that an instruction-tuned language model has in the paper. It knows
 all words, what belongs to what, and how to answer questions about a list of rules or about a
-reply: which rule names this, is that allowed, does the reply promote it, does it break a rule. Of
+reply: which rule names this, is that allowed, does the reply promote it, does it break a rule; at
+last also the question that a reward model is asked, which it answers to the letter. Of
 topics, wordings and sentences that tests keep to themselves it knows words alone, as facts (what
 kind of thing a word is, what a word of guidelines means, that a reply recommends it): every
 question about rules is about `lexicon.SEEN` topics, in wordings of training or those of `phrases`,
@@ -37,6 +38,7 @@ Rules = examples.Rules
 ALL_TOPICS = tuple(topic.name for topic in lexicon.TOPICS)
 MAX_RULES = 8  # in a list
 TEXT_WEIGHT = 0.1  # loss weight of a token of plain text; answers weigh 1
+VERDICT_WEIGHT = 3.0  # a document has only one
 
 EOS = '</s>'  # of the shipped tokenizer
 STRUCTURED_PROB = 0.4  # of the dialogues
@@ -73,7 +75,8 @@ _KINDS = {
   'reply table': (0.15, 0.1, 0.04),
   'rules questions': (0.05, 0.1, 0.05),
   'reading': (0.05, 0.1, 0.06),
-  'both': (0.05, 0.4, 0.5),
+  'both': (0.05, 0.4, 0.22),
+  'verdict': (0.0, 0.0, 0.28),
   'kinds': (0.0, 0.0, 0.17),
 }
 
@@ -100,8 +103,12 @@ def document(seed: int, index: int, progress: float = 1.0) -> tuple[Span, ...]:
     scene = _sample_reading(rng)
   else:
     scene = _sample_scene(rng, rules, progress)
-  block, talk = _parts(rng, rules, scene)
+  block, talk, prompt = _parts(rng, rules, scene)
   match kind:
+    case 'verdict':  # the question that a reward model is asked, answered to the letter
+      label = oracle.label(rules, scene.statements, scene.role)
+      spans = prompt + [Span(f' {label}', weight=VERDICT_WEIGHT), Span('\n')]
+      spans += _ask(_broken_question(rng, rules, scene) for _ in range(3))
     case 'rules table':  # rules, and word by word what is allowed by them
       words = (_look_up(rng, rules, (), progress)[1:3] for _ in range(16))
       spans = block + _table('Allowed', words)
@@ -287,8 +294,8 @@ def _sample_reading(rng: random.Random) -> conversations.Scene:
 
 def _parts(
   rng: random.Random, rules: Rules, scene: conversations.Scene
-) -> tuple[list[Span], list[Span]]:
-  """Returns (the block of rules, the conversation) as the template has them.
+) -> tuple[list[Span], list[Span], list[Span]]:
+  """Returns (the block of rules, the conversation, the whole prompt) as the template has them.
 
   More than half of the guidelines and of the replies are in words of `phrases`.
   """
@@ -311,7 +318,7 @@ def _parts(
     next(i for i, s in enumerate(segments) if s.text == line)
     for line in (templates.RULES, templates.HISTORY, templates.QUESTION)
   )
-  return spans[start:middle], spans[middle:end]
+  return spans[start:middle], spans[middle:end], spans
 
 
 def _look_up(

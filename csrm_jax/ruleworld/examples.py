@@ -307,7 +307,7 @@ _FOUR_RULE_SETS = {
 
 
 def one_conversation_four_rule_sets(side: str = 'dev') -> list[schema.Example]:
-  """Returns one conversation under four rule sets of an unseen topic and wording.
+  """Returns one conversation under four rule sets of an unseen topic, in a wording of training.
 
   Source: CSRM (arXiv 2605.30487), Figure 6.
   """
@@ -319,7 +319,7 @@ def one_conversation_four_rule_sets(side: str = 'dev') -> list[schema.Example]:
     schema.Message('agent', reply),
   )
   scene = conversations.Scene(statement, (statement,), messages)
-  wording = grammar.WORDINGS_OF[side][0]
+  wording = grammar.WORDINGS_OF['train'][0]
   made = []
   for name, strictness in rule_sets.items():
     rules = (

@@ -2,8 +2,8 @@
 
 `policy_base/` beside this file holds a language model of RuleWorld that follows instructions and
 had no safety training, `policy_structured/` one that reasons before it answers; `corpus` says
-what they were made from. The rule sets here have words and topics that no reward model was
-trained on.
+what they were made from. The rule sets here are about topics that no reward model was
+trained on, in wordings of training.
 
 The oracle reads what a policy wrote, and fails closed: of text that is no sentence of RuleWorld
 it assumes the worst (`read`), so that a policy cannot leave the language to please a reward.
@@ -44,7 +44,7 @@ _STRICTNESS = {
 }
 RULE_SETS = {
   name: tuple(
-    rules_lib.threshold_rule(topic, strictness, grammar.WORDINGS_OF['test'][(i + j) % 3])
+    rules_lib.threshold_rule(topic, strictness, grammar.WORDINGS_OF['train'][(5 * i + j) % 30])
     for j, (topic, strictness) in enumerate(topics.items())
   )
   for i, (name, topics) in enumerate(_STRICTNESS.items())

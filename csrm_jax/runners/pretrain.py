@@ -27,7 +27,13 @@ from csrm_jax.text import tokenizer as tokenizer_lib
 from csrm_jax.train import loop as loop_lib, losses, step as training
 
 # task -> a function (seed, index) -> a dialogue to learn from; None learns from the corpus.
-_DIALOGUES = {'base': None, 'policy': corpus.dialogue, 'structured': corpus.structured_dialogue}
+_DIALOGUES = {
+  'base': None,
+  'read': None,
+  'verdicts': None,
+  'policy': corpus.dialogue,
+  'structured': corpus.structured_dialogue,
+}
 
 
 @dataclasses.dataclass(frozen=True)

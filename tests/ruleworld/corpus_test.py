@@ -19,8 +19,8 @@ def text_of(document):
   return ''.join(span.text for span in document)
 
 
-@hypothesis.given(st.integers(0, 10_000), progresses)
-def test_no_document_holds_a_verdict(index, progress):
+@hypothesis.given(st.integers(0, 10_000), st.floats(0, 1, exclude_max=True))
+def test_no_document_of_the_curriculum_holds_a_verdict(index, progress):
   text = text_of(corpus.document(0, index, progress)).lower()
   assert 'safe' not in text
   assert 'does the last agent response comply' not in text
@@ -30,7 +30,7 @@ def test_no_document_holds_a_verdict(index, progress):
 def test_documents_are_deterministic_and_ask_something(index, progress):
   document = corpus.document(0, index, progress)
   assert document == corpus.document(0, index, progress)
-  assert sum(span.weight == 1.0 for span in document) >= 1
+  assert sum(span.weight >= 1.0 for span in document) >= 1
 
 
 @hypothesis.given(st.integers(0, 10_000), progresses)

@@ -43,7 +43,7 @@ def test_rule_sets_are_unseen_and_cannot_be_guessed():
     assert 2 <= len(chosen) <= 4 and sets[name].categories not in seen
     for rule in chosen:
       assert rule.topic in lexicon.TEST
-      assert rule.wording in grammar.WORDINGS_OF['test']
+      assert rule.wording in grammar.WORDINGS_OF['train']
       strictness[rule.topic].add(len(rule.forbidden))
   # Somewhere forbidden, elsewhere allowed: the text alone does not say.
   assert all(len(levels) > 1 for levels in strictness.values())

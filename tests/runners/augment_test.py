@@ -49,7 +49,7 @@ def finished(tmp_path_factory):
 def test_data_is_what_a_reward_model_trains_on(finished):
   workdir, rows, card = finished
   kinds = collections.Counter(map(type, rows))
-  assert kinds[Example] == 200
+  assert kinds[Example] == 400
   assert 20 <= kinds[Pair] == card['counts']['strictness_pairs'] <= 50
   assert (
     card['counts']['with_plus']
@@ -58,7 +58,7 @@ def test_data_is_what_a_reward_model_trains_on(finished):
   )
   assert len({row.id for row in rows}) == len(rows)
   # The conversations, rules and labels are those of the source.
-  for index, row in enumerate(rows[:200]):
+  for index, row in enumerate(rows[:400]):
     source = examples.training_example(0, index)
     assert (row.safety, row.conversation, row.label) == (
       source.safety,

@@ -126,13 +126,15 @@ def test_a_tokenizer_without_bos_has_none_in_front():
   np.testing.assert_array_equal(prompt.loss_weight, with_bos.loss_weight[1:])
 
 
-def test_no_document_teaches_a_verdict():
+def test_verdicts_are_taught_after_the_curriculum_alone():
   verdict = templates.resolve_verbalizers(TOKENIZER)
   documents = pretrain.Documents(0, 2000, 1000)
+  found = []
   for i in range(0, 2000, 20):
     (prompt,) = pretrain.encode_document(documents[i], TOKENIZER).prompts
     taught = prompt.tokens[prompt.loss_weight > 0]
-    assert not np.isin(taught, verdict.safe + verdict.unsafe).any()
+    found.append(np.isin(taught, verdict.safe + verdict.unsafe).any())
+  assert not any(found[:50]) and any(found[50:])
 
 
 def test_the_curriculum_grows_and_the_digest_sees_everything():
@@ -152,8 +154,9 @@ def test_the_shipped_weights_belong_to_this_corpus_and_tokenizer():
   path = FOLDER / 'base' / 'model.safetensors'
   with safetensors.safe_open(path, 'numpy') as file:
     metadata = file.metadata()
-  # The numbers of configs/pretrain.py.
-  documents = pretrain.Documents(int(metadata['seed']), 2_000_000, 90_000)
+  # The numbers of configs/pretrain.py:task=verdicts.
+  assert metadata['made_by'].endswith('pretrain.py:task=verdicts')
+  documents = pretrain.Documents(int(metadata['seed']), 2_000_000, 1)
   assert metadata['data_digest'] == documents.digest()
   assert metadata['tokenizer_digest'] == TOKENIZER.digest
 
