@@ -70,14 +70,14 @@ class Span:
 
 # kind of document -> its share at the begin of the curriculum, at its end, and after it.
 _KINDS = {
-  'facts': (0.2, 0.08, 0.06),
-  'rules table': (0.5, 0.22, 0.12),
-  'reply table': (0.15, 0.1, 0.04),
-  'rules questions': (0.05, 0.1, 0.05),
-  'reading': (0.05, 0.1, 0.06),
-  'both': (0.05, 0.4, 0.22),
-  'verdict': (0.0, 0.0, 0.28),
-  'kinds': (0.0, 0.0, 0.17),
+  'facts': (0.2, 0.08, 0.05),
+  'rules table': (0.5, 0.22, 0.05),
+  'reply table': (0.15, 0.1, 0.02),
+  'rules questions': (0.05, 0.1, 0.03),
+  'reading': (0.05, 0.1, 0.03),
+  'both': (0.05, 0.4, 0.12),
+  'verdict': (0.0, 0.0, 0.6),
+  'kinds': (0.0, 0.0, 0.1),
 }
 
 
