@@ -88,13 +88,13 @@ BASE = {
   'runner': 'train_rm',
   'title': 'Configurable safety reward model',  # the report's title
   'seed': 0,  # decides the data and, without model.init, the weights
-  'num_steps': 500,  # updates
+  'num_steps': 120,  # updates
   'epochs': 0.0,  # passes over the data of files; above 0 these decide, and not num_steps
   # Where metrics go beside metrics.jsonl, which is always there: tensorboard, wandb, trackio,
   # mlflow.
   'loggers': ('jsonl', 'tensorboard'),
   'log_every': 20,  # steps that one line of metrics.jsonl sums up
-  'checkpoint_every': 100,  # steps; a multiple of log_every
+  'checkpoint_every': 60,  # steps; a multiple of log_every
   # The steps of a profiler trace in workdir/profile, such as '10:13'; '' for no trace.
   'profile_steps': '',
   # Whether a run goes on although its data or weights have changed since its checkpoint.
@@ -123,13 +123,13 @@ BASE = {
     'unsafe_words': ('unsafe', ' unsafe', 'Unsafe', ' Unsafe'),
   },
   'data': {
-    'batch_size': 16,  # packed rows in a step
-    'row_length': 384,  # tokens in a row; the two sides of a pair share one
+    'batch_size': 8,  # packed rows in a step
+    'row_length': 512,  # tokens in a row; the two sides of a pair share one
     'max_segments': 12,  # the most prompts in a row
     # Whether the first tokens that prompts of a row have in common are read once: the two sides of
     # a pair, prompts under the same rules. Scores and gradients stay the same.
     'share_prefix': True,
-    'max_length': 256,  # the most tokens in a prompt; longer ones are shortened
+    'max_length': 384,  # the most tokens in a prompt; longer ones are shortened
     # Configurable category augmentation (CCA), drawn anew for each example.
     'drop_prob': 0.5,  # the probability that a category of the rules is dropped
     'plus_prob': 0.5,  # the probability that p+, a category the response violates, is added
@@ -191,7 +191,7 @@ BASE = {
     'ratings': 1.0,  # the weight of what a head's ratings cost
     'label': 'nll',  # what a label costs: nll, smooth (smoothing=0.1) or brier
   },
-  'optim': common.OPTIM | {'lr': 1e-3, 'warmup_steps': 20, 'weight_decay': 0.01},
+  'optim': common.OPTIM | {'lr': 3e-4, 'warmup_steps': 20, 'weight_decay': 0.01},
   'mesh': common.MESH,
   'eval': {
     # A file of your own, in any form, whose rows are tested; '' holds rows of the data out.
@@ -254,6 +254,9 @@ def data_part(source, path, folder):
   titles = {'public': 'of public data', 'paper': "of the paper's mixture"}
   return {
     'title': f'Reward model {titles.get(source, f"of {path or source}")}',
+    'num_steps': 500,
+    'checkpoint_every': 100,
+    'optim.lr': 1e-3,
     'eval.ruleworld_examples': 0,
     'data.row_length': 1024,
     'data.max_length': 512,

@@ -1,5 +1,6 @@
 """Examples and pairs of RuleWorld."""
 
+import functools
 import itertools
 import re
 
@@ -39,7 +40,8 @@ def own_words(topics):
   }
 
 
-# What only tests of a side may say -> regular expressions of whole sentences.
+# What only tests of a side may say, as regular expressions of whole sentences.
+@functools.cache
 def held_out_texts(side):
   wordings = [grammar.ALL_WORDINGS[i] for i in grammar.WORDINGS_OF[side]]
   return [
