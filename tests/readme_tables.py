@@ -188,6 +188,8 @@ def dump(result: dict[str, Any]) -> str:
 # Rows of the first table -> the key of a run's summary.
 _DEFAULT = {
   'F1, seen rules': 'seen/f1',
+  'F1, new topics': 'new_topics/f1',
+  'F1, new wordings': 'new_wordings/f1',
   'F1, unseen rules': 'unseen/f1',
   'AUPRC, seen rules': 'seen/auprc',
   'AUPRC, unseen rules': 'unseen/auprc',
@@ -302,7 +304,9 @@ def take_tiers(shortcuts: pathlib.Path, workdirs: Sequence[pathlib.Path]) -> dic
 
 
 def _over_seeds(values: Sequence[float]) -> Any:
-  """Returns mean ± half of the 95% t-interval over seeds."""
+  """Returns mean ± half of the 95% t-interval over seeds; of one seed its value."""
+  if len(values) == 1:
+    return round(values[0], 3)
   mean = statistics.fmean(values)
   spread = statistics.stdev(values) / len(values) ** 0.5
   return {
