@@ -202,7 +202,7 @@ def test_help_names_jobs_arguments_and_every_knob(tmp_path):
   code, out, _, has_jax = _cli('rm:num_steps=7', '--help', cwd=tmp_path)
   assert code == 0 and not has_jax
   assert '  --config.num_steps=7 ' in out and 'ablation=full|no_cca' in out
-  assert re.search(r'--config\.optim\.lr=0\.001 +the peak, which a warm-up reaches', out)
+  assert re.search(r'--config\.optim\.lr=0\.0003 +the peak, which a warm-up reaches', out)
 
 
 @pytest.mark.parametrize('name', [name for name in usage.jobs() if name != 'rl_table'])

@@ -229,6 +229,7 @@ def test_equal_prompts_are_read_once(monkeypatch):
   assert len({tuple(row) for row in got.tokens.tolist()}) == 8
 
 
+@pytest.mark.tuned
 @pytest.mark.parametrize(
   ('name', 'window', 'shared'), [('llama', 0, True), ('gemma2', 4, False), ('gemma2', 70, True)]
 )
@@ -368,5 +369,6 @@ _MESHES = """
 """
 
 
+@pytest.mark.tuned
 def test_eight_devices_draw_what_one_does():
   small.run_on_devices(8, textwrap.dedent(_MESHES))
