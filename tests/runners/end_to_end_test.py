@@ -215,7 +215,7 @@ def test_another_config_is_one_line_with_the_difference(finished):
   with pytest.raises(ValueError) as raised:
     main.run(config, finished[0])
   message = str(raised.value)
-  assert 'optim.lr: 0.001 -> 0.002; seed: 0 -> 1' in message
+  assert 'optim.lr: 0.0003 -> 0.002; seed: 0 -> 1' in message
   assert '\n' not in message
   assert (finished[0] / 'config.json').read_bytes() == before
 
