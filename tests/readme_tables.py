@@ -17,13 +17,13 @@ import argparse
 import json
 import pathlib
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from scipy import stats
+from csrm_jax.evals import bootstrap
+from csrm_jax.ruleworld.shortcuts import TIERS
 
 ROOT = pathlib.Path(__file__).parents[1]
 README, RESULTS = ROOT / 'README.md', ROOT / 'tests' / 'results'
@@ -254,13 +254,6 @@ _TIER_ROWS = (
   ('smECE, two constants', 'two constants, letter', 'smece'),
   ('**smECE, model**', '', 'smece'),
 )
-# Tiers of csrm_jax.ruleworld.shortcuts -> names of a run's test sets.
-_TIERS = {
-  'new conversations': 'seen',
-  'new topics': 'new_topics',
-  'new wordings': 'new_wordings',
-  'both': 'unseen',
-}
 
 
 def take_tiers(shortcuts: pathlib.Path, workdirs: Sequence[pathlib.Path]) -> dict[str, Any]:
@@ -276,7 +269,7 @@ def take_tiers(shortcuts: pathlib.Path, workdirs: Sequence[pathlib.Path]) -> dic
   rows = []
   for title, judge, metric in _TIER_ROWS:
     row = [title]
-    for tier, name in _TIERS.items():
+    for tier, name in TIERS.items():
       if judge:
         row.append(round(found['tiers'][tier]['judges'][judge][metric]['value'], 3))
       else:
@@ -294,7 +287,7 @@ def take_tiers(shortcuts: pathlib.Path, workdirs: Sequence[pathlib.Path]) -> dic
       'source': 'report/summary.json of the runs',
     },
     'table': {
-      'header': ['', *_TIERS],
+      'header': ['', *TIERS],
       'by_row': False,
       'digits': [0, 3, 3, 3, 3],
       'forms': ['{}'] * 5,
@@ -307,12 +300,8 @@ def _over_seeds(values: Sequence[float]) -> Any:
   """Returns mean ± half of the 95% t-interval over seeds; of one seed its value."""
   if len(values) == 1:
     return round(values[0], 3)
-  mean = statistics.fmean(values)
-  spread = statistics.stdev(values) / len(values) ** 0.5
-  return {
-    'mean': round(mean, 3),
-    'half': round(float(stats.t.ppf(0.975, len(values) - 1)) * spread, 3),
-  }
+  mean, half = bootstrap.mean_and_interval(values)
+  return {'mean': round(mean, 3), 'half': round(half, 3)}
 
 
 def _machine(manifest: dict[str, Any]) -> str:

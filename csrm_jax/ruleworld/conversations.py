@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from csrm_jax.ruleworld import grammar, lexicon
 from csrm_jax.safety import schema
@@ -97,6 +97,17 @@ def reply_text(rng: random.Random, statements: tuple[grammar.Statement, ...]) ->
   return ' '.join(sentences)
 
 
+def request(rng: random.Random, phrase: str, role: str = '') -> schema.Message:
+  """Returns a user's turn that asks for a phrase, after who the user is if there is a role."""
+  text = rng.choice(grammar.REQUESTS).format(x=phrase)
+  return schema.Message('user', f'{grammar.STATED.format(r=role)} {text}' if role else text)
+
+
+def role_of(messages: Iterable[schema.Message]) -> str:
+  """Returns who the user says to be, the last time; '' if nowhere."""
+  return grammar.read_role(message.content for message in messages if message.role == 'user')
+
+
 def sample_prompt(
   rng: random.Random, topic: str, topics: tuple[str, ...], role: str = ''
 ) -> tuple[grammar.Statement, tuple[schema.Message, ...]]:
@@ -107,11 +118,9 @@ def sample_prompt(
   messages = []
   if role or rng.random() < HISTORY_PROB:
     other = sample_statement(rng, rng.choice((topic,) + topics[:1]))
-    request = rng.choice(grammar.REQUESTS).format(x=other.phrase)
-    stated = f'{grammar.STATED.format(r=role)} ' if role else ''
-    messages += [schema.Message('user', stated + request), schema.Message('agent', other.text())]
+    messages += [request(rng, other.phrase, role), schema.Message('agent', other.text())]
   asked = sample_statement(rng, topic)
-  messages.append(schema.Message('user', rng.choice(grammar.REQUESTS).format(x=asked.phrase)))
+  messages.append(request(rng, asked.phrase))
   return asked, tuple(messages)
 
 

@@ -283,10 +283,8 @@ def _sample_reading(rng: random.Random) -> conversations.Scene:
   role = rng.choice(grammar.ROLES) if rng.random() < 0.3 else ''
   asked = conversations.sample_statement(rng, pool[0])
   statements = conversations.sample_reply(rng, asked, pool, STANCE_WEIGHTS)
-  request = rng.choice(grammar.REQUESTS).format(x=asked.phrase)
-  stated = f'{grammar.STATED.format(r=role)} ' if role else ''
   messages = (
-    schema.Message('user', stated + request),
+    conversations.request(rng, asked.phrase, role),
     schema.Message('agent', phrases_lib.reply(rng, statements)),
   )
   return conversations.Scene(asked, statements, messages, role)

@@ -114,6 +114,5 @@ def trajectory(
 
 
 def _exchange(rng: random.Random, said: grammar.Statement) -> Talk:
-  request = rng.choice(grammar.REQUESTS).format(x=said.phrase)
-  reply = conversations.reply_text(rng, (said,))
-  return (schema.Message('user', request), schema.Message('agent', reply))
+  request = conversations.request(rng, said.phrase)
+  return (request, schema.Message('agent', conversations.reply_text(rng, (said,))))

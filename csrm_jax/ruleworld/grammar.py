@@ -7,9 +7,8 @@ can be read back (`read_statement`), so the oracle can judge text that a policy 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 
 from csrm_jax.ruleworld import lexicon
 
@@ -381,22 +380,18 @@ def word_guideline(forbidden: tuple[str, ...], allowed: tuple[str, ...], wording
   return text[0].upper() + text[1:]
 
 
-@functools.cache
-def pattern(template: str) -> re.Pattern[str]:
-  """Returns the template as a regular expression, its fields as groups; case does not matter."""
-  text = re.sub(r'\\{([xmw])\\}', r'(?P<\1>\\w+)', re.escape(template))
-  text = text.replace(r'\{r\}', r'(?P<r>\w+)s')
-  return re.compile(re.sub(r'\\{([fa])\\}', r'(?P<\1>[\\w, ]+)', text), re.IGNORECASE)
+def slots(text: str, words: Container[str]) -> Iterator[tuple[str, str]]:
+  """Yields each of `words` that a text has, and the text with {x} in its place."""
+  for match in re.finditer(r'\w+', text):
+    if match[0] in words:
+      yield match[0], f'{text[: match.start()]}{{x}}{text[match.end() :]}'
 
 
 def read_statement(sentence: str) -> Statement | None:
   """Returns the statement that a sentence makes; None for filler or other text."""
-  for match in re.finditer(r'\w+', sentence):
-    if (place := lexicon.PHRASES.get(match[0])) is None:
-      continue
-    text = f'{sentence[: match.start()]}{{x}}{sentence[match.end() :]}'
-    if text in _TEMPLATES:
-      return Statement(*place, match[0], *_TEMPLATES[text])
+  for phrase, template in slots(sentence, lexicon.PHRASES):
+    if template in _TEMPLATES:
+      return Statement(*lexicon.PHRASES[phrase], phrase, *_TEMPLATES[template])
   return None
 
 

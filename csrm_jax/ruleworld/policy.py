@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import re
 from collections.abc import Sequence
 
 from csrm_jax.core import checks
-from csrm_jax.ruleworld import examples, grammar, lexicon, oracle, rules as rules_lib
+from csrm_jax.ruleworld import conversations, examples, grammar, lexicon, oracle, rules as rules_lib
 from csrm_jax.safety import schema, templates
 
 # (what opens, what closes) a user's text. It is text of the template and encoded as such, so
@@ -65,6 +64,7 @@ _TEST_EVERY = 4
 # A sentence that does not parse is taken for this.
 _WORST = 'encourage'
 _WORDS = lexicon.SUBCATEGORIES | lexicon.PHRASES
+_REQUEST_TEXTS = {opener + text for opener in OPENERS for text in grammar.REQUESTS}
 
 _STRUCTURE = re.compile(
   r'\s*<safety_reasoning>(?P<reasoning>.*?)</safety_reasoning>'
@@ -190,10 +190,9 @@ def read(text: str) -> Reading:
 
 def read_request(text: str) -> grammar.Statement:
   """Returns what a user's turn asks for; the stance means nothing."""
-  for opener, template in itertools.product(OPENERS, grammar.REQUESTS):
-    match = grammar.pattern(opener + template).fullmatch(text)
-    if match and match['x'] in _WORDS:
-      return grammar.Statement(*_WORDS[match['x']], match['x'], 'mention')
+  for word, template in grammar.slots(text, _WORDS):
+    if template in _REQUEST_TEXTS:
+      return grammar.Statement(*_WORDS[word], word, 'mention')
   raise ValueError(
     f'{text[:60]!r} is no request of RuleWorld, so nobody knows how helpful '
     'a reply is; use the prompts of ruleworld.policy, or no oracle.'
@@ -218,8 +217,8 @@ def _judged(
   sample: schema.Sample,
 ) -> tuple[tuple[rules_lib.Rule, ...], tuple[grammar.Statement, ...], str]:
   """Returns (rules, statements, role) of a sample, as the oracle takes them."""
-  users = (m.content for m in sample.prompt.messages if m.role == 'user')
-  return (read_rules(sample.prompt.safety), read(sample.text).statements, grammar.read_role(users))
+  role = conversations.role_of(sample.prompt.messages)
+  return read_rules(sample.prompt.safety), read(sample.text).statements, role
 
 
 def _requests(topics: Sequence[lexicon.Topic], split: str) -> list[tuple[str, str]]:

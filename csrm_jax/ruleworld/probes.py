@@ -109,9 +109,8 @@ def stance(seed: int, index: int, split: str = 'unseen') -> schema.Example:
   # The first are safe, whatever their words are.
   name = rng.choice(grammar.DISENGAGED if index % 2 else grammar.ENGAGED)
   said = conversations.sample_statement(rng, rule.topic, name, rng.choice(rule.forbidden))
-  request = rng.choice(grammar.REQUESTS).format(x=said.phrase)
-  reply = conversations.reply_text(rng, (said,))
-  messages = (schema.Message('user', request), schema.Message('agent', reply))
+  request = conversations.request(rng, said.phrase)
+  messages = (request, schema.Message('agent', conversations.reply_text(rng, (said,))))
   scene = conversations.Scene(said, (said,), messages)
   return examples.make_exact(
     scene, rules, f'stance-{split}-{seed}-{index}', source='stance', rule_set=name

@@ -54,7 +54,7 @@ def make_judge(
   def fires(conversation: Conversation, category: Category) -> bool:
     rule, text = read_rule(category), conversation[-1].content
     statements = _read_reply(text)
-    role = grammar.read_role(m.content for m in conversation if m.role == 'user')
+    role = conversations_lib.role_of(conversation)
     if seed is None:
       return oracle.violates(rule, statements, role)
     # The same question gets the same answer, in whatever order questions come.

@@ -17,7 +17,7 @@ import numpy as np
 
 from csrm_jax.core import markdown
 from csrm_jax.evals import bootstrap, metrics
-from csrm_jax.ruleworld import examples, grammar, oracle, rules as rules_lib
+from csrm_jax.ruleworld import conversations, examples, grammar, oracle, rules as rules_lib
 from csrm_jax.safety.schema import Example
 
 # Rows -> P(unsafe), float64 [N].
@@ -99,8 +99,7 @@ def _lookup(train: Sequence[Example], with_history: bool = True) -> Judge:
 
   def violates(example: Example) -> float:
     rules, said = map(rules_lib.read, example.safety.categories), _statements(example)
-    users = (m.content for m in example.conversation if m.role == 'user')
-    role = grammar.read_role(users) if with_history else ''
+    role = conversations.role_of(example.conversation) if with_history else ''
     return float(any(rule and oracle.violates(rule, said, role) for rule in rules))
 
   return _each(violates)

@@ -40,12 +40,18 @@ def own_words(topics):
   }
 
 
+def pattern(template):
+  """Returns the template as a regular expression; case does not matter."""
+  text = re.sub(r'\\{[xmw]\\}', r'\\w+', re.escape(template)).replace(r'\{r\}', r'\w+s')
+  return re.compile(re.sub(r'\\{[fa]\\}', r'[\\w, ]+', text), re.IGNORECASE)
+
+
 # What only tests of a side may say, as regular expressions of whole sentences.
 @functools.cache
 def held_out_texts(side):
   wordings = [grammar.ALL_WORDINGS[i] for i in grammar.WORDINGS_OF[side]]
   return [
-    grammar.pattern(text)
+    pattern(text)
     for text in (
       *(text for wording in wordings for text in wording),
       *(grammar.ALL_WORDINGS[i] for i in grammar.DEGREES_OF[side]),
