@@ -8,8 +8,9 @@ python launch/sweep.py --config=configs/rm.py:mesh=v5e-16,model=llama3_8b \\
 On this machine each run is a process of its own in DIR/<name>, with its output
 in DIR/logs/<name>.log. A run whose report/summary.json is there is done, and
 one that was interrupted resumes, so the same command continues a sweep. The
-table also lands in DIR/table.md and DIR/table.json. Where people's verdicts are
-split, runs measure the development side; --split=test is for the last look.
+table also lands in DIR/table.md and DIR/table.json. Where there are rules or
+verdicts of a development side runs measure these; --split=test is for the last
+look. What else is said as --config.KEY=VALUE holds for every run.
 
 --launcher=slurm, xpk or sky submits one job a run, through that script of
 launch/ and with --launcher_flags, but for the runs that are done. It does not
@@ -19,6 +20,7 @@ know what is queued: look at them with --table, which starts nothing.
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
 import dataclasses
 import json
@@ -28,6 +30,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,8 +54,8 @@ KEYS = (
   'aligned/true_cosa',
   'time_s',
 )
-# The key that says which side of a split a run measures.
-_SIDE = 'eval.real.side'
+# The key that says which side of a split a run measures, and what is there where it measures one.
+_SIDES = {'eval.real.side': 'eval.real.data_dir', 'eval.ruleworld_side': 'eval.ruleworld_examples'}
 # The scripts of this folder that run a job elsewhere.
 LAUNCHERS = ('local', 'slurm', 'xpk', 'sky')
 
@@ -82,10 +85,12 @@ def make_jobs(
   seeds: Sequence[int] = (),
   only: Sequence[str] = (),
   split: str = 'dev',
+  common: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> list[Job]:
   """Returns the jobs of `config`, a path or path:argument, with the seeds innermost.
 
-  Runs that measure one side of a split measure `split`, dev or test.
+  Runs that measure one side of a split measure `split`, dev or test. `common` are overrides of
+  every run.
 
   A file without sweep() and an unknown name or config key are a ValueError, a missing file is a
   FileNotFoundError.
@@ -105,15 +110,16 @@ def make_jobs(
       continue
     arg = ','.join(part for part in (base_arg, run.arg) if part)
     for seed in seeds or (None,):
-      overrides, name = dict(run.overrides), run.name
+      overrides, name = dict(run.overrides) | dict(common), run.name
       if seed is not None:
         overrides['seed'] = seed
         name = f'{run.name}-seed{seed}'
       resolved = module.get_config(arg or None)
       config_lib.set_overrides(resolved, overrides)
-      if (side := _side(resolved)) is not None and side != split:
-        overrides[_SIDE] = split
-        config_lib.set_overrides(resolved, {_SIDE: split})
+      for key, side in _sides(resolved).items():
+        if side != split:
+          overrides[key] = split
+          config_lib.set_overrides(resolved, {key: split})
       jobs.append(
         Job(
           name=name,
@@ -131,10 +137,10 @@ def make_jobs(
   return jobs
 
 
-def _side(config: config_lib.ConfigDict) -> str | None:
-  """Returns the side that a run measures, or None where it measures no split."""
+def _sides(config: config_lib.ConfigDict) -> dict[str, str]:
+  """Returns {key: side} of the splits that a run measures a side of."""
   flat = config_lib.flatten(config)
-  return flat.get(_SIDE) if flat.get('eval.real.data_dir') else None
+  return {key: flat[key] for key, measured in _SIDES.items() if flat.get(measured)}
 
 
 def run_job(job: Job) -> str | None:
@@ -266,7 +272,8 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--launcher_flags', type=shlex.split, default=[], help='of that script')
   add('--table', action='store_true', help='of what is done; starts nothing')
   add('--dry_run', action='store_true', help='print the commands')
-  args = parser.parse_args(argv)
+  args, others = parser.parse_known_args(argv)
+  args.overrides = dict(_override(parser, flag) for flag in others)
   if args.parallel < 1:
     parser.error(f'--parallel={args.parallel}: must be at least 1')
   if args.launcher_flags and args.launcher == 'local':
@@ -276,6 +283,16 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
   return args
 
 
+def _override(parser: argparse.ArgumentParser, flag: str) -> tuple[str, Any]:
+  key, equals, value = flag.removeprefix('--config.').partition('=')
+  if not flag.startswith('--config.') or not equals:
+    parser.error(f'unrecognized argument: {flag}; of a config it is --config.KEY=VALUE')
+  try:
+    return key, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return key, value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 1 if a run failed, 2 for bad input."""
   args = _parse_args(argv)
@@ -283,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if '://' not in args.workdir:
     workdir = pathlib.Path(workdir).absolute()
   try:
-    jobs = make_jobs(args.config, workdir, args.seeds, args.only, args.split)
+    jobs = make_jobs(args.config, workdir, args.seeds, args.only, args.split, args.overrides)
   except (ValueError, FileNotFoundError) as error:
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return 2
@@ -329,7 +346,7 @@ def _report(
   ]
   table = make_table(summaries, keys)
   text = format_table(table, keys)
-  sides = sorted({side for job in jobs if (side := _side(job.config))})
+  sides = sorted({side for job in jobs for side in _sides(job.config).values()})
   content = {'table': table, 'failures': dict(failures), 'splits': sides}
   (workdir / 'table.md').write_text(text)
   (workdir / 'table.json').write_text(json.dumps(content, indent=2) + '\n')

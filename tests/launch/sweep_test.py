@@ -162,9 +162,20 @@ def test_sweeps_measure_the_development_side_unless_test_is_asked_for(tmp_path):
   (test,) = sweep.make_jobs(arg, tmp_path, only=['full'], split='test')
   assert [job.config.eval.real.side for job in (dev, test)] == ['dev', 'test']
   assert '--config.eval.real.side=test' in test.command
-  # RuleWorld of today has no development topics.
-  (plain,) = sweep.make_jobs('configs/rm.py', tmp_path, only=['full'], split='test')
-  assert not any('side' in part for part in plain.command)
+  (dev,) = sweep.make_jobs('configs/rm.py', tmp_path, only=['full'])
+  (test,) = sweep.make_jobs('configs/rm.py', tmp_path, only=['full'], split='test')
+  assert [job.config.eval.ruleworld_side for job in (dev, test)] == ['dev', 'test']
+  assert '--config.eval.ruleworld_side=test' in test.command
+
+
+def test_overrides_are_of_every_run(config, tmp_path, capsys, fake_runs):
+  args = [f'--config={config}', f'--workdir={tmp_path}/w', '--config.lr=0.125']
+  assert sweep.main(args) == 0
+  for name in ('full', 'no_cca'):
+    assert json.loads((tmp_path / 'w' / name / 'config.json').read_text())['lr'] == 0.125
+  with pytest.raises(SystemExit):
+    sweep.main([*args, '--parrallel=2'])
+  assert 'unrecognized argument: --parrallel=2' in capsys.readouterr().err
 
 
 def test_a_sweep_without_a_development_side_says_so(config, tmp_path, capsys, fake_runs):
