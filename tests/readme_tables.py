@@ -4,6 +4,7 @@ python tests/readme_tables.py              # writes the tables into the pages
 python tests/readme_tables.py --new=NAME   # makes tests/results/NAME.json of a table without one
 python tests/readme_tables.py --default=/tmp/rm  # takes the first table from that work directory
 python tests/readme_tables.py --tiers shortcuts.json RUN…  # and that of tiers, from runs over seeds
+python tests/readme_tables.py --ablations=SWEEP  # and those of ablations, from a sweep's folder
 
 A file holds one table, found in the pages by its header, and how its numbers were made: command,
 seeds, commit, machine. To change a number change the file, and write. A cell is a number, [value,
@@ -296,6 +297,94 @@ def take_tiers(shortcuts: pathlib.Path, workdirs: Sequence[pathlib.Path]) -> dic
   }
 
 
+# Rows of the tables of ablations: (what the run has of CCA and SA, the run of the sweep).
+_ABLATIONS = {
+  'full': 'full',
+  '−CCA: SA alone': 'no_cca',
+  'CCA alone': 'no_sa',
+  '−SA: neither': 'no_aug',
+  'rules hidden': 'rules_blind',
+}
+_ABLATION_KEYS = {
+  'F1, seen': 'seen/f1',
+  'F1, unseen': 'unseen/f1',
+  'AUPRC, unseen': 'unseen/auprc',
+  'F1, by degree': 'degree/f1',
+  'smECE, unseen': 'unseen/smece',
+  'pairs, unseen': 'pairs/accuracy',
+  'flips': 'flip/consistency',
+}
+
+
+def take_ablations(sweep: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """Returns what ablations.json and claims.json hold of a folder of launch/sweep.py.
+
+  Claims are differences of runs of the same seeds, mean ± half of the 95% interval.
+  """
+  found = {
+    name: {
+      int(p.parts[-3].rpartition('seed')[2]): p for p in sweep.glob(f'{name}-seed*/*/summary.json')
+    }
+    for name in _ABLATIONS.values()
+  }
+  summaries = {
+    name: {seed: json.loads(path.read_text('utf-8')) for seed, path in sorted(paths.items())}
+    for name, paths in found.items()
+  }
+  workdir = next(iter(found['full'].values())).parents[1]
+  manifest, config = (
+    json.loads((workdir / name).read_text('utf-8')) for name in ('manifest.json', 'config.json')
+  )
+
+  def differences(a: str, b: str) -> list[Any]:
+    seeds = sorted(summaries[a].keys() & summaries[b].keys())
+    return [
+      _over_seeds([summaries[a][s][key] - summaries[b][s][key] for s in seeds])
+      for key in _ABLATION_KEYS.values()
+    ]
+
+  side, dtype = config['eval']['ruleworld_side'], config['model']['overrides']['dtype']
+  made = {
+    'command': 'python launch/sweep.py --config=configs/rm.py'
+    f' --seeds={",".join(map(str, sorted(summaries["full"])))} --split={side}'
+    f' --config.model.overrides.dtype={dtype}',
+    'seeds': sorted(summaries['full']),
+    'commit': manifest.get('commit') or 'unknown',
+    'machine': _machine(manifest),
+    'source': 'report/summary.json of the runs',
+  }
+  rows = [
+    [
+      title,
+      *(_over_seeds([s[key] for s in summaries[name].values()]) for key in _ABLATION_KEYS.values()),
+    ]
+    for title, name in _ABLATIONS.items()
+    if summaries[name]
+  ]
+  claims = [
+    ['CCA, with SA', *differences('full', 'no_cca')],
+    ['CCA, without SA', *differences('no_sa', 'no_aug')],
+    ['SA, with CCA', *differences('full', 'no_sa')],
+    ['SA, without CCA', *differences('no_cca', 'no_aug')],
+    ['both', *differences('full', 'no_aug')],
+  ]
+  return {
+    'ablations': {'made': made, 'table': _seeds_table('run', rows)},
+    'claims': {'made': made, 'table': _seeds_table('what adds', claims)},
+  }
+
+
+def _seeds_table(first: str, rows: list[list[Any]]) -> dict[str, Any]:
+  num = len(_ABLATION_KEYS)
+  return {
+    'header': [first, *_ABLATION_KEYS],
+    'by_row': False,
+    'digits': [0, *[3] * num],
+    'forms': ['{}'] * (num + 1),
+    'rows': rows,
+  }
+
+
 def _over_seeds(values: Sequence[float]) -> Any:
   """Returns mean ± half of the 95% t-interval over seeds; of one seed its value."""
   if len(values) == 1:
@@ -329,8 +418,12 @@ def main() -> int:
   parser.add_argument(
     '--tiers', metavar='PATH', nargs='+', default=(), help='--shortcuts and runs over seeds'
   )
+  parser.add_argument('--ablations', metavar='DIR', default='', help='of launch/sweep.py')
   args = parser.parse_args()
   pages = read_pages()
+  if args.ablations:
+    for name, result in take_ablations(pathlib.Path(args.ablations)).items():
+      (RESULTS / f'{name}.json').write_text(dump(result), 'utf-8')
   if args.tiers:
     shortcuts, *workdirs = map(pathlib.Path, args.tiers)
     (RESULTS / 'tiers.json').write_text(dump(take_tiers(shortcuts, workdirs)), 'utf-8')

@@ -101,6 +101,40 @@ def test_tiers_are_of_one_side_and_the_seed_is_the_unit(tmp_path):
     readme_tables.take_tiers(tmp_path / 's.json', [tmp_path / '0'])
 
 
+def test_ablations_are_differences_of_runs_of_one_seed(tmp_path):
+  manifest = {
+    'platform': 'Linux-x86_64',
+    'num_cpus': 2,
+    'python': '3.12',
+    'packages': {'jax': '1'},
+    'commit': 'abc',
+  }
+  config = {'eval': {'ruleworld_side': 'test'}, 'model': {'overrides': {'dtype': 'float32'}}}
+  for i, name in enumerate(('full', 'no_cca', 'no_sa', 'no_aug')):
+    for seed in range(3):
+      workdir = tmp_path / f'{name}-seed{seed}'
+      (workdir / 'report').mkdir(parents=True)
+      # The seeds lie far apart, the runs of a seed .1 each.
+      summary = dict.fromkeys(readme_tables._ABLATION_KEYS.values(), seed - 0.1 * i)
+      files = (('report/summary', summary), ('manifest', manifest), ('config', config))
+      for file, content in files:
+        (workdir / f'{file}.json').write_text(json.dumps(content))
+  made = readme_tables.take_ablations(tmp_path)
+  rows = {row[0]: row[1:] for row in made['ablations']['table']['rows']}
+  assert list(rows) == ['full', '−CCA: SA alone', 'CCA alone', '−SA: neither']
+  assert rows['full'][0] == {
+    'mean': 1.0,
+    'half': 2.484,
+  }  # Student's t of two degrees, 4.303, × 1/√3
+  claims = {row[0]: row[1:] for row in made['claims']['table']['rows']}
+  assert claims['CCA, with SA'] == [{'mean': 0.1, 'half': 0.0}] * len(readme_tables._ABLATION_KEYS)
+  assert claims['both'][0] == {'mean': 0.3, 'half': 0.0}
+  assert made['claims']['made']['seeds'] == [0, 1, 2]
+  assert '--seeds=0,1,2 --split=test' in made['claims']['made']['command']
+  for result in made.values():
+    assert readme_tables.parse(readme_tables.render(result['table'])) == result['table']
+
+
 @pytest.mark.parametrize(
   ('text', 'cell'),
   [
