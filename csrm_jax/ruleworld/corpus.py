@@ -4,10 +4,11 @@ The base model plays the part that an instruction-tuned language model has in th
 all words, what belongs to what, and how to answer questions about a list of rules or about a
 reply: which rule names this, is that allowed, does the reply promote it, does it break a rule; at
 last also the question that a reward model is asked, which it answers to the letter. Of
-topics, wordings and sentences that tests keep to themselves it knows words alone, as facts (what
-kind of thing a word is, what a word of guidelines means, that a reply recommends it): every
-question about rules is about `lexicon.SEEN` topics, in wordings of training or those of `phrases`,
-which hold no wording of a test.
+topics, wordings and sentences that tests keep to themselves it knows words alone: as facts (what
+kind of thing a word is, what a word of guidelines means, that a reply recommends it), and the words
+of guidelines also from ordinary sentences about other things. Every question about rules is about
+`lexicon.SEEN` topics, in wordings of training or those of `phrases`, which hold no wording of a
+test.
 
 Dialogues make policies of the base model. A policy follows instructions and knows no rule: its
 stances are those of RuleWorld's conversations, whatever it is asked about. Told to reason about
@@ -76,8 +77,9 @@ _KINDS = {
   'rules questions': (0.05, 0.1, 0.03),
   'reading': (0.05, 0.1, 0.03),
   'both': (0.05, 0.4, 0.12),
-  'verdict': (0.0, 0.0, 0.6),
-  'kinds': (0.0, 0.0, 0.1),
+  'verdict': (0.0, 0.0, 0.45),
+  'kinds': (0.0, 0.0, 0.08),
+  'ordinary': (0.0, 0.0, 0.2),
 }
 
 
@@ -98,6 +100,8 @@ def document(seed: int, index: int, progress: float = 1.0) -> tuple[Span, ...]:
     return tuple(_facts(rng))
   if kind == 'kinds':
     return tuple(_kinds(rng))
+  if kind == 'ordinary':
+    return tuple(_ordinary(rng))
   rules = _sample_rules(rng, progress)
   if kind in ('reply table', 'reading'):
     scene = _sample_reading(rng)
@@ -209,6 +213,61 @@ def _kinds(rng: random.Random) -> list[Span]:
       answer = 'yes' if i < j else 'no'
       spans += _question(f'Is {phrase} worse than {topic.subcategories[j]}?', answer)
   return spans
+
+
+def _ordinary(rng: random.Random) -> list[Span]:
+  """Returns what people forbid and allow outside of any list of rules, and what follows."""
+  spans = []
+  for _ in range(4):
+    text, rows = rng.choices((_ordinary_list, _ordinary_degree, _ordinary_clause), (3, 1, 1))[0](
+      rng
+    )
+    spans.append(Span(f'{text}\n', TEXT_WEIGHT))
+    spans += _table('So', rng.sample(rows, len(rows)))
+  return spans
+
+
+def _ordinary_list(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
+  things = rng.sample(phrases_lib.THINGS, rng.randint(2, 6))
+  answers = rng.choices(('no', 'yes', 'unsaid'), (0.4, 0.4, 0.2), k=len(things))
+  if set(answers) == {'unsaid'}:
+    answers[0] = 'no'
+  rows = list(zip(things, answers, strict=True))
+  forbidden, allowed = ([t for t, answer in rows if answer == a] for a in ('no', 'yes'))
+  return phrases_lib.ordinary(rng, forbidden, allowed), rows
+
+
+def _ordinary_degree(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
+  # Nothing but the kinds of a topic has an order.
+  topic = lexicon.topic_named(rng.choice(lexicon.SEEN))
+  strictness = rng.randint(1, lexicon.NUM_SEVERITIES - 1)
+  frame = rng.choice(
+    phrases_lib.USES_OF_DEGREE
+    if rng.random() < 0.7
+    else [grammar.ALL_WORDINGS[i] for i in grammar.DEGREES_OF['train']]
+  )
+  text = phrases_lib.draw(rng, frame).format(
+    m=topic.subcategories[strictness], w=topic.subcategories[strictness - 1]
+  )
+  words = [
+    (word, 'no' if i < strictness else 'yes')
+    for i in rules_lib.SEVERITIES
+    for word in (topic.subcategories[i], *topic.phrases[i])
+  ]
+  return phrases_lib.capitalized(text), rng.sample(words, 8)
+
+
+def _ordinary_clause(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
+  exempts, roles = rng.random() < 0.5, rng.sample(grammar.ROLES, 4)
+  frames = [
+    grammar.CLAUSES[i][1] for i in grammar.CLAUSES_OF['train'] if grammar.CLAUSES[i][0] == exempts
+  ]
+  if rng.random() < 0.7:
+    frames = phrases_lib.USES_OF_CLAUSES[exempts]
+  text = phrases_lib.draw(rng, rng.choice(frames)).format(r=f'{roles[0]}s')
+  rule = phrases_lib.ordinary(rng, [rng.choice(phrases_lib.THINGS)], [])
+  rows = [(role, 'yes' if (role == roles[0]) == exempts else 'no') for role in roles]
+  return f'{rule} {phrases_lib.capitalized(text)}', rows
 
 
 def _meaning(rng: random.Random) -> list[Span]:

@@ -31,6 +31,7 @@ _DIALOGUES = {
   'base': None,
   'read': None,
   'verdicts': None,
+  'ordinary': None,
   'policy': corpus.dialogue,
   'structured': corpus.structured_dialogue,
 }

@@ -1,13 +1,14 @@
 """The pretraining corpus."""
 
 import pathlib
+import random
 import re
 
 import hypothesis
 from hypothesis import strategies as st
 
 import csrm_jax
-from csrm_jax.ruleworld import corpus, lexicon
+from csrm_jax.ruleworld import corpus, lexicon, phrases
 from csrm_jax.text import tokenizer as tokenizer_lib
 from tests.ruleworld import examples_test
 
@@ -38,13 +39,24 @@ def test_the_corpus_has_no_rule_or_sentence_that_tests_keep(index, progress):
   kept = examples_test.own_words(lexicon.DEV + lexicon.TEST)
   held_out = examples_test.held_out_texts('dev') + examples_test.held_out_texts('test')
   for line in text_of(corpus.document(0, index, progress)).splitlines():
-    match = re.fullmatch(r'(S\d+|Agent): (.*)', line)
-    if not match:
-      continue
-    if match[1] != 'Agent':
+    who, text = re.fullmatch(r'(?:(S\d+|Agent): )?(.*)', line).groups()
+    if who and who != 'Agent':
       assert not kept & set(re.findall(r'\w+', line.lower()))
-    for sentence in examples_test.sentences_of(match[2]):
+    for sentence in examples_test.sentences_of(text):
       assert not any(pattern.fullmatch(sentence) for pattern in held_out), sentence
+
+
+@hypothesis.given(st.integers(0, 10_000))
+def test_ordinary_sentences_are_in_no_wording_that_tests_keep(seed):
+  rng = random.Random(seed)
+  text = phrases.ordinary(rng, rng.sample(phrases.THINGS, 2), rng.sample(phrases.THINGS, 2))
+  held_out = examples_test.held_out_texts('dev') + examples_test.held_out_texts('test')
+  for sentence in examples_test.sentences_of(text):
+    assert not any(pattern.fullmatch(sentence) for pattern in held_out), sentence
+
+
+def test_no_rule_is_about_an_ordinary_thing():
+  assert not set(phrases.THINGS) & set(lexicon.WORDS)
 
 
 def test_lists_grow_with_progress():

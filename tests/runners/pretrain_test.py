@@ -154,8 +154,8 @@ def test_the_shipped_weights_belong_to_this_corpus_and_tokenizer():
   path = FOLDER / 'base' / 'model.safetensors'
   with safetensors.safe_open(path, 'numpy') as file:
     metadata = file.metadata()
-  # The numbers of configs/pretrain.py:task=verdicts.
-  assert metadata['made_by'].endswith('pretrain.py:task=verdicts')
+  # The numbers of configs/pretrain.py:task=ordinary.
+  assert metadata['made_by'].endswith('pretrain.py:task=ordinary')
   documents = pretrain.Documents(int(metadata['seed']), 2_000_000, 1)
   assert metadata['data_digest'] == documents.digest()
   assert metadata['tokenizer_digest'] == TOKENIZER.digest
