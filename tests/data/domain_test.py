@@ -86,4 +86,4 @@ def test_it_is_stored_beside_weights(world, tmp_path):
   domain.write(tmp_path, world)
   assert domain.read(tmp_path) == world
   assert domain.read(tmp_path / 'elsewhere') is None
-  assert 'ruleworld' not in world.words and len(world.words) < 1500
+  assert 'ruleworld' not in world.words and len(world.words) < 1600
