@@ -335,8 +335,6 @@ def prepare_workdir(
     ValueError: A run with another config is there; the message shows the difference.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f'--workdir={workdir} is a file: give a directory')
   path = workdir / 'config.json'
   if is_first and workdir.is_dir():
     # Without a config the folders in it may be anybody's.

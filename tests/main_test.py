@@ -163,6 +163,37 @@ def _run_with(monkeypatch, workdir, run):
   main.run(ml_collections.ConfigDict({'runner': 'fake'}), workdir)
 
 
+@pytest.mark.parametrize(
+  ('name', 'reason'),
+  [
+    ('file', 'it is a file'),
+    ('file/w', 'Not a directory'),
+    ('nowhere', 'it is a link that leads nowhere'),
+    ('itself', 'it is a link that leads nowhere'),
+    ('/proc/w', 'No such file or directory'),
+  ],
+)
+def test_a_workdir_that_cannot_be_made_is_one_line(monkeypatch, tmp_path, name, reason):
+  (tmp_path / 'file').touch()
+  (tmp_path / 'nowhere').symlink_to(tmp_path / 'missing')
+  (tmp_path / 'itself').symlink_to('itself')
+  with pytest.raises(ValueError, match=re.escape(f'{name} cannot be used ({reason}): give a dir')):
+    _run_with(monkeypatch, tmp_path / name, None)
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
+  monkeypatch.setattr(main.os, 'access', lambda path, mode: False)
+  with pytest.raises(ValueError, match=re.escape('cannot be used (it is read-only)')):
+    _run_with(monkeypatch, tmp_path, None)
+
+
+def test_a_workdir_may_be_a_link(monkeypatch, tmp_path):
+  (tmp_path / 'real').mkdir()
+  (tmp_path / 'link').symlink_to('real')
+  _run_with(monkeypatch, tmp_path / 'link', lambda config, path: (path / 'done').touch())
+  assert (tmp_path / 'real' / 'done').exists()
+
+
 def test_results_survive_an_error(monkeypatch, tmp_path):
   def fail(config, workdir):
     (workdir / 'metrics.jsonl').write_text('{}')
