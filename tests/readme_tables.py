@@ -279,9 +279,8 @@ def take_tiers(shortcuts: pathlib.Path, workdirs: Sequence[pathlib.Path]) -> dic
   commits = sorted({manifest.get('commit') or 'unknown' for manifest in manifests})
   return {
     'made': {
-      'command': f'python -m csrm_jax.ruleworld --shortcuts --side={found["side"]}; python -m'
-      f' csrm_jax.main --config=configs/rm.py --config.eval.ruleworld_side={found["side"]}'
-      ' --config.seed=SEED',
+      'command': f'python -m csrm_jax.ruleworld --shortcuts --side={found["side"]}; '
+      + _sweep_command(configs),
       'seeds': [config['seed'] for config in configs],
       'commit': ', '.join(commits),
       'machine': _machine(manifests[0]),
@@ -343,11 +342,8 @@ def take_ablations(sweep: pathlib.Path) -> dict[str, dict[str, Any]]:
       for key in _ABLATION_KEYS.values()
     ]
 
-  side, dtype = config['eval']['ruleworld_side'], config['model']['overrides']['dtype']
   made = {
-    'command': 'python launch/sweep.py --config=configs/rm.py'
-    f' --seeds={",".join(map(str, sorted(summaries["full"])))} --split={side}'
-    f' --config.model.overrides.dtype={dtype}',
+    'command': _sweep_command([config | {'seed': seed} for seed in sorted(summaries['full'])]),
     'seeds': sorted(summaries['full']),
     'commit': manifest.get('commit') or 'unknown',
     'machine': _machine(manifest),
@@ -383,6 +379,16 @@ def _seeds_table(first: str, rows: list[list[Any]]) -> dict[str, Any]:
     'forms': ['{}'] * (num + 1),
     'rows': rows,
   }
+
+
+def _sweep_command(configs: Sequence[dict[str, Any]]) -> str:
+  """Returns the command that runs configs which differ in their seeds."""
+  seeds = ','.join(str(config['seed']) for config in configs)
+  side, dtype = (configs[0]['eval']['ruleworld_side'], configs[0]['model']['overrides']['dtype'])
+  return (
+    f'python launch/sweep.py --config=configs/rm.py --seeds={seeds} --split={side}'
+    f' --config.model.overrides.dtype={dtype}'
+  )
 
 
 def _over_seeds(values: Sequence[float]) -> Any:
