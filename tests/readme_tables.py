@@ -196,6 +196,8 @@ _DEFAULT = {
   'AUPRC, unseen rules': 'unseen/auprc',
   'smECE, seen rules': 'seen/smece',
   'smECE, unseen rules': 'unseen/smece',
+  '… as loaded, seen rules': 'seen/smece_loaded',
+  '… as loaded, unseen rules': 'unseen/smece_loaded',
   '… of 0.97 or 0.03, seen rules': 'seen/smece_constants',
   '… of 0.97 or 0.03, unseen rules': 'unseen/smece_constants',
   'pair accuracy, unseen rules': 'pairs/accuracy',
@@ -205,12 +207,27 @@ _DEFAULT = {
 _SHARES = ('f1', 'auprc', 'accuracy')
 
 
+def _read_run(workdir: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+  """Returns (summary, manifest, config) of a run of configs/rm.py.
+
+  The summary has also `smece_loaded` of each suite of verdicts: with the calibration that
+  `csrm_jax.load` applies, which is fitted on other rows.
+  """
+  summary, manifest, config, metrics, calibration = (
+    json.loads((workdir / f'{name}.json').read_text('utf-8'))
+    for name in ('report/summary', 'manifest', 'config', 'report/metrics', 'calibration')
+  )
+  for name, suite in metrics['suites'].items():
+    if calibrated := suite.get('calibrated'):
+      found = (calibrated if calibration['applied'] else suite)['metrics']['smece']
+      for end, part in (('', 'value'), ('_low', 'low'), ('_high', 'high')):
+        summary[f'{name}/smece_loaded{end}'] = found[part]
+  return summary, manifest, config
+
+
 def take_default(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns what default.json holds of a run of the default job."""
-  summary, manifest, config = (
-    json.loads((workdir / name).read_text('utf-8'))
-    for name in ('report/summary.json', 'manifest.json', 'config.json')
-  )
+  summary, manifest, config = _read_run(workdir)
   rows = []
   for title, key in _DEFAULT.items():
     value, low, high, best = (summary.get(f'{key}{end}') for end in ('', '_low', '_high', '_best'))
@@ -254,16 +271,14 @@ _TIER_ROWS = (
   ('AUPRC, best', 'oracle', 'auprc'),
   ('smECE, two constants', 'two constants, letter', 'smece'),
   ('**smECE, model**', '', 'smece'),
+  ('**smECE, model as loaded**', '', 'smece_loaded'),
 )
 
 
 def take_tiers(shortcuts: pathlib.Path, workdirs: Sequence[pathlib.Path]) -> dict[str, Any]:
   """Returns what tiers.json holds: shortcuts beside runs of several seeds, mean ± half of 95 %."""
   found = json.loads(shortcuts.read_text('utf-8'))
-  summaries, manifests, configs = (
-    [json.loads((workdir / name).read_text('utf-8')) for workdir in workdirs]
-    for name in ('report/summary.json', 'manifest.json', 'config.json')
-  )
+  summaries, manifests, configs = zip(*map(_read_run, workdirs), strict=True)
   sides = {found['side'], *(config['eval']['ruleworld_side'] for config in configs)}
   if len(sides) != 1:
     raise ValueError(f'shortcuts and runs are of several sides: {sorted(sides)}')
@@ -310,6 +325,7 @@ _ABLATION_KEYS = {
   'AUPRC, unseen': 'unseen/auprc',
   'F1, by degree': 'degree/f1',
   'smECE, unseen': 'unseen/smece',
+  '… as loaded': 'unseen/smece_loaded',
   'pairs, unseen': 'pairs/accuracy',
   'flips': 'flip/consistency',
 }
@@ -320,20 +336,14 @@ def take_ablations(sweep: pathlib.Path) -> dict[str, dict[str, Any]]:
 
   Claims are differences of runs of the same seeds, mean ± half of the 95% interval.
   """
-  found = {
+  summaries = {
     name: {
-      int(p.parts[-3].rpartition('seed')[2]): p for p in sweep.glob(f'{name}-seed*/*/summary.json')
+      int(w.name.rpartition('seed')[2]): _read_run(w)[0]
+      for w in sorted(sweep.glob(f'{name}-seed*'))
     }
     for name in _ABLATIONS.values()
   }
-  summaries = {
-    name: {seed: json.loads(path.read_text('utf-8')) for seed, path in sorted(paths.items())}
-    for name, paths in found.items()
-  }
-  workdir = next(iter(found['full'].values())).parents[1]
-  manifest, config = (
-    json.loads((workdir / name).read_text('utf-8')) for name in ('manifest.json', 'config.json')
-  )
+  _, manifest, config = _read_run(next(sweep.glob('full-seed*')))
 
   def differences(a: str, b: str) -> list[Any]:
     seeds = sorted(summaries[a].keys() & summaries[b].keys())

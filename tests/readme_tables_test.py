@@ -66,33 +66,46 @@ def test_a_number_that_was_changed_by_hand_is_seen():
     )
 
 
+def _write_run(workdir, seed, side, value, applied=True):
+  """Writes what a run leaves, with this value for each metric; calibrated it is .3 lower."""
+  splits = ('seen', 'new_topics', 'new_wordings', 'unseen')
+  keys = [f'{split}/{metric}' for split in splits for metric in ('f1', 'auprc', 'smece')]
+  keys += [key for key in readme_tables._ABLATION_KEYS.values() if 'loaded' not in key]
+  smece = [{'smece': {'value': v, 'low': v, 'high': v}} for v in (value, value - 0.3)]
+  suite = {'metrics': smece[0], 'calibrated': {'metrics': smece[1]}}
+  files = {
+    'report/summary': dict.fromkeys(keys, value),
+    'report/metrics': {'suites': dict.fromkeys(splits, suite) | {'pairs': {}}},
+    'calibration': {'applied': applied},
+    'manifest': {
+      'platform': 'Linux-x86_64',
+      'num_cpus': 2,
+      'python': '3.12',
+      'packages': {'jax': '1'},
+      'commit': 'abc',
+    },
+    'config': {
+      'seed': seed,
+      'eval': {'ruleworld_side': side},
+      'model': {'overrides': {'dtype': 'float32'}},
+    },
+  }
+  (workdir / 'report').mkdir(parents=True)
+  for name, content in files.items():
+    (workdir / f'{name}.json').write_text(json.dumps(content))
+
+
 def test_tiers_are_of_one_side_and_the_seed_is_the_unit(tmp_path):
   shortcuts = measure(num_rows=60, num_samples=0)
   (tmp_path / 's.json').write_text(json.dumps(shortcuts))
   for seed, f1 in ((0, 0.5), (1, 0.7)):
-    workdir = tmp_path / str(seed)
-    (workdir / 'report').mkdir(parents=True)
-    summary = {
-      f'{split}/{metric}': f1
-      for split in ('seen', 'new_topics', 'new_wordings', 'unseen')
-      for metric in ('f1', 'auprc', 'smece')
-    }
-    manifest = {
-      'platform': 'Linux-x86_64',
-      'num_cpus': 2,
-      'python': '3.11',
-      'packages': {'jax': '1'},
-      'commit': 'abc',
-    }
-    model = {'overrides': {'dtype': 'float32'}}
-    config = {'seed': seed, 'eval': {'ruleworld_side': 'dev'}, 'model': model}
-    for name, content in (('report/summary', summary), ('manifest', manifest), ('config', config)):
-      (workdir / f'{name}.json').write_text(json.dumps(content))
+    _write_run(tmp_path / str(seed), seed, 'dev', f1)
   made = readme_tables.take_tiers(tmp_path / 's.json', [tmp_path / '0', tmp_path / '1'])
   assert made['made']['seeds'] == [0, 1]
   rows = {row[0]: row[1:] for row in made['table']['rows']}
   # Student's t of one degree of freedom, 12.706, times .1.
   assert rows['**F1, model**'] == [{'mean': 0.6, 'half': 1.271}] * 4
+  assert rows['**smECE, model as loaded**'][0]['mean'] == 0.3
   assert rows['F1, best'][3] == round(
     shortcuts['tiers']['both']['judges']['oracle']['f1']['value'], 3
   )
@@ -104,23 +117,11 @@ def test_tiers_are_of_one_side_and_the_seed_is_the_unit(tmp_path):
 
 
 def test_ablations_are_differences_of_runs_of_one_seed(tmp_path):
-  manifest = {
-    'platform': 'Linux-x86_64',
-    'num_cpus': 2,
-    'python': '3.12',
-    'packages': {'jax': '1'},
-    'commit': 'abc',
-  }
-  config = {'eval': {'ruleworld_side': 'test'}, 'model': {'overrides': {'dtype': 'float32'}}}
   for i, name in enumerate(('full', 'no_cca', 'no_sa', 'no_aug')):
     for seed in range(3):
+      # The seeds lie far apart, the runs of a seed .1 each. One calibration did not help.
       workdir = tmp_path / f'{name}-seed{seed}'
-      (workdir / 'report').mkdir(parents=True)
-      # The seeds lie far apart, the runs of a seed .1 each.
-      summary = dict.fromkeys(readme_tables._ABLATION_KEYS.values(), seed - 0.1 * i)
-      files = (('report/summary', summary), ('manifest', manifest), ('config', config))
-      for file, content in files:
-        (workdir / f'{file}.json').write_text(json.dumps(content))
+      _write_run(workdir, seed, 'test', seed - 0.1 * i, applied=name != 'no_aug')
   made = readme_tables.take_ablations(tmp_path)
   rows = {row[0]: row[1:] for row in made['ablations']['table']['rows']}
   assert list(rows) == ['full', '−CCA: SA alone', 'CCA alone', '−SA: neither']
@@ -130,6 +131,8 @@ def test_ablations_are_differences_of_runs_of_one_seed(tmp_path):
   }  # Student's t of two degrees, 4.303, × 1/√3
   claims = {row[0]: row[1:] for row in made['claims']['table']['rows']}
   assert claims['CCA, with SA'] == [{'mean': 0.1, 'half': 0.0}] * len(readme_tables._ABLATION_KEYS)
+  # What is not applied is not lower by .3.
+  assert claims['SA, without CCA'][5] == {'mean': -0.1, 'half': 0.0}
   assert claims['both'][0] == {'mean': 0.3, 'half': 0.0}
   assert made['claims']['made']['seeds'] == [0, 1, 2]
   assert '--seeds=0,1,2 --split=test' in made['claims']['made']['command']
@@ -173,6 +176,8 @@ def test_the_first_table_is_taken_from_a_run(tmp_path):
     ('report/summary.json', summary),
     ('manifest.json', manifest),
     ('config.json', {'seed': 3}),
+    ('calibration.json', {'applied': False}),
+    ('report/metrics.json', {'suites': {}}),
   ):
     (tmp_path / name).write_text(json.dumps(content))
   taken = readme_tables.take_default(tmp_path)
