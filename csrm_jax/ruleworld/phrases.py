@@ -323,7 +323,7 @@ def guideline(rng: random.Random, rule: rules_lib.Rule) -> schema.Category:
 
 
 def ordinary(rng: random.Random, forbidden: list[str], allowed: list[str]) -> str:
-  """Returns sentences that forbid and allow these things, a half of them in words of guidelines."""
+  """Returns sentences that forbid and allow these things, half of the time in words of training."""
   where = rng.random()
   if where < 0.25:
     wording = grammar.WORDINGS[rng.randrange(len(grammar.WORDINGS))]
