@@ -81,12 +81,14 @@ def llama_server(script, model):
     stderr=subprocess.DEVNULL,
   )
   try:
-    for _ in range(240):
+    deadline = time.monotonic() + 300  # a busy machine takes long to load it
+    while True:
       try:
         urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5)
         break
       except OSError:
         assert server.poll() is None, 'the server ended'
+        assert time.monotonic() < deadline, 'the server does not answer'
         time.sleep(0.25)
     yield f'http://127.0.0.1:{port}'
   finally:
