@@ -32,8 +32,18 @@ def test_headlines_in_the_text_are_those_of_the_files():
   assert f'regression for each rule {answer[2]:.2f}.' in readme
   flip = row('real', 'balanced flip, unseen rules')[1]
   assert f'({flip["mean"]:.2f} ± {flip["half"]:.2f})' in readme
-  cosa = row('rewards', '(unaligned)')[2], row('rewards', 'full')[2][0]
-  assert 'from {:.2f} to {:.2f} '.format(*cosa) in readme
+  rules = [row('alignment', name) for name in ('film club', 'pet forum')]
+  best, sample = ([f'{r[i]:.2f}' for r in rules] for i in (5, 4))
+  assert f'({" and ".join(best)} against {" and ".join(sample)})' in readme
+  adds = row('claims', 'CCA, with SA')[2], row('claims', 'SA, with CCA')[7]
+  for gain in adds:
+    assert f'+ {gain["mean"]:.2f} ± {gain["half"]:.2f})' in readme
+  reached, best = row('tiers', '**F1, model**')[3:], row('tiers', 'F1, best')[3:]
+  shares = [f'{100 * r["mean"] / b:.0f} %' for r, b in zip(reached, best, strict=True)]
+  assert 'New wordings reach {} of the best there, and both {}.'.format(*shares) in readme
+  tiers = ('seen rules', 'new wordings', 'new topics', 'unseen rules')
+  for _, f1, _, best, _ in (row('default', f'F1, {tier}') for tier in tiers):
+    assert f'{100 * f1 / best:.0f} % ' in readme
   share = row('default', 'F1, new topics')[-1]
   front = pages[readme_tables.ROOT / 'docs' / 'index.md']
   assert f'{share:.0f} % of the best F1' in ' '.join(front.split())
