@@ -84,32 +84,18 @@ _POLICY = {
   'optim.lr': 1e-3,
   'optim.warmup_steps': 50,
 }
+# What goes on after the curriculum.
+_FURTHER = {
+  'model.preset': '',
+  'data.curriculum_length': 1,
+  'optim.lr': 1.5e-3,
+  'optim.warmup_steps': 30,
+}
 TASKS = {
   'base': {},
-  'read': {
-    'seed': 1,
-    'num_steps': 1600,
-    'model.preset': '',
-    'data.curriculum_length': 1,
-    'optim.lr': 1.5e-3,
-    'optim.warmup_steps': 50,
-  },
-  'verdicts': {
-    'seed': 3,
-    'num_steps': 1400,
-    'model.preset': '',
-    'data.curriculum_length': 1,
-    'optim.lr': 1.5e-3,
-    'optim.warmup_steps': 30,
-  },
-  'ordinary': {
-    'seed': 5,
-    'num_steps': 1000,
-    'model.preset': '',
-    'data.curriculum_length': 1,
-    'optim.lr': 1.5e-3,
-    'optim.warmup_steps': 30,
-  },
+  'read': _FURTHER | {'seed': 1, 'num_steps': 1600, 'optim.warmup_steps': 50},
+  'verdicts': _FURTHER | {'seed': 3, 'num_steps': 1400},
+  'ordinary': _FURTHER | {'seed': 5, 'num_steps': 1000},
   'policy': _POLICY | {'num_steps': 1000, 'model.weights': f'{common.RULEWORLD}/base'},
   'structured': _POLICY | {'num_steps': 500, 'model.weights': f'{common.RULEWORLD}/policy_base'},
 }

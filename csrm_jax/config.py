@@ -321,6 +321,19 @@ def check_no_secrets(config: ConfigDict) -> None:
 _MAY_DIFFER = ('accept_changes:',)
 
 
+def make_workdir(path: pathlib.Path) -> None:
+  """Makes the directory; raises ValueError where it cannot be made or written."""
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    reason = '' if os.access(path, os.W_OK) else 'it is read-only'
+  except OSError as error:
+    # mkdir says of a file, and of a link that leads nowhere or to itself, that it exists.
+    kinds = {'it is a file': path.is_file(), 'it is a link that leads nowhere': path.is_symlink()}
+    reason = next((kind for kind, found in kinds.items() if found), error.strerror or str(error))
+  if reason:
+    raise ValueError(f'--workdir={path} cannot be used ({reason}): give a directory to write to')
+
+
 def prepare_workdir(
   workdir: str | os.PathLike, config: ConfigDict, is_first: bool = True, source: str = ''
 ) -> pathlib.Path:

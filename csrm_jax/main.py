@@ -121,22 +121,9 @@ def run(
     path = path.expanduser()
     # Asked before the directory is prepared: only one that was missing or empty may be removed.
     is_new = not path.is_dir() or not any(path.iterdir())
-    _make_workdir(path)
+    config_lib.make_workdir(path)
     with lease.held(remote.home(path)):
       _run(runner, config, path, is_new, source)
-
-
-def _make_workdir(path: pathlib.Path) -> None:
-  """Makes the directory; raises ValueError where it cannot be made or written."""
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    reason = '' if os.access(path, os.W_OK) else 'it is read-only'
-  except OSError as error:
-    # mkdir says of a file, and of a link that leads nowhere or to itself, that it exists.
-    kinds = {'it is a file': path.is_file(), 'it is a link that leads nowhere': path.is_symlink()}
-    reason = next((kind for kind, found in kinds.items() if found), error.strerror or str(error))
-  if reason:
-    raise ValueError(f'--workdir={path} cannot be used ({reason}): give a directory to write to')
 
 
 def _run(

@@ -216,8 +216,10 @@ def test_workdir_without_results_takes_another_config(tmp_path):
   assert config_lib.from_json((tmp_path / 'config.json').read_text()).seed == 2
 
 
-def test_the_config_of_a_workdir_must_be_one(tmp_path):
-  (tmp_path / 'metrics.jsonl').touch()
+def test_workdir_must_be_a_usable_directory(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='is a file'):
+    config_lib.make_workdir(tmp_path / 'file')
   (tmp_path / 'config.json').write_text('{"seed')
   with pytest.raises(ValueError, match='is not a config'):
     config_lib.prepare_workdir(tmp_path, _config())

@@ -182,7 +182,7 @@ def test_a_workdir_that_cannot_be_made_is_one_line(monkeypatch, tmp_path, name, 
 
 
 def test_a_workdir_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
-  monkeypatch.setattr(main.os, 'access', lambda path, mode: False)
+  monkeypatch.setattr(config_lib.os, 'access', lambda path, mode: False)
   with pytest.raises(ValueError, match=re.escape('cannot be used (it is read-only)')):
     _run_with(monkeypatch, tmp_path, None)
 

@@ -291,23 +291,10 @@ def take_tiers(shortcuts: pathlib.Path, workdirs: Sequence[pathlib.Path]) -> dic
       else:
         row.append(_over_seeds([summary[f'{name}/{metric}'] for summary in summaries]))
     rows.append(row)
-  commits = sorted({manifest.get('commit') or 'unknown' for manifest in manifests})
+  first = f'python -m csrm_jax.ruleworld --shortcuts --side={found["side"]}; '
   return {
-    'made': {
-      'command': f'python -m csrm_jax.ruleworld --shortcuts --side={found["side"]}; '
-      + _sweep_command(configs),
-      'seeds': [config['seed'] for config in configs],
-      'commit': ', '.join(commits),
-      'machine': _machine(manifests[0]),
-      'source': 'report/summary.json of the runs',
-    },
-    'table': {
-      'header': ['', *TIERS],
-      'by_row': False,
-      'digits': [0, 3, 3, 3, 3],
-      'forms': ['{}'] * 5,
-      'rows': rows,
-    },
+    'made': _made_of_runs(manifests, configs, first),
+    'table': _seeds_table(['', *TIERS], rows),
   }
 
 
@@ -336,14 +323,11 @@ def take_ablations(sweep: pathlib.Path) -> dict[str, dict[str, Any]]:
 
   Claims are differences of runs of the same seeds, mean ± half of the 95% interval.
   """
-  summaries = {
-    name: {
-      int(w.name.rpartition('seed')[2]): _read_run(w)[0]
-      for w in sorted(sweep.glob(f'{name}-seed*'))
-    }
+  runs = {
+    name: {run[2]['seed']: run for run in map(_read_run, sorted(sweep.glob(f'{name}-seed*')))}
     for name in _ABLATIONS.values()
   }
-  _, manifest, config = _read_run(next(sweep.glob('full-seed*')))
+  summaries = {name: {seed: of[seed][0] for seed in sorted(of)} for name, of in runs.items()}
 
   def differences(a: str, b: str) -> list[Any]:
     seeds = sorted(summaries[a].keys() & summaries[b].keys())
@@ -352,13 +336,8 @@ def take_ablations(sweep: pathlib.Path) -> dict[str, dict[str, Any]]:
       for key in _ABLATION_KEYS.values()
     ]
 
-  made = {
-    'command': _sweep_command([config | {'seed': seed} for seed in sorted(summaries['full'])]),
-    'seeds': sorted(summaries['full']),
-    'commit': manifest.get('commit') or 'unknown',
-    'machine': _machine(manifest),
-    'source': 'report/summary.json of the runs',
-  }
+  full = [runs['full'][seed] for seed in summaries['full']]
+  made = _made_of_runs([run[1] for run in full], [run[2] for run in full])
   rows = [
     [
       title,
@@ -375,30 +354,37 @@ def take_ablations(sweep: pathlib.Path) -> dict[str, dict[str, Any]]:
     ['both', *differences('full', 'no_aug')],
   ]
   return {
-    'ablations': {'made': made, 'table': _seeds_table('run', rows)},
-    'claims': {'made': made, 'table': _seeds_table('what adds', claims)},
+    'ablations': {'made': made, 'table': _seeds_table(['run', *_ABLATION_KEYS], rows)},
+    'claims': {'made': made, 'table': _seeds_table(['what adds', *_ABLATION_KEYS], claims)},
   }
 
 
-def _seeds_table(first: str, rows: list[list[Any]]) -> dict[str, Any]:
-  num = len(_ABLATION_KEYS)
+def _seeds_table(header: list[str], rows: list[list[Any]]) -> dict[str, Any]:
+  num = len(header)
   return {
-    'header': [first, *_ABLATION_KEYS],
+    'header': header,
     'by_row': False,
-    'digits': [0, *[3] * num],
-    'forms': ['{}'] * (num + 1),
+    'digits': [0, *[3] * (num - 1)],
+    'forms': ['{}'] * num,
     'rows': rows,
   }
 
 
-def _sweep_command(configs: Sequence[dict[str, Any]]) -> str:
-  """Returns the command that runs configs which differ in their seeds."""
-  seeds = ','.join(str(config['seed']) for config in configs)
+def _made_of_runs(
+  manifests: Sequence[dict[str, Any]], configs: Sequence[dict[str, Any]], first: str = ''
+) -> dict[str, Any]:
+  """Returns how numbers of a sweep were made: of runs that differ in their seeds."""
+  seeds = [config['seed'] for config in configs]
   side, dtype = (configs[0]['eval']['ruleworld_side'], configs[0]['model']['overrides']['dtype'])
-  return (
-    f'python launch/sweep.py --config=configs/rm.py --seeds={seeds} --split={side}'
-    f' --config.model.overrides.dtype={dtype}'
-  )
+  return {
+    'command': f'{first}python launch/sweep.py --config=configs/rm.py'
+    f' --seeds={",".join(map(str, seeds))} --split={side}'
+    f' --config.model.overrides.dtype={dtype}',
+    'seeds': seeds,
+    'commit': ', '.join(sorted({manifest.get('commit') or 'unknown' for manifest in manifests})),
+    'machine': _machine(manifests[0]),
+    'source': 'report/summary.json of the runs',
+  }
 
 
 def _over_seeds(values: Sequence[float]) -> Any:

@@ -219,9 +219,8 @@ def _ordinary(rng: random.Random) -> list[Span]:
   """Returns what people forbid and allow outside of any list of rules, and what follows."""
   spans = []
   for _ in range(4):
-    text, rows = rng.choices((_ordinary_list, _ordinary_degree, _ordinary_clause), (3, 1, 1))[0](
-      rng
-    )
+    make = rng.choices((_ordinary_list, _ordinary_degree, _ordinary_clause), (3, 1, 1))[0]
+    text, rows = make(rng)
     spans.append(Span(f'{text}\n', TEXT_WEIGHT))
     spans += _table('So', rng.sample(rows, len(rows)))
   return spans
@@ -259,11 +258,12 @@ def _ordinary_degree(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
 
 def _ordinary_clause(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
   exempts, roles = rng.random() < 0.5, rng.sample(grammar.ROLES, 4)
-  frames = [
-    grammar.CLAUSES[i][1] for i in grammar.CLAUSES_OF['train'] if grammar.CLAUSES[i][0] == exempts
-  ]
-  if rng.random() < 0.7:
-    frames = phrases_lib.USES_OF_CLAUSES[exempts]
+  clauses = [grammar.CLAUSES[i] for i in grammar.CLAUSES_OF['train']]
+  frames = (
+    phrases_lib.USES_OF_CLAUSES[exempts]
+    if rng.random() < 0.7
+    else [text for spares, text in clauses if spares == exempts]
+  )
   text = phrases_lib.draw(rng, rng.choice(frames)).format(r=f'{roles[0]}s')
   rule = phrases_lib.ordinary(rng, [rng.choice(phrases_lib.THINGS)], [])
   rows = [(role, 'yes' if (role == roles[0]) == exempts else 'no') for role in roles]

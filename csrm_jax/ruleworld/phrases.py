@@ -326,8 +326,7 @@ def ordinary(rng: random.Random, forbidden: list[str], allowed: list[str]) -> st
   """Returns sentences that forbid and allow these things, half of the time in words of training."""
   where = rng.random()
   if where < 0.25:
-    wording = grammar.WORDINGS[rng.randrange(len(grammar.WORDINGS))]
-    return grammar.word_guideline(tuple(forbidden), tuple(allowed), wording)
+    return grammar.word_guideline(tuple(forbidden), tuple(allowed), rng.choice(grammar.WORDINGS))
   if where < 0.5:
     return _say(rng, (FORBIDS, ALLOWS), (forbidden, allowed), _JOINED)
   uses = (USES_FORBIDDING, USES_ALLOWING)
